@@ -1,0 +1,81 @@
+"""What a user gets back: ``RequestOutput`` and what it is made of, with vLLM's field names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemo_engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of one token at one position, before any sampling parameter is applied.
+
+    ``rank`` is 1-based over the whole vocabulary; ``decoded_token`` is None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the ``n`` completions of a request.
+
+    ``finish_reason`` is None while it runs. ``stop_reason`` is the stop string or stop token id that ended it, None for
+    the end-of-sequence token. ``logprobs`` holds one ``{token_id: Logprob}`` per generated token.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    def finished(self) -> bool:
+        """Whether this completion has ended, for whatever reason."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times in seconds of the monotonic clock ``time.monotonic()``; None until the event has happened."""
+
+    arrival_time: float
+    queued_ts: float | None = None
+    scheduled_ts: float | None = None
+    first_token_ts: float | None = None
+    last_token_ts: float | None = None
+    num_generation_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def first_token_latency(self) -> float | None:
+        """TTFT: seconds from arrival to the first token."""
+        return None if self.first_token_ts is None else self.first_token_ts - self.arrival_time
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of one request: with ``generate`` its end, with ``stream`` and ``step`` what is new or so far.
+
+    ``num_cached_tokens`` counts the prompt tokens whose keys and values came from the prefix cache.
+    ``sampling_params`` are the effective ones, after the defaults of the call have been filled in.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    sampling_params: SamplingParams | None = field(default=None, repr=False)
