@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -213,7 +214,7 @@ def convert_rst(source: str, topic: str) -> tuple[str, list[Entry]]:
             if line[0] not in levels:
                 levels.append(line[0])
             out[-1] = "#" * (levels.index(line[0]) + 1) + " " + out[-1].strip()
-        elif re.match(r"^([=\-~^*\"'+#])\1{2,}$", line) or re.match(r"^ *:[\w ]+:( |$)", line) and not out[-1].strip():
+        elif re.match(r"^([=\-~^*\"'+#])\1{2,}$", line) or re.match(r"^ *:[\w ]+:( |$)", line) and not (out and out[-1].strip()):
             pass
         else:
             out.append(inline(re.sub(r"::$", ":", line)) if not line.lstrip().startswith(">>>") else line)
@@ -435,9 +436,22 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         q, k, v = (p(x).view(b, t, -1, self.d).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (y.repeat_interleave(self.q // self.kv, dim=1) for y in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = causal_attention(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
+    """Grouped causal attention by blocks of queries: on a CPU much faster to train than the fused kernel."""
+    b, heads, t, d = q.shape
+    kv, out = k.shape[1], []
+    q, k, v = (q * d**-0.5).view(b, kv, heads // kv, t, d), k.flatten(0, 1), v.flatten(0, 1)
+    for s in range(0, t, block):
+        e = min(s + block, t)
+        score = torch.bmm(q[:, :, :, s:e].reshape(b * kv, -1, d), k[:, :e].transpose(1, 2)).view(b * kv, -1, e - s, e)
+        mask = torch.full((e - s, e), float("-inf"), dtype=score.dtype).triu(1 + s)
+        weight = torch.softmax(score + mask, dim=-1).view(b * kv, -1, e)
+        out.append(torch.bmm(weight, v[:, :e]).view(b, kv, heads // kv, e - s, d))
+    return torch.cat(out, dim=3).view(b, heads, t, d)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -484,14 +498,40 @@ class Nemo(nn.Module):
         """Mean cross entropy of the targets that are not -100."""
         d = CONFIG["head_dim"]
         angle = torch.outer(torch.arange(ids.shape[1]), CONFIG["rope_theta"] ** (-torch.arange(0, d, 2) / d))
-        x = self.model.embed_tokens(ids)
-        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
-        x, cos, sin = x.to(dtype), angle.cos().to(dtype), angle.sin().to(dtype)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        x = self.trunk(self.model.embed_tokens(ids).to(dtype), angle.cos().to(dtype), angle.sin().to(dtype))
+        keep = targets.reshape(-1) >= 0
+        return HeadLoss.apply(x.reshape(-1, x.shape[-1])[keep], self.lm_head.weight, targets.reshape(-1)[keep])
+
+    def trunk(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         for layer in self.model.layers:
             x = layer(x, cos, sin)
-        keep = targets.reshape(-1) >= 0
-        x, targets = self.model.norm(x).reshape(-1, x.shape[-1])[keep], targets.reshape(-1)[keep]
-        return F.cross_entropy(self.lm_head(x).float(), targets)
+        return self.model.norm(x)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Head and cross entropy in pieces that stay in the cache; gradients are made on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, piece: int = 512) -> Tensor:
+        w, total = weight.to(x.dtype), x.new_zeros((), dtype=torch.float32)
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        for s in range(0, len(x), piece):
+            rows, t = x[s : s + piece], targets[s : s + piece, None]
+            logp = torch.log_softmax((rows @ w.T).float(), dim=-1)
+            total -= logp.gather(1, t).sum()
+            if any(ctx.needs_input_grad):
+                p = logp.exp_().scatter_add_(1, t, torch.full(t.shape, -1.0)).to(x.dtype)
+                dx[s : s + piece] = p @ w
+                dw += p.T @ rows
+        ctx.save_for_backward(dx, dw)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        count = max(1, len(dx))
+        return dx * (grad / count).to(dx.dtype), dw * (grad / count), None, None
 
 
 # ---------------------------------------------------------------- optimiser
@@ -510,12 +550,12 @@ class Muon(torch.optim.Optimizer):
                 x = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                 tall = x.shape[0] > x.shape[1]
                 x = x.T if tall else x
-                x = x / (x.norm() + 1e-7)
+                x = (x / (x.norm() + 1e-7)).to(torch.bfloat16)
                 for _ in range(5):
                     a = x @ x.T
                     x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
                 p.mul_(1 - group["lr"] * group["decay"])
-                p.add_(x.T if tall else x, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                p.add_((x.T if tall else x).float(), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
 def schedule(done: float, decay_from: float) -> float:

@@ -42,7 +42,8 @@ class SlotFill:
     pages: Sequence[int]
     params: SamplingParams
     seed: int
-    stop_token_ids: frozenset[int]  # masked on the device until ``params.min_tokens`` tokens are out
+    stop_token_ids: frozenset[int] = frozenset()  # masked on the device until ``params.min_tokens`` tokens are out
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # ``params.bad_words`` as token ids
 
 
 @dataclass(frozen=True, slots=True)
