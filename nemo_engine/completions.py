@@ -1,0 +1,253 @@
+"""Turns committed steps into what users see: text, deltas, log-probabilities, finish reasons and times.
+
+Work is done per token only for requests that need it (streaming, stop strings, log-probabilities); the others are
+looked at when they finish.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
+from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
+from nemo_engine.step import TokenLogprobs
+from nemo_engine.text import Detokenizer, Tokenizer
+
+
+class Completion:
+    """One of the completions of a user's request: a scheduler request and its text so far."""
+
+    __slots__ = (
+        "cumulative_logprob", "detokenizer", "index", "logprobs", "num_emitted_tokens", "num_read_tokens", "owner",
+        "request", "stop_string",
+    )  # fmt: skip
+
+    def __init__(self, owner: UserRequest, index: int, request: Request, detokenizer: Detokenizer | None) -> None:
+        self.owner = owner
+        self.index = index
+        self.request = request
+        self.detokenizer = detokenizer
+        self.logprobs: list[dict[int, Logprob]] | None = [] if owner.params.has_logprobs else None
+        self.cumulative_logprob = 0.0
+        self.num_read_tokens = 0  # output tokens that the detokenizer has seen
+        self.num_emitted_tokens = 0
+        self.stop_string: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the scheduler has ended the request."""
+        return self.request.status is RequestStatus.FINISHED
+
+    def read(self) -> str | None:
+        """Feed what was generated since the last call to the detokenizer; returns the stop string that appeared."""
+        request = self.request
+        new = request.token_ids[request.num_prompt_tokens + self.num_read_tokens :]
+        self.num_read_tokens += len(new)
+        if self.detokenizer is None or not new or self.stop_string is not None:
+            return None
+        ends_at_stop_token = request.finish_reason == "stop" and new[-1] in request.stop_token_ids
+        self.stop_string = self.detokenizer.append(new, last_is_stop_token=ends_at_stop_token)
+        return self.stop_string
+
+    def has_news(self) -> bool:
+        """Whether tokens have come since the last output."""
+        return self.request.num_output_tokens > self.num_emitted_tokens
+
+    def output(self, is_delta: bool) -> CompletionOutput:
+        """What is new since the last output, or all so far."""
+        request = self.request
+        first = self.num_emitted_tokens if is_delta else 0
+        token_ids = request.token_ids[request.num_prompt_tokens + first :]
+        self.num_emitted_tokens = first + len(token_ids)
+        text = ""
+        if self.detokenizer is not None:
+            text = self.detokenizer.take_delta() if is_delta else self.detokenizer.text
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else self.logprobs[first:],
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            error=request.error,
+        )
+
+
+class UserRequest:
+    """A request as the user made it: one prompt, ``n`` completions, and the list that its outputs go to."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        kind: RequestOutputKind,
+        sink: list[RequestOutput],
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.params = params
+        self.kind = kind
+        self.sink = sink
+        self.completions: list[Completion] = []
+        self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(prompt.token_ids)
+        self.has_emitted = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all completions have ended."""
+        return all(completion.is_finished for completion in self.completions)
+
+    @property
+    def wants_every_step(self) -> bool:
+        """Whether a step's tokens must be looked at before the end."""
+        return self.kind is not RequestOutputKind.FINAL_ONLY or bool(self.params.stop) or self.params.has_logprobs
+
+    def output(self) -> RequestOutput:
+        """The output of now, per ``kind``."""
+        is_delta = self.kind is RequestOutputKind.DELTA
+        requests = [completion.request for completion in self.completions]
+        self.metrics.scheduled_ts = requests[0].scheduled_ts
+        self.metrics.num_generation_tokens = sum(request.num_output_tokens for request in requests)
+        self.metrics.num_preemptions = sum(request.num_preemptions for request in requests)
+        is_finished = self.is_finished
+        outputs = [c.output(is_delta) for c in self.completions if not is_delta or is_finished or c.has_news()]
+        self.has_emitted = True
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.token_ids,
+            outputs=outputs,
+            finished=is_finished,
+            prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=requests[0].num_cached_tokens,
+            metrics=self.metrics,
+            sampling_params=self.params,
+        )
+
+
+class OutputProcessor:
+    """Keeps the user requests under way, and brings their outputs to their sinks."""
+
+    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None) -> None:
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._users: dict[str, UserRequest] = {}
+        self._completions: dict[Request, Completion] = {}
+        self._attended: dict[Request, Completion] = {}  # those of users that want every step
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._users
+
+    def add(self, user: UserRequest, requests: list[Request]) -> None:
+        """Take charge of ``user``, whose completions are ``requests``, already queued."""
+        params = user.params
+        user.metrics.queued_ts = time.monotonic()
+        for index, request in enumerate(requests):
+            detokenizer = None
+            if self._tokenizer is not None and params.detokenize:
+                detokenizer = Detokenizer(
+                    self._tokenizer,
+                    stop=tuple(params.stop or ()),
+                    include_stop_str_in_output=params.include_stop_str_in_output,
+                    skip_special_tokens=params.skip_special_tokens,
+                    spaces_between_special_tokens=params.spaces_between_special_tokens,
+                    min_tokens=params.min_tokens,
+                )
+            completion = Completion(user, index, request, detokenizer)
+            user.completions.append(completion)
+            self._completions[request] = completion
+            if user.wants_every_step:
+                self._attended[request] = completion
+        self._users[user.request_id] = user
+
+    def process(self, committed: Committed) -> None:
+        """Bring one committed step to the users; may end requests whose stop string has appeared."""
+        now = time.monotonic()
+        for request in committed.prefilled:
+            metrics = self._completions[request].owner.metrics
+            if metrics.first_token_ts is None and request.num_output_tokens:
+                metrics.first_token_ts = now
+        for request, first, entries in committed.prompt_logprobs:
+            prompt_logprobs = self._completions[request].owner.prompt_logprobs
+            assert prompt_logprobs is not None
+            for position, entry in enumerate(entries, first):
+                prompt_logprobs[position] = self._logprob_dict(entry)
+        changed: dict[UserRequest, None] = {}
+        if self._attended:
+            for index, request in enumerate(committed.requests):
+                completion = self._attended.get(request)
+                if completion is not None:
+                    self._attend(completion, committed.logprobs.get(index))
+                    changed[completion.owner] = None
+        for request in committed.finished:
+            completion = self._completions[request]
+            changed[completion.owner] = None
+            if request not in self._attended and completion.read() is not None:
+                self._end_at_stop_string(completion)
+        for user in changed:
+            self._emit(user, now)
+
+    def abort(self, request_id: str) -> bool:
+        """End a user request; its last output, with what it had, goes to its sink. False if it is not known."""
+        user = self._users.get(request_id)
+        if user is None:
+            return False
+        for completion in user.completions:
+            self._scheduler.finish(completion.request.request_id, "abort")
+            completion.read()
+        self._emit(user, time.monotonic())
+        return True
+
+    def _attend(self, completion: Completion, logprobs: TokenLogprobs | None) -> None:
+        if logprobs is not None:
+            assert completion.logprobs is not None
+            completion.logprobs.append(self._logprob_dict(logprobs))
+            completion.cumulative_logprob += logprobs.logprobs[0]
+        if completion.read() is not None:
+            self._end_at_stop_string(completion)
+
+    def _end_at_stop_string(self, completion: Completion) -> None:
+        request = completion.request
+        self._scheduler.finish(request.request_id, "stop", completion.stop_string)
+        # The scheduler may have ended it in this very step, by length or by a stop token: the text decides.
+        request.finish_reason, request.stop_reason = "stop", completion.stop_string
+
+    def _emit(self, user: UserRequest, now: float) -> None:
+        user.metrics.last_token_ts = now
+        is_finished = user.is_finished
+        if is_finished:
+            for completion in user.completions:
+                if completion.detokenizer is not None and completion.stop_string is None:
+                    completion.detokenizer.finish()
+                self._completions.pop(completion.request)
+                self._attended.pop(completion.request, None)
+            del self._users[user.request_id]
+        elif user.kind is RequestOutputKind.FINAL_ONLY or not self._is_due(user):
+            return
+        user.sink.append(user.output())
+
+    @staticmethod
+    def _is_due(user: UserRequest) -> bool:
+        """Whether enough is new for an output, by ``stream_interval``; the first token is always worth one."""
+        interval = user.params.stream_interval or 1
+        if interval == 1 or not user.has_emitted:
+            return True
+        return any(c.request.num_output_tokens - c.num_emitted_tokens >= interval for c in user.completions)
+
+    def _logprob_dict(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+        decode: Callable[[int], str] | None = None if self._tokenizer is None else self._tokenizer.decode_token
+        return {
+            token_id: Logprob(logprob, rank, None if decode is None else decode(token_id))
+            for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
+        }

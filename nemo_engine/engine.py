@@ -1,0 +1,339 @@
+"""``Engine``: the whole engine in one object and one process, for offline use and for embedding.
+
+Puts together input checking, the core and output processing; knows neither model, ops nor tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nemo_engine.completions import OutputProcessor, UserRequest
+from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.core import EngineCore
+from nemo_engine.inputs import EncodedPrompt, InputProcessor, Prompt
+from nemo_engine.ledger import Ledger
+from nemo_engine.outputs import RequestOutput
+from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
+from nemo_engine.scheduler import SchedulerStats
+from nemo_engine.text import Tokenizer, load_tokenizer, render_chat
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+Message = Mapping[str, Any]
+
+
+class Engine:
+    """Generates text or token ids with one model.
+
+    ``model`` is a directory (Hugging Face or Mistral format), a Hub repository id, or "nemo-tiny", the bundled model.
+    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``TypeError``.
+
+    Methods may be called from any thread; calls of several threads share the steps. Use it as a context manager, or call
+    ``close()``, to give all memory back.
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        self.config = EngineConfig(**options)
+        self.ledger = Ledger()
+        self._core = EngineCore.start(model, self.config, self.ledger)
+        self._is_closed = False
+        self._lock = threading.RLock()
+        self._num_requests = 0
+        self._ready: list[RequestOutput] = []  # of add_request, for step()
+        self.model_config: ModelConfig = self._core.model_config
+        self.max_model_len: int = self._core.scheduler.max_model_len
+        self.tokenizer: Tokenizer | None = None
+        if not self.config.skip_tokenizer_init:
+            with self.ledger.stage("load tokenizer"):
+                self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self._core.model_path))
+        self._inputs = InputProcessor(self.model_config, self.config, self.tokenizer)
+        self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
+        self.ledger.log()
+
+    # ---- whole calls
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, progress: bool = False
+    ) -> list[RequestOutput]:
+        """Complete one prompt or a list of them; returns the final outputs in the order of the prompts.
+
+        A prompt is a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``. ``sampling_params`` is one for all or
+        one per prompt. ``progress`` shows a bar. Raises ``ValueError`` for bad input before anything is computed; a
+        request that fails while it runs has finish reason "error", and the others are not disturbed.
+        """
+        encoded = self._encode_prompts(prompts)
+        return self._run(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=False), progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        strict: bool = False,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or a list of them; returns the final outputs in that order.
+
+        Messages are OpenAI's: ``{"role": "user", "content": "..."}``. The default temperature is 0.3, as NeMo's makers
+        recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the official
+        template refuses, rather than merging neighbouring messages of one role.
+        """
+        options = _ChatOptions(tools, add_generation_prompt, continue_final_message, strict)
+        encoded = self._encode_conversations(messages, options)
+        return self._run(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=True), progress)
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
+        """As ``generate``, but yields deltas as they come, those of several prompts interleaved.
+
+        ``request_id`` is the index of the prompt in the list, as text. The texts of one completion, joined, equal its
+        final text. Dropping the iterator aborts what is unfinished.
+        """
+        encoded = self._encode_prompts(prompts)
+        return self._stream(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=False))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        strict: bool = False,
+    ) -> Iterator[RequestOutput]:
+        """As ``chat``, but yields deltas like ``stream``."""
+        options = _ChatOptions(tools, add_generation_prompt, continue_final_message, strict)
+        encoded = self._encode_conversations(messages, options)
+        return self._stream(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=True))
+
+    # ---- request by request, for embedders
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> None:
+        """Queue one request; its outputs come from ``step()``, as ``sampling_params.output_kind`` says.
+
+        Raises ``ValueError`` for bad input, an id in use, or a request that could never finish.
+        """
+        if not isinstance(request_id, str) or not request_id:
+            raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
+        params = self._inputs.effective_params(sampling_params)
+        with self._lock:
+            self._add(request_id, self._inputs.encode(prompt), params, params.output_kind, self._ready, priority)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step for all requests; returns the new outputs of those that ``add_request`` queued."""
+        with self._lock:
+            self._advance()
+            ready = self._ready[:]
+            self._ready.clear()
+            return ready
+
+    def abort(self, request_id: str | Sequence[str]) -> None:
+        """End requests that ``add_request`` queued; ids that are not known (any more) are passed over.
+
+        What they had comes from the next ``step()``, with finish reason "abort".
+        """
+        with self._lock:
+            for one in [request_id] if isinstance(request_id, str) else request_id:
+                self._outputs.abort(one)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether ``step()`` still has something to do or to return."""
+        with self._lock:
+            return bool(self._ready) or len(self._outputs) > 0
+
+    # ---- the engine itself
+
+    def stats(self) -> SchedulerStats:
+        """Requests and pages at this moment, and totals since the start."""
+        with self._lock:
+            return self._core.scheduler.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running requests are not disturbed."""
+        with self._lock:
+            self._core.scheduler.kv.pool.forget_all()
+
+    def close(self) -> None:
+        """End all requests and give all memory back. May be called twice; any other call then raises RuntimeError."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._core.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- inside
+
+    def _encode_prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[EncodedPrompt]:
+        if isinstance(prompts, (str, Mapping)):
+            return [self._inputs.encode(prompts)]
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
+        return [self._inputs.encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+
+    def _encode_conversations(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], options: _ChatOptions
+    ) -> list[EncodedPrompt]:
+        if self.tokenizer is None:
+            raise ValueError("chat needs a tokenizer, and this engine has none: use generate with prompt_token_ids")
+        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+            raise ValueError(f"messages must be a list of messages, got {messages!r}")
+        is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
+        conversations: Sequence[Any] = messages if is_many else [messages]
+        return [
+            EncodedPrompt(None, render_chat(self.tokenizer, conversation, **options.as_dict()))
+            for conversation in conversations
+        ]
+
+    def _params_per_prompt(self, params: Params, count: int, *, is_chat: bool) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [self._inputs.effective_params(params, is_chat=is_chat)] * count
+        if not isinstance(params, Sequence):
+            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
+        if len(params) != count:
+            raise ValueError(f"sampling_params must be one, or one per prompt ({count}), got {len(params)}")
+        return [self._inputs.effective_params(one, is_chat=is_chat) for one in params]
+
+    def _run(self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool) -> list[RequestOutput]:
+        sinks, ids = self._add_all(prompts, params, RequestOutputKind.FINAL_ONLY)
+        try:
+            with _ProgressBar(len(ids) if progress else 0) as bar:
+                while not all(sinks):
+                    with self._lock:
+                        self._advance()
+                    bar.update(sum(map(bool, sinks)))
+        finally:
+            self.abort(ids)
+        return [sink[0] for sink in sinks]
+
+    def _stream(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
+        sinks, ids = self._add_all(prompts, params, RequestOutputKind.DELTA)
+        return self._drain(sinks, ids)
+
+    def _drain(self, sinks: list[list[RequestOutput]], ids: list[str]) -> Iterator[RequestOutput]:
+        num_open = len(ids)
+        try:
+            while num_open:
+                with self._lock:
+                    self._advance()
+                for index, sink in enumerate(sinks):
+                    while sink:
+                        output = sink.pop(0)
+                        output.request_id = str(index)
+                        num_open -= output.finished
+                        yield output
+        finally:
+            self.abort(ids)
+
+    def _add_all(
+        self, prompts: list[EncodedPrompt], params: list[SamplingParams], kind: RequestOutputKind
+    ) -> tuple[list[list[RequestOutput]], list[str]]:
+        """Queue all or, if one is refused, none."""
+        sinks: list[list[RequestOutput]] = [[] for _ in prompts]
+        ids: list[str] = []
+        with self._lock:
+            try:
+                for index, (prompt, own, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
+                    self._num_requests += 1
+                    request_id = f"{self._num_requests - 1}"
+                    while request_id in self._outputs:
+                        request_id += "'"
+                    try:
+                        self._add(request_id, prompt, own, kind, sink)
+                    except ValueError as error:
+                        raise ValueError(f"prompts[{index}]: {error}" if len(prompts) > 1 else str(error)) from None
+                    ids.append(request_id)
+            except BaseException:
+                self.abort(ids)
+                raise
+        return sinks, ids
+
+    def _add(
+        self,
+        request_id: str,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        kind: RequestOutputKind,
+        sink: list[RequestOutput],
+        priority: int = 0,
+    ) -> None:
+        self._check_open()
+        if request_id in self._outputs:
+            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)  # refuses what cannot finish
+        user = UserRequest(request_id, prompt, params, kind, sink)
+        requests = self._inputs.requests(request_id, prompt, params, priority)
+        for request in requests:
+            self._core.scheduler.add(request)
+        self._outputs.add(user, requests)
+
+    def _advance(self) -> None:
+        self._check_open()
+        committed = self._core.step()
+        if committed is not None:
+            self._outputs.process(committed)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the engine is closed")
+
+
+class _ChatOptions:
+    """The arguments of ``chat`` that say how a conversation is rendered."""
+
+    def __init__(
+        self,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        strict: bool,
+    ) -> None:
+        self._values = {
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "strict": strict,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        return self._values
+
+
+class _ProgressBar:
+    """A tqdm bar over finished requests; ``total`` 0 shows none."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        if total:
+            try:
+                from tqdm.auto import tqdm
+            except ImportError:
+                warnings.warn("progress needs tqdm: pip install tqdm", stacklevel=4)
+            else:
+                self._bar = tqdm(total=total, desc="requests", unit="request")
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def update(self, num_done: int) -> None:
+        if self._bar is not None and num_done > self._bar.n:
+            self._bar.update(num_done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

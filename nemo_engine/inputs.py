@@ -1,0 +1,150 @@
+"""Turns what a user passes in (prompts, messages, sampling parameters) into checked scheduler requests.
+
+Every check that needs the vocabulary, the tokenizer or the engine's limits is made here, before anything is queued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, TypeAlias
+
+from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.scheduler import Request
+from nemo_engine.text import Tokenizer
+
+Prompt: TypeAlias = str | Mapping[str, Any]
+
+CHAT_TEMPERATURE = 0.3  # recommended by the makers of NeMo
+CHAT_MAX_TOKENS = 1024  # of ``chat`` without sampling parameters
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as token ids, with the text it came from if it was text."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+class InputProcessor:
+    """Checks and encodes. Stateless but for the count of requests, from which unseeded requests get their noise."""
+
+    def __init__(self, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
+        self._vocab_size = model_config.vocab_size
+        self._eos_token_ids = frozenset(model_config.eos_token_ids)
+        self._config = config
+        self._tokenizer = tokenizer
+        self._num_seeds = 0
+
+    def encode(self, prompt: Prompt, name: str = "prompt") -> EncodedPrompt:
+        """Encode a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``; errors call it ``name``."""
+        if isinstance(prompt, str):
+            return self._encode_text(prompt, name)
+        if not isinstance(prompt, Mapping):
+            raise ValueError(f'{name} must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, got {prompt!r}')
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        if unknown:
+            raise ValueError(f"{name} has unknown keys {sorted(map(str, unknown))}: it takes prompt and prompt_token_ids")
+        if prompt.get("prompt_token_ids") is not None:
+            text = prompt.get("prompt")
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f'{name}["prompt"] must be a string, got {text!r}')
+            return EncodedPrompt(text, self.check_ids(prompt["prompt_token_ids"], f'{name}["prompt_token_ids"]'))
+        if not isinstance(prompt.get("prompt"), str):
+            raise ValueError(f"{name} needs prompt (a string) or prompt_token_ids (a list of ids), got {dict(prompt)!r}")
+        return self._encode_text(prompt["prompt"], name)
+
+    def check_ids(self, token_ids: object, name: str) -> list[int]:
+        """``token_ids`` as a list of ints within the vocabulary, not empty."""
+        if isinstance(token_ids, (str, bytes, Mapping)) or not isinstance(token_ids, Iterable):
+            raise ValueError(f"{name} must be a list of token ids, got {token_ids!r}")
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
+        if not ids:
+            raise ValueError(f"{name} must not be empty")
+        for index, token_id in enumerate(ids):
+            if type(token_id) is not int:
+                raise ValueError(f"{name}[{index}] must be an integer, got {token_id!r}")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            index = next(i for i, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)
+            raise ValueError(f"{name}[{index}] must be in [0, {self._vocab_size - 1}], got {ids[index]}")
+        return ids
+
+    def effective_params(self, params: SamplingParams | None, *, is_chat: bool = False) -> SamplingParams:
+        """Fill in the defaults of the call, and check what depends on the model and the tokenizer."""
+        if params is None:
+            params = SamplingParams(max_tokens=CHAT_MAX_TOKENS) if is_chat else SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be a SamplingParams, got {params!r}")
+        if is_chat and params.is_temperature_default:
+            params = dataclasses.replace(params, temperature=CHAT_TEMPERATURE)
+        limit = self._config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and limit != -1:
+                asked = self._vocab_size if value == -1 else value
+                if asked > limit:
+                    raise ValueError(f"{name} must be at most max_logprobs ({limit}), got {value} ({asked} per position)")
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
+            for token_id in getattr(params, name) or ():
+                if token_id >= self._vocab_size:
+                    raise ValueError(f"{name} must hold ids in [0, {self._vocab_size - 1}], got {token_id}")
+        if self._tokenizer is None:
+            for name in ("stop", "bad_words"):
+                if getattr(params, name):
+                    raise ValueError(f"{name} needs a tokenizer, and this engine has none: use token ids")
+        return params
+
+    def requests(
+        self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0
+    ) -> list[Request]:
+        """The ``n`` scheduler requests of one user request; ``params`` are effective ones.
+
+        They share the prompt's pages: through the prefix cache, or with that turned off under a salt of their own.
+        """
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise ValueError(f"priority must be an integer, got {priority!r}")
+        if priority != 0 and self._config.scheduling_policy != "priority":
+            raise ValueError(f'priority needs scheduling_policy="priority", got priority {priority}')
+        bad_words: Sequence[tuple[int, ...]] = ()
+        if params.bad_words:
+            assert self._tokenizer is not None
+            bad_words = self._tokenizer.encode_bad_words(params.bad_words)
+        if params.seed is None:
+            self._num_seeds += 1
+        salt = b""
+        if params.n > 1 and not self._config.enable_prefix_caching:
+            salt = blake2b(f"{request_id}\0{self._num_seeds}".encode(), digest_size=16).digest()
+        siblings = []
+        for index in range(params.n):
+            # Prompt log-probabilities are the same for all siblings: the first one computes them.
+            own = params if index == 0 or params.prompt_logprobs is None else dataclasses.replace(params, prompt_logprobs=None)
+            siblings.append(
+                Request(
+                    request_id if params.n == 1 else f"{request_id}#{index}",
+                    prompt.token_ids,
+                    own,
+                    seed=self._seed(params.seed, index),
+                    eos_token_ids=self._eos_token_ids,
+                    bad_words_token_ids=tuple(bad_words),
+                    priority=priority,
+                    cache_salt=salt,
+                )
+            )
+        return siblings
+
+    def _seed(self, seed: int | None, index: int) -> int:
+        if seed is not None:
+            return (seed + index) % 2**64
+        digest = blake2b(f"{self._config.seed} {self._num_seeds} {index}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    def _encode_text(self, text: str, name: str) -> EncodedPrompt:
+        if self._tokenizer is None:
+            raise ValueError(f'{name} is text, and this engine has no tokenizer: pass {{"prompt_token_ids": [...]}}')
+        if not text:
+            raise ValueError(f"{name} must not be empty")
+        return EncodedPrompt(text, self.check_ids(self._tokenizer.encode(text), name))

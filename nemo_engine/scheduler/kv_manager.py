@@ -1,0 +1,108 @@
+"""Gives requests their pages: prefix matching, allocation, and what of a request goes into the prefix cache."""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+
+from nemo_engine.scheduler.page_pool import PagePool
+from nemo_engine.scheduler.request import Request
+
+_HASH_BYTES = 16
+
+
+class KVManager:
+    """Maps positions of requests to pages of ``page_size`` tokens.
+
+    With ``enable_prefix_caching`` off, only requests of one non-empty ``cache_salt`` (the completions of one prompt)
+    share pages.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool) -> None:
+        self.pool = PagePool(num_pages)
+        self.page_size = page_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        """Pages that hold the keys and values of ``num_tokens`` tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def admit(self, request: Request) -> bool:
+        """Give ``request`` pages for all its tokens, as many as possible from the cache, or change nothing.
+
+        Sets ``num_computed_tokens`` to what the cached pages hold. The last token is never taken from the cache: its
+        logits are needed. On failure ``pages_wanted`` says how many free pages it takes.
+        """
+        num_tokens = len(request.token_ids)
+        reads_cache = self._reads_cache(request)
+        matched = self._match(request) if reads_cache else []
+        num_new = self.num_pages_for(num_tokens) - len(matched)
+        wanted = num_new + sum(map(self.pool.is_free, matched))
+        if wanted > self.pool.num_free:
+            request.pages_wanted = wanted
+            return False
+        self.pool.share(matched)
+        request.pages = matched + self.pool.allocate(num_new)
+        request.num_computed_tokens = len(matched) * self.page_size
+        request.num_hashed_pages = len(matched)
+        if reads_cache:
+            self.num_queried_tokens += num_tokens
+            self.num_hit_tokens += request.num_computed_tokens
+        return True
+
+    def append_page(self, request: Request) -> int | None:
+        """Add one page to a request that has filled its last; None if no page is free."""
+        if self.pool.num_free == 0:
+            return None
+        (page,) = self.pool.allocate(1)
+        request.pages.append(page)
+        return page
+
+    def cache_pages(self, request: Request, num_computed_tokens: int) -> None:
+        """Offer the full pages among the first ``num_computed_tokens`` tokens, all known, to the prefix cache."""
+        num_full = num_computed_tokens // self.page_size
+        if num_full > request.num_hashed_pages and self._writes_cache(request):
+            self._extend_hashes(request, num_full)
+            for index in range(request.num_hashed_pages, num_full):
+                self.pool.remember(request.pages[index], request.page_hashes[index])
+            request.num_hashed_pages = num_full
+
+    def free(self, request: Request) -> None:
+        """Take all pages from ``request``; what they hold stays findable until they are handed out again."""
+        self.pool.release(request.pages)
+        request.pages = []
+        request.num_hashed_pages = 0
+
+    def discard(self, request: Request) -> None:
+        """As ``free``, and forget what the pages hold: the content of a failed request must not be reused."""
+        for page in request.pages:
+            self.pool.forget(page)
+        self.free(request)
+
+    def _writes_cache(self, request: Request) -> bool:
+        return self.enable_prefix_caching or bool(request.cache_salt)
+
+    def _reads_cache(self, request: Request) -> bool:
+        # Prompt log-probabilities need the logits of every prompt position, so all of them are computed.
+        return self._writes_cache(request) and request.params.prompt_logprobs is None
+
+    def _match(self, request: Request) -> list[int]:
+        num_full = (len(request.token_ids) - 1) // self.page_size
+        self._extend_hashes(request, num_full)
+        pages: list[int] = []
+        for page_hash in request.page_hashes[:num_full]:
+            page = self.pool.find(page_hash)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _extend_hashes(self, request: Request, num_pages: int) -> None:
+        """Continue the chain: hash(page) = BLAKE2b(hash of the page before it, its token ids)."""
+        hashes, size = request.page_hashes, self.page_size
+        for index in range(len(hashes), num_pages):
+            parent = hashes[-1] if hashes else blake2b(request.cache_salt, digest_size=_HASH_BYTES).digest()
+            content = array("i", request.token_ids[index * size : (index + 1) * size]).tobytes()
+            hashes.append(blake2b(parent + content, digest_size=_HASH_BYTES).digest())

@@ -1,0 +1,106 @@
+"""Owns which page of the KV cache is used by whom, and which content a page holds for the prefix cache.
+
+Pages are numbered 1 .. num_pages; page 0 is padding and never handed out. A page without users is *free* and keeps its
+content, findable by hash, until it is handed out again: the free list is in eviction order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+class PagePool:
+    """Reference counts, free list and content hashes of the pages. Every operation is O(1) per page.
+
+    The free list evicts first the pages that hold nothing findable, then the least recently used.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.peak_used = 0
+        self._num_users = [0] * (num_pages + 1)
+        self._hash_of: list[bytes | None] = [None] * (num_pages + 1)
+        self._page_of: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_pages + 1))
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be handed out now, those with cached content among them."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages whose content can be found by hash, in use or free."""
+        return len(self._page_of)
+
+    def find(self, page_hash: bytes) -> int | None:
+        """The page that holds the content of ``page_hash``, or None."""
+        return self._page_of.get(page_hash)
+
+    def is_free(self, page: int) -> bool:
+        """Whether nobody uses ``page``."""
+        return self._num_users[page] == 0
+
+    def allocate(self, count: int) -> list[int]:
+        """Hand out ``count`` pages with one user each; their content is forgotten. ``count`` must be at most num_free."""
+        assert count <= len(self._free), (count, len(self._free))
+        pages = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for page in pages:
+            self._num_users[page] = 1
+            self.forget(page)
+        self.peak_used = max(self.peak_used, self.num_pages - len(self._free))
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add one user to each page, taking it off the free list if nobody used it."""
+        for page in pages:
+            if self._num_users[page] == 0:
+                del self._free[page]
+            self._num_users[page] += 1
+        self.peak_used = max(self.peak_used, self.num_pages - len(self._free))
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Take one user off each page of one request, given in order of position.
+
+        The last pages of a prefix become evictable before the first ones, which more requests can share.
+        """
+        for page in reversed(pages):
+            users = self._num_users[page] - 1
+            assert users >= 0, f"page {page} released twice"
+            self._num_users[page] = users
+            if users == 0:
+                self._free[page] = None
+                if self._hash_of[page] is None:
+                    self._free.move_to_end(page, last=False)
+
+    def remember(self, page: int, page_hash: bytes) -> None:
+        """Make the content of ``page`` findable. Of two pages with one content, the first is the one that is found."""
+        if page_hash not in self._page_of and self._hash_of[page] is None:
+            self._page_of[page_hash] = page
+            self._hash_of[page] = page_hash
+
+    def forget(self, page: int) -> None:
+        """The content of ``page`` can no longer be found."""
+        page_hash = self._hash_of[page]
+        if page_hash is not None:
+            del self._page_of[page_hash]
+            self._hash_of[page] = None
+
+    def forget_all(self) -> None:
+        """Empty the prefix cache; pages in use stay with their users."""
+        for page in list(self._page_of.values()):
+            self.forget(page)
+
+    def check(self, page_lists: Iterable[Sequence[int]]) -> None:
+        """Assert that the books balance, given the pages of every running request. O(pages); for tests."""
+        users = [0] * (self.num_pages + 1)
+        for pages in page_lists:
+            assert len(set(pages)) == len(pages), "a request holds a page twice"
+            for page in pages:
+                assert 1 <= page <= self.num_pages, page
+                users[page] += 1
+        assert users == self._num_users, "user counts differ from the page tables"
+        assert set(self._free) == {page for page in range(1, self.num_pages + 1) if users[page] == 0}, "free list"
+        assert all(self._hash_of[page] == page_hash for page_hash, page in self._page_of.items()), "hash map"
+        assert len(self._page_of) == sum(page_hash is not None for page_hash in self._hash_of), "hash map size"

@@ -1,0 +1,95 @@
+"""One completion in the making, as the scheduler sees it: token ids, counts, pages. No text, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from nemo_engine.outputs import FinishReason
+from nemo_engine.sampling_params import SamplingParams
+
+
+class RequestStatus(Enum):
+    """WAITING holds no slot and no pages, RUNNING holds both, FINISHED neither, for good."""
+
+    WAITING = 0
+    RUNNING = 1
+    FINISHED = 2
+
+
+class Request:
+    """State of one completion. Written by the scheduler and its KV manager only; others read.
+
+    ``token_ids`` is the prompt followed by what has been generated. ``stop_token_ids`` end the request, the
+    end-of-sequence tokens among them (``eos_token_ids``), which leave ``stop_reason`` None.
+    ``cache_salt`` keeps pages apart: prefixes match only between requests of equal salt.
+    A larger ``priority`` is less urgent; ``max_total_tokens`` (prompt and output) is set when the scheduler takes the request.
+    """
+
+    __slots__ = (
+        "admitted_step", "arrival", "cache_salt", "decode_offset", "eos_token_ids", "error", "bad_words_token_ids",
+        "finish_reason", "max_total_tokens", "num_cached_tokens", "num_computed_tokens", "num_hashed_pages",
+        "num_preemptions", "num_prompt_tokens", "page_hashes", "pages", "pages_wanted", "params", "priority", "request_id",
+        "scheduled_ts", "seed", "serial", "slot", "status", "stop_reason", "stop_token_ids", "token_ids",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int = 0,
+        eos_token_ids: frozenset[int] = frozenset(),
+        bad_words_token_ids: tuple[tuple[int, ...], ...] = (),
+        priority: int = 0,
+        cache_salt: bytes = b"",
+    ) -> None:
+        self.request_id = request_id
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.params = params
+        self.seed = seed
+        self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self.stop_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
+        self.bad_words_token_ids = bad_words_token_ids
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.max_total_tokens = 0
+        self.arrival = 0
+        self.status = RequestStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.scheduled_ts: float | None = None
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        # While it runs:
+        self.slot = 0
+        self.serial = 0  # changes whenever the request leaves the running ones, so that noted events go stale
+        self.admitted_step = 0
+        self.num_computed_tokens = 0  # by launched steps; while it decodes, Scheduler.num_computed_tokens knows
+        self.decode_offset = 0  # while it decodes: position computed in a step, less the step's id
+        # Owned by the KV manager:
+        self.pages: list[int] = []
+        self.page_hashes: list[bytes] = []  # chain over the full pages of token_ids, as far as it was needed
+        self.num_hashed_pages = 0  # leading pages offered to the prefix cache
+        self.pages_wanted = 0  # free pages that the last failed admission lacked to succeed
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens, as a new list."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Sort key, most urgent first: priority, then arrival."""
+        return (self.priority, self.arrival)
+
+    def __repr__(self) -> str:
+        return f"Request({self.request_id!r}, {self.status.name}, {len(self.token_ids)} tokens, slot {self.slot})"
