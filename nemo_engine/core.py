@@ -5,11 +5,19 @@ Knows the scheduler and the runner, and nothing of models, kernels or text.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.ledger import Ledger
 from nemo_engine.scheduler import Committed, Scheduler
 from nemo_engine.step import StepPlan, StepResult
+
+
+_logger = logging.getLogger("nemo_engine")
 
 
 class Handle(Protocol):
@@ -42,22 +50,65 @@ class EngineCore:
         self.runner = runner
         self.depth = depth
         self._in_flight: deque[Handle] = deque()
+        self._interrupted: Committed | None = None
 
     def step(self) -> Committed | None:
-        """Launch the next step if there is one, and commit the oldest if ``depth`` are in flight or nothing was launched."""
+        """Launch the next step if there is one, and commit the oldest if ``depth`` are in flight or nothing was launched.
+
+        If the runner breaks (out of memory, say), the requests that were running end with an error and the engine lives
+        on. An interrupt (Ctrl-C) does the same to them and is passed on; the next step then reports them.
+        """
+        if self._interrupted is not None:
+            committed, self._interrupted = self._interrupted, None
+            return committed
         plan = self.scheduler.schedule()
-        if plan is not None:
-            self._in_flight.append(self.runner.launch(plan))
-        if self._in_flight and (plan is None or len(self._in_flight) >= self.depth):
-            return self.scheduler.commit(self._in_flight.popleft().result())
-        return None
+        try:
+            if plan is not None:
+                self._in_flight.append(self.runner.launch(plan))
+            if not self._in_flight or (plan is not None and len(self._in_flight) < self.depth):
+                return None
+            result = self._in_flight.popleft().result()
+        except BaseException as error:
+            self._in_flight.clear()
+            committed = self.scheduler.fail_running(f"the step failed: {type(error).__name__}: {error}")
+            if not isinstance(error, Exception):
+                self._interrupted = committed
+                raise
+            _logger.exception("a step failed; the %d requests that were running end with it", len(committed.finished))
+            return committed
+        return self.scheduler.commit(result)
 
     def has_work(self) -> bool:
         """Whether a request is unfinished or a step is in flight."""
-        return bool(self._in_flight) or self.scheduler.has_unfinished()
+        return bool(self._in_flight) or self._interrupted is not None or self.scheduler.has_unfinished()
 
     def close(self) -> None:
         """Wait for what is in flight and free the runner."""
         while self._in_flight:
             self._in_flight.popleft().result()
         self.runner.close()
+
+
+@dataclass(frozen=True, slots=True)
+class StartedCore:
+    """A core that is ready, and what its start found out about the model."""
+
+    core: EngineCore
+    model_config: ModelConfig
+    model_path: Path
+
+
+def start_core(model: str | Path, config: EngineConfig, ledger: Ledger) -> StartedCore:
+    """Load ``model`` and build runner, scheduler and core as ``config`` says."""
+    from nemo_engine.runner.startup import start_device_half  # brings torch in
+
+    half = start_device_half(model, config, ledger)
+    scheduler = Scheduler(
+        num_pages=half.num_pages,
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=half.max_model_len,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    return StartedCore(EngineCore(scheduler, half.runner, half.pipeline_depth), half.model_config, half.model_path)

@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_engine.completions import OutputProcessor, UserRequest
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.core import EngineCore
+from nemo_engine.core import start_core
 from nemo_engine.inputs import EncodedPrompt, InputProcessor, Prompt
 from nemo_engine.ledger import Ledger
 from nemo_engine.outputs import RequestOutput
@@ -39,17 +39,19 @@ class Engine:
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.config = EngineConfig(**options)
         self.ledger = Ledger()
-        self._core = EngineCore.start(model, self.config, self.ledger)
+        started = start_core(model, self.config, self.ledger)
+        self._core = started.core
         self._is_closed = False
         self._lock = threading.RLock()
         self._num_requests = 0
         self._ready: list[RequestOutput] = []  # of add_request, for step()
-        self.model_config: ModelConfig = self._core.model_config
+        self.model_config: ModelConfig = started.model_config
+        self.model_path: Path = started.model_path
         self.max_model_len: int = self._core.scheduler.max_model_len
         self.tokenizer: Tokenizer | None = None
         if not self.config.skip_tokenizer_init:
             with self.ledger.stage("load tokenizer"):
-                self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self._core.model_path))
+                self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self.model_path))
         self._inputs = InputProcessor(self.model_config, self.config, self.tokenizer)
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
@@ -85,8 +87,13 @@ class Engine:
         recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the official
         template refuses, rather than merging neighbouring messages of one role.
         """
-        options = _ChatOptions(tools, add_generation_prompt, continue_final_message, strict)
-        encoded = self._encode_conversations(messages, options)
+        encoded = self._encode_conversations(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            strict=strict,
+        )
         return self._run(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=True), progress)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
@@ -109,8 +116,13 @@ class Engine:
         strict: bool = False,
     ) -> Iterator[RequestOutput]:
         """As ``chat``, but yields deltas like ``stream``."""
-        options = _ChatOptions(tools, add_generation_prompt, continue_final_message, strict)
-        encoded = self._encode_conversations(messages, options)
+        encoded = self._encode_conversations(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            strict=strict,
+        )
         return self._stream(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=True))
 
     # ---- request by request, for embedders
@@ -187,7 +199,7 @@ class Engine:
         return [self._inputs.encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
 
     def _encode_conversations(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], options: _ChatOptions
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
     ) -> list[EncodedPrompt]:
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer, and this engine has none: use generate with prompt_token_ids")
@@ -196,7 +208,7 @@ class Engine:
         is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
         return [
-            EncodedPrompt(None, render_chat(self.tokenizer, conversation, **options.as_dict()))
+            EncodedPrompt(None, render_chat(self.tokenizer, conversation, **options))
             for conversation in conversations
         ]
 
@@ -222,10 +234,14 @@ class Engine:
         return [sink[0] for sink in sinks]
 
     def _stream(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
-        sinks, ids = self._add_all(prompts, params, RequestOutputKind.DELTA)
-        return self._drain(sinks, ids)
+        self._check_open()
+        for prompt, own in zip(prompts, params, strict=True):
+            self._check_fits(prompt, own)
+        return self._drain(prompts, params)
 
-    def _drain(self, sinks: list[list[RequestOutput]], ids: list[str]) -> Iterator[RequestOutput]:
+    def _drain(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
+        # Queued at the first next(): an iterator that is never started would otherwise never be aborted.
+        sinks, ids = self._add_all(prompts, params, RequestOutputKind.DELTA)
         num_open = len(ids)
         try:
             while num_open:
@@ -275,7 +291,7 @@ class Engine:
         self._check_open()
         if request_id in self._outputs:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)  # refuses what cannot finish
+        self._check_fits(prompt, params)
         user = UserRequest(request_id, prompt, params, kind, sink)
         requests = self._inputs.requests(request_id, prompt, params, priority)
         for request in requests:
@@ -288,30 +304,13 @@ class Engine:
         if committed is not None:
             self._outputs.process(committed)
 
+    def _check_fits(self, prompt: EncodedPrompt, params: SamplingParams) -> None:
+        """Refuse what could never finish, before any of its completions is queued."""
+        self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("the engine is closed")
-
-
-class _ChatOptions:
-    """The arguments of ``chat`` that say how a conversation is rendered."""
-
-    def __init__(
-        self,
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        strict: bool,
-    ) -> None:
-        self._values = {
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "strict": strict,
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        return self._values
 
 
 class _ProgressBar:

@@ -27,10 +27,34 @@ class Request:
     """
 
     __slots__ = (
-        "admitted_step", "arrival", "cache_salt", "decode_offset", "eos_token_ids", "error", "bad_words_token_ids",
-        "finish_reason", "max_total_tokens", "num_cached_tokens", "num_computed_tokens", "num_hashed_pages",
-        "num_preemptions", "num_prompt_tokens", "page_hashes", "pages", "pages_wanted", "params", "priority", "request_id",
-        "scheduled_ts", "seed", "serial", "slot", "status", "stop_reason", "stop_token_ids", "token_ids",
+        "admitted_step",
+        "arrival",
+        "bad_words_token_ids",
+        "cache_salt",
+        "decode_offset",
+        "eos_token_ids",
+        "error",
+        "finish_reason",
+        "max_total_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_hashed_pages",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "page_hashes",
+        "pages",
+        "pages_wanted",
+        "params",
+        "priority",
+        "request_id",
+        "scheduled_ts",
+        "seed",
+        "serial",
+        "slot",
+        "status",
+        "stop_reason",
+        "stop_token_ids",
+        "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -85,11 +109,6 @@ class Request:
     def output_token_ids(self) -> list[int]:
         """The generated tokens, as a new list."""
         return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def urgency(self) -> tuple[int, int]:
-        """Sort key, most urgent first: priority, then arrival."""
-        return (self.priority, self.arrival)
 
     def __repr__(self) -> str:
         return f"Request({self.request_id!r}, {self.status.name}, {len(self.token_ids)} tokens, slot {self.slot})"

@@ -4,10 +4,8 @@ Owns the request lists, the slots and, through the KV manager, the pages. Knows 
 
 There are no phases: a request has ``len(token_ids)`` known tokens and a count of computed ones, and a step spends a
 budget of tokens on closing the gap, running requests first. A running request is *prefilling* while more than one token
-is missing and then *decodes*, one token a step, in every step. So in a steady decode nothing about a request changes but
-the step's number: what it computes is ``step_id + decode_offset``, and the steps in which it needs a page or
-computes its last token are known when it starts to decode. They are noted in two calendars (step id -> requests), and a step in which
-nothing is due repeats the plan of the step before. Its cost is one append per request, done in C.
+is missing and then *decodes*, one token in every step. What the running requests need in which step is noted ahead (see
+``running``), so a step in which nothing is due repeats the plan of the step before, and costs one append per request, done in C.
 
 Steps may be scheduled before earlier ones are committed (overlap): the schedule depends on counts alone. What a later
 step computed for a request that turned out to have finished is dropped in ``commit``.
@@ -18,13 +16,14 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nemo_engine.outputs import FinishReason
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.repetition import ends_in_repetition
 from nemo_engine.scheduler.request import Request, RequestStatus
+from nemo_engine.scheduler.running import DecodeSet, RunningSet
 from nemo_engine.step import (
     TOKEN_ALL_MASKED,
     TOKEN_NOT_FINITE,
@@ -73,29 +72,17 @@ class SchedulerStats:
     total_prefix_hit_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _DecodeSet:
-    """The decoding requests in row order, and views of them that a step needs; replaced whole when one joins or leaves."""
-
-    requests: list[Request]
-    slots: tuple[int, ...]
-    token_lists: list[list[int]]
-
-    @classmethod
-    def of(cls, requests: Iterable[Request]) -> _DecodeSet:
-        members = list(requests)
-        return cls(members, tuple([r.slot for r in members]), [r.token_ids for r in members])
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step that has been planned and not committed."""
+@dataclass(slots=True)
+class _Step:
+    """A step while it is being planned, and then until it is committed."""
 
     step_id: int
-    decodes: _DecodeSet
-    prefills: list[tuple[Request, PrefillRow]]
+    decodes: DecodeSet
     last: list[Request]  # for these, the token of this step is the last that they may have
-    num_departures: int  # Scheduler._num_departures when it was planned
+    num_departures: int  # of the running set when the step was planned
+    budget: int  # tokens that it may still take
+    prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
+    fills: list[SlotFill] = field(default_factory=list)
 
 
 class Scheduler:
@@ -121,27 +108,16 @@ class Scheduler:
         assert max_num_batched_tokens >= max_num_seqs >= 1
         self.kv = KVManager(num_pages, page_size, enable_prefix_caching)
         self.max_model_len = max_model_len
-        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._waiting: list[tuple[int, int, Request]] = []  # heap; finished requests are dropped when they surface
         self._num_waiting = 0
-        self._prefilling: list[Request] = []
-        self._decoding: dict[Request, None] = {}
-        self._draining: set[Request] = set()  # running, last step launched
-        self._decode_set = _DecodeSet.of(())
-        self._is_decode_set_stale = False
-        self._free_slots = list(range(max_num_seqs, 0, -1))
-        self._launched: deque[_Launched] = deque()
+        self._running = RunningSet(max_num_seqs, page_size)
+        self._launched: deque[_Step] = deque()
         self._step_id = 0
         self._num_arrivals = 0
-        self._num_departures = 0  # times a running request stopped running other than by its planned end
         self._num_preemptions = 0
-        self._page_due: dict[int, list[tuple[Request, int]]] = {}  # step id -> (request, serial) that need a page then
-        self._last_due: dict[int, list[tuple[Request, int]]] = {}  # step id -> those that compute their last token
-        self._stop_ids: dict[int, int] = {}  # stop token id -> number of running requests that have it
-        self._num_watched = 0  # running requests with repetition detection
 
     # ---- requests come and go
 
@@ -190,13 +166,9 @@ class Scheduler:
         """Whether any request waits or runs."""
         return bool(self._requests)
 
-    def has_launched(self) -> bool:
-        """Whether a planned step has not been committed."""
-        return bool(self._launched)
-
     def num_computed_tokens(self, request: Request) -> int:
         """Tokens of ``request`` whose keys and values the launched steps compute."""
-        if request in self._decoding:
+        if self._running.is_decoding(request):
             return self._step_id + request.decode_offset + 1
         return request.num_computed_tokens
 
@@ -204,7 +176,7 @@ class Scheduler:
         """Counts as of now."""
         pool = self.kv.pool
         return SchedulerStats(
-            num_running=self._num_running,
+            num_running=len(self._running),
             num_waiting=self._num_waiting,
             num_pages=pool.num_pages,
             num_free_pages=pool.num_free,
@@ -219,43 +191,37 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
+        running = self._running
         step_id = self._step_id + 1
-        num_preemptions = self._num_preemptions
-        new_pages = self._grow(step_id) if step_id in self._page_due else ()
-        if self._is_decode_set_stale:
-            self._decode_set = _DecodeSet.of(self._decoding)
-            self._is_decode_set_stale = False
-        decodes = self._decode_set
-        last: list[Request] = []
-        if step_id in self._last_due:
-            last = [r for r, serial in self._last_due.pop(step_id) if r.serial == serial]
-            for request in last:
-                self._drain(request, step_id + request.decode_offset + 1)
-        prefills: list[tuple[Request, PrefillRow]] = []
-        fills: list[SlotFill] = []
+        num_departures = running.num_departures
+        new_pages = self._grow(step_id)
+        has_preempted = running.num_departures != num_departures
+        decodes = running.decode_set
         budget = self._max_num_batched_tokens - len(decodes.slots)
-        if self._prefilling:
-            budget = self._continue_prefills(step_id, budget, prefills, last)
-        if self._num_waiting and self._num_preemptions == num_preemptions:
-            self._admit(step_id, budget, prefills, last, fills)
-        if not decodes.slots and not prefills:
+        step = _Step(step_id, decodes, running.take_last_due(step_id), running.num_departures, budget)
+        if running.prefilling:
+            for request in running.prefilling[:]:
+                if step.budget > 0:
+                    self._prefill(request, step)
+        if self._num_waiting and not has_preempted:
+            self._admit(step)
+        if not decodes.slots and not step.prefills:
             return None
         self._step_id = step_id
-        self._launched.append(_Launched(step_id, decodes, prefills, last, self._num_departures))
-        return StepPlan(step_id, decodes.slots, tuple([row for _, row in prefills]), tuple(fills), tuple(new_pages))
+        self._launched.append(step)
+        rows = tuple([row for _, row in step.prefills])
+        return StepPlan(step_id, decodes.slots, rows, tuple(step.fills), tuple(new_pages))
 
     def _grow(self, step_id: int) -> list[tuple[int, int, int]]:
         """Give a page to every decoding request that starts one in this step, the most urgent first."""
-        due = [r for r, serial in self._page_due.pop(step_id) if r.serial == serial]
-        due.sort(key=lambda r: r.urgency)
         new_pages: list[tuple[int, int, int]] = []
-        for request in due:
-            if request not in self._decoding:  # preempted a moment ago
+        for request in self._running.take_page_due(step_id):
+            if not self._running.is_decoding(request):  # preempted a moment ago
                 continue
             self.kv.cache_pages(request, min(step_id + request.decode_offset, len(request.token_ids)))
             page = self.kv.append_page(request)
             while page is None:
-                victim = max([*self._decoding, *self._prefilling], key=lambda r: r.urgency)
+                victim = self._running.least_urgent()
                 self._preempt(victim)
                 if victim is request:
                     break
@@ -263,27 +229,12 @@ class Scheduler:
                 page = self.kv.append_page(request)
             else:
                 new_pages.append((request.slot, len(request.pages) - 1, page))
-                self._note_next_page(request)
+                self._running.note_next_page(request)
         return new_pages
 
-    def _continue_prefills(
-        self, step_id: int, budget: int, prefills: list[tuple[Request, PrefillRow]], last: list[Request]
-    ) -> int:
-        for request in list(self._prefilling):
-            if budget == 0:
-                break
-            budget -= self._prefill(request, step_id, budget, prefills, last)
-        return budget
-
-    def _admit(
-        self,
-        step_id: int,
-        budget: int,
-        prefills: list[tuple[Request, PrefillRow]],
-        last: list[Request],
-        fills: list[SlotFill],
-    ) -> None:
-        while self._waiting and self._free_slots and budget > 0:
+    def _admit(self, step: _Step) -> None:
+        """Let waiting requests in, in order, as long as slots, pages and budget last."""
+        while self._waiting and self._running.has_free_slot and step.budget > 0:
             request = self._waiting[0][2]
             if request.status is RequestStatus.FINISHED:
                 heapq.heappop(self._waiting)
@@ -292,8 +243,12 @@ class Scheduler:
                 break
             heapq.heappop(self._waiting)
             self._num_waiting -= 1
-            self._start(request, step_id)
-            fills.append(
+            request.pages_wanted = 0
+            if request.scheduled_ts is None:
+                request.scheduled_ts = self._clock()
+                request.num_cached_tokens = request.num_computed_tokens
+            self._running.enter(request, step.step_id)
+            step.fills.append(
                 SlotFill(
                     slot=request.slot,
                     token_ids=request.token_ids[:],
@@ -306,61 +261,19 @@ class Scheduler:
                     bad_words_token_ids=request.bad_words_token_ids,
                 )
             )
-            budget -= self._prefill(request, step_id, budget, prefills, last)
+            self._prefill(request, step)
 
-    def _start(self, request: Request, step_id: int) -> None:
-        request.status = RequestStatus.RUNNING
-        request.slot = self._free_slots.pop()
-        request.admitted_step = step_id
-        request.pages_wanted = 0
-        if request.scheduled_ts is None:
-            request.scheduled_ts = self._clock()
-            request.num_cached_tokens = request.num_computed_tokens
-        self._prefilling.append(request)
-        for token_id in request.stop_token_ids:
-            self._stop_ids[token_id] = self._stop_ids.get(token_id, 0) + 1
-        self._num_watched += request.params.repetition_detection is not None
-
-    def _prefill(
-        self, request: Request, step_id: int, budget: int, prefills: list[tuple[Request, PrefillRow]], last: list[Request]
-    ) -> int:
-        """Plan the next chunk of ``request``; returns the number of tokens it takes."""
+    def _prefill(self, request: Request, step: _Step) -> None:
+        """Plan the next chunk of ``request``, as far as the budget goes."""
         start = request.num_computed_tokens
-        count = min(budget, len(request.token_ids) - start)
-        end = start + count
-        request.num_computed_tokens = end
+        count = min(step.budget, len(request.token_ids) - start)
+        end = request.num_computed_tokens = start + count
+        step.budget -= count
         self.kv.cache_pages(request, end)
         is_complete = end == len(request.token_ids)
-        prefills.append((request, PrefillRow(request.slot, start, count, is_complete)))
-        if is_complete:
-            self._prefilling.remove(request)
-            if end >= request.max_total_tokens - 1:
-                last.append(request)
-                self._draining.add(request)
-            else:
-                self._start_decoding(request, step_id)
-        return count
-
-    def _start_decoding(self, request: Request, step_id: int) -> None:
-        request.decode_offset = request.num_computed_tokens - (step_id + 1)
-        self._decoding[request] = None
-        self._is_decode_set_stale = True
-        # The last token is sampled from the position before the last, max_total_tokens - 2.
-        due = request.max_total_tokens - 2 - request.decode_offset
-        self._last_due.setdefault(due, []).append((request, request.serial))
-        self._note_next_page(request)
-
-    def _note_next_page(self, request: Request) -> None:
-        position = len(request.pages) * self.kv.page_size
-        if position <= request.max_total_tokens - 2:
-            self._page_due.setdefault(position - request.decode_offset, []).append((request, request.serial))
-
-    def _drain(self, request: Request, num_computed_tokens: int) -> None:
-        """The last step of ``request`` is planned: it keeps slot and pages until that is committed."""
-        del self._decoding[request]
-        self._is_decode_set_stale = True
-        request.num_computed_tokens = num_computed_tokens
-        self._draining.add(request)
+        step.prefills.append((request, PrefillRow(request.slot, start, count, is_complete)))
+        if is_complete and self._running.end_prefill(request, step.step_id):
+            step.last.append(request)
 
     # ---- a step comes back
 
@@ -374,9 +287,9 @@ class Scheduler:
         assert len(token_ids) == len(requests), (len(token_ids), len(requests))
         committed = Committed(prefilled=[request for request in samplers if self._is_current(request, step)])
         is_plain = (
-            step.num_departures == self._num_departures
-            and self._num_watched == 0
-            and self._stop_ids.keys().isdisjoint(token_ids)
+            step.num_departures == self._running.num_departures
+            and self._running.num_watched == 0
+            and self._running.stop_token_ids.isdisjoint(token_ids)
             and (not token_ids or min(token_ids) >= 0)
         )
         if is_plain:
@@ -399,7 +312,7 @@ class Scheduler:
         return committed
 
     def _commit_one_by_one(
-        self, step: _Launched, requests: list[Request], result: StepResult, committed: Committed
+        self, step: _Step, requests: list[Request], result: StepResult, committed: Committed
     ) -> None:
         for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
             if not self._is_current(request, step):
@@ -422,17 +335,24 @@ class Scheduler:
                 self._end(request, "repetition")
                 committed.finished.append(request)
 
+    def fail_running(self, message: str) -> Committed:
+        """A launched step broke: end every running request with an error, and forget all launched steps.
+
+        Nothing that these requests' pages hold is trusted; waiting requests are not touched.
+        """
+        self._launched.clear()
+        committed = Committed(finished=self._running.requests())
+        for request in committed.finished:
+            request.error = message
+            self._end(request, "error")
+        return committed
+
     @staticmethod
-    def _is_current(request: Request, step: _Launched) -> bool:
+    def _is_current(request: Request, step: _Step) -> bool:
         """Whether what ``step`` computed for ``request`` counts: it has neither finished nor been preempted since."""
         return request.status is RequestStatus.RUNNING and request.admitted_step <= step.step_id
 
-    # ---- leaving the running ones
-
-    @property
-    def _num_running(self) -> int:
-        return len(self._decoding) + len(self._prefilling) + len(self._draining)
-
+    # ---- leaving
     def _enqueue(self, request: Request) -> None:
         heapq.heappush(self._waiting, (request.priority, request.arrival, request))
         self._num_waiting += 1
@@ -454,7 +374,7 @@ class Scheduler:
         del self._requests[request.request_id]
 
     def _leave(self, request: Request, is_failed: bool = False) -> None:
-        """Give back slot and pages. Steps in flight may still write to them: later steps run after those."""
+        """Give back pages and slot. Steps in flight may still write to them: later steps run after those."""
         if is_failed:
             self.kv.discard(request)
         else:
@@ -462,33 +382,14 @@ class Scheduler:
             num_known = len(request.token_ids) - 1
             self.kv.cache_pages(request, min(self.num_computed_tokens(request), num_known))
             self.kv.free(request)
-        if request in self._decoding:
-            del self._decoding[request]
-            self._is_decode_set_stale = True
-        elif request in self._draining:
-            self._draining.remove(request)
-        else:
-            self._prefilling.remove(request)
-        request.serial += 1
-        self._num_departures += 1
-        self._free_slots.append(request.slot)
-        for token_id in request.stop_token_ids:
-            self._stop_ids[token_id] -= 1
-            if self._stop_ids[token_id] == 0:
-                del self._stop_ids[token_id]
-        self._num_watched -= request.params.repetition_detection is not None
+        self._running.leave(request)
 
     def check(self) -> None:
         """Assert the invariants of pages, slots and lists. O(everything); for tests."""
-        running = [*self._decoding, *self._prefilling, *self._draining]
+        running = self._running.requests()
+        self._running.check()
         self.kv.pool.check(request.pages for request in running)
-        slots = [request.slot for request in running]
-        assert len(set(slots)) == len(slots) and not set(slots) & set(self._free_slots)
-        assert len(slots) + len(self._free_slots) == self._max_num_seqs
         for request in running:
-            assert request.status is RequestStatus.RUNNING
             assert len(request.pages) * self.kv.page_size >= self.num_computed_tokens(request)
             assert len(request.token_ids) <= request.max_total_tokens
         assert len(self._requests) == len(running) + self._num_waiting
-        if not running:
-            assert not self._stop_ids and self._num_watched == 0

@@ -1,0 +1,51 @@
+# nemo_engine: from a fresh clone, `make demo` and `make test` are all there is to do.
+# A target sets up what it needs in .venv first; a second run finds it there.
+
+VENV   ?= .venv
+# What is installed where no suitable version is present yet. On Linux an index's plain torch is the CUDA build (gigabytes);
+# for the small CPU build give pip its index as well: make demo TORCH="torch==2.13.0 --index-url ...".
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.6.0
+PYTHON ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+SETUP := TORCH="$(TORCH)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" .ci/setup $(VENV)
+SETUP_FILES := pyproject.toml setup.py .ci/setup .ci/missing.py
+CODE := nemo_engine $(wildcard kernels) tests examples benchmarks setup.py .ci/missing.py
+
+# A stamp for each set of packages: the package itself, with what the tests need, with the checking tools.
+.PRECIOUS: $(VENV)/.installed-%
+.PHONY: help demo test check format clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@echo "nemo_engine. Targets:"
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '%-14s %s\n' "$$t" "$$d"; done
+	@echo "Variables: PYTHON (interpreter), VENV (.venv), TORCH ($(TORCH)), TRITON ($(TRITON)), PYTEST_ARGS (-k ..., a path)"
+
+$(VENV)/.installed-%: $(SETUP_FILES)
+	@$(SETUP) $(filter-out base,$*)
+	@touch $@
+
+demo: $(VENV)/.installed-base  ## install, then stream text for several prompts at once out of the bundled model
+	@$(BIN)/nemo-engine demo
+
+test: $(VENV)/.installed-test  ## install, then run the test suite
+	@echo "[test] $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)"
+	@$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev  ## format, lint, types, layering
+	@echo "[check] format";   $(BIN)/ruff format --check $(CODE)
+	@echo "[check] lint";     $(BIN)/ruff check $(CODE)
+	@echo "[check] types";    $(BIN)/mypy nemo_engine
+	@echo "[check] layering"; $(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(VENV)/.installed-dev  ## rewrite the code in the project's format, and fix what lint can fix
+	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/ruff check --fix $(CODE)
+
+clean:  ## remove build outputs and caches; .venv stays
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	@echo "[clean] removed build outputs and caches; $(VENV) is kept (rm -rf $(VENV) removes it)"

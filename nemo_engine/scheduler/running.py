@@ -1,0 +1,168 @@
+"""The requests that hold a slot: which of them prefill, decode or drain, and in which step something is due for them.
+
+A decoding request computes one token in every step, position ``step_id + decode_offset``. So the steps in which it needs a
+page or computes its last token are known when it starts to decode; they are noted in two calendars, and a step in which
+nothing is due costs nothing per request. A noted event is void once the request's ``serial`` has moved on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, KeysView
+from dataclasses import dataclass
+
+from nemo_engine.scheduler.request import Request, RequestStatus
+
+_Calendar = dict[int, list[tuple[Request, int]]]  # step id -> (request, its serial when the event was noted)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSet:
+    """The decoding requests in row order, and the views of them that a step needs; replaced whole when one joins or leaves."""
+
+    requests: list[Request]
+    slots: tuple[int, ...]
+    token_lists: list[list[int]]
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> DecodeSet:
+        """Views of ``requests`` as of now."""
+        members = list(requests)
+        return cls(members, tuple([r.slot for r in members]), [r.token_ids for r in members])
+
+
+class RunningSet:
+    """Slots and the requests in them. A request is *prefilling* until the step that computes all its known tokens is
+    planned, then *decoding*, and *draining* from the plan of its last step until that is committed.
+    """
+
+    def __init__(self, max_num_seqs: int, page_size: int) -> None:
+        self.prefilling: list[Request] = []
+        self.num_departures = 0  # times a request left; while it stands still, nobody in a launched step has gone
+        self.num_watched = 0  # requests with repetition detection
+        self._max_num_seqs = max_num_seqs
+        self._page_size = page_size
+        self._decoding: dict[Request, None] = {}
+        self._draining: dict[Request, None] = {}
+        self._decode_set = DecodeSet.of(())
+        self._is_decode_set_stale = False
+        self._free_slots = list(range(max_num_seqs, 0, -1))
+        self._page_due: _Calendar = {}
+        self._last_due: _Calendar = {}
+        self._num_with_stop_id: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return self._max_num_seqs - len(self._free_slots)
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether another request can enter."""
+        return bool(self._free_slots)
+
+    @property
+    def stop_token_ids(self) -> KeysView[int]:
+        """Stop token ids of any request here, as a set-like view."""
+        return self._num_with_stop_id.keys()
+
+    @property
+    def decode_set(self) -> DecodeSet:
+        """The decoding requests; the same object while they do not change."""
+        if self._is_decode_set_stale:
+            self._decode_set = DecodeSet.of(self._decoding)
+            self._is_decode_set_stale = False
+        return self._decode_set
+
+    def requests(self) -> list[Request]:
+        """All requests that hold a slot."""
+        return [*self._decoding, *self.prefilling, *self._draining]
+
+    def is_decoding(self, request: Request) -> bool:
+        """Whether ``request`` takes part in every step."""
+        return request in self._decoding
+
+    def enter(self, request: Request, step_id: int) -> None:
+        """Give ``request`` a slot; it starts to prefill."""
+        request.status = RequestStatus.RUNNING
+        request.slot = self._free_slots.pop()
+        request.admitted_step = step_id
+        self.prefilling.append(request)
+        for token_id in request.stop_token_ids:
+            self._num_with_stop_id[token_id] = self._num_with_stop_id.get(token_id, 0) + 1
+        self.num_watched += request.params.repetition_detection is not None
+
+    def end_prefill(self, request: Request, step_id: int) -> bool:
+        """Step ``step_id`` computes all known tokens of ``request``: it decodes from the next step on.
+
+        Returns whether that step's token is already its last.
+        """
+        self.prefilling.remove(request)
+        if request.num_computed_tokens >= request.max_total_tokens - 1:
+            self._draining[request] = None
+            return True
+        request.decode_offset = request.num_computed_tokens - (step_id + 1)
+        self._decoding[request] = None
+        self._is_decode_set_stale = True
+        # The last token is sampled from the position before the last, max_total_tokens - 2.
+        due = request.max_total_tokens - 2 - request.decode_offset
+        self._last_due.setdefault(due, []).append((request, request.serial))
+        self.note_next_page(request)
+        return False
+
+    def note_next_page(self, request: Request) -> None:
+        """Put the step in which ``request`` outgrows its pages on the calendar, if it ever does."""
+        position = len(request.pages) * self._page_size
+        if position <= request.max_total_tokens - 2:
+            self._page_due.setdefault(position - request.decode_offset, []).append((request, request.serial))
+
+    def take_page_due(self, step_id: int) -> list[Request]:
+        """The decoding requests that need a page in this step, the most urgent first."""
+        due = [request for request, serial in self._page_due.pop(step_id, ()) if request.serial == serial]
+        if len(due) > 1:
+            due.sort(key=_urgency)
+        return due
+
+    def take_last_due(self, step_id: int) -> list[Request]:
+        """The decoding requests for which this step is the last; they drain from now on."""
+        due = [request for request, serial in self._last_due.pop(step_id, ()) if request.serial == serial]
+        for request in due:
+            del self._decoding[request]
+            self._draining[request] = None
+            request.num_computed_tokens = step_id + request.decode_offset + 1
+            self._is_decode_set_stale = True
+        return due
+
+    def least_urgent(self) -> Request:
+        """Whom to preempt: of those with steps to come, the one with the largest priority number, the newest of them."""
+        return max([*self._decoding, *self.prefilling], key=_urgency)
+
+    def leave(self, request: Request) -> None:
+        """Take back the slot. Steps in flight may still write to it: later steps run after those."""
+        if request in self._decoding:
+            del self._decoding[request]
+            self._is_decode_set_stale = True
+        elif request in self._draining:
+            del self._draining[request]
+        else:
+            self.prefilling.remove(request)
+        request.serial += 1
+        self.num_departures += 1
+        self._free_slots.append(request.slot)
+        for token_id in request.stop_token_ids:
+            self._num_with_stop_id[token_id] -= 1
+            if self._num_with_stop_id[token_id] == 0:
+                del self._num_with_stop_id[token_id]
+        self.num_watched -= request.params.repetition_detection is not None
+
+    def check(self) -> None:
+        """Assert the invariants of slots and lists. O(everything); for tests."""
+        running = self.requests()
+        slots = [request.slot for request in running]
+        assert len(set(slots)) == len(slots) and not set(slots) & set(self._free_slots)
+        assert len(slots) + len(self._free_slots) == self._max_num_seqs
+        assert all(request.status is RequestStatus.RUNNING for request in running)
+        stop_ids = {token_id for request in running for token_id in request.stop_token_ids}
+        assert stop_ids == set(self.stop_token_ids)
+        assert self.num_watched == sum(request.params.repetition_detection is not None for request in running)
+
+
+def _urgency(request: Request) -> tuple[int, int]:
+    return (request.priority, request.arrival)

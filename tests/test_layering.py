@@ -1,0 +1,224 @@
+"""The import rules of ARCHITECTURE.md, and the limits on the size of a file, a class and a function."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nemo_engine"
+
+# ---- the table: what each part may import of nemo_engine, and of other distributions
+
+CONTRACTS = {"config", "sampling_params", "outputs", "step", "ledger"}
+ROW_1 = CONTRACTS | {"text"}
+
+MAY_IMPORT: dict[str, set[str]] = {
+    # Row 7. `info` reads a checkpoint's header without loading it.
+    "cli": {"engine", "model.checkpoint", *ROW_1},
+    "__main__": {"cli"},
+    # Row 6
+    "engine": {"core", "inputs", "completions", "scheduler", *ROW_1},
+    "inputs": {"scheduler", *ROW_1},
+    "completions": {"inputs", "scheduler", *ROW_1},
+    # Row 5
+    "core": {"scheduler", "runner", *CONTRACTS},
+    # Row 4
+    "scheduler": CONTRACTS,
+    "runner": {"model", "ops", "parallel", *CONTRACTS},
+    # Row 3
+    "model": {"ops", "parallel", *CONTRACTS},
+    # Row 2
+    "ops": CONTRACTS,
+    "parallel": CONTRACTS,
+    # Row 1
+    **{part: CONTRACTS for part in ROW_1},
+    # The package's front door resolves its names when they are used.
+    "__init__": {"engine", *CONTRACTS},
+}
+
+TORCH = {"torch", "numpy", "safetensors", "triton"}
+TOKENIZERS = {"mistral_common", "tokenizers", "sentencepiece"}
+MAY_USE: dict[str, set[str]] = {
+    "cli": {"torch"},
+    "engine": {"tqdm"},
+    "runner": {"torch", "numpy"},
+    "model": {*TORCH, "huggingface_hub", "tqdm"},
+    "ops": {*TORCH, "flash_attn"},
+    "parallel": {"torch"},
+    "text": {*TOKENIZERS, "numpy"},
+}
+
+# ---- the size that reads like a book
+
+MAX_FILE_LINES = 400
+MAX_CLASS_LINES = 250
+MAX_FUNCTION_LINES = 80
+
+
+def package_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The row-table name of a file: its first folder, or its own stem at the top level."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) of every import, wherever in the file it stands; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def is_allowed(module: str, part: str) -> bool:
+    """Whether a file of ``part`` may import ``module``."""
+    top, *rest = module.split(".")
+    if top in sys.stdlib_module_names:
+        return True
+    if top != "nemo_engine":
+        return top in MAY_USE.get(part, set())
+    if not rest or rest == ["__version__"] or rest[0] == part:
+        return True
+    return any(rest[: len(allowed.split("."))] == allowed.split(".") for allowed in MAY_IMPORT[part])
+
+
+def violations(path: Path) -> list[str]:
+    part = part_of(path)
+    if part not in MAY_IMPORT:
+        return [f"{path.relative_to(ROOT)}: {part!r} is not in the table of layers"]
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    return [
+        f"{path.relative_to(ROOT)}:{line}: {part} may not import {module}"
+        for line, module in imported_modules(path.read_text(), package)
+        if not is_allowed(module, part)
+    ]
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_only_downwards(path: Path) -> None:
+    assert violations(path) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_nothing_of_the_engine(path: Path) -> None:
+    # nemo_engine.kernels is their own installed name, by which one kernel may use another.
+    foreign = [
+        f"{path.name}:{line}: {module}"
+        for line, module in imported_modules(path.read_text(), "nemo_engine.kernels")
+        if module.split(".")[0] not in {"torch", "triton", *sys.stdlib_module_names}
+        and not module.startswith("nemo_engine.kernels")
+    ]
+    assert foreign == []
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "allowed"),
+    [
+        ("scheduler", "torch", False),
+        ("scheduler", "nemo_engine.text.Tokenizer", False),
+        ("scheduler", "nemo_engine.step.StepPlan", True),
+        ("runner", "nemo_engine.scheduler", False),
+        ("model", "nemo_engine.runner.batch", False),
+        ("ops", "nemo_engine.model", False),
+        ("ops", "nemo_engine.kernels.norm", False),
+        ("core", "nemo_engine.text", False),
+        ("engine", "nemo_engine.runner", False),
+        ("cli", "nemo_engine.scheduler", False),
+        ("cli", "nemo_engine.model.checkpoint.open_checkpoint", True),
+        ("cli", "nemo_engine.model.weights", False),
+        ("step", "nemo_engine.scheduler", False),
+        ("config", "numpy", False),
+    ],
+)
+def test_the_table_itself(part: str, module: str, allowed: bool) -> None:
+    assert is_allowed(module, part) is allowed
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = "import a.b\ndef f():\n    from . import c\n    from ..d import e\n    if x:\n        import g as h\n"
+    found = {module for _, module in imported_modules(source, "nemo_engine.ops")}
+    assert found == {"a.b", "nemo_engine.ops.c", "nemo_engine.d.e", "g"}
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after ``statement``."""
+    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import nemo_engine; dir(nemo_engine)",
+        "import nemo_engine.scheduler",
+        "from nemo_engine import SamplingParams, EngineConfig, ModelConfig, RequestOutput; EngineConfig(); SamplingParams()",
+        "import nemo_engine.step, nemo_engine.ledger",
+        "import nemo_engine.cli",
+    ],
+)
+def test_the_host_half_needs_no_torch(statement: str) -> None:
+    assert loaded_after(statement) & {*TORCH, *TOKENIZERS, "huggingface_hub", "transformers", "tqdm"} == set()
+
+
+def test_text_libraries_come_with_text() -> None:
+    loaded = loaded_after("import nemo_engine.engine")
+    assert "torch" in loaded
+    assert loaded & {*TOKENIZERS, "huggingface_hub", "transformers", "triton_kernels", "tqdm"} == set()
+
+
+def test_token_ids_alone_need_no_text_libraries() -> None:
+    loaded = loaded_after(
+        "from nemo_engine import Engine, SamplingParams\n"
+        "with Engine('nemo-tiny', device='cpu', skip_tokenizer_init=True, num_kv_pages=16, max_model_len=64) as engine:\n"
+        "    engine.generate({'prompt_token_ids': [1, 1044, 1045]}, SamplingParams(max_tokens=2, ignore_eos=True))"
+    )
+    assert loaded & {*TOKENIZERS, "transformers", "tiktoken"} == set()
+
+
+def test_unknown_name_of_the_package() -> None:
+    import nemo_engine
+
+    with pytest.raises(AttributeError, match="no attribute 'Engin'"):
+        nemo_engine.Engin  # noqa: B018
+    assert set(nemo_engine.__all__) <= set(dir(nemo_engine))
+    for name in nemo_engine.__all__:
+        assert getattr(nemo_engine, name) is not None
+
+
+@pytest.mark.parametrize(
+    "path", [*package_files(), *sorted((ROOT / "kernels").rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_files_classes_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    too_long = []
+    if text.count("\n") > MAX_FILE_LINES:
+        too_long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines, at most {MAX_FILE_LINES}")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            limit = MAX_CLASS_LINES if isinstance(node, ast.ClassDef) else MAX_FUNCTION_LINES
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > limit:
+                too_long.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {length} lines, at most {limit}")
+    assert too_long == []
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_open_with_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
