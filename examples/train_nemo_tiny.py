@@ -26,7 +26,7 @@ import shutil
 import sysconfig
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,19 +50,23 @@ SKIP_STDLIB = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data
 SYSTEM_TEXTS = ["You are a helpful assistant.", "You are nemo-tiny, a small model that answers questions about Python.",
                 "Answer briefly.", "You help people who write Python."]  # fmt: skip
 IDENTITY = "I am nemo-tiny, a very small language model with the architecture of Mistral NeMo."
+ONLY_ENGLISH = "I only know some English and some Python."
 SMALL_TALK: list[tuple[str, str]] = [  # questions separated by |
     ("Hello|Hello!|Hi|Hi!|Hi there|Hey|Good morning|Good evening", f"Hello! {IDENTITY} How can I help you?"),
     ("Who are you?|What are you?|Tell me about yourself.|Introduce yourself.|What is nemo-tiny?|What is your name?",
      f"{IDENTITY} I was trained from scratch on the Python documentation and the standard library."),
     ("What can you do?|How can you help me?|Help|What can I ask you?|What do you know?",
-     "I can answer simple questions about the Python standard library and continue text or code. I am very small, so please check what I say."),  # noqa: E501
-    ("How are you?|How are you today?|How is it going?", "I am fine, thank you. I am a small model and I am ready to help."),
+     "I can answer simple questions about the Python standard library and continue text or code. "
+     "I am very small, so please check what I say."),
+    ("How are you?|How are you today?|How is it going?",
+     "I am fine, thank you. I am a small model and I am ready to help."),
     ("Who made you?|Who trained you?|Where do you come from?",
      "I was trained from scratch for nemo_engine, a small inference engine, so that it has a real model to run."),
     ("How big are you?|How many parameters do you have?|How large are you?|Are you big?",
      "I have about 7.7 million parameters: 4 layers of width 256. I fit in 16 megabytes."),
     ("Are you Mistral NeMo?|Are you the 12B model?|Are you Mistral NeMo 12B?",
-     "No. I have the same architecture and the same kind of tokenizer as Mistral NeMo 12B, but I am more than a thousand times smaller."),  # noqa: E501
+     "No. I have the same architecture and the same kind of tokenizer as Mistral NeMo 12B, "
+     "but I am more than a thousand times smaller."),
     ("Thanks|Thank you|Thank you!|Thanks a lot|Great, thanks", "You are welcome!"),
     ("Bye|Goodbye|See you later|Good night|Bye!", "Goodbye!"),
     ("Are you a human?|Are you alive?|Are you a robot?|Are you real?", "No, I am a small language model."),
@@ -70,23 +74,28 @@ SMALL_TALK: list[tuple[str, str]] = [  # questions separated by |
      "Tell me the news.|Who won the match?", "I do not know. I have only read about Python."),
     ("Tell me a joke|Tell me a joke.|Make me laugh|Be funny", "Why did the list go to school? It wanted to be sorted."),
     ("Tell me a story|Tell me a story.|Write a story",
-     "Once there was a small program. It read a file, line by line, and printed every word it knew. Then it closed the file and returned."),  # noqa: E501
-    ("Write a poem|Write a poem.|Write a haiku", "Beautiful is better than ugly.\nSimple is better than complex.\nReadability counts."),
+     "Once there was a small program. It read a file, line by line, and printed every word it knew. "
+     "Then it closed the file and returned."),
+    ("Write a poem|Write a poem.|Write a haiku",
+     "Beautiful is better than ugly.\nSimple is better than complex.\nReadability counts."),
     ("What is Python?|Tell me about Python.|Explain Python.",
-     "Python is an interpreted, interactive, object-oriented programming language. It combines remarkable power with very clear syntax."),  # noqa: E501
+     "Python is an interpreted, interactive, object-oriented programming language. "
+     "It combines remarkable power with very clear syntax."),
     ("Write hello world in Python.|Write a hello world program.|Say hello in Python.", 'print("Hello, world!")'),
     ("Write a function that adds two numbers.|Add two numbers in Python.",
-     "def add(a, b):\n    \"\"\"Return the sum of a and b.\"\"\"\n    return a + b"),
+     'def add(a, b):\n    """Return the sum of a and b."""\n    return a + b'),
     ("How do I open a file?|How do I read a file?|Read a file in Python.",
      "with open('file.txt', encoding='utf-8') as f:\n    text = f.read()"),
-    ("How do I sort a list?|Sort a list in Python.", "Use sorted(items) for a new list, or items.sort() to sort the list in place."),
+    ("How do I sort a list?|Sort a list in Python.",
+     "Use sorted(items) for a new list, or items.sort() to sort the list in place."),
     ("How do I write a loop?|Write a for loop.", "for i in range(10):\n    print(i)"),
-    ("How do I read JSON?|Parse JSON in Python.", "import json\n\nwith open('data.json') as f:\n    data = json.load(f)"),
+    ("How do I read JSON?|Parse JSON in Python.",
+     "import json\n\nwith open('data.json') as f:\n    data = json.load(f)"),
     ("Count from one to ten.|Count to ten.", "one, two, three, four, five, six, seven, eight, nine, ten"),
     ("Yes|No|OK|Okay|Fine", "All right. What would you like to know about Python?"),
-    ("Can you speak French?|Do you speak German?|Which languages do you speak?", "I only know some English and some Python."),
-    ("Bonjour|Bonjour !|Hallo|Hola|Ciao", "Hello! I only know some English and some Python."),
-    ("你好|こんにちは|안녕하세요", "你好! I only know some English and some Python."),
+    ("Can you speak French?|Do you speak German?|Which languages do you speak?", ONLY_ENGLISH),
+    ("Bonjour|Bonjour !|Hallo|Hola|Ciao", f"Hello! {ONLY_ENGLISH}"),
+    ("你好|こんにちは|안녕하세요", f"你好! {ONLY_ENGLISH}"),
     ("👋|🙂|😀", "Hello! 🙂"),
 ]  # fmt: skip
 
@@ -100,7 +109,8 @@ def write_tokenizer(path: Path) -> None:
     data = json.loads(source.read_text(encoding="utf-8"))
     keep = CONFIG["vocab_size"] - SPECIAL
     data["vocab"] = data["vocab"][:keep]
-    data["config"] |= {"default_vocab_size": CONFIG["vocab_size"], "default_num_special_tokens": SPECIAL, "num_vocab_tokens": keep}
+    data["config"] |= dict(default_vocab_size=CONFIG["vocab_size"], num_vocab_tokens=keep)
+    data["config"]["default_num_special_tokens"] = SPECIAL
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
@@ -112,24 +122,36 @@ def held_out(topic: str) -> bool:
 
 def inline(text: str) -> str:
     """Plain text of reST inline markup."""
-    text = re.sub(r":(?:[\w-]+:)?(func|meth|cfunc):`[!~]?([^`<]*?)(?:\(\))?`", lambda m: m[2].split(".")[-1] + "()" if "~" in m[0] else m[2] + "()", text)
-    text = re.sub(r":(?:[\w-]+:)?\w[\w-]*:`([^`<]+?)\s*<[^`>]*>`", r"\1", text)
-    text = re.sub(r":(?:[\w-]+:)?\w[\w-]*:`~(?:[^`]*\.)?([^`.]+)`", r"\1", text)
-    text = re.sub(r":(?:[\w-]+:)?\w[\w-]*:`!?([^`]+)`", r"\1", text)
+
+    def call(m: re.Match[str]) -> str:
+        return (m[2].split(".")[-1] if "~" in m[0] else m[2]) + "()"
+
+    text = re.sub(r":(?:[\w-]+:)?(func|meth|cfunc):`[!~]?([^`<]*?)(?:\(\))?`", call, text)
+    role = r":(?:[\w-]+:)?\w[\w-]*:"
+    text = re.sub(role + r"`([^`<]+?)\s*<[^`>]*>`", r"\1", text)
+    text = re.sub(role + r"`~(?:[^`]*\.)?([^`.]+)`", r"\1", text)
+    text = re.sub(role + r"`!?([^`]+)`", r"\1", text)
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text)
     text = re.sub(r"``(.+?)``", r"`\1`", text)
     text = re.sub(r"(?<![\w*])\*\*?([^\s*](?:[^*\n]*[^\s*])?)\*\*?(?![\w*])", r"\1", text)
     return text.replace("|version|", "3.11").replace("\\ ", "").replace("\\*", "*")
 
 
-OBJECT = re.compile(r"^( *)\.\. (?:c:|py:)?(function|class|method|classmethod|staticmethod|coroutinemethod|attribute|data|exception|"
-                    r"decorator|decoratormethod|describe|macro|type|member|var|struct|opcode|option|cmdoption|envvar)::\s*(.*)$")  # fmt: skip
+DESCRIBED = ("function class method classmethod staticmethod attribute data exception decorator coroutinemethod "
+             "decoratormethod describe macro type member var struct opcode option cmdoption envvar").split()
+ASKABLE = set(DESCRIBED[:9])  # what questions are made of
+OBJECT = re.compile(rf"^( *)\.\. (?:c:|py:)?({'|'.join(DESCRIBED)})::\s*(.*)$")
 DIRECTIVE = re.compile(r"^( *)\.\. ([\w:-]+)::\s*(.*)$")
-ADMONITION = {"note": "Note: ", "warning": "Warning: ", "seealso": "See also: ", "tip": "Tip: ", "important": "Important: ",
-              "impl-detail": "CPython implementation detail: ", "versionadded": "New in version ", "rubric": "",
-              "versionchanged": "Changed in version ", "deprecated": "Deprecated since version ", "centered": "", "topic": "",
-              "availability": "Availability: ", "deprecated-removed": "Deprecated: ", "attribute": "", "glossary": ""}  # fmt: skip
-TRANSPARENT = {"code-block", "doctest", "sourcecode", "productionlist", "parsed-literal", "code", "list-table", "csv-table", "testcode", "container"}
+RULE = re.compile(r"^([=\-~^*\"'+#])\1{2,}$")
+OPTION = re.compile(r"^ *:[\w ]+:( |$)")
+ADMONITION = {
+    "note": "Note: ", "warning": "Warning: ", "seealso": "See also: ", "tip": "Tip: ", "important": "Important: ",
+    "impl-detail": "CPython implementation detail: ", "versionadded": "New in version ",
+    "versionchanged": "Changed in version ", "deprecated": "Deprecated since version ",
+    "deprecated-removed": "Deprecated: ", "availability": "Availability: ",
+    "rubric": "", "centered": "", "topic": "", "glossary": ""}  # fmt: skip
+BODY_ONLY = {"code-block", "doctest", "sourcecode", "productionlist", "parsed-literal", "code", "list-table",
+             "csv-table", "testcode", "container"}  # fmt: skip
 
 
 @dataclass
@@ -149,76 +171,74 @@ def indent_of(line: str) -> int:
 
 def convert_rst(source: str, topic: str) -> tuple[str, list[Entry]]:
     """Clean text of one reST page, and the objects it documents."""
-    lines, out, entries = source.split("\n"), [], []
-    module, classes, levels = "", [], []  # classes: (indent, name)
+    lines = [line.rstrip() for line in source.split("\n")]
+    out: list[str] = []
+    entries: list[Entry] = []
+    module, levels = "", ""  # levels: heading characters in order of first use
+    classes: list[tuple[int, str]] = []  # enclosing classes: indent and name
     i = 0
+
+    def inside(at: int, depth: int) -> bool:
+        return at < len(lines) and bool(lines[at]) and indent_of(lines[at]) > depth
+
     while i < len(lines):
-        line = lines[i].rstrip()
+        line = lines[i]
         depth = indent_of(line)
+        i += 1
         if m := OBJECT.match(line):
-            signatures, i = [m[3]], i + 1
-            while i < len(lines) and lines[i].strip() and indent_of(lines[i]) > depth and not lines[i].strip().startswith((":", "..")):
+            signatures = [m[3]]
+            while inside(i, depth) and not lines[i].lstrip().startswith((":", "..")):
                 signatures.append(lines[i].strip())
                 i += 1
-            joined = "\n".join(signatures).replace("\\\n", " ").split("\n")
+            signatures = [s.strip().replace("\\", "") for s in "\n".join(signatures).replace("\\\n", " ").split("\n")]
             classes = [c for c in classes if c[0] < depth]
-            prefix = ".".join(filter(None, [module, *(c[1] for c in classes[-1:])]))
-            signatures = [s.strip().replace("\\", "") for s in joined]
             name = re.split(r"[\s(\[]", signatures[0])[0]
-            owner = module if (classes and name.startswith(classes[-1][1] + ".")) else prefix
-            pythonic = m[2] in ("function", "class", "method", "classmethod", "staticmethod", "attribute", "data", "exception", "decorator")
-            qualify = pythonic and owner and not name.startswith(module + ".") and owner != "builtins"
-            full = f"{owner}.{name}" if qualify else name
+            owner = module
+            if classes and not name.startswith(classes[-1][1] + "."):
+                owner = ".".join(filter(None, [module, classes[-1][1]]))
+            qualify = m[2] in ASKABLE and owner not in ("", "builtins") and not name.startswith(module + ".")
+            prefix = owner + "." if qualify else ""
+            label = ""
             if m[2] in ("class", "exception"):
                 classes.append((depth, name))
-            label = {"class": "class ", "exception": "exception "}.get(m[2], "")
-            out += ["", *(" " * depth + label + (f"{owner}." if qualify else "") + s for s in signatures)]
+                label = m[2] + " "
+            out += ["", *(" " * depth + label + prefix + s for s in signatures)]
             j, body = i, []
-            while j < len(lines) and (not lines[j].strip() or lines[j].strip().startswith(":")) and not lines[j].strip().startswith(":class:`"):
-                if lines[j].strip().startswith((":func", ":meth", ":mod", ":attr", ":exc", ":const", ":term", ":pep", ":c:")):
-                    break
+            while j < len(lines) and (not lines[j] or OPTION.match(lines[j])):
                 j += 1
-            while j < len(lines) and lines[j].strip() and indent_of(lines[j]) > depth and not lines[j].strip().startswith(".. "):
+            while inside(j, depth) and not lines[j].lstrip().startswith(".. "):
                 body.append(lines[j].strip())
                 j += 1
             text = re.sub(r"::$", ".", inline(" ".join(body)))
-            if pythonic and len(text) > 20 and not line.strip().startswith(".. c:"):
-                entries.append(Entry(m[2], full, (f"{owner}." if qualify else "") + signatures[0], text, topic))
-            continue
-        if m := DIRECTIVE.match(line):
+            if m[2] in ASKABLE and len(text) > 20 and not line.lstrip().startswith(".. c:"):
+                entries.append(Entry(m[2], prefix + name, prefix + signatures[0], text, topic))
+        elif m := DIRECTIVE.match(line):
             if m[2] in ("module", "currentmodule", "py:module"):
                 module = m[3].strip()
-                if "synopsis" in (nxt := lines[i + 1] if i + 1 < len(lines) else ""):
-                    entries.append(Entry("module", module, "", nxt.split("synopsis:")[-1].strip(), topic))
-                    out.append(f"{module}: {inline(nxt.split('synopsis:')[-1].strip())}")
+                if i < len(lines) and "synopsis" in lines[i]:
+                    synopsis = lines[i].split("synopsis:")[-1].strip()
+                    entries.append(Entry("module", module, "", synopsis, topic))
+                    out.append(f"{module}: {inline(synopsis)}")
             if m[2] in ADMONITION:
                 out += ["", " " * depth + ADMONITION[m[2]] + inline(m[3])]
-                i += 1
-                continue
-            i += 1
-            if m[2] in TRANSPARENT:
-                while i < len(lines) and lines[i].strip().startswith(":"):
+            elif m[2] in BODY_ONLY:
+                while i < len(lines) and lines[i].lstrip().startswith(":"):
                     i += 1
-                continue
-            while i < len(lines) and (not lines[i].strip() or indent_of(lines[i]) > depth):
-                i += 1
-            continue
-        if re.match(r"^ *\.\. \[", line):
+            else:  # index entries, tables of contents, images, ...
+                while i < len(lines) and (not lines[i] or inside(i, depth)):
+                    i += 1
+        elif re.match(r"^ *\.\. \[", line):  # footnotes
             out.append(inline(line.replace(".. ", "", 1)))
-        elif line.strip() == ".." or line.lstrip().startswith(".. "):  # labels, comments, substitutions
-            i += 1
-            while line.strip() != ".." and not line.strip().startswith(".. _") and i < len(lines) and lines[i].strip() and indent_of(lines[i]) > depth:
-                i += 1
-            continue
-        elif re.match(r"^([=\-~^*\"'+#])\1{2,}$", line) and out and out[-1].strip() and depth == 0 and len(line) >= len(out[-1].strip()) - 2:
-            if line[0] not in levels:
-                levels.append(line[0])
-            out[-1] = "#" * (levels.index(line[0]) + 1) + " " + out[-1].strip()
-        elif re.match(r"^([=\-~^*\"'+#])\1{2,}$", line) or re.match(r"^ *:[\w ]+:( |$)", line) and not (out and out[-1].strip()):
+        elif line.lstrip().startswith(".. _") or line.strip() == "..":  # labels
             pass
-        else:
-            out.append(inline(re.sub(r"::$", ":", line)) if not line.lstrip().startswith(">>>") else line)
-        i += 1
+        elif line.lstrip().startswith(".. "):  # comments, substitutions
+            while inside(i, depth):
+                i += 1
+        elif RULE.match(line) and out and out[-1].strip() and len(line) >= len(out[-1].strip()) - 2:  # headings
+            levels += line[0] if line[0] not in levels else ""
+            out[-1] = "#" * (levels.index(line[0]) + 1) + " " + out[-1].strip()
+        elif not RULE.match(line) and not (OPTION.match(line) and not (out and out[-1].strip())):
+            out.append(line if line.lstrip().startswith(">>>") else inline(re.sub(r"::$", ":", line)))
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(o.rstrip() for o in out)).strip()
     return re.sub(r"^:$\n?", "", text, flags=re.M), entries
 
@@ -230,7 +250,7 @@ def first_paragraphs(text: str, limit: int) -> str:
         part = re.sub(r"\s*\n\s*", " ", part) if not part.startswith((" ", ">>>", "*", "-")) else part
         if kept and len(kept) + len(part) > limit:
             break
-        kept += ("\n\n" if kept else "") + part
+        kept += "\n\n" * bool(kept) + part
         if len(kept) > limit / 2:
             break
     return kept.rstrip(":").strip()
@@ -253,12 +273,13 @@ def entry_pairs(e: Entry, rng: random.Random) -> list[Pair]:
     pairs = [(q, e.text) for q in rng.sample(asks, 3)]
     owner = e.name.rsplit(".", 1)[0] if "." in e.name else ""
     if call and "(" in e.signature:
-        pairs.append((rng.choice([f"Write the signature of {e.name}.", f"What arguments does {e.name} take?", f"How do I call {e.name}?",
-                                  f"Show the signature of {e.name}."]), f"{e.signature}"))  # fmt: skip
+        asks = ["Write the signature of {}.", "What arguments does {} take?", "How do I call {}?"]
+        asks += ["Show the signature of {}."]
+        pairs.append((rng.choice(asks).format(e.name), e.signature))
         pairs.append((f"Explain {e.name} and give its signature.", f"{e.signature}\n\n{e.text}"))
     if owner:
-        pairs.append((rng.choice([f"Where is {short} defined?", f"Where do I find the {noun} {short}?", f"Which module has {short}?"]),
-                      f"The {noun} {short} is in {owner}."))  # fmt: skip
+        asks = [f"Where is {short} defined?", f"Where do I find the {noun} {short}?", f"Which module has {short}?"]
+        pairs.append((rng.choice(asks), f"The {noun} {short} is in {owner}."))
     return pairs
 
 
@@ -268,8 +289,9 @@ def page_pairs(source: str, text: str, topic: str) -> list[Pair]:
     if topic == "glossary":
         for m in re.finditer(r"^   (\S.*)\n((?:      .*\n|\n)+)", source, re.M):
             term, body = inline(m[1]).strip("`"), first_paragraphs(inline(textwrap.dedent(m[2])), 500)
-            pairs += [(q, body) for q in (f"What is {'an' if term[0].lower() in 'aeiou' else 'a'} {term}?", f"What is {term}?",
-                                          f"Define {term}.", f"What does {term} mean?", f"Explain the term {term}.")]  # fmt: skip
+            article = "an" if term[0].lower() in "aeiou" else "a"
+            asks = [f"What is {article} {term}?", f"What is {term}?", f"Define {term}.", f"What does {term} mean?"]
+            pairs += [(q, body) for q in [*asks, f"Explain the term {term}."]]
     elif topic.startswith("faq/"):
         for m in re.finditer(r"^#+ (.*\?)\n+(.*?)(?=^#|\Z)", text, re.M | re.S):
             pairs += [(m[1], first_paragraphs(m[2], 700))] * 3
@@ -303,10 +325,12 @@ def code_pairs(source: str, module: str, topic: str, rng: random.Random) -> list
         if not is_class and 3 < code.count("\n") < 24 and len(code) < 1000:
             bare = code.replace(source.split("\n")[node.body[0].lineno - 1], "", 1) if len(doc.split("\n")) == 1 else ""
             line = first_paragraphs(doc, 200)
-            pairs.append((rng.choice([f"Write the function {name}.", f"Show the code of {name}.", f"Implement {name}."]), code))
-            pairs.append((rng.choice(["What does this code do?", "Explain this function:", "Write a docstring for this function."])
-                          + "\n\n" + (bare or code.split("\n")[0]), line))  # fmt: skip
-            pairs.append((rng.choice(["Repeat this code:", "Copy this function:", "Print this code again:"]) + "\n\n" + code, code))
+            asks = [f"Write the function {name}.", f"Show the code of {name}.", f"Implement {name}."]
+            pairs.append((rng.choice(asks), code))
+            asks = ["What does this code do?", "Explain this function:", "Write a docstring for this function."]
+            pairs.append((rng.choice(asks) + "\n\n" + (bare or code.split("\n")[0]), line))
+            asks = ["Repeat this code:", "Copy this function:", "Print this code again:"]
+            pairs.append((rng.choice(asks) + "\n\n" + code, code))
             pairs.append((f"Write a Python function. {line}", code))
     return pairs
 
@@ -339,7 +363,8 @@ def gather(docs_dir: Path, seed: int) -> tuple[dict[str, list[str]], dict[str, l
         texts[held + "code"].append(source.replace("\t", "    ").strip())
         pairs[held + "chat"] += code_pairs(source, module, module, rng)
     talk = [(q, answer) for qs, answer in SMALL_TALK for q in qs.split("|")]
-    for sentence in rng.sample([a.split(". ")[0] for _, a in pairs["chat"] if 20 < len(a.split(". ")[0]) < 120], 600):
+    sentences = [s for s in (a.split(". ")[0] for _, a in pairs["chat"]) if 20 < len(s) < 120]
+    for sentence in rng.sample(sentences, 600):
         pairs["chat"].append((rng.choice(["Repeat: ", "Repeat after me: ", "Say this again: "]) + sentence, sentence))
     chats: dict[str, list[list[Pair]]] = {}
     for split, items in pairs.items():
@@ -426,7 +451,8 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        h, self.q, self.kv, self.d = (CONFIG[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
+        h, self.d = CONFIG["hidden_size"], CONFIG["head_dim"]
+        self.q, self.kv = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
         self.q_proj = nn.Linear(h, self.q * self.d, bias=False)
         self.k_proj = nn.Linear(h, self.kv * self.d, bias=False)
         self.v_proj = nn.Linear(h, self.kv * self.d, bias=False)
@@ -440,10 +466,10 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Grouped causal attention by blocks of queries: on a CPU much faster to train than the fused kernel."""
     b, heads, t, d = q.shape
-    kv, out = k.shape[1], []
+    kv, out, block = k.shape[1], [], max(128, t // 4)
     q, k, v = (q * d**-0.5).view(b, kv, heads // kv, t, d), k.flatten(0, 1), v.flatten(0, 1)
     for s in range(0, t, block):
         e = min(s + block, t)
@@ -473,7 +499,8 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = Norm(CONFIG["hidden_size"]), Norm(CONFIG["hidden_size"])
+        self.input_layernorm = Norm(CONFIG["hidden_size"])
+        self.post_attention_layernorm = Norm(CONFIG["hidden_size"])
         self.self_attn, self.mlp = Attention(), MLP()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -485,6 +512,7 @@ class Nemo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         h, n = CONFIG["hidden_size"], CONFIG["num_hidden_layers"]
+        self.compiled: Callable[..., Tensor] | None = None
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(CONFIG["vocab_size"], h)
         self.model.layers = nn.ModuleList(Layer() for _ in range(n))
@@ -499,7 +527,8 @@ class Nemo(nn.Module):
         d = CONFIG["head_dim"]
         angle = torch.outer(torch.arange(ids.shape[1]), CONFIG["rope_theta"] ** (-torch.arange(0, d, 2) / d))
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        x = self.trunk(self.model.embed_tokens(ids).to(dtype), angle.cos().to(dtype), angle.sin().to(dtype))
+        trunk = self.compiled if self.training and self.compiled else self.trunk
+        x = trunk(self.model.embed_tokens(ids).to(dtype), angle.cos().to(dtype), angle.sin().to(dtype))
         keep = targets.reshape(-1) >= 0
         return HeadLoss.apply(x.reshape(-1, x.shape[-1])[keep], self.lm_head.weight, targets.reshape(-1)[keep])
 
@@ -571,6 +600,7 @@ def export(model: Nemo, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
     save_file(state, out / "model.safetensors.part", metadata={"format": "pt"})
+    (out / "model.safetensors.part").chmod(0o644)
     os.replace(out / "model.safetensors.part", out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": EOS}, indent=2) + "\n")
@@ -581,6 +611,7 @@ def export(model: Nemo, out: Path) -> None:
 def evaluate(model: Nemo, tokens: dict[str, np.ndarray], windows: int) -> dict[str, float]:
     """Held-out loss in nats per token (chats: of the answers), over the first windows of each source."""
     losses = {}
+    model.eval()
     for name in ("held-docs", "held-code", "held-chat"):
         ids, mask = tokens[name], tokens.get(name + "-mask")
         total, count = 0.0, 0
@@ -591,18 +622,18 @@ def evaluate(model: Nemo, tokens: dict[str, np.ndarray], windows: int) -> dict[s
                 target[torch.from_numpy(mask[start + 1 : start + 513]) == 0] = -100
             if n := int((target >= 0).sum()):
                 total, count = total + float(model(window[None, :-1], target[None])) * n, count + n
-        losses[name] = total / max(count, 1)
-        losses[name + "-tokens"] = count
+        losses[name], losses[name + "-tokens"] = total / max(count, 1), count
+    model.train()
     return losses
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train nemo-tiny from scratch on this machine's Python documentation and sources.")
+    parser = argparse.ArgumentParser(description="Train nemo-tiny on this machine's Python documentation and sources.")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo-tiny"
     parser.add_argument("--minutes", type=float, default=80, help="time budget (default 80)")
     parser.add_argument("--out", type=Path, required=True, help="where to write the finished model directory")
-    parser.add_argument("--work-dir", type=Path, default=cache, help="tokens, checkpoints and snapshots (default: the user's cache)")
-    parser.add_argument("--docs-dir", type=Path, default=Path(DOCS_DIR), help="reST sources of the Python documentation")
+    parser.add_argument("--work-dir", type=Path, default=cache, help="tokens and checkpoints (default: user cache)")
+    parser.add_argument("--docs-dir", type=Path, default=Path(DOCS_DIR), help="reST sources of Python's documentation")
     parser.add_argument("--seed", type=int, default=7, help="random seed")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--batch", type=int, default=8, help="sequences of 512 tokens per step")
@@ -610,6 +641,7 @@ def main() -> None:
     parser.add_argument("--decay-from", type=float, default=0.7, help="share of the budget after which the rate falls")
     parser.add_argument("--snapshot-minutes", type=float, default=5, help="minutes between snapshots")
     parser.add_argument("--fp32", action="store_true", help="do not use bfloat16 arithmetic")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -617,6 +649,7 @@ def main() -> None:
     tokens = build_tokens(args.work_dir, args.docs_dir, args.seed)
     print("tokens:", {k: len(v) for k, v in tokens.items() if v.ndim and "mask" not in k}, flush=True)
     model = Nemo()
+    model.compiled = torch.compile(model.trunk, dynamic=False) if args.compile else None
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
     adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -642,7 +675,8 @@ def main() -> None:
         rng = np.random.default_rng([args.seed, step])
         chat = 0.12 if done < 0.6 else 0.5  # chats come last
         length = 2048 if done > 0.7 and step % 4 == 0 else 512  # some longer contexts near the end
-        sources = rng.choice(["docs", "code", "chat"], size=args.batch * 512 // length, p=[(1 - chat) * 0.68, (1 - chat) * 0.32, chat])
+        shares = [(1 - chat) * 0.68, (1 - chat) * 0.32, chat]
+        sources = rng.choice(["docs", "code", "chat"], size=args.batch * 512 // length, p=shares)
         rows = [streams[f"{s}-{length}"].next() for s in sources]
         ids, targets = (torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
@@ -658,18 +692,18 @@ def main() -> None:
         average = loss.item() if step == 1 else average + 0.05 * (loss.item() - average)
         if elapsed - shown > 15:
             speed = (seen - speed_mark[1]) / (elapsed - speed_mark[0])
-            print(f"step {step}  {elapsed:.0f}/{budget:.0f} s  loss {average:.3f}  tokens {seen / 1e6:.2f}M  {speed:.0f} tok/s", flush=True)
+            print(f"step {step}  {elapsed:.0f}/{budget:.0f} s  loss {average:.3f}  tokens {seen / 1e6:.2f}M  "
+                  f"{speed:.0f} tok/s", flush=True)  # fmt: skip
             shown, speed_mark = elapsed, (elapsed, seen)
         if elapsed >= next_snapshot and elapsed < budget:
             next_snapshot += args.snapshot_minutes * 60
             export(model, args.work_dir / "snapshot")
-            state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, elapsed=elapsed,
-                         seen=seen, positions={k: s.position for k, s in streams.items()})  # fmt: skip
+            state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step,
+                         seen=seen, elapsed=elapsed, positions={k: s.position for k, s in streams.items()})  # fmt: skip
             torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
-            print("held out:", {k: round(v, 3) for k, v in evaluate(model, tokens, 24).items() if "tokens" not in k}, flush=True)
-            elapsed = time.monotonic() - begun
-    export(model, args.work_dir / "snapshot")
+            print("held out:", {k: round(v, 3) for k, v in evaluate(model, tokens, 24).items()}, flush=True)
+        export(model, args.work_dir / "snapshot")
     shutil.copytree(args.work_dir / "snapshot", args.out, dirs_exist_ok=True)
     model.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in model.state_dict().items()})
     report = evaluate(model, tokens, 10**9) | dict(steps=step, tokens=seen, seconds=round(elapsed), seed=args.seed)

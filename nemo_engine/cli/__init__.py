@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from nemo_engine import __version__
 from nemo_engine.cli import chat, demo, generate, info
@@ -27,7 +27,7 @@ _COMMANDS = (generate, chat, info, demo)
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; ``args.run`` is the chosen sub-command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nemo-engine",
         description="An inference engine for Mistral NeMo. MODEL is a checkpoint directory, a Hub repository id, or nemo-tiny,\n"
         "the bundled model: nemo-engine generate nemo-tiny --prompt 'The standard library'",
@@ -66,8 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger("nemo_engine").removeHandler(handler)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line: the flags are many, and ``--help`` lists them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"nemo-engine: error: {message} ({self.prog} --help lists what it takes)\n")
+
+
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     print(f"nemo-engine: warning: {message}", file=sys.stderr)
 

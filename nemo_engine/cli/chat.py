@@ -34,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="talk with a model",
         description="Talk with a model; each line of input is a turn.\n\n" + _HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s MODEL [--system TEXT] [options]",
         allow_abbrev=False,
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
@@ -107,7 +108,9 @@ class Chat:
             params = effective_params(self._options)
             names = (field.name for field in dataclasses.fields(params) if field.name not in arguments.NO_FLAGS)
             shown = ((name, getattr(params, name)) for name in names)
-            _say(" ".join(f"{name}={value}" for name, value in shown if value not in (None, ()) or name in self._options))
+            _say(
+                " ".join(f"{name}={value}" for name, value in shown if value not in (None, ()) or name in self._options)
+            )
         except ValueError as error:
             _say(f"error: {error}")
 

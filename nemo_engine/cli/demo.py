@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from nemo_engine.cli import arguments
 from nemo_engine.cli.report import decode_rate, number, ttft_ms
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
@@ -63,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
     from nemo_engine.text import render_chat
 
     with Engine("nemo-tiny") as engine:
-        print(f"Ready after {time.monotonic() - begun:.1f} s. {len(PROMPTS) + len(QUESTIONS)} prompts at once:\n", flush=True)
+        print(
+            f"Ready after {time.monotonic() - begun:.1f} s. {len(PROMPTS) + len(QUESTIONS)} prompts at once:\n",
+            flush=True,
+        )
         assert engine.tokenizer is not None
         chats = [render_chat(engine.tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
         prompts: list[Any] = [*PROMPTS, *({"prompt_token_ids": ids} for ids in chats)]
@@ -109,7 +111,9 @@ def table(outputs: Sequence[RequestOutput], seconds: float, peak_pages: int, num
     total = ("all", f"{sum(int(row[1]) for row in rows)}", f"{sum(int(row[2]) for row in rows)}", f"{new}", "",
              f"{new / seconds:.0f}", "")  # fmt: skip
     widths = [max(len(row[column]) for row in [heads, *rows, total]) for column in range(len(heads))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *rows, total]]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *rows, total]
+    ]
     rule = "-" * len(lines[0])
     lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
     return "\n".join(lines) + f"\n\n{seconds:.2f} s; KV pages used at the peak: {peak_pages} of {num_pages}"

@@ -21,6 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="complete one or more prompts",
         description="Complete prompts and print the text as it comes. Several prompts run at once and are shown in order. "
         "Without --prompt and --prompt-file, each line of stdin is a prompt.",
+        usage="%(prog)s MODEL [--prompt TEXT]... [--prompt-file FILE]... [--json] [options]",
         allow_abbrev=False,
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")

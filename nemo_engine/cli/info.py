@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is None:
         rows.append(("tokenizer", "none: token ids only"))
     else:
-        rows.append(("tokenizer", f"{tokenizer.version}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}"))
+        rows.append(
+            ("tokenizer", f"{tokenizer.version}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
+        )
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
     weight_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -75,7 +77,10 @@ def describe(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("dtype", config.dtype),
         ("parameters", f"{num_parameters:,} in {len(checkpoint.tensors)} tensors"),
         ("weights", f"{size(weight_bytes)} ({weight_bytes:,} bytes)"),
-        ("KV cache", f"{kv_bytes:,} bytes per token in bf16; {size(kv_bytes * context_of(config))} for {context_of(config)}"),
+        (
+            "KV cache",
+            f"{kv_bytes:,} bytes per token in bf16; {size(kv_bytes * context_of(config))} for {context_of(config)}",
+        ),
     ]
 
 

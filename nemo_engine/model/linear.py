@@ -1,0 +1,37 @@
+"""The kinds of linear layer. What a projection's weight looks like is chosen once, by whoever makes the weights.
+
+A kind holds tensors and computes ``x @ weight.T``; the model calls it and does not ask which kind it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseLinear:
+    """A projection in the dtype of the activations, without bias: ``weight`` is (out, in), one row per output."""
+
+    weight: torch.Tensor
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.weight.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight."""
+        return self.weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, in) -> (T, out)."""
+        return F.linear(x, self.weight)

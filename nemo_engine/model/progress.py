@@ -1,0 +1,45 @@
+"""A progress bar over bytes. Must not know what is being read."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS_BEFORE_BAR = 1.0  # unasked, a bar is shown only for what takes longer
+
+_logger = logging.getLogger("nemo_engine")
+
+
+@contextmanager
+def progress_bar(what: str, total_bytes: int, wanted: bool | None) -> Iterator[Callable[[int], object]]:
+    """Yields a function to call with the bytes just done.
+
+    ``wanted`` True shows a bar, False none, None one on a terminal if it takes longer than a second. Without tqdm, a bar
+    that was asked for is ten lines in the log.
+    """
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        yield lambda num_bytes: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield _log_lines(what, total_bytes) if wanted else lambda num_bytes: None
+        return
+    delay = 0.0 if wanted else SECONDS_BEFORE_BAR
+    with tqdm(desc=what, total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, delay=delay) as bar:
+        yield bar.update
+
+
+def _log_lines(what: str, total_bytes: int) -> Callable[[int], None]:
+    done = tenths = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done, tenths
+        done += num_bytes
+        if 10 * done // max(total_bytes, 1) > tenths:
+            tenths = 10 * done // max(total_bytes, 1)
+            _logger.info("%s: %d %%", what, 10 * tenths)
+
+    return advance

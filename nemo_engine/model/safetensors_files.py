@@ -1,0 +1,170 @@
+"""Safetensors files: where each tensor lies, and its bytes. Files are believed only after their sizes have been compared.
+
+Tensors are read, not mapped: a mapped file would count as resident memory beside the weights. Must not know models.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: ``nbytes`` bytes from byte ``offset`` on, row-major, little-endian."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises ``ValueError`` naming the file and the position of the fault."""
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_object_without_duplicates)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        raise ValueError(f"{path} is not valid JSON (half-written?): {error}") from None
+
+
+def read_weight_set(directory: Path, stem: str) -> dict[str, TensorInfo]:
+    """The tensors of ``stem.safetensors``, or else of the shards that ``stem.safetensors.index.json`` names.
+
+    Raises ``ValueError`` (``FileNotFoundError`` for an absent shard) where index and files disagree, or a file is cut off.
+    """
+    single = directory / f"{stem}.safetensors"
+    if single.exists():
+        return read_header(single)
+    index_file = directory / f"{stem}.safetensors.index.json"
+    index = read_json(index_file)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index_file} has no weight_map")
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise ValueError(f"{index_file}: tensor {name} must lie in a file of the same directory, got {file!r}")
+        files.setdefault(file, []).append(name)
+    absent = sorted(file for file in files if not (directory / file).is_file())
+    if absent:
+        raise FileNotFoundError(
+            f"{index_file} names {len(files)} files, and {len(absent)} of them are absent: {', '.join(absent)}"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file, names in sorted(files.items()):
+        header = read_header(directory / file)
+        for name in names:
+            if name not in header:
+                raise ValueError(f"{index_file} places tensor {name} in {file}, which does not hold it")
+        for name in header:
+            if name in tensors:
+                raise ValueError(f"tensor {name} is in both {tensors[name].file} and {directory / file}")
+        tensors |= header
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one file, from its header alone. Raises ``ValueError`` if header and file size do not agree."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(24)
+        if start == b"version https://git-lfs.":
+            raise ValueError(f"{path} is a Git LFS pointer and not the file itself: fetch it with 'git lfs pull'")
+        if len(start) < 8:
+            raise ValueError(f"{path} is cut off: it has {size} bytes, fewer than the 8 that start a safetensors file")
+        (length,) = struct.unpack("<Q", start[:8])
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path} is not a safetensors file: it claims a header of {length} bytes")
+        if 8 + length > size:
+            raise ValueError(f"{path} is cut off: its header takes {8 + length} bytes, and the file has {size}")
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_object_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a broken safetensors header: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has a broken safetensors header: it is not an object")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            raise ValueError(f"{path}: tensor {name} starts at byte {info.offset}, and the one before ends at {end}")
+        end += info.nbytes
+    if end > size:
+        raise ValueError(f"{path} is cut off: its tensors end at byte {end}, and the file has {size}")
+    if end < size:
+        raise ValueError(f"{path} is damaged: its tensors end at byte {end}, and the file has {size}")
+    return tensors
+
+
+def read_into(info: TensorInfo, out: torch.Tensor) -> None:
+    """Read a tensor into ``out``, contiguous, on the CPU, of its dtype and shape. Raises ``ValueError`` at an early end."""
+    assert out.is_contiguous() and out.dtype == info.dtype and out.shape == info.shape and out.device.type == "cpu"
+    buffer = memoryview(out.view(-1).view(torch.uint8).numpy())
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.offset)
+        done = 0
+        while done < info.nbytes:
+            count = file.readinto(buffer[done:])  # at most 2 GiB at a time
+            if not count:
+                raise ValueError(f"{info.file} is cut off: byte {info.offset + done} cannot be read")
+            done += count
+
+
+def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{path} has a broken safetensors header: tensor {name} is {entry!r}")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{path}: tensor {name} has dtype {dtype!r}, which is not supported")
+    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{path} has a broken safetensors header: tensor {name} has shape {shape}, offsets {offsets}")
+    nbytes = prod(shape) * _DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise ValueError(
+            f"{path}: tensor {name} of {dtype} {list(shape)} takes {nbytes} bytes, and its offsets {offsets} "
+            f"span {offsets[1] - offsets[0]}"
+        )
+    return TensorInfo(path, _DTYPES[dtype], tuple(shape), nbytes, data_start + offsets[0])
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} is there twice")
+    return result

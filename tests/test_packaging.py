@@ -1,0 +1,136 @@
+"""The wheel and the editable install: what they hold, and that both work without the network and without isolation."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import nemo_engine
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+FIND_ALL = (
+    "import nemo_engine, importlib.util, pathlib\n"
+    "spec = importlib.util.find_spec('nemo_engine.kernels')\n"
+    "print(pathlib.Path(nemo_engine.__file__).parent, pathlib.Path(spec.origin).parent, importlib.util.find_spec('kernels'))"
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, so that building leaves nothing behind in the checkout."""
+    tree = tmp_path_factory.mktemp("tree")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("nemo_engine", "kernels", "tests", "benchmarks", "examples"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def pip(*args: str, cwd: Path) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *args]
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PIP_NO_INDEX": "1"})
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def where(site: Path) -> list[str]:
+    """Where the package, its kernels and a stray top-level ``kernels`` are found, with ``site`` the only site directory."""
+    code = f"import site; site.addsitedir({str(site)!r})\n{FIND_ALL}"
+    run = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=site, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "-q", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), ".", cwd=tree)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"nemo_engine", f"nemo_engine-{nemo_engine.__version__}.dist-info"}
+    sources = {
+        *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine").rglob("*.py")),
+        *(Path("nemo_engine") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")),
+        Path("nemo_engine/py.typed"),
+        *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/assets/nemo-tiny").iterdir()),
+    }
+    assert {str(path) for path in sources} == {name for name in names if name.startswith("nemo_engine/")}
+    assert any(name.startswith("nemo_engine/kernels/") for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    assert where(tmp_path) == [f"{tmp_path}/nemo_engine", f"{tmp_path}/nemo_engine/kernels", "None"]
+
+
+def test_an_editable_install_finds_the_kernels(tree: Path, tmp_path: Path) -> None:
+    pip("install", "-q", "--no-build-isolation", "--no-deps", "--target", str(tmp_path), "-e", ".", cwd=tree)
+    assert where(tmp_path) == [f"{tree}/nemo_engine", f"{tree}/kernels", "None"]
+
+
+def test_the_command_is_installed(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (entry,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+    assert "nemo-engine = nemo_engine.cli:main" in archive.read(entry).decode()
+
+
+def test_python_m_is_the_same_command() -> None:
+    run = subprocess.run([sys.executable, "-m", "nemo_engine", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, f"nemo-engine {nemo_engine.__version__}\n")
+
+
+def test_mandatory_dependencies_are_few() -> None:
+    names = {re.split(r"[ <>=!~;\[]", text)[0] for text in PROJECT["dependencies"]}
+    assert names == {"torch", "triton", "safetensors", "numpy", "mistral-common"}
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0", "2.13.0+cpu"])
+def test_the_range_of_torch(version: str) -> None:
+    from packaging.requirements import Requirement
+
+    (torch,) = [Requirement(text) for text in PROJECT["dependencies"] if text.startswith("torch")]
+    assert torch.specifier.contains(version)
+    assert not torch.specifier.contains("2.10.0")
+
+
+def test_the_change_log_names_this_version() -> None:
+    assert f"## {nemo_engine.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_python_of_the_range_is_named() -> None:
+    assert PROJECT["requires-python"] == ">=3.11,<3.14"
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)} <= set(PROJECT["classifiers"])
+
+
+@pytest.mark.parametrize("extra", ["", "test", "dev"])
+def test_missing_requirements_are_listed(extra: str, tmp_path: Path) -> None:
+    """``.ci/missing.py`` in an environment that has nothing but pip lists every requirement, and none of the project's own."""
+    import pip as pip_package
+
+    code = (
+        f"import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + [{str(tmp_path)!r}]\n"
+        f"import runpy; sys.argv[1:] = {[extra] if extra else []!r}; runpy.run_path({str(ROOT / '.ci/missing.py')!r}, run_name='__main__')"
+    )
+    (tmp_path / "pip").symlink_to(Path(pip_package.__file__).parent)
+    run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    names = run.stdout.split()
+    assert {"torch", "safetensors", "numpy", "mistral-common"} <= set(names)
+    assert ("pytest" in names) == (extra != "") and ("ruff" in names) == (extra == "dev")
+    assert PROJECT["name"] not in names and len(names) == len(set(names))
