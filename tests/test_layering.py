@@ -20,7 +20,7 @@ ROW_1 = CONTRACTS | {"text"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # Row 7. `chat` shows the defaults that `inputs` fills in; `info` reads a checkpoint's headers without loading it.
-    "cli": {"engine", "inputs", "model.checkpoint", *ROW_1},
+    "cli": {"engine", "inputs", "model.checkpoint", "model.layout", *ROW_1},
     "__main__": {"cli"},
     # Row 6
     "engine": {"core", "inputs", "completions", "scheduler", *ROW_1},

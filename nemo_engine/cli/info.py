@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_engine.config import DEFAULT_CONTEXT_CAP, ModelConfig
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from nemo_engine.model.checkpoint import Checkpoint
 
 GIB = 1 << 30
-_BF16_BYTES = 2
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 _MEMORY_GIB = (8.0, 16.0, 24.0, 40.0, 80.0, 141.0)
 
 
@@ -35,12 +37,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from nemo_engine.model.checkpoint import open_checkpoint
+    from nemo_engine.model.checkpoint import BUNDLED, open_checkpoint
     from nemo_engine.text import load_tokenizer
 
-    checkpoint = open_checkpoint(args.model, revision=args.revision)
+    # Of a Hub repository, only the configuration is fetched: its weights would be a long download for a few numbers.
+    folder = BUNDLED.get(args.model, Path(args.model).expanduser())
+    has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
+    checkpoint = open_checkpoint(args.model, revision=args.revision, needs_weights=has_weights)
+    sizes = sizes_of(checkpoint)
+    rows = describe(checkpoint, sizes)
     tokenizer = load_tokenizer(checkpoint.path)
-    rows = describe(checkpoint)
     if tokenizer is None:
         rows.append(("tokenizer", "none: token ids only"))
     else:
@@ -49,24 +55,45 @@ def run(args: argparse.Namespace) -> int:
         )
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
-    weight_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    print("\n" + "\n".join(fits(checkpoint.model_config, weight_bytes, args.gib or _MEMORY_GIB)))
+    print("\n" + "\n".join(fits(checkpoint.model_config, sizes.num_bytes, args.gib or _MEMORY_GIB)))
     return 0
 
 
-def describe(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a checkpoint's tensors; ``source`` is "file headers" or "configuration"."""
+
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    source: str
+
+
+def sizes_of(checkpoint: Checkpoint) -> Sizes:
+    """Sizes as the files state them, or without weight files as they follow from the configuration."""
+    from nemo_engine.model.layout import expected_tensors
+
+    config = checkpoint.model_config
+    if checkpoint.tensors:
+        num_parameters = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        return Sizes(len(checkpoint.tensors), num_parameters, checkpoint.num_bytes, "file headers")
+    expected = expected_tensors(config, checkpoint.layout)
+    num_parameters = sum(prod(tensor.shape) for tensor in expected)
+    return Sizes(len(expected), num_parameters, num_parameters * _DTYPE_BYTES[config.dtype], "configuration")
+
+
+def describe(checkpoint: Checkpoint, sizes: Sizes) -> list[tuple[str, str]]:
     """Names and values of what the configuration and the headers say."""
     config = checkpoint.model_config
-    tensors = checkpoint.tensors.values()
-    num_parameters = sum(prod(tensor.shape) for tensor in tensors)
-    weight_bytes = sum(tensor.nbytes for tensor in tensors)
-    kv_bytes = config.kv_bytes_per_token(_BF16_BYTES)
+    kv_bytes = config.kv_bytes_per_token(_DTYPE_BYTES["bfloat16"])
     context = f"{config.max_position_embeddings} tokens"
     if config.max_position_embeddings > DEFAULT_CONTEXT_CAP:
         context += f" claimed, {DEFAULT_CONTEXT_CAP} served unless max_model_len asks for more"
+    kv_cache = (
+        f"{kv_bytes:,} bytes per token in bf16; {size(kv_bytes * context_of(config))} for {context_of(config)} tokens"
+    )
     return [
-        ("path", str(checkpoint.path)),
-        ("layout", checkpoint.layout),
+        ("checkpoint", checkpoint.describe()),
         ("layers", f"{config.num_layers}"),
         ("hidden size", f"{config.hidden_size}, intermediate {config.intermediate_size}"),
         ("heads", f"{config.num_heads} query, {config.num_kv_heads} KV, of {config.head_dim}"),
@@ -75,18 +102,15 @@ def describe(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("context", context),
         ("bos, eos", f"{config.bos_token_id}, {', '.join(map(str, config.eos_token_ids)) or 'none'}"),
         ("dtype", config.dtype),
-        ("parameters", f"{num_parameters:,} in {len(checkpoint.tensors)} tensors"),
-        ("weights", f"{size(weight_bytes)} ({weight_bytes:,} bytes)"),
-        (
-            "KV cache",
-            f"{kv_bytes:,} bytes per token in bf16; {size(kv_bytes * context_of(config))} for {context_of(config)}",
-        ),
+        ("parameters", f"{sizes.num_parameters:,} in {sizes.num_tensors} tensors (by the {sizes.source})"),
+        ("weights", f"{size(sizes.num_bytes)} ({sizes.num_bytes:,} bytes)"),
+        ("KV cache", kv_cache),
     ]
 
 
 def fits(config: ModelConfig, weight_bytes: int, memory_gib: tuple[float, ...] | list[float]) -> list[str]:
     """Lines of a table: what KV cache is left in so much memory beside the weights; activations are not counted."""
-    kv_bytes = config.kv_bytes_per_token(_BF16_BYTES)
+    kv_bytes = config.kv_bytes_per_token(_DTYPE_BYTES["bfloat16"])
     heads = ("memory GiB", "KV cache GiB", "tokens", f"requests of {context_of(config)}")
     rows = [heads]
     for gib in memory_gib:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nemo_engine.config import ModelConfig
-from nemo_engine.model.hub import download, weight_set_of
+from nemo_engine.model.hub import download, weight_sets_of
 from nemo_engine.model.layout import Layout, tensor_name
 from nemo_engine.model.safetensors_files import TensorInfo, read_into, read_json, read_weight_set
 
@@ -99,20 +99,19 @@ def _resolve(model: str | Path, revision: str | None, needs_weights: bool) -> Pa
 
 def _open_directory(path: Path, needs_weights: bool) -> Checkpoint:
     files = sorted(file.name for file in path.iterdir())
-    chosen = weight_set_of(files)
-    if chosen is None:
-        if needs_weights:
-            raise FileNotFoundError(_no_weights_message(path, files))
-        stem = "model" if "config.json" in files or "params.json" not in files else "consolidated"
+    weight_sets = weight_sets_of(files)
+    if needs_weights and not weight_sets:
+        raise FileNotFoundError(_no_weights_message(path, files))
+    if weight_sets:
+        stem = weight_sets[0].stem
     else:
-        stem = chosen[0]
+        stem = "model" if "config.json" in files or "params.json" not in files else "consolidated"
     layout: Layout = "hf" if stem == "model" else "mistral"
     data = _read_config_file(path, layout)
     if not needs_weights:
         return Checkpoint(path, layout, _model_config(path, layout, data, {}), {})
     tensors = read_weight_set(path, stem)
-    other = weight_set_of(name for name in files if not name.startswith(stem))
-    unused_files = () if other is None else tuple(other[1])
+    unused_files = tuple(file for unused in weight_sets[1:] for file in unused.files)
     return Checkpoint(path, layout, _model_config(path, layout, data, tensors), tensors, unused_files)
 
 

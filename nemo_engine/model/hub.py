@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 SMALL_FILES = (
@@ -21,19 +22,30 @@ SMALL_FILES = (
 _logger = logging.getLogger("nemo_engine")
 
 
-def weight_set_of(files: Iterable[str]) -> tuple[str, list[str]] | None:
-    """Which weight set to use of a repository or directory with these files: its stem and its files; None without one.
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """The weights of one layout: ``stem`` is "model" for Hugging Face's, "consolidated" for Mistral's."""
 
-    Hugging Face's ("model") goes before Mistral's ("consolidated"), one file before shards with an index.
+    stem: str
+    config_file: str
+    files: tuple[str, ...]
+
+
+def weight_sets_of(files: Iterable[str]) -> list[WeightSet]:
+    """The weight sets among the files of a repository or directory, the one to use first.
+
+    Hugging Face's goes before Mistral's, unless only the latter has its configuration; one file goes before shards.
     """
     names = set(files)
-    for stem in ("model", "consolidated"):
-        if f"{stem}.safetensors" in names:
-            return stem, [f"{stem}.safetensors"]
-        index = f"{stem}.safetensors.index.json"
-        if index in names:
-            return stem, [index, *sorted(n for n in names if n.startswith(f"{stem}-") and n.endswith(".safetensors"))]
-    return None
+    found = []
+    for stem, config_file in (("model", "config.json"), ("consolidated", "params.json")):
+        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        if single in names:
+            found.append(WeightSet(stem, config_file, (single,)))
+        elif index in names:
+            shards = sorted(name for name in names if name.startswith(f"{stem}-") and name.endswith(".safetensors"))
+            found.append(WeightSet(stem, config_file, (index, *shards)))
+    return sorted(found, key=lambda weights: weights.config_file not in names)
 
 
 def download(repo_id: str, *, revision: str | None, needs_weights: bool) -> Path:
@@ -59,13 +71,18 @@ def download(repo_id: str, *, revision: str | None, needs_weights: bool) -> Path
             ) from error
     wanted = [name for name in SMALL_FILES if name in files]
     if needs_weights:
-        chosen = weight_set_of(files)
-        if chosen is None:
+        weight_sets = weight_sets_of(files)
+        if not weight_sets:
             raise ValueError(
                 f"Hub repository {repo_id!r} holds neither model.safetensors nor consolidated.safetensors, whole or in "
                 "shards with an index"
             )
-        stem, weight_files = chosen
-        wanted += weight_files
-        _logger.info("%s: downloading the weight set %s*.safetensors (%d files)", repo_id, stem, len(weight_files))
-    return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        chosen = weight_sets[0]
+        wanted += chosen.files
+        _logger.info("%s: downloading %s (%d files of weights)", repo_id, chosen.files[0], len(chosen.files))
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    except Exception as error:
+        raise ValueError(
+            f"downloading {repo_id!r} failed, try again to go on: {type(error).__name__}: {error}"
+        ) from error

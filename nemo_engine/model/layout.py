@@ -69,8 +69,8 @@ def expected_tensors(config: ModelConfig, layout: Layout) -> list[ExpectedTensor
     outer_shapes = {"embed_tokens": (vocab, hidden), "norm": (hidden,), "lm_head": (vocab, hidden)}
     if config.tie_word_embeddings:
         del outer_shapes["lm_head"]
-    places = [(None, part, shape) for part, shape in outer_shapes.items()]
-    places += [(layer, part, shape) for layer in range(config.num_layers) for part, shape in layer_shapes.items()]
+    places: list[tuple[int | None, str, tuple[int, ...]]] = [(None, *item) for item in outer_shapes.items()]
+    places += [(layer, *item) for layer in range(config.num_layers) for item in layer_shapes.items()]
     return [ExpectedTensor(tensor_name(layout, part, layer), shape, part, layer) for layer, part, shape in places]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -129,7 +129,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def read_into(info: TensorInfo, out: torch.Tensor) -> None:
     """Read a tensor into ``out``, contiguous, on the CPU, of its dtype and shape. Raises ``ValueError`` at an early end."""
     assert out.is_contiguous() and out.dtype == info.dtype and out.shape == info.shape and out.device.type == "cpu"
-    buffer = memoryview(out.view(-1).view(torch.uint8).numpy())
+    buffer = out.view(-1).view(torch.uint8).numpy().data
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.offset)
         done = 0
@@ -157,7 +157,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     return TensorInfo(path, _DTYPES[dtype], tuple(shape), nbytes, data_start + offsets[0])
 
 
-def _is_counts(value: Any) -> bool:
+def _is_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

@@ -15,12 +15,12 @@ import torch
 from nemo_engine.config import ModelConfig
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.layout import ExpectedTensor, Layout, expected_tensors, is_ignored, tensor_name
+from nemo_engine.model.layout import ExpectedTensor, expected_tensors, is_ignored, tensor_name
 from nemo_engine.model.linear import DenseLinear
 from nemo_engine.model.progress import progress_bar
 
 FAULTS_SHOWN = 8  # in one error message
-DUMMY_PERIOD = 1_048_573  # random numbers drawn per dummy tensor, then repeated; prime, so that no two rows are alike
+DUMMY_PERIOD = 262_139  # random numbers drawn per dummy tensor, then repeated; prime, so that no two rows are alike
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _logger = logging.getLogger("nemo_engine")
@@ -86,10 +86,12 @@ def load_weights(
         expected = expected_tensors(config, checkpoint.layout)
         expected.sort(key=lambda tensor: _place_on_disk(checkpoint, tensor))
         total = sum(checkpoint.tensors[tensor.name].nbytes for tensor in expected)
+        loader = _TensorLoader(checkpoint, config, weights)
         with progress_bar("load weights", total, progress) as advance:
             for tensor in expected:
-                _load_tensor(checkpoint, config, tensor, _destination(weights, config, tensor))
+                loader.load(tensor)
                 advance(checkpoint.tensors[tensor.name].nbytes)
+        del loader  # and its buffer
         _check_tied_head(checkpoint, config, weights)
     return weights
 
@@ -205,22 +207,36 @@ def _place_on_disk(checkpoint: Checkpoint, tensor: ExpectedTensor) -> tuple[str,
     return info.file.name, info.offset
 
 
-def _load_tensor(checkpoint: Checkpoint, config: ModelConfig, tensor: ExpectedTensor, out: torch.Tensor) -> None:
-    is_interleaved = _is_interleaved(checkpoint.layout, tensor.part)
-    if out.device.type == "cpu" and out.dtype == checkpoint.tensors[tensor.name].dtype and not is_interleaved:
-        checkpoint.read(tensor.name, out=out)
-        return
-    stored = checkpoint.read(tensor.name)
-    if is_interleaved:
-        # (heads, D/2, 2, H) -> (heads, 2, D/2, H): the interleaved pairs become the two halves of a head
-        heads, half = tensor.shape[0] // config.head_dim, config.head_dim // 2
-        stored = stored.view(heads, half, 2, -1).transpose(1, 2)
-        out = out.view(heads, 2, half, -1)
-    out.copy_(stored)
+class _TensorLoader:
+    """Reads tensors straight to their places, or through one buffer where order, dtype or device differ.
 
+    The buffer is allocated once: freed and allocated anew, buffers of changing sizes leave holes in the heap.
+    """
 
-def _is_interleaved(layout: Layout, part: str) -> bool:
-    return layout == "mistral" and part in ("q_proj", "k_proj")
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._weights = weights
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def load(self, tensor: ExpectedTensor) -> None:
+        info = self._checkpoint.tensors[tensor.name]
+        out = _destination(self._weights, self._config, tensor)
+        is_interleaved = self._checkpoint.layout == "mistral" and tensor.part in ("q_proj", "k_proj")
+        if out.device.type == "cpu" and out.dtype == info.dtype and not is_interleaved:
+            self._checkpoint.read(tensor.name, out=out)
+            return
+        if self._buffer.numel() == 0:
+            largest = max(info.nbytes for info in self._checkpoint.tensors.values())
+            self._buffer = torch.empty(largest, dtype=torch.uint8)
+        stored = self._buffer[: info.nbytes].view(info.dtype).view(info.shape)
+        self._checkpoint.read(tensor.name, out=stored)
+        if is_interleaved:
+            # (heads, D/2, 2, H) -> (heads, 2, D/2, H): the interleaved pairs become the two halves of a head
+            heads, half = tensor.shape[0] // self._config.head_dim, self._config.head_dim // 2
+            stored = stored.view(heads, half, 2, -1).transpose(1, 2)
+            out = out.view(heads, 2, half, -1)
+        out.copy_(stored)
 
 
 def _check_tied_head(checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:

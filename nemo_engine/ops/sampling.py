@@ -30,6 +30,7 @@ _MIX64_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MIX32_FACTORS = (0x21F0AAAD, 0xD35A2D97)
 _DIGIT_BITS = 11  # of a key, per pass of the radix selection: 3 passes in fp32, 6 in fp64
 _MASS_BITS = 40  # the most likely token weighs 2^40: 2^22 tokens cannot overflow int64, and 2^-40 is lost per token
+_BLOCK_ELEMENTS = 1 << 23  # logits drawn from at once: bounds the temporaries to some 50 bytes each
 
 
 def _signed(value: int, bits: int) -> int:
@@ -93,6 +94,7 @@ def draw(
     min_p: Tensor | None = None,
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
+    max_top_k: int = 0,
 ) -> Tensor:
     """Draw one token per row from softmax(logits / temperature), cut to what min_p, top_k and top_p leave.
 
@@ -108,16 +110,37 @@ def draw(
 
     logits: (R, V) fp32 or fp64, -inf where masked; at least one finite per row and no NaN or +inf, or else that row's
     result (only) is meaningless, though in range. keys: (R,) int64. temperature, min_p, top_p: (R,) fp64. top_k: (R,)
-    int64. Off is min_p 0, top_k V, top_p 1, or None for all rows. -> (R,) int64.
+    int64, 1 to V. Off is min_p 0, top_k V, top_p 1, or None for all rows. max_top_k: the highest top_k that is not off.
+    -> (R,) int64.
     """
     assert logits.dtype in (torch.float32, torch.float64), logits.dtype
+    num_rows = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+    if len(logits) <= num_rows:
+        return _draw_block(logits, keys, temperature, min_p, top_k, top_p, max_top_k)
+    blocks = []
+    for start in range(0, len(logits), num_rows):
+        rows = slice(start, start + num_rows)
+        cuts = [None if value is None else value[rows] for value in (min_p, top_k, top_p)]
+        blocks.append(_draw_block(logits[rows], keys[rows], temperature[rows], cuts[0], cuts[1], cuts[2], max_top_k))
+    return torch.cat(blocks)
+
+
+def _draw_block(
+    logits: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    min_p: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    max_top_k: int,
+) -> Tensor:
     dtype = logits.dtype
     best = logits.amax(dim=1, keepdim=True)
-    # The distance is never negative; abs only turns -0.0 into 0.0, whose bits sort first.
+    # The distance is never negative; abs only turns -0.0 into 0.0, since -0.0 has other bits.
     distance = (best - logits).abs_().div_(temperature.to(dtype).unsqueeze(1))
     limit = None if min_p is None else (-min_p.log()).to(dtype).unsqueeze(1)
     if top_k is not None:
-        farthest = _reach(distance, torch.ones_like(distance, dtype=torch.int64), top_k.unsqueeze(1))
+        farthest = _kth_distance(distance, top_k.unsqueeze(1), max_top_k)
         limit = farthest if limit is None else torch.minimum(limit, farthest)
     if top_p is not None:
         mass = (-distance).exp_().mul_(2.0**_MASS_BITS).to(torch.int64)
@@ -125,9 +148,9 @@ def draw(
             mass *= distance <= limit
         total = mass.sum(dim=1, keepdim=True)
         target = (total * top_p.unsqueeze(1)).ceil_().to(torch.int64).clamp_(min=1)
-        farthest = _reach(distance, mass, torch.minimum(target, total))
+        farthest = _reach_(distance, mass, torch.minimum(target, total))
         # Off must be off exactly: the mass of the least likely tokens rounds to 0.
-        farthest = farthest.masked_fill(top_p.unsqueeze(1) >= 1.0, torch.inf)
+        farthest.masked_fill_(top_p.unsqueeze(1) >= 1.0, torch.inf)
         limit = farthest if limit is None else torch.minimum(limit, farthest)
     cost = log_exponential(keys, logits.shape[1]) + distance
     if limit is not None:
@@ -135,28 +158,41 @@ def draw(
     return cost.argmin(dim=1)
 
 
-def _reach(distance: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def _kth_distance(distance: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
+    """The top_k-th smallest distance of each row. distance: (R, V); top_k: (R, 1) -> (R, 1), +inf where top_k is off."""
+    vocab_size = distance.shape[1]
+    if max_top_k <= vocab_size // 16:
+        nearest = distance.topk(max_top_k, dim=1, largest=False).values
+        kth = nearest.gather(1, top_k.clamp(max=max_top_k) - 1)
+    else:
+        kth = _reach_(distance, torch.ones_like(distance, dtype=torch.int32), top_k)
+    return kth.masked_fill_(top_k >= vocab_size, torch.inf)
+
+
+def _reach_(distance: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """The smallest distance within which the weights of a row add up to ``target``.
 
     A radix selection from the highest bits down: the bits of non-negative floats sort like the floats. It needs no sort,
     and sums integers, so no order of summation can change the result.
-    distance: (R, V) fp32 or fp64, >= 0. weight: (R, V) int64, >= 0. target: (R, 1) int64, from 1 to the row's weight.
+    distance: (R, V) fp32 or fp64, >= 0. weight: (R, V) int32 or int64, >= 0. target: (R, 1) int64, from 1 to the row's weight. ``weight`` is used up.
     -> (R, 1), an element of the row.
     """
     bits, num_bits = (torch.int32, 31) if distance.dtype is torch.float32 else (torch.int64, 63)
     key = distance.view(bits)
+    digit = torch.empty_like(key)
+    index = torch.empty_like(key, dtype=torch.int64)  # what scatter_add_ asks for
     found = torch.zeros_like(target)
     num_buckets = 1 << _DIGIT_BITS
     for shift in reversed(range(0, num_bits, _DIGIT_BITS)):
-        digit = ((key >> shift) & (num_buckets - 1)).to(torch.int64)
-        buckets = torch.zeros(len(distance), num_buckets, dtype=torch.int64, device=distance.device)
-        buckets.scatter_add_(1, digit, weight)
+        torch.bitwise_right_shift(key, shift, out=digit).bitwise_and_(num_buckets - 1)
+        buckets = torch.zeros(len(key), num_buckets, dtype=weight.dtype, device=key.device)
+        buckets.scatter_add_(1, index.copy_(digit), weight)
         reached = buckets.cumsum(dim=1)
         bucket = (reached < target).sum(dim=1, keepdim=True).clamp_(max=num_buckets - 1)
         target = target - (reached - buckets).gather(1, bucket)
         found = (found << _DIGIT_BITS) | bucket
         if shift:
-            weight = weight * (digit == bucket)
+            weight *= digit == bucket.to(bits)
     return found.to(bits).view(distance.dtype)
 
 

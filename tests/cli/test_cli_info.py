@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from nemo_engine.cli import info, main
 from nemo_engine.config import ModelConfig
+from nemo_engine.model.checkpoint import BUNDLED
 
 NEMO_12B = ModelConfig(
     vocab_size=131072, hidden_size=5120, num_layers=40, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14336,
@@ -30,6 +32,23 @@ def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "weights do not fit" in out.splitlines()[-1]
     assert f"{((1 << 29) - 2 * expected) // 4096:,}" in out.splitlines()[-2]
     assert err == ""
+
+
+def test_sizes_without_weights_follow_from_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(BUNDLED["nemo-tiny"] / "config.json", tmp_path)
+    assert main(["info", "nemo-tiny"]) == 0
+    whole = capsys.readouterr().out
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "(by the configuration)" in out and "(by the file headers)" in whole
+    assert "none: token ids only" in out
+
+    def sizes(text: str) -> list[str]:
+        return [line.partition(" (by")[0] for line in text.splitlines() if line.startswith(("parameters", "weights"))]
+
+    assert sizes(out) == sizes(whole)
 
 
 def test_what_fits_for_nemo_12b() -> None:

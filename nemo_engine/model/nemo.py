@@ -1,0 +1,67 @@
+"""The forward pass: one architecture, written as a straight line of operations on plain tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_engine.config import ModelConfig
+from nemo_engine.model.weights import NemoWeights
+from nemo_engine.ops import Ops
+from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.rope import rope_table
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """What a step's T tokens are and where they lie; made by the runner, not changed during the step."""
+
+    input_ids: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64
+    slot_mapping: Tensor  # (T,) int64: page * page_size + offset, where each token's key and value go
+    attention: AttentionMeta
+
+
+class Nemo:
+    """The model: weights, rotary table, chosen operations. Holds no state of requests or steps.
+
+    ``max_len`` is the served context in tokens: the rotary table has that many positions.
+    """
+
+    def __init__(self, config: ModelConfig, weights: NemoWeights, ops: Ops, max_len: int) -> None:
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+        self.rope = rope_table(config.head_dim, config.rope_theta, max_len, weights.embed_tokens.device)
+
+    def forward(self, inputs: ModelInputs, kv_cache: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Run all layers over T tokens, writing their keys and values into ``kv_cache`` (one (k, v) per layer).
+
+        Returns the last MLP's output and the residual, (T, H) each, for ``logits``.
+        """
+        config, ops = self.config, self.ops
+        q_size, kv_size, eps = config.q_size, config.kv_size, config.rms_norm_eps
+        scale = config.head_dim**-0.5
+        x = self.weights.embed_tokens[inputs.input_ids]  # (T, H)
+        residual: Tensor | None = None
+        for layer, (k_cache, v_cache) in zip(self.weights.layers, kv_cache, strict=True):
+            x, residual = ops.rms_norm(x, layer.input_layernorm, eps, residual)  # (T, H) twice
+            qkv = layer.qkv(x)  # (T, Q + 2 K)
+            q, k, v = (part.unflatten(1, (-1, config.head_dim)) for part in qkv.split([q_size, kv_size, kv_size], dim=1))
+            q = ops.rope_and_append_kv_(
+                q, k, v, self.rope, inputs.positions, inputs.slot_mapping, k_cache, v_cache
+            )  # (T, Hq, D)
+            x = ops.paged_attention(q, k_cache, v_cache, inputs.attention, scale)  # (T, Hq, D)
+            x = layer.o(x.flatten(1))  # (T, H)
+            x, residual = ops.rms_norm(x, layer.post_attention_layernorm, eps, residual)
+            x = layer.down(ops.silu_mul(layer.gate_up(x)))  # (T, 2 I) -> (T, I) -> (T, H)
+        assert residual is not None
+        return x, residual
+
+    def logits(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Logits of some rows of what ``forward`` returned: (R, H) twice -> (R, V) in fp32, fp64 for fp64."""
+        hidden, _ = self.ops.rms_norm(x, self.weights.norm, self.config.rms_norm_eps, residual)
+        logits: Tensor = self.weights.lm_head(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()

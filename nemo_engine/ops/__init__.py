@@ -1,0 +1,57 @@
+"""The operations of the model: what each means, what implements it, and which implementation an engine runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_engine.ops.activation import SILU_MUL
+from nemo_engine.ops.attention import PAGED_ATTENTION
+from nemo_engine.ops.norm import RMS_NORM
+from nemo_engine.ops.op import Choice, Op, Site, select
+from nemo_engine.ops.rope import ROPE_AND_APPEND_KV
+
+ALL_OPS: tuple[Op, ...] = (RMS_NORM, ROPE_AND_APPEND_KV, PAGED_ATTENTION, SILU_MUL)
+
+_logger = logging.getLogger("nemo_engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The chosen implementations, as plain callables."""
+
+    rms_norm: Callable[..., Any]
+    rope_and_append_kv_: Callable[..., Any]
+    paged_attention: Callable[..., Any]
+    silu_mul: Callable[..., Any]
+    choices: tuple[Choice, ...]
+
+    @classmethod
+    def select(cls, site: Site, prefer: Mapping[str, str]) -> Ops:
+        """Choose every operation for ``site``. Raises ``ValueError`` for a preference that cannot be met."""
+        names = [op.name for op in ALL_OPS]
+        for name in prefer:
+            if name not in names:
+                raise ValueError(f"prefer must name operations ({', '.join(names)}), got {name!r}")
+        choices = tuple(select(op, site, prefer) for op in ALL_OPS)
+        functions = {choice.op: choice.function for choice in choices}
+        ops = cls(
+            rms_norm=functions["rms_norm"],
+            rope_and_append_kv_=functions["rope_and_append_kv_"],
+            paged_attention=functions["paged_attention"],
+            silu_mul=functions["silu_mul"],
+            choices=choices,
+        )
+        _logger.info("%s", ops.format())
+        return ops
+
+    def format(self) -> str:
+        """A table: operation, chosen implementation, and the others with the reason against them."""
+        width = max(len(choice.op) for choice in self.choices)
+        lines = []
+        for choice in self.choices:
+            against = "; ".join(f"not {name}: {reason}" for name, reason in choice.rejected)
+            lines.append(f"{choice.op.ljust(width)}  {choice.chosen}" + (f"  ({against})" if against else ""))
+        return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""What an operation is: one definition in plain torch, a table of implementations, cases and cost; and how one is chosen.
+
+The tables are data: implementations are named as text and imported when selected, so a machine without triton or nvcc
+imports everything. Selection happens once, at start-up, from static facts, and yields plain callables.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+SEMANTICS = "semantics"  # the name under which the definition itself can be asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The static facts of one place of use: where an operation runs and the shapes that it will always see."""
+
+    device_type: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    hidden_size: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Impl:
+    """One implementation: ``target`` is "module:function"; ``supports`` returns None, or why it cannot serve a site."""
+
+    name: str
+    target: str
+    supports: Callable[[Site], str | None]
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function."""
+        module, _, function = self.target.partition(":")
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Named inputs of an operation: ``make(dtype)`` gives its arguments, with everything that must not be read set to NaN."""
+
+    name: str
+    make: Callable[[torch.dtype], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An operation. ``impls`` are in order of preference; ``cost`` maps a case's arguments to (bytes moved, flops)."""
+
+    name: str
+    semantics: Callable[..., Any]
+    impls: tuple[Impl, ...]
+    cases: Callable[[], Iterator[Case]]
+    cost: Callable[..., tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was selected for an operation, and why the others were not."""
+
+    op: str
+    chosen: str
+    rejected: tuple[tuple[str, str], ...]
+    function: Callable[..., Any]
+
+
+def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
+    """The first implementation that supports ``site``, or the one that ``prefer`` names; else the definition.
+
+    Raises ``ValueError`` if the preferred one is unknown or cannot serve, with its reason.
+    """
+    wanted = prefer.get(op.name)
+    if wanted is not None and wanted not in (known := [impl.name for impl in op.impls] + [SEMANTICS]):
+        raise ValueError(f"prefer[{op.name!r}] must be one of {', '.join(known)}, got {wanted!r}")
+    rejected: list[tuple[str, str]] = []
+    for impl in op.impls:
+        reason = impl.supports(site)
+        if wanted not in (None, impl.name):
+            rejected.append((impl.name, f"{wanted} is preferred"))
+        elif reason is None:
+            return Choice(op.name, impl.name, tuple(rejected), impl.load())
+        elif wanted == impl.name:
+            raise ValueError(f"prefer[{op.name!r}] = {wanted!r} cannot serve here: {reason}")
+        else:
+            rejected.append((impl.name, reason))
+    return Choice(op.name, SEMANTICS, tuple(rejected), op.semantics)
+
+
+def cpu_only(site: Site) -> str | None:
+    """``supports`` of implementations that are made for the CPU."""
+    return None if site.device_type == "cpu" else "made for the CPU"

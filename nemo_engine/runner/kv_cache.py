@@ -1,0 +1,37 @@
+"""The keys and values of all requests, in pages. Must not know who uses which page."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_engine.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values apart, per layer ``(num_pages + 1, kv_heads, page_size, head_dim)``; page 0 is padding.
+
+    On the CPU the memory is reserved, and taken from the system only page by page as it is first written.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (num_pages + 1, config.num_kv_heads, page_size, config.head_dim)
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.layers: list[tuple[Tensor, Tensor]] = [
+            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for _ in range(config.num_layers)
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(k.nbytes + v.nbytes for k, v in self.layers)
+
+    def poison(self, pages: Tensor) -> None:
+        """Fill ``pages`` with NaN; tests do this to what must not be read."""
+        for k, v in self.layers:
+            k[pages] = torch.nan
+            v[pages] = torch.nan
