@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONFIG = dict(
+CONFIG: dict[str, Any] = dict(
     architectures=["MistralForCausalLM"], model_type="mistral", hidden_size=256, num_hidden_layers=4,
     num_attention_heads=8, num_key_value_heads=2, head_dim=128, intermediate_size=640, vocab_size=6144,
     hidden_act="silu", rms_norm_eps=1e-5, rope_theta=1000000.0, max_position_embeddings=131072,
@@ -137,8 +137,10 @@ def inline(text: str) -> str:
     return text.replace("|version|", "3.11").replace("\\ ", "").replace("\\*", "*")
 
 
-DESCRIBED = ("function class method classmethod staticmethod attribute data exception decorator coroutinemethod "
-             "decoratormethod describe macro type member var struct opcode option cmdoption envvar").split()
+DESCRIBED = (
+    "function class method classmethod staticmethod attribute data exception decorator coroutinemethod "
+    "decoratormethod describe macro type member var struct opcode option cmdoption envvar"
+).split()
 ASKABLE = set(DESCRIBED[:9])  # what questions are made of
 OBJECT = re.compile(rf"^( *)\.\. (?:c:|py:)?({'|'.join(DESCRIBED)})::\s*(.*)$")
 DIRECTIVE = re.compile(r"^( *)\.\. ([\w:-]+)::\s*(.*)$")
@@ -508,34 +510,39 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(CONFIG["vocab_size"], CONFIG["hidden_size"])
+        self.layers = nn.ModuleList(Layer() for _ in range(CONFIG["num_hidden_layers"]))
+        self.norm = Norm(CONFIG["hidden_size"])
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+
 class Nemo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        h, n = CONFIG["hidden_size"], CONFIG["num_hidden_layers"]
-        self.compiled: Callable[..., Tensor] | None = None
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(CONFIG["vocab_size"], h)
-        self.model.layers = nn.ModuleList(Layer() for _ in range(n))
-        self.model.norm = Norm(h)
-        self.lm_head = nn.Linear(h, CONFIG["vocab_size"], bias=False)
+        self.model = Body()
+        self.compiled: Callable[..., Tensor] | None = None  # the same body, compiled, for training
+        self.lm_head = nn.Linear(CONFIG["hidden_size"], CONFIG["vocab_size"], bias=False)
+        residual = math.sqrt(2 * CONFIG["num_hidden_layers"])
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * n) if "o_proj" in name or "down_proj" in name else 1))
+                nn.init.normal_(p, std=0.02 / (residual if "o_proj" in name or "down_proj" in name else 1))
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of the targets that are not -100."""
         d = CONFIG["head_dim"]
         angle = torch.outer(torch.arange(ids.shape[1]), CONFIG["rope_theta"] ** (-torch.arange(0, d, 2) / d))
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        trunk = self.compiled if self.training and self.compiled else self.trunk
-        x = trunk(self.model.embed_tokens(ids).to(dtype), angle.cos().to(dtype), angle.sin().to(dtype))
+        body = self.compiled if self.training and self.compiled else self.model
+        x = body(self.model.embed_tokens(ids).to(dtype), angle.cos().to(dtype), angle.sin().to(dtype))
         keep = targets.reshape(-1) >= 0
         return HeadLoss.apply(x.reshape(-1, x.shape[-1])[keep], self.lm_head.weight, targets.reshape(-1)[keep])
-
-    def trunk(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        for layer in self.model.layers:
-            x = layer(x, cos, sin)
-        return self.model.norm(x)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -649,7 +656,7 @@ def main() -> None:
     tokens = build_tokens(args.work_dir, args.docs_dir, args.seed)
     print("tokens:", {k: len(v) for k, v in tokens.items() if v.ndim and "mask" not in k}, flush=True)
     model = Nemo()
-    model.compiled = torch.compile(model.trunk, dynamic=False) if args.compile else None
+    model.compiled = torch.compile(model.model.forward, dynamic=False) if args.compile else None
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
     adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)

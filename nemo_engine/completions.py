@@ -191,10 +191,12 @@ class OutputProcessor:
                     self._attend(completion, committed.logprobs.get(index))
                     changed[completion.owner] = None
         for request in committed.finished:
-            completion = self._completions[request]
-            changed[completion.owner] = None
-            if request not in self._attended and completion.read() is not None:
-                self._end_at_stop_string(completion)
+            ended = self._completions.get(request)
+            if ended is None:  # aborted since: an interrupted step reports late
+                continue
+            changed[ended.owner] = None
+            if request not in self._attended and ended.read() is not None:
+                self._end_at_stop_string(ended)
         for user in changed:
             self._emit(user, now)
 

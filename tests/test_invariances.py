@@ -123,12 +123,23 @@ def test_tokens_do_not_depend_on(model: Path, alone: Any, variant: str, seed: in
         assert_all_returned(engine)
         assert run(engine, prompts, params) == alone(seed), "a second time, from a warm cache"
         stats = engine.stats()
-        if "preempted" in variant and seed == 0:
-            assert stats.total_preemptions > 0
         if variant == "prefix caching":
             assert stats.total_prefix_hit_tokens > 0
         if not engine.config.enable_prefix_caching:
             assert stats.total_prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"pipeline_depth": 2}, {"enable_prefix_caching": False}, {"max_num_batched_tokens": 9}])
+def test_tokens_do_not_depend_on_preemption(model: Path, options: dict[str, Any]) -> None:
+    """Eight short prompts with long outputs over a cache that holds two of them at full length."""
+    prompts = [[(3 * i + j) % 97 for j in range(1 + 2 * i)] for i in range(8)]
+    params = [SamplingParams(max_tokens=60 - i, ignore_eos=True, seed=i, temperature=i % 2) for i in range(8)]
+    with make_engine(model, enable_prefix_caching=False, max_num_seqs=1) as engine:
+        expected = [run(engine, [ids], [own])[0] for ids, own in zip(prompts, params)]
+    with make_engine(model, **({"num_kv_pages": 9, "max_model_len": 128} | options)) as engine:
+        assert run(engine, prompts, params) == expected
+        assert engine.stats().total_preemptions > 3
+        assert_all_returned(engine)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_engine.ops.op import Case, Impl, Op, cpu_only
 
+_BLOCK_BYTES = 1 << 20  # of widened pages that decode attention works on at once, so that they stay in a core's L2
 _QUERY_BLOCK = 256  # queries that the definition attends at once: bounds its scores
 
 
@@ -108,33 +109,42 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, sc
     is_page = torch.arange(meta.page_table.shape[1], device=q.device) < num_pages.unsqueeze(1)
     row, index = is_page.nonzero(as_tuple=True)  # (N,): the row of each page, and the page's place in it
     pages = meta.page_table[:num_rows][row, index]
-    k = _gather_pages(k_cache, pages, "k", wide, meta.workspace)
-    v = _gather_pages(v_cache, pages, "v", wide, meta.workspace)
     num_valid = (lens[row] - index * page_size).clamp_(max=page_size)
     is_past_end = torch.arange(page_size, device=q.device) >= num_valid.unsqueeze(1)  # (N, page_size)
-    # A last page's tail may hold anything, NaN too, and 0 * NaN is NaN.
-    last = num_pages.cumsum(0) - 1
-    v[last] = v[last].masked_fill_(is_past_end[last][:, None, :, None], 0.0)
     grouped = (q.to(wide) * scale).view(num_rows, kv_heads, group, dim)[row]  # (N, Hk, G, D)
-    scores = torch.bmm(grouped.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(-1, kv_heads, group, page_size)
+    scores = grouped.new_empty(len(pages), kv_heads, group, page_size)
+    for block, k in _page_blocks(k_cache, pages, wide, meta.workspace):
+        torch.bmm(grouped[block].flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out=scores[block].flatten(0, 1))
     scores.masked_fill_(is_past_end[:, None, None], -torch.inf)
     page_max = scores.amax(-1)  # (N, Hk, G)
     row_max = page_max.new_full((num_rows, kv_heads, group), -torch.inf)
     row_max.scatter_reduce_(0, row[:, None, None].expand_as(page_max), page_max, "amax")
     weights = scores.sub_(row_max[row].unsqueeze(-1)).exp_()
-    partial = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(-1, kv_heads, group, dim)
+    partial = torch.empty_like(grouped)
+    last = (num_pages.cumsum(0) - 1).tolist()
+    for block, v in _page_blocks(v_cache, pages, wide, meta.workspace):
+        # A last page's tail may hold anything, NaN too, and 0 * NaN is NaN.
+        while last and last[0] < block.stop:
+            index_of_last = last.pop(0)
+            v[index_of_last - block.start].masked_fill_(is_past_end[index_of_last][:, None], 0.0)
+        torch.bmm(weights[block].flatten(0, 1), v.flatten(0, 1), out=partial[block].flatten(0, 1))
     total = partial.new_zeros(num_rows, kv_heads, group, dim).index_add_(0, row, partial)
     mass = partial.new_zeros(num_rows, kv_heads, group).index_add_(0, row, weights.sum(-1))
     return (total / mass.unsqueeze(-1)).view(num_rows, num_heads, dim).to(q.dtype)
 
 
-def _gather_pages(cache: Tensor, pages: Tensor, name: str, wide: torch.dtype, workspace: Workspace) -> Tensor:
-    """Copies of whole pages, widened: (N, Hk, page_size, D)."""
-    shape = (len(pages), *cache.shape[1:])
-    gathered = torch.index_select(cache, 0, pages, out=workspace.take(name, shape, cache.dtype, cache.device))
-    if cache.dtype == wide:
-        return gathered
-    return workspace.take(f"wide {name}", shape, wide, cache.device).copy_(gathered)
+def _page_blocks(cache: Tensor, pages: Tensor, wide: torch.dtype, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
+    """Copies of whole pages, widened, some at a time so that they stay in the core's cache: (n, Hk, page_size, D)."""
+    page_shape = cache.shape[1:]
+    count = max(1, _BLOCK_BYTES // (page_shape.numel() * wide.itemsize))
+    for start in range(0, len(pages), count):
+        block = slice(start, min(start + count, len(pages)))
+        shape = (block.stop - start, *page_shape)
+        gathered = workspace.take("pages", shape, cache.dtype, cache.device)
+        torch.index_select(cache, 0, pages[block], out=gathered)
+        if cache.dtype != wide:
+            gathered = workspace.take("wide pages", shape, wide, cache.device).copy_(gathered)
+        yield block, gathered
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

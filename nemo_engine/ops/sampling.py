@@ -110,11 +110,11 @@ def draw(
 
     logits: (R, V) fp32 or fp64, -inf where masked; at least one finite per row and no NaN or +inf, or else that row's
     result (only) is meaningless, though in range. keys: (R,) int64. temperature, min_p, top_p: (R,) fp64. top_k: (R,)
-    int64, 1 to V. Off is min_p 0, top_k V, top_p 1, or None for all rows. max_top_k: the highest top_k that is not off.
+    int64, 1 to V. Off is min_p 0, top_k V, top_p 1, or None for all rows. max_top_k: the highest top_k below V, 0 if none.
     -> (R,) int64.
     """
     assert logits.dtype in (torch.float32, torch.float64), logits.dtype
-    num_rows = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+    num_rows = max(1, _BLOCK_ELEMENTS // max(logits.shape[1], 1 << _DIGIT_BITS))
     if len(logits) <= num_rows:
         return _draw_block(logits, keys, temperature, min_p, top_k, top_p, max_top_k)
     blocks = []
@@ -139,7 +139,8 @@ def _draw_block(
     # The distance is never negative; abs only turns -0.0 into 0.0, since -0.0 has other bits.
     distance = (best - logits).abs_().div_(temperature.to(dtype).unsqueeze(1))
     limit = None if min_p is None else (-min_p.log()).to(dtype).unsqueeze(1)
-    if top_k is not None:
+    if max_top_k:
+        assert top_k is not None
         farthest = _kth_distance(distance, top_k.unsqueeze(1), max_top_k)
         limit = farthest if limit is None else torch.minimum(limit, farthest)
     if top_p is not None:

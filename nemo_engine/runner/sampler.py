@@ -20,6 +20,9 @@ from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
 
 
+_Report = int | tuple[int, ...]  # that many of the best tokens (-1: all), or exactly these tokens
+
+
 @dataclass(frozen=True, slots=True)
 class _Draw:
     """The rows of a batch that sample: ``rows`` (N,) int64, or None for all; then (N,) tensors, None where all are off."""
@@ -52,6 +55,7 @@ class _Batch:
     draw: _Draw | None
     penalties: _Penalties | None
     edits: LogitEdits | None
+    reports: dict[_Report, list[int]]  # rows that want log-probabilities, by which ones
 
 
 class Sampler:
@@ -195,6 +199,7 @@ class Sampler:
             draw=self._make_draw(params, slot_ids),
             penalties=self._make_penalties(penalised, params, slot_ids) if penalised else None,
             edits=LogitEdits(edits, self._device) if edits else None,
+            reports=self._group_reports(params),
         )
 
     def _make_draw(self, params: list[SamplingParams], slot_ids: Tensor) -> _Draw | None:
@@ -240,22 +245,30 @@ class Sampler:
         They come from the logits as the model made them; ``sample`` does not change these, so the order of the two calls
         is free. Waits for the device, if any row asks. logits: (R, V) fp32 or fp64. sampled: (R,) int64.
         """
-        wanted: dict[int | tuple[int, ...], list[int]] = {}
-        for row, slot in enumerate(slots):
-            params = self._params[slot]
-            if params.logprob_token_ids is not None and params.logprob_token_ids:
-                wanted.setdefault(tuple(params.logprob_token_ids), []).append(row)
-            elif params.has_logprobs:
-                wanted.setdefault(params.logprobs or 0, []).append(row)
-        if not wanted:
+        batch = self._batch
+        if batch is not None and batch.slots is slots:
+            reports = batch.reports
+        else:
+            reports = self._group_reports([self._params[slot] for slot in slots])
+        if not reports:
             return {}
         tokens = sampled.tolist()
         found: dict[int, TokenLogprobs] = {}
-        for what, asking in wanted.items():
+        for what, asking in reports.items():
             good = [row for row in asking if tokens[row] >= 0]
             rows = self._index(good)
             found.update(zip(good, self._report(logits[rows], sampled[rows], what), strict=True))
         return found
+
+    @staticmethod
+    def _group_reports(params: list[SamplingParams]) -> dict[_Report, list[int]]:
+        reports: dict[_Report, list[int]] = {}
+        for row, one in enumerate(params):
+            if one.logprob_token_ids:
+                reports.setdefault(tuple(one.logprob_token_ids), []).append(row)
+            elif one.has_logprobs:
+                reports.setdefault(one.logprobs or 0, []).append(row)
+        return reports
 
     def prompt_logprobs(self, logits: Tensor, targets: Tensor, slot: int) -> list[TokenLogprobs]:
         """Raw log-probabilities of consecutive prompt tokens of one slot.
@@ -266,7 +279,7 @@ class Sampler:
         assert count is not None, slot
         return self._report(logits, targets, count)
 
-    def _report(self, logits: Tensor, chosen: Tensor, what: int | tuple[int, ...]) -> list[TokenLogprobs]:
+    def _report(self, logits: Tensor, chosen: Tensor, what: _Report) -> list[TokenLogprobs]:
         """The chosen tokens first; then the ``what`` best ones (-1: all), or exactly those of the tuple ``what``.
 
         Ranks are vLLM's: 1 to k for the best ones, and for the others the number of tokens at least as likely.
