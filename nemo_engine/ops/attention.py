@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,17 @@ class Workspace:
         return buffer[:count].view(shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodePages:
+    """The N pages that the decode rows of a step read, row after row."""
+
+    pages: Tensor  # (N,) int64
+    row: Tensor  # (N,) int64: which row reads each
+    is_past_end: Tensor  # (N, page_size) bool: places past the row's last key, all in the rows' last pages
+    tails: list[tuple[int, int]]  # (index into pages, first place past the end) of the last pages that are not full
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionMeta:
     """Where the rows of a step lie. R rows, decode rows first; row i has queries ``query_start_loc[i] .. [i + 1] - 1``.
 
@@ -44,7 +55,22 @@ class AttentionMeta:
     query_start_loc: Tensor  # (R + 1,) int64
     seq_lens: Tensor  # (R,) int64
     page_table: Tensor  # (R, pages) int64
+    page_size: int
     workspace: Workspace = field(default_factory=Workspace)
+
+    @cached_property
+    def decode_pages(self) -> DecodePages:
+        """What the decode rows read; the same for all layers of the step."""
+        lens = self.seq_lens[: self.num_decodes]
+        num_pages = (lens + (self.page_size - 1)) // self.page_size
+        is_page = torch.arange(self.page_table.shape[1], device=lens.device) < num_pages.unsqueeze(1)
+        row, index = is_page.nonzero(as_tuple=True)
+        pages = self.page_table[: self.num_decodes][row, index]
+        num_valid = (lens[row] - index * self.page_size).clamp_(max=self.page_size)
+        is_past_end = torch.arange(self.page_size, device=lens.device) >= num_valid.unsqueeze(1)
+        last = num_pages.cumsum(0) - 1
+        tails = [pair for pair in zip(last.tolist(), num_valid[last].tolist(), strict=True) if pair[1] < self.page_size]
+        return DecodePages(pages, row, is_past_end, tails)
 
 
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
@@ -104,29 +130,25 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, sc
     _, kv_heads, page_size, _ = k_cache.shape
     group = num_heads // kv_heads
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lens = meta.seq_lens[:num_rows]
-    num_pages = (lens + (page_size - 1)) // page_size
-    is_page = torch.arange(meta.page_table.shape[1], device=q.device) < num_pages.unsqueeze(1)
-    row, index = is_page.nonzero(as_tuple=True)  # (N,): the row of each page, and the page's place in it
-    pages = meta.page_table[:num_rows][row, index]
-    num_valid = (lens[row] - index * page_size).clamp_(max=page_size)
-    is_past_end = torch.arange(page_size, device=q.device) >= num_valid.unsqueeze(1)  # (N, page_size)
+    plan = meta.decode_pages
+    pages, row = plan.pages, plan.row
     grouped = (q.to(wide) * scale).view(num_rows, kv_heads, group, dim)[row]  # (N, Hk, G, D)
     scores = grouped.new_empty(len(pages), kv_heads, group, page_size)
     for block, k in _page_blocks(k_cache, pages, wide, meta.workspace):
         torch.bmm(grouped[block].flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out=scores[block].flatten(0, 1))
-    scores.masked_fill_(is_past_end[:, None, None], -torch.inf)
+    scores.masked_fill_(plan.is_past_end[:, None, None], -torch.inf)
     page_max = scores.amax(-1)  # (N, Hk, G)
     row_max = page_max.new_full((num_rows, kv_heads, group), -torch.inf)
     row_max.scatter_reduce_(0, row[:, None, None].expand_as(page_max), page_max, "amax")
     weights = scores.sub_(row_max[row].unsqueeze(-1)).exp_()
     partial = torch.empty_like(grouped)
-    last = (num_pages.cumsum(0) - 1).tolist()
+    tails = iter(plan.tails)
+    tail = next(tails, None)
     for block, v in _page_blocks(v_cache, pages, wide, meta.workspace):
         # A last page's tail may hold anything, NaN too, and 0 * NaN is NaN.
-        while last and last[0] < block.stop:
-            index_of_last = last.pop(0)
-            v[index_of_last - block.start].masked_fill_(is_past_end[index_of_last][:, None], 0.0)
+        while tail is not None and tail[0] < block.stop:
+            v[tail[0] - block.start, :, tail[1] :].zero_()
+            tail = next(tails, None)
         torch.bmm(weights[block].flatten(0, 1), v.flatten(0, 1), out=partial[block].flatten(0, 1))
     total = partial.new_zeros(num_rows, kv_heads, group, dim).index_add_(0, row, partial)
     mass = partial.new_zeros(num_rows, kv_heads, group).index_add_(0, row, weights.sum(-1))
@@ -219,7 +241,7 @@ def attention_inputs(
     num_decodes = next((i for i, count in enumerate(queries) if count > 1), len(rows))
     starts = torch.tensor([0, *queries]).cumsum(0)
     q = torch.randn(sum(queries), heads, dim, generator=generator).to(dtype)
-    meta = AttentionMeta(num_decodes, starts, torch.tensor([length for _, length in rows]), page_table)
+    meta = AttentionMeta(num_decodes, starts, torch.tensor([length for _, length in rows]), page_table, page_size)
     return q, caches[0].to(dtype), caches[1].to(dtype), meta, dim**-0.5
 
 

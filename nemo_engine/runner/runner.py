@@ -152,7 +152,10 @@ class Runner:
             starts = torch.arange(num_decodes + 1, device=self._device)
             page_table = table.page_table[decodes.slot_ids, : decodes.num_pages]
             return ModelInputs(
-                ids, positions, mapping, AttentionMeta(num_decodes, starts, positions + 1, page_table, self._workspace)
+                ids,
+                positions,
+                mapping,
+                AttentionMeta(num_decodes, starts, positions + 1, page_table, size, self._workspace),
             )
         all_ids, all_positions, all_mappings = [ids], [positions], [mapping]
         for row in plan.prefills:
@@ -170,6 +173,7 @@ class Runner:
             starts,
             torch.cat([positions + 1, self._ints(prefill_lens)]),
             table.page_table[slot_ids, :num_pages],
+            size,
             self._workspace,
         )
         return ModelInputs(torch.cat(all_ids), torch.cat(all_positions), torch.cat(all_mappings), meta)
