@@ -19,7 +19,6 @@ from nemo_engine.runner.logit_edits import LogitEdits, SlotEdits
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
 
-
 _Report = int | tuple[int, ...]  # that many of the best tokens (-1: all), or exactly these tokens
 
 

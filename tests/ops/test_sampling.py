@@ -16,6 +16,7 @@ import torch
 from scipy.stats import chi2
 
 from nemo_engine.ops import sampling
+from nemo_engine.ops.op import Case
 
 FALSE_ALARM_RATE = 1e-9
 M32, M64 = 2**32 - 1, 2**64 - 1
@@ -141,7 +142,9 @@ def assert_fits(observed: np.ndarray, probabilities: np.ndarray) -> None:
 def walk(name: str, count: int) -> torch.Tensor:
     """Keys of ``count`` neighbouring (seed, position) pairs."""
     steps = torch.arange(count)
-    seeds = {"positions": [5] * count, "seeds": range(count), "both": range(count), "against": range(count, 0, -1)}[name]
+    seeds = {"positions": [5] * count, "seeds": range(count), "both": range(count), "against": range(count, 0, -1)}[
+        name
+    ]
     positions = torch.full((count,), 77) if name == "seeds" else steps
     return sampling.row_keys(torch.tensor([sampling.seed_key(seed) for seed in seeds]), positions)
 
@@ -324,6 +327,30 @@ def test_filters_keep_what_sorting_keeps(dtype: torch.dtype, vocab_size: int, ki
         assert got == sorted_tokens(logits, temperature, min_p, top_k, top_p), (temperature, min_p, top_k, top_p)
 
 
+@pytest.mark.parametrize("case", list(sampling.DRAW.cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_implementation_draws_tokens_that_the_filters_keep(case: Case, dtype: torch.dtype) -> None:
+    arguments = case.make(dtype)
+    logits, _, temperature, min_p, top_k, top_p, _ = arguments
+    for function in [sampling.DRAW.semantics, *(impl.load() for impl in sampling.DRAW.impls)]:
+        tokens = function(*arguments)
+        assert torch.equal(tokens, function(*arguments))
+        assert torch.equal(tokens, sampling.DRAW.semantics(*arguments))
+        for row, token in enumerate(tokens.tolist()):
+            filters = [0.0 if value is None else value[row].item() for value in (min_p, top_k)]
+            last = 1.0 if top_p is None else top_p[row].item()
+            assert token in sorted_tokens(logits[row], temperature[row].item(), filters[0], int(filters[1]), last)
+    num_bytes, flops = sampling.DRAW.cost(*arguments)
+    assert num_bytes == logits.nbytes and flops > 0
+
+
+@pytest.mark.gpu
+def test_noise_has_the_same_bits_on_a_gpu() -> None:
+    keys = make_keys(SEEDS, list(range(len(SEEDS))))
+    assert torch.equal(sampling.noise_bits(keys.cuda(), 131072).cpu(), sampling.noise_bits(keys, 131072))
+    assert torch.equal(sampling.row_keys(keys.cuda(), keys.cuda()).cpu(), sampling.row_keys(keys, keys))
+
+
 def test_the_token_that_crosses_top_p_is_kept_and_so_are_its_ties() -> None:
     logits = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1]).log()
     assert kept_tokens(logits, 1.0, 0.0, 0, 0.41) == {0, 1}
@@ -365,7 +392,9 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(vocab_size: int, dtype: tor
     together = sampling.draw(logits, keys, temperature, min_p, top_k, top_p, min(3000, vocab_size))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "_BLOCK_ELEMENTS", 4 * vocab_size)
-        assert torch.equal(sampling.draw(logits, keys, temperature, min_p, top_k, top_p, min(3000, vocab_size)), together)
+        assert torch.equal(
+            sampling.draw(logits, keys, temperature, min_p, top_k, top_p, min(3000, vocab_size)), together
+        )
     for row in range(num_rows):
         one = slice(row, row + 1)
         k, p, floor = int(top_k[row]), float(top_p[row]), float(min_p[row])

@@ -293,7 +293,9 @@ def test_combinations_equal_the_reference_and_rows_alone(requests: list[Request]
         driver.fill(slot, dataclasses.replace(request, token_ids=list(request.token_ids)))
     for step in range(3):
         logits = make_logits("normal", len(requests), 11, seed + step, torch.float64)
-        before = [dataclasses.replace(driver.requests[slot], token_ids=[*driver.requests[slot].token_ids]) for slot in slots]
+        before = [
+            dataclasses.replace(driver.requests[slot], token_ids=[*driver.requests[slot].token_ids]) for slot in slots
+        ]
         tokens = driver.sample(logits, slots)
         for row, request in enumerate(before):
             # A fresh sampler is one to which a preempted request comes back.
@@ -353,7 +355,10 @@ def test_a_masked_token_does_not_hide_a_nan() -> None:
 
 
 def test_nothing_left_to_choose() -> None:
-    greedy, drawn = SamplingParams(temperature=0.0, min_tokens=1), SamplingParams(top_p=0.5, top_k=2, min_p=0.1, min_tokens=1)
+    greedy, drawn = (
+        SamplingParams(temperature=0.0, min_tokens=1),
+        SamplingParams(top_p=0.5, top_k=2, min_p=0.1, min_tokens=1),
+    )
     for params in (greedy, drawn):
         driver = Driver(4)
         driver.fill(1, Request(params, [0], 1, stop_token_ids=frozenset(range(4))))
@@ -435,7 +440,7 @@ def test_penalties_are_counted_as_tokens_come_and_rebuilt_when_a_slot_is_filled_
     driver = Driver(3)
     driver.fill(1, Request(params, [2, 2, 2], 3))
     slots = (1,)
-    expected = [2, 1, 2, 1, 0, 2]
+    expected = [2, 1, 2, 1, 2, 0]
     assert [driver.sample(logits, slots)[0] for _ in range(6)] == expected
     # Preempted after four tokens, in the same slot and in another one; then a new request.
     for slot in (1, 2):
@@ -449,7 +454,9 @@ def test_nothing_is_left_of_the_request_before() -> None:
     vocab_size = 30
     logits = make_logits("normal", 8, vocab_size, 4, torch.float32)
     names = list(PARAMETERS)
-    for first, second in itertools.permutations(["everything", "greedy", "plain", "allowed", "all penalties", "min_tokens"], 2):
+    for first, second in itertools.permutations(
+        ["everything", "greedy", "plain", "allowed", "all penalties", "min_tokens"], 2
+    ):
         driver = Driver(vocab_size)
         slots = (3,)
         driver.fill(3, make_request(first, vocab_size, 1))
