@@ -14,7 +14,7 @@ from tests.checkpoints import StateDict, random_state_dict, tiny_config, write_h
 
 CONTEXT = 131072
 NEW_TOKENS = 3
-CONFIG = tiny_config(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, hidden_size=16, intermediate_size=24)
+CONFIG = tiny_config(num_layers=2, num_heads=1, num_kv_heads=1, head_dim=8, hidden_size=16, intermediate_size=24)
 
 
 def dense_last_logits(state: StateDict, token_ids: list[int]) -> torch.Tensor:
@@ -38,13 +38,16 @@ def dense_last_logits(state: StateDict, token_ids: list[int]) -> torch.Tensor:
         prefix = f"model.layers.{layer}."
         y = norm(x, prefix + "input_layernorm.weight")
         q, k, v = (
-            F.linear(y, state[f"{prefix}self_attn.{name}_proj.weight"]).view(len(token_ids), -1, config.head_dim).transpose(0, 1)
+            F.linear(y, state[f"{prefix}self_attn.{name}_proj.weight"])
+            .view(len(token_ids), -1, config.head_dim)
+            .transpose(0, 1)
             for name in "qkv"
         )
         q, k = rotate(q), rotate(k)
-        group = config.num_heads // config.num_kv_heads
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        attended = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+        is_last = layer == config.num_layers - 1
+        if is_last:  # of the last layer, only the last token's output counts
+            q, x = q[:, -1:], x[-1:]
+        attended = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=not is_last)[0]
         x = x + F.linear(attended.transpose(0, 1).flatten(1), state[prefix + "self_attn.o_proj.weight"])
         y = norm(x, prefix + "post_attention_layernorm.weight")
         gate, up = (F.linear(y, state[f"{prefix}mlp.{name}_proj.weight"]) for name in ("gate", "up"))

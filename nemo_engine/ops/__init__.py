@@ -13,6 +13,8 @@ from nemo_engine.ops.norm import RMS_NORM
 from nemo_engine.ops.op import Choice, Op, Site, select
 from nemo_engine.ops.rope import ROPE_AND_APPEND_KV
 
+__all__ = ["ALL_OPS", "Choice", "Op", "Ops", "Site", "select"]
+
 ALL_OPS: tuple[Op, ...] = (RMS_NORM, ROPE_AND_APPEND_KV, PAGED_ATTENTION, SILU_MUL)
 
 _logger = logging.getLogger("nemo_engine")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site
+from nemo_engine.ops.op import Case, Impl, Op, triton_runs
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -31,4 +31,4 @@ def _cost(gate_up: Tensor) -> tuple[int, int]:
     return gate_up.nbytes * 3 // 2, 3 * gate_up.numel()
 
 
-SILU_MUL = Op("silu_mul", silu_mul, (), _cases, _cost)
+SILU_MUL = Op("silu_mul", silu_mul, (Impl("triton", "nemo_engine.kernels.activation:silu_mul", triton_runs),), _cases, _cost)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site
+from nemo_engine.ops.op import Case, Impl, Op, Site, triton_runs
+
+_TRITON_MAX_WIDTH = 16384  # one program holds a row in its registers
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -21,6 +23,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype), x
+
+
+def _triton_supports(site: Site) -> str | None:
+    if site.hidden_size > _TRITON_MAX_WIDTH:
+        return f"rows of at most {_TRITON_MAX_WIDTH} elements, these have {site.hidden_size}"
+    return triton_runs(site)
 
 
 def _cases() -> Iterator[Case]:
@@ -41,4 +49,4 @@ def _cost(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tup
     return passes * x.nbytes + weight.nbytes, 4 * x.numel()
 
 
-RMS_NORM = Op("rms_norm", rms_norm, (), _cases, _cost)
+RMS_NORM = Op("rms_norm", rms_norm, (Impl("triton", "nemo_engine.kernels.norm:rms_norm", _triton_supports),), _cases, _cost)

@@ -7,6 +7,8 @@ imports everything. Selection happens once, at start-up, from static facts, and 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,3 +102,18 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
 def cpu_only(site: Site) -> str | None:
     """``supports`` of implementations that are made for the CPU."""
     return None if site.device_type == "cpu" else "made for the CPU"
+
+
+def triton_runs(site: Site) -> str | None:
+    """What every Triton kernel needs: triton, and a GPU with bf16 or Triton's interpreter (which is for tests)."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("nemo_engine.kernels") is None:
+        return "nemo_engine.kernels is not installed (pip install -e .)"
+    if site.dtype == torch.float64:
+        return "computes in fp32, and the model is fp64"
+    if site.device_type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton runs on a CPU with TRITON_INTERPRET=1 only"
+    if site.capability is None or site.capability < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0, this is {site.device_type} {site.capability or ''}".rstrip()
+    return None

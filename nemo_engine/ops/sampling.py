@@ -108,14 +108,14 @@ def draw(
 
     * min_p keeps a probability of at least ``min_p`` times the highest: ``distance <= -log(min_p)``.
     * top_k keeps the k nearest, and what ties with the k-th.
-    * top_p acts on what the other two leave, renormalised: it keeps the smallest set of nearest tokens whose mass reaches
-      ``top_p`` (so the token that crosses it is kept), and what ties with the farthest of them. Masses are
+    * top_p acts on what the other two leave, renormalised: it keeps the smallest set of nearest tokens whose mass
+      reaches ``top_p`` (so the token that crosses it is kept), and what ties with the farthest of them. Masses are
       ``floor(2^40 exp(-distance))``, summed in integers.
 
     logits: (R, V) fp32 or fp64, -inf where masked; at least one finite per row and no NaN or +inf, or else that row's
     result (only) is meaningless, though in range. keys: (R,) int64. temperature, min_p, top_p: (R,) fp64. top_k: (R,)
-    int64, 1 to V. Off is min_p 0, top_k V, top_p 1, or None for all rows. max_top_k: the highest top_k below V, 0 if none.
-    -> (R,) int64.
+    int64, 1 to V. Off is min_p 0, top_k V, top_p 1, or None for all rows. max_top_k: the highest top_k below V, 0 if
+    none. -> (R,) int64.
     """
     assert logits.dtype in (torch.float32, torch.float64), logits.dtype
     num_rows = max(1, _BLOCK_ELEMENTS // max(logits.shape[1], 1 << _DIGIT_BITS))
@@ -164,7 +164,7 @@ def _draw_block(
 
 
 def _kth_distance(distance: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
-    """The top_k-th smallest distance of each row. distance: (R, V); top_k: (R, 1) -> (R, 1), +inf where top_k is off."""
+    """The top_k-th smallest distance per row. distance: (R, V); top_k: (R, 1) -> (R, 1), +inf where top_k is off."""
     vocab_size = distance.shape[1]
     if max_top_k <= vocab_size // 16:
         nearest = distance.topk(max_top_k, dim=1, largest=False).values
@@ -177,10 +177,10 @@ def _kth_distance(distance: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
 def _reach_(distance: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """The smallest distance within which the weights of a row add up to ``target``.
 
-    A radix selection from the highest bits down: the bits of non-negative floats sort like the floats. It needs no sort,
-    and sums integers, so no order of summation can change the result.
-    distance: (R, V) fp32 or fp64, >= 0. weight: (R, V) int32 or int64, >= 0. target: (R, 1) int64, from 1 to the row's weight. ``weight`` is used up.
-    -> (R, 1), an element of the row.
+    A radix selection from the highest bits down: the bits of non-negative floats sort like the floats. It needs no
+    sort, and sums integers, so no order of summation can change the result. distance: (R, V) fp32 or fp64, >= 0.
+    weight: (R, V) int32 or int64, >= 0, and used up. target: (R, 1) int64, from 1 to the row's weight. -> (R, 1), an
+    element of the row.
     """
     bits, num_bits = (torch.int32, 31) if distance.dtype is torch.float32 else (torch.int64, 63)
     key = distance.view(bits)
@@ -211,11 +211,10 @@ def apply_penalties_(
 ) -> None:
     """Change ``logits`` by the repetition, then the frequency and the presence penalty, in place.
 
-    Repetition divides the positive logits of tokens in prompt or output, and multiplies the others (Keskar et al. 2019).
-    Frequency is subtracted once per occurrence in the output, presence once if there is any. -inf stays, and nothing else
-    becomes infinite.
-    logits: (R, V) fp32 or fp64. output_counts: (R, V) int32. frequency, presence, repetition: (R,) fp64.
-    prompt_mask: (R, V) bool, given if repetition is.
+    Repetition divides the positive logits of tokens in prompt or output, and multiplies the others (Keskar et al.
+    2019). Frequency is subtracted once per occurrence in the output, presence once if there is any. -inf stays, and
+    nothing else becomes infinite. logits: (R, V) fp32 or fp64. output_counts: (R, V) int32. frequency, presence,
+    repetition: (R,) fp64. prompt_mask: (R, V) bool, given if repetition is.
     """
     dtype = logits.dtype
     is_in_output = output_counts > 0
@@ -247,7 +246,7 @@ def top_tokens(values: Tensor, k: int) -> Tensor:
 
 
 def num_at_least(values: Tensor, threshold: Tensor) -> Tensor:
-    """How many values of its row are at least each threshold: vLLM's rank. values: (R, V); threshold: (R, N) -> (R, N)."""
+    """How many values of its row reach each threshold: vLLM's rank. values: (R, V); threshold: (R, N) -> (R, N)."""
     if threshold.shape[1] == 1:
         return (values >= threshold).sum(dim=1, keepdim=True)
     ascending = values.sort(dim=1).values

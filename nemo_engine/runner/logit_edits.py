@@ -1,8 +1,8 @@
 """Changes to single logits: allowed_token_ids, bad_words, min_tokens and logit_bias. Must not know of anything else.
 
-A slot's changes are uploaded once, when it is filled; a batch's are those of its slots laid end to end, so that applying
-them takes a fixed number of operations whatever the number of rows. Whether one applies at a position is decided on the
-device: the host does not know the tokens there yet.
+A slot's changes are uploaded once, when it is filled; a batch's are those of its slots laid end to end, so that
+applying them takes a fixed number of operations whatever the number of rows. Whether one applies at a position is
+decided on the device: the host does not know the tokens there yet.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Owns the sampling parameters, seeds and token counts of all slots. Must not know the model, pages or the scheduler.
 
-Decisions (is any row penalised, does any sample, ...) are made on the host, from what ``fill`` was given: a step asks the
-device nothing, and a feature that no row of a batch uses costs nothing. What follows from a batch's slots is kept for as
-long as the runner passes the very same tuple.
+Decisions (is any row penalised, does any sample, ...) are made on the host, from what ``fill`` was given: a step asks
+the device nothing, and a feature that no row of a batch uses costs nothing. What follows from a batch's slots is kept
+for as long as the runner passes the very same tuple.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Report = int | tuple[int, ...]  # that many of the best tokens (-1: all), or ex
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """The rows of a batch that sample: ``rows`` (N,) int64, or None for all; then (N,) tensors, None where all are off."""
+    """The rows of a batch that sample: ``rows`` (N,) int64, None for all; then (N,) tensors, None where all are off."""
 
     rows: Tensor | None
     seed_keys: Tensor
@@ -241,8 +241,8 @@ class Sampler:
     def logprobs(self, logits: Tensor, slots: tuple[int, ...], sampled: Tensor) -> dict[int, TokenLogprobs]:
         """Raw log-probabilities of the rows whose requests ask for them and that got a token.
 
-        They come from the logits as the model made them; ``sample`` does not change these, so the order of the two calls
-        is free. Waits for the device, if any row asks. logits: (R, V) fp32 or fp64. sampled: (R,) int64.
+        They come from the logits as the model made them; ``sample`` does not change these, so the order of the two
+        calls is free. Waits for the device, if any row asks. logits: (R, V) fp32 or fp64. sampled: (R,) int64.
         """
         batch = self._batch
         if batch is not None and batch.slots is slots:

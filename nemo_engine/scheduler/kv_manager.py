@@ -29,6 +29,28 @@ class KVManager:
         """Pages that hold the keys and values of ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
+    def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:
+        """The largest length (prompt and output) that a request may reach with the whole cache to itself.
+
+        Raises ``ValueError`` with the arithmetic for what could never finish. The last token's key and value are never
+        computed, so n pages hold a request of ``n * page_size + 1`` tokens.
+        """
+        page_size, num_pages = self.page_size, self.pool.num_pages
+        limit = min(max_model_len, num_pages * page_size + 1)
+        if max_tokens is None:
+            total, asked = max(limit, num_prompt_tokens + 1), "at least 1 output token"
+        else:
+            total, asked = num_prompt_tokens + max_tokens, f"max_tokens {max_tokens}"
+        text = f"a prompt of {num_prompt_tokens} tokens and {asked} make {total} tokens"
+        if total > max_model_len:
+            raise ValueError(f"{text}: more than max_model_len {max_model_len}")
+        if total > limit:
+            raise ValueError(
+                f"{text} and need {self.num_pages_for(total - 1)} KV pages of {page_size} tokens: the cache has "
+                f"{num_pages} (at most {limit} tokens per request; raise kv_cache_gib or num_kv_pages)"
+            )
+        return total
+
     def admit(self, request: Request) -> bool:
         """Give ``request`` pages for all its tokens, as many as possible from the cache, or change nothing.
 

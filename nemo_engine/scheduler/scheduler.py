@@ -13,7 +13,6 @@ step computed for a request that turned out to have finished is dropped in ``com
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.repetition import ends_in_repetition
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.running import DecodeSet, RunningSet
+from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import (
     TOKEN_ALL_MASKED,
     TOKEN_NOT_FINITE,
@@ -71,6 +71,21 @@ class SchedulerStats:
     total_prefix_queried_tokens: int
     total_prefix_hit_tokens: int
 
+    @classmethod
+    def of(cls, num_running: int, num_waiting: int, total_preemptions: int, kv: KVManager) -> SchedulerStats:
+        """Put together from the scheduler's own counts and those of its KV manager."""
+        return cls(
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_pages=kv.pool.num_pages,
+            num_free_pages=kv.pool.num_free,
+            num_cached_pages=kv.pool.num_cached,
+            peak_used_pages=kv.pool.peak_used,
+            total_preemptions=total_preemptions,
+            total_prefix_queried_tokens=kv.num_queried_tokens,
+            total_prefix_hit_tokens=kv.num_hit_tokens,
+        )
+
 
 @dataclass(slots=True)
 class _Step:
@@ -83,6 +98,20 @@ class _Step:
     budget: int  # tokens that it may still take
     prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
     fills: list[SlotFill] = field(default_factory=list)
+
+
+def _slot_fill(request: Request) -> SlotFill:
+    return SlotFill(
+        slot=request.slot,
+        token_ids=request.token_ids[:],
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_computed_tokens=request.num_computed_tokens,
+        pages=tuple(request.pages),
+        params=request.params,
+        seed=request.seed,
+        stop_token_ids=request.stop_token_ids,
+        bad_words_token_ids=request.bad_words_token_ids,
+    )
 
 
 class Scheduler:
@@ -111,8 +140,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._clock = clock
         self._requests: dict[str, Request] = {}
-        self._waiting: list[tuple[int, int, Request]] = []  # heap; finished requests are dropped when they surface
-        self._num_waiting = 0
+        self._waiting = WaitingQueue()
         self._running = RunningSet(max_num_seqs, page_size)
         self._launched: deque[_Step] = deque()
         self._step_id = 0
@@ -122,26 +150,8 @@ class Scheduler:
     # ---- requests come and go
 
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """The largest length (prompt and output) that a request may reach.
-
-        Raises ``ValueError`` with the arithmetic for what could never finish. The last token's key and value are never
-        computed, so n pages hold a request of ``n * page_size + 1`` tokens.
-        """
-        page_size, num_pages = self.kv.page_size, self.kv.pool.num_pages
-        limit = min(self.max_model_len, num_pages * page_size + 1)
-        if max_tokens is None:
-            total, asked = max(limit, num_prompt_tokens + 1), "at least 1 output token"
-        else:
-            total, asked = num_prompt_tokens + max_tokens, f"max_tokens {max_tokens}"
-        text = f"a prompt of {num_prompt_tokens} tokens and {asked} make {total} tokens"
-        if total > self.max_model_len:
-            raise ValueError(f"{text}: more than max_model_len {self.max_model_len}")
-        if total > limit:
-            raise ValueError(
-                f"{text} and need {self.kv.num_pages_for(total - 1)} KV pages of {page_size} tokens: the cache has "
-                f"{num_pages} (at most {limit} tokens per request; raise kv_cache_gib or num_kv_pages)"
-            )
-        return total
+        """The largest length (prompt and output) that a request may reach; ``ValueError`` if it could never finish."""
+        return self.kv.max_total_tokens(num_prompt_tokens, max_tokens, self.max_model_len)
 
     def add(self, request: Request) -> None:
         """Queue a new request. Raises ``ValueError`` if its id is in use or it could never finish."""
@@ -151,14 +161,14 @@ class Scheduler:
         self._num_arrivals += 1
         request.arrival = self._num_arrivals
         self._requests[request.request_id] = request
-        self._enqueue(request)
+        self._waiting.push(request)
 
     def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> Request | None:
         """End a request from outside (abort, stop string) between steps; None if it is not known or has finished."""
         request = self._requests.get(request_id)
         if request is not None:
             if request.status is RequestStatus.WAITING:
-                self._num_waiting -= 1
+                self._waiting.discard()
             self._end(request, reason, stop_reason)
         return request
 
@@ -174,18 +184,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
-        pool = self.kv.pool
-        return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=self._num_waiting,
-            num_pages=pool.num_pages,
-            num_free_pages=pool.num_free,
-            num_cached_pages=pool.num_cached,
-            peak_used_pages=pool.peak_used,
-            total_preemptions=self._num_preemptions,
-            total_prefix_queried_tokens=self.kv.num_queried_tokens,
-            total_prefix_hit_tokens=self.kv.num_hit_tokens,
-        )
+        return SchedulerStats.of(len(self._running), len(self._waiting), self._num_preemptions, self.kv)
 
     # ---- a step is planned
 
@@ -199,11 +198,10 @@ class Scheduler:
         decodes = running.decode_set
         budget = self._max_num_batched_tokens - len(decodes.slots)
         step = _Step(step_id, decodes, running.take_last_due(step_id), running.num_departures, budget)
-        if running.prefilling:
-            for request in running.prefilling[:]:
-                if step.budget > 0:
-                    self._prefill(request, step)
-        if self._num_waiting and not has_preempted:
+        for request in running.prefilling[:]:
+            if step.budget > 0:
+                self._prefill(request, step)
+        if self._waiting and not has_preempted:
             self._admit(step)
         if not decodes.slots and not step.prefills:
             return None
@@ -235,32 +233,16 @@ class Scheduler:
     def _admit(self, step: _Step) -> None:
         """Let waiting requests in, in order, as long as slots, pages and budget last."""
         while self._waiting and self._running.has_free_slot and step.budget > 0:
-            request = self._waiting[0][2]
-            if request.status is RequestStatus.FINISHED:
-                heapq.heappop(self._waiting)
-                continue
+            request = self._waiting.first()
             if request.pages_wanted > self.kv.pool.num_free or not self.kv.admit(request):
                 break
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
+            self._waiting.pop()
             request.pages_wanted = 0
             if request.scheduled_ts is None:
                 request.scheduled_ts = self._clock()
                 request.num_cached_tokens = request.num_computed_tokens
             self._running.enter(request, step.step_id)
-            step.fills.append(
-                SlotFill(
-                    slot=request.slot,
-                    token_ids=request.token_ids[:],
-                    num_prompt_tokens=request.num_prompt_tokens,
-                    num_computed_tokens=request.num_computed_tokens,
-                    pages=tuple(request.pages),
-                    params=request.params,
-                    seed=request.seed,
-                    stop_token_ids=request.stop_token_ids,
-                    bad_words_token_ids=request.bad_words_token_ids,
-                )
-            )
+            step.fills.append(_slot_fill(request))
             self._prefill(request, step)
 
     def _prefill(self, request: Request, step: _Step) -> None:
@@ -353,17 +335,13 @@ class Scheduler:
         return request.status is RequestStatus.RUNNING and request.admitted_step <= step.step_id
 
     # ---- leaving
-    def _enqueue(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.priority, request.arrival, request))
-        self._num_waiting += 1
-
     def _preempt(self, request: Request) -> None:
         self._leave(request)
         self._num_preemptions += 1
         request.num_preemptions += 1
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
-        self._enqueue(request)
+        self._waiting.push(request)
 
     def _end(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         if request.status is RequestStatus.RUNNING:
@@ -392,4 +370,4 @@ class Scheduler:
         for request in running:
             assert len(request.pages) * self.kv.page_size >= self.num_computed_tokens(request)
             assert len(request.token_ids) <= request.max_total_tokens
-        assert len(self._requests) == len(running) + self._num_waiting
+        assert len(self._requests) == len(running) + len(self._waiting)

@@ -56,7 +56,6 @@ def render_chat(
     """
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from pydantic import ValidationError
 
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ValueError(f"messages must be a non-empty list of messages, got {messages!r}")
@@ -73,7 +72,7 @@ def render_chat(
         if is_open:
             request.messages[-1].prefix = True
         tokens = tokenizer.mistral.encode_chat_completion(request).tokens
-    except (MistralCommonException, ValidationError, ValueError, AssertionError, KeyError, TypeError) as error:
+    except (MistralCommonException, ValueError, AssertionError, KeyError, TypeError) as error:
         raise ValueError(f"the conversation cannot be rendered: {error}") from error
     ids: list[int] = list(tokens)
     assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1 and ids[-1] != tokenizer.eos_id

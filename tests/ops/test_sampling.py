@@ -244,7 +244,7 @@ def test_frequencies_with_temperature_and_filters(temperature: float, filters: d
     heated = PROBABILITIES ** (1 / temperature)
     expected = kept_by(heated / heated.sum(), **filters)  # type: ignore[arg-type]
     logits = torch.tensor(np.log(PROBABILITIES), dtype=torch.float32) + 3.25
-    count = 8_000 if filters else 40_000  # selecting takes time per row
+    count = 4_000 if filters else 40_000  # selecting takes time per row
     assert_fits(draw_many(logits, walk("both", count), temperature, **filters), expected)
 
 

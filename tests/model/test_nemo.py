@@ -1,0 +1,123 @@
+"""The forward pass against transformers' ``MistralForCausalLM`` with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_engine.config import ModelConfig
+from nemo_engine.ledger import Ledger
+from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.nemo import ModelInputs, Nemo
+from nemo_engine.model.weights import load_weights
+from nemo_engine.ops import Ops, Site
+from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.rope import rope_table
+from tests.checkpoints import random_state_dict, tiny_config, write_hf
+
+PAGE = 16
+CONFIGS: dict[str, dict[str, Any]] = {
+    "1:1": dict(num_layers=1, num_heads=3, num_kv_heads=3),
+    "2:1, odd layers": dict(num_layers=3, intermediate_size=41, vocab_size=131),
+    "4:1, tied": dict(num_heads=4, num_kv_heads=1, head_dim=12, tie_word_embeddings=True),
+    "8:1, wide heads, theta 1e6": dict(num_heads=8, num_kv_heads=1, head_dim=32, rope_theta=1e6, rms_norm_eps=1e-6),
+}
+
+
+def wide_norm(self: Any, x: Tensor) -> Tensor:
+    """transformers' MistralRMSNorm, with fp64 left as it is instead of narrowed to fp32."""
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * normed
+
+
+def load_both(path: Path, config: ModelConfig, dtype: torch.dtype, prefer: dict[str, str]) -> tuple[Nemo, torch.nn.Module]:
+    transformers = pytest.importorskip("transformers")
+    write_hf(path, config, random_state_dict(config, seed=5))
+    reference = transformers.MistralForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    site = Site(
+        device_type="cpu",
+        capability=None,
+        dtype=dtype,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=PAGE,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+    )
+    weights = load_weights(open_checkpoint(path), config, dtype=dtype, progress=False, ledger=Ledger())
+    return Nemo(config, weights, Ops.select(site, prefer), max_len=256), reference
+
+
+@torch.inference_mode()
+def our_logits(model: Nemo, prompts: list[list[int]]) -> list[Tensor]:
+    """Logits of every position of several prompts computed in one step, their pages shuffled."""
+    config, dtype = model.config, model.weights.embed_tokens.dtype
+    counts = [-(-len(prompt) // PAGE) for prompt in prompts]
+    shape = (sum(counts) + 3, config.num_kv_heads, PAGE, config.head_dim)
+    cache = [tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in "kv") for _ in range(config.num_layers)]
+    order = (1 + torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(1))).tolist()
+    table = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
+    for row, count in enumerate(counts):
+        table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
+    own = [torch.arange(len(prompt)) for prompt in prompts]
+    mapping = torch.cat([table[row, at // PAGE] * PAGE + at % PAGE for row, at in enumerate(own)])
+    lens = torch.tensor([len(prompt) for prompt in prompts])
+    meta = AttentionMeta(0, torch.cat([lens.new_zeros(1), lens.cumsum(0)]), lens, table, PAGE)
+    ids = torch.tensor([token for prompt in prompts for token in prompt])
+    x, residual = model.forward(ModelInputs(ids, torch.cat(own), mapping, meta), cache)
+    return list(model.logits(x, residual).split(lens.tolist()))
+
+
+def prompts_of(config: ModelConfig) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    lengths = (1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 5)
+    return [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("attention", ["torch", "semantics"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, bound: float, attention: str
+) -> None:
+    config = tiny_config(**CONFIGS[name])
+    model, reference = load_both(tmp_path, config, dtype, {"paged_attention": attention})
+    if dtype == torch.float64:
+        monkeypatch.setattr("transformers.models.mistral.modeling_mistral.MistralRMSNorm.forward", wide_norm)
+    prompts = prompts_of(config)
+    for prompt, ours in zip(prompts, our_logits(model, prompts)):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt])).logits[0]
+        assert ours.dtype == dtype and ours.shape == (len(prompt), config.vocab_size)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=bound * expected.abs().max().item())
+
+
+def test_bf16_is_as_accurate_as_transformers(tmp_path: Path) -> None:
+    config = tiny_config(num_layers=3, hidden_size=64, num_heads=8, head_dim=16)
+    model, reference = load_both(tmp_path, config, torch.bfloat16, {})
+    exact = reference.__class__.from_pretrained(tmp_path, dtype=torch.bfloat16).double().eval()
+    prompts = prompts_of(config)
+    ours_error = theirs_error = 0.0
+    for prompt, ours in zip(prompts, our_logits(model, prompts)):
+        assert ours.dtype == torch.float32
+        with torch.inference_mode():
+            ids = torch.tensor([prompt])
+            right = exact(ids).logits[0]
+            theirs_error += (reference(ids).logits[0] - right).square().sum().item()
+        ours_error += (ours - right).square().sum().item()
+    assert ours_error <= 1.1 * theirs_error
+
+
+def test_rope_table_is_exact_to_fp32_over_the_whole_context() -> None:
+    table = rope_table(128, 1e6, 131072, torch.device("cpu"))
+    assert table.shape == (131072, 2, 64) and table.dtype == torch.float32
+    for position in (0, 1, 4095, 131071):
+        # The angle is defined in fp32, so that it is transformers' own; its cosine and sine are then exact to rounding.
+        frequency = 1.0 / (1e6 ** (torch.arange(0, 128, 2).float() / 128))
+        angle = (torch.tensor(float(position)) * frequency).double()
+        torch.testing.assert_close(table[position], torch.stack([angle.cos(), angle.sin()]).float(), rtol=0, atol=1e-7)

@@ -1,0 +1,108 @@
+"""How an implementation of an operation is proven against its definition: a tolerance that is derived, and poison."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nemo_engine.ops.op import Case, Op
+
+# Norm-wise relative error in units of the dtype's epsilon: catches a small systematic error under a loose maximum. In bf16
+# the final rounding alone is 0.3; in fp32 SDPA's own exponential has an error of some units.
+GLOBAL_FLOOR = {torch.bfloat16: 1.0, torch.float32: 4.0, torch.float64: 4.0}
+
+
+class KeepNarrow(TorchFunctionMode):
+    """Inside it, low-precision tensors are not widened: a definition then rounds every intermediate."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.float, Tensor.to) and args[0].dtype in (torch.bfloat16, torch.float16):
+            if func is Tensor.float or args[1] is torch.float32:
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``change`` applied to every floating tensor of it and a copy of every other one."""
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() else value.clone()
+    if isinstance(value, tuple):
+        return tuple(mapped(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value)
+    return value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The floating tensors of ``value``."""
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in tensors(item)]
+    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
+
+
+def amid_poison(tensor: Tensor) -> Tensor:
+    """A copy of a matrix that has NaN before, after and beside its rows. Others are plainly copied."""
+    if tensor.dim() != 2:
+        return tensor.clone()
+    rows, width = tensor.shape
+    frame = tensor.new_full((rows + 2, width + 16), torch.nan)
+    frame[1:-1, :width] = tensor
+    return frame[1:-1, :width]
+
+
+def run(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+    """All that a call leaves behind: what it returns, and every argument as it is afterwards."""
+    return [*tensors(function(*args)), *tensors(args)]
+
+
+def assert_close(got: Tensor, low: Tensor, exact: Tensor, what: str) -> None:
+    """Per row at most twice the error of ``low`` plus two units in the last place; NaN exactly where ``exact`` has it."""
+    assert got.shape == exact.shape and got.dtype == low.dtype, (what, got.shape, exact.shape, got.dtype)
+    assert torch.equal(got.isnan(), exact.isnan()), f"{what}: NaN in other places than the definition has it"
+    if not got.numel():
+        return
+    eps, floor = torch.finfo(got.dtype).eps, GLOBAL_FLOOR[got.dtype]
+    got, low, exact = (rows_of(tensor) for tensor in (got, low, exact))
+    error, allowed, largest = ((x.abs().amax(1)) for x in (got - exact, low - exact, exact))
+    excess = (error - 2 * allowed - 2 * eps * largest).max().item()
+    assert excess <= 0, f"{what}: a row's error is {excess:.3g} over its bound"
+    relative = ((got - exact).norm() / exact.norm().clamp(min=1e-300)).item() / eps
+    assert relative <= floor, f"{what}: the error as a whole is {relative:.2f} epsilon"
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """A tensor as a matrix in fp64, NaN as 0."""
+    return tensor.double().nan_to_num(nan=0.0).reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+
+
+def run_low(op: Op, case: Case, dtype: torch.dtype, exact: list[Tensor]) -> list[Tensor]:
+    """The definition with every intermediate in ``dtype``; for fp64, which nothing is wider than, four times fp32's error scaled down."""
+    with KeepNarrow():
+        low = run(op.semantics, mapped(case.make(torch.float32 if dtype is torch.float64 else dtype), torch.clone))
+    if dtype is not torch.float64:
+        return low
+    scale = 4 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return [right + (narrow.double() - right) * scale for narrow, right in zip(low, exact, strict=True)]
+
+
+def prove(op: Op, function: Callable[..., Any], case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Accuracy, poison, untouched buffers and determinism of ``function``, run on ``device``, on ``case``."""
+    args = case.make(dtype)
+    exact = run(op.semantics, mapped(args, torch.Tensor.double))
+    low = run_low(op, case, dtype, exact)
+    got, again = (
+        [tensor.cpu() for tensor in run(function, mapped(args, lambda tensor: amid_poison(tensor.to(device))))]
+        for _ in range(2)
+    )
+    assert len(got) == len(low) == len(exact)
+    for index, (one, other, lo, ex) in enumerate(zip(got, again, low, exact, strict=True)):
+        what = f"{op.name}, {case.name}, tensor {index}, {dtype}"
+        assert torch.equal(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0)), f"{what}: differs from run to run"
+        assert_close(one, lo, ex, what)

@@ -1,0 +1,88 @@
+"""Which implementation an engine gets, and why not another."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_engine.ops import ALL_OPS, Ops, Site, select
+from nemo_engine.ops.attention import paged_attention, paged_attention_torch
+from nemo_engine.ops.norm import RMS_NORM, rms_norm
+from nemo_engine.ops.op import Impl, Op
+
+CPU = Site(
+    device_type="cpu",
+    capability=None,
+    dtype=torch.float32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    page_size=16,
+    hidden_size=64,
+    intermediate_size=64,
+)
+GPU = dataclasses.replace(CPU, device_type="cuda", capability=(9, 0), dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_on_the_cpu_the_definition_serves_unless_something_is_made_for_the_cpu() -> None:
+    ops = Ops.select(CPU, {})
+    assert ops.rms_norm is rms_norm
+    assert ops.paged_attention is paged_attention_torch
+    assert {choice.op for choice in ops.choices} == {op.name for op in ALL_OPS}
+    table = ops.format()
+    assert "rms_norm             semantics  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only)" in table
+    assert "paged_attention      torch\n" in table
+
+
+def test_the_definition_can_be_asked_for() -> None:
+    ops = Ops.select(CPU, {"paged_attention": "semantics"})
+    assert ops.paged_attention is paged_attention
+    assert "not torch: semantics is preferred" in ops.format()
+
+
+def test_on_a_gpu_triton_serves_where_there_is_a_kernel() -> None:
+    choice = select(RMS_NORM, GPU, {})
+    assert (choice.chosen, choice.function.__module__) == ("triton", "nemo_engine.kernels.norm")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "computes in fp32, and the model is fp64"),
+        ({"capability": (7, 5)}, r"needs an NVIDIA GPU of compute capability 8.0, this is cuda \(7, 5\)"),
+        ({"device_type": "xpu", "capability": None}, "needs an NVIDIA GPU of compute capability 8.0, this is xpu"),
+        ({"hidden_size": 16385}, "rows of at most 16384 elements, these have 16385"),
+        ({"device_type": "cpu", "capability": None}, "Triton runs on a CPU with TRITON_INTERPRET=1 only"),
+    ],
+)
+def test_what_cannot_serve_is_refused_with_its_reason(change: dict[str, object], reason: str) -> None:
+    site = dataclasses.replace(GPU, **change)
+    assert select(RMS_NORM, site, {}).chosen == "semantics"
+    with pytest.raises(ValueError, match=rf"prefer\['rms_norm'\] = 'triton' cannot serve here: {reason}$"):
+        Ops.select(site, {"rms_norm": "triton"})
+
+
+def test_unknown_preferences_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"prefer\['rms_norm'\] must be one of triton, semantics, got 'cutlass'"):
+        Ops.select(CPU, {"rms_norm": "cutlass"})
+    with pytest.raises(ValueError, match=r"prefer must name operations \(rms_norm, .*\), got 'rmsnorm'"):
+        Ops.select(CPU, {"rmsnorm": "triton"})
+
+
+def test_the_first_that_supports_the_site_is_taken_and_only_it_is_imported() -> None:
+    impls = (
+        Impl("never", "no.such.module:function", lambda site: "never"),
+        Impl("path", "os.path:join", lambda site: None),
+        Impl("later", "no.such.module:function", lambda site: None),
+    )
+    choice = select(Op("join", min, impls, lambda: iter(()), lambda: (0, 0)), CPU, {})
+    assert (choice.chosen, choice.rejected) == ("path", (("never", "never"),))
+    assert choice.function("a", "b") == str(Path("a/b"))
