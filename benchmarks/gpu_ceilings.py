@@ -85,7 +85,12 @@ def matmuls(timer: Timer) -> Iterator[Record]:
 
                     def call(x8: Any = x8, w8: Any = w8, scales: Any = scales, fast: bool = fast) -> object:
                         return torch._scaled_mm(
-                            x8, w8.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16, use_fast_accum=fast
+                            x8,
+                            w8.t(),
+                            scale_a=scales[0],
+                            scale_b=scales[1],
+                            out_dtype=torch.bfloat16,
+                            use_fast_accum=fast,
                         )
 
                     try:
@@ -113,7 +118,9 @@ def prefill_attention(timer: Timer) -> Iterator[Record]:
             record: Record = {"what": f"sdpa {backend.name.lower()}", "context": length}
             try:
                 with sdpa_kernel(backend):
-                    ms = timer(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+                    ms = timer(
+                        lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                    )
                 yield record | {"ms": ms, "tflop_per_s": 2 * HEADS * HEAD_DIM * length**2 / ms / 1e9}
             except RuntimeError as error:
                 yield record | {"error": str(error).splitlines()[0]}

@@ -31,7 +31,9 @@ def make_prompts(engine: Engine, count: int, shortest: int, longest: int) -> Tok
     """``count`` prompts whose lengths are spread evenly over [shortest, longest] and shuffled by a fixed stride."""
     assert engine.tokenizer is not None
     stdlib = Path(os.__file__).parent
-    text = "".join((stdlib / name).read_text("utf-8") for name in ("argparse.py", "textwrap.py", "heapq.py", "shutil.py"))
+    text = "".join(
+        (stdlib / name).read_text("utf-8") for name in ("argparse.py", "textwrap.py", "heapq.py", "shutil.py")
+    )
     ids = engine.tokenizer.encode(text, bos=False)
     lengths = [shortest + (longest - shortest) * ((i * 7) % count) // max(1, count - 1) for i in range(count)]
     starts = [i * (len(ids) - longest) // count for i in range(count)]
@@ -79,7 +81,9 @@ def run_generate_batch(model: torch.nn.Module, prompts: TokenLists, new_tokens: 
     )  # fmt: skip
     generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     out = model.generate_batch(inputs=prompts, generation_config=generation, continuous_batching_config=batching)
-    return [list(result.generated_tokens) for _, result in sorted(out.items(), key=lambda item: int(item[0].split("_")[-1]))]
+    return [
+        list(result.generated_tokens) for _, result in sorted(out.items(), key=lambda item: int(item[0].split("_")[-1]))
+    ]
 
 
 def provenance() -> dict[str, object]:
@@ -129,9 +133,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     total = args.prompts * args.new_tokens
     ours, baseline = seconds["nemo_engine"], tokens["nemo_engine"]
     records = []
-    print(f"{args.prompts} prompts of {args.shortest} to {args.longest} tokens, {args.new_tokens} new each, {args.dtype}")
+    print(
+        f"{args.prompts} prompts of {args.shortest} to {args.longest} tokens, {args.new_tokens} new each, {args.dtype}"
+    )
     for name, times in seconds.items():
-        assert all(len(ids) == args.new_tokens for ids in tokens[name]), f"{name} did not return {args.new_tokens} tokens"
+        assert all(len(ids) == args.new_tokens for ids in tokens[name]), (
+            f"{name} did not return {args.new_tokens} tokens"
+        )
         ratios = [other / own for own, other in zip(ours, times)]
         equal = sum(a == b for a, b in zip(tokens[name], baseline))
         median = statistics.median(times)

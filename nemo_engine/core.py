@@ -16,7 +16,6 @@ from nemo_engine.ledger import Ledger
 from nemo_engine.scheduler import Committed, Scheduler
 from nemo_engine.step import StepPlan, StepResult
 
-
 _logger = logging.getLogger("nemo_engine")
 
 

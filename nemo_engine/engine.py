@@ -15,15 +15,12 @@ from typing import Any
 from nemo_engine.completions import OutputProcessor, UserRequest
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.core import start_core
-from nemo_engine.inputs import EncodedPrompt, InputProcessor, Prompt
+from nemo_engine.inputs import EncodedPrompt, InputProcessor, Message, Params, Prompt
 from nemo_engine.ledger import Ledger
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import SchedulerStats
-from nemo_engine.text import Tokenizer, load_tokenizer, render_chat
-
-Params = SamplingParams | Sequence[SamplingParams] | None
-Message = Mapping[str, Any]
+from nemo_engine.text import Tokenizer, load_tokenizer
 
 
 class Engine:
@@ -56,8 +53,6 @@ class Engine:
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
 
-    # ---- whole calls
-
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, progress: bool = False
     ) -> list[RequestOutput]:
@@ -67,8 +62,10 @@ class Engine:
         one per prompt. ``progress`` shows a bar. Raises ``ValueError`` for bad input before anything is computed; a
         request that fails while it runs has finish reason "error", and the others are not disturbed.
         """
-        encoded = self._encode_prompts(prompts)
-        return self._run(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=False), progress)
+        encoded = self._inputs.encode_all(prompts)
+        return self._run(
+            encoded, self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False), progress
+        )
 
     def chat(
         self,
@@ -87,14 +84,14 @@ class Engine:
         recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the official
         template refuses, rather than merging neighbouring messages of one role.
         """
-        encoded = self._encode_conversations(
+        encoded = self._inputs.encode_conversations(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,
         )
-        return self._run(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=True), progress)
+        return self._run(encoded, self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True), progress)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
         """As ``generate``, but yields deltas as they come, those of several prompts interleaved.
@@ -102,8 +99,8 @@ class Engine:
         ``request_id`` is the index of the prompt in the list, as text. The texts of one completion, joined, equal its
         final text. Dropping the iterator aborts what is unfinished.
         """
-        encoded = self._encode_prompts(prompts)
-        return self._stream(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=False))
+        encoded = self._inputs.encode_all(prompts)
+        return self._stream(encoded, self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False))
 
     def stream_chat(
         self,
@@ -116,16 +113,14 @@ class Engine:
         strict: bool = False,
     ) -> Iterator[RequestOutput]:
         """As ``chat``, but yields deltas like ``stream``."""
-        encoded = self._encode_conversations(
+        encoded = self._inputs.encode_conversations(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,
         )
-        return self._stream(encoded, self._params_per_prompt(sampling_params, len(encoded), is_chat=True))
-
-    # ---- request by request, for embedders
+        return self._stream(encoded, self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True))
 
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
@@ -162,8 +157,6 @@ class Engine:
         with self._lock:
             return bool(self._ready) or len(self._outputs) > 0
 
-    # ---- the engine itself
-
     def stats(self) -> SchedulerStats:
         """Requests and pages at this moment, and totals since the start."""
         with self._lock:
@@ -188,38 +181,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # ---- inside
-
-    def _encode_prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[EncodedPrompt]:
-        if isinstance(prompts, (str, Mapping)):
-            return [self._inputs.encode(prompts)]
-        if not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
-        return [self._inputs.encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
-
-    def _encode_conversations(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
-    ) -> list[EncodedPrompt]:
-        if self.tokenizer is None:
-            raise ValueError("chat needs a tokenizer, and this engine has none: use generate with prompt_token_ids")
-        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-            raise ValueError(f"messages must be a list of messages, got {messages!r}")
-        is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
-        conversations: Sequence[Any] = messages if is_many else [messages]
-        return [
-            EncodedPrompt(None, render_chat(self.tokenizer, conversation, **options))
-            for conversation in conversations
-        ]
-
-    def _params_per_prompt(self, params: Params, count: int, *, is_chat: bool) -> list[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [self._inputs.effective_params(params, is_chat=is_chat)] * count
-        if not isinstance(params, Sequence):
-            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
-        if len(params) != count:
-            raise ValueError(f"sampling_params must be one, or one per prompt ({count}), got {len(params)}")
-        return [self._inputs.effective_params(one, is_chat=is_chat) for one in params]
 
     def _run(self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool) -> list[RequestOutput]:
         sinks, ids = self._add_all(prompts, params, RequestOutputKind.FINAL_ONLY)

@@ -14,9 +14,11 @@ from typing import Any, TypeAlias
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request
-from nemo_engine.text import Tokenizer
+from nemo_engine.text import Tokenizer, render_chat
 
 Prompt: TypeAlias = str | Mapping[str, Any]
+Message: TypeAlias = Mapping[str, Any]
+Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 CHAT_TEMPERATURE = 0.3  # recommended by the makers of NeMo
 CHAT_MAX_TOKENS = 1024  # of ``chat`` without sampling parameters
@@ -45,17 +47,23 @@ class InputProcessor:
         if isinstance(prompt, str):
             return self._encode_text(prompt, name)
         if not isinstance(prompt, Mapping):
-            raise ValueError(f'{name} must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, got {prompt!r}')
+            raise ValueError(
+                f'{name} must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, got {prompt!r}'
+            )
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown:
-            raise ValueError(f"{name} has unknown keys {sorted(map(str, unknown))}: it takes prompt and prompt_token_ids")
+            raise ValueError(
+                f"{name} has unknown keys {sorted(map(str, unknown))}: it takes prompt and prompt_token_ids"
+            )
         if prompt.get("prompt_token_ids") is not None:
             text = prompt.get("prompt")
             if text is not None and not isinstance(text, str):
                 raise ValueError(f'{name}["prompt"] must be a string, got {text!r}')
             return EncodedPrompt(text, self.check_ids(prompt["prompt_token_ids"], f'{name}["prompt_token_ids"]'))
         if not isinstance(prompt.get("prompt"), str):
-            raise ValueError(f"{name} needs prompt (a string) or prompt_token_ids (a list of ids), got {dict(prompt)!r}")
+            raise ValueError(
+                f"{name} needs prompt (a string) or prompt_token_ids (a list of ids), got {dict(prompt)!r}"
+            )
         return self._encode_text(prompt["prompt"], name)
 
     def check_ids(self, token_ids: object, name: str) -> list[int]:
@@ -87,7 +95,9 @@ class InputProcessor:
             if value is not None and limit != -1:
                 asked = self._vocab_size if value == -1 else value
                 if asked > limit:
-                    raise ValueError(f"{name} must be at most max_logprobs ({limit}), got {value} ({asked} per position)")
+                    raise ValueError(
+                        f"{name} must be at most max_logprobs ({limit}), got {value} ({asked} per position)"
+                    )
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             for token_id in getattr(params, name) or ():
                 if token_id >= self._vocab_size:
@@ -97,6 +107,38 @@ class InputProcessor:
                 if getattr(params, name):
                     raise ValueError(f"{name} needs a tokenizer, and this engine has none: use token ids")
         return params
+
+    def encode_all(self, prompts: Prompt | Sequence[Prompt]) -> list[EncodedPrompt]:
+        """Encode one prompt or a list of them."""
+        if isinstance(prompts, (str, Mapping)):
+            return [self.encode(prompts)]
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
+        return [self.encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+
+    def encode_conversations(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
+    ) -> list[EncodedPrompt]:
+        """Render one conversation or a list of them; ``options`` are those of ``render_chat``."""
+        if self._tokenizer is None:
+            raise ValueError("chat needs a tokenizer, and this engine has none: use generate with prompt_token_ids")
+        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+            raise ValueError(f"messages must be a list of messages, got {messages!r}")
+        is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
+        conversations: Sequence[Any] = messages if is_many else [messages]
+        return [
+            EncodedPrompt(None, render_chat(self._tokenizer, conversation, **options)) for conversation in conversations
+        ]
+
+    def params_per_prompt(self, params: Params, count: int, *, is_chat: bool) -> list[SamplingParams]:
+        """The effective parameters of each of ``count`` prompts, given one for all or one for each."""
+        if params is None or isinstance(params, SamplingParams):
+            return [self.effective_params(params, is_chat=is_chat)] * count
+        if not isinstance(params, Sequence):
+            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
+        if len(params) != count:
+            raise ValueError(f"sampling_params must be one, or one per prompt ({count}), got {len(params)}")
+        return [self.effective_params(one, is_chat=is_chat) for one in params]
 
     def requests(
         self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0
@@ -121,7 +163,11 @@ class InputProcessor:
         siblings = []
         for index in range(params.n):
             # Prompt log-probabilities are the same for all siblings: the first one computes them.
-            own = params if index == 0 or params.prompt_logprobs is None else dataclasses.replace(params, prompt_logprobs=None)
+            own = (
+                params
+                if index == 0 or params.prompt_logprobs is None
+                else dataclasses.replace(params, prompt_logprobs=None)
+            )
             siblings.append(
                 Request(
                     request_id if params.n == 1 else f"{request_id}#{index}",

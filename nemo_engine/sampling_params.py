@@ -171,12 +171,16 @@ class SamplingParams:
             put("top_k", 0)
             put("min_p", 0.0)
         elif temperature < MIN_TEMPERATURE:
-            warnings.warn(f"temperature {temperature} is raised to {MIN_TEMPERATURE}: below it logits overflow", stacklevel=4)
+            warnings.warn(
+                f"temperature {temperature} is raised to {MIN_TEMPERATURE}: below it logits overflow", stacklevel=4
+            )
             temperature = MIN_TEMPERATURE
         put("temperature", temperature)
         put("top_k", max(self.top_k, 0))
         if self.seed is not None:
-            _check_int("seed", self.seed, low=-1, high=2**64 - 1, low_text="at least 0, or -1 for a seed of the engine's")
+            _check_int(
+                "seed", self.seed, low=-1, high=2**64 - 1, low_text="at least 0, or -1 for a seed of the engine's"
+            )
             if self.seed == -1:
                 put("seed", None)
 
@@ -203,7 +207,9 @@ class SamplingParams:
             if len(ids) > MAX_LOGPROB_TOKEN_IDS:
                 raise ValueError(f"logprob_token_ids must hold at most {MAX_LOGPROB_TOKEN_IDS} ids, got {len(ids)}")
             if self.logprobs is not None and self.logprobs != len(ids):
-                raise ValueError(f"logprobs must equal the number of logprob_token_ids ({len(ids)}), got {self.logprobs}")
+                raise ValueError(
+                    f"logprobs must equal the number of logprob_token_ids ({len(ids)}), got {self.logprobs}"
+                )
         words = _as_list("bad_words", self.bad_words)
         for word in words:
             if not isinstance(word, str) or not word:

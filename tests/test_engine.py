@@ -294,7 +294,11 @@ def test_chat_defaults(text_engine: Engine) -> None:
         (ids(1), {"stop_token_ids": [VOCAB]}, r"stop_token_ids must hold ids in \[0, 96\], got 97"),
         (ids(1), {"allowed_token_ids": [500]}, "allowed_token_ids must hold ids"),
         (ids(1), {"logit_bias": {97: 1.0}}, "logit_bias must hold ids"),
-        (ids(*range(90), *range(90), *range(77)), {"max_tokens": 1}, "257 tokens .* 258 tokens: more than max_model_len 256"),
+        (
+            ids(*range(90), *range(90), *range(77)),
+            {"max_tokens": 1},
+            "257 tokens .* 258 tokens: more than max_model_len 256",
+        ),
         (ids(1, 2), {"max_tokens": 255}, "2 tokens and max_tokens 255 make 257 tokens: more than max_model_len 256"),
         (ids(*([1] * 256)), {"max_tokens": None}, "256 tokens and at least 1 output token make 257"),
     ],

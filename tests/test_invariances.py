@@ -54,10 +54,14 @@ def make_workload(seed: int, count: int = 10) -> tuple[Prompts, list[SamplingPar
     stem = [rng.randrange(97) for _ in range(5 * PAGE)]
     prompts, params = [], []
     for index in range(count):
-        length = rng.choice([1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 3 * PAGE + 1, 4 * PAGE - 1, rng.randrange(1, 80)])
+        length = rng.choice(
+            [1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 3 * PAGE + 1, 4 * PAGE - 1, rng.randrange(1, 80)]
+        )
         shared = rng.choice([0, length // 2, length])
         prompts.append(stem[:shared] + [rng.randrange(97) for _ in range(length - shared)])
-        common: dict[str, Any] = {"max_tokens": rng.choice([1, 2, PAGE, 3 * PAGE - length % PAGE, rng.randrange(1, 50)])}
+        common: dict[str, Any] = {
+            "max_tokens": rng.choice([1, 2, PAGE, 3 * PAGE - length % PAGE, rng.randrange(1, 50)])
+        }
         if rng.random() < 0.4:
             common["stop_token_ids"] = rng.sample(range(97), 2)
         if rng.random() < 0.3:
@@ -129,7 +133,9 @@ def test_tokens_do_not_depend_on(model: Path, alone: Any, variant: str, seed: in
             assert stats.total_prefix_hit_tokens == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"pipeline_depth": 2}, {"enable_prefix_caching": False}, {"max_num_batched_tokens": 9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"pipeline_depth": 2}, {"enable_prefix_caching": False}, {"max_num_batched_tokens": 9}]
+)
 def test_tokens_do_not_depend_on_preemption(model: Path, options: dict[str, Any]) -> None:
     """Eight short prompts with long outputs over a cache that holds two of them at full length."""
     prompts = [[(3 * i + j) % 97 for j in range(1 + 2 * i)] for i in range(8)]
@@ -149,7 +155,9 @@ def test_tokens_do_not_depend_on_aborted_neighbours(model: Path, alone: Any, dep
     with make_engine(model, pipeline_depth=depth, num_kv_pages=16, max_model_len=128) as engine:
         for index, (ids, own) in enumerate(zip(prompts, params)):
             engine.add_request(f"keep{index}", {"prompt_token_ids": ids}, own)
-            engine.add_request(f"drop{index}", {"prompt_token_ids": ids[: 1 + index] * 2}, SamplingParams(max_tokens=40))
+            engine.add_request(
+                f"drop{index}", {"prompt_token_ids": ids[: 1 + index] * 2}, SamplingParams(max_tokens=40)
+            )
         final: dict[str, RequestOutput] = {}
         doomed = [f"drop{index}" for index in range(len(prompts))]
         while engine.has_unfinished_requests():

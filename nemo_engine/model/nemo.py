@@ -49,7 +49,9 @@ class Nemo:
         for layer, (k_cache, v_cache) in zip(self.weights.layers, kv_cache, strict=True):
             x, residual = ops.rms_norm(x, layer.input_layernorm, eps, residual)  # (T, H) twice
             qkv = layer.qkv(x)  # (T, Q + 2 K)
-            q, k, v = (part.unflatten(1, (-1, config.head_dim)) for part in qkv.split([q_size, kv_size, kv_size], dim=1))
+            q, k, v = (
+                part.unflatten(1, (-1, config.head_dim)) for part in qkv.split([q_size, kv_size, kv_size], dim=1)
+            )
             q = ops.rope_and_append_kv_(
                 q, k, v, self.rope, inputs.positions, inputs.slot_mapping, k_cache, v_cache
             )  # (T, Hq, D)

@@ -31,4 +31,6 @@ def _cost(gate_up: Tensor) -> tuple[int, int]:
     return gate_up.nbytes * 3 // 2, 3 * gate_up.numel()
 
 
-SILU_MUL = Op("silu_mul", silu_mul, (Impl("triton", "nemo_engine.kernels.activation:silu_mul", triton_runs),), _cases, _cost)
+SILU_MUL = Op(
+    "silu_mul", silu_mul, (Impl("triton", "nemo_engine.kernels.activation:silu_mul", triton_runs),), _cases, _cost
+)

@@ -155,7 +155,9 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, sc
     return (total / mass.unsqueeze(-1)).view(num_rows, num_heads, dim).to(q.dtype)
 
 
-def _page_blocks(cache: Tensor, pages: Tensor, wide: torch.dtype, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
+def _page_blocks(
+    cache: Tensor, pages: Tensor, wide: torch.dtype, workspace: Workspace
+) -> Iterator[tuple[slice, Tensor]]:
     """Copies of whole pages, widened, some at a time so that they stay in the core's cache: (n, Hk, page_size, D)."""
     page_shape = cache.shape[1:]
     count = max(1, _BLOCK_BYTES // (page_shape.numel() * wide.itemsize))

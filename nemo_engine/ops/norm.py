@@ -35,7 +35,9 @@ def _cases() -> Iterator[Case]:
     for rows, width in ((0, 64), (1, 64), (3, 24), (17, 256), (2, 5120)):
         for has_residual in (False, True):
 
-            def make(dtype: torch.dtype, rows: int = rows, width: int = width, has: bool = has_residual) -> tuple[object, ...]:
+            def make(
+                dtype: torch.dtype, rows: int = rows, width: int = width, has: bool = has_residual
+            ) -> tuple[object, ...]:
                 generator = torch.Generator().manual_seed(rows * width)
                 x, r = (torch.randn(rows, width, generator=generator) * 3 for _ in range(2))
                 weight = 1 + 0.1 * torch.randn(width, generator=generator)
@@ -49,4 +51,6 @@ def _cost(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tup
     return passes * x.nbytes + weight.nbytes, 4 * x.numel()
 
 
-RMS_NORM = Op("rms_norm", rms_norm, (Impl("triton", "nemo_engine.kernels.norm:rms_norm", _triton_supports),), _cases, _cost)
+RMS_NORM = Op(
+    "rms_norm", rms_norm, (Impl("triton", "nemo_engine.kernels.norm:rms_norm", _triton_supports),), _cases, _cost
+)

@@ -113,7 +113,9 @@ def triton_runs(site: Site) -> str | None:
     if site.dtype == torch.float64:
         return "computes in fp32, and the model is fp64"
     if site.device_type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton runs on a CPU with TRITON_INTERPRET=1 only"
+        return (
+            None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton runs on a CPU with TRITON_INTERPRET=1 only"
+        )
     if site.capability is None or site.capability < (8, 0):
         return f"needs an NVIDIA GPU of compute capability 8.0, this is {site.device_type} {site.capability or ''}".rstrip()
     return None

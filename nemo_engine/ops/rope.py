@@ -59,7 +59,12 @@ def _cases() -> Iterator[Case]:
     for tokens, heads, kv_heads, dim, page_size in ((1, 4, 1, 8, 16), (7, 2, 2, 16, 16), (40, 8, 2, 128, 64)):
 
         def make(
-            dtype: torch.dtype, tokens: int = tokens, heads: int = heads, kv: int = kv_heads, dim: int = dim, size: int = page_size
+            dtype: torch.dtype,
+            tokens: int = tokens,
+            heads: int = heads,
+            kv: int = kv_heads,
+            dim: int = dim,
+            size: int = page_size,
         ) -> tuple[object, ...]:
             generator = torch.Generator().manual_seed(tokens)
             q, k, v = (torch.randn(tokens, n, dim, generator=generator).to(dtype) for n in (heads, kv, kv))

@@ -35,7 +35,9 @@ class RequestTable:
 
     def _fill(self, fill: SlotFill) -> None:
         slot = fill.slot
-        self.token_ids[slot, : len(fill.token_ids)] = torch.tensor(fill.token_ids, dtype=torch.int32, device=self.device)
+        self.token_ids[slot, : len(fill.token_ids)] = torch.tensor(
+            fill.token_ids, dtype=torch.int32, device=self.device
+        )
         self.page_table[slot, : len(fill.pages)] = torch.tensor(fill.pages, dtype=torch.int64, device=self.device)
         self.num_computed[slot] = fill.num_computed_tokens
         self.num_pages[slot] = len(fill.pages)

@@ -117,10 +117,9 @@ def _slot_fill(request: Request) -> SlotFill:
 class Scheduler:
     """Continuous batching over ``num_pages`` pages and ``max_num_seqs`` slots.
 
-    ``max_num_batched_tokens`` is at least ``max_num_seqs``, so every decoding request takes part in every step.
-    Waiting requests are admitted by priority, then arrival, when a slot and pages for all their known tokens are free. A
-    decoding request that finds no free page preempts the least urgent, newest one: that one's pages are freed and it is
-    computed anew later, ahead of newer requests.
+    As ``max_num_batched_tokens >= max_num_seqs``, every decoding request takes part in every step. Waiting requests enter in
+    order, when a slot and pages for all their known tokens are free. A decoding request that finds no free page preempts
+    the least urgent, newest one, which is computed anew later.
     """
 
     def __init__(
@@ -146,8 +145,6 @@ class Scheduler:
         self._step_id = 0
         self._num_arrivals = 0
         self._num_preemptions = 0
-
-    # ---- requests come and go
 
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """The largest length (prompt and output) that a request may reach; ``ValueError`` if it could never finish."""
@@ -185,8 +182,6 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
         return SchedulerStats.of(len(self._running), len(self._waiting), self._num_preemptions, self.kv)
-
-    # ---- a step is planned
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
@@ -257,8 +252,6 @@ class Scheduler:
         if is_complete and self._running.end_prefill(request, step.step_id):
             step.last.append(request)
 
-    # ---- a step comes back
-
     def commit(self, result: StepResult) -> Committed:
         """Take in the results of the oldest launched step: append tokens, end requests, free what they held."""
         step = self._launched.popleft()
@@ -323,18 +316,17 @@ class Scheduler:
         Nothing that these requests' pages hold is trusted; waiting requests are not touched.
         """
         self._launched.clear()
-        committed = Committed(finished=self._running.requests())
-        for request in committed.finished:
+        failed = self._running.requests()
+        for request in failed:
             request.error = message
             self._end(request, "error")
-        return committed
+        return Committed(finished=failed)
 
     @staticmethod
     def _is_current(request: Request, step: _Step) -> bool:
         """Whether what ``step`` computed for ``request`` counts: it has neither finished nor been preempted since."""
         return request.status is RequestStatus.RUNNING and request.admitted_step <= step.step_id
 
-    # ---- leaving
     def _preempt(self, request: Request) -> None:
         self._leave(request)
         self._num_preemptions += 1

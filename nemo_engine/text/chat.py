@@ -68,7 +68,9 @@ def render_chat(
     merged = _merge(checked)
     is_open = merged[-1]["role"] == "assistant"
     try:
-        request = ChatCompletionRequest.from_openai(messages=merged, tools=list(tools) if tools else None)
+        request = ChatCompletionRequest.from_openai(
+            messages=merged, tools=[dict(tool) for tool in tools] if tools else None
+        )
         if is_open:
             request.messages[-1].prefix = True
         tokens = tokenizer.mistral.encode_chat_completion(request).tokens
@@ -90,7 +92,9 @@ def _check_message(message: object, name: str) -> dict[str, Any]:
         raise ValueError(f"{name}.role must be one of {', '.join(ROLES)}, got {role!r}")
     unknown = {key for key, value in message.items() if value is not None} - _KEYS[role]
     if unknown:
-        raise ValueError(f"{name} has fields that a {role} message does not take: {', '.join(sorted(map(str, unknown)))}")
+        raise ValueError(
+            f"{name} has fields that a {role} message does not take: {', '.join(sorted(map(str, unknown)))}"
+        )
     checked: dict[str, Any] = {"role": role, "content": _check_content(message.get("content"), f"{name}.content")}
     if role == "tool":
         call_id = message.get("tool_call_id")
@@ -102,7 +106,9 @@ def _check_message(message: object, name: str) -> dict[str, Any]:
     if role == "assistant" and message.get("tool_calls"):
         checked["tool_calls"] = _check_tool_calls(message["tool_calls"], f"{name}.tool_calls")
         if checked["content"]:
-            raise ValueError(f"{name} has both content and tool_calls: in this format an assistant message has one of them")
+            raise ValueError(
+                f"{name} has both content and tool_calls: in this format an assistant message has one of them"
+            )
         checked["content"] = None
     elif checked["content"] is None:
         raise ValueError(f"{name}.content must be a string or a list of text parts, got None")
@@ -119,7 +125,9 @@ def _check_content(content: object, name: str) -> str | None:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(part, Mapping) or kind != "text" or not isinstance(part.get("text"), str):
             what = f"a part of type {kind!r}" if kind not in (None, "text") else repr(part)
-            raise ValueError(f'{name}[{index}] must be {{"type": "text", "text": ...}}: the model reads text only, got {what}')
+            raise ValueError(
+                f'{name}[{index}] must be {{"type": "text", "text": ...}}: the model reads text only, got {what}'
+            )
         texts.append(part["text"])
     return "\n\n".join(texts)
 
@@ -162,7 +170,9 @@ def _check_alternation(messages: list[dict[str, Any]]) -> None:
     for place, (index, message) in enumerate(turns):
         expected = ("user", "assistant")[place % 2]
         if message["role"] != expected:
-            raise ValueError(f"messages[{index}]: with strict, user and assistant take turns, got {message['role']} for {expected}")
+            raise ValueError(
+                f"messages[{index}]: with strict, user and assistant take turns, got {message['role']} for {expected}"
+            )
 
 
 def _merge(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,7 +34,9 @@ def wide_norm(self: Any, x: Tensor) -> Tensor:
     return self.weight * normed
 
 
-def load_both(path: Path, config: ModelConfig, dtype: torch.dtype, prefer: dict[str, str]) -> tuple[Nemo, torch.nn.Module]:
+def load_both(
+    path: Path, config: ModelConfig, dtype: torch.dtype, prefer: dict[str, str]
+) -> tuple[Nemo, torch.nn.Module]:
     transformers = pytest.importorskip("transformers")
     write_hf(path, config, random_state_dict(config, seed=5))
     reference = transformers.MistralForCausalLM.from_pretrained(path, dtype=dtype).eval()

@@ -59,7 +59,9 @@ def test_kernels_compile_for_hopper() -> None:
         types = {"out_ptr": element, "gate_up_ptr": element, "stride": "i32", "width": "i32"}
         specs.append(("nemo_engine.kernels.activation", "_silu_mul_kernel", types, {"BLOCK": 1024}, 4))
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE, repr(specs)], cwd=ROOT, env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, repr(specs)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["compiled"] * len(specs)
 
