@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_engine.ops.op import Case, Impl, Op, cpu_only
@@ -177,21 +176,21 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Keys before the chunk need no mask and the chunk itself is plainly causal: two attentions, merged by their
     log-sum-exps, so no (t, L) mask is ever made.
     """
-    num_queries, num_heads, _ = q.shape
-    group = num_heads // k.shape[0]
-    q = q.transpose(0, 1)[None]
-    k, v = (x.repeat_interleave(group, 0)[None] if group > 1 else x[None] for x in (k, v))
-    prefix = k.shape[2] - num_queries
-    if prefix == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
-    own, own_lse = _attend(q, k[:, :, prefix:], v[:, :, prefix:], True, scale)
-    before, before_lse = _attend(q, k[:, :, :prefix], v[:, :, :prefix], False, scale)
-    weight = torch.sigmoid(before_lse - own_lse).unsqueeze(-1).to(own_lse.dtype)
-    return torch.lerp(own.to(weight.dtype), before.to(weight.dtype), weight)[0].transpose(0, 1).to(q.dtype)
+    kv_heads, num_keys, _ = k.shape
+    group = q.shape[1] // kv_heads
+    grouped = q.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # (Hk, G, t, D): KV heads are the batch of SDPA
+    k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))  # (Hk, G, L, D), not copied
+    prefix = num_keys - len(q)
+    out, lse = _attend(grouped, k[:, :, prefix:], v[:, :, prefix:], True, scale)
+    if prefix:
+        before, before_lse = _attend(grouped, k[:, :, :prefix], v[:, :, :prefix], False, scale)
+        weight = torch.sigmoid(before_lse - lse).unsqueeze(-1)
+        out = torch.lerp(out.to(lse.dtype), before.to(lse.dtype), weight)
+    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention and the log-sum-exp of its scores: (1, H, t, D) and (1, H, t)."""
+    """SDPA for the CPU, and the log-sum-exp of its scores: q's shape, and the same without D."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
     return out, lse
 
