@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_engine.ops.op import Case, Impl, Op, cpu_only
 
 _BLOCK_BYTES = 1 << 20  # of widened pages that decode attention works on at once, so that they stay in a core's L2
-_QUERY_BLOCK = 256  # queries that the definition attends at once: bounds its scores
+_SCORES = 1 << 26  # scores that the definition holds at once, of as many queries as that is: 256 MiB in fp32
 
 
 class Workspace:
@@ -85,8 +85,9 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Attention
         k, v = (_gather_row(cache, meta.page_table[row], length).to(wide) for cache in (k_cache, v_cache))
         group = q.shape[1] // k.shape[0]
         first = length - (starts[row + 1] - starts[row])  # position of the row's first query
-        for begin in range(starts[row], starts[row + 1], _QUERY_BLOCK):
-            end = min(begin + _QUERY_BLOCK, starts[row + 1])
+        block_size = max(1, _SCORES // (q.shape[1] * max(1, length)))
+        for begin in range(starts[row], starts[row + 1], block_size):
+            end = min(begin + block_size, starts[row + 1])
             position = first + begin - starts[row]
             num_keys = position + end - begin
             block = q[begin:end].to(wide).transpose(0, 1).unflatten(0, (-1, group))  # (Hk, G, t, D)

@@ -51,8 +51,11 @@ def rope_and_append_kv_(
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    wide = x.to(cos.dtype)
+    out = wide * torch.cat([cos, cos], dim=-1)
+    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(wide[..., :half], sin)
+    return out.to(x.dtype)
 
 
 def _cases() -> Iterator[Case]:

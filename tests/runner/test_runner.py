@@ -287,6 +287,14 @@ def test_prompt_logprobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk:
         assert entry.token_ids[1:] == right.topk(2).indices.tolist()
 
 
+def test_prompt_logprobs_end_with_the_request_that_asked(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path, tiny_config())
+    row, ids = PrefillRow(1, 0, 9, True), random_ids(9)
+    asking = fill(1, ids, (1,), params=SamplingParams(temperature=0.0, prompt_logprobs=0))
+    assert [len(found) for found in run(runner, StepPlan(0, (), (row,), (asking,))).prompt_logprobs.values()] == [8]
+    assert run(runner, StepPlan(1, (), (row,), (fill(1, ids, (1,)),))).prompt_logprobs == {}
+
+
 def test_logprobs_of_sampled_tokens(tmp_path: Path) -> None:
     runner = make_runner(tmp_path, tiny_config())
     ids = random_ids(9)

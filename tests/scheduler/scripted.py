@@ -1,0 +1,118 @@
+"""A device half without a device: acts on step plans, checks everything that it is told, and makes up tokens.
+
+Every place of every page holds the prefix that was written there, so reading a page that is wrong, stale or not yet
+written shows at once. A token is a function of its request's whole history and seed, so what a request should
+generate can be worked out alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+from nemo_engine.scheduler import Request
+from nemo_engine.scheduler.repetition import ends_in_repetition
+from nemo_engine.step import SlotFill, StepPlan, StepResult
+
+VOCAB = 11
+Fault = Callable[[Sequence[int], int], int | None]
+
+
+def next_token(history: Sequence[int], seed: int) -> int:
+    """The token after ``history``."""
+    digest = blake2b(repr((tuple(history), seed)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+def expected_output(prompt: Sequence[int], request: Request) -> tuple[list[int], str, int | str | None]:
+    """What ``request`` generates alone: tokens, finish reason, stop reason."""
+    history = list(prompt)
+    rule = request.params.repetition_detection
+    while True:
+        token = next_token(history, request.seed)
+        history.append(token)
+        output = history[len(prompt) :]
+        if token in request.stop_token_ids:
+            return output, "stop", None if token in request.eos_token_ids else token
+        if rule is not None and ends_in_repetition(history, len(output), rule):
+            return output, "repetition", None
+        if len(history) == request.max_total_tokens:
+            return output, "length", None
+
+
+class ScriptedHandle:
+    """A step that is done as soon as it is launched."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+class ScriptedRunner:
+    """Keeps slots and pages as the device does, and asserts that plans make sense. ``fault`` may fail rows."""
+
+    def __init__(self, page_size: int, fault: Fault = lambda history, seed: None) -> None:
+        self.page_size = page_size
+        self.plans: list[StepPlan] = []
+        self._fault = fault
+        self._fills: dict[int, SlotFill] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self._num_computed: dict[int, int] = {}
+        self._page_tables: dict[int, list[int]] = {}
+        self._written: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, offset) -> the prefix that ends there
+
+    def launch(self, plan: StepPlan) -> ScriptedHandle:
+        self.plans.append(plan)
+        for fill in plan.fills:
+            assert fill.slot > 0 and min(fill.pages) > 0
+            assert len(fill.pages) == -(-len(fill.token_ids) // self.page_size)
+            assert fill.num_computed_tokens < len(fill.token_ids)
+            self._fills[fill.slot] = fill
+            self._tokens[fill.slot] = list(fill.token_ids)
+            self._num_computed[fill.slot] = fill.num_computed_tokens
+            self._page_tables[fill.slot] = list(fill.pages)
+        for slot, index, page in plan.new_pages:
+            assert page > 0 and index == len(self._page_tables[slot])
+            self._page_tables[slot].append(page)
+        rows = [(slot, self._num_computed[slot], 1, True) for slot in plan.decode_slots]
+        rows += [(row.slot, row.start, row.num_tokens, row.samples) for row in plan.prefills]
+        slots = [slot for slot, *_ in rows]
+        assert len(set(slots)) == len(slots), "a slot has two rows"
+        for slot, start, count, _ in rows:
+            self._write(slot, start, count)
+        token_ids = []
+        for slot, start, count, samples in rows:
+            self._read(slot, start + count)
+            if samples:
+                token_ids.append(self._sample(slot))
+            else:
+                assert start + count < len(self._tokens[slot])
+        return ScriptedHandle(StepResult(plan.step_id, token_ids))
+
+    def close(self) -> None:
+        pass
+
+    def _write(self, slot: int, start: int, count: int) -> None:
+        assert count > 0 and start == self._num_computed[slot], "positions are computed in order, each once"
+        tokens, pages = self._tokens[slot], self._page_tables[slot]
+        assert start + count <= len(tokens), "a position is computed before its token is known"
+        for position in range(start, start + count):
+            place = (pages[position // self.page_size], position % self.page_size)
+            self._written[place] = tuple(tokens[: position + 1])
+        self._num_computed[slot] = start + count
+
+    def _read(self, slot: int, end: int) -> None:
+        tokens, pages = self._tokens[slot], self._page_tables[slot]
+        for position in range(end):
+            place = (pages[position // self.page_size], position % self.page_size)
+            assert self._written.get(place) == tuple(tokens[: position + 1]), (slot, position, place)
+
+    def _sample(self, slot: int) -> int:
+        fill, tokens = self._fills[slot], self._tokens[slot]
+        assert self._num_computed[slot] == len(tokens)
+        failure = self._fault(tokens, fill.seed)
+        token = next_token(tokens, fill.seed)
+        tokens.append(token if failure is None else 0)
+        return token if failure is None else failure
