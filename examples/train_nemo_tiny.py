@@ -696,7 +696,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step, seen, elapsed = step + 1, seen + ids.numel(), time.monotonic() - begun
-        average = loss.item() if step == 1 else average + 0.05 * (loss.item() - average)
+        average = average + 0.05 * (loss.item() - average) if average else loss.item()
         if elapsed - shown > 15:
             speed = (seen - speed_mark[1]) / (elapsed - speed_mark[0])
             print(f"step {step}  {elapsed:.0f}/{budget:.0f} s  loss {average:.3f}  tokens {seen / 1e6:.2f}M  "

@@ -55,16 +55,24 @@ class KVManager:
         """Give ``request`` pages for all its tokens, as many as possible from the cache, or change nothing.
 
         Sets ``num_computed_tokens`` to what the cached pages hold. The last token is never taken from the cache: its
-        logits are needed. On failure ``pages_wanted`` says how many free pages it takes.
+        logits are needed. After a failure, trying again costs O(1) as long as fewer pages are free than it
+        would have to be given, and the next page of its prefix has not been cached.
         """
+        if request.pages_wanted > self.pool.num_free and not (
+            request.hash_wanted is not None and self.pool.find(request.hash_wanted) is not None
+        ):
+            return False
         num_tokens = len(request.token_ids)
         reads_cache = self._reads_cache(request)
         matched = self._match(request) if reads_cache else []
         num_new = self.num_pages_for(num_tokens) - len(matched)
         wanted = num_new + sum(map(self.pool.is_free, matched))
         if wanted > self.pool.num_free:
-            request.pages_wanted = wanted
+            request.pages_wanted = num_new  # the matched pages may be in use by others next time
+            missing = request.page_hashes[len(matched) : (num_tokens - 1) // self.page_size] if reads_cache else []
+            request.hash_wanted = missing[0] if missing else None
             return False
+        request.pages_wanted = 0
         self.pool.share(matched)
         request.pages = matched + self.pool.allocate(num_new)
         request.num_computed_tokens = len(matched) * self.page_size

@@ -35,6 +35,7 @@ class Request:
         "eos_token_ids",
         "error",
         "finish_reason",
+        "hash_wanted",
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -98,7 +99,8 @@ class Request:
         self.pages: list[int] = []
         self.page_hashes: list[bytes] = []  # chain over the full pages of token_ids, as far as it was needed
         self.num_hashed_pages = 0  # leading pages offered to the prefix cache
-        self.pages_wanted = 0  # free pages that the last failed admission lacked to succeed
+        self.pages_wanted = 0  # new pages that the last failed admission would have taken
+        self.hash_wanted: bytes | None = None  # first page that it did not find in the cache
 
     @property
     def num_output_tokens(self) -> int:

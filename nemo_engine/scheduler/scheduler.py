@@ -229,10 +229,9 @@ class Scheduler:
         """Let waiting requests in, in order, as long as slots, pages and budget last."""
         while self._waiting and self._running.has_free_slot and step.budget > 0:
             request = self._waiting.first()
-            if request.pages_wanted > self.kv.pool.num_free or not self.kv.admit(request):
+            if not self.kv.admit(request):
                 break
             self._waiting.pop()
-            request.pages_wanted = 0
             if request.scheduled_ts is None:
                 request.scheduled_ts = self._clock()
                 request.num_cached_tokens = request.num_computed_tokens

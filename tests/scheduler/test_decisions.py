@@ -40,6 +40,8 @@ class Model:
         self.users = dict.fromkeys(self.free, 0)
         self.content: dict[int, tuple[int, ...]] = {}
         self.requests: list[Known] = []
+        self.decoding: list[Known] = []  # in row order
+        self.admission: dict[Known, None] = {}  # all that were ever admitted, the latest last
         self.num_preemptions = 0
 
     def running(self) -> list[Known]:
@@ -90,7 +92,7 @@ class Model:
         decodes = [r for r in self.requests if r.is_decoding]
         left = self.budget - len(decodes)
         prefills = []
-        for known in sorted((r for r in self.running() if not r.is_decoding), key=self.admission.__getitem__):
+        for known in [r for r in self.admission if r.is_running and not r.is_decoding]:
             left = self.prefill(known, left, prefills)
         if not has_preempted:
             for known in sorted((r for r in self.requests if not r.is_running), key=lambda r: r.urgency):
@@ -100,8 +102,6 @@ class Model:
         for known in decodes:
             known.computed += 1
         return {r.name for r in decodes}, prefills
-
-    admission: dict[Known, int]
 
     def admit(self, known: Known) -> bool:
         matched: list[int] = []
@@ -122,7 +122,8 @@ class Model:
         known.computed = len(matched) * self.size
         known.num_offered = len(matched)
         known.is_running = True
-        self.admission[known] = len(self.admission)
+        self.admission.pop(known, None)
+        self.admission[known] = None
         return True
 
     def prefill(self, known: Known, left: int, prefills: list[tuple[str, int, int]]) -> int:
@@ -135,12 +136,16 @@ class Model:
         return left - count
 
     def commit(self) -> None:
-        for known in self.running():
-            if known.computed == len(known.tokens):
-                token = next_token(known.tokens, known.seed)
-                known.tokens.append(token)
-                known.is_decoding = True
-                if token in known.stops or len(known.tokens) == known.limit:
+        """Tokens arrive in row order; stops are seen as they arrive, lengths after them."""
+        arrived = [r for r in self.decoding if r.is_running]
+        arrived += [r for r in self.admission if r.is_running and not r.is_decoding and r.computed == len(r.tokens)]
+        self.decoding = arrived
+        for known in arrived:
+            known.tokens.append(next_token(known.tokens, known.seed))
+            known.is_decoding = True
+        for ends in (lambda r: r.tokens[-1] in r.stops, lambda r: len(r.tokens) == r.limit):
+            for known in arrived:
+                if known.is_running and ends(known):
                     self.leave(known)
                     self.requests.remove(known)
 
