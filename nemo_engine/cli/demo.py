@@ -35,7 +35,7 @@ PROMPTS = (
     "The :class:`Thread` class represents an activity that",
     "def read_lines(path):\n    ",
 )
-QUESTIONS = ("What does os.path.join do?", "How do I sort a list in Python?")
+QUESTIONS = ("Hello, who are you?", "How do I sort a list in Python?")
 
 _PIECE = 60  # characters of a line where the output is not a terminal
 
@@ -55,7 +55,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if a request ended with an error."""
-    params = SamplingParams(temperature=0.3, seed=7, max_tokens=args.max_tokens)
+    params = SamplingParams(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=7, max_tokens=args.max_tokens)
     print("Starting nemo-tiny: a small model of NeMo's architecture, trained on Python's documentation.", flush=True)
     begun = time.monotonic()
     from nemo_engine.engine import Engine

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_engine.ops.op import Case, Impl, Op, cpu_only
 
-_BLOCK_BYTES = 1 << 20  # of widened pages that decode attention works on at once, so that they stay in a core's L2
+_BLOCK_BYTES = 2 << 20  # of widened pages that decode attention works on at once, so that they stay in L2
 _SCORES = 1 << 26  # scores that the definition holds at once, of as many queries as that is: 256 MiB in fp32
 
 
