@@ -70,6 +70,7 @@ class SamplingParams:
     top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most likely token.
     seed: 64-bit; -1 or None lets the engine choose. The same seed gives the same tokens in any batch.
     stop: strings that end the output, cut off unless ``include_stop_str_in_output``.
+    include_stop_str_in_output: keep the stop string, or the text of a stop token, at the end of the text.
     stop_token_ids: ids that end the output and stay in ``token_ids``.
     ignore_eos: do not end at the end-of-sequence token.
     max_tokens: None means as many as context and cache hold. min_tokens: until then no stop token can be chosen.
@@ -77,7 +78,9 @@ class SamplingParams:
     is always added. prompt_logprobs turns off reading the prefix cache for the request.
     logprob_token_ids: report exactly these ids (at most 128) beside the chosen token.
     logit_bias: {token id: bias}. allowed_token_ids: nothing else can be chosen. bad_words: never completed in the output.
-    skip_special_tokens, spaces_between_special_tokens, detokenize: how token ids become text.
+    skip_special_tokens, detokenize: leave control tokens out of the text; make text at all.
+    spaces_between_special_tokens: taken for compatibility; these tokenizers never put spaces there.
+    output_kind, stream_interval: what the outputs of ``step()`` carry, and how many new tokens one is worth.
     repetition_detection: end a request that loops.
     extra_args: accepted only when empty.
     """
