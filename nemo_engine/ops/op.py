@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nemo_engine.config import ModelConfig
+
 SEMANTICS = "semantics"  # the name under which the definition itself can be asked for
 
 
@@ -31,6 +33,21 @@ class Site:
     page_size: int
     hidden_size: int
     intermediate_size: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device) -> Site:
+        """Where ``model`` runs with activations of ``dtype`` on ``device``."""
+        return cls(
+            device_type=device.type,
+            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            dtype=dtype,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            page_size=page_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+        )
 
 
 @dataclass(frozen=True, slots=True)

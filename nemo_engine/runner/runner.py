@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.nemo import ModelInputs, Nemo
 from nemo_engine.model.weights import NemoWeights
-from nemo_engine.ops import Ops, Site
+from nemo_engine.ops import Ops
 from nemo_engine.ops.attention import AttentionMeta, Workspace
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.request_table import RequestTable
@@ -60,28 +60,16 @@ class Runner:
         model_config: ModelConfig,
         config: EngineConfig,
         weights: NemoWeights,
+        ops: Ops,
         *,
         num_pages: int,
         max_model_len: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        site = Site(
-            device_type=device.type,
-            capability=capability,
-            dtype=dtype,
-            num_heads=model_config.num_heads,
-            num_kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            page_size=config.page_size,
-            hidden_size=model_config.hidden_size,
-            intermediate_size=model_config.intermediate_size,
-        )
-        self.ops = Ops.select(site, config.prefer or {})
         self._device = device
         self._page_size = config.page_size
-        self._model = Nemo(model_config, weights, self.ops, max_model_len)
+        self._model = Nemo(model_config, weights, ops, max_model_len)
         self._kv_cache = KVCache(model_config, num_pages, config.page_size, dtype, device)
         self._table = RequestTable(config.max_num_seqs, max_model_len, config.page_size, device)
         self._sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device)

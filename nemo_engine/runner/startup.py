@@ -12,6 +12,7 @@ from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.model.weights import dummy_weights, load_weights
+from nemo_engine.ops import Ops, Site
 from nemo_engine.runner.runner import Runner
 
 _logger = logging.getLogger("nemo_engine")
@@ -41,19 +42,25 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
         checkpoint = open_checkpoint(model, revision=config.revision, needs_weights=config.load_format != "dummy")
     model_config = checkpoint.model_config
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    ops = Ops.select(Site.of(model_config, config.page_size, dtype, device), config.prefer or {})
+    is_budget_known = device.type == "cpu" or config.num_kv_pages is not None or config.kv_cache_gib is not None
+    if is_budget_known:  # then what does not fit is refused before the weights are read
+        num_pages, max_model_len = plan_kv_cache(model_config, config, dtype, device)
     if config.load_format == "dummy":
         with ledger.stage("make dummy weights") as stage:
             weights = dummy_weights(model_config, dtype, device, config.seed)
             stage.num_bytes = weights.num_bytes
     else:
         weights = load_weights(checkpoint, model_config, dtype=dtype, device=device, progress=None, ledger=ledger)
-    num_pages, max_model_len = plan_kv_cache(model_config, config, dtype, device)
+    if not is_budget_known:
+        num_pages, max_model_len = plan_kv_cache(model_config, config, dtype, device)
     page_bytes = config.page_size * model_config.kv_bytes_per_token(dtype.itemsize)
     with ledger.stage("allocate KV cache", num_bytes=(num_pages + 1) * page_bytes):
         runner = Runner(
             model_config,
             config,
             weights,
+            ops,
             num_pages=num_pages,
             max_model_len=max_model_len,
             device=device,

@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.model.weights import load_weights
+from nemo_engine.ops import Ops, Site
 from nemo_engine.runner import runner as runner_module
 from nemo_engine.runner.runner import Runner
 from nemo_engine.runner.sampler import Sampler
@@ -50,6 +51,7 @@ def make_runner(path: Path, config: ModelConfig, dtype: torch.dtype = torch.floa
         config,
         engine_config,
         load_weights(open_checkpoint(path), config, dtype=dtype, progress=False),
+        Ops.select(Site.of(config, PAGE, dtype, torch.device("cpu")), {}),
         num_pages=num_pages,
         max_model_len=MAX_LEN,
         device=torch.device("cpu"),
