@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from provenance import provenance
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SHAPES = {  # projection: (N, K)
@@ -166,24 +166,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error(f"needs an NVIDIA GPU; torch {torch.__version__} finds none")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    provenance = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit,
-        "command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    facts = provenance("torch") | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     timer = Timer(args.rounds)
     for measure in (bandwidth, matmuls, prefill_attention, graph_gap):
         for record in measure(timer):
-            _report(record, provenance, args.json)
+            _report(record, facts, args.json)
     for record in sm_clock_under_load():
-        _report(record, provenance, args.json)
+        _report(record, facts, args.json)
 
 
-def _report(record: Record, provenance: Record, path: Path | None) -> None:
+def _report(record: Record, facts: Record, path: Path | None) -> None:
     print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
     if path is not None:
         with path.open("a") as file:
-            file.write(json.dumps({"benchmark": "gpu_ceilings", **record, **provenance}) + "\n")
+            file.write(json.dumps({"benchmark": "gpu_ceilings", **record, **facts}) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from provenance import provenance
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
@@ -70,15 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    provenance = {
-        "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "commit": commit,
-        "command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    facts = provenance()
     print("requests  page  median us  p90 us  p99 us  us per request  goal")
     for page_size in args.page_sizes:
         for num_seqs in args.num_seqs:
@@ -90,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             record = {
                 "benchmark": "scheduler", "num_seqs": num_seqs, "page_size": page_size, "prompt_len": args.prompt_len,
-                "steps": args.steps, "median_us": median, "p90_us": p90, "p99_us": p99, **provenance,
+                "steps": args.steps, "median_us": median, "p90_us": p90, "p99_us": p99, **facts,
             }  # fmt: skip
             if args.json:
                 with args.json.open("a") as file:

@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from provenance import provenance
 
 from nemo_engine import Engine, SamplingParams
 
@@ -86,22 +84,6 @@ def run_generate_batch(model: torch.nn.Module, prompts: TokenLists, new_tokens: 
     ]
 
 
-def provenance() -> dict[str, object]:
-    """Machine, versions, commit and command."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    import transformers
-
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit,
-        "command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison and print a table; ``--json`` appends one line per engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         records.append({
             "benchmark": "throughput_cpu", "engine": name, "workload": {k: v for k, v in vars(args).items() if k != "json"},
             "seconds": times, "tokens_per_second": total / median, "speedup_of_nemo_engine": ratios,
-            "equal_outputs": equal, **provenance(),
+            "equal_outputs": equal, "threads": torch.get_num_threads(), **provenance("torch", "transformers"),
         })  # fmt: skip
     if args.json:
         with args.json.open("a") as file:

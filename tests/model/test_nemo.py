@@ -40,17 +40,7 @@ def load_both(
     transformers = pytest.importorskip("transformers")
     write_hf(path, config, random_state_dict(config, seed=5))
     reference = transformers.MistralForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    site = Site(
-        device_type="cpu",
-        capability=None,
-        dtype=dtype,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        page_size=PAGE,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-    )
+    site = Site.of(config, PAGE, dtype, torch.device("cpu"))
     weights = load_weights(open_checkpoint(path), config, dtype=dtype, progress=False, ledger=Ledger())
     return Nemo(config, weights, Ops.select(site, prefer), max_len=256), reference
 
