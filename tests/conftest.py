@@ -9,6 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import install
+
+    install()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]

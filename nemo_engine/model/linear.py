@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from nemo_engine.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +33,7 @@ class DenseLinear:
         """Bytes of the weight."""
         return self.weight.nbytes
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
         """(T, in) -> (T, out)."""
-        return F.linear(x, self.weight)
+        product: torch.Tensor = ops.linear(x, self.weight)
+        return product

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nemo_engine.config import ModelConfig
@@ -48,7 +47,7 @@ class Nemo:
         residual: Tensor | None = None
         for layer, (k_cache, v_cache) in zip(self.weights.layers, kv_cache, strict=True):
             x, residual = ops.rms_norm(x, layer.input_layernorm, eps, residual)  # (T, H) twice
-            qkv = layer.qkv(x)  # (T, Q + 2 K)
+            qkv = layer.qkv(x, ops)  # (T, Q + 2 K)
             q, k, v = (
                 part.unflatten(1, (-1, config.head_dim)) for part in qkv.split([q_size, kv_size, kv_size], dim=1)
             )
@@ -56,14 +55,13 @@ class Nemo:
                 q, k, v, self.rope, inputs.positions, inputs.slot_mapping, k_cache, v_cache
             )  # (T, Hq, D)
             x = ops.paged_attention(q, k_cache, v_cache, inputs.attention, scale)  # (T, Hq, D)
-            x = layer.o(x.flatten(1))  # (T, H)
+            x = layer.o(x.flatten(1), ops)  # (T, H)
             x, residual = ops.rms_norm(x, layer.post_attention_layernorm, eps, residual)
-            x = layer.down(ops.silu_mul(layer.gate_up(x)))  # (T, 2 I) -> (T, I) -> (T, H)
+            x = layer.down(ops.silu_mul(layer.gate_up(x, ops)), ops)  # (T, 2 I) -> (T, I) -> (T, H)
         assert residual is not None
         return x, residual
 
     def logits(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Logits of some rows of what ``forward`` returned: (R, H) twice -> (R, V) in fp32, fp64 for fp64."""
+        """Logits of some rows of what ``forward`` returned: (R, H) twice -> (R, V), in the activations' dtype."""
         hidden, _ = self.ops.rms_norm(x, self.weights.norm, self.config.rms_norm_eps, residual)
-        logits: Tensor = self.weights.lm_head(hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.weights.lm_head(hidden, self.ops)

@@ -81,7 +81,7 @@ def load_weights(
     with ledger.stage("check tensors"):
         check_tensors(checkpoint, config)
     with ledger.stage("load weights") as stage:
-        weights = _allocate(config, dtype, torch.device(device))
+        weights = empty_weights(config, dtype, torch.device(device))
         stage.num_bytes = weights.num_bytes
         expected = expected_tensors(config, checkpoint.layout)
         expected.sort(key=lambda tensor: _place_on_disk(checkpoint, tensor))
@@ -104,7 +104,7 @@ def dummy_weights(
     Up to ``DUMMY_PERIOD`` numbers are drawn per tensor, on the CPU in fp32, and repeated, so that 12B parameters take
     seconds and every device and dtype has the same ones.
     """
-    weights = _allocate(config, dtype, torch.device(device))
+    weights = empty_weights(config, dtype, torch.device(device))
     residual_scale = (2 * config.num_layers) ** -0.5  # 2 additions per layer together add a variance near 1
     for tensor in expected_tensors(config, "hf"):
         destination = _destination(weights, config, tensor)
@@ -156,7 +156,9 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         raise ValueError(f"the tensors of {checkpoint.path} are not those of its configuration:{listed}{more}")
 
 
-def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> NemoWeights:
+def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> NemoWeights:
+    """Memory for the weights of ``config``, uninitialised."""
+
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 

@@ -7,27 +7,56 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_engine.ops.activation import SILU_MUL
+from nemo_engine.ops.activation import SILU_MUL, SILU_MUL_FP8
 from nemo_engine.ops.attention import PAGED_ATTENTION
-from nemo_engine.ops.norm import RMS_NORM
+from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
+from nemo_engine.ops.linear import LINEAR, LINEAR_FP8
+from nemo_engine.ops.norm import RMS_NORM, RMS_NORM_FP8
 from nemo_engine.ops.op import Choice, Op, Site, select
+from nemo_engine.ops.quantize import QUANTIZE_CHANNELS, QUANTIZE_TOKENS
 from nemo_engine.ops.rope import ROPE_AND_APPEND_KV
+from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS
 
 __all__ = ["ALL_OPS", "Choice", "Op", "Ops", "Site", "select"]
 
-ALL_OPS: tuple[Op, ...] = (RMS_NORM, ROPE_AND_APPEND_KV, PAGED_ATTENTION, SILU_MUL)
+ALL_OPS: tuple[Op, ...] = (
+    BUILD_BATCH,
+    RMS_NORM,
+    RMS_NORM_FP8,
+    LINEAR,
+    LINEAR_FP8,
+    ROPE_AND_APPEND_KV,
+    PAGED_ATTENTION,
+    SILU_MUL,
+    SILU_MUL_FP8,
+    QUANTIZE_TOKENS,
+    QUANTIZE_CHANNELS,
+    SAMPLE,
+    TOP_LOGPROBS,
+    ADVANCE,
+)
 
 _logger = logging.getLogger("nemo_engine")
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """The chosen implementations, as plain callables."""
+    """The chosen implementations, as plain callables, one for each operation of ``ALL_OPS``."""
 
+    build_batch_: Callable[..., Any]
     rms_norm: Callable[..., Any]
+    rms_norm_fp8: Callable[..., Any]
+    linear: Callable[..., Any]
+    linear_fp8: Callable[..., Any]
     rope_and_append_kv_: Callable[..., Any]
     paged_attention: Callable[..., Any]
     silu_mul: Callable[..., Any]
+    silu_mul_fp8: Callable[..., Any]
+    quantize_tokens: Callable[..., Any]
+    quantize_channels: Callable[..., Any]
+    sample_: Callable[..., Any]
+    top_logprobs: Callable[..., Any]
+    advance_: Callable[..., Any]
     choices: tuple[Choice, ...]
 
     @classmethod
@@ -38,14 +67,7 @@ class Ops:
             if name not in names:
                 raise ValueError(f"prefer must name operations ({', '.join(names)}), got {name!r}")
         choices = tuple(select(op, site, prefer) for op in ALL_OPS)
-        functions = {choice.op: choice.function for choice in choices}
-        ops = cls(
-            rms_norm=functions["rms_norm"],
-            rope_and_append_kv_=functions["rope_and_append_kv_"],
-            paged_attention=functions["paged_attention"],
-            silu_mul=functions["silu_mul"],
-            choices=choices,
-        )
+        ops = cls(**{choice.op: choice.function for choice in choices}, choices=choices)
         _logger.info("%s", ops.format())
         return ops
 

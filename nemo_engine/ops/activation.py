@@ -1,14 +1,19 @@
-"""SiLU of the gate times the up projection."""
+"""SiLU of the gate times the up projection, and its FP8 quantisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, needs_fp8, triton_runs
+from nemo_engine.ops.quantize import quantize_tokens
+
+_TRITON_MAX_WIDTH = 16384  # to quantise a row, one program holds it in its registers
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -17,20 +22,53 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def silu_mul_fp8(gate_up: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``silu_mul``, and the result by ``quantize_tokens``: (T, 2 I) -> (T, I) FP8 e4m3 and (T, 1) fp32."""
+    return quantize_tokens(silu_mul(gate_up), scale)
+
+
+def _triton_fp8_supports(site: Site) -> str | None:
+    if site.intermediate_size > _TRITON_MAX_WIDTH:
+        return f"rows of at most {_TRITON_MAX_WIDTH} elements, these have {site.intermediate_size}"
+    return triton_runs(site)
+
+
+def _make(dtype: torch.dtype, rows: int, width: int) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(rows * width)
+    return ((torch.randn(rows, 2 * width, generator=generator) * 4).to(dtype),)
+
+
 def _cases() -> Iterator[Case]:
     for rows, width in ((0, 8), (1, 8), (5, 40), (33, 640), (2, 14336)):
+        yield Case(f"{rows}x{width}", partial(_make, rows=rows, width=width))
 
-        def make(dtype: torch.dtype, rows: int = rows, width: int = width) -> tuple[object, ...]:
-            generator = torch.Generator().manual_seed(rows * width)
-            return ((torch.randn(rows, 2 * width, generator=generator) * 4).to(dtype),)
 
-        yield Case(f"{rows}x{width}", make)
+def _fp8_cases() -> Iterator[Case]:
+    for rows, width, is_static in ((0, 8, False), (1, 8, True), (5, 40, False), (33, 640, True), (2, 14336, False)):
+
+        def make(
+            dtype: torch.dtype, rows: int = rows, width: int = width, is_static: bool = is_static
+        ) -> tuple[Any, ...]:
+            return *_make(dtype, rows, width), torch.tensor(0.05) if is_static else None
+
+        yield Case(f"{rows}x{width}{' static' if is_static else ''}", make)
 
 
 def _cost(gate_up: Tensor) -> tuple[int, int]:
     return gate_up.nbytes * 3 // 2, 3 * gate_up.numel()
 
 
+def _fp8_cost(gate_up: Tensor, scale: Tensor | None) -> tuple[int, int]:
+    return gate_up.nbytes + gate_up.numel() // 2 + 4 * gate_up.shape[0], 4 * gate_up.numel()
+
+
 SILU_MUL = Op(
     "silu_mul", silu_mul, (Impl("triton", "nemo_engine.kernels.activation:silu_mul", triton_runs),), _cases, _cost
+)
+SILU_MUL_FP8 = Op(
+    "silu_mul_fp8",
+    silu_mul_fp8,
+    (Impl("triton", "nemo_engine.kernels.activation:silu_mul_fp8", needs_fp8(_triton_fp8_supports)),),
+    _fp8_cases,
+    _fp8_cost,
 )

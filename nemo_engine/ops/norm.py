@@ -1,13 +1,16 @@
-"""RMSNorm, with the addition of the residual in the same pass."""
+"""RMSNorm, with the addition of the residual in the same pass, and its FP8 quantisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, needs_fp8, triton_runs
+from nemo_engine.ops.quantize import quantize_tokens
 
 _TRITON_MAX_WIDTH = 16384  # one program holds a row in its registers
 
@@ -25,25 +28,49 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return weight * normed.to(x.dtype), x
 
 
+def rms_norm_fp8(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rms_norm``, and its y by ``quantize_tokens``. Returns (y (T, H) FP8 e4m3, scales (T, 1) fp32, x (T, H))."""
+    y, x = rms_norm(x, weight, eps, residual)
+    return *quantize_tokens(y, scale), x
+
+
 def _triton_supports(site: Site) -> str | None:
     if site.hidden_size > _TRITON_MAX_WIDTH:
         return f"rows of at most {_TRITON_MAX_WIDTH} elements, these have {site.hidden_size}"
     return triton_runs(site)
 
 
+def _make(dtype: torch.dtype, rows: int, width: int, has_residual: bool) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(rows * width)
+    x, r = (torch.randn(rows, width, generator=generator) * 3 for _ in range(2))
+    weight = 1 + 0.1 * torch.randn(width, generator=generator)
+    return x.to(dtype), weight.to(dtype), 1e-5, r.to(dtype) if has_residual else None
+
+
 def _cases() -> Iterator[Case]:
     for rows, width in ((0, 64), (1, 64), (3, 24), (17, 256), (2, 5120)):
         for has_residual in (False, True):
+            name = f"{rows}x{width}{' residual' if has_residual else ''}"
+            yield Case(name, partial(_make, rows=rows, width=width, has_residual=has_residual))
+
+
+def _fp8_cases() -> Iterator[Case]:
+    for rows, width, is_static in ((0, 64, False), (1, 64, True), (3, 24, False), (17, 256, False), (2, 5120, True)):
+        for has_residual in (False, True):
 
             def make(
-                dtype: torch.dtype, rows: int = rows, width: int = width, has: bool = has_residual
-            ) -> tuple[object, ...]:
-                generator = torch.Generator().manual_seed(rows * width)
-                x, r = (torch.randn(rows, width, generator=generator) * 3 for _ in range(2))
-                weight = 1 + 0.1 * torch.randn(width, generator=generator)
-                return x.to(dtype), weight.to(dtype), 1e-5, r.to(dtype) if has else None
+                dtype: torch.dtype,
+                rows: int = rows,
+                width: int = width,
+                has: bool = has_residual,
+                is_static: bool = is_static,
+            ) -> tuple[Any, ...]:
+                return *_make(dtype, rows, width, has), torch.tensor(0.01) if is_static else None
 
-            yield Case(f"{rows}x{width}{' residual' if has_residual else ''}", make)
+            name = f"{rows}x{width}{' residual' if has_residual else ''}{' static' if is_static else ''}"
+            yield Case(name, make)
 
 
 def _cost(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[int, int]:
@@ -51,6 +78,18 @@ def _cost(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tup
     return passes * x.nbytes + weight.nbytes, 4 * x.numel()
 
 
+def _fp8_cost(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scale: Tensor | None) -> tuple[int, int]:
+    num_bytes, flops = _cost(x, weight, eps, residual)
+    return num_bytes - x.nbytes + x.numel() + 4 * x.shape[0], flops + 2 * x.numel()
+
+
 RMS_NORM = Op(
     "rms_norm", rms_norm, (Impl("triton", "nemo_engine.kernels.norm:rms_norm", _triton_supports),), _cases, _cost
+)
+RMS_NORM_FP8 = Op(
+    "rms_norm_fp8",
+    rms_norm_fp8,
+    (Impl("triton", "nemo_engine.kernels.norm:rms_norm_fp8", needs_fp8(_triton_supports)),),
+    _fp8_cases,
+    _fp8_cost,
 )

@@ -136,3 +136,14 @@ def triton_runs(site: Site) -> str | None:
     if site.capability is None or site.capability < (8, 0):
         return f"needs an NVIDIA GPU of compute capability 8.0, this is {site.device_type} {site.capability or ''}".rstrip()
     return None
+
+
+def needs_fp8(supports: Callable[[Site], str | None]) -> Callable[[Site], str | None]:
+    """``supports`` of a kernel that converts or multiplies FP8 e4m3, which GPUs do from compute capability 8.9 on."""
+
+    def also(site: Site) -> str | None:
+        if site.capability is not None and site.capability < (8, 9):
+            return f"FP8 needs an NVIDIA GPU of compute capability 8.9, this is {site.capability}"
+        return supports(site)
+
+    return also

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Op
+from nemo_engine.ops.op import Case, Impl, Op, Site, triton_runs
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def rope_table(head_dim: int, theta: float, max_len: int, device: torch.device) -> Tensor:
@@ -33,20 +35,37 @@ def rope_and_append_kv_(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k (half-split pairs), write k and v into the cache, return the rotated q.
 
     q: (T, Hq, D); k, v: (T, Hk, D); table: see ``rope_table``; positions, slot_mapping: (T,) int64, the latter being
     ``page * page_size + offset``; k_cache, v_cache: (pages, Hk, page_size, D), modified. The rotation is computed in fp32 (fp64
-    for fp64) and rounded once. Returns (T, Hq, D).
+    for fp64) and rounded once. An FP8 cache holds the rounded entries divided by their head's k_scale or v_scale, (Hk,) fp32
+    (None for 1), saturated at the largest FP8 number. Returns (T, Hq, D).
     """
     angles = table[positions].to(q.dtype if q.dtype == torch.float64 else torch.float32)
     cos, sin = angles[:, :1], angles[:, 1:]  # (T, 1, D / 2) each
     page_size = k_cache.shape[2]
     pages, offsets = slot_mapping // page_size, slot_mapping % page_size
-    k_cache[pages, :, offsets] = _rotate(k, cos, sin).to(k_cache.dtype)
-    v_cache[pages, :, offsets] = v.to(v_cache.dtype)
+    _store_(k_cache, pages, offsets, _rotate(k, cos, sin), k_scale)
+    _store_(v_cache, pages, offsets, v, v_scale)
     return _rotate(q, cos, sin)
+
+
+def _store_(cache: Tensor, pages: Tensor, offsets: Tensor, x: Tensor, scale: Tensor | None) -> None:
+    """x: (T, Hk, D)."""
+    is_fp8 = cache.dtype == torch.float8_e4m3fn
+    if is_fp8 or scale is not None:
+        x = x if x.dtype == torch.float64 else x.float()
+        if scale is not None:
+            x = x / scale.to(x.dtype).unsqueeze(1)
+        x = x.clamp(-FP8_MAX, FP8_MAX)
+    if is_fp8:  # written as bytes: not every device can scatter FP8
+        cache.view(torch.uint8)[pages, :, offsets] = x.to(cache.dtype).view(torch.uint8)
+    else:
+        cache[pages, :, offsets] = x.to(cache.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -59,30 +78,49 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _cases() -> Iterator[Case]:
-    for tokens, heads, kv_heads, dim, page_size in ((1, 4, 1, 8, 16), (7, 2, 2, 16, 16), (40, 8, 2, 128, 64)):
+    for tokens, heads, kv_heads, dim, page_size in (
+        (0, 4, 1, 8, 16), (1, 4, 1, 8, 16), (7, 2, 2, 16, 16), (5, 6, 3, 24, 32), (3, 64, 8, 128, 128), (40, 8, 2, 128, 64),
+    ):  # fmt: skip
+        for is_fp8 in (False, True):
 
-        def make(
-            dtype: torch.dtype,
-            tokens: int = tokens,
-            heads: int = heads,
-            kv: int = kv_heads,
-            dim: int = dim,
-            size: int = page_size,
-        ) -> tuple[object, ...]:
-            generator = torch.Generator().manual_seed(tokens)
-            q, k, v = (torch.randn(tokens, n, dim, generator=generator).to(dtype) for n in (heads, kv, kv))
-            num_pages = tokens // size + 3
-            caches = [torch.full((num_pages, kv, size, dim), torch.nan, dtype=dtype) for _ in range(2)]
-            positions = torch.randperm(4 * tokens, generator=generator)[:tokens]
-            mapping = size + torch.randperm((num_pages - 1) * size, generator=generator)[:tokens]
-            table = rope_table(dim, 10000.0, 4 * tokens, torch.device("cpu"))
-            return q, k, v, table, positions, mapping, *caches
+            def make(
+                dtype: torch.dtype,
+                tokens: int = tokens,
+                heads: int = heads,
+                kv: int = kv_heads,
+                dim: int = dim,
+                size: int = page_size,
+                is_fp8: bool = is_fp8,
+            ) -> tuple[object, ...]:
+                generator = torch.Generator().manual_seed(tokens)
+                qkv = torch.randn(tokens, (heads + 2 * kv) * dim, generator=generator).to(dtype)
+                q, k, v = (x.unflatten(1, (-1, dim)) for x in qkv.split([heads * dim, kv * dim, kv * dim], dim=1))
+                num_pages = tokens // size + 3
+                kv_dtype = torch.float8_e4m3fn if is_fp8 else dtype
+                caches = [torch.full((num_pages, kv, size, dim), torch.nan).to(kv_dtype) for _ in range(2)]
+                positions = torch.randperm(4 * tokens + 1, generator=generator)[:tokens]
+                mapping = size + torch.randperm((num_pages - 1) * size, generator=generator)[:tokens]
+                table = rope_table(dim, 10000.0, 4 * tokens + 1, torch.device("cpu"))
+                # Small enough that some entries saturate.
+                scales = [0.004 + 0.004 * torch.rand(kv, generator=generator) if is_fp8 else None for _ in range(2)]
+                return q, k, v, table, positions, mapping, *caches, *scales
 
-        yield Case(f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}", make)
+            yield Case(f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}{', fp8' if is_fp8 else ''}", make)
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *rest: Tensor) -> tuple[int, int]:
-    return 2 * (q.nbytes + k.nbytes + v.nbytes), 3 * (q.numel() + k.numel())
+    cache = rest[2]
+    return 2 * q.nbytes + k.nbytes + v.nbytes + 2 * k.numel() * cache.element_size(), 3 * (q.numel() + k.numel())
 
 
-ROPE_AND_APPEND_KV = Op("rope_and_append_kv_", rope_and_append_kv_, (), _cases, _cost)
+def _triton_supports(site: Site) -> str | None:
+    return f"an even head_dim, this is {site.head_dim}" if site.head_dim % 2 else triton_runs(site)
+
+
+ROPE_AND_APPEND_KV = Op(
+    "rope_and_append_kv_",
+    rope_and_append_kv_,
+    (Impl("triton", "nemo_engine.kernels.rope:rope_and_append_kv_", _triton_supports),),
+    _cases,
+    _cost,
+)

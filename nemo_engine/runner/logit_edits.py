@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_engine.runner.transfer import to_device
 from nemo_engine.step import SlotFill
 
 _ALWAYS = 1 << 62  # a position that no request reaches
@@ -57,20 +58,20 @@ class SlotEdits:
 
         def ids(values: Sequence[int]) -> Tensor:
             assert all(0 <= value < vocab_size for value in values), (min(values), max(values), vocab_size)
-            return torch.tensor(values, dtype=torch.int64, device=device)
+            return to_device(values, device)
 
         return SlotEdits(
             allowed=ids(params.allowed_token_ids) if params.allowed_token_ids else None,
             ids=ids([token_id for token_id, _, _ in added]),
-            values=torch.tensor([value for _, value, _ in added], dtype=torch.float64, device=device),
-            until=torch.tensor([until for _, _, until in added], dtype=torch.int64, device=device),
+            values=to_device([value for _, value, _ in added], device, torch.float64),
+            until=to_device([until for _, _, until in added], device),
             word_ends=ids([word[-1] for word in words]),
-            word_starts=torch.tensor(
-                [[-1] * (longest + 1 - len(word)) + list(word[:-1]) for word in words], dtype=torch.int32, device=device
+            word_starts=to_device(
+                [token for word in words for token in [-1] * (longest + 1 - len(word)) + list(word[:-1])],
+                device,
+                torch.int32,
             ).view(len(words), longest),
-            word_from=torch.tensor(
-                [fill.num_prompt_tokens + len(word) - 1 for word in words], dtype=torch.int64, device=device
-            ),
+            word_from=to_device([fill.num_prompt_tokens + len(word) - 1 for word in words], device),
         )
 
 
@@ -87,7 +88,7 @@ class LogitEdits:
         allowed = {row: edit.allowed for row, edit in edits.items() if edit.allowed is not None}
         self._allowed: tuple[Tensor, Tensor, Tensor] | None = None  # rows (N,), and for each allowed token row and id
         if allowed:
-            each = torch.tensor(list(allowed), dtype=torch.int64, device=device)
+            each = to_device(list(allowed), device)
             self._allowed = (
                 each,
                 rows_of({row: len(ids) for row, ids in allowed.items()}),

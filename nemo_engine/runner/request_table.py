@@ -5,39 +5,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_engine.runner.transfer import to_device
 from nemo_engine.step import SlotFill, StepPlan
 
 
 class RequestTable:
-    """Rows 1 to ``num_slots``; row 0 is padding. The host sends differences; the step itself advances the rows.
+    """Rows 1 to ``num_slots``; row 0 is padding: one token of id 0, in page 0. The host sends differences; the step advances the rows.
 
     ``token_ids`` (S + 1, max_len) int32; ``num_computed`` (S + 1,) int64; ``page_table`` (S + 1, max_pages) int64.
     Entries past what a row holds mean nothing. On the CPU, memory is taken as rows grow.
     """
 
-    def __init__(self, num_slots: int, max_len: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, max_len: int, page_size: int, num_pages: int, vocab_size: int, device: torch.device
+    ) -> None:
         max_pages = -(-max_len // page_size)
         self.device = device
         self.token_ids: Tensor = torch.empty(num_slots + 1, max_len, dtype=torch.int32, device=device)
         self.num_computed: Tensor = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         self.page_table: Tensor = torch.empty(num_slots + 1, max_pages, dtype=torch.int64, device=device)
+        self.token_ids[0].zero_()
+        self.page_table[0].zero_()
         self.num_pages: list[int] = [0] * (num_slots + 1)  # on the host: pages of each row
+        self._last_page = num_pages
+        self._vocab_size = vocab_size
 
-    def apply(self, plan: StepPlan) -> None:
-        """Enter the new requests and pages of ``plan``."""
-        for fill in plan.fills:
-            self._fill(fill)
-        if plan.new_pages:
-            slots, indices, pages = torch.tensor(plan.new_pages, device=self.device).unbind(1)
-            self.page_table[slots, indices] = pages
-            for slot, index, _ in plan.new_pages:
-                self.num_pages[slot] = index + 1
-
-    def _fill(self, fill: SlotFill) -> None:
-        slot = fill.slot
-        self.token_ids[slot, : len(fill.token_ids)] = torch.tensor(
-            fill.token_ids, dtype=torch.int32, device=self.device
-        )
-        self.page_table[slot, : len(fill.pages)] = torch.tensor(fill.pages, dtype=torch.int64, device=self.device)
+    def fill(self, fill: SlotFill) -> None:
+        """A request enters a slot. What a kernel could read or write out of bounds with is refused here."""
+        slot, ids, pages = fill.slot, torch.tensor(fill.token_ids), torch.tensor(fill.pages)
+        rows, length = self.token_ids.shape
+        if not (0 < slot < rows and 0 < len(ids) <= length and 0 <= fill.num_computed_tokens < len(ids)):
+            raise ValueError(
+                f"slot {slot} (of 1 to {rows - 1}) cannot take {len(ids)} tokens (at most {length}), "
+                f"{fill.num_computed_tokens} of them computed"
+            )
+        self._check("token_ids", ids, 0, self._vocab_size - 1)
+        self._check("pages", pages, 1, self._last_page)
+        self.token_ids[slot, : len(ids)] = to_device(ids, self.device, torch.int32)
+        self.page_table[slot, : len(pages)] = to_device(pages, self.device)
         self.num_computed[slot] = fill.num_computed_tokens
-        self.num_pages[slot] = len(fill.pages)
+        self.num_pages[slot] = len(pages)
+
+    def take_new_pages(self, plan: StepPlan) -> dict[int, tuple[int, int]]:
+        """The (index, page) that each slot of ``plan`` gets, which the step itself enters: at most one a slot."""
+        taken = {}
+        for slot, index, page in plan.new_pages:
+            if not (0 < slot < len(self.num_pages) and 0 <= index < self.page_table.shape[1]):
+                raise ValueError(f"new_pages: no place for page {index} of slot {slot}")
+            if not 1 <= page <= self._last_page:
+                raise ValueError(f"new_pages: pages must be from 1 to {self._last_page}, got {page}")
+            if slot in taken:
+                raise ValueError(f"new_pages: a step gives a slot one page at most, slot {slot} gets two")
+            taken[slot] = (index, page)
+            self.num_pages[slot] = index + 1
+        return taken
+
+    @staticmethod
+    def _check(name: str, values: Tensor, low: int, high: int) -> None:
+        if len(values) and not (low <= int(values.min()) and int(values.max()) <= high):
+            raise ValueError(f"{name} must be from {low} to {high}, got {int(values.min())} to {int(values.max())}")

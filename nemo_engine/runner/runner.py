@@ -1,10 +1,12 @@
 """Computes steps: keeps requests, keys and values on the device, derives the model's inputs there, samples, reports.
 
-Knows neither scheduler nor text: a ``StepPlan`` comes in, a ``StepResult`` goes out.
+Knows neither scheduler nor text: a ``StepPlan`` comes in, a ``StepResult`` goes out. ``launch`` reads nothing back from the device, so on
+CUDA it never waits; ``Handle.result`` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,41 +17,71 @@ from nemo_engine.model.nemo import ModelInputs, Nemo
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import Ops
 from nemo_engine.ops.attention import AttentionMeta, Workspace
+from nemo_engine.runner.graphs import Capture, DecodeGraph
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.request_table import RequestTable
-from nemo_engine.runner.sampler import Sampler
-from nemo_engine.step import StepPlan, StepResult, TokenLogprobs
+from nemo_engine.runner.sampler import Report, Sampler
+from nemo_engine.runner.transfer import Download, pinned, to_device
+from nemo_engine.step import StepPlan, StepResult
 
 PROMPT_LOGPROB_ROWS = 256  # logits computed at once for prompt log-probabilities: bounds their memory
 
 
-@dataclass(frozen=True, slots=True)
-class _DecodeRows:
-    """What follows from which slots decode; kept while the plan brings the same tuple."""
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRows:
+    """The R rows of a step, N of which sample: what the host knows of them, and tensors on the device, slices of one upload."""
 
-    slots: tuple[int, ...]
-    slot_ids: Tensor  # (B,) int64
-    num_pages: int  # of the longest row
+    num_decodes: int  # the first rows, of one token each
+    num_tokens: int
+    longest: int  # row, in tokens
+    num_pages: int  # of the row that has the most, or more
+    slots: Tensor  # (R,) int64
+    starts: Tensor  # (R + 1,) int64: each row's first token
+    new_index: Tensor  # (R,) int64: where in its page table a row gets a new page
+    new_page: Tensor  # (R,) int64: that page, negative for none
+    sampled: Tensor  # (N,) int64: the rows that sample
+
+    @classmethod
+    def of(
+        cls, words: Tensor, num_rows: int, num_decodes: int, num_tokens: int, longest: int, num_pages: int
+    ) -> StepRows:
+        """Slice ``words``, laid out as ``pack`` does."""
+        parts = words.split([num_rows, num_rows + 1, num_rows, num_rows, len(words) - 4 * num_rows - 1])
+        return cls(num_decodes, num_tokens, longest, num_pages, *parts)
+
+    @staticmethod
+    def pack(
+        slots: Sequence[int], counts: Sequence[int], new_pages: dict[int, tuple[int, int]], sampled: Sequence[int]
+    ) -> list[int]:
+        """The words of rows with ``counts`` tokens each. new_pages: {slot: (index, page)}."""
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        entries = [new_pages.get(slot, (0, -1)) for slot in slots]
+        return [*slots, *starts, *[index for index, _ in entries], *[page for _, page in entries], *sampled]
 
 
 class Handle:
-    """A launched step. On the CPU it is done when launched; on CUDA ``result`` waits for its tokens."""
+    """A launched step. On the CPU it is done when launched; on CUDA ``result`` waits for it."""
 
     def __init__(
-        self,
-        plan: StepPlan,
-        tokens: Tensor,
-        logprobs: dict[int, TokenLogprobs],
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
+        self, plan: StepPlan, tokens: Tensor, reports: list[Report], prompt_reports: dict[int, list[Report]]
     ) -> None:
-        self._plan = plan
-        self._tokens = tokens
-        self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
+        self._step_id = plan.step_id
+        self._tokens = Download(tokens)
+        self._reports = reports
+        self._prompt_reports = prompt_reports
 
     def result(self) -> StepResult:
         """Wait for the step and return what came out of it."""
-        return StepResult(self._plan.step_id, self._tokens.tolist(), self._logprobs, self._prompt_logprobs)
+        tokens = self._tokens.tolist()
+        entries = [entry for report in self._reports for entry in report.entries()]
+        logprobs = {row: entry for row, entry in entries if tokens[row] >= 0}
+        prompt_logprobs = {
+            index: [entry for report in reports for _, entry in report.entries()]
+            for index, reports in self._prompt_reports.items()
+        }
+        return StepResult(self._step_id, tokens, logprobs, prompt_logprobs)
 
 
 class Runner:
@@ -68,127 +100,201 @@ class Runner:
         dtype: torch.dtype,
     ) -> None:
         self._device = device
+        self._ops = ops
         self._page_size = config.page_size
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._max_model_len = max_model_len
         self._model = Nemo(model_config, weights, ops, max_model_len)
         self._kv_cache = KVCache(model_config, num_pages, config.page_size, dtype, device)
-        self._table = RequestTable(config.max_num_seqs, max_model_len, config.page_size, device)
-        self._sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device)
+        self._table = RequestTable(
+            config.max_num_seqs, max_model_len, config.page_size, num_pages, model_config.vocab_size, device
+        )
+        self._sampler = Sampler(config.max_num_seqs, model_config.vocab_size, ops, device)
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
-        self._decode_rows = _DecodeRows((), torch.empty(0, dtype=torch.int64, device=device), 0)
         self._workspace = Workspace()
+        self._graphs: tuple[DecodeGraph, ...] = ()
+        self._last: tuple[tuple[int, ...], int, StepRows] | None = (
+            None  # decode rows without new pages: slots, size, rows
+        )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
         """Compute ``plan``; see ``step`` for what a plan means."""
-        self._table.apply(plan)
         for fill in plan.fills:
+            self._table.fill(fill)
             self._sampler.fill(fill)
             self._prompt_lens.pop(fill.slot, None)
             if fill.params.prompt_logprobs is not None:
                 self._prompt_lens[fill.slot] = fill.num_prompt_tokens
-        decodes = self._get_decode_rows(plan)
-        inputs = self._build_inputs(plan, decodes)
-        x, residual = self._model.forward(inputs, self._kv_cache.layers)
-        prompt_logprobs = self._prompt_logprobs(plan, x, residual) if self._prompt_lens else {}
-
-        samplers = [row for row in plan.prefills if row.samples]
-        slots, slot_ids = decodes.slots, decodes.slot_ids
-        if samplers:
-            slots += tuple([row.slot for row in samplers])
-            slot_ids = torch.cat([slot_ids, self._ints([row.slot for row in samplers])])
-        if plan.prefills:
-            rows = self._sampling_rows(plan)
-            x, residual = x[rows], residual[rows]
-            self._table.num_computed[self._ints([row.slot for row in plan.prefills])] += self._ints(
-                [row.num_tokens for row in plan.prefills]
-            )
-        self._table.num_computed[decodes.slot_ids] += 1
-        if not slots:
-            return Handle(plan, torch.empty(0, dtype=torch.int64), {}, prompt_logprobs)
-        logits = self._model.logits(x, residual)  # (R, V)
-        positions = self._table.num_computed[slot_ids]  # of the tokens to be sampled
-        tokens = self._sampler.sample(logits, slots, slot_ids, positions, self._table.token_ids)
-        self._table.token_ids[slot_ids, positions] = tokens.clamp(min=0).to(torch.int32)
-        return Handle(plan, tokens, self._sampler.logprobs(logits, slots, tokens), prompt_logprobs)
-
-    def close(self) -> None:
-        """Drop all tensors."""
-        del self._model, self._kv_cache, self._table, self._sampler, self._workspace, self._decode_rows
-
-    def _ints(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-    def _get_decode_rows(self, plan: StepPlan) -> _DecodeRows:
-        slots, kept = plan.decode_slots, self._decode_rows
-        if slots is not kept.slots:
-            kept = _DecodeRows(slots, self._ints(list(slots)), 0)
-        elif not plan.new_pages:
-            return kept
-        longest = max([self._table.num_pages[slot] for slot in slots], default=0)
-        self._decode_rows = _DecodeRows(slots, kept.slot_ids, longest)
-        return self._decode_rows
-
-    def _build_inputs(self, plan: StepPlan, decodes: _DecodeRows) -> ModelInputs:
-        """Ids, positions and places of the step's tokens, from the table. Row order: decode rows, then prefill rows."""
-        table, size = self._table, self._page_size
-        positions = table.num_computed[decodes.slot_ids]  # (B,)
-        ids = table.token_ids[decodes.slot_ids, positions].long()
-        pages = table.page_table[decodes.slot_ids, positions // size]
-        mapping = pages * size + positions % size
-        num_decodes = len(decodes.slots)
+        new_pages = self._table.take_new_pages(plan)
         if not plan.prefills:
-            starts = torch.arange(num_decodes + 1, device=self._device)
-            page_table = table.page_table[decodes.slot_ids, : decodes.num_pages]
-            return ModelInputs(
-                ids,
-                positions,
-                mapping,
-                AttentionMeta(num_decodes, starts, positions + 1, page_table, size, self._workspace),
-            )
-        all_ids, all_positions, all_mappings = [ids], [positions], [mapping]
-        for row in plan.prefills:
-            end = row.start + row.num_tokens
-            own = torch.arange(row.start, end, device=self._device)
-            all_ids.append(table.token_ids[row.slot, row.start : end].long())
-            all_positions.append(own)
-            all_mappings.append(table.page_table[row.slot, own // size] * size + own % size)
-        prefill_lens = [row.start + row.num_tokens for row in plan.prefills]
-        starts = self._ints([0] + [1] * num_decodes + [row.num_tokens for row in plan.prefills]).cumsum(0)
-        slot_ids = torch.cat([decodes.slot_ids, self._ints([row.slot for row in plan.prefills])])
-        num_pages = max(decodes.num_pages, -(-max(prefill_lens) // size))
+            return self._launch_decodes(plan, new_pages)
+        slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
+        counts = [1] * len(plan.decode_slots) + [row.num_tokens for row in plan.prefills]
+        num_decodes = len(plan.decode_slots)
+        sampled = [*range(num_decodes)]
+        sampled += [num_decodes + index for index, row in enumerate(plan.prefills) if row.samples]
+        words = to_device(StepRows.pack(slots, counts, new_pages, sampled), self._device)
+        num_pages = max(self._table.num_pages[slot] for slot in slots)
+        rows = StepRows.of(words, len(slots), num_decodes, sum(counts), max(counts), num_pages)
+        x, residual, seq_lens = self._forward(rows)
+        prompt_reports = self._prompt_reports(plan, x, residual) if self._prompt_lens else {}
+        last = rows.starts[1:][rows.sampled] - 1
+        sampling = tuple(slots[row] for row in sampled)
+        tokens, reports = self._choose(rows, sampling, x[last], residual[last], seq_lens)
+        return Handle(plan, tokens, reports, prompt_reports)
+
+    def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> Handle:
+        slots = plan.decode_slots
+        graph = next((graph for graph in self._graphs if graph.size >= len(slots)), None)
+        rows = self._decode_rows(slots, new_pages, graph)
+        if graph is None:
+            x, residual, seq_lens = self._forward(rows)
+            tokens, reports = self._choose(rows, slots, x, residual, seq_lens)
+            return Handle(plan, tokens, reports, {})
+        if self._sampler.needs_only_tokens(slots):
+            graph.whole.replay()
+            return Handle(plan, graph.whole.outputs[: len(slots)], [], {})
+        graph.forward.replay()
+        logits, seq_lens = (output[: len(slots)] for output in graph.forward.outputs)
+        tokens, reports = self._sampler.sample(logits, slots, rows.slots[: len(slots)], seq_lens, self._table.token_ids)
+        self._ops.advance_(
+            self._table.token_ids, self._table.num_computed, rows.slots[: len(slots)], seq_lens,
+            rows.sampled[: len(slots)], tokens,
+        )  # fmt: skip
+        return Handle(plan, tokens, reports, {})
+
+    def _decode_rows(
+        self, slots: tuple[int, ...], new_pages: dict[int, tuple[int, int]], graph: DecodeGraph | None
+    ) -> StepRows:
+        """The rows on the device, in the graph's own words if there is one: uploaded only if they changed since the step before."""
+        size = len(slots) if graph is None else graph.size
+        if self._last is not None and self._last[0] is slots and self._last[1] == size and not new_pages:
+            return self._last[2]
+        padded = [*slots, *[0] * (size - len(slots))]
+        packed = StepRows.pack(padded, [1] * size, new_pages, range(size))
+        if graph is None:
+            words = to_device(packed, self._device)
+            num_pages = max([self._table.num_pages[slot] for slot in slots], default=0)
+        else:
+            words, num_pages = graph.words, self._table.page_table.shape[1]
+            words.copy_(pinned(packed) if words.is_cuda else torch.tensor(packed), non_blocking=True)
+        rows = StepRows.of(words, size, size, size, 1, num_pages)
+        self._last = None if new_pages else (slots, size, rows)
+        return rows
+
+    def _forward(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the model. Returns the last MLP's output and the residual, (T, H) each, and each row's new length (R,)."""
+        table = self._table
+        ids, positions, mapping, seq_lens = self._ops.build_batch_(
+            table.token_ids, table.num_computed, table.page_table, rows.slots, rows.starts, rows.new_index, rows.new_page,
+            self._page_size, rows.num_tokens, rows.longest,
+        )  # fmt: skip
         meta = AttentionMeta(
-            num_decodes,
-            starts,
-            torch.cat([positions + 1, self._ints(prefill_lens)]),
-            table.page_table[slot_ids, :num_pages],
-            size,
+            rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self._page_size, rows.num_pages,
             self._workspace,
-        )
-        return ModelInputs(torch.cat(all_ids), torch.cat(all_positions), torch.cat(all_mappings), meta)
+        )  # fmt: skip
+        x, residual = self._model.forward(ModelInputs(ids, positions, mapping, meta), self._kv_cache.layers)
+        return x, residual, seq_lens
 
-    def _sampling_rows(self, plan: StepPlan) -> Tensor:
-        """Indices of the tokens whose logits are sampled: the decodes, and the last of each prefill row that samples."""
-        rows = list(range(len(plan.decode_slots)))
-        end = len(rows)
-        for row in plan.prefills:
-            end += row.num_tokens
-            if row.samples:
-                rows.append(end - 1)
-        return self._ints(rows)
+    def _choose(
+        self, rows: StepRows, slots: tuple[int, ...], x: Tensor, residual: Tensor, seq_lens: Tensor
+    ) -> tuple[Tensor, list[Report]]:
+        """Sample the rows ``rows.sampled``, of ``slots``, and end the step. x, residual: (N, H); seq_lens: (R,)."""
+        table = self._table
+        tokens: Tensor = rows.sampled
+        reports: list[Report] = []
+        if slots:
+            logits = self._model.logits(x, residual)
+            slot_ids, positions = rows.slots, seq_lens
+            if len(rows.sampled) < len(rows.slots):
+                slot_ids, positions = slot_ids[rows.sampled], positions[rows.sampled]
+            tokens, reports = self._sampler.sample(logits, slots, slot_ids, positions, table.token_ids)
+        self._ops.advance_(table.token_ids, table.num_computed, rows.slots, seq_lens, rows.sampled, tokens)
+        return tokens, reports
 
-    def _prompt_logprobs(self, plan: StepPlan, x: Tensor, residual: Tensor) -> dict[int, list[TokenLogprobs]]:
-        found: dict[int, list[TokenLogprobs]] = {}
+    def _prompt_reports(self, plan: StepPlan, x: Tensor, residual: Tensor) -> dict[int, list[Report]]:
+        found: dict[int, list[Report]] = {}
         begin = len(plan.decode_slots)
         for index, row in enumerate(plan.prefills):
             prompt_len = self._prompt_lens.get(row.slot, 0)
             count = min(row.num_tokens, prompt_len - 1 - row.start)  # positions whose next token is a prompt token
-            entries: list[TokenLogprobs] = []
+            reports = []
             for first in range(0, count, PROMPT_LOGPROB_ROWS):
                 last = min(first + PROMPT_LOGPROB_ROWS, count)
                 logits = self._model.logits(x[begin + first : begin + last], residual[begin + first : begin + last])
                 targets = self._table.token_ids[row.slot, row.start + first + 1 : row.start + last + 1].long()
-                entries += self._sampler.prompt_logprobs(logits, targets, row.slot)
-            if entries:
-                found[index] = entries
+                reports.append(self._sampler.report_prompt(logits, targets, row.slot))
+            if reports:
+                found[index] = reports
             begin += row.num_tokens
         return found
+
+    # ---- start-up and end
+
+    @torch.inference_mode()
+    def warm_up(self, sizes: Sequence[int]) -> None:
+        """Run every kind of step once on padding alone, so that every kernel is compiled and the largest step's memory is taken.
+
+        sizes: those that will be captured. Prefills are run at each power of two of tokens, where implementations may change.
+        """
+        tokens = 1
+        while tokens <= self._max_num_batched_tokens:
+            self._run_padding([1] * min(tokens, self._max_num_seqs))
+            self._run_padding(self._padding_rows(tokens))
+            tokens *= 2
+        self._run_padding(self._padding_rows(self._max_num_batched_tokens))
+        for size in sizes:
+            self._run_padding([1] * size)
+
+    def _padding_rows(self, num_tokens: int) -> list[int]:
+        whole, rest = divmod(num_tokens, self._max_model_len)
+        return [self._max_model_len] * whole + [rest] * (rest > 0)
+
+    def _run_padding(self, counts: list[int]) -> None:
+        """A step of rows of slot 0. Only its page 0 is written."""
+        packed = StepRows.pack([0] * len(counts), counts, {}, range(min(len(counts), self._max_num_seqs)))
+        decodes = len(counts) if max(counts) == 1 else 0
+        words = to_device(packed, self._device)
+        num_pages = self._table.page_table.shape[1] if max(counts) > 1 else 1
+        rows = StepRows.of(words, len(counts), decodes, sum(counts), max(counts), num_pages)
+        x, residual, seq_lens = self._forward(rows)
+        last = rows.starts[1:][rows.sampled] - 1
+        logits = self._model.logits(x[last], residual[last])
+        tokens = self._sampler.sample_padding(logits, rows.slots[rows.sampled], seq_lens[rows.sampled])
+        self._ops.advance_(
+            self._table.token_ids, self._table.num_computed, rows.slots, seq_lens, rows.sampled, tokens
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def capture(self, sizes: Sequence[int], capture: Capture) -> None:
+        """Capture decode steps of ``sizes`` rows; the largest first, so that the others find room in its memory."""
+        graphs = []
+        for size in sorted(sizes, reverse=True):
+            packed = StepRows.pack([0] * size, [1] * size, {}, range(size))
+            words = to_device(packed, self._device).clone()
+            rows = StepRows.of(words, size, size, size, 1, self._table.page_table.shape[1])
+
+            def forward(rows: StepRows = rows) -> tuple[Tensor, Tensor]:
+                x, residual, seq_lens = self._forward(rows)
+                return self._model.logits(x, residual), seq_lens
+
+            def whole(rows: StepRows = rows) -> Tensor:
+                logits, seq_lens = forward(rows)
+                tokens = self._sampler.sample_padding(logits, rows.slots, seq_lens)
+                table = self._table
+                self._ops.advance_(table.token_ids, table.num_computed, rows.slots, seq_lens, rows.sampled, tokens)
+                return tokens
+
+            graphs.append(DecodeGraph(size, words, capture(whole), capture(forward)))
+        self._graphs = tuple(sorted(graphs, key=lambda graph: graph.size))
+
+    def close(self) -> None:
+        """Drop all tensors and graphs."""
+        self._graphs = ()
+        self._last = None
+        del self._model, self._kv_cache, self._table, self._sampler, self._workspace
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()

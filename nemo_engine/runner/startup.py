@@ -10,17 +10,17 @@ import torch
 
 from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
 from nemo_engine.ledger import Ledger
-from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
 from nemo_engine.model.weights import dummy_weights, load_weights
 from nemo_engine.ops import Ops, Site
+from nemo_engine.runner.graphs import cuda_capture, graph_sizes
+from nemo_engine.runner.memory import GIB, MemoryPlan, plan_memory, what_would_fit
 from nemo_engine.runner.runner import Runner
 
 _logger = logging.getLogger("nemo_engine")
 
-GIB = 1 << 30
 CPU_KV_GIB = 1.0  # by default; more if one request of the whole context needs it, up to CPU_KV_GIB_MOST
 CPU_KV_GIB_MOST = 4.0
-CUDA_RESERVE_GIB = 4.0  # kept free on a GPU for activations, workspaces and other processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +43,39 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
     model_config = checkpoint.model_config
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     ops = Ops.select(Site.of(model_config, config.page_size, dtype, device), config.prefer or {})
-    is_budget_known = device.type == "cpu" or config.num_kv_pages is not None or config.kv_cache_gib is not None
-    if is_budget_known:  # then what does not fit is refused before the weights are read
-        num_pages, max_model_len = plan_kv_cache(model_config, config, dtype, device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    num_pages, max_model_len, memory = plan_kv_cache(model_config, config, dtype, free)
+    try:
+        runner = _build(checkpoint, config, ops, ledger, num_pages, max_model_len, device, dtype)
+    except torch.OutOfMemoryError as error:
+        assert memory is not None and free is not None
+        reason = f"out of device memory at start-up: {str(error).splitlines()[0]}"
+        raise ValueError(_memory_message(reason, memory, model_config, config, max_model_len, dtype)) from None
+    if memory is not None:
+        _logger.info("memory as planned:\n%s", memory.format())
+        _verify(memory, device)
+    depth = config.pipeline_depth or (1 if device.type == "cpu" else 2)
+    return DeviceHalf(runner, model_config, checkpoint.path, num_pages, max_model_len, depth)
+
+
+def _build(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    ops: Ops,
+    ledger: Ledger,
+    num_pages: int,
+    max_model_len: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Runner:
+    """Load the weights and make a runner that is ready: on CUDA, nothing is compiled or captured later."""
+    model_config = checkpoint.model_config
     if config.load_format == "dummy":
         with ledger.stage("make dummy weights") as stage:
             weights = dummy_weights(model_config, dtype, device, config.seed)
             stage.num_bytes = weights.num_bytes
     else:
         weights = load_weights(checkpoint, model_config, dtype=dtype, device=device, progress=None, ledger=ledger)
-    if not is_budget_known:
-        num_pages, max_model_len = plan_kv_cache(model_config, config, dtype, device)
     page_bytes = config.page_size * model_config.kv_bytes_per_token(dtype.itemsize)
     with ledger.stage("allocate KV cache", num_bytes=(num_pages + 1) * page_bytes):
         runner = Runner(
@@ -66,8 +88,30 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
             device=device,
             dtype=dtype,
         )
-    depth = config.pipeline_depth or (1 if device.type == "cpu" else 2)
-    return DeviceHalf(runner, model_config, checkpoint.path, num_pages, max_model_len, depth)
+    if device.type == "cuda":
+        sizes = () if config.enforce_eager else graph_sizes(config.max_num_seqs)
+        with ledger.stage("compile kernels and run every kind of step"):
+            runner.warm_up(sizes)
+            torch.cuda.synchronize(device)
+        if sizes:
+            before = torch.cuda.mem_get_info(device)[0]
+            with ledger.stage(f"capture CUDA graphs of {len(sizes)} batch sizes") as stage:
+                runner.capture(sizes, cuda_capture(device))
+                torch.cuda.synchronize(device)
+                stage.num_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
+    return runner
+
+
+def _verify(memory: MemoryPlan, device: torch.device) -> None:
+    """Warn if start-up took more than was planned for it."""
+    peak = torch.cuda.max_memory_reserved(device)
+    planned = memory.total - memory.reserve
+    if peak > planned:
+        _logger.warning(
+            "start-up took %.2f GiB of device memory, and %.2f GiB were planned; the reserve is smaller by the difference",
+            peak / GIB,
+            planned / GIB,
+        )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -89,15 +133,17 @@ def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> tor
 
 
 def plan_kv_cache(
-    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """The number of KV pages and ``max_model_len``.
+    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, free: int | None
+) -> tuple[int, int, MemoryPlan | None]:
+    """The number of KV pages, ``max_model_len``, and on a GPU with ``free`` bytes what its memory goes to.
 
-    An explicit ``max_model_len`` that the KV budget cannot hold is refused with the arithmetic; without one, the context is cut to what fits.
+    An explicit ``max_model_len`` that the KV budget cannot hold is refused with the arithmetic; without one, the context is cut to what
+    fits. So is a budget that the device cannot hold beside everything else.
     """
     wanted = resolve_max_model_len(model, config)
     token_bytes = model.kv_bytes_per_token(dtype.itemsize)
     page_bytes = token_bytes * config.page_size
+    num_pages: int | None = None
     if config.num_kv_pages is not None:
         num_pages = config.num_kv_pages
     elif config.kv_cache_gib is not None:
@@ -107,25 +153,38 @@ def plan_kv_cache(
                 f"kv_cache_gib must hold at least one page of {config.page_size} tokens ({page_bytes} bytes), "
                 f"got {config.kv_cache_gib}"
             )
-    elif device.type == "cpu":
+    elif free is None:
         whole = wanted * token_bytes / GIB
         num_pages = int((max(CPU_KV_GIB, whole) if whole <= CPU_KV_GIB_MOST else CPU_KV_GIB_MOST) * GIB) // page_bytes
-    else:
-        free = torch.cuda.mem_get_info(device)[0] - int(CUDA_RESERVE_GIB * GIB)
-        num_pages = max(free, 0) // page_bytes
+    memory = None
+    if free is not None:
+        memory = plan_memory(model, config, wanted, dtype.itemsize, free, num_pages)
+        num_pages = memory.kv_cache // page_bytes - 1
+        if memory.total > free or num_pages == 0:
+            reason = "the plan does not fit into the device's memory"
+            raise ValueError(_memory_message(reason, memory, model, config, wanted, dtype))
+    assert num_pages is not None
     capacity = num_pages * config.page_size
     if wanted <= capacity:
-        return num_pages, wanted
+        return num_pages, wanted, memory
     arithmetic = (
         f"a context of {wanted} tokens needs {wanted * token_bytes / GIB:.2f} GiB of KV cache ({token_bytes} bytes per token), "
         f"and {num_pages} pages of {config.page_size} tokens ({num_pages * page_bytes / GIB:.2f} GiB) hold {capacity}"
     )
     if isinstance(config.max_model_len, int):
-        raise ValueError(
+        reason = (
             f"max_model_len {wanted} does not fit: {arithmetic}; set max_model_len to at most {capacity} or 'auto', "
             "or raise kv_cache_gib or num_kv_pages"
         )
+        raise ValueError(reason if memory is None else _memory_message(reason, memory, model, config, wanted, dtype))
     if capacity == 0:
         raise ValueError(f"no memory for the KV cache: {arithmetic}")
     _logger.info("max_model_len is %d: %s", capacity, arithmetic)
-    return num_pages, capacity
+    return num_pages, capacity, memory
+
+
+def _memory_message(
+    reason: str, memory: MemoryPlan, model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype
+) -> str:
+    fitting = what_would_fit(model, config, max_model_len, dtype.itemsize, memory.free)
+    return f"{reason}\n{memory.format()}\n{fitting}"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nemo_engine.ops import ALL_OPS, Ops, Site, select
-from nemo_engine.ops.attention import paged_attention, paged_attention_torch
+from nemo_engine.ops.attention import paged_attention
+from nemo_engine.ops.attention_cpu import paged_attention as paged_attention_torch
 from nemo_engine.ops.norm import RMS_NORM, rms_norm
 from nemo_engine.ops.op import Impl, Op
 
@@ -39,13 +40,13 @@ def test_on_the_cpu_the_definition_serves_unless_something_is_made_for_the_cpu()
     assert {choice.op for choice in ops.choices} == {op.name for op in ALL_OPS}
     table = ops.format()
     assert "rms_norm             semantics  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only)" in table
-    assert "paged_attention      torch\n" in table
+    assert "paged_attention      torch  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only)\n" in table
 
 
 def test_the_definition_can_be_asked_for() -> None:
     ops = Ops.select(CPU, {"paged_attention": "semantics"})
     assert ops.paged_attention is paged_attention
-    assert "not torch: semantics is preferred" in ops.format()
+    assert "not triton: semantics is preferred; not torch: semantics is preferred" in ops.format()
 
 
 def test_on_a_gpu_triton_serves_where_there_is_a_kernel() -> None:
@@ -73,7 +74,7 @@ def test_what_cannot_serve_is_refused_with_its_reason(change: dict[str, object],
 def test_unknown_preferences_are_refused() -> None:
     with pytest.raises(ValueError, match=r"prefer\['rms_norm'\] must be one of triton, semantics, got 'cutlass'"):
         Ops.select(CPU, {"rms_norm": "cutlass"})
-    with pytest.raises(ValueError, match=r"prefer must name operations \(rms_norm, .*\), got 'rmsnorm'"):
+    with pytest.raises(ValueError, match=r"prefer must name operations \(.*, rms_norm, .*\), got 'rmsnorm'"):
         Ops.select(CPU, {"rmsnorm": "triton"})
 
 

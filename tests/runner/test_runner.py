@@ -312,7 +312,7 @@ def test_narrow_dtypes_run(tmp_path: Path, dtype: torch.dtype) -> None:
     ids = random_ids(30)
     _, exact = alone(make_runner(tmp_path, config), ids, 1)
     _, ours = alone(make_runner(tmp_path, config, dtype), ids, 1)
-    assert ours[0].dtype == torch.float32
+    assert ours[0].dtype == dtype
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=0, atol=0.05 * exact[0].abs().max().item())
 
 

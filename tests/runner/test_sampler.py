@@ -17,11 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_engine.ops import Ops, Site
+from nemo_engine.ops.sample import top_logprobs
 from nemo_engine.runner.sampler import Sampler
 from nemo_engine.sampling_params import SamplingParams
-from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, SlotFill
+from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
+from tests.checkpoints import tiny_config
 
 CPU = torch.device("cpu")
+OPS = Ops.select(Site.of(tiny_config(), 16, torch.float32, CPU), {})
 MAX_LEN = 64
 
 # ---- the independent implementation
@@ -114,7 +118,8 @@ class Driver:
     """A sampler, the token table, and who is in which slot."""
 
     def __init__(self, vocab_size: int, num_slots: int = 8) -> None:
-        self.sampler = Sampler(num_slots, vocab_size, CPU)
+        self.sampler = Sampler(num_slots, vocab_size, OPS, CPU)
+        self.logprobs: dict[int, TokenLogprobs] = {}  # of the last step, failed rows too
         self.table = torch.full((num_slots + 1, MAX_LEN), -7, dtype=torch.int32)
         self.requests: dict[int, Request] = {}
 
@@ -127,7 +132,9 @@ class Driver:
     def sample(self, logits: torch.Tensor, slots: tuple[int, ...]) -> list[int]:
         """One step; tokens join the requests."""
         positions = torch.tensor([len(self.requests[slot].token_ids) for slot in slots])
-        tokens = self.sampler.sample(logits, slots, torch.tensor(slots), positions, self.table).tolist()
+        sampled, reports = self.sampler.sample(logits, slots, torch.tensor(slots), positions, self.table)
+        self.logprobs = dict(entry for report in reports for entry in report.entries())
+        tokens = sampled.tolist()
         for slot, token, position in zip(slots, tokens, positions.tolist(), strict=True):
             self.requests[slot].token_ids.append(max(token, 0))
             self.table[slot, position] = max(token, 0)
@@ -516,11 +523,10 @@ def test_logits_are_left_as_they_are() -> None:
 
 def test_no_rows() -> None:
     driver = Driver(20)
-    tokens = driver.sampler.sample(
+    tokens, reports = driver.sampler.sample(
         torch.empty(0, 20), (), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), driver.table
     )
-    assert tokens.shape == (0,) and tokens.dtype == torch.int64
-    assert driver.sampler.logprobs(torch.empty(0, 20), (), tokens) == {}
+    assert tokens.shape == (0,) and tokens.dtype == torch.int64 and reports == []
 
 
 class OperationLog(TorchDispatchMode):
@@ -545,8 +551,7 @@ def steady_step(names: Sequence[str]) -> list[str]:
     driver.sample(logits, slots)
     slot_ids, positions = torch.tensor(slots), torch.full((len(names),), 6)
     with OperationLog() as log:
-        tokens = driver.sampler.sample(logits, slots, slot_ids, positions, driver.table)
-        driver.sampler.logprobs(logits, slots, tokens)
+        driver.sampler.sample(logits, slots, slot_ids, positions, driver.table)
     return log.names
 
 
@@ -592,7 +597,7 @@ def test_logprobs_are_those_of_the_raw_logits(vocab_size: int, dtype: torch.dtyp
         driver.fill(slot, Request(SamplingParams(**ask), [0], 1, seed=slot))
     logits = make_logits("normal", len(asks), vocab_size, 9, dtype)
     tokens = driver.sample(logits, slots)
-    found = driver.sampler.logprobs(logits, slots, torch.tensor(tokens))
+    found = driver.logprobs
     assert sorted(found) == [0, 2, 3, 4, 5, 6]
     exact = exact_logprobs(logits)
     for row, entry in found.items():
@@ -610,20 +615,18 @@ def test_logprobs_are_those_of_the_raw_logits(vocab_size: int, dtype: torch.dtyp
 
 
 def test_ranks_of_ties_are_vllms() -> None:
-    driver = Driver(4)
-    driver.fill(1, Request(SamplingParams(logprobs=3), [0], 1))
-    entry = driver.sampler.logprobs(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), (1,), torch.tensor([3]))[0]
-    assert entry.token_ids == [3, 1, 0, 2]
-    assert entry.ranks == [4, 1, 2, 3]
+    ids, _, ranks = top_logprobs(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), torch.tensor([3]), 3)
+    assert ids.tolist() == [[3, 1, 0, 2]]
+    assert ranks.tolist() == [[4, 1, 2, 3]]
 
 
-def test_failed_rows_report_no_logprobs() -> None:
+def test_failed_rows_do_not_spoil_the_logprobs_of_others() -> None:
     driver = Driver(4)
     for slot in (1, 2):
         driver.fill(slot, Request(SamplingParams(logprobs=2, temperature=0.0), [0], 1))
     logits = torch.tensor([[0.0, math.nan, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
-    tokens = driver.sample(logits, (1, 2))
-    assert list(driver.sampler.logprobs(logits, (1, 2), torch.tensor(tokens))) == [1]
+    assert driver.sample(logits, (1, 2)) == [TOKEN_NOT_FINITE, 3]
+    assert driver.logprobs[1].token_ids == [3, 3, 2]
 
 
 def test_logprobs_do_not_depend_on_the_batch() -> None:
@@ -631,11 +634,19 @@ def test_logprobs_do_not_depend_on_the_batch() -> None:
     driver = Driver(1001)
     for slot, count in zip((1, 2, 3, 4), (5, 20, 5, -1), strict=True):
         driver.fill(slot, Request(SamplingParams(logprobs=count), [0], 1))
-    sampled = torch.tensor([0, 1, 2, 3])
-    together = driver.sampler.logprobs(logits, (1, 2, 3, 4), sampled)
+
+    def found(rows: Sequence[int]) -> list[TokenLogprobs]:
+        positions = torch.full((len(rows),), 9)
+        slots = tuple(row + 1 for row in rows)
+        _, reports = driver.sampler.sample(logits[list(rows)], slots, torch.tensor(slots), positions, driver.table)
+        return [
+            entry
+            for _, entry in sorted((pair for report in reports for pair in report.entries()), key=lambda pair: pair[0])
+        ]
+
+    together = found(range(4))
     for row in range(4):
-        alone = driver.sampler.logprobs(logits[row : row + 1], (row + 1,), sampled[row : row + 1])
-        assert alone[0] == together[row]
+        assert found([row]) == [together[row]]
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, -1])
@@ -644,7 +655,7 @@ def test_prompt_logprobs(count: int) -> None:
     driver.fill(2, Request(SamplingParams(prompt_logprobs=count), [0] * 9, 9))
     logits = make_logits("normal", 8, 33, 5, torch.float64)
     targets = torch.tensor([3, 0, 32, 8, 8, 1, 2, 30])
-    entries = driver.sampler.prompt_logprobs(logits, targets, 2)
+    entries = [entry for _, entry in driver.sampler.report_prompt(logits, targets, 2).entries()]
     exact = exact_logprobs(logits)
     assert len(entries) == 8
     for row, entry in enumerate(entries):
@@ -652,4 +663,3 @@ def test_prompt_logprobs(count: int) -> None:
         assert entry.token_ids == [targets[row].item(), *(order if count == -1 else order[:count])]
         assert entry.ranks == [order.index(token) + 1 for token in entry.token_ids]
         np.testing.assert_allclose(entry.logprobs, exact[row, entry.token_ids], rtol=1e-12)
-    assert driver.sampler.prompt_logprobs(logits[:0], targets[:0], 2) == []

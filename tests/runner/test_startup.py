@@ -11,10 +11,9 @@ import torch
 from nemo_engine.config import EngineConfig
 from nemo_engine.ledger import Ledger
 from nemo_engine.runner import startup
-from nemo_engine.runner.startup import GIB, plan_kv_cache, start_device_half
+from nemo_engine.runner.memory import GIB
+from nemo_engine.runner.startup import plan_kv_cache, start_device_half
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -56,4 +55,4 @@ def test_refused_before_weights_are_read(
     ],
 )
 def test_the_plan_of_the_kv_cache(options: dict[str, Any], model: dict[str, Any], expected: tuple[int, int]) -> None:
-    assert plan_kv_cache(tiny_config(**model), EngineConfig(**options), torch.float32, CPU) == expected
+    assert plan_kv_cache(tiny_config(**model), EngineConfig(**options), torch.float32, None) == (*expected, None)

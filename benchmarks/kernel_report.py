@@ -1,0 +1,270 @@
+"""The machine code of every Triton kernel that the engine would launch for Mistral NeMo 12B, compiled on any machine.
+
+The device half runs on meta tensors, which have shapes and no data, while every launch compiles its kernel for the target GPU and runs
+nothing. So the variants are exactly those of the engine, and a step that read a value on the host would fail here. Prints, per kernel and
+variant: registers, shared memory, spills, local memory, the instructions that matter, and how many blocks an SM holds at once.
+
+    python benchmarks/kernel_report.py --write         # updates benchmarks/results/kernels-sm90.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.model.weights import empty_weights
+from nemo_engine.ops import Ops, Site
+from nemo_engine.runner.graphs import graph_sizes
+from nemo_engine.runner.runner import Runner
+
+STORED = Path(__file__).parent / "results" / "kernels-sm90.txt"
+META = torch.device("meta")
+TENSOR_PARALLEL = (1, 2, 4, 8)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# What is counted, by prefix of the instruction; the longest that fits counts.
+INSTRUCTIONS = (
+    "HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.E.128", "LDG", "STG.E.128", "STG", "LDL", "STL",
+)  # fmt: skip
+NEMO = ModelConfig(
+    vocab_size=131072,
+    hidden_size=5120,
+    num_layers=1,  # all layers are alike
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    rope_theta=1_000_000.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    max_position_embeddings=131072,
+    dtype="bfloat16",
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+
+
+class _Target:
+    """Stands in for Triton's driver where there is no GPU: says what to compile for."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch  # kernels are cached per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
+    """Inside, launching a Triton kernel compiles it for ``capability`` (90 for an H100 or H200) and runs nothing.
+
+    Yields {(kernel, variant): compiled kernel}, which fills as kernels are launched.
+    """
+    compiled: dict[tuple[str, str], Any] = {}
+    run = JITFunction.run
+    before = driver._active
+
+    def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[self.__name__, _variant(self, kernel)] = kernel
+        return kernel
+
+    driver.set_active(_Target(capability))
+    JITFunction.run = compile_launch
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver.set_active(before) if before is not None else driver.reset_active()
+
+
+def _variant(function: Any, kernel: Any) -> str:
+    """What distinguishes a compiled kernel: dtypes of its pointers, and constants."""
+    names = function.arg_names
+    types = kernel.src.signature
+    pointers = [types[name][1:] for name in names if types[name].startswith("*")]
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
+    shown = [f"{name}={value}" for name, value in constants.items() if value is not None]
+    kinds = "/".join(dict.fromkeys(pointers))
+    return f"{kinds} {' '.join(shown)} warps={kernel.metadata.num_warps} stages={kernel.metadata.num_stages}"
+
+
+def shard(model: ModelConfig, ranks: int) -> ModelConfig:
+    """What one of ``ranks`` tensor-parallel ranks computes."""
+    return dataclasses.replace(
+        model,
+        num_heads=model.num_heads // ranks,
+        num_kv_heads=model.num_kv_heads // ranks,
+        intermediate_size=model.intermediate_size // ranks,
+    )
+
+
+def meta_runner(model: ModelConfig, config: EngineConfig, capability: int) -> tuple[Runner, Ops]:
+    """A device half without data, with what an engine would choose on a GPU of ``capability``."""
+    site = Site.of(model, config.page_size, torch.bfloat16, torch.device("cpu"))
+    site = dataclasses.replace(site, device_type="cuda", capability=divmod(capability, 10))
+    ops = Ops.select(site, config.prefer or {})
+    weights = empty_weights(model, torch.bfloat16, META)
+    runner = Runner(
+        model, config, weights, ops, num_pages=4096, max_model_len=131072, device=META, dtype=torch.bfloat16
+    )
+    return runner, ops
+
+
+def run_engine(capability: int, ranks: int) -> None:
+    """Every kind of step that an engine warms up with, so every variant that it uses."""
+    config = EngineConfig(device="cpu", enforce_eager=True)
+    runner, _ = meta_runner(shard(NEMO, ranks), config, capability)
+    runner.warm_up(graph_sizes(config.max_num_seqs))
+
+
+def run_fp8(capability: int, ranks: int) -> None:
+    """The operations on FP8 activations, weights and KV cache."""
+    model = shard(NEMO, ranks)
+    _, ops = meta_runner(model, EngineConfig(device="cpu"), capability)
+    fp8, hidden, inner, dim = torch.float8_e4m3fn, model.hidden_size, model.intermediate_size, model.head_dim
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    for rows in (1, 32, 64, 256, 4096):
+        static = empty(dtype=torch.float32)
+        for scale in (None, static):
+            ops.rms_norm_fp8(empty(rows, hidden), empty(hidden), 1e-5, empty(rows, hidden), scale)
+            ops.silu_mul_fp8(empty(rows, 2 * inner), scale)
+            ops.quantize_tokens(empty(rows, model.q_size), scale)
+        for out, width in (
+            (model.q_size + 2 * model.kv_size, hidden), (hidden, model.q_size), (2 * inner, hidden), (hidden, inner),
+        ):  # fmt: skip
+            x, w = empty(rows, width, dtype=fp8), empty(out, width, dtype=fp8)
+            scales = empty(rows, 1, dtype=torch.float32)
+            ops.linear_fp8(x, scales, w, empty(out, 1, dtype=torch.float32))
+    kv = empty(100, model.num_kv_heads, 64, dim, dtype=fp8)
+    scales = empty(model.num_kv_heads, dtype=torch.float32)
+    ints = empty(8, dtype=torch.int64)
+    q, k = empty(8, model.num_heads, dim), empty(8, model.num_kv_heads, dim)
+    table = empty(1000, 2, dim // 2, dtype=torch.float32)
+    ops.rope_and_append_kv_(q, k, k, table, ints, ints, kv, kv, scales, scales)
+    for decodes in (8, 0):
+        from nemo_engine.ops.attention import AttentionMeta
+
+        meta = AttentionMeta(
+            decodes, empty(9, dtype=torch.int64), ints, empty(9, 2048, dtype=torch.int64), ints, 64, 2048
+        )
+        ops.paged_attention(q, kv, kv, meta, 0.1, scales, scales)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What the machine code of one variant says."""
+
+    kernel: str
+    variant: str
+    registers: int
+    shared: int  # bytes
+    spills: int  # bytes of stack
+    blocks: int  # that an SM of sm_90 holds at once
+    instructions: dict[str, int]
+
+    def line(self) -> str:
+        counts = " ".join(f"{name}:{count}" for name, count in self.instructions.items())
+        return (
+            f"{self.kernel:<24} regs {self.registers:>3}  shared {self.shared:>6}  spills {self.spills}  "
+            f"blocks/SM {self.blocks:>2}  {counts}  | {self.variant}"
+        )
+
+
+def inspect(kernel: str, variant: str, compiled: Any) -> Facts:
+    """Read a compiled kernel with the disassembler that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", file.name)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    counts: dict[str, int] = {}
+    for word in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE):
+        name = next((prefix for prefix in INSTRUCTIONS if word.startswith(prefix)), None)
+        if name == "LDG" and ".128" in word:
+            name = "LDG.E.128"
+        elif name == "STG" and ".128" in word:
+            name = "STG.E.128"
+        if name is not None:
+            counts[name] = counts.get(name, 0) + 1
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    registers = found["REG"]
+    return Facts(
+        kernel=kernel.strip("_"),
+        variant=variant,
+        registers=registers,
+        shared=shared,
+        spills=found["STACK"] + found["LOCAL"],
+        blocks=blocks_per_sm(registers, shared, warps),
+        instructions={name: counts[name] for name in INSTRUCTIONS if name in counts},
+    )
+
+
+def blocks_per_sm(registers: int, shared: int, warps: int) -> int:
+    """How many blocks an SM of sm_90 holds: 64 Ki registers given out by 256 a warp, 64 warps, 32 blocks, 228 KiB with 1 KiB a block."""
+    per_warp = -(-registers * 32 // 256) * 256
+    return min(32, 64 // warps, 65536 // (per_warp * warps), (228 << 10) // (shared + 1024))
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([str(TOOLS / name), *args], capture_output=True, text=True, check=True).stdout
+
+
+def collect(
+    capability: int, ranks: Sequence[int], runs: Sequence[Callable[[int, int], None]]
+) -> dict[tuple[str, str], Any]:
+    """Compile everything: {(kernel, variant): compiled}."""
+    with compile_only(capability) as compiled:
+        for number in ranks:
+            for run in runs:
+                run(capability, number)
+    return compiled
+
+
+def report() -> list[str]:
+    """The lines of the stored report, one a variant, sorted."""
+    compiled = collect(90, TENSOR_PARALLEL, (run_engine, run_fp8))
+    return sorted(inspect(kernel, variant, code).line() for (kernel, variant), code in compiled.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; ``--write`` stores it, otherwise the exit status says whether it equals the stored one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"store the report in {STORED.name}")
+    args = parser.parse_args(argv)
+    text = "\n".join(report()) + "\n"
+    print(text, end="")
+    if args.write:
+        STORED.write_text(text)
+    elif not STORED.exists() or STORED.read_text() != text:
+        print(f"differs from {STORED}: if that is meant, store it with --write", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

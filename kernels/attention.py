@@ -1,0 +1,329 @@
+"""Causal attention over paged keys and values: prefill in one kernel; decode split over the keys, planned on the device.
+
+Query heads that share a KV head are packed into the rows of one tile, so keys and values are read once. Keys and values may be FP8
+(e4m3): they are widened to the queries' dtype, so both products accumulate in fp32 whatever the length of the context.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_N = 64  # keys of one tile
+_PREFILL_ROWS = 128  # queries times heads of one prefill tile
+_DEFAULT_SMS = 132  # of an H100 or H200, where no device can be asked
+_CTAS_PER_SM = 2  # of the decode kernel, which has some 70 KiB of tiles in flight
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile_rows(
+    page_table_ptr, key, end, head, page_stride, head_stride,
+    DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Offsets of the cache rows of keys ``key .. key + N - 1``, (N,) int64; those from ``end`` on are any valid ones.
+
+    Callers look them up one tile ahead: in the tile's own iteration, its loads could only start once the page is known.
+    """
+    n = tl.arange(0, N)
+    if PAGE_SIZE >= N:  # the tile lies in one page
+        page = tl.load(page_table_ptr + key // PAGE_SIZE, mask=key < end, other=0).to(tl.int64)
+        offset = key % PAGE_SIZE + n
+    else:
+        page = tl.load(page_table_ptr + (key + n) // PAGE_SIZE, mask=key + n < end, other=0).to(tl.int64)
+        offset = (key + n) % PAGE_SIZE
+    return page * page_stride + head * head_stride + offset * DIM
+
+
+@triton.jit
+def _attend_tile(
+    acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, scale,
+    MASKED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, in base 2. q: (M, D); acc: (M, D) fp32; mass, best: (M,) fp32; rows: see ``_tile_rows``.
+
+    Keys from ``end`` on do not exist; row m sees keys up to ``last_key[m]``, which matters where MASKED.
+    """
+    n = tl.arange(0, N)
+    d = tl.arange(0, D)
+    places = rows[:, None] + d[None, :]
+    # What lies past the end may be NaN: it is not read, and counts as 0.
+    if MASKED:
+        mask = (key + n < end)[:, None] & (d < DIM)[None, :]
+        k = tl.load(k_ptr + places, mask=mask, other=0.0)
+        v = tl.load(v_ptr + places, mask=mask, other=0.0)
+    elif DIM == D:
+        k = tl.load(k_ptr + places)
+        v = tl.load(v_ptr + places)
+    else:
+        k = tl.load(k_ptr + places, mask=(d < DIM)[None, :], other=0.0)
+        v = tl.load(v_ptr + places, mask=(d < DIM)[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where((key + n)[None, :] <= last_key[:, None], scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    # A row that sees nothing yet: subtract 0, so that exp2(-inf - 0) is 0 and not NaN.
+    shift = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED else new_best
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(best - shift)
+    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
+    return acc, mass * decay + tl.sum(weights, 1), new_best
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_row"])
+def _prefill_kernel(
+    out_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, slot_ids_ptr, starts_ptr, seq_lens_ptr,
+    scale, num_rows, first_row, q_stride, q_head_stride, table_stride, page_stride, head_stride, num_heads,
+    HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One tile of M / GROUP_PAD queries of one row and one KV head. Row i starts at tile ``starts[i] / queries + i``."""
+    QUERIES: tl.constexpr = M // GROUP_PAD
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see the most keys: they go first
+    head = tl.program_id(1)
+    base = tl.load(starts_ptr + first_row)
+    low = 0
+    high = num_rows
+    while high - low > 1:  # the last row whose first tile is not after this one
+        middle = (low + high) // 2
+        if (tl.load(starts_ptr + first_row + middle) - base) // QUERIES + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    start = tl.load(starts_ptr + first_row + low)
+    count = tl.load(starts_ptr + first_row + low + 1) - start
+    first_query = (tile - ((start - base) // QUERIES + low)) * QUERIES
+    if first_query >= count:
+        return
+    length = tl.load(seq_lens_ptr + first_row + low)
+    slot = tl.load(slot_ids_ptr + first_row + low).to(tl.int64)
+    table = page_table_ptr + slot * table_stride
+    m = tl.arange(0, M)
+    d = tl.arange(0, D)
+    query = first_query + m // GROUP_PAD
+    q_head = head * GROUP + m % GROUP_PAD
+    is_row = (query < count) & (m % GROUP_PAD < GROUP)
+    mask = is_row[:, None] & (d < DIM)[None, :]
+    q_rows = (start + query).to(tl.int64) * q_stride + q_head * q_head_stride
+    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=mask, other=0.0)
+    position = length - count + query  # (M,) of each query in its request
+    score_scale = scale * LOG2_E
+    if HAS_SCALES:
+        score_scale *= tl.load(k_scale_ptr + head)
+    acc = tl.zeros((M, D), tl.float32)
+    mass = tl.zeros((M,), tl.float32)
+    best = tl.full((M,), float("-inf"), tl.float32)
+    first_position = (length - count + first_query).to(tl.int32)
+    end = tl.minimum(first_position + QUERIES, length.to(tl.int32))  # keys that the last query sees
+    seen_by_all = (first_position + 1) // N * N
+    rows = _tile_rows(table, 0, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
+    for key in tl.range(0, seen_by_all, N):
+        acc, mass, best = _attend_tile(
+            acc, mass, best, q, k_ptr, v_ptr, rows, key, end, position, score_scale, False, DIM, N, D
+        )
+        rows = _tile_rows(table, key + N, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
+    for key in tl.range(seen_by_all, end, N):
+        acc, mass, best = _attend_tile(
+            acc, mass, best, q, k_ptr, v_ptr, rows, key, end, position, score_scale, True, DIM, N, D
+        )
+        rows = _tile_rows(table, key + N, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
+    acc = acc / mass[:, None]
+    if HAS_SCALES:
+        acc *= tl.load(v_scale_ptr + head)
+    out_rows = ((start + query).to(tl.int64) * num_heads + q_head) * DIM
+    tl.store(out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_units"])
+def _plan_kernel(plan_ptr, seq_lens_ptr, num_rows, num_units, N: tl.constexpr, ROWS: tl.constexpr):
+    """The fewest keys per unit of work such that all rows together make at most ``num_units`` units. See ``plan_decode``."""
+    row = tl.arange(0, ROWS)
+    is_row = row < num_rows
+    tiles = (tl.load(seq_lens_ptr + row, mask=is_row, other=0).to(tl.int32) + N - 1) // N
+    low = 0  # too few tiles per unit
+    high = tl.maximum(tl.max(tiles, 0), 1)  # enough: one unit a row
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.sum((tiles + middle - 1) // middle, 0) <= num_units:
+            high = middle
+        else:
+            low = middle
+    splits = (tiles + high - 1) // high
+    first = tl.cumsum(splits, 0) - splits
+    tl.store(plan_ptr, high * N)
+    tl.store(plan_ptr + 1 + row, first, mask=is_row)
+    tl.store(plan_ptr + 1 + num_rows, tl.sum(splits, 0))
+    unit_ptr = plan_ptr + 2 + num_rows
+    for split in range(0, tl.max(splits, 0)):
+        tl.store(unit_ptr + first + split, row, mask=is_row & (split < splits))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _decode_kernel(
+    out_ptr, part_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, slot_ids_ptr,
+    seq_lens_ptr, plan_ptr, scale, num_rows, q_stride, q_head_stride, table_stride, page_stride, head_stride,
+    num_heads, HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One unit of a row's keys, for one KV head: the result itself if the row is one unit, else a part and its log-sum-exp."""
+    unit = tl.program_id(0)
+    head = tl.program_id(1)
+    if unit >= tl.load(plan_ptr + 1 + num_rows):
+        return
+    row = tl.load(plan_ptr + 2 + num_rows + unit)
+    first_unit = tl.load(plan_ptr + 1 + row)
+    is_whole = tl.load(plan_ptr + 2 + row) - first_unit == 1
+    chunk = tl.load(plan_ptr)
+    length = tl.load(seq_lens_ptr + row).to(tl.int32)
+    begin = (unit - first_unit) * chunk
+    end = tl.minimum(begin + chunk, length)
+    slot = tl.load(slot_ids_ptr + row).to(tl.int64)
+    table = page_table_ptr + slot * table_stride
+    m = tl.arange(0, M)
+    d = tl.arange(0, D)
+    q_head = head * GROUP + m
+    mask = (m < GROUP)[:, None] & (d < DIM)[None, :]
+    q_rows = row.to(tl.int64) * q_stride + q_head * q_head_stride
+    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=mask, other=0.0)
+    score_scale = scale * LOG2_E
+    if HAS_SCALES:
+        score_scale *= tl.load(k_scale_ptr + head)
+    acc = tl.zeros((M, D), tl.float32)
+    mass = tl.zeros((M,), tl.float32)
+    best = tl.full((M,), float("-inf"), tl.float32)
+    last_key = tl.zeros((M,), tl.int32) + (end - 1)
+    rows = _tile_rows(table, begin, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
+    for key in tl.range(begin, end, N):
+        acc, mass, best = _attend_tile(
+            acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, score_scale, True, DIM, N, D
+        )
+        rows = _tile_rows(table, key + N, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
+    acc = acc / mass[:, None]
+    if HAS_SCALES:
+        acc *= tl.load(v_scale_ptr + head)
+    if is_whole:
+        out_rows = (row.to(tl.int64) * num_heads + q_head) * DIM
+        tl.store(out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        part_rows = unit * num_heads + q_head
+        tl.store(part_ptr + part_rows[:, None] * DIM + d[None, :], acc, mask=mask)
+        tl.store(lse_ptr + part_rows, best + tl.log2(mass), mask=m < GROUP)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _combine_kernel(
+    out_ptr, part_ptr, lse_ptr, plan_ptr, num_rows, num_heads, DIM: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr
+):
+    """Merge the parts of one row and query head, SPLITS at a time, in order."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    first = tl.load(plan_ptr + 1 + row)
+    end = tl.load(plan_ptr + 2 + row)
+    if end - first <= 1:
+        return
+    d = tl.arange(0, D)
+    best = float("-inf")
+    mass = 0.0
+    acc = tl.zeros((D,), tl.float32)
+    for block in range(first, end, SPLITS):
+        unit = block + tl.arange(0, SPLITS)
+        is_unit = unit < end
+        lse = tl.load(lse_ptr + unit * num_heads + head, mask=is_unit, other=float("-inf"))
+        places = (unit * num_heads + head)[:, None] * DIM + d[None, :]
+        part = tl.load(part_ptr + places, mask=is_unit[:, None] & (d < DIM)[None, :], other=0.0)
+        new_best = tl.maximum(best, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_best)
+        decay = tl.exp2(best - new_best)
+        acc = acc * decay + tl.sum(part * weights[:, None], 0)
+        mass = mass * decay + tl.sum(weights, 0)
+        best = new_best
+    place = (row.to(tl.int64) * num_heads + head) * DIM + d
+    tl.store(out_ptr + place, (acc / mass).to(out_ptr.dtype.element_ty), mask=d < DIM)
+
+
+def num_decode_units(num_rows: int, kv_heads: int, device: torch.device) -> int:
+    """Units of work per KV head that fill the device once, and at least one a row: the decode kernel's fixed grid."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _DEFAULT_SMS
+    return max(num_rows, sms * _CTAS_PER_SM // kv_heads)
+
+
+def plan_decode(seq_lens: torch.Tensor, num_units: int) -> torch.Tensor:
+    """How decode attention splits its rows into units of work; computed on the device, so that a graph serves all lengths.
+
+    seq_lens: (B,) int64, each at least 1; num_units >= B. Returns (2 + B + num_units,) int32: the keys per unit, a multiple of
+    ``BLOCK_N``; the first unit of each row and the number of units in all; the row of each unit.
+    """
+    rows = seq_lens.shape[0]
+    plan = torch.empty(2 + rows + num_units, dtype=torch.int32, device=seq_lens.device)
+    _plan_kernel[(1,)](plan, seq_lens, rows, num_units, N=BLOCK_N, ROWS=triton.next_power_of_2(rows), num_warps=4)
+    return plan
+
+
+def decode(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    slot_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    plan: torch.Tensor,
+    scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """One query per row. out, q: (B, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), dense; page_table: (slots, P).
+
+    Row i reads the pages ``page_table[slot_ids[i]]``; slot_ids, seq_lens: (B,). plan: see ``plan_decode``. k_scale, v_scale: (Hk,) fp32
+    of an FP8 cache. How a row is split, and so the last bits of its result, depends on the other rows.
+    """
+    rows, heads, dim = q.shape
+    kv_heads, page_size = k_cache.shape[1:3]
+    group = heads // kv_heads
+    units = plan.shape[0] - 2 - rows
+    part = torch.empty(units, heads, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(units, heads, dtype=torch.float32, device=q.device)
+    padded = max(16, triton.next_power_of_2(dim))
+    _decode_kernel[(units, kv_heads)](
+        out, part, lse, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, seq_lens, plan, scale, rows,
+        q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
+        HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, PAGE_SIZE=page_size, M=max(16, triton.next_power_of_2(group)),
+        N=BLOCK_N, D=padded, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    _combine_kernel[(rows, heads)](out, part, lse, plan, rows, heads, DIM=dim, SPLITS=16, D=padded, num_warps=4)
+
+
+def prefill(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    slot_ids: torch.Tensor,
+    starts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    first_row: int,
+    num_queries: int,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Rows ``first_row ..`` of several queries each, at the end of their keys. out, q: (T, Hq, D).
+
+    Row i has queries ``starts[i] .. starts[i + 1] - 1``, and ``seq_lens[i]`` keys with those of its queries. starts: (R + 1,); slot_ids,
+    seq_lens: (R,); ``num_queries``: of all these rows together. The rest as in ``decode``. A row's bits do not depend on other rows.
+    """
+    heads, dim = q.shape[1:]
+    kv_heads, page_size = k_cache.shape[1:3]
+    group = heads // kv_heads
+    group_pad = triton.next_power_of_2(group)
+    rows = seq_lens.shape[0] - first_row
+    tiles = num_queries // (_PREFILL_ROWS // group_pad) + rows
+    _prefill_kernel[(tiles, kv_heads)](
+        out, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, starts, seq_lens, scale, rows, first_row,
+        q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
+        HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, GROUP_PAD=group_pad, PAGE_SIZE=page_size, M=_PREFILL_ROWS,
+        N=BLOCK_N, D=max(16, triton.next_power_of_2(dim)), num_warps=8, num_stages=3,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Adapters of attention kernels for GPUs: which rows go to which kernel."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from nemo_engine.ops.attention import AttentionMeta
+
+kernels = importlib.import_module("nemo_engine.kernels.attention")
+
+
+def paged_attention_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """``paged_attention`` in Triton. The plan of the decode rows is made once a step, on the device.
+
+    A decode row's last bits depend on the other decode rows of its step, since these decide how its keys are split.
+    """
+    assert q.stride(2) == 1 and k_cache.is_contiguous() and v_cache.is_contiguous(), (q.stride(), k_cache.stride())
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    decodes = meta.num_decodes
+    if decodes:
+        lens = meta.seq_lens[:decodes]
+        units = kernels.num_decode_units(decodes, k_cache.shape[1], q.device)
+        plan = meta.once("decode plan", lambda: kernels.plan_decode(lens, units))
+        kernels.decode(
+            out[:decodes],
+            q[:decodes],
+            k_cache,
+            v_cache,
+            meta.page_table,
+            meta.slot_ids[:decodes],
+            lens,
+            plan,
+            scale,
+            k_scale,
+            v_scale,
+        )
+    if decodes < meta.seq_lens.shape[0]:
+        kernels.prefill(
+            out,
+            q,
+            k_cache,
+            v_cache,
+            meta.page_table,
+            meta.slot_ids,
+            meta.query_start_loc,
+            meta.seq_lens,
+            scale,
+            decodes,
+            q.shape[0] - decodes,
+            k_scale,
+            v_scale,
+        )
+    return out
