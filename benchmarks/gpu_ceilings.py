@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from provenance import provenance
+from timing import DeviceTimer, Timer
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SHAPES = {  # projection: (N, K)
@@ -33,28 +33,6 @@ SHAPES = {  # projection: (N, K)
 ROWS = (1, 8, 16, 64, 128, 256, 1024, 4096, 8192)
 CONTEXTS = (2048, 8192, 32768, 131072)
 Record = dict[str, Any]
-
-
-class Timer:
-    """Median device milliseconds of a call, with a buffer larger than L2 written before each."""
-
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
-        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        for _ in range(3):
-            call()
-        times = []
-        for _ in range(self.rounds):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times)
 
 
 def bandwidth(timer: Timer) -> Iterator[Record]:
@@ -167,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error(f"needs an NVIDIA GPU; torch {torch.__version__} finds none")
     facts = provenance("torch") | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    timer = Timer(args.rounds)
+    timer = DeviceTimer(args.rounds)
     for measure in (bandwidth, matmuls, prefill_attention, graph_gap):
         for record in measure(timer):
             _report(record, facts, args.json)
