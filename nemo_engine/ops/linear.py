@@ -1,8 +1,9 @@
-"""Projections without bias: in the activations' dtype, and FP8 by FP8."""
+"""Linear layers without bias: in the dtype of the activations, and of FP8 operands with scales."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,95 +11,105 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_engine.ops.op import Case, Impl, Op, Site, needs_fp8, triton_runs
-from nemo_engine.ops.quantize import quantize_channels, quantize_tokens
+from nemo_engine.ops.quantize import FP8
 
-SCALE_BLOCK = 128  # of weights whose scales go by block: this many outputs by this many inputs
+SCALE_BLOCK = 128  # outputs, and elements of K, that share a scale in DeepSeek's format
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight^T``. x: (T, K); weight: (N, K) -> (T, N)."""
+    """``y = x w^T``. x: (T, K), weight: (N, K) -> (T, N), all of one dtype."""
     return F.linear(x, weight)
 
 
 def linear_fp8(
-    x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor, out_dtype: torch.dtype = torch.bfloat16
+    x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """``(x * x_scales) @ (weight * w_scales)^T``, products and sums in fp32 (fp64 for fp64 scales).
+    """``y = (x w^T) * x_scales * w_scales``, the product in fp32. x8: (T, K), w8: (N, K) FP8 e4m3 -> (T, N) of ``out_dtype``.
 
-    x: (T, K) FP8 e4m3; weight: (N, K) FP8 e4m3; fp32 scales. w_scales of one number (per tensor) or (N, 1) (per output
-    channel) go with x_scales (T, 1); by block, w_scales is (ceil(N / 128), ceil(K / 128)) and x_scales (T, ceil(K / 128)). Returns (T, N).
+    w_scales, fp32: one number of any shape for the weight, or (N, 1), one per output; x_scales is then (T, 1) fp32, one per token. Or
+    (N / 128, K / 128), rounded up, one per block of the weight; x_scales is then (T, K / 128), one per token and 128 of K. Scales in fp64
+    give the product and the result in fp64.
     """
-    wide = torch.float64 if x_scales.dtype == torch.float64 else torch.float32
-    out = torch.float64 if wide == torch.float64 else out_dtype
-    a, b = x.to(wide), weight.to(wide)
-    if w_scales.numel() > 1 and w_scales.shape != (weight.shape[0], 1):
-        columns = torch.arange(x.shape[1], device=x.device) // SCALE_BLOCK
-        rows = torch.arange(weight.shape[0], device=x.device) // SCALE_BLOCK
-        a, b = a * x_scales[:, columns], b * w_scales[rows][:, columns]
-        return (a @ b.T).to(out)
-    return ((a @ b.T) * x_scales * w_scales.reshape(1, -1)).to(out)
+    wide = x_scales.dtype
+    x, w = x8.to(wide), w8.to(wide)
+    width, outputs = x.shape[1], w.shape[0]
+    if w_scales.numel() == 1 or w_scales.shape == (outputs, 1):
+        y = (x @ w.T) * x_scales * w_scales.reshape(1, -1)
+    else:
+        x = x * x_scales.repeat_interleave(SCALE_BLOCK, 1)[:, :width]
+        per_row = w_scales.repeat_interleave(SCALE_BLOCK, 0)[:outputs]
+        y = x @ (w * per_row.repeat_interleave(SCALE_BLOCK, 1)[:, :width]).T
+    return y if wide == torch.float64 else y.to(out_dtype)
 
 
-def _supports_cublas(site: Site) -> str | None:
-    return None if site.device_type == "cuda" else "needs a CUDA device"
+def _cublas_supports(site: Site) -> str | None:
+    return None if site.device_type == "cuda" else f"runs on NVIDIA GPUs, this is {site.device_type}"
+
+
+def _triton_supports(site: Site) -> str | None:
+    widths = (site.hidden_size, site.intermediate_size, site.num_heads * site.head_dim)
+    if any(width % 16 for width in widths):
+        return f"rows of whole 16 elements, these have {', '.join(map(str, widths))}"
+    return triton_runs(site)
+
+
+def _make(dtype: torch.dtype, rows: int, outputs: int, width: int) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(rows + outputs * width)
+    x, w = (torch.randn(n, width, generator=generator) for n in (rows, outputs))
+    return x.to(dtype), (w * width**-0.5).to(dtype)
+
+
+def _make_fp8(dtype: torch.dtype, rows: int, outputs: int, width: int, kind: str) -> tuple[Any, ...]:
+    """Operands of one fixed precision, whatever the dtype: the result is bf16, as tensor cores add FP8 products in few bits."""
+    x, w = _make(torch.float32, rows, outputs, width)
+    generator = torch.Generator().manual_seed(rows + outputs + width)
+    blocks = [-(-size // SCALE_BLOCK) for size in (outputs, width)]
+    shapes = {"tensor": (), "tensor as a matrix": (1, 1), "channel": (outputs, 1), "block": blocks}
+    x_scales, w_scales = (
+        0.01 + torch.rand(shape, generator=generator)
+        for shape in ((rows, blocks[1] if kind == "block" else 1), shapes[kind])
+    )
+    return (x * 100).to(FP8), x_scales, (w * 100).to(FP8), w_scales, torch.bfloat16
+
+
+_SHAPES = ((0, 48, 64), (1, 5, 64), (3, 200, 272), (17, 130, 320), (65, 144, 48), (130, 33, 144), (257, 40, 80))
+_FP8_SHAPES = (
+    (0, 48, 64, "tensor"), (1, 5, 64, "tensor as a matrix"), (3, 200, 272, "channel"), (17, 130, 272, "block"),
+    (65, 144, 48, "tensor"), (65, 150, 400, "block"), (130, 33, 144, "channel"), (257, 40, 80, "tensor"),
+    (257, 136, 144, "block"), (2, 256, 5120, "channel"), (2, 256, 5120, "block"),
+)  # fmt: skip
 
 
 def _cases() -> Iterator[Case]:
-    for tokens, width, outputs in ((0, 64, 64), (1, 64, 1), (3, 272, 65), (17, 64, 200), (65, 96, 40), (130, 64, 130), (2, 5120, 128)):  # fmt: skip
-
-        def make(dtype: torch.dtype, t: int = tokens, k: int = width, n: int = outputs) -> tuple[Any, ...]:
-            generator = torch.Generator().manual_seed(t + k + n)
-            x, weight = torch.randn(t, k, generator=generator), torch.randn(n, k, generator=generator) * k**-0.5
-            return x.to(dtype), weight.to(dtype)
-
-        yield Case(f"{tokens} x {width} -> {outputs}", make)
+    for rows, outputs, width in (*_SHAPES, (2, 256, 5120)):
+        yield Case(f"{rows}x{width}x{outputs}", partial(_make, rows=rows, outputs=outputs, width=width))
 
 
 def _fp8_cases() -> Iterator[Case]:
-    for tokens, width, outputs in ((0, 64, 64), (1, 64, 1), (3, 272, 65), (17, 64, 200), (65, 128, 40), (130, 64, 130), (2, 5120, 128)):  # fmt: skip
-        for kind in ("tensor", "channel", "block"):
-
-            def make(
-                dtype: torch.dtype, t: int = tokens, k: int = width, n: int = outputs, kind: str = kind
-            ) -> tuple[Any, ...]:
-                return linear_fp8_inputs(t, k, n, kind)
-
-            yield Case(f"{tokens} x {width} -> {outputs}, scale per {kind}", make)
-
-
-def linear_fp8_inputs(tokens: int, width: int, outputs: int, kind: str) -> tuple[Any, ...]:
-    """Random arguments of ``linear_fp8`` with weight scales per "tensor", "channel" or "block"."""
-    generator = torch.Generator().manual_seed(tokens + width + outputs)
-    x, w = torch.randn(tokens, width, generator=generator), torch.randn(outputs, width, generator=generator)
-    if kind == "block":
-        rows, columns = -(-outputs // SCALE_BLOCK), -(-width // SCALE_BLOCK)
-        x_scales = 0.01 + 0.01 * torch.rand(tokens, columns, generator=generator)
-        w_scales = 0.01 + 0.01 * torch.rand(rows, columns, generator=generator)
-        fp8 = [(value * 64).clamp(-448, 448).to(torch.float8_e4m3fn) for value in (x, w)]
-        return fp8[0], x_scales, fp8[1], w_scales
-    q, x_scales = quantize_tokens(x)
-    if kind == "tensor":
-        weight, scales = quantize_tokens(w, torch.tensor(0.01))
-        return q, x_scales, weight, scales[0]
-    return q, x_scales, *quantize_channels(w)
+    for rows, outputs, width, kind in _FP8_SHAPES:
+        make = partial(_make_fp8, rows=rows, outputs=outputs, width=width, kind=kind)
+        yield Case(f"{rows}x{width}x{outputs} {kind}", make)
 
 
 def _cost(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    out = x.shape[0] * weight.shape[0] * x.element_size()
-    return x.nbytes + weight.nbytes + out, 2 * x.shape[0] * weight.numel()
+    rows, outputs = x.shape[0], weight.shape[0]
+    return x.nbytes + weight.nbytes + rows * outputs * x.itemsize, 2 * x.numel() * outputs
 
 
-def _fp8_cost(x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor) -> tuple[int, int]:
-    scales = 4 * (x_scales.numel() + w_scales.numel())
-    return x.nbytes + weight.nbytes + scales + 2 * x.shape[0] * weight.shape[0], 2 * x.shape[0] * weight.numel()
+def _fp8_cost(
+    x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, out_dtype: torch.dtype = torch.bfloat16
+) -> tuple[int, int]:
+    rows, outputs = x8.shape[0], w8.shape[0]
+    num_bytes = x8.numel() + w8.numel() + 4 * (x_scales.numel() + w_scales.numel())
+    return num_bytes + rows * outputs * out_dtype.itemsize, 2 * x8.numel() * outputs
 
 
 LINEAR = Op(
     "linear",
     linear,
     (
-        Impl("cublas", "torch.nn.functional:linear", _supports_cublas),
-        Impl("triton", "nemo_engine.kernels.linear:linear", triton_runs),
+        Impl("cublas", "torch.nn.functional:linear", _cublas_supports),
+        Impl("triton", "nemo_engine.kernels.linear:linear", _triton_supports),
     ),
     _cases,
     _cost,
@@ -106,7 +117,7 @@ LINEAR = Op(
 LINEAR_FP8 = Op(
     "linear_fp8",
     linear_fp8,
-    (Impl("triton", "nemo_engine.kernels.linear:linear_fp8", needs_fp8(triton_runs)),),
+    (Impl("triton", "nemo_engine.kernels.linear:linear_fp8", needs_fp8(_triton_supports)),),
     _fp8_cases,
     _fp8_cost,
 )

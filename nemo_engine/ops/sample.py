@@ -143,13 +143,12 @@ def top_logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor
     ids int64; log-probabilities fp32 (fp64 for fp64); ranks int64, of the chosen token the number of tokens at least as likely, then 1 .. k.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    values = wide.log_softmax(dim=1)
     ids = chosen.clamp(min=0).unsqueeze(1)
-    rank = sampling.num_at_least(values, values.gather(1, ids))
+    rank = sampling.num_at_least(wide, wide.gather(1, ids))
     if k:
-        ids = torch.cat([ids, sampling.top_tokens(values, k)], dim=1)
+        ids = torch.cat([ids, sampling.top_tokens(wide, k)], dim=1)
     ranks = torch.cat([rank, torch.arange(1, k + 1, device=logits.device).expand(len(logits), -1)], dim=1)
-    return ids, values.gather(1, ids), ranks
+    return ids, wide.log_softmax(dim=1).gather(1, ids), ranks
 
 
 def _sample_cases() -> Iterator[Case]:

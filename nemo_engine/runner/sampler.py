@@ -197,7 +197,7 @@ class Sampler:
             count = self._vocab_size if what == -1 else min(what, self._vocab_size)
             top_logprobs = self._ops.top_logprobs if count <= _MOST_BEST else sample.top_logprobs
             return Report(rows, *top_logprobs(logits, chosen, count))
-        values = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=1)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
         ids = torch.cat([chosen.clamp(min=0).unsqueeze(1), self._index(list(what)).expand(len(logits), -1)], dim=1)
-        named = values.gather(1, ids)
-        return Report(rows, ids, named, sampling.num_at_least(values, named))
+        ranks = sampling.num_at_least(wide, wide.gather(1, ids))
+        return Report(rows, ids, wide.log_softmax(dim=1).gather(1, ids), ranks)
