@@ -34,7 +34,9 @@ class Download:
     def __init__(self, source: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         self._host = source
-        if source.is_cuda:
+        if not source.is_cuda:
+            self._host = source.clone()  # the next step may overwrite it
+        else:
             self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             self._host.copy_(source, non_blocking=True)
             self._event = torch.cuda.Event()

@@ -1,0 +1,321 @@
+"""``sample_`` and ``top_logprobs``: the definitions on rows that are easy to get wrong, and the Triton kernels against them, token for token.
+
+Tests marked ``interpreted`` join when ``TRITON_INTERPRET=1`` is set before the interpreter starts; one test here does that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_engine.ops import sampling
+from nemo_engine.ops.op import Case
+from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS, SampleFacts, SlotParams, sample_, sample_inputs, top_logprobs
+from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+DTYPES = (torch.bfloat16, torch.float32)
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="another test runs it in a subprocess"
+)
+
+
+def hard_logits(kind: str, rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """(R, V) fp32."""
+    logits = torch.randn(rows, vocab_size, generator=generator) * 3
+    if kind == "equal":
+        logits.fill_(-1.5)
+    elif kind == "few levels":
+        logits = logits.round()
+    elif kind == "close":
+        logits = 7 + logits * 1e-3
+    elif kind == "masked":
+        logits[torch.rand(rows, vocab_size, generator=generator) < 0.9] = -torch.inf
+        logits[:, vocab_size // 2] = 0.5
+    elif kind == "peaked":
+        logits[:, vocab_size // 3] = 60.0
+    elif kind == "one token":
+        logits.fill_(-torch.inf)
+        logits[:, vocab_size - 1] = -3.0
+    elif kind == "broken":
+        logits[0::4, vocab_size // 2] = torch.nan
+        logits[1::4, vocab_size - 1] = torch.inf
+        logits[2::4] = -torch.inf
+    return logits
+
+
+KINDS = ("normal", "equal", "few levels", "close", "masked", "peaked", "one token", "broken")
+
+
+def hard_inputs(dtype: torch.dtype, kind: str, rows: int, vocab_size: int, seed: int = 1) -> tuple[Any, ...]:
+    """Every row with parameters of its own, taken at random from those at the edges; the last two rows are padding."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = hard_logits(kind, rows, vocab_size, generator).to(dtype)
+    params = SlotParams.off(rows, vocab_size, CPU)
+    params.output_counts.copy_(torch.randint(0, 4, params.output_counts.shape, generator=generator))
+    params.prompt_mask.copy_(torch.rand(params.prompt_mask.shape, generator=generator) < 0.3)
+    slots = 1 + torch.randperm(rows, generator=generator)
+    slots[-2:] = 0
+
+    def put(name: str, *choices: float) -> None:
+        values = getattr(params, name)
+        picked = torch.tensor(choices, dtype=torch.float64)[torch.randint(len(choices), (rows,), generator=generator)]
+        values[1:] = picked.to(values.dtype)
+
+    put("temperature", 0.0, 0.01, 0.6, 1.0, 5.0)
+    put("min_p", 0.0, 0.0, 0.0, 1e-4, 0.05, 1.0)
+    put("top_k", *(min(k, vocab_size) for k in (vocab_size, vocab_size, 1, 5, 40, 700, max(1, vocab_size - 1))))
+    put("top_p", 1.0, 1e-6, 0.5, 0.9, 0.999999)
+    put("frequency", 0.0, 0.0, 0.7, -1.1)
+    put("presence", 0.0, 0.0, 1.3, -0.4)
+    put("repetition", 1.0, 1.0, 1.7, 0.6)
+    params.seed_keys[1:] = torch.tensor([sampling.seed_key(seed + slot) for slot in range(1, rows + 1)])
+    return logits, slots, torch.randint(0, 1 << 20, (rows,), generator=generator), params
+
+
+def hard_cases() -> list[Case]:
+    shapes = ((6, 1), (10, 7), (16, 1001), (8, 6144))
+    return [
+        Case(f"{kind} {rows}x{size}", partial(hard_inputs, kind=kind, rows=rows, vocab_size=size))
+        for kind in KINDS
+        for rows, size in shapes
+    ]
+
+
+def copied(params: SlotParams, device: str = "cpu") -> SlotParams:
+    return SlotParams(
+        **{field.name: getattr(params, field.name).clone().to(device) for field in dataclasses.fields(params)}
+    )
+
+
+def assert_same(function: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
+    """The same tokens and the same counts as the definition's."""
+    logits, slots, positions, params = args
+    other, before = copied(params), logits.clone()
+    expected = sample_(logits, slots, positions, params)
+    got = function(logits, slots, positions, other)
+    assert got.dtype == torch.int64 and got.tolist() == expected.tolist()
+    assert torch.equal(other.output_counts, params.output_counts)
+    assert torch.equal(logits.isnan(), before.isnan()) and torch.equal(logits.nan_to_num(), before.nan_to_num())
+
+
+# ---- the definition
+
+
+@pytest.mark.parametrize("case", hard_cases(), ids=lambda case: case.name)
+def test_rows_do_not_mix(case: Case) -> None:
+    logits, slots, positions, params = case.make(torch.float32)
+    alone = copied(params)
+    tokens = sample_(logits, slots, positions, params)
+    for row in range(len(logits)):
+        one = slice(row, row + 1)
+        assert sample_(logits[one], slots[one], positions[one], alone).tolist() == tokens[one].tolist(), row
+    assert torch.equal(alone.output_counts, params.output_counts)
+
+
+def test_failed_rows_have_codes_and_are_not_counted() -> None:
+    logits, slots, positions, params = hard_inputs(torch.float32, "broken", 24, 50)
+    before = params.output_counts.clone()
+    tokens = sample_(logits, slots, positions, params)
+    codes = [TOKEN_NOT_FINITE, TOKEN_NOT_FINITE, TOKEN_ALL_MASKED]
+    assert [token for row, token in enumerate(tokens.tolist()) if row % 4 < 3] == codes * 6
+    assert (tokens[3::4] >= 0).all()
+    penalised = SampleFacts.of(slots, params, 50).penalised
+    assert 0 < (params.output_counts - before).sum() == (tokens[penalised] >= 0).sum() < len(penalised)
+
+
+def test_greedy_takes_the_lowest_of_equal_tokens_and_padding_is_greedy() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]] * 3)
+    params = SlotParams.off(1, 4, CPU)
+    params.presence[1] = 0.5
+    params.output_counts[1] = torch.tensor([0, 3, 0, 0])
+    params.prompt_mask.zero_()
+    assert sample_(logits, torch.tensor([0, 1, 0]), torch.tensor([5, 6, 7]), params).tolist() == [1, 2, 1]
+    assert params.output_counts[1].tolist() == [0, 3, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["greedy", "plain", "all", "penalties"])
+def test_facts_only_save_work(name: str) -> None:
+    logits, slots, positions, params = sample_inputs(9, 300, name, torch.float32)
+    drawn = params.temperature[slots] > 0
+    facts = SampleFacts(drawn.nonzero().squeeze(1), int(drawn.sum()), True, 299, True, torch.arange(9), True)
+    params.output_counts[0], params.prompt_mask[0] = 0, False
+    params.output_counts[slots[params.temperature[slots] == 0]] *= name != "greedy"
+    other = copied(params)
+    assert torch.equal(sample_(logits, slots, positions, params, facts), sample_(logits, slots, positions, other))
+
+
+def test_top_logprobs_of_failed_and_chosen_tokens() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
+    ids, logprobs, ranks = top_logprobs(logits, torch.tensor([3, TOKEN_ALL_MASKED]), 3)
+    assert ids.tolist() == [[3, 1, 2, 3], [0, 0, 1, 2]]
+    assert ranks.tolist() == [[3, 1, 2, 3], [1, 1, 2, 3]]
+    assert torch.equal(logprobs[0], logits[0].log_softmax(0)[ids[0]])
+    assert logprobs[1].tolist() == [0.0, 0.0, -torch.inf, -torch.inf]
+
+
+# ---- the kernels
+
+
+def test_kernels_equal_their_definitions() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported, so this runs in an interpreter of its own, where numpy's warnings are errors."""
+    pytest.importorskip("triton")
+    warnings = ("-W", "error::RuntimeWarning")
+    run = subprocess.run(
+        [sys.executable, *warnings, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", __file__],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "passed" in run.stdout and "skipped" not in run.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", list(SAMPLE.cases()), ids=lambda case: case.name)
+def test_interpreted_sample(case: Case, dtype: torch.dtype) -> None:
+    assert_same(SAMPLE.impls[0].load(), case.make(dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("case", hard_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interpreted_hard_rows(dtype: torch.dtype, case: Case) -> None:
+    assert_same(SAMPLE.impls[0].load(), case.make(dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("vocab_size", [131072, 131073 + 127])
+def test_interpreted_large_vocabularies(vocab_size: int) -> None:
+    """The second one has sub-blocks of 256 tokens. top_k = 2000 is more than there are sub-blocks."""
+    logits, slots, positions, params = sample_inputs(4, vocab_size, "all", torch.float32)
+    active = slots[:3]
+    params.temperature[active] = torch.tensor([5.0, 0.7, 1.0], dtype=torch.float64)
+    params.min_p[active] = torch.tensor([0.0, 1e-9, 0.0], dtype=torch.float64)
+    params.top_k[active] = torch.tensor([vocab_size, 2000, vocab_size])
+    params.top_p[active] = torch.tensor([0.999, 1.0, 0.3], dtype=torch.float64)
+    assert_same(SAMPLE.impls[0].load(), (logits, slots, positions, params))
+
+
+@interpreted
+def test_interpreted_rows_share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_engine.kernels import logprobs as logprob_kernels
+    from nemo_engine.kernels import sampling as sample_kernels
+
+    monkeypatch.setattr(sample_kernels, "MOST_PROGRAMS", 3)
+    monkeypatch.setattr(logprob_kernels, "MOST_PROGRAMS", 3)
+    assert_same(sample_kernels.sample_, hard_inputs(torch.float16, "few levels", 11, 1001))
+    assert_same_logprobs(torch.randn(8, 500), torch.arange(8), 9)
+
+
+def assert_same_logprobs(logits: Tensor, chosen: Tensor, k: int, device: str = "cpu") -> None:
+    """The same ids and ranks as the definition's; where a row has no distribution, ids that exist."""
+    expected = top_logprobs(logits, chosen, k)
+    got = [tensor.cpu() for tensor in TOP_LOGPROBS.impls[0].load()(logits.to(device), chosen.to(device), k)]
+    best = logits.float().amax(dim=1)
+    is_good = best.isfinite()
+    for index in (0, 2):
+        assert torch.equal(got[index][is_good], expected[index][is_good])
+    torch.testing.assert_close(got[1][is_good], expected[1][is_good], rtol=1e-6, atol=1e-5)
+    assert got[1][~is_good].isnan().all() and ((got[0] >= 0) & (got[0] < logits.shape[1])).all()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_size", [1, 7, 1001, 6144])
+def test_interpreted_top_logprobs(vocab_size: int, kind: str, dtype: torch.dtype) -> None:
+    """Logits of few bits only where they are close: where log-probabilities round to the same number hangs on the last bit of their sum."""
+    dtype = torch.bfloat16 if kind == "close" else dtype
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = hard_logits(kind, 4, vocab_size, generator).to(dtype)
+    chosen = torch.randint(-2, vocab_size, (4,), generator=generator)
+    for k in sorted({0, 1, min(5, vocab_size), min(64, vocab_size)}):
+        assert_same_logprobs(logits, chosen, k)
+
+
+@interpreted
+def test_interpreted_top_logprobs_of_a_large_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(2, 131072, generator=generator) * 3).to(torch.bfloat16)
+    assert_same_logprobs(logits, torch.tensor([17, 131071]), 20)
+
+
+COMPILE = """
+import subprocess, sys, tempfile, triton
+from importlib import import_module
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+objdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+for module, name, types, constants, num_warps in eval(sys.argv[1]):
+    kernel = getattr(import_module("nemo_engine.kernels." + module), name)
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(constant),): value for constant, value in constants.items()}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, values),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": num_warps, "enable_fp_fusion": False},
+    )
+    assert len(compiled.asm["cubin"]) > 1000
+    if objdump.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([objdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        assert "STACK:0 " in usage and "LOCAL:0 " in usage, (name, usage)
+    print("compiled")
+"""
+
+
+def test_kernels_compile_for_hopper_without_spills() -> None:
+    pytest.importorskip("triton")
+    types = dict.fromkeys(("best_ptr", "note_ptr", "near_ptr", "sums_ptr", "shifts_ptr", "logprobs_ptr"), "*fp32")
+    types |= dict.fromkeys(("slots_ptr", "positions_ptr", "top_k_ptr", "seeds_ptr", "tokens_ptr"), "*i64")
+    types |= dict.fromkeys(("temperature_ptr", "min_p_ptr", "top_p_ptr"), "*fp64")
+    types |= dict.fromkeys(("frequency_ptr", "presence_ptr", "repetition_ptr"), "*fp64")
+    types |= {"logits_ptr": "*bf16", "counts_ptr": "*i32", "prompt_ptr": "*u8", "subs_ptr": "*i32"}
+    choice, logprobs = {"ids_ptr": "*i32"}, dict.fromkeys(("ids_ptr", "ranks_ptr", "keys_ptr", "chosen_ptr"), "*i64")
+    shape = {"SUB": 128, "NUM_SUBS": 1024}
+    specs = [
+        ("sampling", "_survey_kernel", types, shape | {"BLOCK": 4096}, 8),
+        ("sampling", "_choose_kernel", types | choice, shape | {"TILE": 2048}, 8),
+        ("logprobs", "_survey_kernel", types, shape | {"BLOCK": 4096}, 4),
+        ("logprobs", "_report_kernel", types | logprobs, shape | {"TILE": 2048, "MOST": 64}, 8),
+        ("logprobs", "_rank_kernel", types | logprobs, shape | {"BLOCK": 4096}, 4),
+    ]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, repr(specs)]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["compiled"] * len(specs)
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu() -> None:
+    """A GPU's exponentials and logarithms end in other bits, so that in one row of thousands another token may win."""
+    function, same, total = SAMPLE.impls[0].load(), 0, 0
+    for case in [*SAMPLE.cases(), *hard_cases()]:
+        logits, slots, positions, params = case.make(torch.bfloat16)
+        there = copied(params, "cuda")
+        expected = sample_(logits, slots, positions, params)
+        got = function(logits.cuda(), slots.cuda(), positions.cuda(), there).cpu()
+        same, total = same + int((got == expected).sum()), total + len(got)
+        if torch.equal(got, expected):
+            assert torch.equal(there.output_counts.cpu(), params.output_counts), case.name
+    assert total - same <= 2, (same, total)
+    for case in TOP_LOGPROBS.cases():
+        assert_same_logprobs(*case.make(torch.bfloat16), device="cuda")

@@ -1,0 +1,81 @@
+"""CUDA graphs without a GPU: what a function does to tensors is recorded once and then done again on the same memory.
+
+Like a CUDA graph, a replay runs no Python of the function: it repeats operations and kernel launches with the tensors, numbers and grids
+of the capture. So whatever the function decides from values on the host, or allocates anew, shows as a wrong result or is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from nemo_engine.runner.graphs import Captured
+
+# What makes the host wait for the device, or a shape depend on values: a capture refuses these.
+REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero", "bincount"}
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation on tensors, and every launch of an interpreted Triton kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Callable[[], None]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in REFUSED:
+            raise RuntimeError(f"{name} in a captured function: the host would wait for the device")
+        if name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        ):
+            raise RuntimeError(f"{name} by a mask in a captured function: its shape depends on values")
+        outputs = func(*args, **kwargs)
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        fresh = [
+            index
+            for index, x in enumerate(tree_leaves(outputs))
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs
+        ]
+        kept = tree_leaves(outputs)
+
+        def again() -> None:
+            results = tree_leaves(func(*args, **kwargs))
+            for index in fresh:
+                kept[index].copy_(results[index])
+
+        if name not in ("empty", "new_empty", "empty_like", "empty_strided"):
+            self.steps.append(again)
+        return outputs
+
+
+def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
+    """A ``Capture`` for the CPU. Triton kernels are recorded where they are interpreted."""
+    from triton.runtime.interpreter import GridExecutor
+
+    function()  # as on a GPU, once before
+    recorder = Recorder()
+    launch = GridExecutor.__call__
+
+    def recorded_launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            launch(self, *args, **kwargs)
+        recorder.steps.append(lambda: launch(self, *args, **kwargs))
+
+    GridExecutor.__call__ = recorded_launch
+    try:
+        with recorder:
+            outputs = function()
+    finally:
+        GridExecutor.__call__ = launch
+
+    def replay() -> None:
+        for step in recorder.steps:
+            step()
+
+    return Captured(outputs, replay)

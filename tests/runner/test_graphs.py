@@ -1,0 +1,205 @@
+"""Decode steps as graphs equal eager steps: emulated on the CPU with every operation in Triton's interpreter, real on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.weights import load_weights
+from nemo_engine.ops import ALL_OPS, Ops, Site
+from nemo_engine.runner.graphs import cuda_capture, graph_sizes
+from nemo_engine.runner.runner import Runner
+from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult
+from tests.checkpoints import random_state_dict, tiny_config, write_hf
+
+ROOT = Path(__file__).parents[2]
+PAGE = 16
+SLOTS = 7
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="run by test_the_interpreted_tests, in a process of its own")
+
+
+def test_the_interpreted_tests() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported."""
+    if IS_INTERPRETED:
+        return
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 24, 100, 256, 300, 1024])
+def test_graph_sizes(most: int) -> None:
+    sizes = graph_sizes(most)
+    assert sizes[-1] == most and list(sizes) == sorted(set(sizes)) and sizes[0] == 1
+    assert len(sizes) <= 30
+    for count in range(1, most + 1):
+        padded = next(size for size in sizes if size >= count)
+        assert padded <= max(2 * count - 1, 8 + count) and padded - count <= 63
+
+
+def triton_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
+    site = Site.of(config, PAGE, dtype, device)
+    has_triton = {op.name for op in ALL_OPS if any(i.name == "triton" and i.supports(site) is None for i in op.impls)}
+    assert has_triton == {op.name for op in ALL_OPS}
+    return Ops.select(site, dict.fromkeys(has_triton, "triton"))
+
+
+def make_runner(path: Path, device: torch.device, dtype: torch.dtype) -> Runner:
+    config = tiny_config(num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64, intermediate_size=48)
+    if not (path / "config.json").exists():
+        write_hf(path, config, random_state_dict(config, seed=5))
+    return Runner(
+        config,
+        EngineConfig(device="cpu", page_size=PAGE, max_num_seqs=SLOTS, max_num_batched_tokens=128),
+        load_weights(open_checkpoint(path), config, dtype=dtype, device=device, progress=False),
+        triton_ops(config, dtype, device),
+        num_pages=60,
+        max_model_len=100,
+        device=device,
+        dtype=dtype,
+    )
+
+
+WANTS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
+    {"temperature": 1.2, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.7, "logit_bias": {3: 4.0}, "min_p": 0.05},
+]
+
+
+def play(runner: Runner, steps: int = 24) -> list[StepResult]:
+    """Requests of several kinds come and go; every step's results. Two steps are in flight, as in the engine."""
+    lengths = [3, 15, 16, 17, 30, 1]
+    results, handles = [], []
+    fresh = iter(range(1, 61))
+    pages: dict[int, list[int]] = {}
+    computed: dict[int, int] = {}
+    slots: tuple[int, ...] = ()
+    for step in range(steps):
+        fills, prefills, new_pages = [], [], []
+        if step % 3 == 0 and step // 3 < len(lengths):  # one comes
+            index = step // 3
+            length, slot = lengths[index], index + 1
+            ids = torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(index)).tolist()
+            pages[slot] = [next(fresh) for _ in range(-(-length // PAGE))]
+            params = SamplingParams(max_tokens=50, **WANTS[index])
+            fills.append(SlotFill(slot, ids, length, 0, tuple(pages[slot]), params, seed=index + 7))
+            prefills.append(PrefillRow(slot, 0, length, True))
+            computed[slot] = length
+        if step == 14:  # one goes
+            slots = tuple(slot for slot in slots if slot != 2)
+        for slot in slots:
+            if computed[slot] // PAGE == len(pages[slot]):
+                pages[slot].append(next(fresh))
+                new_pages.append((slot, len(pages[slot]) - 1, pages[slot][-1]))
+            computed[slot] += 1
+        handles.append(runner.launch(StepPlan(step, slots, tuple(prefills), tuple(fills), tuple(new_pages))))
+        if prefills:
+            slots = (*slots, prefills[0].slot)
+        if len(handles) == 2:
+            results.append(handles.pop(0).result())
+    return results + [handle.result() for handle in handles]
+
+
+@interpreted
+def test_emulated_graphs_equal_eager_steps(tmp_path: Path) -> None:
+    from tests.runner.emulated_graphs import emulated_capture
+
+    device = torch.device("cpu")
+    eager = play(make_runner(tmp_path, device, torch.float32))
+    runner = make_runner(tmp_path, device, torch.float32)
+    runner.capture((1, 2, 4, 7), emulated_capture)
+    graphed = play(runner)
+    assert len({tuple(result.token_ids) for result in eager}) > 10
+    assert [result.token_ids for result in graphed] == [result.token_ids for result in eager]
+    for one, other in zip(graphed, eager, strict=True):
+        assert one.logprobs.keys() == other.logprobs.keys()
+        for row, entry in one.logprobs.items():
+            assert entry.token_ids == other.logprobs[row].token_ids and entry.ranks == other.logprobs[row].ranks
+    assert sum(len(result.logprobs) for result in graphed) > 5
+
+
+@interpreted
+def test_padding_leaves_no_trace(tmp_path: Path) -> None:
+    """Rows that only fill a graph up write to page 0 and slot 0's scratch, and nowhere else."""
+    from tests.runner.emulated_graphs import emulated_capture
+
+    runner = make_runner(tmp_path, torch.device("cpu"), torch.float32)
+    runner.capture((7,), emulated_capture)
+    runner._kv_cache.poison(torch.arange(1, 61))
+    table = runner._table
+    fill = SlotFill(3, [5, 6, 7], 3, 0, (9,), SamplingParams(temperature=0.0), seed=0)
+    runner.launch(StepPlan(0, (), (PrefillRow(3, 0, 3, True),), (fill,))).result()
+    before = [table.token_ids.clone(), table.page_table.clone(), table.num_computed.clone()]
+    assert runner.launch(StepPlan(1, (3,))).result().token_ids[0] >= 0
+    others = torch.tensor([slot for slot in range(SLOTS + 1) if slot != 3])
+    for was, now in zip(before, (table.token_ids, table.page_table, table.num_computed), strict=True):
+        assert torch.equal(was[others], now[others])
+    assert table.token_ids[0, 0] == 0 and table.num_computed[0] == 0 and table.num_computed[3] == 4
+    for k, v in runner._kv_cache.layers:
+        written = ~k[1:].isnan().all(-1).all(1).flatten()
+        assert written.nonzero().flatten().tolist() == [8 * PAGE + i for i in range(4)]
+        assert torch.equal(k[1:].isnan(), v[1:].isnan())
+
+
+@interpreted
+def test_a_capture_refuses_to_wait_for_the_device() -> None:
+    from tests.runner.emulated_graphs import emulated_capture
+
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="the host would wait"):
+        emulated_capture(lambda: x.sum().item())
+    with pytest.raises(RuntimeError, match="the host would wait|shape depends"):
+        emulated_capture(lambda: x[x > 0])
+
+
+@pytest.mark.gpu
+def test_graphs_equal_eager_steps(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    results = []
+    for sizes in ((), (1, 2, 4, 7)):
+        runner = make_runner(tmp_path, device, torch.float32)
+        runner.warm_up(sizes)
+        if sizes:
+            runner.capture(sizes, cuda_capture(device))
+        results.append([result.token_ids for result in play(runner)])
+        runner.close()
+    assert results[0] == results[1]
+
+
+@pytest.mark.gpu
+def test_a_decode_step_never_waits(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    runner = make_runner(tmp_path, device, torch.float32)
+    sizes = (1, 2, 4, 7)
+    runner.warm_up(sizes)
+    runner.capture(sizes, cuda_capture(device))
+    fill = SlotFill(3, [5, 6, 7], 3, 0, (9,), SamplingParams(temperature=0.9, logprobs=2), seed=0)
+    runner.launch(StepPlan(0, (), (PrefillRow(3, 0, 3, True),), (fill,))).result()
+    slots = (3,)
+    runner.launch(StepPlan(1, slots)).result()  # the batch's own tensors are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        handles = [runner.launch(StepPlan(step, slots)) for step in range(2, 8)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(handle.result().token_ids[0] >= 0 for handle in handles)
