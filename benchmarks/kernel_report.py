@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.ops import Ops, Site
+from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.runner.graphs import graph_sizes
 from nemo_engine.runner.runner import Runner
 
@@ -82,20 +83,20 @@ def compile_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
     """
     compiled: dict[tuple[str, str], Any] = {}
     run = JITFunction.run
-    before = driver._active
 
     def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled[self.__name__, _variant(self, kernel)] = kernel
         return kernel
 
+    before = driver._active  # None until something asks for it, which needs a GPU
     driver.set_active(_Target(capability))
     JITFunction.run = compile_launch
     try:
         yield compiled
     finally:
         JITFunction.run = run
-        driver.set_active(before) if before is not None else driver.reset_active()
+        driver._active = before
 
 
 def _variant(function: Any, kernel: Any) -> str:
@@ -119,58 +120,78 @@ def shard(model: ModelConfig, ranks: int) -> ModelConfig:
     )
 
 
-def meta_runner(model: ModelConfig, config: EngineConfig, capability: int) -> tuple[Runner, Ops]:
-    """A device half without data, with what an engine would choose on a GPU of ``capability``."""
+def select_ops(model: ModelConfig, config: EngineConfig, capability: int) -> Ops:
+    """What an engine would choose on a GPU of ``capability``."""
     site = Site.of(model, config.page_size, torch.bfloat16, torch.device("cpu"))
-    site = dataclasses.replace(site, device_type="cuda", capability=divmod(capability, 10))
-    ops = Ops.select(site, config.prefer or {})
-    weights = empty_weights(model, torch.bfloat16, META)
-    runner = Runner(
-        model, config, weights, ops, num_pages=4096, max_model_len=131072, device=META, dtype=torch.bfloat16
+    return Ops.select(
+        dataclasses.replace(site, device_type="cuda", capability=divmod(capability, 10)), config.prefer or {}
     )
-    return runner, ops
+
+
+def meta_runner(model: ModelConfig, config: EngineConfig, capability: int) -> Runner:
+    """A device half without data."""
+    return Runner(
+        model,
+        config,
+        empty_weights(model, torch.bfloat16, META),
+        select_ops(model, config, capability),
+        num_pages=4096,
+        max_model_len=131072,
+        device=META,
+        dtype=torch.bfloat16,
+    )
 
 
 def run_engine(capability: int, ranks: int) -> None:
     """Every kind of step that an engine warms up with, so every variant that it uses."""
     config = EngineConfig(device="cpu", enforce_eager=True)
-    runner, _ = meta_runner(shard(NEMO, ranks), config, capability)
-    runner.warm_up(graph_sizes(config.max_num_seqs))
+    meta_runner(shard(NEMO, ranks), config, capability).warm_up(graph_sizes(config.max_num_seqs))
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def run_linear(capability: int, ranks: int) -> None:
+    """Our projections: FP8 with each kind of scales, and bf16 for few rows; on each bucket of rows."""
+    model = shard(NEMO, ranks)
+    fp8, fp32 = torch.float8_e4m3fn, torch.float32
+    ops = select_ops(model, EngineConfig(device="cpu", prefer={"linear": "triton"}), capability)
+    shapes = (
+        (model.q_size + 2 * model.kv_size, model.hidden_size),
+        (model.hidden_size, model.q_size),
+        (2 * model.intermediate_size, model.hidden_size),
+        (model.hidden_size, model.intermediate_size),
+    )
+    for rows in (16, 32, 64, 128, 256, 4096):
+        for out, width in shapes:
+            x, w, per_row = _empty(rows, width, dtype=fp8), _empty(out, width, dtype=fp8), _empty(rows, 1, dtype=fp32)
+            blocks = [-(-size // 128) for size in (rows, out, width)]
+            ops.linear_fp8(x, per_row, w, _empty(dtype=fp32))
+            ops.linear_fp8(x, per_row, w, _empty(out, 1, dtype=fp32))
+            ops.linear_fp8(x, _empty(rows, blocks[2], dtype=fp32), w, _empty(blocks[1], blocks[2], dtype=fp32))
+            if rows <= 64:
+                ops.linear(_empty(rows, width), _empty(out, width))
 
 
 def run_fp8(capability: int, ranks: int) -> None:
-    """The operations on FP8 activations, weights and KV cache."""
+    """The other operations on FP8 activations and KV cache."""
     model = shard(NEMO, ranks)
-    _, ops = meta_runner(model, EngineConfig(device="cpu"), capability)
-    fp8, hidden, inner, dim = torch.float8_e4m3fn, model.hidden_size, model.intermediate_size, model.head_dim
-
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=META)
-
-    for rows in (1, 32, 64, 256, 4096):
-        static = empty(dtype=torch.float32)
-        for scale in (None, static):
-            ops.rms_norm_fp8(empty(rows, hidden), empty(hidden), 1e-5, empty(rows, hidden), scale)
-            ops.silu_mul_fp8(empty(rows, 2 * inner), scale)
-            ops.quantize_tokens(empty(rows, model.q_size), scale)
-        for out, width in (
-            (model.q_size + 2 * model.kv_size, hidden), (hidden, model.q_size), (2 * inner, hidden), (hidden, inner),
-        ):  # fmt: skip
-            x, w = empty(rows, width, dtype=fp8), empty(out, width, dtype=fp8)
-            scales = empty(rows, 1, dtype=torch.float32)
-            ops.linear_fp8(x, scales, w, empty(out, 1, dtype=torch.float32))
-    kv = empty(100, model.num_kv_heads, 64, dim, dtype=fp8)
-    scales = empty(model.num_kv_heads, dtype=torch.float32)
-    ints = empty(8, dtype=torch.int64)
-    q, k = empty(8, model.num_heads, dim), empty(8, model.num_kv_heads, dim)
-    table = empty(1000, 2, dim // 2, dtype=torch.float32)
-    ops.rope_and_append_kv_(q, k, k, table, ints, ints, kv, kv, scales, scales)
+    ops = select_ops(model, EngineConfig(device="cpu"), capability)
+    hidden, inner, dim = model.hidden_size, model.intermediate_size, model.head_dim
+    for scale in (None, _empty(dtype=torch.float32)):
+        ops.rms_norm_fp8(_empty(4, hidden), _empty(hidden), 1e-5, _empty(4, hidden), scale)
+        ops.silu_mul_fp8(_empty(4, 2 * inner), scale)
+        ops.quantize_tokens(_empty(4, model.q_size), scale)
+    ops.quantize_channels(_empty(hidden, inner))
+    kv = _empty(100, model.num_kv_heads, 64, dim, dtype=torch.float8_e4m3fn)
+    scales = _empty(model.num_kv_heads, dtype=torch.float32)
+    ints = _empty(8, dtype=torch.int64)
+    q, k = _empty(8, model.num_heads, dim), _empty(8, model.num_kv_heads, dim)
+    ops.rope_and_append_kv_(q, k, k, _empty(1000, 2, dim // 2, dtype=torch.float32), ints, ints, kv, kv, scales, scales)
     for decodes in (8, 0):
-        from nemo_engine.ops.attention import AttentionMeta
-
-        meta = AttentionMeta(
-            decodes, empty(9, dtype=torch.int64), ints, empty(9, 2048, dtype=torch.int64), ints, 64, 2048
-        )
+        table, starts = _empty(9, 2048, dtype=torch.int64), _empty(9, dtype=torch.int64)
+        meta = AttentionMeta(decodes, starts, ints, table, ints, 64, 2048)
         ops.paged_attention(q, kv, kv, meta, 0.1, scales, scales)
 
 
@@ -247,8 +268,9 @@ def collect(
 
 def report() -> list[str]:
     """The lines of the stored report, one a variant, sorted."""
-    compiled = collect(90, TENSOR_PARALLEL, (run_engine, run_fp8))
-    return sorted(inspect(kernel, variant, code).line() for (kernel, variant), code in compiled.items())
+    compiled = collect(90, TENSOR_PARALLEL, (run_engine, run_linear, run_fp8))
+    lines = sorted(inspect(kernel, variant, code).line() for (kernel, variant), code in compiled.items())
+    return [f"triton {triton.__version__}, sm_90a", *lines]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -262,7 +262,10 @@ class Runner:
         x, residual, seq_lens = self._forward(rows)
         last = rows.starts[1:][rows.sampled] - 1
         logits = self._model.logits(x[last], residual[last])
-        tokens = self._sampler.sample_padding(logits, rows.slots[rows.sampled], seq_lens[rows.sampled])
+        slot_ids, positions = rows.slots[rows.sampled], seq_lens[rows.sampled]
+        self._sampler.sample_padding(logits.float(), slot_ids, positions)  # as edited logits are
+        tokens = self._sampler.sample_padding(logits, slot_ids, positions)
+        self._ops.top_logprobs(logits, tokens, 1)
         self._ops.advance_(
             self._table.token_ids, self._table.num_computed, rows.slots, seq_lens, rows.sampled, tokens
         )  # fmt: skip

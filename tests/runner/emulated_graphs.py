@@ -16,7 +16,16 @@ from torch.utils._pytree import tree_leaves
 from nemo_engine.runner.graphs import Captured
 
 # What makes the host wait for the device, or a shape depend on values: a capture refuses these.
-REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero", "bincount"}
+REFUSED = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+    "bincount",
+}
 
 
 class Recorder(TorchDispatchMode):

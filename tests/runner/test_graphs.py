@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 PAGE = 16
 SLOTS = 7
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="run by test_the_interpreted_tests, in a process of its own")
+interpreted = pytest.mark.skipif(
+    not IS_INTERPRETED, reason="run by test_the_interpreted_tests, in a process of its own"
+)
 
 
 def test_the_interpreted_tests() -> None:

@@ -1,0 +1,157 @@
+"""The machine code of our kernels, read on a machine without a GPU; and steps on tensors without data."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import kernel_report  # noqa: E402
+
+from nemo_engine.config import EngineConfig  # noqa: E402
+from nemo_engine.sampling_params import SamplingParams  # noqa: E402
+from nemo_engine.step import PrefillRow, SlotFill, StepPlan  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    return kernel_report.report()
+
+
+def test_the_machine_code_is_the_one_that_was_reviewed(lines: list[str]) -> None:
+    stored = kernel_report.STORED.read_text().splitlines()
+    if stored[0] != lines[0]:
+        pytest.skip(f"the stored report is of {stored[0]}, this is {lines[0]}")
+    changed = sorted(set(lines) ^ set(stored))
+    assert not changed, "run `make kernel-report` and review its difference:\n" + "\n".join(changed)
+
+
+def of(lines: list[str], kernel: str) -> list[str]:
+    found = [line for line in lines[1:] if line.split()[0] == kernel]
+    assert found, kernel
+    return found
+
+
+def count(line: str, name: str) -> int:
+    found = re.search(rf" {re.escape(name)}:(\d+)", line)
+    return int(found.group(1)) if found else 0
+
+
+def test_nothing_spills(lines: list[str]) -> None:
+    assert len(lines) > 100
+    for line in lines[1:]:
+        assert "spills 0 " in line and not count(line, "LDL") and not count(line, "STL"), line
+
+
+def test_tensor_cores_are_used_as_meant(lines: list[str]) -> None:
+    for line in of(lines, "prefill_kernel"):
+        assert count(line, "HGMMA") and not count(line, "HMMA") and count(line, "LDGSTS"), line
+    for line in of(lines, "decode_kernel"):  # a tile of 16 rows: smaller than Hopper's instruction
+        assert count(line, "HMMA") and count(line, "LDGSTS"), line
+    for line in [*of(lines, "split_kernel"), *of(lines, "persistent_kernel")]:
+        is_fp8 = "SCALES=none" not in line
+        assert count(line, "QGMMA" if is_fp8 else "HGMMA") and count(line, "UTMALDG"), line
+        assert not count(line, "HGMMA" if is_fp8 else "QGMMA"), line
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["rms_norm_kernel", "silu_mul_kernel", "quantize_kernel", "rope_kernel", "reduce_kernel", "prefill_kernel"],
+)
+def test_dense_rows_move_16_bytes_a_thread(lines: list[str], kernel: str) -> None:
+    for line in of(lines, kernel):
+        assert count(line, "LDG.E.128") and count(line, "STG.E.128"), line
+
+
+@pytest.mark.parametrize(
+    ("kernel", "blocks"),
+    [("rms_norm_kernel", 2), ("silu_mul_kernel", 2), ("rope_kernel", 16), ("decode_kernel", 2), ("survey_kernel", 2)],
+)
+def test_as_many_blocks_share_an_sm_as_meant(lines: list[str], kernel: str, blocks: int) -> None:
+    for line in of(lines, kernel):
+        found = re.search(r"blocks/SM +(\d+)", line)
+        assert found and int(found.group(1)) >= blocks, line
+
+
+def test_occupancy() -> None:
+    assert kernel_report.blocks_per_sm(registers=32, shared=0, warps=4) == 16
+    assert kernel_report.blocks_per_sm(registers=255, shared=0, warps=8) == 1
+    assert kernel_report.blocks_per_sm(registers=33, shared=0, warps=1) == 32  # blocks are the limit
+    assert kernel_report.blocks_per_sm(registers=40, shared=104448, warps=4) == 2
+    assert kernel_report.blocks_per_sm(registers=40, shared=116 << 10, warps=4) == 1
+
+
+@pytest.mark.parametrize("capability", [80, 89, 100])
+def test_the_engine_compiles_for_other_gpus(capability: int) -> None:
+    compiled = kernel_report.collect(capability, [1], [kernel_report.run_engine])
+    assert len(compiled) >= 20
+    for (kernel, variant), code in compiled.items():
+        assert ".local" not in code.asm["ptx"], f"{kernel} {variant}: spills"
+        assert f"sm_{capability}" in code.asm["ptx"]
+
+
+def test_fp8_is_refused_where_the_gpu_has_none() -> None:
+    with pytest.raises(ValueError, match=r"prefer\['rms_norm_fp8'\] = 'triton' cannot serve here: FP8 needs .* 8.9"):
+        kernel_report.select_ops(
+            kernel_report.NEMO, EngineConfig(device="cpu", prefer={"rms_norm_fp8": "triton"}), capability=80
+        )
+
+
+def test_nothing_is_compiled_after_the_warm_up_and_no_launch_waits_for_the_device() -> None:
+    """Tensors on "meta" have no data: a launch that read a value back would fail. What it launches was compiled at start-up."""
+    config = EngineConfig(device="cpu", max_num_seqs=40, max_num_batched_tokens=600)
+    rng = random.Random(0)
+    with kernel_report.compile_only(90) as compiled:
+        runner = kernel_report.meta_runner(kernel_report.NEMO, config, 90)
+        runner.warm_up((1, 8, 40))
+        known = set(compiled)
+        cached = sum(len(caches[0]) for _, caches in device_caches())
+        slots: list[int] = []
+        wants = [{}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.5}, {"logprobs": 5}, {"logit_bias": {7: 1.0}},
+                 {"frequency_penalty": 1.0}, {"prompt_logprobs": 2}, {"bad_words": []}, {"min_tokens": 3}]  # fmt: skip
+        for step in range(60):
+            fills, prefills = [], []
+            for _ in range(rng.choice([0, 0, 1, 2])):
+                slot = rng.choice([s for s in range(1, 41) if s not in slots and s not in {f.slot for f in fills}])
+                length = rng.choice([1, 2, 63, 64, 65, 200])
+                params = SamplingParams(**rng.choice(wants))
+                pages = tuple(range(1, 2 + length // 64))
+                fills.append(SlotFill(slot, [5] * length, length, 0, pages, params, seed=step))
+                prefills.append(PrefillRow(slot, 0, length, rng.random() < 0.8))
+            new_pages = ((slots[0], 9, 77),) if slots and rng.random() < 0.3 else ()
+            runner.launch(StepPlan(step, tuple(slots), tuple(prefills), tuple(fills), new_pages))
+            slots += [row.slot for row in prefills if row.samples]
+            rng.shuffle(slots)
+            slots = slots[: rng.choice([0, 1, 5, 17, 37])]
+        assert set(compiled) == known
+        assert sum(len(caches[0]) for _, caches in device_caches()) == cached
+
+
+def device_caches() -> list[tuple[str, tuple]]:
+    """What has been compiled so far, of every kernel: (its name, Triton's caches)."""
+    from importlib import import_module
+
+    found = []
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        module = import_module(f"nemo_engine.kernels.{path.stem}")
+        for name, value in vars(module).items():
+            if isinstance(value, triton.runtime.jit.JITFunction):
+                found += [(name, caches) for caches in value.device_caches.values()]
+    return found
+
+
+def test_a_launch_that_reads_a_value_fails_on_meta() -> None:
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.empty(3, device="meta").sum().item()
