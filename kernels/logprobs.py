@@ -1,8 +1,9 @@
 """Log-probabilities of the best tokens of a row and of the one that was chosen, without a sort.
 
-A pass over the row leaves of every sub-block its highest logit and the mass of its tokens; from these come the sum that all
-probabilities share, and a bound that holds the best tokens. Few tokens lie within it; they are gathered, and the best taken one by one.
-Another pass, over sub-blocks that have a token at least as likely as the chosen one, counts those.
+A pass over the row leaves of every sub-block its highest logit and the mass of its tokens; from these come the sum that
+all probabilities share, and a bound that holds the best tokens. Few tokens lie within it; they are gathered, and the
+best taken one by one. Another pass, over sub-blocks that have a token at least as likely as the chosen one, counts
+those.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _collect(
     is_near, bound, base, log_sum, subs_ptr, keys_ptr, logits_row, vocab_size,
     SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the keys of the tokens with a log-probability of at least ``bound`` of the sub-blocks that are near; returns how many."""
+    """Write the keys of the tokens with a log-probability of at least ``bound`` of the sub-blocks that are near;
+    returns how many.
+    """
     place = tl.cumsum(is_near.to(tl.int32), axis=0) - 1
     num_near = tl.sum(is_near.to(tl.int32), axis=0)
     tl.store(subs_ptr + place, tl.arange(0, NUM_SUBS), mask=is_near)
@@ -169,11 +172,12 @@ def _rank_kernel(
 
 
 def top_logprobs(logits: torch.Tensor, chosen: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the chosen token and of the ``k`` likeliest, as the operation ``top_logprobs`` defines them; k at most 64.
+    """Log-probabilities of the chosen token and of the ``k`` likeliest, as the operation ``top_logprobs`` defines them;
+    k at most 64.
 
-    logits: (R, V) bf16, fp16 or fp32, rows dense, V at most 2^22. chosen: (R,) int64, negative is read as 0. Returns (R, 1 + k) each: ids
-    int64, log-probabilities fp32, ranks int64. A row without a distribution gets NaN, ids 0 to k - 1 and the chosen token's rank 0.
-    Scratch memory: 8 V bytes for each of at most 132 rows.
+    logits: (R, V) bf16, fp16 or fp32, rows dense, V at most 2^22. chosen: (R,) int64, negative is read as 0. Returns
+    (R, 1 + k) each: ids int64, log-probabilities fp32, ranks int64. A row without a distribution gets NaN, ids 0 to k -
+    1 and the chosen token's rank 0. Scratch memory: 8 V bytes for each of at most 132 rows.
     """
     rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 and logits.dtype != torch.float64, (logits.stride(), logits.dtype)

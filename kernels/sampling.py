@@ -1,10 +1,12 @@
-"""A token per row of logits: a pass over all of them that leaves two numbers per sub-block, and one that looks again where it must.
+"""A token per row of logits: a pass over all of them that leaves two numbers per sub-block, then a look at a few.
 
-Sampling needs the whole row only to learn where the good tokens lie. ``_survey_kernel`` notes of every sub-block (128 tokens, of large vocabularies
-more) the highest logit and, as its row needs it, the mass or the best cost of a draw. From these ``_choose_kernel`` knows bounds that surely hold
-what can be chosen; it gathers the tokens within them and decides exactly, by bisection on the bits of floats. Nothing is sorted.
+Sampling needs the whole row only to learn where the good tokens lie. ``_survey_kernel`` notes of every sub-block (128
+tokens, of large vocabularies more) the highest logit and, as its row needs it, the mass or the best cost of a draw.
+From these ``_choose_kernel`` knows bounds that surely hold what can be chosen; it gathers the tokens within them and
+decides exactly, by bisection on the bits of floats. Nothing is sorted.
 
-The noise, penalties and filters are those of the definition, ``sample_``: its draw is the argmin of ``distance + log(E)``.
+The noise, penalties and filters are those of the definition, ``sample_``: its draw is the argmin of ``distance +
+log(E)``.
 """
 
 from __future__ import annotations
@@ -90,8 +92,9 @@ def _survey_kernel(
     seeds_ptr, frequency_ptr, presence_ptr, repetition_ptr, counts_ptr, prompt_ptr, stride, vocab_size,
     SUB: tl.constexpr, NUM_SUBS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per sub-block its highest logit, +inf if one is NaN or +inf, and a note: the mass exp((x - highest) / T) of its tokens if the
-    row is cut by top_p alone, or the lowest E exp((highest - x) / T) if nothing cuts the row."""
+    """Per sub-block its highest logit, +inf if one is NaN or +inf, and a note: the mass exp((x - highest) / T) of its
+    tokens if the row is cut by top_p alone, or the lowest E exp((highest - x) / T) if nothing cuts the row.
+    """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     sub = tl.program_id(1) * (BLOCK // SUB) + tl.arange(0, BLOCK // SUB)
@@ -164,7 +167,9 @@ def _collect(
     is_near, bound, best, temperature, subs_ptr, near_ptr, ids_ptr, logits_row, counts_row, prompt_row,
     repetition, frequency, presence, vocab_size, SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the distances and the ids of the tokens within ``bound`` of the sub-blocks that are near, ids ascending; returns how many."""
+    """Write the distances and the ids of the tokens within ``bound`` of the sub-blocks that are near, ids ascending;
+    returns how many.
+    """
     place = tl.cumsum(is_near.to(tl.int32), axis=0) - 1
     num_near = tl.sum(is_near.to(tl.int32), axis=0)
     tl.store(subs_ptr + place, tl.arange(0, NUM_SUBS), mask=is_near)
@@ -188,7 +193,9 @@ def _collect(
 
 @triton.jit
 def _limit(bound, whole, top_k, top_p, near_ptr, count, vocab_size, TILE: tl.constexpr):
-    """The bits of the farthest distance that top_k and top_p keep. whole: the row's mass, 0 where it is that of the collected tokens."""
+    """The bits of the farthest distance that top_k and top_p keep. whole: the row's mass, 0 where it is that of the
+    collected tokens.
+    """
     tile = tl.arange(0, TILE)
     distance = tl.load(near_ptr + tile, mask=tile < count, other=INF)
     bits = float_bits(distance)
@@ -318,13 +325,15 @@ def _choose_kernel(
 def sample_(
     logits: torch.Tensor, slot_ids: torch.Tensor, positions: torch.Tensor, params: Any, facts: object = None
 ) -> torch.Tensor:
-    """Choose the token of each row as the operation ``sample_`` defines it; -1 where its logits hold NaN or +inf, -2 where all are -inf.
+    """Choose the token of each row as the operation ``sample_`` defines it; -1 where its logits hold NaN or +inf, -2
+    where all are -inf.
 
-    logits: (R, V) bf16, fp16 or fp32, rows dense, V at most 2^22, not changed. slot_ids, positions: (R,) int64. params: the
-    ``SlotParams`` of all slots; ``output_counts`` of rows with penalties is added to. ``facts`` are for CPUs. Returns (R,) int64.
+    logits: (R, V) bf16, fp16 or fp32, rows dense, V at most 2^22, not changed. slot_ids, positions: (R,) int64. params:
+    the ``SlotParams`` of all slots; ``output_counts`` of rows with penalties is added to. ``facts`` are for CPUs.
+    Returns (R,) int64.
 
-    Where top_p alone cuts a row, its mass is a sum of fp32 exponentials, which is off by some 1e-7. Scratch memory: 8 V bytes for
-    each of at most 132 rows.
+    Where top_p alone cuts a row, its mass is a sum of fp32 exponentials, which is off by some 1e-7. Scratch memory: 8 V
+    bytes for each of at most 132 rows.
     """
     rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 and logits.dtype != torch.float64, (logits.stride(), logits.dtype)
@@ -344,8 +353,8 @@ def sample_(
     best, note = scratch(rows, num_subs), scratch(rows, num_subs)
     inputs = (
         logits, slot_ids, positions, params.temperature, params.min_p, params.top_k, params.top_p, params.seed_keys,
-        params.frequency, params.presence, params.repetition, params.output_counts, params.prompt_mask.view(torch.uint8),
-        logits.stride(0), vocab_size,
+        params.frequency, params.presence, params.repetition, params.output_counts,
+        params.prompt_mask.view(torch.uint8), logits.stride(0), vocab_size,
     )  # fmt: skip
     # Penalties are not fused into multiply-adds, so that they round as the definition's do.
     _survey_kernel[(rows, triton.cdiv(vocab_size, block))](

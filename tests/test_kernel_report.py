@@ -117,7 +117,7 @@ def test_nothing_is_compiled_after_the_warm_up_and_no_launch_waits_for_the_devic
         runner = kernel_report.meta_runner(kernel_report.NEMO, config, 90)
         runner.warm_up((1, 8, 40))
         known = set(compiled)
-        cached = sum(len(caches[0]) for _, caches in device_caches())
+        cached = specialisations()
         slots: list[int] = []
         wants = [{}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.5}, {"logprobs": 5}, {"logit_bias": {7: 1.0}},
                  {"frequency_penalty": 1.0}, {"prompt_logprobs": 2}, {"bad_words": []}, {"min_tokens": 3}]  # fmt: skip
@@ -136,19 +136,18 @@ def test_nothing_is_compiled_after_the_warm_up_and_no_launch_waits_for_the_devic
             rng.shuffle(slots)
             slots = slots[: rng.choice([0, 1, 5, 17, 37])]
         assert set(compiled) == known
-        assert sum(len(caches[0]) for _, caches in device_caches()) == cached
+        assert specialisations() == cached
 
 
-def device_caches() -> list[tuple[str, tuple]]:
-    """What has been compiled so far, of every kernel: (its name, Triton's caches)."""
+def specialisations() -> set[tuple[str, str]]:
+    """What has been compiled so far: (kernel, dtypes and properties of its arguments as Triton tells them apart)."""
     from importlib import import_module
 
-    found = []
+    found = set()
     for path in sorted((ROOT / "kernels").glob("*.py")):
-        module = import_module(f"nemo_engine.kernels.{path.stem}")
-        for name, value in vars(module).items():
+        for name, value in vars(import_module(f"nemo_engine.kernels.{path.stem}")).items():
             if isinstance(value, triton.runtime.jit.JITFunction):
-                found += [(name, caches) for caches in value.device_caches.values()]
+                found |= {(name, key) for caches in value.device_caches.values() for key in caches[0]}
     return found
 
 

@@ -1,4 +1,6 @@
-"""From the logits of a batch to its tokens, by the parameters of each row's slot; and the log-probabilities of the best."""
+"""From the logits of a batch to its tokens, by the parameters of each row's slot; and the log-probabilities of the
+best.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotParams:
-    """What each slot wants of its logits: rows of all slots at fixed addresses, (S + 1,) each. Row 0 is padding, which is greedy."""
+    """What each slot wants of its logits: rows of all slots at fixed addresses, (S + 1,) each. Row 0 is padding, which
+    is greedy.
+    """
 
     temperature: Tensor  # fp64; 0 is greedy
     min_p: Tensor  # fp64; 0 is off
@@ -53,7 +57,9 @@ class SlotParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleFacts:
-    """What the host knows of a batch, so that a CPU does only what some row needs. Kernels for GPUs look at each row themselves."""
+    """What the host knows of a batch, so that a CPU does only what some row needs. Kernels for GPUs look at each row
+    themselves.
+    """
 
     drawn: Tensor | None  # (N,) int64: the rows that are not greedy; None for all
     num_drawn: int
@@ -85,11 +91,13 @@ class SampleFacts:
 def sample_(
     logits: Tensor, slot_ids: Tensor, positions: Tensor, params: SlotParams, facts: SampleFacts | None = None
 ) -> Tensor:
-    """Choose the token of each row: penalties, then the likeliest, or ``sampling.draw`` where the slot has a temperature.
+    """Choose the token of each row: penalties, then the likeliest, or ``sampling.draw`` where the slot has a
+    temperature.
 
-    logits: (R, V) bf16, fp16, fp32 or fp64, not changed, widened to fp32. slot_ids: (R,) int64; several rows may be padding (slot 0). positions: (R,)
-    int64, the index that the token will have in its request. Returns (R,) int64: the token, or TOKEN_NOT_FINITE where the row's logits hold NaN
-    or +inf, or TOKEN_ALL_MASKED where all are -inf. Counts the token in ``params.output_counts`` of rows with penalties.
+    logits: (R, V) bf16, fp16, fp32 or fp64, not changed, widened to fp32. slot_ids: (R,) int64; several rows may be
+    padding (slot 0). positions: (R,) int64, the index that the token will have in its request. Returns (R,) int64: the
+    token, or TOKEN_NOT_FINITE where the row's logits hold NaN or +inf, or TOKEN_ALL_MASKED where all are -inf. Counts
+    the token in ``params.output_counts`` of rows with penalties.
     """
     facts = SampleFacts.of(slot_ids, params, logits.shape[1]) if facts is None else facts
     wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -137,10 +145,12 @@ def _draw(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams, 
 
 
 def top_logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the chosen token and of the k likeliest ones, likeliest first, of equal ones the lower id first.
+    """Log-probabilities of the chosen token and of the k likeliest ones, likeliest first, of equal ones the lower id
+    first.
 
-    logits: (R, V) of any floating dtype, widened to fp32. chosen: (R,) int64, a failed row's (negative) being read as 0. Returns (R, 1 + k) each:
-    ids int64; log-probabilities fp32 (fp64 for fp64); ranks int64, of the chosen token the number of tokens at least as likely, then 1 .. k.
+    logits: (R, V) of any floating dtype, widened to fp32. chosen: (R,) int64, a failed row's (negative) being read as
+    0. Returns (R, 1 + k) each: ids int64; log-probabilities fp32 (fp64 for fp64); ranks int64, of the chosen token the
+    number of tokens at least as likely, then 1 .. k.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     ids = chosen.clamp(min=0).unsqueeze(1)
@@ -164,7 +174,9 @@ def _sample_cases() -> Iterator[Case]:
 
 
 def sample_inputs(rows: int, vocab_size: int, name: str, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
-    """Arguments of ``sample_`` where rows do what ``name`` says; every fourth row is greedy, and the last one padding if there are several."""
+    """Arguments of ``sample_`` where rows do what ``name`` says; every fourth row is greedy, and the last one padding
+    if there are several.
+    """
     generator = torch.Generator().manual_seed(1000 * rows + vocab_size + seed)
     logits = (torch.randn(rows, vocab_size, generator=generator) * 3).to(dtype)
     params = SlotParams.off(rows + 2, vocab_size, torch.device("cpu"))

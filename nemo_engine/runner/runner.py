@@ -45,9 +45,21 @@ class StepRows:
     def of(
         cls, words: Tensor, num_rows: int, num_decodes: int, num_tokens: int, longest: int, num_pages: int
     ) -> StepRows:
-        """Slice ``words``, laid out as ``pack`` does."""
-        parts = words.split([num_rows, num_rows + 1, num_rows, num_rows, len(words) - 4 * num_rows - 1])
-        return cls(num_decodes, num_tokens, longest, num_pages, *parts)
+        """Slice ``words``, laid out as ``pack`` does: each part begins at a multiple of 16 bytes, or kernels would be compiled anew."""
+        whole = num_rows + num_rows % 2
+        new_index = whole + num_rows // 2 * 2 + 2
+        new_page, sampled = new_index + whole, new_index + 2 * whole
+        return cls(
+            num_decodes,
+            num_tokens,
+            longest,
+            num_pages,
+            slots=words[:num_rows],
+            starts=words[whole : whole + num_rows + 1],
+            new_index=words[new_index : new_index + num_rows],
+            new_page=words[new_page : new_page + num_rows],
+            sampled=words[sampled:],
+        )
 
     @staticmethod
     def pack(
@@ -58,7 +70,11 @@ class StepRows:
         for count in counts:
             starts.append(starts[-1] + count)
         entries = [new_pages.get(slot, (0, -1)) for slot in slots]
-        return [*slots, *starts, *[index for index, _ in entries], *[page for _, page in entries], *sampled]
+        odd, even = ([0], []) if len(slots) % 2 else ([], [0])  # what fills parts up
+        return [
+            *slots, *odd, *starts, *even, *[index for index, _ in entries], *odd, *[page for _, page in entries], *odd,
+            *sampled,
+        ]  # fmt: skip
 
 
 class Handle:

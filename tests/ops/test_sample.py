@@ -1,6 +1,8 @@
-"""``sample_`` and ``top_logprobs``: the definitions on rows that are easy to get wrong, and the Triton kernels against them, token for token.
+"""``sample_`` and ``top_logprobs``: the definitions on rows that are easy to get wrong, and the Triton kernels against
+them, token for token.
 
-Tests marked ``interpreted`` join when ``TRITON_INTERPRET=1`` is set before the interpreter starts; one test here does that.
+Tests marked ``interpreted`` join when ``TRITON_INTERPRET=1`` is set before the interpreter starts; one test here does
+that.
 """
 
 from __future__ import annotations
@@ -169,7 +171,9 @@ def test_top_logprobs_of_failed_and_chosen_tokens() -> None:
 
 
 def test_kernels_equal_their_definitions() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported, so this runs in an interpreter of its own, where numpy's warnings are errors."""
+    """Triton reads TRITON_INTERPRET when it is imported, so this runs in an interpreter of its own, where numpy's
+    warnings are errors.
+    """
     pytest.importorskip("triton")
     warnings = ("-W", "error::RuntimeWarning")
     run = subprocess.run(
@@ -238,7 +242,9 @@ def assert_same_logprobs(logits: Tensor, chosen: Tensor, k: int, device: str = "
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", [1, 7, 1001, 6144])
 def test_interpreted_top_logprobs(vocab_size: int, kind: str, dtype: torch.dtype) -> None:
-    """Logits of few bits only where they are close: where log-probabilities round to the same number hangs on the last bit of their sum."""
+    """Logits of few bits only where they are close: where log-probabilities round to the same number hangs on the last
+    bit of their sum.
+    """
     dtype = torch.bfloat16 if kind == "close" else dtype
     generator = torch.Generator().manual_seed(vocab_size)
     logits = hard_logits(kind, 4, vocab_size, generator).to(dtype)
@@ -260,13 +266,15 @@ from importlib import import_module
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+unaligned, sizes = ("slots_ptr", "positions_ptr", "chosen_ptr"), ("stride", "vocab_size")
 objdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 for module, name, types, constants, num_warps in eval(sys.argv[1]):
     kernel = getattr(import_module("nemo_engine.kernels." + module), name)
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     values = {(kernel.arg_names.index(constant),): value for constant, value in constants.items()}
+    aligned = [i for i, n in enumerate(kernel.arg_names) if n in types and n not in unaligned or n in sizes]
     compiled = triton.compile(
-        ASTSource(kernel, signature, values),
+        ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned}),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": num_warps, "enable_fp_fusion": False},
     )
