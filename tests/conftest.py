@@ -15,7 +15,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     install()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":  # test_interpreted runs these
+        apart = [item for item in items if item.get_closest_marker("interpreted")]
+        config.hook.pytest_deselected(items=apart)
+        items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests:
         import torch

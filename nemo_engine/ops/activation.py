@@ -71,4 +71,5 @@ SILU_MUL_FP8 = Op(
     (Impl("triton", "nemo_engine.kernels.activation:silu_mul_fp8", needs_fp8(_triton_fp8_supports)),),
     _fp8_cases,
     _fp8_cost,
+    is_fp8=True,
 )

@@ -120,4 +120,5 @@ LINEAR_FP8 = Op(
     (Impl("triton", "nemo_engine.kernels.linear:linear_fp8", needs_fp8(_triton_supports)),),
     _fp8_cases,
     _fp8_cost,
+    is_fp8=True,
 )

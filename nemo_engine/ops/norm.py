@@ -92,4 +92,5 @@ RMS_NORM_FP8 = Op(
     (Impl("triton", "nemo_engine.kernels.norm:rms_norm_fp8", needs_fp8(_triton_supports)),),
     _fp8_cases,
     _fp8_cost,
+    is_fp8=True,
 )

@@ -75,13 +75,17 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """An operation. ``impls`` are in order of preference; ``cost`` maps a case's arguments to (bytes moved, flops)."""
+    """An operation. ``impls`` are in order of preference; ``cost`` maps a case's arguments to (bytes moved, flops).
+
+    ``is_fp8``: only models with FP8 weights or activations need it.
+    """
 
     name: str
     semantics: Callable[..., Any]
     impls: tuple[Impl, ...]
     cases: Callable[[], Iterator[Case]]
     cost: Callable[..., tuple[int, int]]
+    is_fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +99,10 @@ class Choice:
 
 
 def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
-    """The first implementation that supports ``site``, or the one that ``prefer`` names; else the definition.
+    """The first implementation that supports ``site``, or the one that ``prefer`` names.
 
-    Raises ``ValueError`` if the preferred one is unknown or cannot serve, with its reason.
+    If there is none, the definition serves a CPU, and every device for what only an FP8 model needs. Raises ``ValueError`` with the reasons if
+    the preferred one is unknown or cannot serve, or if nothing can.
     """
     wanted = prefer.get(op.name)
     if wanted is not None and wanted not in (known := [impl.name for impl in op.impls] + [SEMANTICS]):
@@ -113,6 +118,11 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
             raise ValueError(f"prefer[{op.name!r}] = {wanted!r} cannot serve here: {reason}")
         else:
             rejected.append((impl.name, reason))
+    if site.device_type != "cpu" and wanted is None and not op.is_fp8:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+        raise ValueError(
+            f"no kernel for {op.name} here: {reasons} (prefer={{{op.name!r}: {SEMANTICS!r}}} runs its definition, slowly)"
+        )
     return Choice(op.name, SEMANTICS, tuple(rejected), op.semantics)
 
 

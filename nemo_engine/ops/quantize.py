@@ -78,6 +78,7 @@ QUANTIZE_TOKENS = Op(
     (Impl("triton", "nemo_engine.kernels.quantize:quantize_tokens", needs_fp8(_supports)),),
     _token_cases,
     _cost,
+    is_fp8=True,
 )
 QUANTIZE_CHANNELS = Op(
     "quantize_channels",
@@ -85,4 +86,5 @@ QUANTIZE_CHANNELS = Op(
     (Impl("triton", "nemo_engine.kernels.quantize:quantize_tokens", needs_fp8(_supports)),),
     _channel_cases,
     _cost,
+    is_fp8=True,
 )

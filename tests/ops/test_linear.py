@@ -22,18 +22,6 @@ ROOT = Path(__file__).parents[2]
 SHARED_BYTES = 227 << 10  # that a block can have on an H100 or H200
 PROJECTIONS = ((6144, 5120), (5120, 4096), (28672, 5120), (5120, 14336), (131072, 5120))  # Mistral NeMo's (N, K)
 
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="runs inside test_properties_hold_in_the_interpreter"
-)
-
-
-def test_properties_hold_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "10 passed" in run.stdout, run.stdout
-
 
 def operands(rows: int, outputs: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """x (rows, width) bf16, and a weight (outputs, width) FP8 with its scales."""
@@ -42,10 +30,10 @@ def operands(rows: int, outputs: int, width: int) -> tuple[Tensor, Tensor, Tenso
     return x.bfloat16(), *quantize_tokens(w)
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("scale", [None, 0.02])
-def test_interpreted_a_bad_row_spoils_itself_alone(bad: float, scale: float | None) -> None:
+def test_a_bad_row_spoils_itself_alone(bad: float, scale: float | None) -> None:
     from nemo_engine.kernels import linear as kernels
     from nemo_engine.kernels.quantize import quantize_tokens as quantize
 
@@ -58,8 +46,8 @@ def test_interpreted_a_bad_row_spoils_itself_alone(bad: float, scale: float | No
     assert got[3].isnan().all() and torch.equal(got[others], clean[others])
 
 
-@interpreted
-def test_interpreted_quantisation_saturates_and_knows_zero() -> None:
+@pytest.mark.interpreted
+def test_quantisation_saturates_and_knows_zero() -> None:
     from nemo_engine.kernels.linear import linear_fp8 as linear
     from nemo_engine.kernels.quantize import quantize_tokens as quantize
 
@@ -72,9 +60,9 @@ def test_interpreted_quantisation_saturates_and_knows_zero() -> None:
     assert not linear(q, scales, w8, w_scales).any()
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("rows", [16, 200])
-def test_interpreted_a_row_does_not_depend_on_the_rest_of_its_bucket(rows: int) -> None:
+def test_a_row_does_not_depend_on_the_rest_of_its_bucket(rows: int) -> None:
     from nemo_engine.kernels import linear as kernels
 
     x, w8, w_scales = operands(rows, 150, 1024)
@@ -88,8 +76,8 @@ def test_interpreted_a_row_does_not_depend_on_the_rest_of_its_bucket(rows: int) 
     assert all(torch.equal(one[:fewer], other) for one, other in zip(whole, part, strict=True))
 
 
-@interpreted
-def test_interpreted_result_in_fp32() -> None:
+@pytest.mark.interpreted
+def test_result_in_fp32() -> None:
     from nemo_engine.kernels.linear import linear_fp8 as linear
 
     x, w8, w_scales = operands(3, 40, 272)

@@ -1,18 +1,20 @@
-"""Every implementation that can run here, against its operation's definition, on every case.
-
-Triton's rows join when ``TRITON_INTERPRET=1`` is set before the interpreter starts; ``test_triton`` does that.
-"""
+"""Every implementation of every operation against its definition, on every case: on this CPU, in Triton's interpreter, and on a GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from nemo_engine.ops import ALL_OPS, Op, Site
 from nemo_engine.ops.op import Case, Impl
+from nemo_engine.ops.sample import SAMPLE
 from tests.ops.proofs import prove, tensors
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+NOT_INTERPRETED = "Triton runs on a CPU with TRITON_INTERPRET=1 only"
 
 
 def site(dtype: torch.dtype = torch.float32, device_type: str = "cpu", hidden_size: int = 64) -> Site:
@@ -29,19 +31,35 @@ def site(dtype: torch.dtype = torch.float32, device_type: str = "cpu", hidden_si
     )
 
 
-PROOFS = [
-    pytest.param(op, impl, case, dtype, id=f"{op.name}-{impl.name}-{case.name}-{str(dtype).removeprefix('torch.')}")
-    for op in ALL_OPS
-    for impl in op.impls
-    for dtype in DTYPES
-    if impl.name in ("triton", "torch") and impl.supports(site(dtype)) is None
-    for case in op.cases()
-]
+def proofs(device_type: str) -> Iterator[Any]:
+    """Every case of every implementation that runs on ``device_type``, or there in the interpreter."""
+    for op in ALL_OPS:
+        for impl in op.impls:
+            is_triton = impl.name == "triton"
+            for dtype in DTYPES:
+                if (
+                    is_triton
+                    and dtype == torch.float64
+                    or impl.supports(site(dtype, device_type)) not in (None, NOT_INTERPRETED)
+                ):
+                    continue
+                marks = [pytest.mark.interpreted] if is_triton and device_type == "cpu" else []
+                for case in op.cases():
+                    name = f"{op.name}-{impl.name}-{case.name}-{str(dtype).removeprefix('torch.')}"
+                    yield pytest.param(op, impl, case, dtype, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("op", "impl", "case", "dtype"), PROOFS)
+@pytest.mark.parametrize(("op", "impl", "case", "dtype"), proofs("cpu"))
 def test_implementation(op: Op, impl: Impl, case: Case, dtype: torch.dtype) -> None:
     prove(op, impl.load(), case, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "impl", "case", "dtype"), proofs("cuda"))
+def test_implementation_on_a_gpu(op: Op, impl: Impl, case: Case, dtype: torch.dtype) -> None:
+    if op is SAMPLE:
+        pytest.skip("a GPU's logarithms end in other bits: test_sample compares its tokens")
+    prove(op, impl.load(), case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("op", ALL_OPS, ids=lambda op: op.name)

@@ -8,9 +8,6 @@ that.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,9 +25,6 @@ from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float32)
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="another test runs it in a subprocess"
-)
 
 
 def hard_logits(kind: str, rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
@@ -170,40 +164,16 @@ def test_top_logprobs_of_failed_and_chosen_tokens() -> None:
 # ---- the kernels
 
 
-def test_kernels_equal_their_definitions() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported, so this runs in an interpreter of its own, where numpy's
-    warnings are errors.
-    """
-    pytest.importorskip("triton")
-    warnings = ("-W", "error::RuntimeWarning")
-    run = subprocess.run(
-        [sys.executable, *warnings, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", __file__],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "passed" in run.stdout and "skipped" not in run.stdout
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", list(SAMPLE.cases()), ids=lambda case: case.name)
-def test_interpreted_sample(case: Case, dtype: torch.dtype) -> None:
-    assert_same(SAMPLE.impls[0].load(), case.make(dtype))
-
-
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("case", hard_cases(), ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_interpreted_hard_rows(dtype: torch.dtype, case: Case) -> None:
+def test_hard_rows(dtype: torch.dtype, case: Case) -> None:
     assert_same(SAMPLE.impls[0].load(), case.make(dtype))
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("vocab_size", [131072, 131073 + 127])
-def test_interpreted_large_vocabularies(vocab_size: int) -> None:
+def test_large_vocabularies(vocab_size: int) -> None:
     """The second one has sub-blocks of 256 tokens. top_k = 2000 is more than there are sub-blocks."""
     logits, slots, positions, params = sample_inputs(4, vocab_size, "all", torch.float32)
     active = slots[:3]
@@ -214,8 +184,8 @@ def test_interpreted_large_vocabularies(vocab_size: int) -> None:
     assert_same(SAMPLE.impls[0].load(), (logits, slots, positions, params))
 
 
-@interpreted
-def test_interpreted_rows_share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.interpreted
+def test_rows_share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_engine.kernels import logprobs as logprob_kernels
     from nemo_engine.kernels import sampling as sample_kernels
 
@@ -237,11 +207,11 @@ def assert_same_logprobs(logits: Tensor, chosen: Tensor, k: int, device: str = "
     assert got[1][~is_good].isnan().all() and ((got[0] >= 0) & (got[0] < logits.shape[1])).all()
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", [1, 7, 1001, 6144])
-def test_interpreted_top_logprobs(vocab_size: int, kind: str, dtype: torch.dtype) -> None:
+def test_top_logprobs(vocab_size: int, kind: str, dtype: torch.dtype) -> None:
     """Logits of few bits only where they are close: where log-probabilities round to the same number hangs on the last
     bit of their sum.
     """
@@ -253,63 +223,11 @@ def test_interpreted_top_logprobs(vocab_size: int, kind: str, dtype: torch.dtype
         assert_same_logprobs(logits, chosen, k)
 
 
-@interpreted
-def test_interpreted_top_logprobs_of_a_large_vocabulary() -> None:
+@pytest.mark.interpreted
+def test_top_logprobs_of_a_large_vocabulary() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(2, 131072, generator=generator) * 3).to(torch.bfloat16)
     assert_same_logprobs(logits, torch.tensor([17, 131071]), 20)
-
-
-COMPILE = """
-import subprocess, sys, tempfile, triton
-from importlib import import_module
-from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-unaligned, sizes = ("slots_ptr", "positions_ptr", "chosen_ptr"), ("stride", "vocab_size")
-objdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-for module, name, types, constants, num_warps in eval(sys.argv[1]):
-    kernel = getattr(import_module("nemo_engine.kernels." + module), name)
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    values = {(kernel.arg_names.index(constant),): value for constant, value in constants.items()}
-    aligned = [i for i, n in enumerate(kernel.arg_names) if n in types and n not in unaligned or n in sizes]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned}),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "enable_fp_fusion": False},
-    )
-    assert len(compiled.asm["cubin"]) > 1000
-    if objdump.exists():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([objdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        assert "STACK:0 " in usage and "LOCAL:0 " in usage, (name, usage)
-    print("compiled")
-"""
-
-
-def test_kernels_compile_for_hopper_without_spills() -> None:
-    pytest.importorskip("triton")
-    types = dict.fromkeys(("best_ptr", "note_ptr", "near_ptr", "sums_ptr", "shifts_ptr", "logprobs_ptr"), "*fp32")
-    types |= dict.fromkeys(("slots_ptr", "positions_ptr", "top_k_ptr", "seeds_ptr", "tokens_ptr"), "*i64")
-    types |= dict.fromkeys(("temperature_ptr", "min_p_ptr", "top_p_ptr"), "*fp64")
-    types |= dict.fromkeys(("frequency_ptr", "presence_ptr", "repetition_ptr"), "*fp64")
-    types |= {"logits_ptr": "*bf16", "counts_ptr": "*i32", "prompt_ptr": "*u8", "subs_ptr": "*i32"}
-    choice, logprobs = {"ids_ptr": "*i32"}, dict.fromkeys(("ids_ptr", "ranks_ptr", "keys_ptr", "chosen_ptr"), "*i64")
-    shape = {"SUB": 128, "NUM_SUBS": 1024}
-    specs = [
-        ("sampling", "_survey_kernel", types, shape | {"BLOCK": 4096}, 8),
-        ("sampling", "_choose_kernel", types | choice, shape | {"TILE": 2048}, 8),
-        ("logprobs", "_survey_kernel", types, shape | {"BLOCK": 4096}, 4),
-        ("logprobs", "_report_kernel", types | logprobs, shape | {"TILE": 2048, "MOST": 64}, 8),
-        ("logprobs", "_rank_kernel", types | logprobs, shape | {"BLOCK": 4096}, 4),
-    ]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, repr(specs)]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["compiled"] * len(specs)
 
 
 @pytest.mark.gpu

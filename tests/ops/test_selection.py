@@ -66,9 +66,34 @@ def test_on_a_gpu_triton_serves_where_there_is_a_kernel() -> None:
 )
 def test_what_cannot_serve_is_refused_with_its_reason(change: dict[str, object], reason: str) -> None:
     site = dataclasses.replace(GPU, **change)
-    assert select(RMS_NORM, site, {}).chosen == "semantics"
     with pytest.raises(ValueError, match=rf"prefer\['rms_norm'\] = 'triton' cannot serve here: {reason}$"):
-        Ops.select(site, {"rms_norm": "triton"})
+        select(RMS_NORM, site, {"rms_norm": "triton"})
+    if site.device_type == "cpu":
+        assert select(RMS_NORM, site, {}).chosen == "semantics"
+    else:  # the definition on a GPU only if it is asked for
+        with pytest.raises(ValueError, match=rf"no kernel for rms_norm here: triton: {reason} \(prefer="):
+            select(RMS_NORM, site, {})
+        assert select(RMS_NORM, site, {"rms_norm": "semantics"}).chosen == "semantics"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 264}, "no kernel for paged_attention here: triton: head_dim of at most 256, this is 264"),
+        ({"num_heads": 520}, "at most 64 query heads per KV head, these are 260"),
+        ({"head_dim": 15}, "no kernel for rope_and_append_kv_ here: triton: an even head_dim, this is 15"),
+    ],
+)
+def test_a_model_that_no_kernel_serves_is_refused(change: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Ops.select(dataclasses.replace(GPU, **change), {})
+
+
+def test_a_gpu_without_fp8_serves_models_without_fp8() -> None:
+    ops = Ops.select(dataclasses.replace(GPU, capability=(8, 0)), {})
+    assert {choice.op for choice in ops.choices if choice.chosen == "semantics"} == {
+        op.name for op in ALL_OPS if op.is_fp8
+    }
 
 
 def test_unknown_preferences_are_refused() -> None:
