@@ -16,12 +16,12 @@ CODE := nemo_engine $(wildcard kernels) tests examples benchmarks setup.py .ci/m
 
 # A stamp for each set of packages: the package itself, with what the tests need, with the checking tools.
 .PRECIOUS: $(VENV)/.installed-%
-.PHONY: help demo test check format clean
+.PHONY: help demo test check test-op kernel-report bench-op gpu format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@echo "nemo_engine. Targets:"
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '%-14s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '%-18s %s\n' "$$t" "$$d"; done
 	@echo "Variables: PYTHON (interpreter), VENV (.venv), TORCH ($(TORCH)), TRITON ($(TRITON)), PYTEST_ARGS (-k ..., a path)"
 
 $(VENV)/.installed-%: $(SETUP_FILES)
@@ -40,6 +40,19 @@ check: $(VENV)/.installed-dev  ## format, lint, types, layering
 	@echo "[check] lint";     $(BIN)/ruff check $(CODE)
 	@echo "[check] types";    $(BIN)/mypy nemo_engine
 	@echo "[check] layering"; $(BIN)/python -m pytest -q tests/test_layering.py
+
+test-op: $(VENV)/.installed-test  ## one operation against its definition, Triton interpreted: make test-op OP=rms_norm
+	@test -n "$(OP)" || { echo "name an operation: make test-op OP=rms_norm"; exit 2; }
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_ops.py -k "$(OP)-"
+
+kernel-report: $(VENV)/.installed-test  ## compile every kernel for sm_90a, print its machine code's facts, and store them for review
+	@$(BIN)/python benchmarks/kernel_report.py --write
+
+bench-op: $(VENV)/.installed-base  ## time operations on an NVIDIA GPU: make bench-op OP="linear paged_attention"
+	@$(BIN)/python benchmarks/bench_ops.py $(if $(OP),--op $(OP))
+
+gpu: $(VENV)/.installed-test  ## on a machine with an NVIDIA GPU: tests, memory check, ceilings, benchmarks (MINUTES=45)
+	@$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),45)
 
 format: $(VENV)/.installed-dev  ## rewrite the code in the project's format, and fix what lint can fix
 	@$(BIN)/ruff format $(CODE)

@@ -137,6 +137,7 @@ def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size
             slot_ids=torch.arange(1, requests + 1, device=device),
             page_size=PAGE_SIZE,
             num_pages=width,
+            longest=queries,
         )
         q = bf16(requests * queries, model.num_heads, model.head_dim, device=device)
         return q, *caches, meta, model.head_dim**-0.5, *scales

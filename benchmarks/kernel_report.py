@@ -191,7 +191,7 @@ def run_fp8(capability: int, ranks: int) -> None:
     ops.rope_and_append_kv_(q, k, k, _empty(1000, 2, dim // 2, dtype=torch.float32), ints, ints, kv, kv, scales, scales)
     for decodes in (8, 0):
         table, starts = _empty(9, 2048, dtype=torch.int64), _empty(9, dtype=torch.int64)
-        meta = AttentionMeta(decodes, starts, ints, table, ints, 64, 2048)
+        meta = AttentionMeta(decodes, starts, ints, table, ints, 64, 2048, 8)
         ops.paged_attention(q, kv, kv, meta, 0.1, scales, scales)
 
 

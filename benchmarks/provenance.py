@@ -17,7 +17,11 @@ def provenance(*packages: str) -> dict[str, object]:
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":")[1].strip() if names else cpu
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    try:
+        describe = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = describe.stdout.strip() or "not a git checkout"
+    except FileNotFoundError:
+        commit = "git is not installed"
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

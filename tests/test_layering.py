@@ -49,7 +49,7 @@ MAY_USE: dict[str, set[str]] = {
     "engine": {"tqdm"},
     "runner": {"torch", "numpy"},
     "model": {*TORCH, "huggingface_hub", "tqdm"},
-    "ops": {*TORCH, "flash_attn"},
+    "ops": TORCH,
     "parallel": {"torch"},
     "text": {*TOKENIZERS, "numpy"},
 }

@@ -63,7 +63,7 @@ def test_engines_come_and_go_on_a_gpu() -> None:
     for _ in range(3):
         engine, beside = Engine(str(TINY), **options), Engine(str(TINY), **options)
         compiled: list[str] = []
-        knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["repr"])
+        knobs.runtime.jit_post_compile_hook = lambda into=compiled, **event: into.append(event["repr"])
         try:
             first, second = (each.generate(PROMPTS, PARAMS) for each in (engine, beside))
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,6 +50,7 @@ class AttentionMeta:
     slot_ids: Tensor  # (R,) int64
     page_size: int
     num_pages: int  # of the row that has the most, or more
+    longest: int  # row, in queries
     workspace: Workspace = field(default_factory=Workspace)
     _kept: dict[str, Any] = field(default_factory=dict)
 
@@ -177,6 +179,7 @@ def attention_inputs(
         slot_ids=slots,
         page_size=page_size,
         num_pages=max(widths),
+        longest=max(queries),
     )
     q = torch.randn(sum(queries), heads, dim, generator=generator).to(dtype)
     kv_dtype = torch.float8_e4m3fn if is_fp8 else dtype
@@ -203,11 +206,25 @@ def _triton_supports(site: Site) -> str | None:
     return triton_runs(site)
 
 
+def _flash_attn_supports(site: Site) -> str | None:
+    """FlashAttention 3, whose module is flash_attn_interface. FlashAttention 2 cannot read our pages."""
+    if site.device_type != "cuda":
+        return f"runs on NVIDIA GPUs, this is {site.device_type}"
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        if importlib.util.find_spec("flash_attn") is not None:
+            return "FlashAttention 2 reads pages of 256 tokens only; FlashAttention 3 (flash_attn_interface) is not installed"
+        return "flash_attn_interface (FlashAttention 3) is not installed"
+    if site.dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bfloat16 or float16, the model is {str(site.dtype).removeprefix('torch.')}"
+    return None
+
+
 PAGED_ATTENTION = Op(
     "paged_attention",
     paged_attention,
     (
         Impl("triton", "nemo_engine.ops.attention_gpu:paged_attention_triton", _triton_supports),
+        Impl("flash_attn", "nemo_engine.ops.attention_gpu:paged_attention_flash_attn", _flash_attn_supports),
         Impl("torch", "nemo_engine.ops.attention_cpu:paged_attention", cpu_only),
     ),
     _cases,

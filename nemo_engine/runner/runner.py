@@ -209,7 +209,7 @@ class Runner:
         )  # fmt: skip
         meta = AttentionMeta(
             rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self._page_size, rows.num_pages,
-            self._workspace,
+            rows.longest, self._workspace,
         )  # fmt: skip
         x, residual = self._model.forward(ModelInputs(ids, positions, mapping, meta), self._kv_cache.layers)
         return x, residual, seq_lens

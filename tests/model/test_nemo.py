@@ -59,7 +59,8 @@ def our_logits(model: Nemo, prompts: list[list[int]]) -> list[Tensor]:
     own = [torch.arange(len(prompt)) for prompt in prompts]
     mapping = torch.cat([table[row, at // PAGE] * PAGE + at % PAGE for row, at in enumerate(own)])
     lens = torch.tensor([len(prompt) for prompt in prompts])
-    meta = AttentionMeta(0, torch.cat([lens.new_zeros(1), lens.cumsum(0)]), lens, table, PAGE)
+    starts = torch.cat([lens.new_zeros(1), lens.cumsum(0)])
+    meta = AttentionMeta(0, starts, lens, table, torch.arange(len(prompts)), PAGE, max(counts), int(lens.max()))
     ids = torch.tensor([token for prompt in prompts for token in prompt])
     x, residual = model.forward(ModelInputs(ids, torch.cat(own), mapping, meta), cache)
     return list(model.logits(x, residual).split(lens.tolist()))
@@ -96,7 +97,7 @@ def test_bf16_is_as_accurate_as_transformers(tmp_path: Path) -> None:
     prompts = prompts_of(config)
     ours_error = theirs_error = 0.0
     for prompt, ours in zip(prompts, our_logits(model, prompts)):
-        assert ours.dtype == torch.float32
+        assert ours.dtype == torch.bfloat16
         with torch.inference_mode():
             ids = torch.tensor([prompt])
             right = exact(ids).logits[0]

@@ -1,0 +1,101 @@
+"""What a GPU's memory is planned to go to, and what is refused; no GPU is needed to plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.model.weights import empty_weights
+from nemo_engine.runner.memory import GIB, num_parameters, plan_memory, what_would_fit
+from nemo_engine.runner.startup import plan_kv_cache
+from tests.checkpoints import tiny_config
+
+NEMO = tiny_config(
+    vocab_size=131072, hidden_size=5120, num_layers=40, num_heads=32, num_kv_heads=8, head_dim=128,
+    intermediate_size=14336, rope_theta=1e6, dtype="bfloat16",
+)  # fmt: skip
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_weights_are_counted_exactly(is_tied: bool) -> None:
+    for config in (tiny_config(tie_word_embeddings=is_tied), dataclasses.replace(NEMO, tie_word_embeddings=is_tied)):
+        assert 2 * num_parameters(config) == empty_weights(config, BF16, torch.device("meta")).num_bytes
+    assert num_parameters(NEMO) == 12_247_782_400
+
+
+def test_an_h200_holds_nemo_and_its_cache() -> None:
+    pages, length, memory = plan_kv_cache(NEMO, EngineConfig(), BF16, free=139 * GIB)
+    assert memory is not None and length == 131072
+    assert memory.total <= memory.free < memory.total + 2 * 64 * 163_840
+    assert memory.kv_cache == (pages + 1) * 64 * 163_840  # bytes a token, and the page of padding
+    assert pages * 64 > 640_000  # performance is planned on some 700,000 tokens
+    text = memory.format()
+    numbers = [float(number) for number in re.findall(r"([\d.]+) GiB", text)]
+    assert len(numbers) == 8 and abs(sum(numbers[:6]) - numbers[6]) < 0.05 and numbers[7] == 139.0
+
+
+@pytest.mark.parametrize(
+    ("free", "options"),
+    [
+        (20, {}),  # less than the weights
+        (27, {}),  # weights and no cache
+        (40, {"kv_cache_gib": 30.0}),
+        (40, {"num_kv_pages": 10_000}),
+        (40, {"max_model_len": 131072}),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_plan_and_what_would(free: int, options: dict[str, Any]) -> None:
+    config = EngineConfig(**options)
+    with pytest.raises(ValueError) as caught:
+        plan_kv_cache(NEMO, config, BF16, free * GIB)
+    message = str(caught.value)
+    for item in (
+        "weights",
+        "activations of the largest step",
+        "request tables",
+        "CUDA graphs",
+        "reserve",
+        "KV cache",
+        "free on",
+    ):
+        assert re.search(rf"^  {item}.* GiB$", message, re.MULTILINE), message
+    last = message.splitlines()[-1]
+    found = dict(re.findall(r"(max_model_len|max_num_seqs) (\d+)", last.split(",")[0]))
+    if free == 20:
+        assert last.startswith("no context fits")
+        return
+    # What is named fits, and one token more does not.
+    fitting, seqs = int(found["max_model_len"]), int(found["max_num_seqs"])
+
+    def fits(length: int) -> bool:
+        smaller = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=max(seqs, min(8192, length)))
+        return plan_memory(NEMO, smaller, length, 2, free * GIB, -(-length // 64)).total <= free * GIB
+
+    assert fits(fitting) and (fitting == 131072 or not fits(fitting + 1))
+
+
+def test_without_an_explicit_context_it_is_cut_to_what_fits() -> None:
+    pages, length, memory = plan_kv_cache(NEMO, EngineConfig(max_model_len="auto"), BF16, free=38 * GIB)
+    assert memory is not None and 0 < length == pages * 64 < 131072 and memory.total <= memory.free
+
+
+def test_every_choice_shows_in_the_plan() -> None:
+    def plan(config: ModelConfig = NEMO, **options: Any) -> Any:
+        return plan_memory(config, EngineConfig(**options), 131072, 2, 100 * GIB, 10)
+
+    assert plan(enforce_eager=True).graphs == 0 < plan().graphs
+    assert plan(max_num_batched_tokens=32768).activations > plan().activations
+    assert plan(max_num_seqs=512).tables > plan().tables
+    assert plan(page_size=128).kv_cache == 2 * plan().kv_cache
+    assert plan(dataclasses.replace(NEMO, num_layers=20)).weights < plan().weights
+    assert plan_memory(NEMO, EngineConfig(), 131072, 2, 100 * GIB, 10, weight_bytes=7).weights == 7
+
+
+def test_what_would_fit_names_nothing_where_nothing_does() -> None:
+    assert what_would_fit(NEMO, EngineConfig(), 131072, 2, GIB).startswith("no context fits at any batch size")
