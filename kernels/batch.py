@@ -34,7 +34,10 @@ def _build_kernel(
     index = position // PAGE_SIZE
     page = tl.load(page_table_ptr + slot * table_stride + index, mask=mask, other=0)
     page = tl.where((new_page >= 0) & (index == new_index), new_page, page)  # whether or not it is stored yet
-    tl.device_assert(start + count <= num_tokens, "rows hold more tokens than the step")
+    # With TRITON_DEBUG=1: the host has checked all this.
+    tl.device_assert((start >= 0) & (start + count <= num_tokens), "a row lies outside the step")
+    tl.device_assert(position < ids_stride, "a position lies outside the slot's row", mask=mask)
+    tl.device_assert(page >= 0, "a page is negative", mask=mask)
     tl.store(ids_ptr + start + i, tl.load(token_ids_ptr + slot * ids_stride + position, mask=mask, other=0), mask=mask)
     tl.store(positions_ptr + start + i, position, mask=mask)
     tl.store(mapping_ptr + start + i, page * PAGE_SIZE + position % PAGE_SIZE, mask=mask)

@@ -19,6 +19,7 @@ from nemo_engine.model import weights as weights_module
 from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.model.progress import progress_bar
 from nemo_engine.model.weights import NemoWeights, dummy_weights, load_weights
+from nemo_engine.ops import Ops, Site
 from tests.checkpoints import StateDict, random_state_dict, tiny_config, write_hf, write_mistral
 
 CONFIGS = {
@@ -121,7 +122,8 @@ def test_linear_and_ledger(tmp_path: Path) -> None:
     qkv = weights.layers[0].qkv
     assert (qkv.out_features, qkv.in_features, qkv.num_bytes) == (64, 24, 64 * 24 * 4)
     x = torch.randn(5, 24)
-    assert torch.allclose(qkv(x), x @ qkv.weight.T, atol=1e-6)
+    ops = Ops.select(Site.of(config, 16, torch.float32, torch.device("cpu")), {})
+    assert torch.allclose(qkv(x, ops), x @ qkv.weight.T, atol=1e-6)
     assert [row.name for row in ledger.rows] == ["check tensors", "load weights"]
     assert ledger.rows[1].num_bytes == weights.num_bytes == open_checkpoint(tmp_path).num_bytes
 
@@ -167,7 +169,7 @@ def test_refused_before_anything_is_allocated(
 ) -> None:
     config = tiny_config()
     write_hf(tmp_path, config, apply(random_state_dict(config)), shards=shards)
-    monkeypatch.setattr(weights_module, "_allocate", lambda *args: pytest.fail("allocated"))
+    monkeypatch.setattr(weights_module, "empty_weights", lambda *args: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
 
@@ -278,20 +280,21 @@ def test_dummy_weights_keep_activations_near_one(tied: bool) -> None:
     config = tiny_config(hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=64, num_layers=6,
                          vocab_size=2500, tie_word_embeddings=tied)  # fmt: skip
     weights = dummy_weights(config, torch.float32)
+    ops = Ops.select(Site.of(config, 16, torch.float32, torch.device("cpu")), {})
 
     def norm(x: torch.Tensor) -> torch.Tensor:
         return x * x.square().mean(-1, keepdim=True).rsqrt()
 
     x = weights.embed_tokens[:64]
     for layer in weights.layers:  # one token attends to itself: attention gives its value
-        qkv = layer.qkv(norm(x))
+        qkv = layer.qkv(norm(x), ops)
         v = qkv[:, -config.kv_size :].view(64, 2, 1, 64).expand(64, 2, 4, 64).reshape(64, -1)
-        x = x + layer.o(v)
-        gate, up = layer.gate_up(norm(x)).chunk(2, -1)
-        x = x + layer.down(torch.nn.functional.silu(gate) * up)
+        x = x + layer.o(v, ops)
+        gate, up = layer.gate_up(norm(x), ops).chunk(2, -1)
+        x = x + layer.down(torch.nn.functional.silu(gate) * up, ops)
         assert qkv.std().item() == pytest.approx(1.0, rel=0.1)
         assert 0.05 < x.std().item() < 2.0
-    assert weights.lm_head(norm(x)).std().item() == pytest.approx(1.0, rel=0.1)
+    assert weights.lm_head(norm(x), ops).std().item() == pytest.approx(1.0, rel=0.1)
     assert (weights.lm_head.weight is weights.embed_tokens) is tied
     rows = weights.embed_tokens  # 640,000 numbers, more than are drawn: no row may come twice
     assert len({tuple(row[:8].tolist()) for row in rows}) == len(rows)
