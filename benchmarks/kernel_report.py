@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from nemo_engine.kernels import device
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -36,6 +37,12 @@ from nemo_engine.runner.runner import Runner
 STORED = Path(__file__).parent / "results" / "kernels-sm90.txt"
 META = torch.device("meta")
 TENSOR_PARALLEL = (1, 2, 4, 8)
+GPUS = {  # by compute capability: an A100, an L40S, an H100 or H200, a B200
+    80: device.Facts(108, 163 << 10),
+    89: device.Facts(142, 99 << 10),
+    90: device.HOPPER,
+    100: device.Facts(148, 227 << 10),
+}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # What is counted, by prefix of the instruction; the longest that fits counts.
 INSTRUCTIONS = (
@@ -92,9 +99,11 @@ def compile_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
     before = driver._active  # None until something asks for it, which needs a GPU
     driver.set_active(_Target(capability))
     JITFunction.run = compile_launch
+    device.elsewhere = GPUS[capability]
     try:
         yield compiled
     finally:
+        device.elsewhere = device.HOPPER
         JITFunction.run = run
         driver._active = before
 

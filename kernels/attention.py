@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import facts
+
 BLOCK_N = 64  # keys of one tile
 _PREFILL_ROWS = 128  # queries times heads of one prefill tile
-_DEFAULT_SMS = 132  # of an H100 or H200, where no device can be asked
 _CTAS_PER_SM = 2  # of the decode kernel, which has some 70 KiB of tiles in flight
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -245,8 +246,12 @@ def _combine_kernel(
 
 def num_decode_units(num_rows: int, kv_heads: int, device: torch.device) -> int:
     """Units of work per KV head that fill the device once, and at least one a row: the decode kernel's fixed grid."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _DEFAULT_SMS
-    return max(num_rows, sms * _CTAS_PER_SM // kv_heads)
+    return max(num_rows, facts(device).sms * _CTAS_PER_SM // kv_heads)
+
+
+def _stages(wanted: int, tile_bytes: int, other_bytes: int, device: torch.device) -> int:
+    """How many tiles of keys and values may be in flight, one less than Triton's stages, in a block's shared memory."""
+    return max(2, min(wanted, (facts(device).shared - other_bytes) // tile_bytes + 1))
 
 
 def plan_decode(seq_lens: torch.Tensor, num_units: int) -> torch.Tensor:
@@ -286,11 +291,12 @@ def decode(
     part = torch.empty(units, heads, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(units, heads, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
+    stages = _stages(4, 2 * BLOCK_N * padded * k_cache.itemsize, 8 << 10, q.device)
     _decode_kernel[(units, kv_heads)](
         out, part, lse, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, seq_lens, plan, scale, rows,
         q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
         HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, PAGE_SIZE=page_size, M=max(16, triton.next_power_of_2(group)),
-        N=BLOCK_N, D=padded, num_warps=4, num_stages=4,
+        N=BLOCK_N, D=padded, num_warps=4, num_stages=stages,
     )  # fmt: skip
     _combine_kernel[(rows, heads)](out, part, lse, plan, rows, heads, DIM=dim, SPLITS=16, D=padded, num_warps=4)
 
@@ -321,9 +327,12 @@ def prefill(
     group_pad = triton.next_power_of_2(group)
     rows = seq_lens.shape[0] - first_row
     tiles = num_queries // (_PREFILL_ROWS // group_pad) + rows
+    padded = max(16, triton.next_power_of_2(dim))
+    in_use = _PREFILL_ROWS * padded * q.itemsize
+    stages = _stages(3, 2 * BLOCK_N * padded * k_cache.itemsize, in_use, q.device)
     _prefill_kernel[(tiles, kv_heads)](
         out, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, starts, seq_lens, scale, rows, first_row,
         q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
         HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, GROUP_PAD=group_pad, PAGE_SIZE=page_size, M=_PREFILL_ROWS,
-        N=BLOCK_N, D=max(16, triton.next_power_of_2(dim)), num_warps=8, num_stages=3,
+        N=BLOCK_N, D=padded, num_warps=8, num_stages=stages,
     )  # fmt: skip

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .device import HOPPER, facts
+
 SCALE_BLOCK = 128  # outputs, and elements of K, that share a scale of kind "block"
 BUCKETS = (16, 32, 64, 128, 256)  # rows; all numbers above are one more bucket, MANY
 MANY = 0
@@ -23,7 +25,6 @@ _REDUCE_BLOCK = 1024  # outputs of one program that adds parts
 _MAX_SPLITS = 16
 _MIN_STEPS = 4  # of a split: below, filling the pipeline takes longer than the work
 _EPILOGUE_BYTES = 33 << 10  # of shared memory: a tile on its way out, and the barriers
-_HOPPER = (132, 227 << 10)  # SMs and bytes of shared memory a block, where no device can be asked
 
 
 @triton.jit
@@ -173,7 +174,7 @@ def bucket_of(rows: int) -> int:
     return next((bucket for bucket in BUCKETS if rows <= bucket), MANY)
 
 
-def tiling_of(bucket: int, itemsize: int, is_block_scaled: bool = False, shared: int = _HOPPER[1]) -> Tiling:
+def tiling_of(bucket: int, itemsize: int, is_block_scaled: bool = False, shared: int = HOPPER.shared) -> Tiling:
     """The tiling of a bucket for operands of ``itemsize`` bytes on a device with ``shared`` bytes of shared memory a block.
 
     A step is 128 bytes of K, what one swizzled line of shared memory holds. The tiles are the largest whose sums, and those of a step
@@ -189,7 +190,7 @@ def tiling_of(bucket: int, itemsize: int, is_block_scaled: bool = False, shared:
         256: (128, 256, False, 8, 4, 132),
         MANY: (128, 256, False, 8, 4, 132),
     }[bucket]
-    if is_block_scaled or shared < _HOPPER[1]:
+    if is_block_scaled or shared < HOPPER.shared:
         outputs = 128
     halves = 2 if outputs == 256 and itemsize == 1 else 1
     room = (shared - _EPILOGUE_BYTES) // ((rows + outputs) * 128)
@@ -243,9 +244,9 @@ def _launch(
     out = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
     if not rows:
         return out
-    sms, shared = _device_facts(x.device)
+    gpu = facts(x.device)
     bucket = bucket_of(rows)
-    tiling = tiling_of(bucket, x.itemsize, kind == "block", shared)
+    tiling = tiling_of(bucket, x.itemsize, kind == "block", gpu.shared)
     tiles = triton.cdiv(rows, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
     splits = tiling.splits(bucket, outputs, width) if bucket else 1
     parts = torch.empty(splits, bucket, outputs, dtype=torch.float32, device=x.device) if splits > 1 else out
@@ -259,7 +260,7 @@ def _launch(
         "num_warps": tiling.warps, "num_stages": tiling.stages,
     }  # fmt: skip
     if bucket == MANY:
-        _persistent_kernel[(min(tiles, sms),)](*args, **options)
+        _persistent_kernel[(min(tiles, gpu.sms),)](*args, **options)
         return out
     _split_kernel[(tiles, splits)](*args, splits, SWAP=tiling.is_swapped, ROWS=bucket, **options)
     if splits > 1:
@@ -273,11 +274,3 @@ def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescript
     assert matrix.stride(1) == 1, (matrix.shape, matrix.stride())
     stride = matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]  # of a single row it may be anything
     return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], [rows, columns])
-
-
-def _device_facts(device: torch.device) -> tuple[int, int]:
-    """SMs and bytes of shared memory a block."""
-    if device.type != "cuda":
-        return _HOPPER
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin

@@ -100,6 +100,9 @@ def test_the_engine_compiles_for_other_gpus(capability: int) -> None:
     for (kernel, variant), code in compiled.items():
         assert ".local" not in code.asm["ptx"], f"{kernel} {variant}: spills"
         assert f"sm_{capability}" in code.asm["ptx"]
+        assert code.metadata.shared <= kernel_report.GPUS[capability].shared, (
+            f"{kernel} {variant}: {code.metadata.shared}"
+        )
 
 
 def test_fp8_is_refused_where_the_gpu_has_none() -> None:

@@ -12,12 +12,12 @@ from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
 from nemo_engine.ops.linear import LINEAR, LINEAR_FP8
 from nemo_engine.ops.norm import RMS_NORM, RMS_NORM_FP8
-from nemo_engine.ops.op import Choice, Op, Site, select
+from nemo_engine.ops.op import SEMANTICS, Choice, Op, Site, select
 from nemo_engine.ops.quantize import QUANTIZE_CHANNELS, QUANTIZE_TOKENS
 from nemo_engine.ops.rope import ROPE_AND_APPEND_KV
 from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS
 
-__all__ = ["ALL_OPS", "Choice", "Op", "Ops", "Site", "select"]
+__all__ = ["ALL_OPS", "SEMANTICS", "Choice", "Op", "Ops", "Site", "select"]
 
 ALL_OPS: tuple[Op, ...] = (
     BUILD_BATCH,

@@ -96,6 +96,7 @@ class Choice:
     chosen: str
     rejected: tuple[tuple[str, str], ...]
     function: Callable[..., Any]
+    is_fp8: bool
 
 
 def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
@@ -113,7 +114,7 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
         if wanted not in (None, impl.name):
             rejected.append((impl.name, f"{wanted} is preferred"))
         elif reason is None:
-            return Choice(op.name, impl.name, tuple(rejected), impl.load())
+            return Choice(op.name, impl.name, tuple(rejected), impl.load(), op.is_fp8)
         elif wanted == impl.name:
             raise ValueError(f"prefer[{op.name!r}] = {wanted!r} cannot serve here: {reason}")
         else:
@@ -123,7 +124,7 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
         raise ValueError(
             f"no kernel for {op.name} here: {reasons} (prefer={{{op.name!r}: {SEMANTICS!r}}} runs its definition, slowly)"
         )
-    return Choice(op.name, SEMANTICS, tuple(rejected), op.semantics)
+    return Choice(op.name, SEMANTICS, tuple(rejected), op.semantics, op.is_fp8)
 
 
 def cpu_only(site: Site) -> str | None:

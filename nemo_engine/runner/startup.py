@@ -12,7 +12,7 @@ from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
 from nemo_engine.model.weights import dummy_weights, load_weights
-from nemo_engine.ops import Ops, Site
+from nemo_engine.ops import SEMANTICS, Ops, Site
 from nemo_engine.runner.graphs import cuda_capture, graph_sizes
 from nemo_engine.runner.memory import GIB, MemoryPlan, plan_memory, what_would_fit
 from nemo_engine.runner.runner import Runner
@@ -43,6 +43,8 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
     model_config = checkpoint.model_config
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     ops = Ops.select(Site.of(model_config, config.page_size, dtype, device), config.prefer or {})
+    if device.type == "cuda" and not config.enforce_eager:
+        check_capturable(ops)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     num_pages, max_model_len, memory = plan_kv_cache(model_config, config, dtype, free)
     try:
@@ -56,6 +58,16 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
         _verify(memory, device)
     depth = config.pipeline_depth or (1 if device.type == "cpu" else 2)
     return DeviceHalf(runner, model_config, checkpoint.path, num_pages, max_model_len, depth)
+
+
+def check_capturable(ops: Ops) -> None:
+    """Raise ``ValueError`` if a step with these operations cannot become a CUDA graph: definitions may wait for the device."""
+    waiting = [choice.op for choice in ops.choices if choice.chosen == SEMANTICS and not choice.is_fp8]
+    if waiting:
+        names = ", ".join(f"{name!r}: {SEMANTICS!r}" for name in waiting)
+        raise ValueError(
+            f"prefer={{{names}}} cannot be captured in CUDA graphs: set enforce_eager=True, or prefer a kernel"
+        )
 
 
 def _build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from nemo_engine.config import EngineConfig
 from nemo_engine.ledger import Ledger
+from nemo_engine.ops import Ops, Site
 from nemo_engine.runner import startup
 from nemo_engine.runner.memory import GIB
-from nemo_engine.runner.startup import plan_kv_cache, start_device_half
+from nemo_engine.runner.startup import check_capturable, plan_kv_cache, start_device_half
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
 
 
@@ -56,3 +58,14 @@ def test_refused_before_weights_are_read(
 )
 def test_the_plan_of_the_kv_cache(options: dict[str, Any], model: dict[str, Any], expected: tuple[int, int]) -> None:
     assert plan_kv_cache(tiny_config(**model), EngineConfig(**options), torch.float32, None) == (*expected, None)
+
+
+def test_definitions_are_not_captured_in_graphs() -> None:
+    site = dataclasses.replace(
+        Site.of(tiny_config(hidden_size=64, intermediate_size=64), 64, torch.bfloat16, torch.device("cpu")),
+        device_type="cuda",
+        capability=(8, 0),  # without FP8, whose operations nothing uses
+    )
+    check_capturable(Ops.select(site, {}))
+    with pytest.raises(ValueError, match=r"prefer={'sample_': 'semantics'} cannot be captured .* enforce_eager=True"):
+        check_capturable(Ops.select(site, {"sample_": "semantics"}))

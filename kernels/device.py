@@ -1,0 +1,27 @@
+"""What kernels must know of the GPU to choose their tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Multiprocessors of a GPU, and the bytes of shared memory that one block may have."""
+
+    sms: int
+    shared: int
+
+
+HOPPER = Facts(132, 227 << 10)  # an H100 or H200
+elsewhere = HOPPER  # what tensors that are on no GPU are treated as; changed where kernels are compiled for another one
+
+
+def facts(device: torch.device) -> Facts:
+    """Of ``device`` if it is a GPU, else ``elsewhere``."""
+    if device.type != "cuda":
+        return elsewhere
+    properties = torch.cuda.get_device_properties(device)
+    return Facts(properties.multi_processor_count, properties.shared_memory_per_block_optin)
