@@ -16,7 +16,8 @@ from torch import Tensor
 from nemo_engine.ops import attention, attention_cpu
 from nemo_engine.ops.attention import attention_inputs, paged_attention
 from nemo_engine.ops.attention_cpu import paged_attention as paged_attention_torch
-from nemo_engine.ops.attention_gpu import paged_attention_flash_attn
+from nemo_engine.ops.attention_gpu import paged_attention_flash_attn, paged_attention_triton
+from nemo_engine.ops.rope import ROPE_AND_APPEND_KV
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,3 +166,62 @@ def test_flash_attn_is_called_as_it_documents(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     args = case.make(torch.bfloat16)
     assert torch.equal(paged_attention_flash_attn(*args), paged_attention(*args))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_a_prefill_in_triton_has_the_same_bits_alone_as_in_its_batch(is_fp8: bool) -> None:
+    rows = [(1, 5), (1, 200), (17, 17), (40, 130), (33, 33)]
+    q, k_cache, v_cache, meta, scale, *scales = attention_inputs(rows, 8, 2, 32, 16, torch.bfloat16, is_fp8)
+    together = paged_attention_triton(q, k_cache, v_cache, meta, scale, *scales)
+    for row in range(meta.num_decodes, len(rows)):
+        own = slice(*meta.query_start_loc[row : row + 2].tolist())
+        alone = attention.AttentionMeta(
+            num_decodes=0,
+            query_start_loc=torch.tensor([0, rows[row][0]]),
+            seq_lens=meta.seq_lens[row : row + 1],
+            page_table=meta.page_table,
+            slot_ids=meta.slot_ids[row : row + 1],
+            page_size=16,
+            num_pages=meta.num_pages,
+            longest=rows[row][0],
+        )
+        assert torch.equal(paged_attention_triton(q[own], k_cache, v_cache, alone, scale, *scales), together[own])
+
+
+@pytest.mark.interpreted
+def test_caches_of_more_than_two_billion_entries_in_triton() -> None:
+    """Keys and values in the last pages of a cache whose offsets need more than 32 bits: written, then read."""
+    page_size, dim, num_pages = 128, 128, (1 << 31) // (128 * 128) + 3
+    cache = torch.empty(num_pages, 1, page_size, dim, dtype=torch.float8_e4m3fn)  # one memory for keys and values
+    generator = torch.Generator().manual_seed(1)
+    length, pages = 140, torch.tensor([[num_pages - 1, num_pages - 2]])
+    at = torch.arange(length)
+    q, k = (torch.randn(length, heads, dim, generator=generator).bfloat16() for heads in (2, 1))
+    table = torch.zeros(length, 2, dim // 2)
+    table[:, 0] = 1.0  # cosines: nothing is rotated
+    one = torch.ones(1)
+    mapping = pages[0, at // page_size] * page_size + at % page_size
+    rope_and_append_kv_ = ROPE_AND_APPEND_KV.impls[0].load()
+    rope_and_append_kv_(q, k, k, table, at, mapping, cache, cache, one, one)
+    stored = k.to(torch.float8_e4m3fn)
+    assert torch.equal(cache[num_pages - 1, 0].view(torch.uint8), stored[:page_size, 0].view(torch.uint8))
+    small = torch.zeros(3, 1, page_size, dim)
+    small[1, 0], small[2, 0, : length - page_size] = stored[:page_size, 0].float(), stored[page_size:, 0].float()
+    for decodes, queries in ((1, q[-1:]), (0, q[-3:])):
+        metas = [
+            attention.AttentionMeta(
+                num_decodes=decodes,
+                query_start_loc=torch.tensor([0, len(queries)]),
+                seq_lens=torch.tensor([length]),
+                page_table=own,
+                slot_ids=torch.tensor([0]),
+                page_size=page_size,
+                num_pages=2,
+                longest=len(queries),
+            )
+            for own in (pages, torch.tensor([[1, 2]]))
+        ]
+        far = paged_attention_triton(queries, cache, cache, metas[0], 0.1, one, one)
+        near = paged_attention(queries.float(), small, small, metas[1], 0.1)
+        torch.testing.assert_close(far.float(), near, rtol=0.02, atol=0.02)

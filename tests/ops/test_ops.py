@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -49,13 +49,13 @@ def proofs(device_type: str) -> Iterator[Any]:
                     yield pytest.param(op, impl, case, dtype, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("op", "impl", "case", "dtype"), proofs("cpu"))
+@pytest.mark.parametrize(("op", "impl", "case", "dtype"), list(proofs("cpu")))
 def test_implementation(op: Op, impl: Impl, case: Case, dtype: torch.dtype) -> None:
     prove(op, impl.load(), case, dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "impl", "case", "dtype"), proofs("cuda"))
+@pytest.mark.parametrize(("op", "impl", "case", "dtype"), list(proofs("cuda")))
 def test_implementation_on_a_gpu(op: Op, impl: Impl, case: Case, dtype: torch.dtype) -> None:
     if op is SAMPLE:
         pytest.skip("a GPU's logarithms end in other bits: test_sample compares its tokens")
@@ -72,3 +72,44 @@ def test_definition_reads_no_poison(op: Op) -> None:
             assert not tensor.isnan().any(), case.name
     assert all(num_bytes >= 0 and flops >= 0 for num_bytes, flops in costs)
     assert max(costs) > (0, 0) and any(num_bytes > 0 and flops > 0 for num_bytes, flops in costs)
+
+
+def broken(kind: str, op: Op) -> Callable[..., Any]:
+    """The definition with something wrong."""
+
+    def function(*args: Any) -> Any:
+        result = op.semantics(*args)
+        first = result[0] if isinstance(result, tuple) else result
+        if kind == "a factor":
+            first = (first.float() * 1.02).to(first.dtype)
+        elif kind == "a row":
+            first = first.roll(1, 0)
+        elif kind == "a NaN" and len(first):
+            first = first.clone().index_fill_(0, torch.tensor([len(first) - 1]), torch.nan)
+        elif kind == "another dtype":
+            first = first.float() if first.dtype == torch.bfloat16 else first.bfloat16()
+        elif kind == "an argument changed":
+            args[0].add_(1)
+        elif kind == "another result each time":
+            first = first + torch.rand(()).item()
+        return (first, *result[1:]) if isinstance(result, tuple) else first
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "kind", ["a factor", "a row", "a NaN", "another dtype", "an argument changed", "another result each time"]
+)
+@pytest.mark.parametrize("name", ["rms_norm", "paged_attention", "build_batch_", "linear"])
+def test_a_proof_catches(kind: str, name: str) -> None:
+    op = next(op for op in ALL_OPS if op.name == name)
+    if name == "build_batch_" and kind in ("a NaN", "another dtype", "a factor"):
+        kind = "a row"  # it returns integers
+    caught = 0
+    for case in op.cases():
+        prove(op, op.semantics, case, torch.bfloat16)
+        try:
+            prove(op, broken(kind, op), case, torch.bfloat16)
+        except AssertionError:
+            caught += 1
+    assert caught >= 3, f"only {caught} cases see it"
