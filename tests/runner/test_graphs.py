@@ -166,13 +166,16 @@ def test_graphs_equal_eager_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_decode_step_never_waits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wants", [{}, {"logprobs": 2}, {"top_p": 0.9, "presence_penalty": 0.1}, {"logit_bias": {5: 1.0}}]
+)
+def test_a_decode_step_never_waits(tmp_path: Path, wants: dict[str, Any]) -> None:
     device = torch.device("cuda")
     runner = make_runner(tmp_path, device, torch.float32)
     sizes = (1, 2, 4, 7)
     runner.warm_up(sizes)
     runner.capture(sizes, cuda_capture(device))
-    fill = SlotFill(3, [5, 6, 7], 3, 0, (9,), SamplingParams(temperature=0.9, logprobs=2), seed=0)
+    fill = SlotFill(3, [5, 6, 7], 3, 0, (9,), SamplingParams(temperature=0.9, **wants), seed=0)
     runner.launch(StepPlan(0, (), (PrefillRow(3, 0, 3, True),), (fill,))).result()
     slots = (3,)
     runner.launch(StepPlan(1, slots)).result()  # the batch's own tensors are made
