@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +105,27 @@ def test_the_engine_compiles_for_other_gpus(capability: int) -> None:
         assert code.metadata.shared <= kernel_report.GPUS[capability].shared, (
             f"{kernel} {variant}: {code.metadata.shared}"
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"page_size": 16}, {}),
+        ({"page_size": 32}, {}),
+        ({"page_size": 128}, {}),
+        ({}, {"hidden_size": 4096, "vocab_size": 32768}),  # Mistral 7B v0.3
+        ({}, {"hidden_size": 4096, "intermediate_size": 11520}),  # Minitron 8B
+    ],
+)
+def test_other_pages_and_siblings_compile_as_well(options: dict[str, Any], changes: dict[str, int]) -> None:
+    config = EngineConfig(device="cpu", max_num_seqs=4, max_num_batched_tokens=256, **options)
+    with kernel_report.compile_only(90) as compiled:
+        kernel_report.meta_runner(dataclasses.replace(kernel_report.NEMO, **changes), config, 90).warm_up((4,))
+    for (kernel, variant), code in compiled.items():
+        line = kernel_report.inspect(kernel, variant, code).line()
+        assert "spills 0 " in line and not count(line, "LDL") and not count(line, "STL"), line
+        if kernel in ("_decode_kernel", "_prefill_kernel"):
+            assert count(line, "LDGSTS") and count(line, "HMMA" if kernel == "_decode_kernel" else "HGMMA"), line
 
 
 def test_fp8_is_refused_where_the_gpu_has_none() -> None:
