@@ -12,7 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .selection import INF, MOST_PROGRAMS, SURVEY_TOKENS, TILE_TOKENS, float_bits, reach, sub_blocks
+from .selection import (
+    INF,
+    MOST_PROGRAMS,
+    SURVEY_TOKENS,
+    TILE_TOKENS,
+    float_bits,
+    list_near,
+    listed_tokens,
+    reach,
+    sub_blocks,
+)
 
 _MOST_BEST = 64
 _LEAST_KEY = tl.constexpr(-(1 << 63))
@@ -53,15 +63,10 @@ def _collect(
     """Write the keys of the tokens with a log-probability of at least ``bound`` of the sub-blocks that are near;
     returns how many.
     """
-    place = tl.cumsum(is_near.to(tl.int32), axis=0) - 1
-    num_near = tl.sum(is_near.to(tl.int32), axis=0)
-    tl.store(subs_ptr + place, tl.arange(0, NUM_SUBS), mask=is_near)
-    tl.debug_barrier()
+    num_near = list_near(is_near, subs_ptr, NUM_SUBS)
     count = 0
     for start in range(0, num_near, TILE // SUB):
-        item = start + tl.arange(0, TILE // SUB)
-        sub = tl.load(subs_ptr + item, mask=item < num_near, other=NUM_SUBS)  # which is beyond the vocabulary
-        token = sub[:, None] * SUB + tl.arange(0, SUB)[None, :]
+        token = listed_tokens(subs_ptr, start, num_near, SUB, NUM_SUBS, TILE)
         mask = token < vocab_size
         x = tl.load(logits_row + token, mask=mask, other=-INF).to(tl.float32)
         value = x - base - log_sum

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8 import FP8_MAX
+
 _HEADS = 8  # of one program: q's heads first, then k's and v's
 
 
@@ -60,8 +62,8 @@ def _rope_kernel(
 def _store_pair(place, first, second, mask, half: tl.constexpr):
     dtype = place.dtype.element_ty
     if dtype == tl.float8e4nv:
-        first = tl.clamp(first, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        second = tl.clamp(second, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        first = tl.clamp(first, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        second = tl.clamp(second, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(place, first.to(dtype), mask=mask)
     tl.store(place + half, second.to(dtype), mask=mask)
 

@@ -25,6 +25,8 @@ from .selection import (
     SURVEY_TOKENS,
     TILE_TOKENS,
     float_bits,
+    list_near,
+    listed_tokens,
     mass_of,
     reach,
     sub_blocks,
@@ -170,15 +172,10 @@ def _collect(
     """Write the distances and the ids of the tokens within ``bound`` of the sub-blocks that are near, ids ascending;
     returns how many.
     """
-    place = tl.cumsum(is_near.to(tl.int32), axis=0) - 1
-    num_near = tl.sum(is_near.to(tl.int32), axis=0)
-    tl.store(subs_ptr + place, tl.arange(0, NUM_SUBS), mask=is_near)
-    tl.debug_barrier()
+    num_near = list_near(is_near, subs_ptr, NUM_SUBS)
     count = 0
     for start in range(0, num_near, TILE // SUB):
-        item = start + tl.arange(0, TILE // SUB)
-        sub = tl.load(subs_ptr + item, mask=item < num_near, other=NUM_SUBS)  # which is beyond the vocabulary
-        token = sub[:, None] * SUB + tl.arange(0, SUB)[None, :]
+        token = listed_tokens(subs_ptr, start, num_near, SUB, NUM_SUBS, TILE)
         x = _logits(logits_row, counts_row, prompt_row, repetition, frequency, presence, token, vocab_size)
         distance = tl.reshape(_distance(best, x, temperature), [TILE])
         token = tl.reshape(token, [TILE])

@@ -21,6 +21,23 @@ def sub_blocks(vocab_size: int) -> tuple[int, int]:
 
 
 @triton.jit
+def list_near(is_near, subs_ptr, NUM_SUBS: tl.constexpr):
+    """Write the numbers of the sub-blocks that are near, in order; returns how many."""
+    place = tl.cumsum(is_near.to(tl.int32), axis=0) - 1
+    tl.store(subs_ptr + place, tl.arange(0, NUM_SUBS), mask=is_near)
+    tl.debug_barrier()
+    return tl.sum(is_near.to(tl.int32), axis=0)
+
+
+@triton.jit
+def listed_tokens(subs_ptr, start, num_near, SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr):
+    """The tokens of TILE / SUB listed sub-blocks from ``start`` on, (TILE / SUB, SUB); beyond the vocabulary where there are fewer."""
+    item = start + tl.arange(0, TILE // SUB)
+    sub = tl.load(subs_ptr + item, mask=item < num_near, other=NUM_SUBS)
+    return sub[:, None] * SUB + tl.arange(0, SUB)[None, :]
+
+
+@triton.jit
 def mass_of(distance):
     """A token's mass, which sums exactly: floor(2^40 exp(-distance)), int64."""
     return (tl.exp(-distance) * MASS_ONE).to(tl.int64)

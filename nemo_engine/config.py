@@ -262,7 +262,7 @@ class EngineConfig:
     enable_prefix_caching: reuse the pages of equal prefixes.
     page_size: tokens per KV page: a power of two from 16 to 128.
     kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at
-        least one request of max_model_len if that is at most 4 GiB.
+        least one request of max_model_len if that is at most 4 GiB; on a GPU what the memory plan leaves.
     kv_cache_dtype: "auto" (that of the activations); "fp8" comes later and is refused.
     load_format: "auto" reads the checkpoint, "dummy" makes seeded random weights of its config.
     device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs.

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -135,46 +136,64 @@ def test_fp8_is_refused_where_the_gpu_has_none() -> None:
         )
 
 
-def test_nothing_is_compiled_after_the_warm_up_and_no_launch_waits_for_the_device() -> None:
+@pytest.mark.parametrize(("sizes", "most_tokens"), [((1, 8, 40), 600), ((), 40)])
+def test_nothing_is_compiled_after_the_warm_up_and_no_launch_waits_for_the_device(
+    sizes: tuple[int, ...], most_tokens: int
+) -> None:
     """Tensors on "meta" have no data: a launch that read a value back would fail. What it launches was compiled at start-up."""
-    config = EngineConfig(device="cpu", max_num_seqs=40, max_num_batched_tokens=600)
+    config = EngineConfig(device="cpu", max_num_seqs=40, max_num_batched_tokens=most_tokens)
     rng = random.Random(0)
+    for kernel in kernels().values():
+        kernel.device_caches.clear()  # of what other tests compiled
     with kernel_report.compile_only(90) as compiled:
         runner = kernel_report.meta_runner(kernel_report.NEMO, config, 90)
-        runner.warm_up((1, 8, 40))
+        runner.warm_up(sizes)
         known = set(compiled)
         cached = specialisations()
         slots: list[int] = []
+        widths: set[int] = set()
         wants = [{}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.5}, {"logprobs": 5}, {"logit_bias": {7: 1.0}},
                  {"frequency_penalty": 1.0}, {"prompt_logprobs": 2}, {"bad_words": []}, {"min_tokens": 3}]  # fmt: skip
         for step in range(60):
             fills, prefills = [], []
-            for _ in range(rng.choice([0, 0, 1, 2])):
+            for _ in range(39 if step == 0 else rng.choice([0, 0, 1, 2])):
+                if len(slots) + len(fills) == 40:
+                    break
                 slot = rng.choice([s for s in range(1, 41) if s not in slots and s not in {f.slot for f in fills}])
                 length = rng.choice([1, 2, 63, 64, 65, 200])
                 params = SamplingParams(**rng.choice(wants))
                 pages = tuple(range(1, 2 + length // 64))
                 fills.append(SlotFill(slot, [5] * length, length, 0, pages, params, seed=step))
-                prefills.append(PrefillRow(slot, 0, length, rng.random() < 0.8))
+                prefills.append(PrefillRow(slot, 0, length, step == 0 or rng.random() < 0.8))
             new_pages = ((slots[0], 9, 77),) if slots and rng.random() < 0.3 else ()
             runner.launch(StepPlan(step, tuple(slots), tuple(prefills), tuple(fills), new_pages))
             slots += [row.slot for row in prefills if row.samples]
             rng.shuffle(slots)
-            slots = slots[: rng.choice([0, 1, 5, 17, 37])]
+            slots = slots[: rng.choice([1, 5, 17, 33, 37]) if step > 20 else 40]
+            widths.add(len(slots))
+        assert max(widths) == 40 and min(widths) == 1
         assert set(compiled) == known
         assert specialisations() == cached
 
 
-def specialisations() -> set[tuple[str, str]]:
-    """What has been compiled so far: (kernel, dtypes and properties of its arguments as Triton tells them apart)."""
-    from importlib import import_module
-
-    found = set()
+def kernels() -> dict[str, Any]:
+    """Every kernel of ours, by name."""
+    found = {}
     for path in sorted((ROOT / "kernels").glob("*.py")):
         for name, value in vars(import_module(f"nemo_engine.kernels.{path.stem}")).items():
             if isinstance(value, triton.runtime.jit.JITFunction):
-                found |= {(name, key) for caches in value.device_caches.values() for key in caches[0]}
+                found[f"{path.stem}.{name}"] = value
     return found
+
+
+def specialisations() -> set[tuple[str, str]]:
+    """What has been compiled so far: (kernel, dtypes and properties of its arguments as Triton tells them apart)."""
+    return {
+        (name, key)
+        for name, kernel in kernels().items()
+        for caches in kernel.device_caches.values()
+        for key in caches[0]
+    }
 
 
 def test_a_launch_that_reads_a_value_fails_on_meta() -> None:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops.op import Case, Impl, Op, Site, triton_runs
-
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+from nemo_engine.ops.quantize import FP8, FP8_MAX
 
 
 def rope_table(head_dim: int, theta: float, max_len: int, device: torch.device) -> Tensor:
@@ -56,7 +55,7 @@ def rope_and_append_kv_(
 
 def _store_(cache: Tensor, pages: Tensor, offsets: Tensor, x: Tensor, scale: Tensor | None) -> None:
     """x: (T, Hk, D)."""
-    is_fp8 = cache.dtype == torch.float8_e4m3fn
+    is_fp8 = cache.dtype == FP8
     if is_fp8 or scale is not None:
         x = x if x.dtype == torch.float64 else x.float()
         if scale is not None:
@@ -96,7 +95,7 @@ def _cases() -> Iterator[Case]:
                 qkv = torch.randn(tokens, (heads + 2 * kv) * dim, generator=generator).to(dtype)
                 q, k, v = (x.unflatten(1, (-1, dim)) for x in qkv.split([heads * dim, kv * dim, kv * dim], dim=1))
                 num_pages = tokens // size + 3
-                kv_dtype = torch.float8_e4m3fn if is_fp8 else dtype
+                kv_dtype = FP8 if is_fp8 else dtype
                 caches = [torch.full((num_pages, kv, size, dim), torch.nan).to(kv_dtype) for _ in range(2)]
                 positions = torch.randperm(4 * tokens + 1, generator=generator)[:tokens]
                 mapping = size + torch.randperm((num_pages - 1) * size, generator=generator)[:tokens]

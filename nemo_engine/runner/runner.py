@@ -21,7 +21,7 @@ from nemo_engine.runner.graphs import Capture, DecodeGraph
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import Report, Sampler
-from nemo_engine.runner.transfer import Download, pinned, to_device
+from nemo_engine.runner.transfer import Download, staged, to_device
 from nemo_engine.step import StepPlan, StepResult
 
 PROMPT_LOGPROB_ROWS = 256  # logits computed at once for prompt log-probabilities: bounds their memory
@@ -130,9 +130,8 @@ class Runner:
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._workspace = Workspace()
         self._graphs: tuple[DecodeGraph, ...] = ()
-        self._last: tuple[tuple[int, ...], int, StepRows] | None = (
-            None  # decode rows without new pages: slots, size, rows
-        )
+        # The decode rows of the step before, if none got a page: slots, size, rows.
+        self._last: tuple[tuple[int, ...], int, StepRows] | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
@@ -173,12 +172,11 @@ class Runner:
             graph.whole.replay()
             return Handle(plan, graph.whole.outputs[: len(slots)], [], {})
         graph.forward.replay()
-        logits, seq_lens = (output[: len(slots)] for output in graph.forward.outputs)
-        tokens, reports = self._sampler.sample(logits, slots, rows.slots[: len(slots)], seq_lens, self._table.token_ids)
-        self._ops.advance_(
-            self._table.token_ids, self._table.num_computed, rows.slots[: len(slots)], seq_lens,
-            rows.sampled[: len(slots)], tokens,
-        )  # fmt: skip
+        slot_ids, sampled, logits, seq_lens = (
+            x[: len(slots)] for x in (rows.slots, rows.sampled, *graph.forward.outputs)
+        )
+        tokens, reports = self._sampler.sample(logits, slots, slot_ids, seq_lens, self._table.token_ids)
+        self._advance(slot_ids, seq_lens, sampled, tokens)
         return Handle(plan, tokens, reports, {})
 
     def _decode_rows(
@@ -195,7 +193,7 @@ class Runner:
             num_pages = max([self._table.num_pages[slot] for slot in slots], default=0)
         else:
             words, num_pages = graph.words, self._table.page_table.shape[1]
-            words.copy_(pinned(packed) if words.is_cuda else torch.tensor(packed), non_blocking=True)
+            words.copy_(staged(packed, self._device), non_blocking=True)
         rows = StepRows.of(words, size, size, size, 1, num_pages)
         self._last = None if new_pages else (slots, size, rows)
         return rows
@@ -218,7 +216,6 @@ class Runner:
         self, rows: StepRows, slots: tuple[int, ...], x: Tensor, residual: Tensor, seq_lens: Tensor
     ) -> tuple[Tensor, list[Report]]:
         """Sample the rows ``rows.sampled``, of ``slots``, and end the step. x, residual: (N, H); seq_lens: (R,)."""
-        table = self._table
         tokens: Tensor = rows.sampled
         reports: list[Report] = []
         if slots:
@@ -226,9 +223,13 @@ class Runner:
             slot_ids, positions = rows.slots, seq_lens
             if len(rows.sampled) < len(rows.slots):
                 slot_ids, positions = slot_ids[rows.sampled], positions[rows.sampled]
-            tokens, reports = self._sampler.sample(logits, slots, slot_ids, positions, table.token_ids)
-        self._ops.advance_(table.token_ids, table.num_computed, rows.slots, seq_lens, rows.sampled, tokens)
+            tokens, reports = self._sampler.sample(logits, slots, slot_ids, positions, self._table.token_ids)
+        self._advance(rows.slots, seq_lens, rows.sampled, tokens)
         return tokens, reports
+
+    def _advance(self, slot_ids: Tensor, seq_lens: Tensor, sampled: Tensor, tokens: Tensor) -> None:
+        """End the step: the rows' new lengths, and the tokens of those that sampled, enter the table."""
+        self._ops.advance_(self._table.token_ids, self._table.num_computed, slot_ids, seq_lens, sampled, tokens)
 
     def _prompt_reports(self, plan: StepPlan, x: Tensor, residual: Tensor) -> dict[int, list[Report]]:
         found: dict[int, list[Report]] = {}
@@ -253,16 +254,12 @@ class Runner:
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Run every kind of step once on padding alone, so that every kernel is compiled and the largest step's memory is taken.
 
-        sizes: those that will be captured. Prefills are run at each power of two of tokens, where implementations may change.
+        sizes: those that will be captured. Others are run at each power of two, where implementations may change, and at the most.
         """
-        tokens = 1
-        while tokens <= self._max_num_batched_tokens:
-            self._run_padding([1] * min(tokens, self._max_num_seqs))
+        for rows in sorted({*_powers_of_two(self._max_num_seqs), *sizes}):
+            self._run_padding([1] * rows)
+        for tokens in _powers_of_two(self._max_num_batched_tokens):
             self._run_padding(self._padding_rows(tokens))
-            tokens *= 2
-        self._run_padding(self._padding_rows(self._max_num_batched_tokens))
-        for size in sizes:
-            self._run_padding([1] * size)
 
     def _padding_rows(self, num_tokens: int) -> list[int]:
         whole, rest = divmod(num_tokens, self._max_model_len)
@@ -279,12 +276,10 @@ class Runner:
         last = rows.starts[1:][rows.sampled] - 1
         logits = self._model.logits(x[last], residual[last])
         slot_ids, positions = rows.slots[rows.sampled], seq_lens[rows.sampled]
-        self._sampler.sample_padding(logits.float(), slot_ids, positions)  # as edited logits are
-        tokens = self._sampler.sample_padding(logits, slot_ids, positions)
+        self._sampler.sample_any(logits.float(), slot_ids, positions)  # as edited logits are
+        tokens = self._sampler.sample_any(logits, slot_ids, positions)
         self._ops.top_logprobs(logits, tokens, 1)
-        self._ops.advance_(
-            self._table.token_ids, self._table.num_computed, rows.slots, seq_lens, rows.sampled, tokens
-        )  # fmt: skip
+        self._advance(rows.slots, seq_lens, rows.sampled, tokens)
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int], capture: Capture) -> None:
@@ -292,7 +287,7 @@ class Runner:
         graphs = []
         for size in sorted(sizes, reverse=True):
             packed = StepRows.pack([0] * size, [1] * size, {}, range(size))
-            words = to_device(packed, self._device).clone()
+            words = to_device(packed, self._device)
             rows = StepRows.of(words, size, size, size, 1, self._table.page_table.shape[1])
 
             def forward(rows: StepRows = rows) -> tuple[Tensor, Tensor]:
@@ -301,9 +296,8 @@ class Runner:
 
             def whole(rows: StepRows = rows) -> Tensor:
                 logits, seq_lens = forward(rows)
-                tokens = self._sampler.sample_padding(logits, rows.slots, seq_lens)
-                table = self._table
-                self._ops.advance_(table.token_ids, table.num_computed, rows.slots, seq_lens, rows.sampled, tokens)
+                tokens = self._sampler.sample_any(logits, rows.slots, seq_lens)
+                self._advance(rows.slots, seq_lens, rows.sampled, tokens)
                 return tokens
 
             graphs.append(DecodeGraph(size, words, capture(whole), capture(forward)))
@@ -317,3 +311,8 @@ class Runner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
+
+
+def _powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... up to ``most``, and ``most`` itself."""
+    return [1 << i for i in range((most - 1).bit_length())] + [most]

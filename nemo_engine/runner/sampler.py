@@ -113,8 +113,8 @@ class Sampler:
             self._only_tokens = (slots, plain)
         return self._only_tokens[1]
 
-    def sample_padding(self, logits: Tensor, slot_ids: Tensor, positions: Tensor) -> Tensor:
-        """Choose a token for each row of whatever slots, without knowing them on the host: what a graph captures."""
+    def sample_any(self, logits: Tensor, slot_ids: Tensor, positions: Tensor) -> Tensor:
+        """Choose a token for each row, of whatever slots: the host need not know them. It is what a graph captures."""
         tokens: Tensor = self._ops.sample_(logits, slot_ids, positions, self._slots)
         return tokens
 

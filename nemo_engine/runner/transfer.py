@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 
 
+def staged(
+    values: Sequence[int] | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """``values`` on the host, in memory from which copying to ``device`` does not wait."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory() if device.type == "cuda" else host
+
+
 def to_device(
     values: Sequence[int] | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
     """``values`` on ``device``. On CUDA the copy is enqueued, and the caller does not wait for it."""
-    if device.type != "cuda":
-        return torch.as_tensor(values, dtype=dtype).to(device)
-    return pinned(values, dtype).to(device, non_blocking=True)
-
-
-def pinned(values: Sequence[int] | Sequence[float] | Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
-    """``values`` in pinned memory."""
-    if isinstance(values, Tensor):
-        return values.to(dtype).pin_memory()
-    return torch.tensor(values, dtype=dtype, pin_memory=True)
+    return staged(values, device, dtype).to(device, non_blocking=True)
 
 
 class Download:
