@@ -11,7 +11,8 @@ import torch
 from nemo_engine.ops import ALL_OPS, Op, Site
 from nemo_engine.ops.op import Case, Impl
 from nemo_engine.ops.sample import SAMPLE
-from tests.ops.proofs import prove, tensors
+from nemo_engine.runner.graphs import Capture, cuda_capture
+from tests.ops.proofs import mapped, prove, tensors
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 NOT_INTERPRETED = "Triton runs on a CPU with TRITON_INTERPRET=1 only"
@@ -60,6 +61,43 @@ def test_implementation_on_a_gpu(op: Op, impl: Impl, case: Case, dtype: torch.dt
     if op is SAMPLE:
         pytest.skip("a GPU's logarithms end in other bits: test_sample compares its tokens")
     prove(op, impl.load(), case, dtype, "cuda")
+
+
+def assert_replays(op: Op, impl: Impl, case: Case, dtype: torch.dtype, device: str, capture: Capture) -> None:
+    """Captured once and replayed on other numbers, it leaves the bits of an eager call."""
+    function = impl.load()
+    args = mapped(case.make(dtype), lambda x: x.to(device, copy=True), device)
+    start = [tensor.clone() for tensor in tensors(args)]
+    captured = capture(lambda: function(*args))
+    numbers = {id(x) for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    for tensor, before in zip(tensors(args), start, strict=True):
+        tensor.copy_((before.double() * 0.5).to(before.dtype) if id(tensor) in numbers else before)
+    own = mapped(args, torch.clone, device)
+    expected = [*tensors(function(*own)), *tensors(own)]
+    captured.replay()
+    got = [*tensors(captured.outputs), *tensors(args)]
+    for index, (one, other) in enumerate(zip(got, expected, strict=True)):
+        assert torch.equal(*(x.double().nan_to_num(nan=7.0) for x in (one, other))), f"{op.name}, {case.name}, {index}"
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("op", ALL_OPS, ids=lambda op: op.name)
+def test_captured_kernels_replay_in_emulation(op: Op) -> None:
+    from tests.runner.emulated_graphs import emulated_capture
+
+    triton = next(impl for impl in op.impls if impl.name == "triton")
+    for case in list(op.cases())[1:3]:
+        assert_replays(op, triton, case, torch.bfloat16, "cpu", emulated_capture)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ALL_OPS, ids=lambda op: op.name)
+def test_captured_kernels_replay_on_a_gpu(op: Op) -> None:
+    for impl in op.impls:
+        if impl.supports(site(torch.bfloat16, "cuda")) is None:
+            for case in op.cases():
+                if case.make(torch.bfloat16)[0].numel():
+                    assert_replays(op, impl, case, torch.bfloat16, "cuda", cuda_capture(torch.device("cuda")))
 
 
 @pytest.mark.parametrize("op", ALL_OPS, ids=lambda op: op.name)
