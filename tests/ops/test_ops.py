@@ -11,7 +11,7 @@ import torch
 from nemo_engine.ops import ALL_OPS, Op, Site
 from nemo_engine.ops.op import Case, Impl
 from nemo_engine.ops.sample import SAMPLE
-from nemo_engine.runner.graphs import Capture, cuda_capture
+from nemo_engine.runner.graphs import Capture, Captured, cuda_capture
 from tests.ops.proofs import mapped, prove, tensors
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -71,7 +71,8 @@ def assert_replays(op: Op, impl: Impl, case: Case, dtype: torch.dtype, device: s
     captured = capture(lambda: function(*args))
     numbers = {id(x) for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()}
     for tensor, before in zip(tensors(args), start, strict=True):
-        tensor.copy_((before.double() * 0.5).to(before.dtype) if id(tensor) in numbers else before)
+        ramp = torch.linspace(-1.0, 0.5, before.numel(), dtype=torch.float64, device=device).view(before.shape)
+        tensor.copy_((before.double() * ramp.abs()).to(before.dtype) if id(tensor) in numbers else before)
     own = mapped(args, torch.clone, device)
     expected = [*tensors(function(*own)), *tensors(own)]
     captured.replay()
@@ -86,8 +87,12 @@ def test_captured_kernels_replay_in_emulation(op: Op) -> None:
     from tests.runner.emulated_graphs import emulated_capture
 
     triton = next(impl for impl in op.impls if impl.name == "triton")
-    for case in list(op.cases())[1:3]:
+    cases = [case for case in op.cases() if case.make(torch.bfloat16)[0].numel() > 64]
+    for case in cases[1:3]:
         assert_replays(op, triton, case, torch.bfloat16, "cpu", emulated_capture)
+        if op.name not in ("build_batch_", "advance_"):  # whose numbers are all integers, and stay
+            with pytest.raises(AssertionError):
+                assert_replays(op, triton, case, torch.bfloat16, "cpu", lambda f: Captured(f(), lambda: None))
 
 
 @pytest.mark.gpu
