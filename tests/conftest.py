@@ -1,6 +1,7 @@
 """What all tests share: one torch thread (set before torch is first imported), and GPU tests only where there is a GPU."""
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -27,3 +28,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in gpu_tests:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> Any:
+    """The CUDA kernels compiled for the CPU; skips where there is no C++ compiler."""
+    from tests.emulation.library import load, why_not
+
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    return load()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from nemo_engine.ops.activation import SILU_MUL, SILU_MUL_FP8
@@ -12,7 +13,7 @@ from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
 from nemo_engine.ops.linear import LINEAR, LINEAR_FP8
 from nemo_engine.ops.norm import RMS_NORM, RMS_NORM_FP8
-from nemo_engine.ops.op import SEMANTICS, Choice, Op, Site, select
+from nemo_engine.ops.op import COMPOSED, SEMANTICS, Choice, Op, Site, select
 from nemo_engine.ops.quantize import QUANTIZE_CHANNELS, QUANTIZE_TOKENS
 from nemo_engine.ops.rope import ROPE_AND_APPEND_KV
 from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS
@@ -67,7 +68,11 @@ class Ops:
             if name not in names:
                 raise ValueError(f"prefer must name operations ({', '.join(names)}), got {name!r}")
         choices = tuple(select(op, site, prefer) for op in ALL_OPS)
-        ops = cls(**{choice.op: choice.function for choice in choices}, choices=choices)
+        functions = {choice.op: choice.function for choice in choices}
+        for op, choice in zip(ALL_OPS, choices, strict=True):
+            if choice.chosen == COMPOSED and op.composed is not None:
+                functions[op.name] = op.composed(SimpleNamespace(**functions))
+        ops = cls(**functions, choices=choices)
         _logger.info("%s", ops.format())
         return ops
 

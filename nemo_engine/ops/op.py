@@ -10,14 +10,16 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from nemo_engine.config import ModelConfig
 
+CUDA_NOT_BUILT = "nemo_engine._C is not built here (make cuda; it needs nvcc)"
 SEMANTICS = "semantics"  # the name under which the definition itself can be asked for
+COMPOSED = "composed"  # of an operation that is several others: these, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +69,22 @@ class Impl:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Named inputs of an operation: ``make(dtype)`` gives its arguments, with everything that must not be read set to NaN."""
+    """Named inputs of an operation: ``make(dtype)`` gives its arguments, with everything that must not be read set to NaN.
+
+    ``site``: facts of a ``Site`` that follow from the shapes, for implementations that do not serve all.
+    """
 
     name: str
     make: Callable[[torch.dtype], tuple[Any, ...]]
+    site: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
     """An operation. ``impls`` are in order of preference; ``cost`` maps a case's arguments to (bytes moved, flops).
 
-    ``is_fp8``: only models with FP8 weights or activations need it.
+    ``is_fp8``: only models with FP8 weights or activations need it. ``composed``: of an operation that is several others in one launch, a
+    function that makes it from the chosen ones (an ``Ops``), for where no implementation of the whole serves.
     """
 
     name: str
@@ -86,6 +93,7 @@ class Op:
     cases: Callable[[], Iterator[Case]]
     cost: Callable[..., tuple[int, int]]
     is_fp8: bool = False
+    composed: Callable[[Any], Callable[..., Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +110,13 @@ class Choice:
 def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
     """The first implementation that supports ``site``, or the one that ``prefer`` names.
 
-    If there is none, the definition serves a CPU, and every device for what only an FP8 model needs. Raises ``ValueError`` with the reasons if
-    the preferred one is unknown or cannot serve, or if nothing can.
+    If there is none: what the operation is composed of (the choice's function is then still the definition); or else the definition, on a CPU,
+    and on every device for what only an FP8 model needs. Raises ``ValueError`` with the reasons if the preferred one is unknown or cannot
+    serve, or if nothing can.
     """
     wanted = prefer.get(op.name)
-    if wanted is not None and wanted not in (known := [impl.name for impl in op.impls] + [SEMANTICS]):
+    known = [*(impl.name for impl in op.impls), *([COMPOSED] if op.composed else []), SEMANTICS]
+    if wanted is not None and wanted not in known:
         raise ValueError(f"prefer[{op.name!r}] must be one of {', '.join(known)}, got {wanted!r}")
     rejected: list[tuple[str, str]] = []
     for impl in op.impls:
@@ -119,6 +129,8 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
             raise ValueError(f"prefer[{op.name!r}] = {wanted!r} cannot serve here: {reason}")
         else:
             rejected.append((impl.name, reason))
+    if op.composed is not None and wanted in (None, COMPOSED):
+        return Choice(op.name, COMPOSED, tuple(rejected), op.semantics, op.is_fp8)
     if site.device_type != "cpu" and wanted is None and not op.is_fp8:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
         raise ValueError(
@@ -147,6 +159,18 @@ def triton_runs(site: Site) -> str | None:
     if site.capability is None or site.capability < (8, 0):
         return f"needs an NVIDIA GPU of compute capability 8.0, this is {site.device_type} {site.capability or ''}".rstrip()
     return None
+
+
+def cuda_runs(site: Site) -> str | None:
+    """What every CUDA C++ kernel needs: bf16, the compiled library, and the device that it was compiled for."""
+    if site.dtype != torch.bfloat16:
+        return f"computes in bfloat16, the model is {str(site.dtype).removeprefix('torch.')}"
+    if site.device_type == "cuda" and site.capability != (9, 0):
+        return f"made for compute capability (9, 0), Hopper, this is {site.capability}"
+    if importlib.util.find_spec("nemo_engine._C") is None:
+        return CUDA_NOT_BUILT
+    built_for = importlib.import_module("nemo_engine._C").device_type
+    return None if site.device_type == built_for else f"built for {built_for}, this is {site.device_type}"
 
 
 def needs_fp8(supports: Callable[[Site], str | None]) -> Callable[[Site], str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,50 +10,64 @@ import pytest
 import torch
 
 from nemo_engine.ops import ALL_OPS, Op, Site
-from nemo_engine.ops.op import Case, Impl
+from nemo_engine.ops.op import CUDA_NOT_BUILT, Case, Impl
 from nemo_engine.ops.sample import SAMPLE
 from nemo_engine.runner.graphs import Capture, Captured, cuda_capture
+from tests.emulation.library import emulated, watched
 from tests.ops.proofs import mapped, prove, tensors
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-NOT_INTERPRETED = "Triton runs on a CPU with TRITON_INTERPRET=1 only"
+# Why a kernel for GPUs does not serve a CPU as it is: there, it is interpreted or emulated.
+NOT_ON_A_CPU = (
+    "Triton runs on a CPU with TRITON_INTERPRET=1 only",
+    CUDA_NOT_BUILT,
+    "built for cuda, this is cpu",
+)
 
 
-def site(dtype: torch.dtype = torch.float32, device_type: str = "cpu", hidden_size: int = 64) -> Site:
-    return Site(
-        device_type=device_type,
-        capability=(9, 0) if device_type == "cuda" else None,
-        dtype=dtype,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        page_size=16,
-        hidden_size=hidden_size,
-        intermediate_size=64,
+def site(dtype: torch.dtype = torch.float32, device_type: str = "cpu", **facts: Any) -> Site:
+    return dataclasses.replace(
+        Site(
+            device_type=device_type,
+            capability=(9, 0) if device_type == "cuda" else None,
+            dtype=dtype,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            page_size=16,
+            hidden_size=64,
+            intermediate_size=64,
+        ),
+        **facts,
     )
 
 
 def proofs(device_type: str) -> Iterator[Any]:
-    """Every case of every implementation that runs on ``device_type``, or there in the interpreter."""
+    """Every case of every implementation that runs on ``device_type``, or there in the interpreter or in emulation."""
     for op in ALL_OPS:
         for impl in op.impls:
-            is_triton = impl.name == "triton"
             for dtype in DTYPES:
-                if (
-                    is_triton
-                    and dtype == torch.float64
-                    or impl.supports(site(dtype, device_type)) not in (None, NOT_INTERPRETED)
-                ):
+                if impl.name == "triton" and dtype == torch.float64:
                     continue
-                marks = [pytest.mark.interpreted] if is_triton and device_type == "cpu" else []
+                marks = []
+                if device_type == "cpu" and impl.name in ("triton", "cuda"):
+                    marks = [pytest.mark.interpreted if impl.name == "triton" else pytest.mark.emulated]
                 for case in op.cases():
-                    name = f"{op.name}-{impl.name}-{case.name}-{str(dtype).removeprefix('torch.')}"
-                    yield pytest.param(op, impl, case, dtype, id=name, marks=marks)
+                    reason = impl.supports(site(dtype, device_type, **case.site))
+                    if reason is None or device_type == "cpu" and reason in NOT_ON_A_CPU:
+                        name = f"{op.name}-{impl.name}-{case.name}-{str(dtype).removeprefix('torch.')}"
+                        yield pytest.param(op, impl, case, dtype, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(("op", "impl", "case", "dtype"), list(proofs("cpu")))
-def test_implementation(op: Op, impl: Impl, case: Case, dtype: torch.dtype) -> None:
-    prove(op, impl.load(), case, dtype)
+def test_implementation(op: Op, impl: Impl, case: Case, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    if impl.name != "cuda":
+        prove(op, impl.load(), case, dtype)
+        return
+    library = request.getfixturevalue("emulated_library")
+    with emulated(library):
+        assert impl.supports(site(dtype, **case.site)) is None
+        prove(op, watched(library, op, impl.load()), case, dtype)
 
 
 @pytest.mark.gpu
@@ -82,7 +97,9 @@ def assert_replays(op: Op, impl: Impl, case: Case, dtype: torch.dtype, device: s
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("op", ALL_OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op", [op for op in ALL_OPS if any(impl.name == "triton" for impl in op.impls)], ids=lambda op: op.name
+)
 def test_captured_kernels_replay_in_emulation(op: Op) -> None:
     from tests.runner.emulated_graphs import emulated_capture
 
@@ -99,8 +116,8 @@ def test_captured_kernels_replay_in_emulation(op: Op) -> None:
 @pytest.mark.parametrize("op", ALL_OPS, ids=lambda op: op.name)
 def test_captured_kernels_replay_on_a_gpu(op: Op) -> None:
     for impl in op.impls:
-        if impl.supports(site(torch.bfloat16, "cuda")) is None:
-            for case in op.cases():
+        for case in op.cases():
+            if impl.supports(site(torch.bfloat16, "cuda", **case.site)) is None:
                 if case.make(torch.bfloat16)[0].numel():
                     assert_replays(op, impl, case, torch.bfloat16, "cuda", cuda_capture(torch.device("cuda")))
 

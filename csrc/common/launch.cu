@@ -1,0 +1,68 @@
+// The host functions of common/: the device's facts, and tensor maps.
+#include "launch.h"
+
+#include <utility>
+
+namespace nemo {
+
+int num_sms() {
+    int device = 0, count = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
+namespace {
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// From the driver that is loaded, so that nothing links against libcuda.
+Encode find_encode() {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess || function == nullptr)
+        throw std::runtime_error("this CUDA driver has no cuTensorMapEncodeTiled: CUDA 12.0 or later is needed");
+    return reinterpret_cast<Encode>(function);
+}
+
+CUtensorMapDataType data_type(Element element) {
+    switch (element) {
+        case Element::U8: return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+        case Element::BF16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+        default: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    }
+}
+
+CUtensorMapSwizzle swizzle_mode(Swizzle swizzle) {
+    switch (swizzle) {
+        case Swizzle::B32: return CU_TENSOR_MAP_SWIZZLE_32B;
+        case Swizzle::B64: return CU_TENSOR_MAP_SWIZZLE_64B;
+        case Swizzle::B128: return CU_TENSOR_MAP_SWIZZLE_128B;
+        default: return CU_TENSOR_MAP_SWIZZLE_NONE;
+    }
+}
+
+}  // namespace
+
+TensorMap make_tensor_map(const void* base, const TensorMapSpec& spec) {
+    static const Encode encode = find_encode();
+    cuuint64_t sizes[3], strides[2];
+    cuuint32_t box[3], steps[3] = {1, 1, 1};
+    for (int i = 0; i < spec.rank; i++) {
+        sizes[i] = spec.sizes[i];
+        box[i] = spec.box[i];
+        if (i > 0) strides[i - 1] = spec.strides[i];
+    }
+    TensorMap made;
+    CUresult answer = encode(&made.map, data_type(spec.element), spec.rank, const_cast<void*>(base), sizes, strides, box,
+                             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_mode(spec.swizzle),
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CHECK(answer == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused (", int(answer), ") base ", base, ", sizes ", sizes[0], " x ",
+          sizes[1], ", box ", box[0], " x ", box[1]);
+    return made;
+}
+
+}  // namespace nemo

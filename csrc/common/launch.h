@@ -1,0 +1,63 @@
+// How every kernel is launched: one place for shared memory, dependent launch and errors.
+#pragma once
+
+#include "check.h"
+#include "tma.cuh"
+
+namespace nemo {
+
+using Stream = uintptr_t;  // a cudaStream_t, as Python hands it over
+
+struct Launch {
+    const char* name;  // the kernel's, for errors
+    dim3 grid;
+    int threads;
+    int shared_bytes = 0;  // dynamic
+    Stream stream = 0;
+    bool is_dependent = true;  // may start before the previous kernel ends (the kernel calls wait_for_previous_kernel)
+};
+
+// Streaming multiprocessors of the current device.
+int num_sms();
+
+}  // namespace nemo
+
+#ifdef NEMO_EMULATED
+#include "emulation/launch.h"
+#else
+
+namespace nemo {
+
+// launch({.name = "rms_norm", ...}, kernel<Some>, arguments...). Throws RuntimeError naming the kernel.
+template <class... Wanted, class... Given>
+void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
+    auto fail = [&](cudaError_t answer) {
+        throw std::runtime_error(text("launch of ", how.name, ": ", cudaGetErrorName(answer), ", ",
+                                      cudaGetErrorString(answer), " (grid ", how.grid.x, "x", how.grid.y, "x", how.grid.z,
+                                      ", ", how.threads, " threads, ", how.shared_bytes, " bytes of shared memory)"));
+    };
+    if (how.shared_bytes > 48 * 1024) {
+        cudaError_t answer =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+        if (answer != cudaSuccess) fail(answer);
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = how.grid;
+    config.blockDim = dim3(how.threads);
+    config.dynamicSmemBytes = how.shared_bytes;
+    config.stream = reinterpret_cast<cudaStream_t>(how.stream);
+    cudaLaunchAttribute dependent{};
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &dependent;
+    config.numAttrs = how.is_dependent ? 1 : 0;
+    cudaError_t answer = cudaLaunchKernelEx(&config, kernel, static_cast<Wanted>(std::forward<Given>(given))...);
+    if (answer != cudaSuccess) {
+        cudaGetLastError();  // not sticky: the next launch starts clean
+        fail(answer);
+    }
+}
+
+}  // namespace nemo
+
+#endif

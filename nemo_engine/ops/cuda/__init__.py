@@ -1,0 +1,32 @@
+"""The CUDA kernels of ``nemo_engine._C`` behind the signatures of the operations, one module per family.
+
+Everything about tensors is checked here: the library sees addresses, sizes, strides and a stream. Nothing is allocated there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def library() -> Any:
+    """The compiled module. Selection has seen that it is there and made for the device."""
+    return importlib.import_module("nemo_engine._C")
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The stream that a launch over ``tensor`` belongs on."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """``count`` int32 zeros at one address. A kernel that counts its blocks there leaves zeros, so launches of one stream share them."""
+    found = _counters.get(device)
+    if found is None or len(found) < count:
+        found = _counters[device] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+    return found[:count]

@@ -1,0 +1,129 @@
+"""The CUDA kernels compiled for the CPU: built once, loaded as ``nemo_engine._C``, with every tensor they may touch made known."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import itertools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_engine.ops import cuda
+from nemo_engine.ops.op import Op
+
+from tests.ops.proofs import tensors
+
+# Arguments that no kernel writes: these alone may be read while the kernel before still runs.
+CONSTANTS = {"weight", "norm_weight", "w8", "w_scales", "table", "scale", "x_scale", "k_scale", "v_scale"}
+ROOT = Path(__file__).parent.parent.parent
+BUILD = ROOT / "build" / "emulated"
+
+
+def build(folder: Path = BUILD, *options: str) -> Path:
+    """Compile what changed; returns the library. Raises ``RuntimeError`` with the compiler's words."""
+    bins = Path(sys.executable).parent
+    configure = [bins / "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={bins / 'ninja'}"]
+    for command in (
+        [*configure, f"-DPython_EXECUTABLE={sys.executable}", "-DNEMO_EMULATED=ON", *options],
+        [bins / "cmake", "--build", folder],
+    ):
+        run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))}\n{run.stdout[-8000:]}{run.stderr[-8000:]}")
+    (library,) = folder.glob("_C*.so")
+    return library
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be compiled for the CPU here; None if they can."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "no C++ compiler is installed"
+    return None
+
+
+@functools.cache
+def load(folder: Path = BUILD) -> Any:
+    """The emulated library, compiled if need be."""
+    spec = importlib.util.spec_from_file_location("nemo_engine._C", build(folder))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def emulated(library: Any) -> Iterator[Any]:
+    """Inside, ``nemo_engine._C`` is ``library``."""
+    before = sys.modules.get("nemo_engine._C")
+    sys.modules["nemo_engine._C"] = library
+    cuda._counters.clear()
+    try:
+        yield library
+    finally:
+        cuda._counters.clear()
+        del sys.modules["nemo_engine._C"]
+        if before is not None:
+            sys.modules["nemo_engine._C"] = before
+
+
+class Watch(TorchDispatchMode):
+    """Inside it, the emulation knows every array: those in ``tensors``, those in ``constants``, and what torch makes meanwhile.
+
+    What is made empty is poisoned, so that an element that a kernel does not write shows.
+    """
+
+    def __init__(self, library: Any, tensors: list[Tensor], constants: list[Tensor]) -> None:
+        super().__init__()
+        self.emulator = library.emulator
+        self.emulator.forget()
+        self.held: list[Tensor] = []
+        constant = {tensor.untyped_storage().data_ptr() for tensor in constants}
+        for tensor in cuda._counters.values():
+            self.allow(tensor, False)
+        for tensor in tensors:
+            self.allow(tensor, tensor.untyped_storage().data_ptr() in constant)
+
+    def allow(self, tensor: Tensor, is_constant: bool) -> None:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            self.held.append(tensor)  # while it is allowed, nothing else may come to lie there
+            self.emulator.allow(storage.data_ptr(), storage.nbytes(), is_constant)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            name = func.overloadpacket.__name__
+            if name in ("empty", "empty_like", "empty_strided", "new_empty"):
+                result.view(torch.uint8).fill_(0xFF) if result.numel() else None
+            self.allow(result, False)
+        return result
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self.emulator.forget()
+
+
+def watched(library: Any, op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` over arrays that the emulation knows; each call runs threads and blocks in another order."""
+    names = list(inspect.signature(op.semantics).parameters)
+    seeds = itertools.count()
+
+    def call(*args: Any) -> Any:
+        library.emulator.seed(next(seeds))
+        constants = [
+            tensor for name, arg in zip(names, args, strict=False) if name in CONSTANTS for tensor in tensors((arg,))
+        ]
+        with Watch(library, tensors(args), constants):
+            return function(*args)
+
+    return call
