@@ -266,7 +266,7 @@ class EngineConfig:
     kv_cache_dtype: "auto" (that of the activations); "fp8" comes later and is refused.
     load_format: "auto" reads the checkpoint, "dummy" makes seeded random weights of its config.
     device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs.
-    prefer: {operation: implementation} to force one. pipeline_depth: steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
+    prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth: steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
     seed: of the noise of requests that bring none, and of dummy weights. max_logprobs: the most alternatives a request may ask for.
     tokenizer: path of the tokenizer if it is not in the checkpoint. skip_tokenizer_init: token ids only.
     scheduling_policy: "fcfs", or "priority" (a lower number first).

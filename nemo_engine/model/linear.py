@@ -37,3 +37,15 @@ class DenseLinear:
         """(T, in) -> (T, out)."""
         product: torch.Tensor = ops.linear(x, self.weight)
         return product
+
+    def after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, ops: Ops
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projection of ``x + residual``, normalised; and that sum. (T, in) twice -> (T, out), (T, in)."""
+        product, total = ops.norm_linear(x, residual, norm_weight, eps, self.weight)
+        return product, total
+
+    def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
+        product: torch.Tensor = ops.silu_mul_linear(gate_up, self.weight)
+        return product

@@ -46,8 +46,7 @@ class Nemo:
         x = self.weights.embed_tokens[inputs.input_ids]  # (T, H)
         residual: Tensor | None = None
         for layer, (k_cache, v_cache) in zip(self.weights.layers, kv_cache, strict=True):
-            x, residual = ops.rms_norm(x, layer.input_layernorm, eps, residual)  # (T, H) twice
-            qkv = layer.qkv(x, ops)  # (T, Q + 2 K)
+            qkv, residual = layer.qkv.after_norm(x, residual, layer.input_layernorm, eps, ops)  # (T, Q + 2 K), (T, H)
             q, k, v = (
                 part.unflatten(1, (-1, config.head_dim)) for part in qkv.split([q_size, kv_size, kv_size], dim=1)
             )
@@ -56,12 +55,15 @@ class Nemo:
             )  # (T, Hq, D)
             x = ops.paged_attention(q, k_cache, v_cache, inputs.attention, scale)  # (T, Hq, D)
             x = layer.o(x.flatten(1), ops)  # (T, H)
-            x, residual = ops.rms_norm(x, layer.post_attention_layernorm, eps, residual)
-            x = layer.down(ops.silu_mul(layer.gate_up(x, ops)), ops)  # (T, 2 I) -> (T, I) -> (T, H)
+            gate_up, residual = layer.gate_up.after_norm(
+                x, residual, layer.post_attention_layernorm, eps, ops
+            )  # (T, 2 I)
+            x = layer.down.after_silu_mul(gate_up, ops)  # (T, H)
         assert residual is not None
         return x, residual
 
     def logits(self, x: Tensor, residual: Tensor) -> Tensor:
         """Logits of some rows of what ``forward`` returned: (R, H) twice -> (R, V), in the activations' dtype."""
-        hidden, _ = self.ops.rms_norm(x, self.weights.norm, self.config.rms_norm_eps, residual)
-        return self.weights.lm_head(hidden, self.ops)
+        weights = self.weights
+        logits, _ = weights.lm_head.after_norm(x, residual, weights.norm, self.config.rms_norm_eps, self.ops)
+        return logits

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_engine.ops.activation import SILU_MUL, SILU_MUL_FP8
 from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
+from nemo_engine.ops.fused import NORM_LINEAR, NORM_LINEAR_FP8, SILU_MUL_LINEAR, SILU_MUL_LINEAR_FP8
 from nemo_engine.ops.linear import LINEAR, LINEAR_FP8
 from nemo_engine.ops.norm import RMS_NORM, RMS_NORM_FP8
 from nemo_engine.ops.op import COMPOSED, SEMANTICS, Choice, Op, Site, select
@@ -26,10 +27,14 @@ ALL_OPS: tuple[Op, ...] = (
     RMS_NORM_FP8,
     LINEAR,
     LINEAR_FP8,
+    NORM_LINEAR,
+    NORM_LINEAR_FP8,
     ROPE_AND_APPEND_KV,
     PAGED_ATTENTION,
     SILU_MUL,
     SILU_MUL_FP8,
+    SILU_MUL_LINEAR,
+    SILU_MUL_LINEAR_FP8,
     QUANTIZE_TOKENS,
     QUANTIZE_CHANNELS,
     SAMPLE,
@@ -37,7 +42,20 @@ ALL_OPS: tuple[Op, ...] = (
     ADVANCE,
 )
 
+EVERY = "*"  # in a preference: every operation that has such an implementation
+
 _logger = logging.getLogger("nemo_engine")
+
+
+def served_by(name: str | None, site: Site) -> dict[str, str]:
+    """A preference for the implementation ``name`` of every operation where it serves ``site``. ``ValueError`` if none has it."""
+    if name is None:
+        return {}
+    having = {op.name: impl for op in ALL_OPS for impl in op.impls if impl.name == name}
+    if not having:
+        known = sorted({impl.name for op in ALL_OPS for impl in op.impls})
+        raise ValueError(f"prefer[{EVERY!r}] must be one of {', '.join(known)}, got {name!r}")
+    return {op: name for op, impl in having.items() if impl.supports(site) is None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +67,14 @@ class Ops:
     rms_norm_fp8: Callable[..., Any]
     linear: Callable[..., Any]
     linear_fp8: Callable[..., Any]
+    norm_linear: Callable[..., Any]
+    norm_linear_fp8: Callable[..., Any]
     rope_and_append_kv_: Callable[..., Any]
     paged_attention: Callable[..., Any]
     silu_mul: Callable[..., Any]
     silu_mul_fp8: Callable[..., Any]
+    silu_mul_linear: Callable[..., Any]
+    silu_mul_linear_fp8: Callable[..., Any]
     quantize_tokens: Callable[..., Any]
     quantize_channels: Callable[..., Any]
     sample_: Callable[..., Any]
@@ -62,12 +84,15 @@ class Ops:
 
     @classmethod
     def select(cls, site: Site, prefer: Mapping[str, str]) -> Ops:
-        """Choose every operation for ``site``. Raises ``ValueError`` for a preference that cannot be met."""
+        """Choose every operation for ``site``. Raises ``ValueError`` for a preference that cannot be met.
+
+        ``prefer``: {operation: implementation}; under "*", one that is preferred wherever it serves.
+        """
         names = [op.name for op in ALL_OPS]
         for name in prefer:
-            if name not in names:
-                raise ValueError(f"prefer must name operations ({', '.join(names)}), got {name!r}")
-        choices = tuple(select(op, site, prefer) for op in ALL_OPS)
+            if name not in (*names, EVERY):
+                raise ValueError(f"prefer must name operations ({', '.join(names)}) or all ({EVERY}), got {name!r}")
+        choices = tuple(select(op, site, {**served_by(prefer.get(EVERY), site), **prefer}) for op in ALL_OPS)
         functions = {choice.op: choice.function for choice in choices}
         for op, choice in zip(ALL_OPS, choices, strict=True):
             if choice.chosen == COMPOSED and op.composed is not None:

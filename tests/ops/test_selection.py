@@ -95,15 +95,27 @@ def test_a_model_that_no_kernel_serves_is_refused(change: dict[str, object], rea
 def test_a_gpu_without_fp8_serves_models_without_fp8() -> None:
     ops = Ops.select(dataclasses.replace(GPU, capability=(8, 0)), {})
     assert {choice.op for choice in ops.choices if choice.chosen == "semantics"} == {
-        op.name for op in ALL_OPS if op.is_fp8
+        op.name for op in ALL_OPS if op.is_fp8 and op.composed is None
     }
 
 
 def test_unknown_preferences_are_refused() -> None:
     with pytest.raises(ValueError, match=r"prefer\['rms_norm'\] must be one of triton, semantics, got 'cutlass'"):
         Ops.select(CPU, {"rms_norm": "cutlass"})
-    with pytest.raises(ValueError, match=r"prefer must name operations \(.*, rms_norm, .*\), got 'rmsnorm'"):
+    with pytest.raises(
+        ValueError, match=r"prefer must name operations \(.*, rms_norm, .*\) or all \(\*\), got 'rmsnorm'"
+    ):
         Ops.select(CPU, {"rmsnorm": "triton"})
+
+
+def test_one_name_for_all_operations() -> None:
+    """Where it serves: elsewhere, and where another is asked for, it changes nothing."""
+    plain, all_torch = Ops.select(CPU, {}), Ops.select(CPU, {"*": "torch", "rms_norm": "semantics"})
+    assert [choice.chosen for choice in all_torch.choices] == [choice.chosen for choice in plain.choices]
+    chosen = {choice.op: choice.chosen for choice in Ops.select(GPU, {"*": "triton", "silu_mul": "semantics"}).choices}
+    assert chosen["linear"] == "triton" and chosen["silu_mul"] == "semantics"
+    with pytest.raises(ValueError, match=r"prefer\['\*'\] must be one of .*triton.*, got 'cutlass'"):
+        Ops.select(CPU, {"*": "cutlass"})
 
 
 def test_the_first_that_supports_the_site_is_taken_and_only_it_is_imported() -> None:
