@@ -1,0 +1,66 @@
+// What Python sees of the emulation, and the host functions that a GPU's driver would answer.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "common/launch.h"
+
+namespace nemo {
+
+int num_sms() { return emulated::machine().num_sms; }
+
+TensorMap make_tensor_map(const void* base, const TensorMapSpec& spec) {
+    CHECK_POINTER(base);
+    CHECK_RANGE(spec.rank, 2, 3);
+    int size = emulated::element_bytes(spec.element);
+    for (int i = 0; i < spec.rank; i++) {
+        CHECK_RANGE(spec.sizes[i], 1, int64_t(1) << 32);
+        CHECK_RANGE(spec.box[i], 1, 256);
+        if (i) {
+            CHECK_MULTIPLE(spec.strides[i], 16);
+            CHECK_RANGE(spec.strides[i], 0, (int64_t(1) << 40) - 1);
+        }
+    }
+    int row_bytes = spec.box[0] * size;
+    CHECK_MULTIPLE(row_bytes, 16);
+    int widest = spec.swizzle == Swizzle::B128 ? 128 : spec.swizzle == Swizzle::B64 ? 64 : spec.swizzle == Swizzle::B32 ? 32 : 1024;
+    CHECK_RANGE(row_bytes, 16, widest);
+    return {static_cast<const unsigned char*>(base), spec};
+}
+
+void register_emulator(pybind11::module_& parent) {
+    using emulated::machine;
+    namespace py = pybind11;
+    auto m = parent.def_submodule("emulator", "The emulated machine: what it may touch, in which order, what it ran.");
+    m.def(
+        "allow",
+        [](uintptr_t address, int64_t bytes, bool is_constant) {
+            auto& ranges = machine().ranges;
+            uintptr_t end = address + uintptr_t(bytes);
+            // What lies there now replaces what lay there before.
+            std::erase_if(ranges, [&](const emulated::Range& range) { return range.begin < end && address < range.end; });
+            auto at = std::lower_bound(ranges.begin(), ranges.end(), address,
+                                       [](const emulated::Range& range, uintptr_t x) { return range.begin < x; });
+            ranges.insert(at, {address, end, is_constant});
+        },
+        py::arg("address"), py::arg("bytes"), py::arg("is_constant") = false,
+        "Make an array known. While any is, kernels may touch nothing else; constants may be read at any time.");
+    m.def("forget", [] { machine().ranges.clear(); }, "Forget all arrays; nothing is checked.");
+    m.def("seed", [](uint64_t seed) { machine().random.seed(seed); }, "Of the order of threads, blocks and copies.");
+    m.def("set_num_sms", [](int count) { machine().num_sms = count; }, "Of the emulated GPU (132).");
+    m.def(
+        "launches",
+        [] {
+            py::list all;
+            for (const auto& launch : machine().launches)
+                all.append(py::dict(py::arg("name") = launch.name,
+                                    py::arg("grid") = py::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z),
+                                    py::arg("threads") = launch.threads, py::arg("shared_bytes") = launch.shared_bytes,
+                                    py::arg("is_dependent") = launch.is_dependent));
+            return all;
+        },
+        "Every launch since clear_launches().");
+    m.def("clear_launches", [] { machine().launches.clear(); });
+}
+
+}  // namespace nemo
