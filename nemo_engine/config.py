@@ -118,7 +118,7 @@ class ModelConfig:
         tokenizers. Raises ``ValueError`` as ``from_hf`` does.
         """
         read = _Reader(data, "params.json")
-        for key in ("sliding_window", "_sliding_window", "moe", "quantization", "yarn", "vision_encoder", "multimodal",
+        for key in ("sliding_window", "_sliding_window", "moe", "yarn", "vision_encoder", "multimodal",
                     "q_lora_rank", "kv_lora_rank", "use_biases", "llama_4_scaling", "attn_bias"):  # fmt: skip
             read.refuse(key)
         return read.build(
@@ -206,13 +206,6 @@ def _refuse_other_architecture(read: _Reader) -> None:
     if not isinstance(architectures, list) or not known.intersection(map(str, architectures)):
         raise ValueError(f"config.json: architectures must hold MistralForCausalLM, got {architectures!r}")
     read.refuse("model_type", unless=("mistral", "llama"), because="must be mistral")
-    quantization = read.first("quantization_config")
-    if quantization is not None:
-        scheme = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise ValueError(
-            f"config.json: quantization_config (quant_method {scheme!r}) is not supported: FP8 support will bring it; "
-            "use the unquantised checkpoint"
-        )
     read.refuse(
         "sliding_window", because="is not supported: attention is over the whole context, as in Mistral NeMo (null)"
     )
@@ -263,7 +256,10 @@ class EngineConfig:
     page_size: tokens per KV page: a power of two from 16 to 128.
     kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at
         least one request of max_model_len if that is at most 4 GiB; on a GPU what the memory plan leaves.
-    kv_cache_dtype: "auto" (that of the activations); "fp8" comes later and is refused.
+    kv_cache_dtype: "auto" (FP8 where the checkpoint has a scheme for it, else the activations' dtype), "fp8" (e4m3; scales from the
+        checkpoint, else 1), or the activations' dtype by name.
+    quantization: "fp8" quantises a bf16 checkpoint while it loads (weights per output channel, activations per token), "fp8_block" by 128 x
+        128; None takes the checkpoint as it is. quantize_lm_head: the head becomes FP8 too.
     load_format: "auto" reads the checkpoint, "dummy" makes seeded random weights of its config.
     device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs.
     prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth: steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
@@ -282,6 +278,8 @@ class EngineConfig:
     kv_cache_gib: float | None = None
     num_kv_pages: int | None = None
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None
+    quantize_lm_head: bool = False
     load_format: str = "auto"
     device: str = "auto"
     enforce_eager: bool = False
@@ -296,7 +294,7 @@ class EngineConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init"):
+        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "quantize_lm_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -345,9 +343,8 @@ class EngineConfig:
                 )
         if self.num_kv_pages is not None:
             _check_int("num_kv_pages", self.num_kv_pages, low=1)
-        if isinstance(self.kv_cache_dtype, str) and self.kv_cache_dtype.startswith("fp8"):
-            raise ValueError(f"kv_cache_dtype {self.kv_cache_dtype!r} is not supported yet: use 'auto'")
-        _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto",))
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8", "fp8_e4m3", *DTYPES))
+        _check_choice("quantization", self.quantization, (None, "fp8", "fp8_block"))
         _check_int("tensor_parallel_size", self.tensor_parallel_size, low=1)
         if self.tensor_parallel_size > 1:
             raise ValueError(f"tensor_parallel_size above 1 is not supported yet, got {self.tensor_parallel_size}")

@@ -219,7 +219,13 @@ def test_conversions_to_narrow_formats(checks: Any) -> None:
         numbers = torch.arange(0, highest, 7, dtype=torch.int16).view(dtype).float()
         following = torch.arange(1, highest + 1, 7, dtype=torch.int16)[: len(numbers)].view(dtype).float()
         middle = (numbers.double() + following.double()).div(2).float()
-        for x in (numbers, middle, middle.nextafter(torch.tensor(0.0)), middle.nextafter(torch.tensor(torch.inf)), -middle):
+        for x in (
+            numbers,
+            middle,
+            middle.nextafter(torch.tensor(0.0)),
+            middle.nextafter(torch.tensor(torch.inf)),
+            -middle,
+        ):
             expected = x.to(dtype).view(torch.int16)
             got = torch.tensor([bits_of(value) & 0xFFFF for value in x.tolist()]).to(torch.int16)
             assert got.equal(expected), dtype
@@ -236,7 +242,9 @@ def test_conversions_to_narrow_formats(checks: Any) -> None:
 def test_widening_and_permuting(checks: Any) -> None:
     every = torch.arange(256, dtype=torch.uint8)
     wide = torch.tensor([checks.fp8x2_to_fp16x2(i | (255 - i) << 8) & 0xFFFF for i in range(256)]).to(torch.int16)
-    torch.testing.assert_close(wide.view(torch.float16).float(), every.view(FP8).float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        wide.view(torch.float16).float(), every.view(FP8).float(), rtol=0, atol=0, equal_nan=True
+    )
     half = torch.arange(0, 65536, 5)
     got = torch.tensor([checks.fp16_to_float(i) for i in half.tolist()])
     torch.testing.assert_close(got, half.to(torch.int16).view(torch.float16).float(), rtol=0, atol=0, equal_nan=True)
@@ -272,7 +280,8 @@ def test_what_is_right_stays_right(emulated_library: Any, way: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mistake", "way"), [("NO_BARRIER", 0), ("NO_COPY_WAIT", 1), ("NO_PHASE_WAIT", 2), ("NOT_WRITTEN", 0), ("WRONG_LANE", 0)]
+    ("mistake", "way"),
+    [("NO_BARRIER", 0), ("NO_COPY_WAIT", 1), ("NO_PHASE_WAIT", 2), ("NOT_WRITTEN", 0), ("WRONG_LANE", 0)],
 )
 def test_mistakes_that_change_the_result(emulated_library: Any, mistake: str, way: int) -> None:
     """In most orders of threads, so that a kernel proven in a few cases cannot hide one."""

@@ -329,7 +329,7 @@ def test_one_bad_prompt_of_many_is_named_and_nothing_is_queued(engine: Engine) -
         ({"max_num_batched_tokens": 4}, ValueError, "max_num_batched_tokens"),
         ({"prefer": {"rms_norm": "no such thing"}}, ValueError, "no such thing"),
         ({"prefer": {"no_such_op": "triton"}}, ValueError, "no_such_op"),
-        ({"kv_cache_dtype": "fp8"}, ValueError, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "fp4"}, ValueError, "kv_cache_dtype"),
         ({"device": "tpu"}, ValueError, "device"),
         ({"max_model_len": 10**7}, ValueError, "10000000"),
         ({"num_kv_pages": 4, "max_model_len": 65}, ValueError, "max_model_len 65 does not fit: .* hold 64"),

@@ -18,6 +18,7 @@ import torch
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.hub import download, weight_sets_of
 from nemo_engine.model.layout import Layout, tensor_name
+from nemo_engine.model.quantization import Quantization, quantization_of
 from nemo_engine.model.safetensors_files import TensorInfo, read_into, read_json, read_weight_set
 
 BUNDLED = {"nemo-tiny": Path(__file__).parent.parent / "assets" / "nemo-tiny"}
@@ -30,13 +31,15 @@ _logger = logging.getLogger("nemo_engine")
 class Checkpoint:
     """An opened checkpoint: ``tensors`` by their names in its ``layout``; empty if weights were not asked for.
 
-    ``unused_files`` are the weight files of the other layout, where a directory holds both.
+    ``quantization`` is None if it is not quantised. ``unused_files`` are the weight files of the other layout, where a directory holds
+    both.
     """
 
     path: Path
     layout: Layout
     model_config: ModelConfig
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    quantization: Quantization | None = None
     unused_files: tuple[str, ...] = ()
 
     @property
@@ -59,6 +62,8 @@ class Checkpoint:
         holds = f"{len(self.tensors)} tensors in {files[0]}" if files else "configuration only"
         if len(files) > 1:
             holds += f" and {len(files) - 1} more"
+        if self.quantization is not None:
+            holds += f"; {self.quantization.describe()}"
         unused = f"; not used: {', '.join(self.unused_files)}" if self.unused_files else ""
         return f"{self.path}: {name} layout, {holds}{unused}"
 
@@ -108,11 +113,12 @@ def _open_directory(path: Path, needs_weights: bool) -> Checkpoint:
         stem = "model" if "config.json" in files or "params.json" not in files else "consolidated"
     layout: Layout = "hf" if stem == "model" else "mistral"
     data = _read_config_file(path, layout)
+    quantization = _quantization(path, layout, data)
     if not needs_weights:
-        return Checkpoint(path, layout, _model_config(path, layout, data, {}), {})
+        return Checkpoint(path, layout, _model_config(path, layout, data, {}), {}, quantization)
     tensors = read_weight_set(path, stem)
     unused_files = tuple(file for unused in weight_sets[1:] for file in unused.files)
-    return Checkpoint(path, layout, _model_config(path, layout, data, tensors), tensors, unused_files)
+    return Checkpoint(path, layout, _model_config(path, layout, data, tensors), tensors, quantization, unused_files)
 
 
 def _no_weights_message(path: Path, files: list[str]) -> str:
@@ -133,6 +139,15 @@ def _read_config_file(path: Path, layout: Layout) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(data).__name__}")
     return data
+
+
+def _quantization(path: Path, layout: Layout, data: dict[str, Any]) -> Quantization | None:
+    modelopt_file = path / "hf_quant_config.json"
+    modelopt = read_json(modelopt_file) if layout == "hf" and modelopt_file.exists() else None
+    try:
+        return quantization_of(data, modelopt, is_mistral=layout == "mistral")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _model_config(path: Path, layout: Layout, data: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelConfig:

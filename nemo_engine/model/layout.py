@@ -26,6 +26,13 @@ _LAYER_NAMES = {
     "up_proj": ("model.layers.{}.mlp.up_proj", "layers.{}.feed_forward.w3"),
     "down_proj": ("model.layers.{}.mlp.down_proj", "layers.{}.feed_forward.w2"),
 }
+# The parts whose rows each projection holds, in this order from the top.
+PARTS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
 _OUTER_NAMES = {
     "embed_tokens": ("model.embed_tokens", "tok_embeddings"),
     "norm": ("model.norm", "norm"),
@@ -44,6 +51,11 @@ class ExpectedTensor:
     shape: tuple[int, ...]
     part: str
     layer: int | None
+
+
+def attention_module(layout: Layout, layer: int) -> str:
+    """What a layer's attention is called: the scales of keys and values are named after it."""
+    return f"model.layers.{layer}.self_attn" if layout == "hf" else f"layers.{layer}.attention"
 
 
 def tensor_name(layout: Layout, part: str, layer: int | None = None) -> str:

@@ -49,3 +49,56 @@ class DenseLinear:
         """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
         product: torch.Tensor = ops.silu_mul_linear(gate_up, self.weight)
         return product
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Linear:
+    """A projection of FP8 (e4m3) weights, whose input is quantised too: per token, or by ``input_scale`` if there is one.
+
+    ``weight`` (out, in) holds FP8 numbers: as FP8, or widened to fp32 once where the definition computes (``widen``).
+    ``scales``, fp32: (out, 1), one per output; or (out / 128, in / 128), rounded up, one per block, the input then having one per token
+    and 128 of it. ``input_scale`` is () fp32.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    input_scale: torch.Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.weight.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight and its scales."""
+        return self.weight.nbytes + self.scales.nbytes + (0 if self.input_scale is None else self.input_scale.nbytes)
+
+    def widen(self) -> Fp8Linear:
+        """The same numbers with ``weight`` in fp32: four times the bytes, and no conversion at every step."""
+        return Fp8Linear(self.weight.float(), self.scales, self.input_scale)
+
+    def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """(T, in) -> (T, out)."""
+        product: torch.Tensor = ops.quantize_linear_fp8(x, self.weight, self.scales, self.input_scale)
+        return product
+
+    def after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, ops: Ops
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projection of ``x + residual``, normalised; and that sum. (T, in) twice -> (T, out), (T, in)."""
+        product, total = ops.norm_linear_fp8(x, residual, norm_weight, eps, self.weight, self.scales, self.input_scale)
+        return product, total
+
+    def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
+        product: torch.Tensor = ops.silu_mul_linear_fp8(gate_up, self.weight, self.scales, self.input_scale)
+        return product
+
+
+Linear = DenseLinear | Fp8Linear

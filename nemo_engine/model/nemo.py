@@ -51,9 +51,20 @@ class Nemo:
                 part.unflatten(1, (-1, config.head_dim)) for part in qkv.split([q_size, kv_size, kv_size], dim=1)
             )
             q = ops.rope_and_append_kv_(
-                q, k, v, self.rope, inputs.positions, inputs.slot_mapping, k_cache, v_cache
+                q,
+                k,
+                v,
+                self.rope,
+                inputs.positions,
+                inputs.slot_mapping,
+                k_cache,
+                v_cache,
+                layer.k_scale,
+                layer.v_scale,
             )  # (T, Hq, D)
-            x = ops.paged_attention(q, k_cache, v_cache, inputs.attention, scale)  # (T, Hq, D)
+            x = ops.paged_attention(
+                q, k_cache, v_cache, inputs.attention, scale, layer.k_scale, layer.v_scale
+            )  # (T, Hq, D)
             x = layer.o(x.flatten(1), ops)  # (T, H)
             gate_up, residual = layer.gate_up.after_norm(
                 x, residual, layer.post_attention_layernorm, eps, ops

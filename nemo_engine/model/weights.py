@@ -1,29 +1,44 @@
-"""The weights of a model in memory, and three ways to come by them: allocate, load a checkpoint, draw them at random.
+"""The weights of a model in memory: what they are, where a checkpoint's tensors go, and random ones.
 
-Everything is checked before anything is allocated, then tensors go one by one to where they belong; so the peak is the
-weights plus one tensor. Must not know how checkpoints are found.
+Must not know how checkpoints are found or read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from nemo_engine.config import ModelConfig
-from nemo_engine.ledger import Ledger
-from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.layout import ExpectedTensor, expected_tensors, is_ignored, tensor_name
-from nemo_engine.model.linear import DenseLinear
-from nemo_engine.model.progress import progress_bar
+from nemo_engine.model.layout import PARTS, ExpectedTensor, expected_tensors
+from nemo_engine.model.linear import DenseLinear, Fp8Linear, Linear
+from nemo_engine.ops.blocks import quantize_weight_blocks
+from nemo_engine.ops.linear import SCALE_BLOCK
+from nemo_engine.ops.quantize import FP8, quantize_channels
 
-FAULTS_SHOWN = 8  # in one error message
 DUMMY_PERIOD = 262_139  # random numbers drawn per dummy tensor, then repeated; prime, so that no two rows are alike
+_DUMMY_INPUT_SCALE = 0.02  # of static activations, which dummy weights keep near 1
+_CHUNK = 1 << 24  # numbers quantised at once: their wide copies take little beside the weights
 
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_logger = logging.getLogger("nemo_engine")
+
+@dataclass(frozen=True, slots=True)
+class LinearKind:
+    """What a projection is: dense ("none"), or FP8 with a scale per output ("channel") or per 128 x 128 ("block")."""
+
+    scales: Literal["none", "channel", "block"] = "none"
+    has_input_scale: bool = False
+
+
+DENSE = LinearKind()
+KindOf = Callable[[int | None, str], LinearKind]  # of (layer, projection), and of (None, "lm_head")
+
+
+def all_dense(layer: int | None, projection: str) -> LinearKind:
+    """Every projection in the dtype of the activations."""
+    return DENSE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,25 +46,28 @@ class LayerWeights:
     """One decoder layer. H hidden, I intermediate, Q and K the widths of all query heads and of all key heads.
 
     ``qkv`` (Q + 2 K, H) has the rows [q; k; v], ``gate_up`` (2 I, H) has [gate; up]; ``o`` is (H, Q), ``down`` (H, I), the
-    norms (H,). Query and key heads are in half-split rotary order.
+    norms (H,). Query and key heads are in half-split rotary order. ``k_scale`` and ``v_scale``, (key heads,) fp32, multiply the
+    entries of an FP8 cache; None for 1.
     """
 
     input_layernorm: torch.Tensor
-    qkv: DenseLinear
-    o: DenseLinear
+    qkv: Linear
+    o: Linear
     post_attention_layernorm: torch.Tensor
-    gate_up: DenseLinear
-    down: DenseLinear
+    gate_up: Linear
+    down: Linear
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NemoWeights:
-    """A whole model: ``embed_tokens`` (V, H), ``norm`` (H,), ``lm_head`` (V, H). Tied, the last holds the first's tensor."""
+    """A whole model: ``embed_tokens`` (V, H), ``norm`` (H,), ``lm_head`` (V, H). Tied and dense, the last holds the first's tensor."""
 
     embed_tokens: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    lm_head: DenseLinear
+    lm_head: Linear
 
     @property
     def num_bytes(self) -> int:
@@ -57,59 +75,60 @@ class NemoWeights:
         layers = sum(
             layer.input_layernorm.nbytes + layer.post_attention_layernorm.nbytes
             + layer.qkv.num_bytes + layer.o.num_bytes + layer.gate_up.num_bytes + layer.down.num_bytes
+            + sum(scale.nbytes for scale in (layer.k_scale, layer.v_scale) if scale is not None)
             for layer in self.layers
         )  # fmt: skip
         head = 0 if self.lm_head.weight is self.embed_tokens else self.lm_head.num_bytes
         return self.embed_tokens.nbytes + layers + self.norm.nbytes + head
 
 
-def load_weights(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    progress: bool | None = None,
-    ledger: Ledger | None = None,
-) -> NemoWeights:
-    """Check and load ``checkpoint`` as ``dtype`` onto ``device``, tensor by tensor.
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where one tensor of a checkpoint lives: ``values``, of its shape; if that is FP8, also ``scales`` of its rows, in ``linear``."""
 
-    ``progress`` shows a bar; None shows one on a terminal if loading takes longer than a second. Raises ``ValueError``
-    listing the tensors that are missing, too many, or of wrong shape or dtype.
-    """
-    ledger = Ledger() if ledger is None else ledger
-    with ledger.stage("check tensors"):
-        check_tensors(checkpoint, config)
-    with ledger.stage("load weights") as stage:
-        weights = empty_weights(config, dtype, torch.device(device))
-        stage.num_bytes = weights.num_bytes
-        expected = expected_tensors(config, checkpoint.layout)
-        expected.sort(key=lambda tensor: _place_on_disk(checkpoint, tensor))
-        total = sum(checkpoint.tensors[tensor.name].nbytes for tensor in expected)
-        loader = _TensorLoader(checkpoint, config, weights)
-        with progress_bar("load weights", total, progress) as advance:
-            for tensor in expected:
-                loader.load(tensor)
-                advance(checkpoint.tensors[tensor.name].nbytes)
-        del loader  # and its buffer
-        _check_tied_head(checkpoint, config, weights)
-    return weights
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+    linear: Linear | None = None
+
+    @property
+    def is_by_block(self) -> bool:
+        """Whether ``scales`` are of blocks."""
+        return self.scales is not None and self.scales.shape != (self.values.shape[0], 1)
+
+    def store(self, name: str, x: torch.Tensor) -> None:
+        """Put ``x`` here, quantised if this is FP8. Raises ``ValueError`` naming the tensor if it is not finite then."""
+        if self.scales is None:
+            self.values.copy_(x)
+            return
+        quantize, unit = (quantize_weight_blocks, SCALE_BLOCK) if self.is_by_block else (quantize_channels, 1)
+        rows = max(1, _CHUNK // x.shape[1] // SCALE_BLOCK) * SCALE_BLOCK
+        for start in range(0, x.shape[0], rows):
+            values, scales = quantize(x[start : start + rows].to(self.values.device))
+            if not scales.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity, and cannot be quantised to FP8")
+            first = start // unit
+            self.scales[first : first + scales.shape[0]] = scales
+            self.values[start : start + rows].view(torch.uint8).copy_(values.view(torch.uint8))
 
 
 def dummy_weights(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    kind_of: KindOf = all_dense,
 ) -> NemoWeights:
-    """Seeded random weights at which activations stay near 1. A tensor depends on seed, name and shape only.
+    """Seeded random weights at which activations stay near 1. A tensor depends on seed, name, shape and kind only.
 
     Up to ``DUMMY_PERIOD`` numbers are drawn per tensor, on the CPU in fp32, and repeated, so that 12B parameters take
     seconds and every device and dtype has the same ones.
     """
-    weights = empty_weights(config, dtype, torch.device(device))
+    weights = empty_weights(config, dtype, torch.device(device), kind_of)
     residual_scale = (2 * config.num_layers) ** -0.5  # 2 additions per layer together add a variance near 1
     for tensor in expected_tensors(config, "hf"):
-        destination = _destination(weights, config, tensor)
+        place = place_of(weights, config, tensor)
         if len(tensor.shape) == 1:
-            destination.fill_(1.0)
+            place.values.fill_(1.0)
             continue
         scale = tensor.shape[1] ** -0.5
         if tensor.part in ("o_proj", "down_proj"):
@@ -118,137 +137,89 @@ def dummy_weights(
             scale = 1.0
         digest = hashlib.sha256(f"{seed}/{tensor.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-        flat = destination.view(-1)
-        block = torch.randn(min(flat.numel(), DUMMY_PERIOD), generator=generator).mul_(scale).to(flat.device, dtype)
+        noise = torch.randn(min(place.values.numel(), DUMMY_PERIOD), generator=generator).mul_(scale)
+        values = place.values
+        if place.scales is not None:
+            values = torch.empty(tensor.shape, dtype=dtype, device=values.device)
+        flat, block = values.view(-1), noise.to(values.device, dtype)
         for start in range(0, flat.numel(), DUMMY_PERIOD):
             part = flat[start : start + DUMMY_PERIOD]
             part.copy_(block[: part.numel()])
+        if place.scales is not None:
+            place.store(tensor.name, values)
+            assert isinstance(place.linear, Fp8Linear)
+            if place.linear.input_scale is not None:
+                place.linear.input_scale.fill_(_DUMMY_INPUT_SCALE)
     return weights
 
 
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise ``ValueError`` unless ``checkpoint`` holds exactly the tensors that ``config`` needs; reads headers only."""
-    expected = {tensor.name: tensor.shape for tensor in expected_tensors(config, checkpoint.layout)}
-    optional = {}
-    if config.tie_word_embeddings:
-        optional[tensor_name(checkpoint.layout, "lm_head")] = (config.vocab_size, config.hidden_size)
-    faults = [
-        f"{name}: expected {list(shape)}, not found"
-        for name, shape in expected.items()
-        if name not in checkpoint.tensors
-    ]
-    for name, info in checkpoint.tensors.items():
-        shape = expected.get(name, optional.get(name))
-        if shape is None:
-            if is_ignored(name):
-                _logger.info("%s in %s is not used: rotary frequencies follow from rope_theta", name, info.file.name)
-            else:
-                faults.append(f"{name}: not expected, found {list(info.shape)} in {info.file.name}")
-        elif info.shape != shape:
-            faults.append(f"{name}: expected {list(shape)}, found {list(info.shape)} in {info.file.name}")
-        elif info.dtype not in _FLOATING:
-            found = str(info.dtype).removeprefix("torch.")
-            later = " (FP8 support will bring it)" if "float8" in found else ""
-            faults.append(f"{name}: expected bfloat16, float16 or float32, found {found} in {info.file.name}{later}")
-    if faults:
-        more = f"\n  and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
-        listed = "".join(f"\n  {fault}" for fault in faults[:FAULTS_SHOWN])
-        raise ValueError(f"the tensors of {checkpoint.path} are not those of its configuration:{listed}{more}")
-
-
-def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> NemoWeights:
-    """Memory for the weights of ``config``, uninitialised."""
+def empty_weights(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind_of: KindOf = all_dense,
+    *,
+    has_kv_scales: bool = False,
+) -> NemoWeights:
+    """Memory for the weights of ``config``, uninitialised; input scales and scales of keys and values are 0."""
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def linear(layer: int | None, projection: str, rows: int, width: int) -> Linear:
+        kind = kind_of(layer, projection)
+        if kind.scales == "none":
+            return DenseLinear(empty(rows, width))
+        shape = (rows, 1) if kind.scales == "channel" else (-(-rows // SCALE_BLOCK), -(-width // SCALE_BLOCK))
+        return Fp8Linear(
+            torch.empty(rows, width, dtype=FP8, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.float32, device=device) if kind.has_input_scale else None,
+        )
+
+    def kv_scale() -> torch.Tensor | None:
+        return torch.zeros(config.num_kv_heads, dtype=torch.float32, device=device) if has_kv_scales else None
+
     hidden, inner = config.hidden_size, config.intermediate_size
     embed_tokens = empty(config.vocab_size, hidden)
-    return NemoWeights(
-        embed_tokens=embed_tokens,
-        layers=tuple(
-            LayerWeights(
-                input_layernorm=empty(hidden),
-                qkv=DenseLinear(empty(config.q_size + 2 * config.kv_size, hidden)),
-                o=DenseLinear(empty(hidden, config.q_size)),
-                post_attention_layernorm=empty(hidden),
-                gate_up=DenseLinear(empty(2 * inner, hidden)),
-                down=DenseLinear(empty(hidden, inner)),
-            )
-            for _ in range(config.num_layers)
-        ),
-        norm=empty(hidden),
-        lm_head=DenseLinear(embed_tokens if config.tie_word_embeddings else empty(config.vocab_size, hidden)),
-    )
-
-
-def _destination(weights: NemoWeights, config: ModelConfig, tensor: ExpectedTensor) -> torch.Tensor:
-    """The place of a checkpoint's tensor in ``weights``: contiguous, and of the tensor's shape."""
-    if tensor.layer is None:
-        outer = {"embed_tokens": weights.embed_tokens, "norm": weights.norm, "lm_head": weights.lm_head.weight}
-        return outer[tensor.part]
-    layer = weights.layers[tensor.layer]
-    q, kv, inner = config.q_size, config.kv_size, config.intermediate_size
-    places = {
-        "input_layernorm": layer.input_layernorm,
-        "q_proj": layer.qkv.weight[:q],
-        "k_proj": layer.qkv.weight[q : q + kv],
-        "v_proj": layer.qkv.weight[q + kv :],
-        "o_proj": layer.o.weight,
-        "post_attention_layernorm": layer.post_attention_layernorm,
-        "gate_proj": layer.gate_up.weight[:inner],
-        "up_proj": layer.gate_up.weight[inner:],
-        "down_proj": layer.down.weight,
-    }
-    return places[tensor.part]
-
-
-def _place_on_disk(checkpoint: Checkpoint, tensor: ExpectedTensor) -> tuple[str, int]:
-    """Sorts tensors so that files are read from front to back."""
-    info = checkpoint.tensors[tensor.name]
-    return info.file.name, info.offset
-
-
-class _TensorLoader:
-    """Reads tensors straight to their places, or through one buffer where order, dtype or device differ.
-
-    The buffer is allocated once: freed and allocated anew, buffers of changing sizes leave holes in the heap.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:
-        self._checkpoint = checkpoint
-        self._config = config
-        self._weights = weights
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def load(self, tensor: ExpectedTensor) -> None:
-        info = self._checkpoint.tensors[tensor.name]
-        out = _destination(self._weights, self._config, tensor)
-        is_interleaved = self._checkpoint.layout == "mistral" and tensor.part in ("q_proj", "k_proj")
-        if out.device.type == "cpu" and out.dtype == info.dtype and not is_interleaved:
-            self._checkpoint.read(tensor.name, out=out)
-            return
-        if self._buffer.numel() == 0:
-            largest = max(info.nbytes for info in self._checkpoint.tensors.values())
-            self._buffer = torch.empty(largest, dtype=torch.uint8)
-        stored = self._buffer[: info.nbytes].view(info.dtype).view(info.shape)
-        self._checkpoint.read(tensor.name, out=stored)
-        if is_interleaved:
-            # (heads, D/2, 2, H) -> (heads, 2, D/2, H): the interleaved pairs become the two halves of a head
-            heads, half = tensor.shape[0] // self._config.head_dim, self._config.head_dim // 2
-            stored = stored.view(heads, half, 2, -1).transpose(1, 2)
-            out = out.view(heads, 2, half, -1)
-        out.copy_(stored)
-
-
-def _check_tied_head(checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:
-    """A tied checkpoint may repeat the embeddings as its head; if they differ, one of the two would be dropped."""
-    name = tensor_name(checkpoint.layout, "lm_head")
-    if not config.tie_word_embeddings or name not in checkpoint.tensors:
-        return
-    head = checkpoint.read(name)
-    if not torch.equal(head.to(weights.embed_tokens.device, weights.embed_tokens.dtype), weights.embed_tokens):
-        raise ValueError(
-            f"{checkpoint.path}: the configuration ties lm_head to the embeddings, but {name} in "
-            f"{checkpoint.tensors[name].file.name} differs from {tensor_name(checkpoint.layout, 'embed_tokens')}"
+    layers = tuple(
+        LayerWeights(
+            input_layernorm=empty(hidden),
+            qkv=linear(layer, "qkv", config.q_size + 2 * config.kv_size, hidden),
+            o=linear(layer, "o", hidden, config.q_size),
+            post_attention_layernorm=empty(hidden),
+            gate_up=linear(layer, "gate_up", 2 * inner, hidden),
+            down=linear(layer, "down", hidden, inner),
+            k_scale=kv_scale(),
+            v_scale=kv_scale(),
         )
+        for layer in range(config.num_layers)
+    )
+    is_shared = config.tie_word_embeddings and kind_of(None, "lm_head") == DENSE
+    head = DenseLinear(embed_tokens) if is_shared else linear(None, "lm_head", config.vocab_size, hidden)
+    return NemoWeights(embed_tokens, layers, empty(hidden), head)
+
+
+def place_of(weights: NemoWeights, config: ModelConfig, tensor: ExpectedTensor) -> Place:
+    """The place of a checkpoint's tensor in ``weights``; its values are contiguous."""
+    if tensor.layer is None:
+        if tensor.part == "lm_head":
+            return _place_in(weights.lm_head, 0, config.vocab_size)
+        return Place({"embed_tokens": weights.embed_tokens, "norm": weights.norm}[tensor.part])
+    layer = weights.layers[tensor.layer]
+    if tensor.part in ("input_layernorm", "post_attention_layernorm"):
+        return Place(getattr(layer, tensor.part))
+    q, kv, inner, hidden = config.q_size, config.kv_size, config.intermediate_size, config.hidden_size
+    sizes = {"qkv": (q, kv, kv), "o": (hidden,), "gate_up": (inner, inner), "down": (hidden,)}
+    (projection,) = (name for name, parts in PARTS.items() if tensor.part in parts)
+    index = PARTS[projection].index(tensor.part)
+    return _place_in(getattr(layer, projection), sum(sizes[projection][:index]), sizes[projection][index])
+
+
+def _place_in(linear: Linear, first: int, rows: int) -> Place:
+    values = linear.weight[first : first + rows]
+    if isinstance(linear, DenseLinear):
+        return Place(values)
+    unit = 1 if linear.scales.shape == (linear.out_features, 1) else SCALE_BLOCK
+    scales = linear.scales[first // unit : first // unit + -(-rows // unit)]
+    return Place(values, scales, linear)

@@ -11,7 +11,14 @@ from typing import Any
 from nemo_engine.ops.activation import SILU_MUL, SILU_MUL_FP8
 from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
-from nemo_engine.ops.fused import NORM_LINEAR, NORM_LINEAR_FP8, SILU_MUL_LINEAR, SILU_MUL_LINEAR_FP8
+from nemo_engine.ops.blocks import QUANTIZE_TOKEN_BLOCKS
+from nemo_engine.ops.fused import (
+    NORM_LINEAR,
+    NORM_LINEAR_FP8,
+    QUANTIZE_LINEAR_FP8,
+    SILU_MUL_LINEAR,
+    SILU_MUL_LINEAR_FP8,
+)
 from nemo_engine.ops.linear import LINEAR, LINEAR_FP8
 from nemo_engine.ops.norm import RMS_NORM, RMS_NORM_FP8
 from nemo_engine.ops.op import COMPOSED, SEMANTICS, Choice, Op, Site, select
@@ -35,7 +42,9 @@ ALL_OPS: tuple[Op, ...] = (
     SILU_MUL_FP8,
     SILU_MUL_LINEAR,
     SILU_MUL_LINEAR_FP8,
+    QUANTIZE_LINEAR_FP8,
     QUANTIZE_TOKENS,
+    QUANTIZE_TOKEN_BLOCKS,
     QUANTIZE_CHANNELS,
     SAMPLE,
     TOP_LOGPROBS,
@@ -75,7 +84,9 @@ class Ops:
     silu_mul_fp8: Callable[..., Any]
     silu_mul_linear: Callable[..., Any]
     silu_mul_linear_fp8: Callable[..., Any]
+    quantize_linear_fp8: Callable[..., Any]
     quantize_tokens: Callable[..., Any]
+    quantize_token_blocks: Callable[..., Any]
     quantize_channels: Callable[..., Any]
     sample_: Callable[..., Any]
     top_logprobs: Callable[..., Any]

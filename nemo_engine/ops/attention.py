@@ -214,6 +214,8 @@ def _flash_attn_supports(site: Site) -> str | None:
         if importlib.util.find_spec("flash_attn") is not None:
             return "FlashAttention 2 reads pages of 256 tokens only; FlashAttention 3 (flash_attn_interface) is not installed"
         return "flash_attn_interface (FlashAttention 3) is not installed"
+    if site.kv_dtype not in (None, site.dtype):
+        return "reads no FP8 keys and values beside queries that are not FP8"
     if site.dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bfloat16 or float16, the model is {str(site.dtype).removeprefix('torch.')}"
     return None

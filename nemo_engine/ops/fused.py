@@ -1,4 +1,7 @@
-"""Linear layers with what comes before them in a layer: the norm, or the activation. In one launch where a kernel does so."""
+"""Linear layers with what comes before them in a layer: the norm, the activation, or their input's quantisation. In one launch where a kernel does so.
+
+Of FP8 weights with scales per block, the input is quantised by blocks too, and has no static scale.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops.activation import silu_mul, silu_mul_fp8
+from nemo_engine.ops.blocks import quantize_token_blocks
 from nemo_engine.ops.linear import linear, linear_fp8
 from nemo_engine.ops.norm import rms_norm, rms_norm_fp8
 from nemo_engine.ops.op import Case, Op
-from nemo_engine.ops.quantize import quantize_channels
+from nemo_engine.ops.quantize import quantize_channels, quantize_tokens
 
 
 def norm_linear(
@@ -33,7 +37,8 @@ def norm_linear_fp8(
     x_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``linear_fp8`` of ``rms_norm_fp8``, x_scale being its static scale. w8: (N, K) FP8 -> ((T, N) of x's dtype, (T, K))."""
-    return compose_norm_linear_fp8(rms_norm_fp8, linear_fp8)(x, residual, norm_weight, eps, w8, w_scales, x_scale)
+    composed = compose_norm_linear_fp8(rms_norm, rms_norm_fp8, quantize_token_blocks, linear_fp8)
+    return composed(x, residual, norm_weight, eps, w8, w_scales, x_scale)
 
 
 def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
@@ -43,7 +48,18 @@ def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
 
 def silu_mul_linear_fp8(gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
     """``linear_fp8`` of ``silu_mul_fp8``, x_scale being its static scale. (T, 2 K), (N, K) FP8 -> (T, N) of gate_up's dtype."""
-    return compose_silu_mul_linear_fp8(silu_mul_fp8, linear_fp8)(gate_up, w8, w_scales, x_scale)
+    composed = compose_silu_mul_linear_fp8(silu_mul, silu_mul_fp8, quantize_token_blocks, linear_fp8)
+    return composed(gate_up, w8, w_scales, x_scale)
+
+
+def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
+    """``linear_fp8`` of ``quantize_tokens``, x_scale being its static scale. x: (T, K); w8: (N, K) FP8 -> (T, N) of x's dtype."""
+    return compose_quantize_linear_fp8(quantize_tokens, quantize_token_blocks, linear_fp8)(x, w8, w_scales, x_scale)
+
+
+def has_blocks(w8: Tensor, w_scales: Tensor) -> bool:
+    """Whether a weight has scales of blocks, and more than one: with one, it is the same as a scale per tensor."""
+    return w_scales.numel() > 1 and w_scales.shape != (w8.shape[0], 1)
 
 
 def compose_norm_linear(norm: Callable[..., Any], linear: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,8 +74,10 @@ def compose_norm_linear(norm: Callable[..., Any], linear: Callable[..., Any]) ->
     return composed
 
 
-def compose_norm_linear_fp8(norm: Callable[..., Any], linear: Callable[..., Any]) -> Callable[..., Any]:
-    """``norm_linear_fp8`` of two implementations."""
+def compose_norm_linear_fp8(
+    norm: Callable[..., Any], norm_fp8: Callable[..., Any], blocks: Callable[..., Any], linear: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``norm_linear_fp8`` of implementations of the norm, the norm into FP8, the quantisation by blocks and the product."""
 
     def composed(
         x: Tensor,
@@ -70,7 +88,11 @@ def compose_norm_linear_fp8(norm: Callable[..., Any], linear: Callable[..., Any]
         w_scales: Tensor,
         x_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        x8, x_scales, total = norm(x, norm_weight, eps, residual, x_scale)
+        if has_blocks(w8, w_scales):
+            normed, total = norm(x, norm_weight, eps, residual)
+            x8, x_scales = blocks(normed)
+        else:
+            x8, x_scales, total = norm_fp8(x, norm_weight, eps, residual, x_scale)
         return linear(x8, x_scales, w8, w_scales, x.dtype), total
 
     return composed
@@ -81,12 +103,30 @@ def compose_silu_mul_linear(silu_mul: Callable[..., Any], linear: Callable[..., 
     return lambda gate_up, weight: linear(silu_mul(gate_up), weight)
 
 
-def compose_silu_mul_linear_fp8(silu_mul: Callable[..., Any], linear: Callable[..., Any]) -> Callable[..., Any]:
-    """``silu_mul_linear_fp8`` of two implementations."""
+def compose_silu_mul_linear_fp8(
+    silu_mul: Callable[..., Any],
+    silu_mul_fp8: Callable[..., Any],
+    blocks: Callable[..., Any],
+    linear: Callable[..., Any],
+) -> Callable[..., Any]:
+    """``silu_mul_linear_fp8`` of implementations, as ``compose_norm_linear_fp8``."""
 
     def composed(gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
-        x8, x_scales = silu_mul(gate_up, x_scale)
+        x8, x_scales = blocks(silu_mul(gate_up)) if has_blocks(w8, w_scales) else silu_mul_fp8(gate_up, x_scale)
         result: Tensor = linear(x8, x_scales, w8, w_scales, gate_up.dtype)
+        return result
+
+    return composed
+
+
+def compose_quantize_linear_fp8(
+    quantize: Callable[..., Any], blocks: Callable[..., Any], linear: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``quantize_linear_fp8`` of implementations, as ``compose_norm_linear_fp8``."""
+
+    def composed(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
+        x8, x_scales = blocks(x) if has_blocks(w8, w_scales) else quantize(x, x_scale)
+        result: Tensor = linear(x8, x_scales, w8, w_scales, x.dtype)
         return result
 
     return composed
@@ -110,7 +150,7 @@ def _make(dtype: torch.dtype, rows: int, outputs: int, width: int, kind: str) ->
     if is_fp8:
         weights = (*quantize_channels(weight), torch.tensor(0.02) if width % 3 else None)
     if not is_norm:
-        return (noise(rows, 2 * width) * 2).to(dtype), *weights
+        return (noise(rows, 2 * width if kind.startswith("silu") else width) * 2).to(dtype), *weights
     residual = noise(rows, width).to(dtype) if outputs % 2 == 0 else None
     return noise(rows, width).to(dtype), residual, (1 + 0.1 * noise(width)).to(dtype), 1e-5, *weights
 
@@ -135,6 +175,10 @@ def _silu_cost(gate_up: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
     return _cost(gate_up.shape[0], weight, 2)
 
 
+def _plain_cost(x: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
+    return _cost(x.shape[0], weight, 1)
+
+
 NORM_LINEAR = Op(
     "norm_linear",
     norm_linear,
@@ -150,7 +194,9 @@ NORM_LINEAR_FP8 = Op(
     partial(_cases, "norm fp8"),
     _norm_cost,
     is_fp8=True,
-    composed=lambda ops: compose_norm_linear_fp8(ops.rms_norm_fp8, ops.linear_fp8),
+    composed=lambda ops: compose_norm_linear_fp8(
+        ops.rms_norm, ops.rms_norm_fp8, ops.quantize_token_blocks, ops.linear_fp8
+    ),
 )
 SILU_MUL_LINEAR = Op(
     "silu_mul_linear",
@@ -167,5 +213,16 @@ SILU_MUL_LINEAR_FP8 = Op(
     partial(_cases, "silu fp8"),
     _silu_cost,
     is_fp8=True,
-    composed=lambda ops: compose_silu_mul_linear_fp8(ops.silu_mul_fp8, ops.linear_fp8),
+    composed=lambda ops: compose_silu_mul_linear_fp8(
+        ops.silu_mul, ops.silu_mul_fp8, ops.quantize_token_blocks, ops.linear_fp8
+    ),
+)
+QUANTIZE_LINEAR_FP8 = Op(
+    "quantize_linear_fp8",
+    quantize_linear_fp8,
+    (),
+    partial(_cases, "plain fp8"),
+    _plain_cost,
+    is_fp8=True,
+    composed=lambda ops: compose_quantize_linear_fp8(ops.quantize_tokens, ops.quantize_token_blocks, ops.linear_fp8),
 )

@@ -35,9 +35,17 @@ class Site:
     page_size: int
     hidden_size: int
     intermediate_size: int
+    kv_dtype: torch.dtype | None = None  # of the KV cache, if it is not ``dtype``
 
     @classmethod
-    def of(cls, model: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device) -> Site:
+    def of(
+        cls,
+        model: ModelConfig,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+    ) -> Site:
         """Where ``model`` runs with activations of ``dtype`` on ``device``."""
         return cls(
             device_type=device.type,
@@ -49,6 +57,7 @@ class Site:
             page_size=page_size,
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
+            kv_dtype=kv_dtype,
         )
 
 

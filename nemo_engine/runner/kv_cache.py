@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from nemo_engine.config import ModelConfig
+from nemo_engine.ops.quantize import FP8
+
+_PAGES_AT_ONCE = 256  # whose bytes are looked at together
 
 
 class KVCache:
@@ -32,6 +35,22 @@ class KVCache:
 
     def poison(self, pages: Tensor) -> None:
         """Fill ``pages`` with NaN; tests do this to what must not be read."""
-        for k, v in self.layers:
-            k[pages] = torch.nan
-            v[pages] = torch.nan
+        for cache in (cache for layer in self.layers for cache in layer):
+            if cache.dtype == FP8:
+                cache.view(torch.uint8)[pages] = 0x7F
+            else:
+                cache[pages] = torch.nan
+
+    def count_saturated(self, pages: Tensor) -> tuple[int, int]:
+        """Of an FP8 cache: (entries of ``pages`` at the largest number, 448, or beyond; entries). (0, 0) of others.
+
+        What was larger is stored as 448, so this tells whether the scales are too small. Reads the pages once.
+        """
+        saturated = entries = 0
+        for cache in (cache for layer in self.layers for cache in layer):
+            if cache.dtype == FP8:
+                for chunk in pages.split(_PAGES_AT_ONCE):
+                    magnitude = cache.view(torch.uint8)[chunk] & 0x7F
+                    saturated += int((magnitude == 0x7E).sum())
+                    entries += magnitude.numel()
+        return saturated, entries

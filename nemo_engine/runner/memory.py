@@ -54,10 +54,12 @@ def plan_memory(
     free: int,
     kv_pages: int | None,
     weight_bytes: int | None = None,
+    kv_itemsize: int | None = None,
 ) -> MemoryPlan:
     """The plan of a device with ``free`` bytes for an engine whose activations take ``itemsize`` bytes each.
 
-    kv_pages: as many as are wanted, or None for all that the other items leave. weight_bytes: None for unquantised weights.
+    kv_pages: as many as are wanted, or None for all that the other items leave. weight_bytes: None for unquantised weights. kv_itemsize: of
+    the KV cache, None for ``itemsize``.
     """
     hidden, inner, tokens = model.hidden_size, model.intermediate_size, config.max_num_batched_tokens
     vocab, seqs = model.vocab_size, config.max_num_seqs
@@ -81,7 +83,7 @@ def plan_memory(
         reserve=_RESERVE,
         kv_cache=0,
     )
-    page_bytes = config.page_size * model.kv_bytes_per_token(itemsize)
+    page_bytes = config.page_size * model.kv_bytes_per_token(kv_itemsize or itemsize)
     if kv_pages is None:
         kv_pages = max(0, (free - plan.total) // page_bytes - 1)
     return replace(plan, kv_cache=(kv_pages + 1) * page_bytes)  # and the page of padding
@@ -102,6 +104,7 @@ def what_would_fit(
     itemsize: int,
     free: int,
     weight_bytes: int | None = None,
+    kv_itemsize: int | None = None,
 ) -> str:
     """One line: the longest context at this batch size, and the largest batch at this context, that ``free`` bytes hold.
 
@@ -114,7 +117,7 @@ def what_would_fit(
             config, max_num_seqs=seqs, max_num_batched_tokens=tokens, num_kv_pages=None, kv_cache_gib=None
         )
         pages = -(-length // config.page_size)
-        return plan_memory(model, smaller, length, itemsize, free, pages, weight_bytes).total <= free
+        return plan_memory(model, smaller, length, itemsize, free, pages, weight_bytes, kv_itemsize).total <= free
 
     def largest(high: int, holds: Callable[[int], bool]) -> int:
         low = 0

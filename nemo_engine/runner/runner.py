@@ -113,7 +113,7 @@ class Runner:
         num_pages: int,
         max_model_len: int,
         device: torch.device,
-        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
     ) -> None:
         self._device = device
         self._ops = ops
@@ -122,7 +122,7 @@ class Runner:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_model_len = max_model_len
         self._model = Nemo(model_config, weights, ops, max_model_len)
-        self._kv_cache = KVCache(model_config, num_pages, config.page_size, dtype, device)
+        self._kv_cache = KVCache(model_config, num_pages, config.page_size, kv_dtype, device)
         self._table = RequestTable(
             config.max_num_seqs, max_model_len, config.page_size, num_pages, model_config.vocab_size, device
         )

@@ -11,10 +11,15 @@ import torch
 from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
-from nemo_engine.model.weights import dummy_weights, load_weights
+from nemo_engine.model.inventory import Inventory, planned_inventory, take_inventory
+from nemo_engine.model.loading import load_weights
+from nemo_engine.model.weights import NemoWeights, dummy_weights, empty_weights
 from nemo_engine.ops import SEMANTICS, Ops, Site
+from nemo_engine.ops.linear import linear_fp8
+from nemo_engine.ops.quantize import FP8
 from nemo_engine.runner.graphs import cuda_capture, graph_sizes
 from nemo_engine.runner.memory import GIB, MemoryPlan, plan_memory, what_would_fit
+from nemo_engine.runner.precision import Precision, resolve_precision
 from nemo_engine.runner.runner import Runner
 
 _logger = logging.getLogger("nemo_engine")
@@ -41,18 +46,26 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
     with ledger.stage("open checkpoint"):
         checkpoint = open_checkpoint(model, revision=config.revision, needs_weights=config.load_format != "dummy")
     model_config = checkpoint.model_config
-    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
-    ops = Ops.select(Site.of(model_config, config.page_size, dtype, device), config.prefer or {})
+    precision = resolve_precision(config, checkpoint, device)
+    site = Site.of(model_config, config.page_size, precision.dtype, device, precision.kv_dtype)
+    ops = Ops.select(site, config.prefer or {})
     if device.type == "cuda" and not config.enforce_eager:
         check_capturable(ops)
+    with ledger.stage("check tensors"):
+        if config.load_format == "dummy":
+            inventory = planned_inventory(model_config, checkpoint.quantization, precision.online)
+        else:
+            inventory = take_inventory(checkpoint, model_config, precision.online)
+    on_paper = empty_weights(model_config, precision.dtype, torch.device("meta"), inventory.kind_of)
+    sizes = Sizes(precision.dtype.itemsize, precision.kv_dtype.itemsize, on_paper.num_bytes)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    num_pages, max_model_len, memory = plan_kv_cache(model_config, config, dtype, free)
+    num_pages, max_model_len, memory = plan_kv_cache(model_config, config, sizes, free)
     try:
-        runner = _build(checkpoint, config, ops, ledger, num_pages, max_model_len, device, dtype)
+        runner = _build(checkpoint, config, inventory, precision, ops, ledger, num_pages, max_model_len, device)
     except torch.OutOfMemoryError as error:
         assert memory is not None and free is not None
         reason = f"out of device memory at start-up: {str(error).splitlines()[0]}"
-        raise ValueError(_memory_message(reason, memory, model_config, config, max_model_len, dtype)) from None
+        raise ValueError(_memory_message(reason, memory, model_config, config, max_model_len, sizes)) from None
     if memory is not None:
         _logger.info("memory as planned:\n%s", memory.format())
         _verify(memory, device)
@@ -73,23 +86,35 @@ def check_capturable(ops: Ops) -> None:
 def _build(
     checkpoint: Checkpoint,
     config: EngineConfig,
+    inventory: Inventory,
+    precision: Precision,
     ops: Ops,
     ledger: Ledger,
     num_pages: int,
     max_model_len: int,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> Runner:
     """Load the weights and make a runner that is ready: on CUDA, nothing is compiled or captured later."""
-    model_config = checkpoint.model_config
+    model_config, kv_dtype = checkpoint.model_config, precision.kv_dtype
     if config.load_format == "dummy":
         with ledger.stage("make dummy weights") as stage:
-            weights = dummy_weights(model_config, dtype, device, config.seed)
+            weights = dummy_weights(model_config, precision.dtype, device, config.seed, inventory.kind_of)
             stage.num_bytes = weights.num_bytes
     else:
-        weights = load_weights(checkpoint, model_config, dtype=dtype, device=device, progress=None, ledger=ledger)
-    page_bytes = config.page_size * model_config.kv_bytes_per_token(dtype.itemsize)
-    with ledger.stage("allocate KV cache", num_bytes=(num_pages + 1) * page_bytes):
+        weights = load_weights(
+            checkpoint,
+            model_config,
+            dtype=precision.dtype,
+            device=device,
+            progress=None,
+            ledger=ledger,
+            inventory=inventory,
+            online=precision.online,
+            needs_kv_scales=kv_dtype == FP8,
+            is_widened=precision.is_fp8 and ops.linear_fp8 is linear_fp8,
+        )
+    page_bytes = config.page_size * model_config.kv_bytes_per_token(kv_dtype.itemsize)
+    with ledger.stage(_cache_stage(weights, kv_dtype), num_bytes=(num_pages + 1) * page_bytes):
         runner = Runner(
             model_config,
             config,
@@ -98,7 +123,7 @@ def _build(
             num_pages=num_pages,
             max_model_len=max_model_len,
             device=device,
-            dtype=dtype,
+            kv_dtype=kv_dtype,
         )
     if device.type == "cuda":
         sizes = () if config.enforce_eager else graph_sizes(config.max_num_seqs)
@@ -112,6 +137,14 @@ def _build(
                 torch.cuda.synchronize(device)
                 stage.num_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
     return runner
+
+
+def _cache_stage(weights: NemoWeights, kv_dtype: torch.dtype) -> str:
+    """What the KV cache holds, for the ledger."""
+    if kv_dtype != FP8:
+        return "allocate KV cache"
+    scales = "1" if weights.layers[0].k_scale is None else "of the checkpoint"
+    return f"allocate KV cache (FP8, scales {scales})"
 
 
 def _verify(memory: MemoryPlan, device: torch.device) -> None:
@@ -135,17 +168,17 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations; "auto" is the checkpoint's."""
-    dtype = getattr(torch, checkpoint_dtype if name == "auto" else name)
-    assert isinstance(dtype, torch.dtype)
-    if dtype is torch.float64 and device.type != "cpu":
-        raise ValueError(f"dtype 'float64' works on the CPU only, got device {str(device)!r}")
-    return dtype
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of one number of the activations and of the KV cache, and of all weights (None: unquantised ones)."""
+
+    activations: int
+    kv_cache: int
+    weights: int | None = None
 
 
 def plan_kv_cache(
-    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, free: int | None
+    model: ModelConfig, config: EngineConfig, sizes: Sizes, free: int | None
 ) -> tuple[int, int, MemoryPlan | None]:
     """The number of KV pages, ``max_model_len``, and on a GPU with ``free`` bytes what its memory goes to.
 
@@ -153,7 +186,7 @@ def plan_kv_cache(
     fits. So is a budget that the device cannot hold beside everything else.
     """
     wanted = resolve_max_model_len(model, config)
-    token_bytes = model.kv_bytes_per_token(dtype.itemsize)
+    token_bytes = model.kv_bytes_per_token(sizes.kv_cache)
     page_bytes = token_bytes * config.page_size
     num_pages: int | None = None
     if config.num_kv_pages is not None:
@@ -170,11 +203,11 @@ def plan_kv_cache(
         num_pages = int((max(CPU_KV_GIB, whole) if whole <= CPU_KV_GIB_MOST else CPU_KV_GIB_MOST) * GIB) // page_bytes
     memory = None
     if free is not None:
-        memory = plan_memory(model, config, wanted, dtype.itemsize, free, num_pages)
+        memory = plan_memory(model, config, wanted, sizes.activations, free, num_pages, sizes.weights, sizes.kv_cache)
         num_pages = memory.kv_cache // page_bytes - 1
         if memory.total > free or num_pages == 0:
             reason = "the plan does not fit into the device's memory"
-            raise ValueError(_memory_message(reason, memory, model, config, wanted, dtype))
+            raise ValueError(_memory_message(reason, memory, model, config, wanted, sizes))
     assert num_pages is not None
     capacity = num_pages * config.page_size
     if wanted <= capacity:
@@ -188,7 +221,7 @@ def plan_kv_cache(
             f"max_model_len {wanted} does not fit: {arithmetic}; set max_model_len to at most {capacity} or 'auto', "
             "or raise kv_cache_gib or num_kv_pages"
         )
-        raise ValueError(reason if memory is None else _memory_message(reason, memory, model, config, wanted, dtype))
+        raise ValueError(reason if memory is None else _memory_message(reason, memory, model, config, wanted, sizes))
     if capacity == 0:
         raise ValueError(f"no memory for the KV cache: {arithmetic}")
     _logger.info("max_model_len is %d: %s", capacity, arithmetic)
@@ -196,7 +229,9 @@ def plan_kv_cache(
 
 
 def _memory_message(
-    reason: str, memory: MemoryPlan, model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype
+    reason: str, memory: MemoryPlan, model: ModelConfig, config: EngineConfig, max_model_len: int, sizes: Sizes
 ) -> str:
-    fitting = what_would_fit(model, config, max_model_len, dtype.itemsize, memory.free)
+    fitting = what_would_fit(
+        model, config, max_model_len, sizes.activations, memory.free, sizes.weights, sizes.kv_cache
+    )
     return f"{reason}\n{memory.format()}\n{fitting}"

@@ -63,7 +63,7 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "nemo-tiny", "--prompt", "a", "--prefer", "rms_norm=nothing"], "nothing"),
         (["generate", "./no-such-model", "--prompt", "a"], "no-such-model"),
         (["generate", "nemo-tiny", "--prompt", "a", "--stop-token-ids", "99999999"], "stop_token_ids"),
-        (["chat", "nemo-tiny", "--kv-cache-dtype", "fp8"], "kv_cache_dtype"),
+        (["chat", "nemo-tiny", "--kv-cache-dtype", "fp4"], "kv_cache_dtype"),
     ],
 )
 def test_bad_input_reaches_the_user_as_one_line(

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_engine.ops import cuda
 from nemo_engine.ops.op import Op
-
 from tests.ops.proofs import tensors
 
 # Arguments that no kernel writes: these alone may be read while the kernel before still runs.

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from nemo_engine.config import ModelConfig
 from nemo_engine.ledger import Ledger
-from nemo_engine.model import weights as weights_module
+from nemo_engine.model import loading as weights_module
 from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.inventory import FAULTS_SHOWN
+from nemo_engine.model.loading import load_weights
 from nemo_engine.model.progress import progress_bar
-from nemo_engine.model.weights import NemoWeights, dummy_weights, load_weights
+from nemo_engine.model.weights import NemoWeights, dummy_weights
 from nemo_engine.ops import Ops, Site
 from tests.checkpoints import StateDict, random_state_dict, tiny_config, write_hf, write_mistral
 
@@ -152,7 +154,10 @@ Q1 = "model.layers.1.self_attn.q_proj.weight"
         (change(**{"model.norm.weight": torch.zeros(24, 1)}), r"model.norm.weight: expected \[24\], found \[24, 1\]"),
         (change(**{"model.norm.weight": torch.zeros(())}), r"model.norm.weight: expected \[24\], found \[\]"),
         (change(**{Q1: torch.zeros(32, 24, dtype=torch.int8)}), f"{Q1}: expected bfloat16, .*found int8 in model"),
-        (change(**{Q1: torch.zeros(32, 24).to(torch.float8_e4m3fn)}), f"{Q1}: .*found float8_e4m3fn .*FP8 support"),
+        (
+            change(**{Q1: torch.zeros(32, 24).to(torch.float8_e4m3fn)}),
+            f"{Q1}: .*found float8_e4m3fn .*has no quantization",
+        ),
         (
             change(**{"model.layers.2.mlp.up_proj.weight": torch.zeros(40, 24)}),
             r"layers.2.mlp.up_proj.weight: not expected",
@@ -179,7 +184,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
     write_hf(tmp_path, config, random_state_dict(config), num_hidden_layers=5)
     with pytest.raises(ValueError, match="and 19 more") as caught:
         load(tmp_path)
-    assert str(caught.value).count("not found") == weights_module.FAULTS_SHOWN
+    assert str(caught.value).count("not found") == FAULTS_SHOWN
 
 
 def test_mistral_faults_have_mistral_names(tmp_path: Path) -> None:
@@ -218,7 +223,8 @@ def test_a_nan_is_loaded_as_it_is(tmp_path: Path) -> None:
 PEAK_SCRIPT = """
 import sys, torch
 from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.weights import load_weights
+from nemo_engine.model.inventory import FAULTS_SHOWN
+from nemo_engine.model.loading import load_weights
 def status(key):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines[key].split()[0]) * 1024

@@ -12,8 +12,8 @@ from torch import Tensor
 from nemo_engine.config import ModelConfig
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.loading import load_weights
 from nemo_engine.model.nemo import ModelInputs, Nemo
-from nemo_engine.model.weights import load_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.rope import rope_table

@@ -10,7 +10,7 @@ import torch
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.weights import load_weights
+from nemo_engine.model.loading import load_weights
 from nemo_engine.ops import ALL_OPS, Ops, Site
 from nemo_engine.runner.graphs import cuda_capture, graph_sizes
 from nemo_engine.runner.runner import Runner
@@ -51,7 +51,7 @@ def make_runner(path: Path, device: torch.device, dtype: torch.dtype) -> Runner:
         num_pages=60,
         max_model_len=100,
         device=device,
-        dtype=dtype,
+        kv_dtype=dtype,
     )
 
 

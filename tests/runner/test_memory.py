@@ -12,7 +12,7 @@ import torch
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.runner.memory import GIB, num_parameters, plan_memory, what_would_fit
-from nemo_engine.runner.startup import plan_kv_cache
+from nemo_engine.runner.startup import Sizes, plan_kv_cache
 from tests.checkpoints import tiny_config
 
 NEMO = tiny_config(
@@ -30,7 +30,7 @@ def test_weights_are_counted_exactly(is_tied: bool) -> None:
 
 
 def test_an_h200_holds_nemo_and_its_cache() -> None:
-    pages, length, memory = plan_kv_cache(NEMO, EngineConfig(), BF16, free=139 * GIB)
+    pages, length, memory = plan_kv_cache(NEMO, EngineConfig(), Sizes(2, 2), free=139 * GIB)
     assert memory is not None and length == 131072
     assert memory.total <= memory.free < memory.total + 2 * 64 * 163_840
     assert memory.kv_cache == (pages + 1) * 64 * 163_840  # bytes a token, and the page of padding
@@ -53,7 +53,7 @@ def test_an_h200_holds_nemo_and_its_cache() -> None:
 def test_what_does_not_fit_is_refused_with_the_plan_and_what_would(free: int, options: dict[str, Any]) -> None:
     config = EngineConfig(**options)
     with pytest.raises(ValueError) as caught:
-        plan_kv_cache(NEMO, config, BF16, free * GIB)
+        plan_kv_cache(NEMO, config, Sizes(2, 2), free * GIB)
     message = str(caught.value)
     for item in (
         "weights",
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused_with_the_plan_and_what_would(free: int, op
 
 
 def test_without_an_explicit_context_it_is_cut_to_what_fits() -> None:
-    pages, length, memory = plan_kv_cache(NEMO, EngineConfig(max_model_len="auto"), BF16, free=38 * GIB)
+    pages, length, memory = plan_kv_cache(NEMO, EngineConfig(max_model_len="auto"), Sizes(2, 2), free=38 * GIB)
     assert memory is not None and 0 < length == pages * 64 < 131072 and memory.total <= memory.free
 
 

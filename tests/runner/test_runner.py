@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.weights import load_weights
+from nemo_engine.model.loading import load_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.runner import runner as runner_module
 from nemo_engine.runner.runner import Runner
@@ -55,7 +55,7 @@ def make_runner(path: Path, config: ModelConfig, dtype: torch.dtype = torch.floa
         num_pages=num_pages,
         max_model_len=MAX_LEN,
         device=torch.device("cpu"),
-        dtype=dtype,
+        kv_dtype=dtype,
     )
     runner._kv_cache.poison(torch.arange(num_pages + 1))
     return runner

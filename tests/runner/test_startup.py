@@ -14,7 +14,7 @@ from nemo_engine.ledger import Ledger
 from nemo_engine.ops import Ops, Site
 from nemo_engine.runner import startup
 from nemo_engine.runner.memory import GIB
-from nemo_engine.runner.startup import check_capturable, plan_kv_cache, start_device_half
+from nemo_engine.runner.startup import Sizes, check_capturable, plan_kv_cache, start_device_half
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
 
 
@@ -57,7 +57,7 @@ def test_refused_before_weights_are_read(
     ],
 )
 def test_the_plan_of_the_kv_cache(options: dict[str, Any], model: dict[str, Any], expected: tuple[int, int]) -> None:
-    assert plan_kv_cache(tiny_config(**model), EngineConfig(**options), torch.float32, None) == (*expected, None)
+    assert plan_kv_cache(tiny_config(**model), EngineConfig(**options), Sizes(4, 4), None) == (*expected, None)
 
 
 def test_definitions_are_not_captured_in_graphs() -> None:

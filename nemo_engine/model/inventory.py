@@ -1,0 +1,254 @@
+"""What a checkpoint's tensors are, held against its configuration before anything is allocated; reads headers only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from nemo_engine.config import ModelConfig
+from nemo_engine.model.checkpoint import Checkpoint
+from nemo_engine.model.layout import PARTS, ExpectedTensor, attention_module, expected_tensors, is_ignored, tensor_name
+from nemo_engine.model.quantization import (
+    BLOCK,
+    INPUT_SCALES,
+    KV_SCALES,
+    WEIGHT_SCALES,
+    Quantization,
+    is_unused_scale,
+)
+from nemo_engine.model.weights import DENSE, LinearKind
+from nemo_engine.ops.quantize import FP8
+
+FAULTS_SHOWN = 8  # in one error message
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PROJECTION_OF = {part: projection for projection, parts in PARTS.items() for part in parts} | {"lm_head": "lm_head"}
+_logger = logging.getLogger("nemo_engine")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredScales:
+    """The names of the scales beside an FP8 tensor, and what the weight has one for."""
+
+    weight: str
+    input: str | None
+    kind: Literal["tensor", "channel", "block"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The scales of each FP8 tensor, by its name; of each layer's keys and values; and what each projection becomes."""
+
+    scales: Mapping[str, StoredScales] = field(default_factory=dict)
+    kv_scales: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    kinds: Mapping[tuple[int | None, str], LinearKind] = field(default_factory=dict)
+
+    def kind_of(self, layer: int | None, projection: str) -> LinearKind:
+        """What ``projection`` of ``layer`` is stored as here."""
+        return self.kinds.get((layer, projection), DENSE)
+
+
+def take_inventory(checkpoint: Checkpoint, config: ModelConfig, online: Quantization | None = None) -> Inventory:
+    """Raise ``ValueError`` unless ``checkpoint`` holds exactly the tensors that ``config`` and its quantisation need.
+
+    online: projections that it covers and that are not FP8 yet become so.
+    """
+    taker = _Taker(checkpoint, config)
+    inventory = taker.take(online)
+    if taker.faults:
+        more = f"\n  and {len(taker.faults) - FAULTS_SHOWN} more" if len(taker.faults) > FAULTS_SHOWN else ""
+        listed = "".join(f"\n  {fault}" for fault in taker.faults[:FAULTS_SHOWN])
+        raise ValueError(f"the tensors of {checkpoint.path} are not those of its configuration:{listed}{more}")
+    return inventory
+
+
+def planned_inventory(config: ModelConfig, quantization: Quantization | None, online: Quantization | None) -> Inventory:
+    """What a checkpoint of ``config`` and ``quantization`` would hold, for weights that are made up."""
+    kinds: dict[tuple[int | None, str], LinearKind] = {}
+    for tensor in expected_tensors(config, "hf"):
+        if tensor.part not in _PROJECTION_OF:
+            continue
+        key = (tensor.layer, _PROJECTION_OF[tensor.part])
+        module = tensor.name.removesuffix(".weight")
+        for scheme in (online, quantization):
+            is_covered = scheme is not None and (
+                tensor.part != "lm_head" if scheme.covers(module) is None else scheme.covers(module)
+            )
+            if scheme is not None and is_covered and scheme.activations != "none":
+                kinds[key] = LinearKind(
+                    "block" if scheme.weights == "block" else "channel", scheme.activations == "static"
+                )
+    return Inventory(kinds=kinds)
+
+
+class _Taker:
+    """Goes through the tensors; collects what is wrong."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.tensors = checkpoint.tensors
+        self.faults: list[str] = []
+
+    def take(self, online: Quantization | None) -> Inventory:
+        layout, config = self.checkpoint.layout, self.config
+        expected = expected_tensors(config, layout)
+        if config.tie_word_embeddings:  # may repeat its embeddings
+            head = tensor_name(layout, "lm_head")
+            repeated = [ExpectedTensor(head, (config.vocab_size, config.hidden_size), "lm_head", None)]
+        else:
+            repeated = []
+        used = set()
+        scales: dict[str, StoredScales] = {}
+        for tensor in expected + [tensor for tensor in repeated if tensor.name in self.tensors]:
+            used.add(tensor.name)
+            if tensor.name not in self.tensors:
+                self.faults.append(f"{tensor.name}: expected {list(tensor.shape)}, not found")
+            elif self._has_shape(tensor.name, tensor.shape) and self._is_fp8(tensor):
+                stored = self._scales_of(tensor)
+                if stored is not None:
+                    scales[tensor.name] = stored
+                    used |= {name for name in (stored.weight, stored.input) if name is not None}
+        kv_scales = dict(self._kv_scales())
+        used |= {name for names in kv_scales.values() for name in names}
+        for name, info in self.tensors.items():
+            if name in used:
+                continue
+            if is_ignored(name):
+                _logger.info("%s in %s is not used: rotary frequencies follow from rope_theta", name, info.file.name)
+            elif is_unused_scale(name):
+                _logger.info("%s in %s is not used: queries and attention stay unquantised", name, info.file.name)
+            else:
+                self.faults.append(f"{name}: not expected, found {list(info.shape)} in {info.file.name}")
+        kinds = dict(self._kinds(expected, scales, online))
+        return Inventory(scales, kv_scales, kinds)
+
+    def _has_shape(self, name: str, *shapes: tuple[int, ...]) -> bool:
+        info = self.tensors[name]
+        if info.shape in shapes:
+            return True
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        self.faults.append(f"{name}: expected {expected}, found {list(info.shape)} in {info.file.name}")
+        return False
+
+    def _is_fp8(self, tensor: ExpectedTensor) -> bool:
+        """Whether it is stored as FP8, as its configuration says it is or may be."""
+        info, quantization = self.tensors[tensor.name], self.checkpoint.quantization
+        is_linear = tensor.part in _PROJECTION_OF
+        found = str(info.dtype).removeprefix("torch.")
+        if info.dtype != FP8 and info.dtype not in _FLOATING:
+            self.faults.append(
+                f"{tensor.name}: expected bfloat16, float16, float32 or float8_e4m3fn, found {found} in {info.file.name}"
+            )
+            return False
+        module = tensor.name.removesuffix(".weight")
+        covered = None if quantization is None else quantization.covers(module)
+        if info.dtype == FP8:
+            if is_linear and quantization is not None and covered is not False:
+                return True
+            reason = (
+                "is no linear layer"
+                if not is_linear
+                else "the configuration has no quantization"
+                if quantization is None
+                else "the configuration leaves it out"
+            )
+            self.faults.append(f"{tensor.name}: found {found} in {info.file.name}, but {reason}")
+        elif covered and is_linear and not self._is_tied_copy(tensor):
+            self.faults.append(
+                f"{tensor.name}: expected float8_e4m3fn, as the configuration's quantization covers it, found {found} in "
+                f"{info.file.name}"
+            )
+        return False
+
+    def _is_tied_copy(self, tensor: ExpectedTensor) -> bool:
+        return tensor.part == "lm_head" and self.config.tie_word_embeddings
+
+    def _scales_of(self, tensor: ExpectedTensor) -> StoredScales | None:
+        """The scales beside an FP8 tensor; None with a fault if they are not what its configuration says."""
+        quantization = self.checkpoint.quantization
+        assert quantization is not None
+        module, (rows, width) = tensor.name.removesuffix(".weight"), tensor.shape
+        weight = self._one_of(module, WEIGHT_SCALES)
+        if weight is None:
+            self.faults.append(f"{module}.weight_scale: expected beside an FP8 weight, not found")
+            return None
+        one = ((), (1,), (1, 1))
+        shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+            "tensor": one,
+            "channel": ((rows, 1), (rows,)),
+            "block": ((-(-rows // BLOCK), -(-width // BLOCK)),),
+        }
+        self._has_shape(weight, *shapes[quantization.weights])
+        inputs = self._one_of(module, INPUT_SCALES)
+        if quantization.activations == "static" and inputs is None:
+            self.faults.append(f"{module}.input_scale: expected, as activations have static scales, not found")
+        if inputs is not None:
+            self._has_shape(inputs, *one)
+            if quantization.activations != "static":
+                self.faults.append(f"{inputs}: not expected, as activations have no static scales")
+        return StoredScales(weight, inputs, quantization.weights)
+
+    def _one_of(self, module: str, suffixes: tuple[str, ...]) -> str | None:
+        return next((f"{module}.{suffix}" for suffix in suffixes if f"{module}.{suffix}" in self.tensors), None)
+
+    def _kv_scales(self) -> Iterator[tuple[int, tuple[str, str]]]:
+        """(layer, names of the scales of keys and of values), of all layers or of none."""
+        found: dict[int, tuple[str, str]] = {}
+        heads = (self.config.num_kv_heads,)
+        shapes = ((), (1,), heads)
+        for layer in range(self.config.num_layers):
+            module = attention_module(self.checkpoint.layout, layer)
+            names = {
+                kind: next((name for form in forms if (name := form.format(module)) in self.tensors), None)
+                for kind, forms in KV_SCALES.items()
+            }
+            k, v = names["k"] or names["both"], names["v"] or names["both"]
+            if k is not None and v is not None:
+                self._has_shape(k, *shapes)
+                self._has_shape(v, *shapes)
+                found[layer] = (k, v)
+            elif k is not None or v is not None:
+                self.faults.append(
+                    f"{k or v}: found in layer {layer}, but not the scale of its {'values' if k else 'keys'}"
+                )
+        if found and len(found) < self.config.num_layers:
+            absent = next(layer for layer in range(self.config.num_layers) if layer not in found)
+            self.faults.append(f"layer {absent} has no scales of keys and values, and others have")
+        yield from found.items()
+
+    def _kinds(
+        self, expected: list[ExpectedTensor], scales: Mapping[str, StoredScales], online: Quantization | None
+    ) -> Iterator[tuple[tuple[int | None, str], LinearKind]]:
+        """What each projection becomes; its parts must agree."""
+        quantization = self.checkpoint.quantization
+        groups: dict[tuple[int | None, str], list[ExpectedTensor]] = {}
+        for tensor in expected:
+            if tensor.part in _PROJECTION_OF:
+                groups.setdefault((tensor.layer, _PROJECTION_OF[tensor.part]), []).append(tensor)
+        if self.config.tie_word_embeddings:
+            groups[None, "lm_head"] = []
+        for key, tensors in groups.items():
+            names = [tensor.name for tensor in tensors]
+            quantised = [name for name in names if name in scales]
+            if quantised and len(quantised) < len(names):
+                plain = next(name for name in names if name not in scales)
+                self.faults.append(f"{plain}: is not FP8, and {quantised[0]} of the same fused projection is")
+            kind = DENSE
+            if quantised and quantization is not None and quantization.activations != "none":
+                by = "block" if quantization.weights == "block" else "channel"
+                kind = LinearKind(by, quantization.activations == "static")  # type: ignore[arg-type]
+            elif not quantised and online is not None and online.covers(self._module(key)):
+                kind = LinearKind("block" if online.weights == "block" else "channel")
+            if kind.scales == "block" and any(tensor.shape[0] % BLOCK for tensor in tensors[:-1]):
+                self.faults.append(f"{names[0]}: its {tensors[0].shape[0]} rows are not whole blocks of {BLOCK}")
+            if kind != DENSE:
+                yield key, kind
+
+    def _module(self, key: tuple[int | None, str]) -> str:
+        layer, projection = key
+        return projection if layer is None else f"model.layers.{layer}.{projection}"

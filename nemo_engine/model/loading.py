@@ -1,0 +1,257 @@
+"""From a checkpoint's files into weights: as stored, or quantised on the way.
+
+Everything is checked before anything is allocated, then tensors go one by one to where they belong; so the peak is the weights plus one
+tensor. FP8 numbers are never quantised again: each part of a fused projection keeps its scales.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from nemo_engine.config import ModelConfig
+from nemo_engine.ledger import Ledger
+from nemo_engine.model.checkpoint import Checkpoint
+from nemo_engine.model.inventory import Inventory, StoredScales, take_inventory
+from nemo_engine.model.layout import ExpectedTensor, expected_tensors, tensor_name
+from nemo_engine.model.linear import Fp8Linear, Linear
+from nemo_engine.model.progress import progress_bar
+from nemo_engine.model.quantization import Quantization
+from nemo_engine.model.weights import NemoWeights, Place, empty_weights, place_of
+from nemo_engine.ops.linear import SCALE_BLOCK
+from nemo_engine.ops.quantize import FP8
+
+_ROWS = 1024  # of FP8 numbers that are widened at once
+
+_logger = logging.getLogger("nemo_engine")
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: bool | None = None,
+    ledger: Ledger | None = None,
+    inventory: Inventory | None = None,
+    online: Quantization | None = None,
+    needs_kv_scales: bool = False,
+    is_widened: bool = False,
+) -> NemoWeights:
+    """Check and load ``checkpoint`` as ``dtype`` onto ``device``, tensor by tensor.
+
+    progress: shows a bar; None shows one on a terminal if loading takes longer than a second. online: quantise the projections that it
+    covers and that are not FP8 already. inventory: of this checkpoint and ``online``, if it has been taken. needs_kv_scales: read the scales of keys and values, where there are any. is_widened: FP8 weights
+    are kept as fp32 numbers. Raises ``ValueError`` listing the tensors that are missing, too many, or of wrong shape or dtype, and for
+    NaN or infinity in what is or becomes FP8.
+    """
+    ledger = Ledger() if ledger is None else ledger
+    if inventory is None:
+        with ledger.stage("check tensors"):
+            inventory = take_inventory(checkpoint, config, online)
+    has_kv_scales = needs_kv_scales and bool(inventory.kv_scales)
+    with ledger.stage(_stage_name(checkpoint.quantization, inventory, online, is_widened)) as stage:
+        weights = empty_weights(config, dtype, torch.device(device), inventory.kind_of, has_kv_scales=has_kv_scales)
+        expected = expected_tensors(config, checkpoint.layout)
+        expected.sort(key=lambda tensor: _place_on_disk(checkpoint, tensor))
+        total = sum(checkpoint.tensors[tensor.name].nbytes for tensor in expected)
+        loader = _TensorLoader(checkpoint, config, weights, inventory)
+        with progress_bar("load weights", total, progress) as advance:
+            for tensor in expected:
+                loader.load(tensor)
+                advance(checkpoint.tensors[tensor.name].nbytes)
+        if has_kv_scales:
+            loader.load_kv_scales()
+        del loader  # and its buffer
+        _check_tied_head(checkpoint, config, weights)
+        if is_widened:
+            weights = _widened(weights)
+        stage.num_bytes = weights.num_bytes
+    return weights
+
+
+def _stage_name(
+    stored: Quantization | None, inventory: Inventory, online: Quantization | None, is_widened: bool
+) -> str:
+    """What loading does with FP8, for the ledger."""
+    parts = []
+    if inventory.scales and stored is not None:
+        parts.append(stored.describe())
+        if stored.activations == "none":
+            parts.append("dequantised, as inputs are not quantised")
+    if online is not None:
+        parts.append(f"quantised to FP8, a scale per {online.weights}")
+    if is_widened and parts:
+        parts.append("kept as fp32 numbers")
+    return "load weights" + (f" ({'; '.join(parts)})" if parts else "")
+
+
+def _place_on_disk(checkpoint: Checkpoint, tensor: ExpectedTensor) -> tuple[str, int]:
+    """Sorts tensors so that files are read from front to back."""
+    info = checkpoint.tensors[tensor.name]
+    return info.file.name, info.offset
+
+
+class _TensorLoader:
+    """Reads tensors straight to their places, or through one buffer where order, dtype or device differ.
+
+    The buffer is allocated once: freed and allocated anew, buffers of changing sizes leave holes in the heap.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights, inventory: Inventory) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._weights = weights
+        self._inventory = inventory
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def load(self, tensor: ExpectedTensor) -> None:
+        """One tensor, and its scales."""
+        place = place_of(self._weights, self._config, tensor)
+        stored = self._inventory.scales.get(tensor.name)
+        if stored is None:
+            self._load_numbers(tensor, place)
+            if tensor.part == "embed_tokens" and self._config.tie_word_embeddings:
+                self._load_tied_head(tensor)
+            return
+        if place.scales is None:
+            self._dequantise(tensor, place, stored)
+            return
+        self._load_numbers(tensor, place)
+        _refuse_nan(tensor.name, place.values)
+        place.scales.copy_(self._weight_scales(tensor, stored, place.is_by_block))
+        if stored.input is not None:
+            assert isinstance(place.linear, Fp8Linear) and place.linear.input_scale is not None
+            # Parts of a fused projection have one input; where their scales differ all the same, none may saturate.
+            largest = place.linear.input_scale
+            scale = self._scale(stored.input).to(largest.device).view(())
+            if largest > 0 and scale != largest:
+                _logger.info("%s differs from its neighbours' scales: the largest is taken", stored.input)
+            torch.maximum(largest, scale, out=largest)
+
+    def load_kv_scales(self) -> None:
+        """Scales of keys and values of every layer: one for all heads, or one per head."""
+        for layer, names in self._inventory.kv_scales.items():
+            weights = self._weights.layers[layer]
+            for name, to in zip(names, (weights.k_scale, weights.v_scale), strict=True):
+                assert to is not None
+                to.copy_(self._scale(name).expand_as(to))
+
+    def _load_numbers(self, tensor: ExpectedTensor, place: Place) -> None:
+        """The values of ``tensor`` as they are stored, or in the place's dtype, or quantised."""
+        info = self._checkpoint.tensors[tensor.name]
+        out = place.values
+        is_interleaved = self._is_interleaved(tensor)
+        if out.device.type == "cpu" and out.dtype == info.dtype and not is_interleaved:
+            self._checkpoint.read(tensor.name, out=out)
+            return
+        stored = self._read(tensor.name)
+        if place.scales is not None and info.dtype != FP8:
+            place.store(tensor.name, self._half_split(stored) if is_interleaved else stored)
+            return
+        if info.dtype == FP8:
+            out, stored = out.view(torch.uint8), stored.view(torch.uint8)
+        if is_interleaved:
+            out, stored = self._paired(out, is_half_split=True), self._paired(stored)
+        out.copy_(stored)
+
+    def _load_tied_head(self, tensor: ExpectedTensor) -> None:
+        """The head of tied embeddings, where it is a copy because it is FP8."""
+        place = place_of(self._weights, self._config, replace(tensor, part="lm_head"))
+        if place.scales is not None:
+            place.store(tensor.name, self._weights.embed_tokens)
+
+    def _dequantise(self, tensor: ExpectedTensor, place: Place, stored: StoredScales) -> None:
+        """FP8 numbers times their scales, into a dense projection."""
+        numbers = self._read(tensor.name)
+        _refuse_nan(tensor.name, numbers)
+        if self._is_interleaved(tensor):
+            numbers = self._half_split(numbers.view(torch.uint8)).view(FP8)
+        is_by_block = stored.kind == "block"
+        scales = self._weight_scales(tensor, stored, is_by_block)
+        for start in range(0, numbers.shape[0], _ROWS):
+            wide = numbers[start : start + _ROWS].float()
+            if is_by_block:
+                rows = scales.repeat_interleave(SCALE_BLOCK, 0)[start : start + wide.shape[0]]
+                wide *= rows.repeat_interleave(SCALE_BLOCK, 1)[:, : wide.shape[1]]
+            else:
+                wide *= scales[start : start + _ROWS]
+            place.values[start : start + _ROWS].copy_(wide)
+
+    def _weight_scales(self, tensor: ExpectedTensor, stored: StoredScales, is_by_block: bool) -> torch.Tensor:
+        """(rows, 1) fp32, whatever the checkpoint has a scale for, in our order of rows; or (blocks, blocks)."""
+        scales = self._scale(stored.weight)
+        if is_by_block:
+            return scales
+        scales = scales.reshape(-1, 1).expand(tensor.shape[0], 1)
+        return self._half_split(scales).reshape(-1, 1) if self._is_interleaved(tensor) else scales
+
+    def _scale(self, name: str) -> torch.Tensor:
+        """A tensor of scales in fp32. Raises ``ValueError`` if one cannot be a scale."""
+        scales = self._checkpoint.read(name).float()
+        if not scales.isfinite().all() or (scales < 0).any():
+            raise ValueError(f"{name} must be finite and not negative, got {scales.flatten()[:8].tolist()}")
+        return scales
+
+    def _read(self, name: str) -> torch.Tensor:
+        """A tensor in the buffer; valid until the next."""
+        info = self._checkpoint.tensors[name]
+        if self._buffer.numel() == 0:
+            largest = max(info.nbytes for info in self._checkpoint.tensors.values())
+            self._buffer = torch.empty(largest, dtype=torch.uint8)
+        stored = self._buffer[: info.nbytes].view(info.dtype).view(info.shape)
+        self._checkpoint.read(name, out=stored)
+        return stored
+
+    def _is_interleaved(self, tensor: ExpectedTensor) -> bool:
+        return self._checkpoint.layout == "mistral" and tensor.part in ("q_proj", "k_proj")
+
+    def _half_split(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of heads in interleaved rotary order, copied into half-split order."""
+        return self._paired(rows).flatten(0, 2)
+
+    def _paired(self, rows: torch.Tensor, *, is_half_split: bool = False) -> torch.Tensor:
+        """A view of (heads, 2, D / 2, ...): the halves of a head, whose rows lie in either order."""
+        half = self._config.head_dim // 2
+        if is_half_split:
+            return rows.unflatten(0, (-1, 2, half))
+        return rows.unflatten(0, (-1, half, 2)).transpose(1, 2)
+
+
+def _refuse_nan(name: str, numbers: torch.Tensor) -> None:
+    """FP8 (e4m3) has no infinity; NaN is 0x7f with either sign."""
+    if ((numbers.view(torch.uint8) & 0x7F) == 0x7F).any():
+        raise ValueError(f"{name} holds NaN")
+
+
+def _widened(weights: NemoWeights) -> NemoWeights:
+    def widen(linear: Linear) -> Linear:
+        return linear.widen() if isinstance(linear, Fp8Linear) else linear
+
+    layers = tuple(
+        replace(
+            layer,
+            qkv=widen(layer.qkv),
+            o=widen(layer.o),
+            gate_up=widen(layer.gate_up),
+            down=widen(layer.down),
+        )
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, lm_head=widen(weights.lm_head))
+
+
+def _check_tied_head(checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:
+    """A tied checkpoint may repeat the embeddings as its head; if they differ, one of the two would be dropped."""
+    name = tensor_name(checkpoint.layout, "lm_head")
+    if not config.tie_word_embeddings or name not in checkpoint.tensors:
+        return
+    head = checkpoint.read(name)
+    if not torch.equal(head.to(weights.embed_tokens.device, weights.embed_tokens.dtype), weights.embed_tokens):
+        raise ValueError(
+            f"{checkpoint.path}: the configuration ties lm_head to the embeddings, but {name} in "
+            f"{checkpoint.tensors[name].file.name} differs from {tensor_name(checkpoint.layout, 'embed_tokens')}"
+        )

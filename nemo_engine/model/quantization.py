@@ -1,0 +1,252 @@
+"""What a checkpoint says about its FP8 numbers, in the words of each tool that writes such checkpoints.
+
+compressed-tensors (llm-compressor), plain "fp8" (AutoFP8, DeepSeek's blocks), NVIDIA ModelOpt, and Mistral's own. All come down to one
+``Quantization``. Everything else is refused by the scheme's name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+BLOCK = 128  # rows and columns of a weight that share a scale in the block scheme
+
+# What scales are called, beside their module's ``weight``.
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "qscale_weight")
+INPUT_SCALES = ("input_scale", "act_scale", "activation_scale", "qscale_act")
+# Of keys and values, beside the projections of their layer: {} is the layer's attention module.
+KV_SCALES = {
+    "k": ("{}.k_scale", "{}.k_proj.k_scale", "{}.k_proj.output_scale", "{}.k_fake_quantizer.qscale_act"),
+    "v": ("{}.v_scale", "{}.v_proj.v_scale", "{}.v_proj.output_scale", "{}.v_fake_quantizer.qscale_act"),
+    "both": ("{}.kv_scale", "{}.kv_fake_quantizer.qscale_act"),
+}
+# Scales of what stays unquantised here: queries and attention weights.
+_UNUSED = re.compile(r".*\.(q_scale|prob_output_scale|q_proj\.output_scale|q_fake_quantizer\.qscale_act)")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How linear layers are stored and what their inputs become.
+
+    weights: one scale per "tensor", per output "channel", or per "block" of 128 by 128. activations: quantised by a "static" scale per layer,
+    by a "dynamic" one per token (and per 128 of it beside weights in blocks), or "none". covers() tells which modules. kv_cache: keys
+    and values are meant to be FP8.
+    """
+
+    method: str  # "compressed-tensors", "fp8", "modelopt", "mistral"; or "online"
+    weights: Literal["tensor", "channel", "block"]
+    activations: Literal["none", "static", "dynamic"]
+    targets: tuple[str, ...] = ("Linear",)
+    ignored: tuple[str, ...] = ()
+    kv_cache: bool = False
+
+    def covers(self, module: str) -> bool | None:
+        """Whether ``module`` ("model.layers.0.mlp.down_proj") is to be FP8; None where only its tensor tells."""
+        if self.method == "mistral":
+            return None
+        if any(self._matches(pattern, module) for pattern in self.ignored):
+            return False
+        return any(pattern == "Linear" or self._matches(pattern, module) for pattern in self.targets)
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        if pattern.startswith("re:"):
+            return re.match(pattern[3:], module) is not None
+        if self.method == "modelopt":
+            return fnmatch.fnmatchcase(module, pattern) or module.startswith(pattern.rstrip(".") + ".")
+        return pattern == module or module.startswith(pattern + ".") or module.endswith("." + pattern)
+
+    def describe(self) -> str:
+        """One line: what is quantised and how."""
+        inputs = {"none": "inputs not quantised", "static": "static scales of inputs", "dynamic": "inputs by token"}
+        kv = ", FP8 keys and values" if self.kv_cache else ""
+        return f"FP8 weights ({self.method}), a scale per {self.weights}, {inputs[self.activations]}{kv}"
+
+
+ONLINE = {
+    "fp8": Quantization("online", "channel", "dynamic", ignored=("lm_head",)),
+    "fp8_block": Quantization("online", "block", "dynamic", ignored=("lm_head",)),
+}
+
+
+def is_unused_scale(name: str) -> bool:
+    """Whether a tensor may be in a checkpoint without being read: a scale for what this engine does not quantise."""
+    return _UNUSED.fullmatch(name) is not None
+
+
+def quantization_of(
+    config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = None, *, is_mistral: bool = False
+) -> Quantization | None:
+    """The scheme of a checkpoint: of its config.json (or params.json), and of its hf_quant_config.json if it has one.
+
+    None if it is not quantised. Raises ``ValueError`` naming a scheme that is not supported.
+    """
+    if is_mistral:
+        if config.get("quantization_config") is not None:
+            raise ValueError("params.json: quantization_config is not supported there: use the Hugging Face layout")
+        block = config.get("quantization")
+        return None if block is None else _of_mistral(_object("params.json: quantization", block))
+    block = config.get("quantization_config")
+    if block is None and modelopt is not None:
+        return _of_modelopt(_object("hf_quant_config.json: quantization", modelopt.get("quantization", modelopt)))
+    if block is None:
+        return None
+    block = _object("config.json: quantization_config", block)
+    method = str(block.get("quant_method", "unnamed"))
+    if method == "compressed-tensors":
+        return _of_compressed_tensors(block)
+    if method == "fp8":
+        return _of_plain_fp8(block)
+    if method.startswith("modelopt"):
+        return _of_modelopt(_object("config.json: quantization_config.quantization", block.get("quantization", block)))
+    raise _unsupported(f"quant_method {method!r}", _bits_of(block))
+
+
+def _of_compressed_tensors(block: Mapping[str, Any]) -> Quantization:
+    sparsity = _object("sparsity_config", block.get("sparsity_config") or {})
+    if sparsity.get("format", "dense") != "dense" or sparsity.get("sparsity_structure", "unstructured") == "2:4":
+        named = sparsity.get("sparsity_structure", sparsity.get("format"))
+        raise _unsupported(f"compressed-tensors with sparsity {named!r}")
+    groups = _object("config_groups", block.get("config_groups") or {})
+    if not groups:
+        raise ValueError("config.json: quantization_config of compressed-tensors has no config_groups")
+    found: set[tuple[Any, Any]] = set()
+    targets: list[str] = []
+    for name, group in groups.items():
+        group = _object(f"config_groups.{name}", group)
+        found.add(_scheme_of_group(name, group, block.get("format")))
+        targets += _names(f"config_groups.{name}.targets", group.get("targets", ["Linear"]))
+    if len(found) > 1:
+        raise _unsupported("compressed-tensors with several schemes in one checkpoint")
+    ((weights, activations),) = found
+    kv = block.get("kv_cache_scheme")
+    if kv is not None:
+        kv = _object("kv_cache_scheme", kv)
+        if (kv.get("num_bits"), kv.get("type")) != (8, "float") or kv.get("dynamic"):
+            raise _unsupported(f"kv_cache_scheme of {_bits_of(kv)}{', dynamic' if kv.get('dynamic') else ''}")
+    return Quantization(
+        "compressed-tensors",
+        weights,
+        activations,
+        tuple(dict.fromkeys(targets)),
+        _names("ignore", block.get("ignore") or []),
+        kv is not None,
+    )
+
+
+def _scheme_of_group(name: str, group: Mapping[str, Any], file_format: Any) -> tuple[Any, Any]:
+    weights = _object(f"config_groups.{name}.weights", group.get("weights") or {})
+    if (weights.get("num_bits"), weights.get("type")) != (8, "float"):
+        raise _unsupported(
+            f"compressed-tensors {_bits_of(weights)} weights (format {group.get('format') or file_format!r})"
+        )
+    strategy = weights.get("strategy", "tensor")
+    if strategy == "block" and list(weights.get("block_structure") or ()) != [BLOCK, BLOCK]:
+        raise _unsupported(f"weights in blocks of {weights.get('block_structure')}")
+    if strategy not in ("tensor", "channel", "block") or weights.get("dynamic") or weights.get("symmetric") is False:
+        raise _unsupported(
+            f"FP8 weights of strategy {strategy!r}{', dynamic' if weights.get('dynamic') else ''}"
+            f"{', asymmetric' if weights.get('symmetric') is False else ''}"
+        )
+    if group.get("output_activations"):
+        raise _unsupported("quantised output_activations")
+    if group.get("input_activations") is None:
+        return strategy, "none"
+    inputs = _object(f"config_groups.{name}.input_activations", group["input_activations"])
+    if (inputs.get("num_bits"), inputs.get("type")) != (8, "float") or inputs.get("symmetric") is False:
+        raise _unsupported(f"FP8 weights with {_bits_of(inputs)} activations")
+    kind = inputs.get("strategy", "tensor")
+    if not inputs.get("dynamic"):
+        if kind != "tensor" or strategy == "block":
+            raise _unsupported(f"static activation scales of strategy {kind!r} with weights by {strategy!r}")
+        return strategy, "static"
+    expected = "group" if strategy == "block" else "token"
+    if kind != expected or (kind == "group" and inputs.get("group_size") != BLOCK):
+        raise _unsupported(f"dynamic activation scales of strategy {kind!r} with weights by {strategy!r}")
+    return strategy, "dynamic"
+
+
+def _of_plain_fp8(block: Mapping[str, Any]) -> Quantization:
+    scheme = block.get("activation_scheme", "dynamic")
+    shape = block.get("weight_block_size")
+    if scheme not in ("static", "dynamic") or (shape is not None and scheme == "static"):
+        raise _unsupported(f"quant_method 'fp8' with activation_scheme {scheme!r} and weight_block_size {shape}")
+    if shape is not None and list(shape) != [BLOCK, BLOCK]:
+        raise _unsupported(f"quant_method 'fp8' with weight_block_size {shape}")
+    if block.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        raise _unsupported(f"quant_method 'fp8' with fmt {block['fmt']!r}")
+    kv = block.get("kv_cache_scheme") or block.get("kv_cache_quant_method")
+    if kv not in (None, "static"):
+        raise _unsupported(f"quant_method 'fp8' with kv_cache_scheme {kv!r}")
+    ignored = block.get("ignored_layers") or block.get("modules_to_not_convert") or ["lm_head"]
+    return Quantization(
+        "fp8",
+        "tensor" if shape is None else "block",
+        scheme,
+        ignored=_names("ignored_layers", ignored),
+        kv_cache=kv == "static",
+    )
+
+
+def _of_modelopt(block: Mapping[str, Any]) -> Quantization:
+    algorithm = str(block.get("quant_algo"))
+    schemes: dict[str, tuple[Any, Any]] = {
+        "FP8": ("tensor", "static"),
+        "FP8_PER_CHANNEL_PER_TOKEN": ("channel", "dynamic"),
+    }
+    if algorithm.upper() not in schemes:
+        raise _unsupported(f"ModelOpt quant_algo {algorithm!r}")
+    kv = block.get("kv_cache_quant_algo")
+    if isinstance(block.get("kv_cache_scheme"), Mapping):
+        scheme = block["kv_cache_scheme"]
+        kv = "FP8" if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else _bits_of(scheme)
+    if kv not in (None, "", "FP8"):
+        raise _unsupported(f"ModelOpt kv_cache_quant_algo {kv!r}")
+    weights, activations = schemes[algorithm.upper()]
+    ignored = _names("exclude_modules", block.get("exclude_modules") or block.get("ignore") or [])
+    return Quantization("modelopt", weights, activations, ignored=ignored, kv_cache=kv == "FP8")
+
+
+def _of_mistral(block: Mapping[str, Any]) -> Quantization:
+    if block.get("qformat_weight") != "fp8_e4m3":
+        raise _unsupported(f"Mistral's qformat_weight {block.get('qformat_weight')!r}")
+    scheme = block.get("qscheme_act") or "TENSOR"
+    if scheme not in ("TENSOR", "NO_SCALES", "DYNAMIC"):
+        raise _unsupported(f"Mistral's qscheme_act {scheme!r}")
+    return Quantization("mistral", "tensor", "static" if scheme == "TENSOR" else "dynamic")
+
+
+def _bits_of(block: Mapping[str, Any]) -> str:
+    """What the numbers are, for an error: "INT4", "FP4", "MXFP4"."""
+    bits, kind = block.get("num_bits", block.get("bits")), str(block.get("type", "int"))
+    if bits is None:
+        return "unnamed"
+    return f"{'FP' if kind == 'float' else 'INT'}{bits}"
+
+
+def _unsupported(scheme: str, bits: str = "unnamed") -> ValueError:
+    named = "" if bits == "unnamed" else f" ({bits})"
+    return ValueError(
+        f"the checkpoint's quantisation is not supported: {scheme}{named}; FP8 (e4m3) of compressed-tensors, quant_method 'fp8', ModelOpt "
+        "and Mistral are, and quantization='fp8' of an unquantised checkpoint"
+    )
+
+
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a JSON object, got {value!r}")
+    return value
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name} must be a list of names, got {value!r}")
+    for item in value:
+        if item.startswith("re:"):
+            try:
+                re.compile(item[3:])
+            except re.error as error:
+                raise ValueError(f"{name}: {item!r} is not a regular expression: {error}") from None
+    return tuple(value)

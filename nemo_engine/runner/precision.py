@@ -1,0 +1,72 @@
+"""What an engine computes in: dtypes of activations and of the KV cache, and what is quantised while it loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from nemo_engine.config import EngineConfig
+from nemo_engine.model.checkpoint import Checkpoint
+from nemo_engine.model.quantization import ONLINE, Quantization
+from nemo_engine.ops.quantize import FP8
+
+_KV_DTYPES = {"fp8": FP8, "fp8_e4m3": FP8}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Of activations, of keys and values; ``online``: what becomes FP8 while it loads. ``is_fp8``: some product has FP8 operands."""
+
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    online: Quantization | None
+    is_fp8: bool
+
+
+def resolve_precision(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> Precision:
+    """What ``config`` and ``checkpoint`` come to on ``device``. Raises ``ValueError`` where they conflict."""
+    stored = checkpoint.quantization
+    dtype = resolve_dtype(config.dtype, checkpoint.model_config.dtype, device)
+    online = _resolve_online(config, stored)
+    is_fp8 = online is not None or (stored is not None and stored.activations != "none")
+    if is_fp8 and dtype is torch.float64:
+        raise ValueError(
+            "dtype 'float64' computes nothing in FP8, and the model is quantised: use 'float32' or 'bfloat16'"
+        )
+    return Precision(dtype, _resolve_kv_dtype(config.kv_cache_dtype, stored, dtype), online, is_fp8)
+
+
+def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of dense weights and activations; "auto" is the checkpoint's."""
+    dtype = getattr(torch, checkpoint_dtype if name == "auto" else name)
+    assert isinstance(dtype, torch.dtype)
+    if dtype is torch.float64 and device.type != "cpu":
+        raise ValueError(f"dtype 'float64' works on the CPU only, got device {str(device)!r}")
+    return dtype
+
+
+def _resolve_online(config: EngineConfig, stored: Quantization | None) -> Quantization | None:
+    name = config.quantization
+    if stored is not None:
+        if name is not None and (name == "fp8_block") != (stored.weights == "block"):
+            raise ValueError(
+                f"quantization {name!r} conflicts with what the checkpoint is already: {stored.describe()}"
+            )
+        return replace(ONLINE["fp8"], targets=("lm_head",), ignored=()) if config.quantize_lm_head else None
+    if name is None:
+        return replace(ONLINE["fp8"], targets=("lm_head",), ignored=()) if config.quantize_lm_head else None
+    return replace(ONLINE[name], ignored=()) if config.quantize_lm_head else ONLINE[name]
+
+
+def _resolve_kv_dtype(name: str, stored: Quantization | None, dtype: torch.dtype) -> torch.dtype:
+    """ "auto" is FP8 where the checkpoint was made for it, else the activations' dtype."""
+    if name == "auto":
+        return FP8 if stored is not None and stored.kv_cache else dtype
+    kv_dtype = _KV_DTYPES.get(name) or getattr(torch, name)
+    assert isinstance(kv_dtype, torch.dtype)
+    if kv_dtype not in (FP8, dtype):
+        raise ValueError(
+            f"kv_cache_dtype {name!r} conflicts with the dtype of the activations, {str(dtype).removeprefix('torch.')}: use 'auto' or 'fp8'"
+        )
+    return kv_dtype
