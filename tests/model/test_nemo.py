@@ -13,13 +13,12 @@ from nemo_engine.config import ModelConfig
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.model.loading import load_weights
-from nemo_engine.model.nemo import ModelInputs, Nemo
+from nemo_engine.model.nemo import Nemo
 from nemo_engine.ops import Ops, Site
-from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.rope import rope_table
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.model.forward import PAGE, our_logits
 
-PAGE = 16
 CONFIGS: dict[str, dict[str, Any]] = {
     "1:1": dict(num_layers=1, num_heads=3, num_kv_heads=3),
     "2:1, odd layers": dict(num_layers=3, intermediate_size=41, vocab_size=131),
@@ -43,27 +42,6 @@ def load_both(
     site = Site.of(config, PAGE, dtype, torch.device("cpu"))
     weights = load_weights(open_checkpoint(path), config, dtype=dtype, progress=False, ledger=Ledger())
     return Nemo(config, weights, Ops.select(site, prefer), max_len=256), reference
-
-
-@torch.inference_mode()
-def our_logits(model: Nemo, prompts: list[list[int]]) -> list[Tensor]:
-    """Logits of every position of several prompts computed in one step, their pages shuffled."""
-    config, dtype = model.config, model.weights.embed_tokens.dtype
-    counts = [-(-len(prompt) // PAGE) for prompt in prompts]
-    shape = (sum(counts) + 3, config.num_kv_heads, PAGE, config.head_dim)
-    cache = [tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in "kv") for _ in range(config.num_layers)]
-    order = (1 + torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(1))).tolist()
-    table = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
-    for row, count in enumerate(counts):
-        table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
-    own = [torch.arange(len(prompt)) for prompt in prompts]
-    mapping = torch.cat([table[row, at // PAGE] * PAGE + at % PAGE for row, at in enumerate(own)])
-    lens = torch.tensor([len(prompt) for prompt in prompts])
-    starts = torch.cat([lens.new_zeros(1), lens.cumsum(0)])
-    meta = AttentionMeta(0, starts, lens, table, torch.arange(len(prompts)), PAGE, max(counts), int(lens.max()))
-    ids = torch.tensor([token for prompt in prompts for token in prompt])
-    x, residual = model.forward(ModelInputs(ids, torch.cat(own), mapping, meta), cache)
-    return list(model.logits(x, residual).split(lens.tolist()))
 
 
 def prompts_of(config: ModelConfig) -> list[list[int]]:

@@ -1,0 +1,112 @@
+"""The forward pass of FP8 models against float64 worked out step by step, and against transformers on the dequantised weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_engine.config import ModelConfig
+from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.loading import load_weights
+from nemo_engine.model.nemo import Nemo
+from nemo_engine.model.quantization import ONLINE, Quantization
+from nemo_engine.ops import Ops, Site
+from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.fp8_checkpoints import FLAVOURS, FP8, dequantise, is_quantised, quantise, write_fp8
+from tests.model.forward import PAGE, our_logits
+from tests.model.fp8_reference import Reference, to_fp8
+
+SMALL = tiny_config(num_layers=2)
+# One layer: a value that falls to the other of two FP8 numbers then changes its own token alone.
+BLOCKS = tiny_config(num_heads=2, num_kv_heads=1, head_dim=128, hidden_size=200, intermediate_size=256, num_layers=1)
+
+
+def nemo(path: Path, online: Quantization | None = None, *, is_kv_fp8: bool = False, is_widened: bool = True) -> Nemo:
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.model_config
+    weights = load_weights(
+        checkpoint,
+        config,
+        dtype=torch.float32,
+        progress=False,
+        online=online,
+        needs_kv_scales=is_kv_fp8,
+        is_widened=is_widened,
+    )
+    site = Site.of(config, PAGE, torch.float32, torch.device("cpu"))
+    return Nemo(config, weights, Ops.select(site, {}), max_len=256)
+
+
+def prompts_of(config: ModelConfig) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in (1, PAGE + 1, 37)]
+
+
+def assert_near(model: Nemo, reference: Reference, *, is_kv_fp8: bool = False) -> None:
+    """Of fp32: where a value lies beside the middle of two FP8 numbers it may fall to the other, so a few in a thousand may be off."""
+    prompts = prompts_of(model.config)
+    for found, prompt in zip(our_logits(model, prompts, FP8 if is_kv_fp8 else None), prompts, strict=True):
+        expected = reference.logits(prompt)
+        error = (found.double() - expected).abs().amax(1)
+        assert error.median() < 2e-5 * expected.abs().max() and error.max() < 0.02 * expected.abs().max()
+
+
+def test_rounding_of_the_reference() -> None:
+    x = torch.cat([torch.randn(10000) * 10.0**i for i in range(-4, 4)])
+    numbers = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    x = torch.cat([x, numbers, (numbers[1:] + numbers[:-1]) / 2])
+    assert to_fp8(x.double()).equal(x.clamp(-448, 448).to(FP8).double())
+
+
+@pytest.mark.parametrize("kv", [None, "tensor", "head"])
+@pytest.mark.parametrize("flavour", [name for name in FLAVOURS if not name.startswith("mistral")])
+def test_each_scheme_equals_its_simulation(flavour: str, kv: str | None, tmp_path: Path) -> None:
+    kind, is_static = FLAVOURS[flavour]
+    config = BLOCKS if kind == "block" else SMALL
+    meaning, others = write_fp8(tmp_path, config, random_state_dict(config, seed=6), flavour, kv=kv)
+    inputs = "none" if is_static is None else "static" if is_static else "block" if kind == "block" else "token"
+    reference = Reference(config, meaning, inputs, others, kv is not None)
+    for is_widened in (True, False):
+        assert_near(
+            nemo(tmp_path, is_kv_fp8=kv is not None, is_widened=is_widened), reference, is_kv_fp8=kv is not None
+        )
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_block"])
+def test_quantised_while_loading_equals_its_simulation(scheme: str, tmp_path: Path) -> None:
+    state = random_state_dict(BLOCKS, seed=6)
+    write_hf(tmp_path, BLOCKS, state)
+    kind = "block" if scheme == "fp8_block" else "channel"
+    meaning = {
+        name: dequantise(*quantise(tensor, kind)) if is_quantised(name) else tensor for name, tensor in state.items()
+    }
+    reference = Reference(BLOCKS, meaning, "block" if kind == "block" else "token", is_kv_fp8=True)
+    assert_near(nemo(tmp_path, ONLINE[scheme], is_kv_fp8=True), reference, is_kv_fp8=True)
+
+
+def test_the_simulation_notices_another_scheme(tmp_path: Path) -> None:
+    """Else the bounds above would be too wide to mean anything."""
+    meaning, others = write_fp8(tmp_path, SMALL, random_state_dict(SMALL, seed=6), "fp8 static", kv="head")
+    model = nemo(tmp_path, is_kv_fp8=True)
+    for wrong in (
+        Reference(SMALL, meaning, "token", others, True),
+        Reference(SMALL, meaning, "none", others, True),
+        Reference(SMALL, meaning, "static", others, False),
+        Reference(SMALL, random_state_dict(SMALL, seed=6), "static", others, True),
+    ):
+        with pytest.raises(AssertionError):
+            assert_near(model, wrong, is_kv_fp8=True)
+
+
+def test_inputs_that_stay_as_they_are_equal_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    meaning, _ = write_fp8(tmp_path / "fp8", SMALL, random_state_dict(SMALL, seed=6), "compressed-tensors weights only")
+    write_hf(tmp_path / "dense", SMALL, meaning)
+    reference = transformers.MistralForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    prompts = prompts_of(SMALL)
+    with torch.inference_mode():
+        for found, prompt in zip(our_logits(nemo(tmp_path / "fp8"), prompts), prompts, strict=True):
+            expected = reference(torch.tensor([prompt])).logits[0]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
