@@ -200,7 +200,7 @@ class _Taker:
         """(layer, names of the scales of keys and of values), of all layers or of none."""
         found: dict[int, tuple[str, str]] = {}
         heads = (self.config.num_kv_heads,)
-        shapes = ((), (1,), heads)
+        shapes = ((), (1,), heads, (*heads, 1, 1))
         for layer in range(self.config.num_layers):
             module = attention_module(self.checkpoint.layout, layer)
             names = {

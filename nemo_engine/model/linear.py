@@ -6,10 +6,34 @@ A kind holds tensors and computes ``x @ weight.T``; the model calls it and does 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from nemo_engine.ops import Ops
+
+
+class Linear(Protocol):
+    """What the model needs of a projection."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out, in)."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+
+    def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """(T, in) -> (T, out)."""
+
+    def after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, ops: Ops
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projection of ``x + residual``, normalised; and that sum. (T, in) twice -> (T, out), (T, in)."""
+
+    def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,19 +58,19 @@ class DenseLinear:
         return self.weight.nbytes
 
     def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """(T, in) -> (T, out)."""
+        """See ``Linear``."""
         product: torch.Tensor = ops.linear(x, self.weight)
         return product
 
     def after_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, ops: Ops
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The projection of ``x + residual``, normalised; and that sum. (T, in) twice -> (T, out), (T, in)."""
+        """See ``Linear``."""
         product, total = ops.norm_linear(x, residual, norm_weight, eps, self.weight)
         return product, total
 
     def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
+        """See ``Linear``."""
         product: torch.Tensor = ops.silu_mul_linear(gate_up, self.weight)
         return product
 
@@ -84,21 +108,18 @@ class Fp8Linear:
         return Fp8Linear(self.weight.float(), self.scales, self.input_scale)
 
     def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """(T, in) -> (T, out)."""
+        """See ``Linear``."""
         product: torch.Tensor = ops.quantize_linear_fp8(x, self.weight, self.scales, self.input_scale)
         return product
 
     def after_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, ops: Ops
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The projection of ``x + residual``, normalised; and that sum. (T, in) twice -> (T, out), (T, in)."""
+        """See ``Linear``."""
         product, total = ops.norm_linear_fp8(x, residual, norm_weight, eps, self.weight, self.scales, self.input_scale)
         return product, total
 
     def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
+        """See ``Linear``."""
         product: torch.Tensor = ops.silu_mul_linear_fp8(gate_up, self.weight, self.scales, self.input_scale)
         return product
-
-
-Linear = DenseLinear | Fp8Linear

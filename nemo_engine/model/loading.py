@@ -138,7 +138,7 @@ class _TensorLoader:
             weights = self._weights.layers[layer]
             for name, to in zip(names, (weights.k_scale, weights.v_scale), strict=True):
                 assert to is not None
-                to.copy_(self._scale(name).expand_as(to))
+                to.copy_(self._scale(name).reshape(-1).expand_as(to))
 
     def _load_numbers(self, tensor: ExpectedTensor, place: Place) -> None:
         """The values of ``tensor`` as they are stored, or in the place's dtype, or quantised."""
@@ -150,12 +150,13 @@ class _TensorLoader:
             return
         stored = self._read(tensor.name)
         if place.scales is not None and info.dtype != FP8:
-            place.store(tensor.name, self._half_split(stored) if is_interleaved else stored)
+            place.store(tensor.name, half_split(stored, self._config.head_dim) if is_interleaved else stored)
             return
         if info.dtype == FP8:
             out, stored = out.view(torch.uint8), stored.view(torch.uint8)
         if is_interleaved:
-            out, stored = self._paired(out, is_half_split=True), self._paired(stored)
+            out = _paired(out, self._config.head_dim, is_half_split=True)
+            stored = _paired(stored, self._config.head_dim)
         out.copy_(stored)
 
     def _load_tied_head(self, tensor: ExpectedTensor) -> None:
@@ -169,7 +170,7 @@ class _TensorLoader:
         numbers = self._read(tensor.name)
         _refuse_nan(tensor.name, numbers)
         if self._is_interleaved(tensor):
-            numbers = self._half_split(numbers.view(torch.uint8)).view(FP8)
+            numbers = half_split(numbers.view(torch.uint8), self._config.head_dim).view(FP8)
         is_by_block = stored.kind == "block"
         scales = self._weight_scales(tensor, stored, is_by_block)
         for start in range(0, numbers.shape[0], _ROWS):
@@ -187,7 +188,7 @@ class _TensorLoader:
         if is_by_block:
             return scales
         scales = scales.reshape(-1, 1).expand(tensor.shape[0], 1)
-        return self._half_split(scales).reshape(-1, 1) if self._is_interleaved(tensor) else scales
+        return half_split(scales, self._config.head_dim).reshape(-1, 1) if self._is_interleaved(tensor) else scales
 
     def _scale(self, name: str) -> torch.Tensor:
         """A tensor of scales in fp32. Raises ``ValueError`` if one cannot be a scale."""
@@ -209,16 +210,17 @@ class _TensorLoader:
     def _is_interleaved(self, tensor: ExpectedTensor) -> bool:
         return self._checkpoint.layout == "mistral" and tensor.part in ("q_proj", "k_proj")
 
-    def _half_split(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of heads in interleaved rotary order, copied into half-split order."""
-        return self._paired(rows).flatten(0, 2)
 
-    def _paired(self, rows: torch.Tensor, *, is_half_split: bool = False) -> torch.Tensor:
-        """A view of (heads, 2, D / 2, ...): the halves of a head, whose rows lie in either order."""
-        half = self._config.head_dim // 2
-        if is_half_split:
-            return rows.unflatten(0, (-1, 2, half))
-        return rows.unflatten(0, (-1, half, 2)).transpose(1, 2)
+def half_split(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of heads in interleaved rotary order, copied into half-split order."""
+    return _paired(rows, head_dim).flatten(0, 2)
+
+
+def _paired(rows: torch.Tensor, head_dim: int, *, is_half_split: bool = False) -> torch.Tensor:
+    """A view of (heads, 2, D / 2, ...): the halves of a head, whose rows lie in either order."""
+    if is_half_split:
+        return rows.unflatten(0, (-1, 2, head_dim // 2))
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)
 
 
 def _refuse_nan(name: str, numbers: torch.Tensor) -> None:

@@ -218,7 +218,7 @@ def place_of(weights: NemoWeights, config: ModelConfig, tensor: ExpectedTensor) 
 
 def _place_in(linear: Linear, first: int, rows: int) -> Place:
     values = linear.weight[first : first + rows]
-    if isinstance(linear, DenseLinear):
+    if not isinstance(linear, Fp8Linear):
         return Place(values)
     unit = 1 if linear.scales.shape == (linear.out_features, 1) else SCALE_BLOCK
     scales = linear.scales[first // unit : first // unit + -(-rows // unit)]

@@ -1,0 +1,206 @@
+"""Writing an FP8 checkpoint in the compressed-tensors format, which transformers and vLLM read.
+
+Nothing that looks like a checkpoint exists before all of it does: it is written beside its place and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_engine.config import ModelConfig
+from nemo_engine.model.calibration import Calibration
+from nemo_engine.model.checkpoint import Checkpoint
+from nemo_engine.model.layout import PARTS, attention_module, expected_tensors, tensor_name
+from nemo_engine.model.loading import half_split
+from nemo_engine.model.quantization import BLOCK
+from nemo_engine.ops.blocks import quantize_weight_blocks
+from nemo_engine.ops.quantize import quantize_channels
+
+Scheme = Literal["dynamic", "static", "block"]
+SHARD_BYTES = 4 << 30
+_PROJECTION_OF = {part: projection for projection, parts in PARTS.items() for part in parts} | {"lm_head": "lm_head"}
+
+
+def export_fp8(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    scheme: Scheme = "dynamic",
+    calibration: Calibration | None = None,
+    kv_scales: Literal["none", "tensor", "head"] = "none",
+    quantize_lm_head: bool = False,
+    advance: Callable[[int], object] = lambda num_bytes: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Quantise ``checkpoint`` into the directory ``out``, in Hugging Face's layout whatever its own.
+
+    scheme: weights per output channel with inputs per token ("dynamic") or with calibrated scales ("static"), or by 128 x 128 ("block").
+    kv_scales: one per layer or one per head, of ``calibration``. advance: is told how many bytes were read. Raises ``ValueError`` for a
+    checkpoint that is quantised already, and for what cannot be; ``FileExistsError`` if ``out`` exists and is not empty.
+    """
+    if checkpoint.quantization is not None:
+        raise ValueError(f"{checkpoint.path} is quantised already: {checkpoint.quantization.describe()}")
+    if (scheme == "static" or kv_scales != "none") and calibration is None:
+        raise ValueError("static scales need calibration")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        tensors = _tensors(checkpoint, scheme, calibration, kv_scales, quantize_lm_head, advance)
+        _write_shards(partial, tensors, shard_bytes)
+        _copy_beside(checkpoint.path, partial)
+        config = _config(checkpoint) | {"quantization_config": _scheme(scheme, kv_scales, quantize_lm_head)}
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in partial.iterdir():  # temporary folders and safetensors are made for their owner alone
+            file.chmod(0o644)
+        partial.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _tensors(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    calibration: Calibration | None,
+    kv_scales: str,
+    quantize_lm_head: bool,
+    advance: Callable[[int], object],
+) -> Iterator[tuple[str, Tensor]]:
+    """Names in Hugging Face's layout and tensors, one after the other."""
+    config = checkpoint.model_config
+    dtype = getattr(torch, config.dtype)
+    for tensor in expected_tensors(config, checkpoint.layout):
+        x = checkpoint.read(tensor.name)
+        advance(x.nbytes)
+        name = tensor_name("hf", tensor.part, tensor.layer)
+        if checkpoint.layout == "mistral" and tensor.part in ("q_proj", "k_proj"):
+            x = half_split(x, config.head_dim)
+        projection = _PROJECTION_OF.get(tensor.part)
+        if projection is None or (projection == "lm_head" and not quantize_lm_head):
+            yield name, x.to(dtype)
+            continue
+        values, scales = (quantize_weight_blocks if scheme == "block" else quantize_channels)(x)
+        if not scales.isfinite().all():
+            raise ValueError(f"{tensor.name} holds NaN or infinity, and cannot be quantised to FP8")
+        module = name.removesuffix(".weight")
+        yield name, values
+        yield f"{module}.weight_scale", scales
+        if scheme == "static":
+            assert calibration is not None
+            yield f"{module}.input_scale", calibration.inputs[tensor.layer, projection].reshape(1).clone()
+    if kv_scales != "none":
+        assert calibration is not None
+        for layer in range(config.num_layers):
+            module = attention_module("hf", layer)
+            for letter, scales in (("k", calibration.keys[layer]), ("v", calibration.values[layer])):
+                yield (
+                    f"{module}.{letter}_scale",
+                    scales.max().reshape(1) if kv_scales == "tensor" else scales.view(-1, 1, 1),
+                )
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """One file, or several of at most about ``shard_bytes`` and their index."""
+    files: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        shard[name] = tensor.contiguous()
+        total += tensor.nbytes
+    flush()
+    if len(files) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(files):
+        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{index}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    """Everything small that is not weights or configuration: tokenizer, generation settings, licence, templates."""
+    for file in sorted(source.iterdir()):
+        is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or ".safetensors." in file.name
+        if file.is_file() and not is_weights and file.name not in ("config.json", "params.json"):
+            shutil.copy(file, folder / file.name)
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's config.json; of Mistral's layout, one that says the same."""
+    if checkpoint.layout == "hf":
+        data: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_bytes())
+        return data
+    return hf_config(checkpoint.model_config)
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """``config`` as Hugging Face's config.json."""
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "sliding_window": None,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": config.dtype,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids)
+        if len(config.eos_token_ids) > 1
+        else next(iter(config.eos_token_ids), None),
+    }
+
+
+def _scheme(scheme: Scheme, kv_scales: str, quantize_lm_head: bool) -> dict[str, Any]:
+    """The ``quantization_config`` of compressed-tensors."""
+    number = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights: dict[str, Any] = number | {"strategy": "channel", "dynamic": False}
+    inputs: dict[str, Any] = number | {"strategy": "token", "dynamic": True}
+    if scheme == "static":
+        inputs = number | {"strategy": "tensor", "dynamic": False}
+    elif scheme == "block":
+        weights |= {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
+        inputs |= {"strategy": "group", "group_size": BLOCK}
+    kv = number | {"strategy": "tensor" if kv_scales == "tensor" else "attn_head", "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [] if quantize_lm_head else ["lm_head"],
+        "kv_cache_scheme": None if kv_scales == "none" else kv,
+    }
