@@ -104,7 +104,10 @@ def calibrate(
                 found[index] = torch.maximum(found[index], cache.abs().amax((0, 2, 3)).float().cpu())
         num_tokens += len(ids)
         advance(len(ids))
-    inputs = {(index, name): getattr(layer, name).largest.cpu() for index, layer in enumerate(layers) for name in PARTS}
+    inputs: dict[tuple[int | None, str], Tensor] = {
+        (index, name): getattr(layer, name).largest.cpu() for index, layer in enumerate(layers) for name in PARTS
+    }
+    inputs[None, "lm_head"] = last
     every: list[tuple[object, Tensor]] = [*inputs.items()]
     every += [(f"{index}, keys or values", pair) for index, pairs in enumerate(largest) for pair in pairs]
     for name, magnitude in every:
