@@ -32,6 +32,9 @@ class StepRunner(Protocol):
     def launch(self, plan: StepPlan) -> Handle:
         """Start computing ``plan`` after all steps launched before."""
 
+    def count_saturated(self) -> tuple[int, int]:
+        """Entries of an FP8 KV cache at its largest number, and entries that are not 0."""
+
     def close(self) -> None:
         """Free everything."""
 

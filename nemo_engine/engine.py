@@ -162,6 +162,15 @@ class Engine:
         with self._lock:
             return self._core.scheduler.stats()
 
+    def count_saturated_kv(self) -> tuple[int, int]:
+        """Of an FP8 KV cache: (entries at its largest number, entries that are not 0); (0, 0) of others. Reads the whole cache.
+
+        With scales that fit, few or none are; larger keys and values than 448 times their scale are stored as that.
+        """
+        with self._lock:
+            self._check_open()
+            return self._core.runner.count_saturated()
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running requests are not disturbed."""
         with self._lock:

@@ -23,8 +23,9 @@ class KVCache:
         shape = (num_pages + 1, config.num_kv_heads, page_size, config.head_dim)
         self.num_pages = num_pages
         self.page_size = page_size
+        make = torch.zeros if dtype == FP8 else torch.empty  # zeros: what was never written is not counted as saturated
         self.layers: list[tuple[Tensor, Tensor]] = [
-            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            (make(shape, dtype=dtype, device=device), make(shape, dtype=dtype, device=device))
             for _ in range(config.num_layers)
         ]
 
@@ -41,16 +42,16 @@ class KVCache:
             else:
                 cache[pages] = torch.nan
 
-    def count_saturated(self, pages: Tensor) -> tuple[int, int]:
-        """Of an FP8 cache: (entries of ``pages`` at the largest number, 448, or beyond; entries). (0, 0) of others.
+    def count_saturated(self) -> tuple[int, int]:
+        """Of an FP8 cache: (entries at its largest number, 448; entries that are not 0), of all that was ever written and not overwritten.
 
-        What was larger is stored as 448, so this tells whether the scales are too small. Reads the pages once.
+        What was larger is stored as 448, so this tells whether the scales are too small. (0, 0) of other caches. Reads the whole cache once.
         """
-        saturated = entries = 0
+        saturated = written = 0
         for cache in (cache for layer in self.layers for cache in layer):
             if cache.dtype == FP8:
-                for chunk in pages.split(_PAGES_AT_ONCE):
-                    magnitude = cache.view(torch.uint8)[chunk] & 0x7F
+                for pages in cache[1:].view(torch.uint8).split(_PAGES_AT_ONCE):
+                    magnitude = pages & 0x7F
                     saturated += int((magnitude == 0x7E).sum())
-                    entries += magnitude.numel()
-        return saturated, entries
+                    written += int(magnitude.count_nonzero())
+        return saturated, written

@@ -6,6 +6,7 @@ CUDA it never waits; ``Handle.result`` does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from nemo_engine.runner.transfer import Download, staged, to_device
 from nemo_engine.step import StepPlan, StepResult
 
 PROMPT_LOGPROB_ROWS = 256  # logits computed at once for prompt log-probabilities: bounds their memory
+_TOLERATED_SATURATION = 1e-4  # of an FP8 cache's entries; scales from calibration saturate a few outliers of other text
+
+_logger = logging.getLogger("nemo_engine")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -303,8 +307,19 @@ class Runner:
             graphs.append(DecodeGraph(size, words, capture(whole), capture(forward)))
         self._graphs = tuple(sorted(graphs, key=lambda graph: graph.size))
 
+    def count_saturated(self) -> tuple[int, int]:
+        """See ``KVCache.count_saturated``."""
+        return self._kv_cache.count_saturated()
+
     def close(self) -> None:
-        """Drop all tensors and graphs."""
+        """Drop all tensors and graphs; says so if an FP8 cache was too small for what was written into it."""
+        saturated, written = self.count_saturated()
+        if saturated > _TOLERATED_SATURATION * written:
+            _logger.warning(
+                "%.2g %% of the FP8 KV cache's entries are saturated: its scales are too small; calibrate them (nemo-engine quantize "
+                "--kv-scales head)",
+                100 * saturated / written,
+            )
         self._graphs = ()
         self._last = None
         del self._model, self._kv_cache, self._table, self._sampler, self._workspace
