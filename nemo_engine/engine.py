@@ -63,9 +63,8 @@ class Engine:
         request that fails while it runs has finish reason "error", and the others are not disturbed.
         """
         encoded = self._inputs.encode_all(prompts)
-        return self._run(
-            encoded, self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False), progress
-        )
+        params = self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False)
+        return self._run(encoded, params, progress)
 
     def chat(
         self,
@@ -139,15 +138,11 @@ class Engine:
         """Run one step for all requests; returns the new outputs of those that ``add_request`` queued."""
         with self._lock:
             self._advance()
-            ready = self._ready[:]
-            self._ready.clear()
+            ready, self._ready[:] = self._ready[:], []
             return ready
 
     def abort(self, request_id: str | Sequence[str]) -> None:
-        """End requests that ``add_request`` queued; ids that are not known (any more) are passed over.
-
-        What they had comes from the next ``step()``, with finish reason "abort".
-        """
+        """End requests, whose outputs so far come from the next ``step()`` as "abort"; unknown ids are passed over."""
         with self._lock:
             for one in [request_id] if isinstance(request_id, str) else request_id:
                 self._outputs.abort(one)
@@ -163,10 +158,7 @@ class Engine:
             return self._core.scheduler.stats()
 
     def count_saturated_kv(self) -> tuple[int, int]:
-        """Of an FP8 KV cache: (entries at its largest number, entries that are not 0); (0, 0) of others. Reads the whole cache.
-
-        With scales that fit, few or none are; larger keys and values than 448 times their scale are stored as that.
-        """
+        """Of an FP8 KV cache: (entries at its largest number, entries that are not 0). Reads it all; (0, 0) of other caches."""
         with self._lock:
             self._check_open()
             return self._core.runner.count_saturated()

@@ -20,9 +20,11 @@ ROW_1 = CONTRACTS | {"text"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # Row 7. `chat` shows the defaults that `inputs` fills in; `info` reads a checkpoint's headers without loading it.
-    "cli": {"engine", "inputs", "model.checkpoint", "model.layout", *ROW_1},
+    "cli": {"engine", "inputs", "quantize", "verify", "model.checkpoint", "model.layout", *ROW_1},
     "__main__": {"cli"},
-    # Row 6
+    # Row 6. `quantize` and `verify` work on a model without an engine.
+    "quantize": {"model", "ops", "runner", *ROW_1},
+    "verify": {"model", "ops", "runner", *ROW_1},
     "engine": {"core", "inputs", "completions", "scheduler", *ROW_1},
     "inputs": {"scheduler", *ROW_1},
     "completions": {"inputs", "scheduler", *ROW_1},
@@ -47,6 +49,8 @@ TOKENIZERS = {"mistral_common", "tokenizers", "sentencepiece"}
 MAY_USE: dict[str, set[str]] = {
     "cli": {"torch"},
     "engine": {"tqdm"},
+    "quantize": {"torch"},
+    "verify": {"torch", "matplotlib"},
     "runner": {"torch", "numpy"},
     "model": {*TORCH, "huggingface_hub", "tqdm"},
     "ops": TORCH,

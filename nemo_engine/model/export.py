@@ -26,6 +26,7 @@ from nemo_engine.ops.blocks import quantize_weight_blocks
 from nemo_engine.ops.quantize import quantize_channels
 
 Scheme = Literal["dynamic", "static", "block"]
+KVScales = Literal["none", "tensor", "head"]
 SHARD_BYTES = 4 << 30
 _PROJECTION_OF = {part: projection for projection, parts in PARTS.items() for part in parts} | {"lm_head": "lm_head"}
 
@@ -36,7 +37,7 @@ def export_fp8(
     *,
     scheme: Scheme = "dynamic",
     calibration: Calibration | None = None,
-    kv_scales: Literal["none", "tensor", "head"] = "none",
+    kv_scales: KVScales = "none",
     quantize_lm_head: bool = False,
     advance: Callable[[int], object] = lambda num_bytes: None,
     shard_bytes: int = SHARD_BYTES,
@@ -47,12 +48,7 @@ def export_fp8(
     kv_scales: one per layer or one per head, of ``calibration``. advance: is told how many bytes were read. Raises ``ValueError`` for a
     checkpoint that is quantised already, and for what cannot be; ``FileExistsError`` if ``out`` exists and is not empty.
     """
-    if checkpoint.quantization is not None:
-        raise ValueError(f"{checkpoint.path} is quantised already: {checkpoint.quantization.describe()}")
-    if (scheme == "static" or kv_scales != "none") and calibration is None:
-        raise ValueError("static scales need calibration")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty directory")
+    check_wanted(checkpoint, out, scheme, kv_scales, has_texts=calibration is not None)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
@@ -70,6 +66,28 @@ def export_fp8(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_wanted(checkpoint: Checkpoint, out: Path, scheme: Scheme, kv_scales: KVScales, *, has_texts: bool) -> None:
+    """Raise for what ``export_fp8`` refuses, before anything is read."""
+    if scheme not in ("dynamic", "static", "block"):
+        raise ValueError(f"scheme must be one of 'dynamic', 'static', 'block', got {scheme!r}")
+    if kv_scales not in ("none", "tensor", "head"):
+        raise ValueError(f"kv_scales must be one of 'none', 'tensor', 'head', got {kv_scales!r}")
+    if checkpoint.quantization is not None:
+        raise ValueError(f"{checkpoint.path} is quantised already: {checkpoint.quantization.describe()}")
+    needs_texts = scheme == "static" or kv_scales != "none"
+    if needs_texts != has_texts:
+        raise ValueError(
+            f"scheme {scheme!r} with kv_scales {kv_scales!r} "
+            + (
+                "needs text to calibrate on, and there is none"
+                if needs_texts
+                else "needs no text to calibrate on, and there is some"
+            )
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty directory")
 
 
 def _tensors(

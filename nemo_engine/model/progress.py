@@ -1,4 +1,4 @@
-"""A progress bar over bytes. Must not know what is being read."""
+"""A progress bar over bytes, or over something else that is counted. Must not know what is being read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _logger = logging.getLogger("nemo_engine")
 
 
 @contextmanager
-def progress_bar(what: str, total_bytes: int, wanted: bool | None) -> Iterator[Callable[[int], object]]:
-    """Yields a function to call with the bytes just done.
+def progress_bar(what: str, total: int, wanted: bool | None, unit: str = "B") -> Iterator[Callable[[int], object]]:
+    """Yields a function to call with the bytes (or ``unit``) just done.
 
     ``wanted`` True shows a bar, False none, None one on a terminal if it takes longer than a second. Without tqdm, a bar
     that was asked for is ten lines in the log.
@@ -25,10 +25,11 @@ def progress_bar(what: str, total_bytes: int, wanted: bool | None) -> Iterator[C
     try:
         from tqdm import tqdm
     except ImportError:
-        yield _log_lines(what, total_bytes) if wanted else lambda num_bytes: None
+        yield _log_lines(what, total) if wanted else lambda num_bytes: None
         return
     delay = 0.0 if wanted else SECONDS_BEFORE_BAR
-    with tqdm(desc=what, total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, delay=delay) as bar:
+    divisor = 1024 if unit == "B" else 1000
+    with tqdm(desc=what, total=total, unit=unit, unit_scale=True, unit_divisor=divisor, delay=delay) as bar:
         yield bar.update
 
 

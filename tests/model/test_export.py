@@ -221,14 +221,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--scheme", "static"], "need --calibrate"),
-        (["--kv-scales", "tensor"], "need --calibrate"),
-        (["--calibrate", "x"], "has no use without"),
+        (["--scheme", "static"], "needs text to calibrate on, and there is none"),
+        (["--kv-scales", "tensor"], "needs text to calibrate on, and there is none"),
+        (["--calibrate", "/etc/hostname"], "needs no text to calibrate on, and there is some"),
         (["--scheme", "static", "--calibrate", "/nowhere"], "No such file"),
         (["--scheme", "static", "--calibrate", "/dev/null"], "needs text"),
         (
-            ["--calibration-tokens", "0", "--scheme", "static", "--calibrate", "x"],
-            "--calibration-tokens must be at least 1",
+            ["--calibration-tokens", "0", "--scheme", "static", "--calibrate", "/etc/hostname"],
+            "max_tokens must be at least 1",
         ),
     ],
 )
