@@ -40,9 +40,10 @@ __device__ __forceinline__ T load_streamed(const T* from) {
         uint32_t words[4];
         T value;
     } u;
-    asm volatile("ld.global.L1::no_allocate.L2::evict_first.v4.b32 {%0, %1, %2, %3}, [%4];"
+    constexpr uint64_t EVICT_FIRST = 0x12F0000000000000ull;  // a cache policy, as createpolicy makes it
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(u.words[0]), "=r"(u.words[1]), "=r"(u.words[2]), "=r"(u.words[3])
-                 : "l"(from));
+                 : "l"(from), "l"(EVICT_FIRST));
     return u.value;
 }
 

@@ -49,14 +49,19 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
     return __byte_perm(a, b, selector);
 }
 
-// Approximations within some 2 ulp: base 2 exponential (denormal results are 0), logarithms, reciprocals.
+// Approximations within some 2 ulp: base 2 exponential and reciprocals (denormal results are
+// 0), logarithms.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
-__device__ __forceinline__ float reciprocal_fast(float x) { return __frcp_rn(x); }
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ float rsqrt_fast(float x) { return rsqrtf(x); }
 
 // Correctly rounded, never fused with a neighbour.

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, needs_fp8, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, needs_fp8, triton_runs
 from nemo_engine.ops.quantize import quantize_tokens
 
-_TRITON_MAX_WIDTH = 16384  # to quantise a row, one program holds it in its registers
+_MAX_WIDTH = 16384  # to quantise a row, one program, or one block, holds it in its registers
+_VECTOR = 8  # elements of an access of the CUDA kernels, 16 bytes
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -28,19 +29,37 @@ def silu_mul_fp8(gate_up: Tensor, scale: Tensor | None = None) -> tuple[Tensor, 
 
 
 def _triton_fp8_supports(site: Site) -> str | None:
-    if site.intermediate_size > _TRITON_MAX_WIDTH:
-        return f"rows of at most {_TRITON_MAX_WIDTH} elements, these have {site.intermediate_size}"
+    if site.intermediate_size > _MAX_WIDTH:
+        return f"rows of at most {_MAX_WIDTH} elements, these have {site.intermediate_size}"
     return triton_runs(site)
 
 
-def _make(dtype: torch.dtype, rows: int, width: int) -> tuple[Any, ...]:
+def _cuda_supports(site: Site) -> str | None:
+    if site.intermediate_size % _VECTOR:
+        return f"an intermediate_size that is a multiple of {_VECTOR}, this is {site.intermediate_size}"
+    return cuda_runs(site)
+
+
+def _cuda_fp8_supports(site: Site) -> str | None:
+    if site.intermediate_size > _MAX_WIDTH:
+        return f"rows of at most {_MAX_WIDTH} elements, these have {site.intermediate_size}"
+    return _cuda_supports(site)
+
+
+def _make(dtype: torch.dtype, rows: int, width: int, not_finite: bool = False) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(rows * width)
-    return ((torch.randn(rows, 2 * width, generator=generator) * 4).to(dtype),)
+    gate_up = torch.randn(rows, 2 * width, generator=generator) * 4
+    if not_finite:  # and gates whose exponential is beyond fp32
+        gate_up[0, -1], gate_up[1, 0] = torch.nan, torch.inf
+        gate_up[2, 0], gate_up[2, 1] = -300.0, 300.0
+    return (gate_up.to(dtype),)
 
 
 def _cases() -> Iterator[Case]:
     for rows, width in ((0, 8), (1, 8), (5, 40), (33, 640), (2, 14336)):
-        yield Case(f"{rows}x{width}", partial(_make, rows=rows, width=width))
+        yield Case(f"{rows}x{width}", partial(_make, rows=rows, width=width), {"intermediate_size": width})
+    make = partial(_make, rows=3, width=264, not_finite=True)
+    yield Case("NaN, infinity and large gates", make, {"intermediate_size": 264})
 
 
 def _fp8_cases() -> Iterator[Case]:
@@ -51,7 +70,15 @@ def _fp8_cases() -> Iterator[Case]:
         ) -> tuple[Any, ...]:
             return *_make(dtype, rows, width), torch.tensor(0.05) if is_static else None
 
-        yield Case(f"{rows}x{width}{' static' if is_static else ''}", make)
+        yield Case(f"{rows}x{width}{' static' if is_static else ''}", make, {"intermediate_size": width})
+
+    for is_static in (False, True):
+
+        def make_not_finite(dtype: torch.dtype, is_static: bool = is_static) -> tuple[Any, ...]:
+            return *_make(dtype, 3, 264, not_finite=True), torch.tensor(0.05) if is_static else None
+
+        name = f"NaN, infinity and large gates{' static' if is_static else ''}"
+        yield Case(name, make_not_finite, {"intermediate_size": 264})
 
 
 def _cost(gate_up: Tensor) -> tuple[int, int]:
@@ -63,12 +90,22 @@ def _fp8_cost(gate_up: Tensor, scale: Tensor | None) -> tuple[int, int]:
 
 
 SILU_MUL = Op(
-    "silu_mul", silu_mul, (Impl("triton", "nemo_engine.kernels.activation:silu_mul", triton_runs),), _cases, _cost
+    "silu_mul",
+    silu_mul,
+    (
+        Impl("triton", "nemo_engine.kernels.activation:silu_mul", triton_runs),
+        Impl("cuda", "nemo_engine.ops.cuda.activation:silu_mul", _cuda_supports),
+    ),
+    _cases,
+    _cost,
 )
 SILU_MUL_FP8 = Op(
     "silu_mul_fp8",
     silu_mul_fp8,
-    (Impl("triton", "nemo_engine.kernels.activation:silu_mul_fp8", needs_fp8(_triton_fp8_supports)),),
+    (
+        Impl("triton", "nemo_engine.kernels.activation:silu_mul_fp8", needs_fp8(_triton_fp8_supports)),
+        Impl("cuda", "nemo_engine.ops.cuda.activation:silu_mul_fp8", _cuda_fp8_supports),
+    ),
     _fp8_cases,
     _fp8_cost,
     is_fp8=True,

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_engine.ops.linear import SCALE_BLOCK
-from nemo_engine.ops.op import Case, Op
+from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs
 from nemo_engine.ops.quantize import quantize_tokens
+
+_VECTOR = 8  # elements of an access of the CUDA kernel, 16 bytes
 
 
 def quantize_token_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,8 +45,22 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{rows}x{width}", make)
 
 
+def _cuda_supports(site: Site) -> str | None:
+    widths = (site.hidden_size, site.intermediate_size, site.num_heads * site.head_dim)
+    if any(width % _VECTOR for width in widths):
+        return f"rows of multiples of {_VECTOR} elements, these have {', '.join(map(str, widths))}"
+    return cuda_runs(site)
+
+
 def _cost(x: Tensor) -> tuple[int, int]:
     return x.nbytes + x.numel() + 4 * x.shape[0] * -(-x.shape[1] // SCALE_BLOCK), 3 * x.numel()
 
 
-QUANTIZE_TOKEN_BLOCKS = Op("quantize_token_blocks", quantize_token_blocks, (), _cases, _cost, is_fp8=True)
+QUANTIZE_TOKEN_BLOCKS = Op(
+    "quantize_token_blocks",
+    quantize_token_blocks,
+    (Impl("cuda", "nemo_engine.ops.cuda.activation:quantize_token_blocks", _cuda_supports),),
+    _cases,
+    _cost,
+    is_fp8=True,
+)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, needs_fp8, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, needs_fp8, triton_runs
 from nemo_engine.ops.quantize import quantize_tokens
 
-_TRITON_MAX_WIDTH = 16384  # one program holds a row in its registers
+_MAX_WIDTH = 16384  # one program, or one block, holds a row in its registers
+_VECTOR = 8  # elements of an access of the CUDA kernels, 16 bytes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -37,27 +38,40 @@ def rms_norm_fp8(
 
 
 def _triton_supports(site: Site) -> str | None:
-    if site.hidden_size > _TRITON_MAX_WIDTH:
-        return f"rows of at most {_TRITON_MAX_WIDTH} elements, these have {site.hidden_size}"
+    if site.hidden_size > _MAX_WIDTH:
+        return f"rows of at most {_MAX_WIDTH} elements, these have {site.hidden_size}"
     return triton_runs(site)
 
 
-def _make(dtype: torch.dtype, rows: int, width: int, has_residual: bool) -> tuple[Any, ...]:
+def _cuda_supports(site: Site) -> str | None:
+    if site.hidden_size > _MAX_WIDTH or site.hidden_size % _VECTOR:
+        return f"rows of a multiple of {_VECTOR} elements up to {_MAX_WIDTH}, these have {site.hidden_size}"
+    return cuda_runs(site)
+
+
+def _make(dtype: torch.dtype, rows: int, width: int, has_residual: bool, not_finite: bool = False) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(rows * width)
     x, r = (torch.randn(rows, width, generator=generator) * 3 for _ in range(2))
+    if not_finite:
+        x[0, -1], x[1, 0] = torch.nan, -torch.inf
     weight = 1 + 0.1 * torch.randn(width, generator=generator)
     return x.to(dtype), weight.to(dtype), 1e-5, r.to(dtype) if has_residual else None
 
 
 def _cases() -> Iterator[Case]:
-    for rows, width in ((0, 64), (1, 64), (3, 24), (17, 256), (2, 5120)):
+    for rows, width in ((0, 64), (1, 64), (3, 24), (17, 256), (2, 5120), (1, 16384)):
         for has_residual in (False, True):
             name = f"{rows}x{width}{' residual' if has_residual else ''}"
-            yield Case(name, partial(_make, rows=rows, width=width, has_residual=has_residual))
+            make = partial(_make, rows=rows, width=width, has_residual=has_residual)
+            yield Case(name, make, {"hidden_size": width})
+    make = partial(_make, rows=3, width=264, has_residual=True, not_finite=True)
+    yield Case("NaN and infinity", make, {"hidden_size": 264})
 
 
 def _fp8_cases() -> Iterator[Case]:
-    for rows, width, is_static in ((0, 64, False), (1, 64, True), (3, 24, False), (17, 256, False), (2, 5120, True)):
+    for rows, width, is_static in (
+        (0, 64, False), (1, 64, True), (3, 24, False), (17, 256, False), (2, 5120, True), (3, 5120, False),
+    ):  # fmt: skip
         for has_residual in (False, True):
 
             def make(
@@ -70,7 +84,14 @@ def _fp8_cases() -> Iterator[Case]:
                 return *_make(dtype, rows, width, has), torch.tensor(0.01) if is_static else None
 
             name = f"{rows}x{width}{' residual' if has_residual else ''}{' static' if is_static else ''}"
-            yield Case(name, make)
+            yield Case(name, make, {"hidden_size": width})
+
+    for is_static in (False, True):
+
+        def make_not_finite(dtype: torch.dtype, is_static: bool = is_static) -> tuple[Any, ...]:
+            return *_make(dtype, 3, 264, True, not_finite=True), torch.tensor(0.01) if is_static else None
+
+        yield Case(f"NaN and infinity{' static' if is_static else ''}", make_not_finite, {"hidden_size": 264})
 
 
 def _cost(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[int, int]:
@@ -84,12 +105,22 @@ def _fp8_cost(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, sc
 
 
 RMS_NORM = Op(
-    "rms_norm", rms_norm, (Impl("triton", "nemo_engine.kernels.norm:rms_norm", _triton_supports),), _cases, _cost
+    "rms_norm",
+    rms_norm,
+    (
+        Impl("triton", "nemo_engine.kernels.norm:rms_norm", _triton_supports),
+        Impl("cuda", "nemo_engine.ops.cuda.norm:rms_norm", _cuda_supports),
+    ),
+    _cases,
+    _cost,
 )
 RMS_NORM_FP8 = Op(
     "rms_norm_fp8",
     rms_norm_fp8,
-    (Impl("triton", "nemo_engine.kernels.norm:rms_norm_fp8", needs_fp8(_triton_supports)),),
+    (
+        Impl("triton", "nemo_engine.kernels.norm:rms_norm_fp8", needs_fp8(_triton_supports)),
+        Impl("cuda", "nemo_engine.ops.cuda.norm:rms_norm_fp8", _cuda_supports),
+    ),
     _fp8_cases,
     _fp8_cost,
     is_fp8=True,

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, needs_fp8, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, needs_fp8, triton_runs
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
-_TRITON_MAX_WIDTH = 16384  # one program holds a row in its registers
+_MAX_WIDTH = 16384  # one program, or one block, holds a row in its registers
+_VECTOR = 8  # elements of an access of the CUDA kernels, 16 bytes
 
 
 def quantize_tokens(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,16 +37,26 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_tokens(weight)
 
 
-def _supports(site: Site) -> str | None:
+def _triton_supports(site: Site) -> str | None:
     widest = max(site.hidden_size, site.intermediate_size)
-    if widest > _TRITON_MAX_WIDTH:
-        return f"rows of at most {_TRITON_MAX_WIDTH} elements, these have {widest}"
+    if widest > _MAX_WIDTH:
+        return f"rows of at most {_MAX_WIDTH} elements, these have {widest}"
     return triton_runs(site)
 
 
-def _make(dtype: torch.dtype, rows: int, width: int) -> Tensor:
+def _cuda_supports(site: Site) -> str | None:
+    widths = (site.hidden_size, site.intermediate_size, site.num_heads * site.head_dim)
+    if max(widths) > _MAX_WIDTH or any(width % _VECTOR for width in widths):
+        return f"rows of multiples of {_VECTOR} elements up to {_MAX_WIDTH}, these have {', '.join(map(str, widths))}"
+    return cuda_runs(site)
+
+
+def _make(dtype: torch.dtype, rows: int, width: int, not_finite: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(rows * width)
-    return (torch.randn(rows, width, generator=generator) * 5).to(dtype)
+    x = torch.randn(rows, width, generator=generator) * 5
+    if not_finite:  # and a row of zeros
+        x[0, -1], x[1, 0], x[2] = torch.nan, torch.inf, 0.0
+    return x.to(dtype)
 
 
 def _token_cases() -> Iterator[Case]:
@@ -56,7 +67,14 @@ def _token_cases() -> Iterator[Case]:
         ) -> tuple[Any, ...]:
             return _make(dtype, rows, width), torch.tensor(0.02) if is_static else None
 
-        yield Case(f"{rows}x{width}{' static' if is_static else ''}", make)
+        yield Case(f"{rows}x{width}{' static' if is_static else ''}", make, {"hidden_size": width})
+
+    for is_static in (False, True):
+
+        def make_not_finite(dtype: torch.dtype, is_static: bool = is_static) -> tuple[Any, ...]:
+            return _make(dtype, 4, 264, not_finite=True), torch.tensor(0.02) if is_static else None
+
+        yield Case(f"NaN, infinity and zeros{' static' if is_static else ''}", make_not_finite, {"hidden_size": 264})
 
 
 def _channel_cases() -> Iterator[Case]:
@@ -65,7 +83,7 @@ def _channel_cases() -> Iterator[Case]:
         def make(dtype: torch.dtype, rows: int = rows, width: int = width) -> tuple[Any, ...]:
             return (_make(dtype, rows, width),)
 
-        yield Case(f"{rows}x{width}", make)
+        yield Case(f"{rows}x{width}", make, {"hidden_size": width})
 
 
 def _cost(x: Tensor, scale: Tensor | None = None) -> tuple[int, int]:
@@ -75,7 +93,10 @@ def _cost(x: Tensor, scale: Tensor | None = None) -> tuple[int, int]:
 QUANTIZE_TOKENS = Op(
     "quantize_tokens",
     quantize_tokens,
-    (Impl("triton", "nemo_engine.kernels.quantize:quantize_tokens", needs_fp8(_supports)),),
+    (
+        Impl("triton", "nemo_engine.kernels.quantize:quantize_tokens", needs_fp8(_triton_supports)),
+        Impl("cuda", "nemo_engine.ops.cuda.activation:quantize_tokens", _cuda_supports),
+    ),
     _token_cases,
     _cost,
     is_fp8=True,
@@ -83,7 +104,10 @@ QUANTIZE_TOKENS = Op(
 QUANTIZE_CHANNELS = Op(
     "quantize_channels",
     quantize_channels,
-    (Impl("triton", "nemo_engine.kernels.quantize:quantize_tokens", needs_fp8(_supports)),),
+    (
+        Impl("triton", "nemo_engine.kernels.quantize:quantize_tokens", needs_fp8(_triton_supports)),
+        Impl("cuda", "nemo_engine.ops.cuda.activation:quantize_tokens", _cuda_supports),
+    ),
     _channel_cases,
     _cost,
     is_fp8=True,

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, triton_runs
 from nemo_engine.ops.quantize import FP8, FP8_MAX
+
+_CUDA_HEAD_DIM = 128  # of the models that the CUDA kernel is made for
 
 
 def rope_table(head_dim: int, theta: float, max_len: int, device: torch.device) -> Tensor:
@@ -79,6 +81,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _cases() -> Iterator[Case]:
     for tokens, heads, kv_heads, dim, page_size in (
         (0, 4, 1, 8, 16), (1, 4, 1, 8, 16), (7, 2, 2, 16, 16), (5, 6, 3, 24, 32), (3, 64, 8, 128, 128), (40, 8, 2, 128, 64),
+        (0, 4, 1, 128, 16), (1, 32, 8, 128, 16), (37, 4, 1, 128, 32), (2, 6, 3, 128, 16),
     ):  # fmt: skip
         for is_fp8 in (False, True):
 
@@ -104,7 +107,9 @@ def _cases() -> Iterator[Case]:
                 scales = [0.004 + 0.004 * torch.rand(kv, generator=generator) if is_fp8 else None for _ in range(2)]
                 return q, k, v, table, positions, mapping, *caches, *scales
 
-            yield Case(f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}{', fp8' if is_fp8 else ''}", make)
+            name = f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}{', fp8' if is_fp8 else ''}"
+            site = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size}
+            yield Case(name, make, site)
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *rest: Tensor) -> tuple[int, int]:
@@ -116,10 +121,21 @@ def _triton_supports(site: Site) -> str | None:
     return f"an even head_dim, this is {site.head_dim}" if site.head_dim % 2 else triton_runs(site)
 
 
+def _cuda_supports(site: Site) -> str | None:
+    if site.head_dim != _CUDA_HEAD_DIM:
+        return f"heads of {_CUDA_HEAD_DIM}, these have {site.head_dim}"
+    if site.page_size & (site.page_size - 1):
+        return f"a page_size that is a power of two, this is {site.page_size}"
+    return cuda_runs(site)
+
+
 ROPE_AND_APPEND_KV = Op(
     "rope_and_append_kv_",
     rope_and_append_kv_,
-    (Impl("triton", "nemo_engine.kernels.rope:rope_and_append_kv_", _triton_supports),),
+    (
+        Impl("triton", "nemo_engine.kernels.rope:rope_and_append_kv_", _triton_supports),
+        Impl("cuda", "nemo_engine.ops.cuda.rope:rope_and_append_kv_", _cuda_supports),
+    ),
     _cases,
     _cost,
 )

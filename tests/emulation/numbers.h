@@ -88,7 +88,10 @@ inline float exp2_fast(float x) {
     return std::fabs(y) < FLT_MIN ? 0.0f : y;
 }
 inline float log2_fast(float x) { return std::log2(x); }
-inline float reciprocal_fast(float x) { return 1.0f / x; }
+inline float reciprocal_fast(float x) {
+    float y = 1.0f / (std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x);
+    return std::fabs(y) < FLT_MIN ? std::copysign(0.0f, y) : y;
+}
 inline float rsqrt_fast(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline float divide(float a, float b) { return a / b; }
 inline float multiply(float a, float b) { return a * b; }
