@@ -11,12 +11,12 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 SETUP := TORCH="$(TORCH)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" .ci/setup $(VENV)
-SETUP_FILES := pyproject.toml setup.py .ci/setup .ci/missing.py
-CODE := nemo_engine $(wildcard kernels) tests examples benchmarks setup.py .ci/missing.py
+SETUP_FILES := pyproject.toml setup.py csrc/build.py .ci/setup .ci/missing.py
+CODE := nemo_engine $(wildcard kernels) tests examples benchmarks csrc/build.py setup.py .ci/missing.py
 
 # A stamp for each set of packages: the package itself, with what the tests need, with the checking tools.
 .PRECIOUS: $(VENV)/.installed-%
-.PHONY: help demo test check test-op kernel-report bench-op gpu format clean
+.PHONY: help demo test check test-op cuda kernel-report bench-op gpu format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +44,10 @@ check: $(VENV)/.installed-dev  ## format, lint, types, layering
 test-op: $(VENV)/.installed-test  ## one operation against its definition, Triton interpreted: make test-op OP=rms_norm
 	@test -n "$(OP)" || { echo "name an operation: make test-op OP=rms_norm"; exit 2; }
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_ops.py -k "$(OP)-"
+
+cuda: $(VENV)/.installed-test  ## build the CUDA kernels (nemo_engine._C) in this checkout; brings nvcc where there is none
+	@$(BIN)/python csrc/build.py --which >/dev/null 2>&1 || $(BIN)/python .ci/missing.py nvcc | xargs $(BIN)/python -m pip install
+	@$(BIN)/python csrc/build.py
 
 kernel-report: $(VENV)/.installed-test  ## compile every kernel for sm_90a, print its machine code's facts, and store them for review
 	@$(BIN)/python benchmarks/kernel_report.py --write

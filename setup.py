@@ -1,8 +1,49 @@
-"""What pyproject.toml cannot say: ``kernels/`` lies beside the package in the tree and inside it when installed."""
+"""What pyproject.toml cannot say: ``kernels/`` lies beside the package in the tree and inside it when installed; and how ``_C`` is built.
 
-from setuptools import find_packages, setup
+The CUDA kernels are compiled where nvcc is found. NEMO_ENGINE_CUDA=0 leaves them out; NEMO_ENGINE_CUDA=1 makes their absence an error.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import build as kernels_build  # noqa: E402
+
+
+class BuildKernels(build_ext):
+    """Builds ``nemo_engine._C`` with CMake and nvcc."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile, and put the library where setuptools wants it."""
+        nvcc, _ = kernels_build.find_nvcc()
+        assert nvcc is not None
+        kernels_build.install_gpu(nvcc, Path(self.get_ext_fullpath(ext.name)).resolve())
+
+
+def extensions() -> list[Extension]:
+    """The CUDA kernels, or none, with a line that says why."""
+    wanted = os.environ.get("NEMO_ENGINE_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"NEMO_ENGINE_CUDA must be 0, 1 or not set, got {wanted!r}")
+    _, reason = (None, "NEMO_ENGINE_CUDA=0") if wanted == "0" else kernels_build.find_nvcc()
+    if not reason and kernels_build.missing_tools():
+        reason = f"{', '.join(kernels_build.missing_tools())} not installed"
+    if not reason:
+        return [Extension("nemo_engine._C", sources=[])]
+    if wanted == "1":
+        raise SystemExit(f"NEMO_ENGINE_CUDA=1, but {reason}")
+    if any(command.startswith(("bdist", "editable", "build", "install")) for command in sys.argv[1:]):
+        print(f"nemo-engine is built without its CUDA kernels: {reason}", file=sys.stderr)
+    return []
+
 
 setup(
     packages=[*find_packages(include=["nemo_engine", "nemo_engine.*"]), "nemo_engine.kernels"],
     package_dir={"nemo_engine": "nemo_engine", "nemo_engine.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
 )

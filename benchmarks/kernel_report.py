@@ -147,7 +147,7 @@ def meta_runner(model: ModelConfig, config: EngineConfig, capability: int) -> Ru
         num_pages=4096,
         max_model_len=131072,
         device=META,
-        dtype=torch.bfloat16,
+        kv_dtype=torch.bfloat16,
     )
 
 

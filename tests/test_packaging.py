@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -30,17 +31,21 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is packaged, so that building leaves nothing behind in the checkout."""
     tree = tmp_path_factory.mktemp("tree")
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("nemo_engine", "kernels", "tests", "benchmarks", "examples"):
+    for name in ("nemo_engine", "kernels", "csrc", "tests", "benchmarks", "examples"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     return tree
 
 
-def pip(*args: str, cwd: Path) -> None:
+def pip(*args: str, cwd: Path, cuda: str = "0") -> str:
+    """What pip says, without the network; with or without the CUDA kernels."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *args]
-    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PIP_NO_INDEX": "1"})
-    assert run.returncode == 0, run.stdout + run.stderr
+    environment = os.environ | {"PIP_NO_INDEX": "1", "NEMO_ENGINE_CUDA": cuda}
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise RuntimeError(run.stdout + run.stderr)
+    return run.stdout + run.stderr
 
 
 def where(site: Path) -> list[str]:
@@ -67,11 +72,38 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine").rglob("*.py")),
         *(Path("nemo_engine") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")),
         Path("nemo_engine/py.typed"),
-        *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/assets/nemo-tiny").iterdir()),
+        *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/assets").glob("*/*")),
     }
     assert {str(path) for path in sources} == {name for name in names if name.startswith("nemo_engine/")}
     assert any(name.startswith("nemo_engine/kernels/") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_without_kernels_says_so(tree: Path, tmp_path: Path) -> None:
+    said = pip("wheel", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), ".", cwd=tree)
+    assert "nemo-engine is built without its CUDA kernels: NEMO_ENGINE_CUDA=0" in said
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    with pytest.raises(RuntimeError, match="NEMO_ENGINE_CUDA must be 0, 1 or not set, got 'yes'"):
+        pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), ".", cwd=tree, cuda="yes")
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tree: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True, env=os.environ | {"NEMO_ENGINE_CUDA": "0"})
+    (path,) = tmp_path.glob("*.tar.gz")
+    names = {name.split("/", 1)[1] for name in tarfile.open(path).getnames() if "/" in name}
+    sources = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".py")
+    ]
+    assert len(sources) > 20 and {"CMakeLists.txt", "setup.py", *map(str, sources)} <= names
 
 
 def test_the_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:

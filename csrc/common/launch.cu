@@ -1,14 +1,27 @@
 // The host functions of common/: the device's facts, and tensor maps.
 #include "launch.h"
 
+#include <atomic>
 #include <utility>
 
 namespace nemo {
 
+constexpr int H100_SMS = 132;  // of an H200 as well
+
 int num_sms() {
-    int device = 0, count = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    constexpr int MAX_DEVICES = 64;
+    static std::atomic<int> counts[MAX_DEVICES];
+    int device = 0;
+    // Without a device, the launch that follows says so, and names its kernel.
+    if (cudaGetDevice(&device) != cudaSuccess || device >= MAX_DEVICES) {
+        cudaGetLastError();
+        return H100_SMS;
+    }
+    int count = counts[device].load(std::memory_order_relaxed);
+    if (count == 0) {
+        CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+        counts[device].store(count, std::memory_order_relaxed);
+    }
     return count;
 }
 

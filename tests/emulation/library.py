@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import itertools
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from csrc.build import cmake_build
 from nemo_engine.ops import cuda
 from nemo_engine.ops.op import Op
 from tests.ops.proofs import tensors
@@ -30,15 +30,7 @@ BUILD = ROOT / "build" / "emulated"
 
 def build(folder: Path = BUILD, *options: str) -> Path:
     """Compile what changed; returns the library. Raises ``RuntimeError`` with the compiler's words."""
-    bins = Path(sys.executable).parent
-    configure = [bins / "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={bins / 'ninja'}"]
-    for command in (
-        [*configure, f"-DPython_EXECUTABLE={sys.executable}", "-DNEMO_EMULATED=ON", *options],
-        [bins / "cmake", "--build", folder],
-    ):
-        run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))}\n{run.stdout[-8000:]}{run.stderr[-8000:]}")
+    cmake_build(folder, "-DNEMO_EMULATED=ON", *options)
     (library,) = folder.glob("_C*.so")
     return library
 
