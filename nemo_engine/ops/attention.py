@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_only, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_only, cuda_runs, triton_runs
 
 _TRITON_MAX_HEAD_DIM = 256
 _TRITON_MAX_GROUP = 64  # of 128 rows in a prefill tile
+_CUDA_HEAD_DIM = 128
+_CUDA_GROUPS = (1, 2, 4, 8)
 _SCORES = 1 << 26  # scores that the definition holds at once, of as many queries as that is: 256 MiB in fp32
 
 
@@ -126,7 +128,14 @@ def _cases() -> Iterator[Case]:
         ("mixed", 6, 2, 32, 64, [(1, 64), (1, 65), (33, 129), (64, 64)]),
         ("pages of 128", 8, 2, 24, 128, [(1, 127), (1, 128), (1, 129), (70, 300)]),
         ("true size", 32, 8, 128, 64, [(1, 130), (3, 67)]),
+        ("heads of 128, one key", 4, 1, 128, 16, [(1, 1)]),
+        ("heads of 128, decodes around page boundaries", 8, 2, 128, 16, [(1, 15), (1, 16), (1, 17), (1, 1), (1, 129)]),
+        ("heads of 128, pages of 32", 2, 2, 128, 32, [(1, 31), (1, 33), (1, 64), (1, 65), (2, 34)]),
+        ("heads of 128, one very long decode", 8, 1, 128, 128, [(1, 5), (1, 2049), (1, 127), (1, 128)]),
+        ("heads of 128, chunks over prefixes", 4, 2, 128, 16, [(1, 20), (5, 37), (16, 32), (70, 200), (2, 2)]),
+        ("heads of 128, pairs", 4, 2, 128, 128, [(1, 300), (1, 64), (1, 63), (130, 130)]),
     ):  # fmt: skip
+        site = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size}
         for is_fp8 in (False, True):
 
             def make(
@@ -140,7 +149,8 @@ def _cases() -> Iterator[Case]:
             ) -> tuple[object, ...]:
                 return attention_inputs(rows, heads, kv_heads, dim, page_size, dtype, is_fp8)
 
-            yield Case(f"{name}{', fp8' if is_fp8 else ''}", make)
+            kv_dtype = torch.float8_e4m3fn if is_fp8 else None
+            yield Case(f"{name}{', fp8' if is_fp8 else ''}", make, site | {"kv_dtype": kv_dtype})
 
 
 def attention_inputs(
@@ -206,6 +216,14 @@ def _triton_supports(site: Site) -> str | None:
     return triton_runs(site)
 
 
+def _cuda_supports(site: Site) -> str | None:
+    if site.head_dim != _CUDA_HEAD_DIM:
+        return f"head_dim of {_CUDA_HEAD_DIM}, this is {site.head_dim}"
+    if site.num_heads // site.num_kv_heads not in _CUDA_GROUPS:
+        return f"1, 2, 4 or 8 query heads per KV head, these are {site.num_heads // site.num_kv_heads}"
+    return cuda_runs(site)
+
+
 def _flash_attn_supports(site: Site) -> str | None:
     """FlashAttention 3, whose module is flash_attn_interface. FlashAttention 2 cannot read our pages."""
     if site.device_type != "cuda":
@@ -226,6 +244,7 @@ PAGED_ATTENTION = Op(
     paged_attention,
     (
         Impl("triton", "nemo_engine.ops.attention_gpu:paged_attention_triton", _triton_supports),
+        Impl("cuda", "nemo_engine.ops.cuda.attention:paged_attention", _cuda_supports),
         Impl("flash_attn", "nemo_engine.ops.attention_gpu:paged_attention_flash_attn", _flash_attn_supports),
         Impl("torch", "nemo_engine.ops.attention_cpu:paged_attention", cpu_only),
     ),

@@ -1,0 +1,507 @@
+// Attention of single queries over paged keys and values, GQA-packed, with the keys of long rows split over blocks and
+// the parts combined by the last of them.
+//
+// Operands are swapped: keys, and then dimensions, are the 16 rows of a product, and the query heads of one KV head its
+// 8 columns, so that up to 8 query heads cost what one does. Each warp streams keys of its own through its own ring of
+// buffers and keeps its own maximum and sum: no barrier until the end.
+//
+// FP8 is widened to fp16, exactly, in registers. A product's k index may run over dimensions in any order if both
+// operands agree: 4 neighbouring bytes of K are two operand registers as they lie. V comes as pairs of dimensions,
+// transposed; a permutation of bytes parts even dimensions from odd, which become rows g and g + 8 of the product.
+#pragma once
+
+#include <type_traits>
+
+#include "attention/decode.h"
+#include "common/barrier.cuh"
+#include "common/mma.cuh"
+
+namespace nemo {
+
+constexpr int DECODE_DIM = 128;
+constexpr int DECODE_WARPS = 4;
+constexpr int DECODE_THREADS = 32 * DECODE_WARPS;
+constexpr int DECODE_STAGES = 3;  // 96 KiB a block: two blocks share a multiprocessor, with 128 KiB on their way
+constexpr int MAX_GROUP = 8;
+constexpr float LOWEST_SCORE = -1e30f;  // of no key yet; finite, so that differences are numbers
+
+// What a warp handles at once, in a stage of 8 KiB: 16 keys of bf16, 32 of fp8.
+template <class T>
+struct DecodeTile {
+    static constexpr int KEYS = 32 / sizeof(T);
+    static constexpr int ROW_BYTES = DECODE_DIM * sizeof(T);
+    static constexpr int CHUNKS = ROW_BYTES / 16;
+    static constexpr int MATRIX_BYTES = KEYS * ROW_BYTES;  // of K, and of V
+    static constexpr int COPIES = KEYS * CHUNKS / 32;      // of each, by each lane
+    static constexpr int BLOCK_KEYS = KEYS * DECODE_WARPS;
+    static constexpr float P_EXPONENT = sizeof(T) == 1 ? 14.0f : 0.0f;  // small weights stay above fp16's smallest
+};
+constexpr int DECODE_WARP_BYTES = DECODE_STAGES * 8192;
+constexpr int DECODE_SHARED_BYTES = DECODE_WARPS * DECODE_WARP_BYTES + 16;
+constexpr int MERGE_PITCH = DECODE_DIM + 4;  // floats between query heads, when the warps' results are merged
+
+// ---- the plan: tiles in a part, then of each item: its first unit (and the end), keys, slot, first shared part
+
+struct DecodePlan {
+    const int32_t *tiles_of_part, *starts, *lengths, *slots, *shared;
+};
+__host__ __device__ __forceinline__ DecodePlan view_plan(const int32_t* words, int num_items) {
+    const int32_t* starts = words + 1;
+    const int32_t* lengths = starts + num_items + 1;
+    return {words, starts, lengths, lengths + num_items, lengths + 2 * int64_t(num_items)};
+}
+
+constexpr int PLAN_THREADS = 1024;
+
+struct MakePlan {
+    DecodePlanInputs in;
+};
+
+// The first of `values` greater than x, less one: which of the ascending rows holds x.
+__device__ __forceinline__ int row_holding(const int64_t* values, int first, int last, int64_t x) {
+    while (last - first > 1) {
+        int middle = (first + last) / 2;
+        if (load(values + middle) <= x) {
+            first = middle;
+        } else {
+            last = middle;
+        }
+    }
+    return first;
+}
+
+// Sum over the block of what each thread brings; `scratch`: 33 ints.
+__device__ __forceinline__ int block_total(int x, int* scratch) {
+    x = warp_sum(x);
+    block_sync();  // the scratch may still be read
+    if (lane_index() == 0) scratch[warp_index()] = x;
+    block_sync();
+    return warp_sum(lane_index() < int(blockDim.x) / 32 ? scratch[lane_index()] : 0);
+}
+
+__global__ void __launch_bounds__(PLAN_THREADS) plan_decode_kernel(const MakePlan p) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const DecodePlanInputs& in = p.in;
+    DecodePlan plan = view_plan(in.plan, in.num_items);
+    auto* lengths = const_cast<int32_t*>(plan.lengths);
+    auto* slots = const_cast<int32_t*>(plan.slots);
+    int* scratch = shared_memory<int>();
+    int longest = 0;
+    for (int item = threadIdx.x; item < in.num_items; item += PLAN_THREADS) {
+        int64_t query = in.first_query + item;
+        int row = row_holding(in.starts, in.first_row, in.first_row + in.num_rows, query);
+        int length = int(load(in.seq_lens + row) - (load(in.starts + row + 1) - 1 - query));
+        store(lengths + item, length);
+        store(slots + item, int32_t(load(in.slot_ids + row)));
+        longest = maximum(longest, length);
+    }
+    longest = warp_max(longest);
+    if (lane_index() == 0) scratch[warp_index()] = longest;
+    block_sync();
+    longest = warp_max(lane_index() < PLAN_THREADS / 32 ? scratch[lane_index()] : 0);
+
+    // The fewest tiles a part can have with no more parts than units.
+    int low = 1, high = maximum(1, ceil_div(longest, in.keys_per_tile));
+    while (low < high) {
+        int tiles = (low + high) / 2, parts = 0;
+        for (int item = threadIdx.x; item < in.num_items; item += PLAN_THREADS)
+            parts += maximum(1, ceil_div(load(lengths + item), tiles * in.keys_per_tile));
+        if (block_total(parts, scratch) <= in.num_units) {
+            high = tiles;
+        } else {
+            low = tiles + 1;
+        }
+    }
+
+    // First units and first shared parts: running sums, by one warp.
+    if (warp_index() != 0) return;
+    int units = 0, shared = 0, lane = lane_index();
+    for (int first = 0; first < in.num_items; first += 32) {
+        int item = first + lane;
+        int parts = item < in.num_items ? maximum(1, ceil_div(load(lengths + item), low * in.keys_per_tile)) : 0;
+        int split = parts > 1 ? parts : 0, parts_up_to = parts, split_up_to = split;
+#pragma unroll
+        for (int by = 1; by < 32; by *= 2) {
+            int more = shuffle_up(parts_up_to, by), more_split = shuffle_up(split_up_to, by);
+            if (lane >= by) parts_up_to += more, split_up_to += more_split;
+        }
+        if (item < in.num_items) {
+            store(const_cast<int32_t*>(plan.starts) + item, units + parts_up_to - parts);
+            store(const_cast<int32_t*>(plan.shared) + item, shared + split_up_to - split);
+        }
+        units += shuffle(parts_up_to, 31);
+        shared += shuffle(split_up_to, 31);
+    }
+    if (lane == 0) {
+        store(const_cast<int32_t*>(plan.starts) + in.num_items, units);
+        store(in.plan, low);
+    }
+}
+
+// ---- the kernel
+
+template <class T>
+struct Decode {
+    DecodeInputs in;
+    int group, page_shift;
+    float log2_scale;
+};
+
+// One part of one item, as a block sees it.
+struct Part {
+    int item, number, count;  // `number` of `count` parts
+    int begin, end;           // keys
+    int64_t slot;
+};
+
+__device__ __forceinline__ Part find_part(const DecodePlan& plan, int num_items, int unit, int keys_per_tile) {
+    int item = -1;  // as many first units are not beyond this one, less one
+    for (int first = 0; first < num_items; first += 32) {
+        int at = first + lane_index();
+        item += count_bits(ballot(at < num_items && load(plan.starts + at) <= unit));
+    }
+    int start = load(plan.starts + item), next = load(plan.starts + item + 1);
+    Part part{.item = item, .number = unit - start, .count = next - start, .begin = 0, .end = 0, .slot = 0};
+    if (part.number >= part.count) return part;  // beyond the last item's
+    int size = load(plan.tiles_of_part) * keys_per_tile;
+    part.begin = part.number * size;
+    part.end = minimum(part.begin + size, load(plan.lengths + item));
+    part.slot = load(plan.slots + item);
+    return part;
+}
+
+// The warp's keys of tile `tile`: where they lie, a page for each 16.
+template <class T>
+struct TileKeys {
+    int first;
+    int64_t pages[DecodeTile<T>::KEYS / 16];
+};
+
+template <class T>
+__device__ __forceinline__ TileKeys<T> find_keys(const Decode<T>& p, const Part& part, int tile) {
+    TileKeys<T> keys;
+    keys.first = part.begin + tile * DecodeTile<T>::BLOCK_KEYS + warp_index() * DecodeTile<T>::KEYS;
+#pragma unroll
+    for (int i = 0; i < DecodeTile<T>::KEYS / 16; i++) {
+        int key = keys.first + 16 * i;
+        keys.pages[i] = key < part.end ? load(p.in.page_table + part.slot * p.in.table_stride + (key >> p.page_shift)) : 0;
+    }
+    return keys;
+}
+
+// Swizzled, so that 8 neighbouring keys' chunks of one number lie in different banks.
+template <class T>
+__device__ __forceinline__ int chunk_at(int key, int chunk) {
+    return key * DecodeTile<T>::ROW_BYTES + ((chunk ^ (key & 7)) << 4);
+}
+
+// Asks for K and V of these keys; those past the end become zeros. 16 keys of a head lie in a row within their page.
+template <class T>
+__device__ __forceinline__ void copy_keys(const Decode<T>& p, const Part& part, const TileKeys<T>& keys, int head,
+                                          unsigned char* to) {
+    using Tile = DecodeTile<T>;
+    constexpr int GROUPS = Tile::KEYS / 16, COPIES = Tile::COPIES / GROUPS;
+    int lane = lane_index();
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        int first = keys.first + 16 * group;
+        int64_t row = ((keys.pages[group] * p.in.num_kv_heads + head) << p.page_shift) + (first & (p.in.page_size - 1));
+        const unsigned char* k = static_cast<const unsigned char*>(p.in.k_cache) + row * Tile::ROW_BYTES + lane * 16;
+        const unsigned char* v = static_cast<const unsigned char*>(p.in.v_cache) + row * Tile::ROW_BYTES + lane * 16;
+#pragma unroll
+        for (int i = 0; i < COPIES; i++) {
+            int key = (i * 32 + lane) / Tile::CHUNKS;
+            unsigned char* place = to + chunk_at<T>(16 * group + key, lane % Tile::CHUNKS);
+            bool is_valid = first + key < part.end;
+            copy_async(place, k + i * 512, is_valid);
+            copy_async(place + Tile::MATRIX_BYTES, v + i * 512, is_valid);
+        }
+    }
+}
+
+__device__ __forceinline__ float bf16_to_float(uint32_t bits) { return float_of_bits(bits << 16); }
+// Two bf16 as two fp16, which hold all but the extremes.
+__device__ __forceinline__ uint32_t to_fp16(uint32_t pair) {
+    constexpr float MOST = 65504.0f;
+    float low = bf16_to_float(pair & 0xFFFF), high = bf16_to_float(pair >> 16);
+    low = low > MOST ? MOST : low < -MOST ? -MOST : low;
+    high = high > MOST ? MOST : high < -MOST ? -MOST : high;
+    return pack_fp16(low, high);
+}
+
+// The queries as second operand: column g is query head g of the group, zeros beyond.
+template <class T>
+__device__ __forceinline__ void load_queries(const Decode<T>& p, const Part& part, int head, uint32_t (&q)[8][2]) {
+    int column = lane_index() / 4, t = lane_index() % 4;
+    const bf16* row = p.in.q + part.item * p.in.q_stride + (head * p.group + column) * p.in.q_head_stride;
+#pragma unroll
+    for (int step = 0; step < 8; step++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            // bf16: dimensions 2t + 8 half; fp8: those whose bytes neighbour in a register, 4t + 2 half.
+            int dim = step * 16 + (sizeof(T) == 1 ? 4 * t + 2 * half : 2 * t + 8 * half);
+            uint32_t pair = column < p.group ? load(reinterpret_cast<const uint32_t*>(row + dim)) : 0;
+            q[step][half] = sizeof(T) == 1 ? to_fp16(pair) : pair;
+        }
+    }
+}
+
+__device__ __forceinline__ uint32_t widen_low(uint32_t bytes) { return fp8x2_to_fp16x2(uint16_t(bytes)); }
+__device__ __forceinline__ uint32_t widen_high(uint32_t bytes) { return fp8x2_to_fp16x2(uint16_t(bytes >> 16)); }
+
+template <class T>
+__device__ __forceinline__ void multiply_add_tile(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (sizeof(T) == 1) {
+        mma_16x8x16_fp16(d, a, b);
+    } else {
+        mma_16x8x16_bf16(d, a, b);
+    }
+}
+
+// Scores of 16 keys: s[0], s[1] of key g and query heads 2t, 2t + 1; s[2], s[3] of key g + 8.
+template <class T>
+__device__ __forceinline__ void score(float (&s)[4], const unsigned char* k, int first_key, const uint32_t (&q)[8][2]) {
+    int matrix = lane_index() / 8, row = first_key + (matrix & 1) * 8 + lane_index() % 8;
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[i] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < DecodeTile<T>::CHUNKS / 2; step++) {  // two chunks of 16 bytes at once
+        uint32_t r[4];
+        load_matrix_x4(r, k + chunk_at<T>(row, 2 * step + (matrix >> 1)));
+        if constexpr (sizeof(T) == 1) {
+            uint32_t first[4] = {widen_low(r[0]), widen_low(r[1]), widen_high(r[0]), widen_high(r[1])};
+            uint32_t second[4] = {widen_low(r[2]), widen_low(r[3]), widen_high(r[2]), widen_high(r[3])};
+            multiply_add_tile<T>(s, first, q[2 * step]);
+            multiply_add_tile<T>(s, second, q[2 * step + 1]);
+        } else {
+            multiply_add_tile<T>(s, r, q[step]);
+        }
+    }
+}
+
+// Adds 16 keys' values, weighted. Rows of o[step]: dimensions 16 step + g and + 8, or for fp8 16 step + 2g and + 1.
+template <class T>
+__device__ __forceinline__ void add_values(float (&o)[8][4], const unsigned char* v, int first_key,
+                                           const uint32_t (&weights)[2]) {
+    int matrix = lane_index() / 8, row = first_key + lane_index() % 8;
+    if constexpr (sizeof(T) == 1) {
+        row += (matrix & 1) * 8;
+#pragma unroll
+        for (int step = 0; step < 8; step += 2) {
+            uint32_t r[4];
+            load_matrix_x4_transposed(r, v + chunk_at<T>(row, step + (matrix >> 1)));
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint32_t low = permute_bytes(r[2 * i], 0, 0x3120), high = permute_bytes(r[2 * i + 1], 0, 0x3120);
+                uint32_t a[4] = {widen_low(low), widen_high(low), widen_low(high), widen_high(high)};
+                multiply_add_tile<T>(o[step + i], a, weights);
+            }
+        }
+    } else {
+        row += (matrix >> 1) * 8;
+#pragma unroll
+        for (int step = 0; step < 8; step++) {
+            uint32_t r[4];
+            load_matrix_x4_transposed(r, v + chunk_at<T>(row, 2 * step + (matrix & 1)));
+            multiply_add_tile<T>(o[step], r, weights);
+        }
+    }
+}
+
+// What a warp has of its keys; columns are query heads 2t and 2t + 1.
+struct Running {
+    float most[2], mass[2];  // mass: of this lane's keys alone
+    float o[8][4];
+};
+
+// One tile of the warp's keys: scores, softmax against the running maximum, weighted values.
+template <class T>
+__device__ __forceinline__ void attend(Running& run, const unsigned char* stage, const uint32_t (&q)[8][2], int first_key,
+                                       int end, float log2_scale) {
+    using Tile = DecodeTile<T>;
+    constexpr int PARTS = Tile::KEYS / 16;
+    float s[PARTS][4];
+    int g = lane_index() / 4;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        score<T>(s[part], stage, 16 * part, q);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int key = first_key + 16 * part + g + i / 2 * 8;
+            s[part][i] = key < end ? multiply(s[part][i], log2_scale) : -INFINITY;
+        }
+    }
+    float factor[2];
+#pragma unroll
+    for (int column = 0; column < 2; column++) {
+        float most = s[0][column];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            most = maximum(most, s[part][column]);
+            most = maximum(most, s[part][column + 2]);
+        }
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) most = maximum(most, shuffle_xor(most, mask));
+        most = maximum(run.most[column], most);
+        factor[column] = exp2_fast(run.most[column] - most);
+        run.most[column] = most;
+        run.mass[column] *= factor[column];
+    }
+    if (ballot(factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+        for (int step = 0; step < 8; step++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) run.o[step][i] *= factor[i % 2];
+        }
+    }
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        float weight[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            weight[i] = exp2_fast(s[part][i] - run.most[i % 2] + Tile::P_EXPONENT);
+            run.mass[i % 2] += weight[i];
+        }
+        uint32_t rows[2];
+        if constexpr (sizeof(T) == 1) {
+            rows[0] = pack_fp16(weight[0], weight[1]), rows[1] = pack_fp16(weight[2], weight[3]);
+        } else {
+            rows[0] = pack_bf16(weight[0], weight[1]), rows[1] = pack_bf16(weight[2], weight[3]);
+        }
+        uint32_t weights[2] = {transpose_matrix(rows[0]), transpose_matrix(rows[1])};
+        add_values<T>(run.o, stage + Tile::MATRIX_BYTES, 16 * part, weights);
+    }
+}
+
+// The warp's keys of the whole part, through its ring of stages.
+template <class T>
+__device__ __forceinline__ void stream_keys(const Decode<T>& p, const Part& part, int head, const uint32_t (&q)[8][2],
+                                            float log2_scale, unsigned char* ring, Running& run) {
+    int tiles = ceil_div(part.end - part.begin, DecodeTile<T>::BLOCK_KEYS);
+    TileKeys<T> keys = find_keys(p, part, 0);
+#pragma unroll
+    for (int stage = 0; stage < DECODE_STAGES - 1; stage++) {
+        if (stage < tiles) copy_keys(p, part, keys, head, ring + stage * 8192);
+        copy_async_commit();
+        keys = find_keys(p, part, stage + 1);
+    }
+    for (int tile = 0; tile < tiles; tile++) {
+        copy_async_wait<DECODE_STAGES - 2>();
+        warp_sync();  // the other lanes' copies are there, and all have read the stage that is written next
+        int ahead = tile + DECODE_STAGES - 1;
+        if (ahead < tiles) copy_keys(p, part, keys, head, ring + ahead % DECODE_STAGES * 8192);
+        copy_async_commit();
+        keys = find_keys(p, part, ahead + 1);
+        int first = part.begin + tile * DecodeTile<T>::BLOCK_KEYS + warp_index() * DecodeTile<T>::KEYS;
+        if (first < part.end) {
+            attend<T>(run, ring + tile % DECODE_STAGES * 8192, q, first, part.end, log2_scale);
+        }
+    }
+    copy_async_wait<0>();
+    warp_sync();
+}
+
+// The warps' results, in their own rings: [query head][dimension] and, at the end of a row, maximum and mass.
+template <class T>
+__device__ __forceinline__ void publish(const Running& run, float* to) {
+    int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int column = 0; column < 2; column++) {
+        float* row = to + (2 * t + column) * MERGE_PITCH;
+        float mass = run.mass[column];
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) mass += shuffle_xor(mass, mask);
+        if (g == 0) row[DECODE_DIM] = run.most[column], row[DECODE_DIM + 1] = mass;
+#pragma unroll
+        for (int step = 0; step < 8; step++) {
+            int dim = step * 16 + (sizeof(T) == 1 ? 2 * g : g);
+            row[dim] = run.o[step][column];
+            row[dim + (sizeof(T) == 1 ? 1 : 8)] = run.o[step][column + 2];
+        }
+    }
+}
+
+// A query head's share of one dimension: weighted values, their mass, and the maximum that both refer to.
+struct Share {
+    float value, mass, most;
+};
+
+// Of `count` parts, `pitch` floats apart, in their order. get(address) reads a float.
+template <class Get>
+__device__ __forceinline__ Share merge(const float* parts, int64_t pitch, int count, int dim, Get get) {
+    Share all{0.0f, 0.0f, LOWEST_SCORE};
+    for (int i = 0; i < count; i++) {
+        const float* row = parts + i * pitch;
+        float most = maximum(all.most, get(row + DECODE_DIM));
+        float ours = exp2_fast(all.most - most), theirs = exp2_fast(get(row + DECODE_DIM) - most);
+        all.value = all.value * ours + get(row + dim) * theirs;
+        all.mass = all.mass * ours + get(row + DECODE_DIM + 1) * theirs;
+        all.most = most;
+    }
+    return all;
+}
+
+__device__ __forceinline__ void store_result(bf16* to, const Share& all, float v_scale) {
+    store(to, bf16{uint16_t(pack_bf16(multiply(divide(all.value, all.mass), v_scale), 0.0f))});
+}
+
+template <class T>
+__global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const Decode<T> p) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    int head = blockIdx.x, dim = threadIdx.x;
+    DecodePlan plan = view_plan(p.in.plan, p.in.num_items);
+    Part part = find_part(plan, p.in.num_items, blockIdx.y, DecodeTile<T>::BLOCK_KEYS);
+    if (part.number >= part.count) return;
+    auto* shared = shared_memory<unsigned char>();
+    float k_scale = p.in.k_scale == nullptr ? 1.0f : load(p.in.k_scale + head);
+    float v_scale = p.in.v_scale == nullptr ? 1.0f : load(p.in.v_scale + head);
+    uint32_t q[8][2];
+    load_queries(p, part, head, q);
+    Running run;
+#pragma unroll
+    for (int column = 0; column < 2; column++) run.most[column] = LOWEST_SCORE, run.mass[column] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < 8; step++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) run.o[step][i] = 0.0f;
+    }
+    unsigned char* ring = shared + warp_index() * DECODE_WARP_BYTES;
+    stream_keys(p, part, head, q, p.log2_scale * k_scale, ring, run);
+    publish<T>(run, reinterpret_cast<float*>(ring));
+    block_sync();
+
+    bf16* out = p.in.out + (int64_t(part.item) * p.in.num_heads + head * p.group) * DECODE_DIM + dim;
+    auto in_shared = [](const float* from) { return *from; };
+    int64_t pitch = int64_t(p.in.num_kv_heads) * p.group * MERGE_PITCH;  // between parts
+    float* scratch = p.in.scratch + load(plan.shared + part.item) * pitch + int64_t(head) * p.group * MERGE_PITCH;
+    for (int i = 0; i < p.group; i++) {
+        Share all = merge(reinterpret_cast<const float*>(shared) + i * MERGE_PITCH, DECODE_WARP_BYTES / 4, DECODE_WARPS,
+                          dim, in_shared);
+        if (part.count == 1) {
+            store_result(out + i * DECODE_DIM, all, v_scale);
+            continue;
+        }
+        float* row = scratch + part.number * pitch + i * MERGE_PITCH;
+        store(row + dim, all.value);
+        if (dim == 0) store(row + DECODE_DIM, all.most), store(row + DECODE_DIM + 1, all.mass);
+    }
+    if (part.count == 1) return;
+
+    // The last part to come combines all, in their order.
+    int* is_last = reinterpret_cast<int*>(shared + DECODE_WARPS * DECODE_WARP_BYTES);
+    int32_t* counter = p.in.counters + int64_t(part.item) * p.in.num_kv_heads + head;
+    block_sync();
+    if (threadIdx.x == 0) *is_last = atomic_add_ordered(counter, 1) == part.count - 1;
+    block_sync();
+    if (!*is_last) return;
+    auto in_global = [](const float* from) { return load(from); };
+    for (int i = 0; i < p.group; i++) {
+        Share all = merge(scratch + i * MERGE_PITCH, pitch, part.count, dim, in_global);
+        store_result(out + i * DECODE_DIM, all, v_scale);
+    }
+    if (threadIdx.x == 0) store(counter, 0);
+}
+
+}  // namespace nemo
