@@ -6,6 +6,8 @@
 
 namespace nemo {
 
+constexpr int MAX_SHARED_BYTES = 227 * 1024;  // of a block on Hopper
+
 using Stream = uintptr_t;  // a cudaStream_t, as Python hands it over
 
 struct Launch {

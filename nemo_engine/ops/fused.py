@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nemo_engine.ops.activation import silu_mul, silu_mul_fp8
 from nemo_engine.ops.blocks import quantize_token_blocks
-from nemo_engine.ops.linear import linear, linear_fp8
+from nemo_engine.ops.linear import cuda_supports, linear, linear_fp8
 from nemo_engine.ops.norm import rms_norm, rms_norm_fp8
-from nemo_engine.ops.op import Case, Op
+from nemo_engine.ops.op import Case, Impl, Op
 from nemo_engine.ops.quantize import quantize_channels, quantize_tokens
 
 
@@ -182,7 +182,7 @@ def _plain_cost(x: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
 NORM_LINEAR = Op(
     "norm_linear",
     norm_linear,
-    (),
+    (Impl("cuda", "nemo_engine.ops.cuda.linear:norm_linear", cuda_supports),),
     partial(_cases, "norm"),
     _norm_cost,
     composed=lambda ops: compose_norm_linear(ops.rms_norm, ops.linear),
@@ -190,7 +190,7 @@ NORM_LINEAR = Op(
 NORM_LINEAR_FP8 = Op(
     "norm_linear_fp8",
     norm_linear_fp8,
-    (),
+    (Impl("cuda", "nemo_engine.ops.cuda.linear:norm_linear_fp8", cuda_supports),),
     partial(_cases, "norm fp8"),
     _norm_cost,
     is_fp8=True,
@@ -201,7 +201,7 @@ NORM_LINEAR_FP8 = Op(
 SILU_MUL_LINEAR = Op(
     "silu_mul_linear",
     silu_mul_linear,
-    (),
+    (Impl("cuda", "nemo_engine.ops.cuda.linear:silu_mul_linear", cuda_supports),),
     partial(_cases, "silu"),
     _silu_cost,
     composed=lambda ops: compose_silu_mul_linear(ops.silu_mul, ops.linear),
@@ -209,7 +209,7 @@ SILU_MUL_LINEAR = Op(
 SILU_MUL_LINEAR_FP8 = Op(
     "silu_mul_linear_fp8",
     silu_mul_linear_fp8,
-    (),
+    (Impl("cuda", "nemo_engine.ops.cuda.linear:silu_mul_linear_fp8", cuda_supports),),
     partial(_cases, "silu fp8"),
     _silu_cost,
     is_fp8=True,
@@ -220,7 +220,7 @@ SILU_MUL_LINEAR_FP8 = Op(
 QUANTIZE_LINEAR_FP8 = Op(
     "quantize_linear_fp8",
     quantize_linear_fp8,
-    (),
+    (Impl("cuda", "nemo_engine.ops.cuda.linear:quantize_linear_fp8", cuda_supports),),
     partial(_cases, "plain fp8"),
     _plain_cost,
     is_fp8=True,

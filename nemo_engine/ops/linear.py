@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, needs_fp8, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, needs_fp8, triton_runs
 from nemo_engine.ops.quantize import FP8
 
 SCALE_BLOCK = 128  # outputs, and elements of K, that share a scale in DeepSeek's format
@@ -51,6 +51,14 @@ def _triton_supports(site: Site) -> str | None:
     if any(width % 16 for width in widths):
         return f"rows of whole 16 elements, these have {', '.join(map(str, widths))}"
     return triton_runs(site)
+
+
+def cuda_supports(site: Site) -> str | None:
+    """What the CUDA kernels need: rows that the copy engine can fetch."""
+    widths = (site.hidden_size, site.intermediate_size, site.num_heads * site.head_dim)
+    if any(width % 16 for width in widths):
+        return f"rows of whole 16 elements, these have {', '.join(map(str, widths))}"
+    return cuda_runs(site)
 
 
 def _make(dtype: torch.dtype, rows: int, outputs: int, width: int) -> tuple[Any, ...]:
@@ -110,6 +118,7 @@ LINEAR = Op(
     (
         Impl("cublas", "torch.nn.functional:linear", _cublas_supports),
         Impl("triton", "nemo_engine.kernels.linear:linear", _triton_supports),
+        Impl("cuda", "nemo_engine.ops.cuda.linear:linear", cuda_supports),
     ),
     _cases,
     _cost,
@@ -117,7 +126,10 @@ LINEAR = Op(
 LINEAR_FP8 = Op(
     "linear_fp8",
     linear_fp8,
-    (Impl("triton", "nemo_engine.kernels.linear:linear_fp8", needs_fp8(_triton_supports)),),
+    (
+        Impl("triton", "nemo_engine.kernels.linear:linear_fp8", needs_fp8(_triton_supports)),
+        Impl("cuda", "nemo_engine.ops.cuda.linear:linear_fp8", cuda_supports),
+    ),
     _fp8_cases,
     _fp8_cost,
     is_fp8=True,

@@ -1,0 +1,28 @@
+// Linear layers of few tokens with bf16 weights.
+#include "linear/small_launch.cuh"
+
+namespace nemo {
+
+bool small_linear_fits(Input input, bool is_fp8, int rows, int outputs, int width) {
+    bool is_streamed = input == Input::READY;
+    if (rows < 1 || rows > (is_streamed ? 64 : FUSED_TOKENS)) return false;
+    int chunks = ceil_div(width, CHUNK_BYTES / (is_fp8 ? 1 : 2)), tokens = ceil_div(rows, 16) * 16;
+    return plan_small_linear(tokens, outputs, chunks, is_streamed, num_sms()).shared_bytes <= MAX_SHARED_BYTES;
+}
+
+void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outputs, int64_t weight_stride, Stream stream) {
+    check_small_linear(y, in, weight, outputs, weight_stride);
+    auto run = [&](auto tokens, auto input) {
+        launch_small_linear<bf16, tokens(), false, input()>(y, in, weight, outputs, weight_stride, {}, stream);
+    };
+    using Sixteen = std::integral_constant<int, 16>;
+    switch (in.input) {
+        case Input::READY:
+            return with_tokens(in.rows, [&](auto tokens) { run(tokens, std::integral_constant<Input, Input::READY>{}); });
+        case Input::NORM: return run(Sixteen{}, std::integral_constant<Input, Input::NORM>{});
+        case Input::SILU_MUL: return run(Sixteen{}, std::integral_constant<Input, Input::SILU_MUL>{});
+        default: CHECK(false, "bf16 weights take x as it is: nothing to quantise");
+    }
+}
+
+}  // namespace nemo

@@ -1,0 +1,28 @@
+// Linear layers of few tokens with FP8 weights.
+#include "linear/small_launch.cuh"
+
+namespace nemo {
+
+void small_linear_fp8(bf16* y, const LinearInputs& in, const fp8* weight, int outputs, int64_t weight_stride,
+                      const LinearScales& scales, Stream stream) {
+    check_small_linear(y, in, weight, outputs, weight_stride);
+    CHECK(scales.w != nullptr, "the weight's scales must not be null");
+    CHECK(in.input != Input::READY || scales.x != nullptr, "the scales of x must not be null");
+    CHECK(in.input == Input::READY || !scales.is_block, "an input that is made here has one scale per token");
+    auto run = [&](auto tokens, auto is_block, auto input) {
+        launch_small_linear<fp8, tokens(), is_block(), input()>(y, in, weight, outputs, weight_stride, scales, stream);
+    };
+    using Sixteen = std::integral_constant<int, 16>;
+    switch (in.input) {
+        case Input::READY:
+            return with_tokens(in.rows, [&](auto tokens) {
+                std::integral_constant<Input, Input::READY> ready;
+                scales.is_block ? run(tokens, std::true_type{}, ready) : run(tokens, std::false_type{}, ready);
+            });
+        case Input::NORM: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::NORM>{});
+        case Input::SILU_MUL: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::SILU_MUL>{});
+        default: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::QUANTIZE>{});
+    }
+}
+
+}  // namespace nemo

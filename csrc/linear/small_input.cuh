@@ -1,0 +1,148 @@
+// The rows of x made by the block itself, while its first weights are on their way: norm, gated activation or
+// quantisation of at most 8 tokens, written to shared memory as the tensor cores read it.
+#pragma once
+
+#include <type_traits>
+
+#include "activation/silu_mul.cuh"
+#include "linear/linear.h"
+#include "norm/rms_norm.cuh"
+
+namespace nemo {
+
+constexpr int FUSED_TOKENS = 8;         // one group of rows of the 128-byte swizzle
+constexpr int CHUNK_BYTES = 128;        // of K
+constexpr int X_CHUNK_BYTES = FUSED_TOKENS * CHUNK_BYTES;
+constexpr int CONSUMER_BARRIER = 1;
+
+struct SmallInput {
+    const bf16 *x, *residual, *norm;
+    bf16* sum;
+    const float* fixed_scale;
+    float eps;
+    int rows, width;
+    int64_t x_stride, residual_stride;
+};
+
+// How the consumers' warps share the rows: `per_row` neighbouring warps do one.
+struct Share {
+    int warps, per_row;
+    __device__ __forceinline__ int first_row() const { return warp_index() / per_row; }
+    __device__ __forceinline__ int rows_at_once() const { return warps / per_row; }
+    __device__ __forceinline__ int first_vector() const { return warp_index() % per_row * 32 + lane_index(); }
+    __device__ __forceinline__ int step() const { return per_row * 32; }
+};
+
+__device__ __forceinline__ Share share_rows(int rows, int consumers) {
+    Share share{consumers / 32, consumers / 32};
+    while (share.per_row > 1 && share.warps / share.per_row < rows) share.per_row /= 2;
+    return share;
+}
+
+// Vector `index` of row `row` before the norm.
+__device__ __forceinline__ Pairs raw_vector(const SmallInput& p, int row, int index) {
+    Pairs x = load(vector_at(p.x + row * p.x_stride, index));
+    if (p.residual == nullptr) return x;
+    return sum_of(x, load(vector_at(p.residual + row * p.residual_stride, index)));
+}
+
+// Vector `index` of row `row` of the product's input, before its quantisation.
+template <Input INPUT>
+__device__ __forceinline__ Pairs input_vector(const SmallInput& p, int row, int index, float inverse) {
+    if constexpr (INPUT == Input::NORM) {
+        return normalised(raw_vector(p, row, index), load(vector_at(p.norm, index)), inverse);
+    } else if constexpr (INPUT == Input::SILU_MUL) {
+        const bf16* gate = p.x + row * p.x_stride;
+        return silu_mul(load(vector_at(gate, index)), load(vector_at(gate + p.width, index)));
+    } else {
+        return load(vector_at(p.x + row * p.x_stride, index));
+    }
+}
+
+// Where vector `index` of a row lies: rows of 128 bytes in groups of 8, chunks of 16 bytes swizzled.
+template <class W>
+__device__ __forceinline__ unsigned char* place_of(unsigned char* x, int row, int index) {
+    constexpr int BYTES = VECTOR * sizeof(W), VECTORS = CHUNK_BYTES / BYTES;
+    int byte = index % VECTORS * BYTES;
+    return x + index / VECTORS * X_CHUNK_BYTES + row * CHUNK_BYTES + ((byte & ~15) ^ (row << 4)) + (byte & 15);
+}
+
+// One over the root of the mean square of this warp's row. `scratch`: a word per warp, used again only after a barrier.
+__device__ __forceinline__ float inverse_root(const SmallInput& p, const Share& share, int row, float* scratch) {
+    float squares = 0;
+    if (row < p.rows) {
+#pragma unroll 4
+        for (int i = share.first_vector(); i < p.width / VECTOR; i += share.step()) {
+            squares = squares_of(raw_vector(p, row, i), squares);
+        }
+    }
+    squares = warp_sum(squares);
+    if (lane_index() == 0) scratch[warp_index()] = squares;
+    named_barrier_sync(CONSUMER_BARRIER, share.warps * 32);
+    squares = 0;
+    int first = warp_index() / share.per_row * share.per_row;
+    for (int i = 0; i < share.per_row; i++) squares = add(squares, scratch[first + i]);
+    return rsqrt_fast(add(divide(squares, float(p.width)), p.eps));
+}
+
+template <Input INPUT>
+__device__ __forceinline__ Scale scale_of_row(
+    const SmallInput& p, const Share& share, int row, float inverse, uint32_t* scratch) {
+    uint32_t largest = 0;
+    if (row < p.rows) {
+#pragma unroll 4
+        for (int i = share.first_vector(); i < p.width / VECTOR; i += share.step()) {
+            largest = largest_magnitude(input_vector<INPUT>(p, row, i, inverse), largest);
+        }
+    }
+    largest = warp_max(largest);
+    if (lane_index() == 0) scratch[warp_index()] = largest;
+    named_barrier_sync(CONSUMER_BARRIER, share.warps * 32);
+    largest = 0;
+    int first = warp_index() / share.per_row * share.per_row;
+    for (int i = 0; i < share.per_row; i++) largest = maximum(largest, scratch[first + i]);
+    return scale_of(largest, p.fixed_scale);
+}
+
+// Fills x (chunks of 128 bytes of K, 0 beyond the width) and of FP8 the scales of the rows. By all consumers; they may
+// multiply after it. `scratch`: two words per warp.
+template <class W, Input INPUT>
+__device__ __forceinline__ void make_input(
+    unsigned char* x, float* scales, float* scratch, const SmallInput& p, int chunks, int consumers) {
+    constexpr bool IS_FP8 = std::is_same_v<W, fp8>;
+    Share share = share_rows(p.rows, consumers);
+    int vectors = chunks * CHUNK_BYTES / (VECTOR * int(sizeof(W)));
+    for (int base = 0; base < p.rows; base += share.rows_at_once()) {
+        int row = base + share.first_row();
+        float inverse = 0;
+        Scale scale{};
+        if constexpr (INPUT == Input::NORM) inverse = inverse_root(p, share, row, scratch);
+        if constexpr (IS_FP8) {
+            scale = scale_of_row<INPUT>(p, share, row, inverse, reinterpret_cast<uint32_t*>(scratch) + share.warps);
+            if (row < p.rows) scales[row] = scale.value;
+        }
+        if (row < p.rows) {
+#pragma unroll 4
+            for (int i = share.first_vector(); i < vectors; i += share.step()) {
+                Pairs vector{};
+                if (i * VECTOR < p.width) {
+                    vector = input_vector<INPUT>(p, row, i, inverse);
+                    if (INPUT == Input::NORM && p.residual != nullptr && i % int(gridDim.x) == int(blockIdx.x)) {
+                        store(vector_at(p.sum + int64_t(row) * p.width, i), raw_vector(p, row, i));
+                    }
+                }
+                if constexpr (IS_FP8) {
+                    *reinterpret_cast<Vec<uint16_t, 4>*>(place_of<W>(x, row, i)) =
+                        i * VECTOR < p.width ? quantize(vector, scale) : Vec<uint16_t, 4>{};
+                } else {
+                    *reinterpret_cast<Pairs*>(place_of<W>(x, row, i)) = vector;
+                }
+            }
+        }
+        named_barrier_sync(CONSUMER_BARRIER, consumers);  // the scratch is free again
+    }
+    fence_async_proxy();
+    named_barrier_sync(CONSUMER_BARRIER, consumers);
+}
+
+}  // namespace nemo

@@ -1,0 +1,118 @@
+// The host side that linear layers of few tokens have in common: plan, checks, launch.
+#pragma once
+
+#include "linear/small.cuh"
+
+namespace nemo {
+
+struct SmallPlan {
+    int tile_rows, stages, consumers, blocks, shared_bytes;
+};
+
+// Tiles of the height (a multiple of the swizzle's 8 rows) that all multiprocessors finish first: time is the rounds of
+// tiles times the larger of a tile's bytes from memory and, at some 1.7 times the rate, its bytes and those of x from
+// L2. Of equals the highest, which reads x least often.
+inline int choose_tile_rows(int outputs, int streamed_tokens, int num_sms) {
+    int best = 8;
+    int64_t least = INT64_MAX;
+    for (int rows = 8; rows <= MAX_TILE_ROWS; rows += 8) {
+        int rounds = ceil_div(ceil_div(outputs, rows), num_sms);
+        int64_t time = int64_t(rounds) * maximum(10 * rows, 6 * (rows + streamed_tokens));
+        if (time <= least) {
+            least = time;
+            best = rows;
+        }
+    }
+    return best;
+}
+
+// 88 KiB of stages: three times what a multiprocessor's share of the memory's rate needs in flight for 1 us, and little
+// enough that the next kernel's block fits beside it and asks for its weights. Three stages at least.
+inline SmallPlan plan_small_linear(int tokens, int outputs, int chunks, bool is_streamed, int num_sms) {
+    constexpr int RING_BYTES = 88 * 1024;
+    SmallPlan plan;
+    plan.tile_rows = choose_tile_rows(outputs, is_streamed ? tokens : 0, num_sms);
+    int bytes = STAGE_CHUNKS * CHUNK_BYTES * (plan.tile_rows + (is_streamed ? tokens : 0));
+    plan.stages = minimum(maximum(RING_BYTES / bytes, 3), MAX_STAGES);
+    plan.consumers = ceil_div(plan.tile_rows, GROUP_ROWS) * 128;
+    plan.blocks = minimum(ceil_div(outputs, plan.tile_rows), num_sms);
+    int made = is_streamed ? 0 : ceil_div(chunks, STAGE_CHUNKS) * STAGE_CHUNKS + tokens / FUSED_TOKENS - 1;
+    plan.shared_bytes = HEADER_BYTES + made * X_CHUNK_BYTES + plan.stages * bytes + OVERREAD_BYTES;
+    return plan;
+}
+
+template <class W>
+TensorMap chunk_map(const void* base, int rows, int width, int64_t stride, int box_rows) {
+    return make_tensor_map(base, {.element = sizeof(W) == 1 ? Element::U8 : Element::BF16,
+                                  .rank = 2,
+                                  .sizes = {width, rows, 1},
+                                  .strides = {0, stride * int64_t(sizeof(W)), 0},
+                                  .box = {CHUNK_BYTES / int(sizeof(W)), box_rows, 1},
+                                  .swizzle = Swizzle::B128});
+}
+
+template <class W>
+void check_small_linear(const bf16* y, const LinearInputs& in, const W* weight, int outputs, int64_t weight_stride) {
+    constexpr int ALIGNED = 16 / sizeof(W);
+    CHECK_RANGE(in.rows, 1, in.input == Input::READY ? 64 : FUSED_TOKENS);
+    CHECK_RANGE(outputs, 1, 1 << 30);
+    CHECK_RANGE(in.width, 1, 1 << 24);
+    CHECK_MULTIPLE(in.width, ALIGNED);
+    CHECK_POINTER(in.x);
+    CHECK_POINTER(weight);
+    CHECK(y != nullptr, "y must not be null");
+    CHECK_MULTIPLE(weight_stride, ALIGNED);
+    CHECK_MULTIPLE(in.x_stride, in.input == Input::READY ? ALIGNED : VECTOR);
+    if (in.input == Input::NORM) CHECK_POINTER(in.norm);
+    if (in.residual != nullptr) {
+        CHECK_POINTER(in.residual);
+        CHECK_POINTER(in.sum);
+        CHECK_MULTIPLE(in.residual_stride, VECTOR);
+    }
+}
+
+template <class W, int TOKENS, bool IS_BLOCK, Input INPUT>
+void launch_small_linear(bf16* y, const LinearInputs& in, const W* weight, int outputs, int64_t weight_stride,
+                         const LinearScales& scales, Stream stream) {
+    constexpr bool IS_STREAMED = INPUT == Input::READY;
+    int chunks = ceil_div(in.width, CHUNK_BYTES / int(sizeof(W)));
+    SmallPlan plan = plan_small_linear(TOKENS, outputs, chunks, IS_STREAMED, num_sms());
+    SmallLinear p{.y = y,
+                  .rows = in.rows,
+                  .outputs = outputs,
+                  .chunks = chunks,
+                  .tile_rows = plan.tile_rows,
+                  .stages = plan.stages,
+                  .scales = scales,
+                  .input = {.x = static_cast<const bf16*>(in.x),
+                            .residual = in.residual,
+                            .norm = in.norm,
+                            .sum = in.sum,
+                            .fixed_scale = in.fixed_scale,
+                            .eps = in.eps,
+                            .rows = in.rows,
+                            .width = in.width,
+                            .x_stride = in.x_stride,
+                            .residual_stride = in.residual_stride}};
+    TensorMap w_map = chunk_map<W>(weight, outputs, in.width, weight_stride, plan.tile_rows);
+    TensorMap x_map = IS_STREAMED ? chunk_map<W>(in.x, in.rows, in.width, in.x_stride, TOKENS) : w_map;
+    launch({.name = "small_linear",
+            .grid = dim3(unsigned(plan.blocks)),
+            .threads = plan.consumers + PRODUCER_THREADS,
+            .shared_bytes = plan.shared_bytes,
+            .stream = stream},
+           small_linear_kernel<W, TOKENS, IS_BLOCK, INPUT>, p, w_map, x_map);
+}
+
+// launch_for(std::integral_constant<int, tokens>{}): columns of the product, for `rows` tokens.
+template <class LaunchFor>
+void with_tokens(int rows, LaunchFor&& launch_for) {
+    switch (ceil_div(rows, 16)) {
+        case 1: return launch_for(std::integral_constant<int, 16>{});
+        case 2: return launch_for(std::integral_constant<int, 32>{});
+        case 3: return launch_for(std::integral_constant<int, 48>{});
+        default: return launch_for(std::integral_constant<int, 64>{});
+    }
+}
+
+}  // namespace nemo

@@ -1,0 +1,183 @@
+"""Linear layers by csrc/linear (at most 64 rows) and csrc/gemm, with the norm, activation or quantisation before them where rows are few."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_engine.ops.cuda import library, stream_of
+from nemo_engine.ops.cuda.activation import quantize_token_blocks, quantize_tokens, silu_mul, silu_mul_fp8
+from nemo_engine.ops.cuda.norm import rms_norm, rms_norm_fp8
+from nemo_engine.ops.fused import (
+    compose_norm_linear,
+    compose_norm_linear_fp8,
+    compose_quantize_linear_fp8,
+    compose_silu_mul_linear,
+    compose_silu_mul_linear_fp8,
+    has_blocks,
+)
+
+SMALL_ROWS = 64  # that the kernels of csrc/linear take at once
+
+
+class _Input(IntEnum):
+    """As in csrc/linear/linear.h."""
+
+    READY = 0
+    NORM = 1
+    SILU_MUL = 2
+    QUANTIZE = 3
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As ``nemo_engine.ops.linear.linear``; bf16, K a multiple of 8. More rows than 64 go to cuBLAS."""
+    rows = x.shape[0]
+    if rows > SMALL_ROWS:
+        return F.linear(x, weight)
+    y = torch.empty(rows, weight.shape[0], dtype=x.dtype, device=x.device)
+    if rows:
+        _check(x, weight, torch.bfloat16)
+        _small(y, _Input.READY, x, weight)
+    return y
+
+
+def linear_fp8(
+    x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, out_dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """As ``nemo_engine.ops.linear.linear_fp8``; K a multiple of 16, result bf16."""
+    assert out_dtype == torch.bfloat16, out_dtype
+    rows = x8.shape[0]
+    y = torch.empty(rows, w8.shape[0], dtype=out_dtype, device=x8.device)
+    _check(x8, w8, torch.float8_e4m3fn)
+    for first in range(0, rows, SMALL_ROWS):
+        part = slice(first, first + SMALL_ROWS)
+        _small(y[part], _Input.READY, x8[part], w8, w_scales, x_scales[part])
+    return y
+
+
+def norm_linear(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``nemo_engine.ops.fused.norm_linear``: one launch for up to 8 rows."""
+    if not _fits(_Input.NORM, x.shape[0], x.shape[1], weight):
+        return compose_norm_linear(rms_norm, linear)(x, residual, norm_weight, eps, weight)
+    return _norm(x, residual, norm_weight, eps, weight)
+
+
+def norm_linear_fp8(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    w8: Tensor,
+    w_scales: Tensor,
+    x_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``nemo_engine.ops.fused.norm_linear_fp8``: one launch for up to 8 rows, of weights without blocks."""
+    if has_blocks(w8, w_scales) or not _fits(_Input.NORM, x.shape[0], x.shape[1], w8):
+        composed = compose_norm_linear_fp8(rms_norm, rms_norm_fp8, quantize_token_blocks, linear_fp8)
+        return composed(x, residual, norm_weight, eps, w8, w_scales, x_scale)
+    return _norm(x, residual, norm_weight, eps, w8, w_scales, x_scale)
+
+
+def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
+    """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for up to 8 rows whose product fits into shared memory."""
+    if not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, weight):
+        return compose_silu_mul_linear(silu_mul, linear)(gate_up, weight)
+    return _made(_Input.SILU_MUL, gate_up, weight)
+
+
+def silu_mul_linear_fp8(gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
+    """As ``nemo_engine.ops.fused.silu_mul_linear_fp8``: one launch for up to 8 rows, of weights without blocks."""
+    if has_blocks(w8, w_scales) or not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, w8):
+        composed = compose_silu_mul_linear_fp8(silu_mul, silu_mul_fp8, quantize_token_blocks, linear_fp8)
+        return composed(gate_up, w8, w_scales, x_scale)
+    return _made(_Input.SILU_MUL, gate_up, w8, w_scales, x_scale)
+
+
+def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
+    """As ``nemo_engine.ops.fused.quantize_linear_fp8``: one launch for up to 8 rows, of weights without blocks."""
+    if has_blocks(w8, w_scales) or not _fits(_Input.QUANTIZE, x.shape[0], x.shape[1], w8):
+        composed = compose_quantize_linear_fp8(quantize_tokens, quantize_token_blocks, linear_fp8)
+        return composed(x, w8, w_scales, x_scale)
+    return _made(_Input.QUANTIZE, x, w8, w_scales, x_scale)
+
+
+def _fits(kind: _Input, rows: int, width: int, weight: Tensor) -> bool:
+    fits: bool = library().small_linear_fits(int(kind), weight.itemsize == 1, rows, weight.shape[0], width)
+    return fits
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    w_scales: Tensor | None = None,
+    x_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    assert norm_weight.dtype == x.dtype and norm_weight.is_contiguous(), (norm_weight.dtype, norm_weight.stride())
+    total = x
+    if residual is not None:
+        assert residual.dtype == x.dtype and residual.shape == x.shape and residual.stride(1) == 1, residual.shape
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    norm = (residual, norm_weight, None if residual is None else total, eps)
+    _small(y, _Input.NORM, x, weight, w_scales, None, x_scale, norm)
+    return y, total
+
+
+def _made(
+    kind: _Input, x: Tensor, weight: Tensor, w_scales: Tensor | None = None, x_scale: Tensor | None = None
+) -> Tensor:
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    _small(y, kind, x, weight, w_scales, None, x_scale)
+    return y
+
+
+def _small(
+    y: Tensor,
+    kind: _Input,
+    x: Tensor,
+    weight: Tensor,
+    w_scales: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    norm: tuple[Tensor | None, Tensor | None, Tensor | None, float] = (None, None, None, 0.0),
+) -> None:
+    """One launch. norm: residual, weight of the norm, where the sum goes, eps."""
+    residual, norm_weight, total, eps = norm
+    rows, (outputs, width) = x.shape[0], weight.shape
+    assert x.stride(1) == 1 and weight.stride(1) == 1 and y.is_contiguous(), (x.stride(), weight.stride())
+    assert x.dtype == (weight.dtype if kind == _Input.READY else torch.bfloat16), (x.dtype, weight.dtype)
+    assert x.shape[1] == (2 * width if kind == _Input.SILU_MUL else width), (x.shape, weight.shape)
+    arguments = (
+        y.data_ptr(), int(kind), x.data_ptr(), _address(residual), _address(norm_weight), _address(total),
+        _address(x_scale), eps, rows, width, x.stride(0), 0 if residual is None else residual.stride(0),
+        weight.data_ptr(), outputs, weight.stride(0),
+    )  # fmt: skip
+    if w_scales is None:
+        library().small_linear(*arguments, stream_of(x))
+        return
+    is_block = has_blocks(weight, w_scales)
+    assert w_scales.dtype == torch.float32 and (not is_block or w_scales.stride(1) == 1), w_scales.stride()
+    w_stride = w_scales.stride(0) if w_scales.numel() > 1 else 0
+    if x_scales is not None:
+        expected = (rows, -(-width // 128) if is_block else 1)
+        assert x_scales.dtype == torch.float32 and x_scales.shape == expected and x_scales.stride(1) == 1, x_scales.shape
+    x_stride = 0 if x_scales is None else x_scales.stride(0)
+    library().small_linear_fp8(
+        *arguments, _address(x_scales), x_stride, w_scales.data_ptr(), w_stride, is_block, stream_of(x)
+    )
+
+
+def _check(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    assert x.dtype == weight.dtype == dtype and x.shape[1] == weight.shape[1], (x.dtype, weight.dtype, x.shape, weight.shape)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
