@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_engine.ops.cuda import library, stream_of
 from nemo_engine.ops.cuda.activation import quantize_token_blocks, quantize_tokens, silu_mul, silu_mul_fp8
+from nemo_engine.ops.cuda.gemm import linear_fp8_large
 from nemo_engine.ops.cuda.norm import rms_norm, rms_norm_fp8
 from nemo_engine.ops.fused import (
     compose_norm_linear,
@@ -49,8 +50,10 @@ def linear_fp8(
 ) -> Tensor:
     """As ``nemo_engine.ops.linear.linear_fp8``; K a multiple of 16, result bf16."""
     assert out_dtype == torch.bfloat16, out_dtype
-    rows = x8.shape[0]
-    y = torch.empty(rows, w8.shape[0], dtype=out_dtype, device=x8.device)
+    rows, outputs = x8.shape[0], w8.shape[0]
+    if rows > SMALL_ROWS and outputs % 8 == 0:
+        return linear_fp8_large(x8, x_scales, w8, w_scales)
+    y = torch.empty(rows, outputs, dtype=out_dtype, device=x8.device)
     _check(x8, w8, torch.float8_e4m3fn)
     for first in range(0, rows, SMALL_ROWS):
         part = slice(first, first + SMALL_ROWS)

@@ -1,0 +1,101 @@
+// Launches of FP8 matrix products.
+#include "gemm/gemm.cuh"
+
+#include "common/launch.h"
+
+namespace nemo {
+
+namespace {
+
+// Columns of a tile for what can have any: the width whose rounds of tiles take the least time, a round taking its
+// columns and some 16 more for its start and its end.
+int choose_columns(int rows, int outputs, int num_sms) {
+    int best = 128;
+    int64_t least = INT64_MAX;
+    for (int columns : {192, 128, 96}) {
+        int64_t tiles = int64_t(ceil_div(rows, GEMM_ROWS)) * ceil_div(outputs, columns);
+        int64_t time = ceil_div(tiles, int64_t(num_sms)) * (columns + 16);
+        if (time < least) {
+            least = time;
+            best = columns;
+        }
+    }
+    return best;
+}
+
+TensorMap operand_map(const fp8* base, int rows, int width, int64_t stride, int box_rows) {
+    return make_tensor_map(base, {.element = Element::U8,
+                                  .rank = 2,
+                                  .sizes = {width, rows, 1},
+                                  .strides = {0, stride, 0},
+                                  .box = {GEMM_DEPTH, box_rows, 1},
+                                  .swizzle = Swizzle::B128});
+}
+
+template <int COLUMNS, bool IS_BLOCK, Epilogue EPILOGUE>
+void launch_gemm(const GemmInputs& in, Stream stream) {
+    using Tile = GemmTile<COLUMNS>;
+    static_assert(Tile::STAGES >= 3);
+    Gemm p{.in = in,
+           .row_tiles = ceil_div(in.rows, GEMM_ROWS),
+           .column_tiles = ceil_div(in.outputs, COLUMNS),
+           .steps = ceil_div(in.width, GEMM_DEPTH),
+           .stages = Tile::STAGES};
+    TensorMap x_map = operand_map(in.x, in.rows, in.width, in.x_stride, GEMM_ROWS);
+    TensorMap w_map = operand_map(in.w, in.outputs, in.width, in.w_stride, COLUMNS);
+    int columns = EPILOGUE == Epilogue::SILU_MUL ? in.outputs / 2 : in.outputs;
+    TensorMap y_map = EPILOGUE == Epilogue::SILU_MUL_QUANTIZE
+                          ? x_map
+                          : make_tensor_map(in.y, {.element = Element::BF16,
+                                                   .rank = 2,
+                                                   .sizes = {columns, in.rows, 1},
+                                                   .strides = {0, int64_t(columns) * 2, 0},
+                                                   .box = {BOX_COLUMNS, 64, 1},
+                                                   .swizzle = Swizzle::B64});
+    int tiles = p.row_tiles * p.column_tiles, sms = num_sms();
+    launch({.name = "gemm_fp8",
+            .grid = dim3(unsigned(tiles < sms ? tiles : sms)),
+            .threads = GEMM_THREADS,
+            .shared_bytes = Tile::SHARED_BYTES,
+            .stream = stream},
+           gemm_kernel<COLUMNS, IS_BLOCK, EPILOGUE>, p, x_map, w_map, y_map);
+}
+
+}  // namespace
+
+void gemm_fp8(const GemmInputs& in, Stream stream) {
+    if (in.rows == 0) return;
+    CHECK_RANGE(in.rows, 1, 1 << 24);
+    CHECK_RANGE(in.outputs, 8, 1 << 24);
+    CHECK_RANGE(in.width, 16, 1 << 24);
+    CHECK_MULTIPLE(in.width, 16);
+    CHECK_MULTIPLE(in.outputs, in.epilogue == Epilogue::SILU_MUL || in.epilogue == Epilogue::SILU_MUL_QUANTIZE ? 16 : 8);
+    CHECK_MULTIPLE(in.x_stride, 16);
+    CHECK_MULTIPLE(in.w_stride, 16);
+    CHECK_POINTER(in.y);
+    CHECK_POINTER(in.x);
+    CHECK_POINTER(in.w);
+    CHECK(in.x_scales != nullptr && in.w_scales != nullptr, "scales must not be null");
+    if (in.is_block) {
+        CHECK(in.epilogue == Epilogue::NONE, "scales of blocks have no epilogue");
+        return launch_gemm<128, true, Epilogue::NONE>(in, stream);
+    }
+    switch (in.epilogue) {
+        case Epilogue::ADD_RESIDUAL:
+            CHECK_MULTIPLE(in.residual_stride, 2);
+            CHECK_MULTIPLE(reinterpret_cast<uintptr_t>(in.residual), 4);
+            return launch_gemm<128, false, Epilogue::ADD_RESIDUAL>(in, stream);
+        case Epilogue::SILU_MUL: return launch_gemm<128, false, Epilogue::SILU_MUL>(in, stream);
+        case Epilogue::SILU_MUL_QUANTIZE:
+            CHECK(in.out_scale != nullptr, "out_scale must not be null");
+            return launch_gemm<128, false, Epilogue::SILU_MUL_QUANTIZE>(in, stream);
+        default: break;
+    }
+    switch (choose_columns(in.rows, in.outputs, num_sms())) {
+        case 96: return launch_gemm<96, false, Epilogue::NONE>(in, stream);
+        case 192: return launch_gemm<192, false, Epilogue::NONE>(in, stream);
+        default: return launch_gemm<128, false, Epilogue::NONE>(in, stream);
+    }
+}
+
+}  // namespace nemo
