@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops import sampling
-from nemo_engine.ops.op import Case, Impl, Op, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, cuda_runs, triton_runs
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 
 
@@ -229,7 +229,10 @@ def _logprob_cost(logits: Tensor, chosen: Tensor, k: int) -> tuple[int, int]:
 SAMPLE = Op(
     "sample_",
     sample_,
-    (Impl("triton", "nemo_engine.kernels.sampling:sample_", triton_runs),),
+    (
+        Impl("triton", "nemo_engine.kernels.sampling:sample_", triton_runs),
+        Impl("cuda", "nemo_engine.ops.cuda.sampling:sample_", cuda_runs),
+    ),
     _sample_cases,
     _sample_cost,
 )
