@@ -473,7 +473,7 @@ __device__ __forceinline__ void decide(const SampleInputs& in, const SampleRow<T
 }
 
 template <class T>
-__global__ void __launch_bounds__(SAMPLE_THREADS) sample_kernel(const SampleInputs in, int num_subs) {
+__global__ void __launch_bounds__(SAMPLE_THREADS, 2) sample_kernel(const SampleInputs in, int num_subs) {
     let_next_kernel_start();
     wait_for_previous_kernel();
     auto* s = shared_memory<SampleShared>();
