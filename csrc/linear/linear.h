@@ -1,9 +1,13 @@
 // The linear layers of few tokens that csrc/linear offers.
 #pragma once
 
-#include "common/launch.h"
+#include <cstdint>
 
 namespace nemo {
+
+struct bf16;
+struct fp8;
+using Stream = uintptr_t;
 
 // What the rows of x are made of, before the product: they are there already, or are the norm of x (+ residual), the
 // gated activation of x, or x quantised.

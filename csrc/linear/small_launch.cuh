@@ -1,6 +1,7 @@
 // The host side that linear layers of few tokens have in common: plan, checks, launch.
 #pragma once
 
+#include "common/launch.h"
 #include "linear/small.cuh"
 
 namespace nemo {

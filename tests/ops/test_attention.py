@@ -143,7 +143,7 @@ def flash_attn_with_kvcache(
         ])  # fmt: skip
     counts = cu_seqlens_q.diff()
     assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q)
-    assert max_seqlen_q is not None and counts.max() <= max_seqlen_q and k_cache.shape[1] in (16, 64, 128)
+    assert max_seqlen_q is not None and counts.max() <= max_seqlen_q and k_cache.shape[1] in (16, 32, 64, 128)
     meta = attention.AttentionMeta(
         num_decodes=0,
         query_start_loc=cu_seqlens_q.long(),
