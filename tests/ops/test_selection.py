@@ -39,11 +39,9 @@ def test_on_the_cpu_the_definition_serves_unless_something_is_made_for_the_cpu()
     assert ops.paged_attention is paged_attention_torch
     assert {choice.op for choice in ops.choices} == {op.name for op in ALL_OPS}
     table = ops.format()
-    assert "rms_norm               semantics  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only)" in table
-    assert (
-        "paged_attention        torch  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not flash_attn: "
-        in table
-    )
+    assert "rms_norm               semantics  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not cuda: " in table
+    assert "paged_attention        torch  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not cuda: " in table
+    assert "not flash_attn: runs on NVIDIA GPUs, this is cpu" in table
 
 
 def test_the_definition_can_be_asked_for() -> None:
@@ -74,7 +72,7 @@ def test_what_cannot_serve_is_refused_with_its_reason(change: dict[str, object],
     if site.device_type == "cpu":
         assert select(RMS_NORM, site, {}).chosen == "semantics"
     else:  # the definition on a GPU only if it is asked for
-        with pytest.raises(ValueError, match=rf"no kernel for rms_norm here: triton: {reason} \(prefer="):
+        with pytest.raises(ValueError, match=rf"no kernel for rms_norm here: triton: {reason}; cuda: .+ \(prefer="):
             select(RMS_NORM, site, {})
         assert select(RMS_NORM, site, {"rms_norm": "semantics"}).chosen == "semantics"
 
@@ -100,7 +98,7 @@ def test_a_gpu_without_fp8_serves_models_without_fp8() -> None:
 
 
 def test_unknown_preferences_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"prefer\['rms_norm'\] must be one of triton, semantics, got 'cutlass'"):
+    with pytest.raises(ValueError, match=r"prefer\['rms_norm'\] must be one of triton, cuda, semantics, got 'cutlass'"):
         Ops.select(CPU, {"rms_norm": "cutlass"})
     with pytest.raises(
         ValueError, match=r"prefer must name operations \(.*, rms_norm, .*\) or all \(\*\), got 'rmsnorm'"
