@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from machine_code import RESULTS, Facts, blocks_per_sm, count_instructions, differs, read_usage, tool
 from nemo_engine.kernels import device
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -34,7 +32,7 @@ from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.runner.graphs import graph_sizes
 from nemo_engine.runner.runner import Runner
 
-STORED = Path(__file__).parent / "results" / "kernels-sm90.txt"
+STORED = RESULTS / "kernels-sm90.txt"
 META = torch.device("meta")
 TENSOR_PARALLEL = (1, 2, 4, 8)
 GPUS = {  # by compute capability: an A100, an L40S, an H100 or H200, a B200
@@ -43,11 +41,6 @@ GPUS = {  # by compute capability: an A100, an L40S, an H100 or H200, a B200
     90: device.HOPPER,
     100: device.Facts(148, 227 << 10),
 }
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# What is counted, by prefix of the instruction; the longest that fits counts.
-INSTRUCTIONS = (
-    "HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.E.128", "LDG", "STG.E.128", "STG", "LDL", "STL",
-)  # fmt: skip
 NEMO = ModelConfig(
     vocab_size=131072,
     hidden_size=5120,
@@ -204,64 +197,23 @@ def run_fp8(capability: int, ranks: int) -> None:
         ops.paged_attention(q, kv, kv, meta, 0.1, scales, scales)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Facts:
-    """What the machine code of one variant says."""
-
-    kernel: str
-    variant: str
-    registers: int
-    shared: int  # bytes
-    spills: int  # bytes of stack
-    blocks: int  # that an SM of sm_90 holds at once
-    instructions: dict[str, int]
-
-    def line(self) -> str:
-        counts = " ".join(f"{name}:{count}" for name, count in self.instructions.items())
-        return (
-            f"{self.kernel:<24} regs {self.registers:>3}  shared {self.shared:>6}  spills {self.spills}  "
-            f"blocks/SM {self.blocks:>2}  {counts}  | {self.variant}"
-        )
-
-
 def inspect(kernel: str, variant: str, compiled: Any) -> Facts:
-    """Read a compiled kernel with the disassembler that comes with Triton."""
+    """Read a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", file.name)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    counts: dict[str, int] = {}
-    for word in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE):
-        name = next((prefix for prefix in INSTRUCTIONS if word.startswith(prefix)), None)
-        if name == "LDG" and ".128" in word:
-            name = "LDG.E.128"
-        elif name == "STG" and ".128" in word:
-            name = "STG.E.128"
-        if name is not None:
-            counts[name] = counts.get(name, 0) + 1
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    registers = found["REG"]
+        usage = read_usage(tool("cuobjdump", "--dump-resource-usage", file.name))
+        code = tool("nvdisasm", file.name)
+    shared = compiled.metadata.shared
     return Facts(
         kernel=kernel.strip("_"),
         variant=variant,
-        registers=registers,
+        registers=usage["REG"],
         shared=shared,
-        spills=found["STACK"] + found["LOCAL"],
-        blocks=blocks_per_sm(registers, shared, warps),
-        instructions={name: counts[name] for name in INSTRUCTIONS if name in counts},
+        spills=usage["STACK"] + usage["LOCAL"],
+        blocks=blocks_per_sm(usage["REG"], shared, compiled.metadata.num_warps),
+        instructions=count_instructions(code),
     )
-
-
-def blocks_per_sm(registers: int, shared: int, warps: int) -> int:
-    """How many blocks an SM of sm_90 holds: 64 Ki registers given out by 256 a warp, 64 warps, 32 blocks, 228 KiB with 1 KiB a block."""
-    per_warp = -(-registers * 32 // 256) * 256
-    return min(32, 64 // warps, 65536 // (per_warp * warps), (228 << 10) // (shared + 1024))
-
-
-def _tool(name: str, *args: str) -> str:
-    return subprocess.run([str(TOOLS / name), *args], capture_output=True, text=True, check=True).stdout
 
 
 def collect(
@@ -286,15 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; ``--write`` stores it, otherwise the exit status says whether it equals the stored one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"store the report in {STORED.name}")
-    args = parser.parse_args(argv)
-    text = "\n".join(report()) + "\n"
-    print(text, end="")
-    if args.write:
-        STORED.write_text(text)
-    elif not STORED.exists() or STORED.read_text() != text:
-        print(f"differs from {STORED}: if that is meant, store it with --write", file=sys.stderr)
-        return 1
-    return 0
+    return int(differs(STORED, report, parser.parse_args(argv).write))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Works without a GPU and without torch.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -84,10 +85,13 @@ def cmake_build(folder: Path, *options: str) -> None:
     """Configure and compile what changed in ``folder``. Raises ``RuntimeError`` with the compiler's words."""
     configure = [_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}", *options]
-    for command in (configure, [_tool("cmake"), "--build", str(folder)]):
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if run.returncode:
-            raise RuntimeError(f"$ {' '.join(command)}\n{run.stdout[-8000:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of another process that builds here
+        for command in (configure, [_tool("cmake"), "--build", str(folder)]):
+            run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if run.returncode:
+                raise RuntimeError(f"$ {' '.join(command)}\n{run.stdout[-8000:]}")
 
 
 def build_gpu(nvcc: Path, folder: Path | None = None) -> Path:

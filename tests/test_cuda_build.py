@@ -14,6 +14,8 @@ import pytest
 from csrc import build
 from tests.test_packaging import pip, tree
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
 __all__ = ["tree"]
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +81,77 @@ def test_the_wheel_holds_the_library(tree: Path, tmp_path: Path) -> None:  # noq
     assert "py3-none-any" not in path.name and "without its CUDA kernels" not in said
     (name,) = [name for name in zipfile.ZipFile(path).namelist() if re.match(r"nemo_engine/_C\..*so$", name)]
     assert zipfile.ZipFile(path).getinfo(name).compress_size < 8 << 20
+
+
+# ---- machine code
+
+
+@pytest.fixture(scope="session")
+def lines(library: Path) -> list[str]:
+    pytest.importorskip("triton")  # which has the disassembler
+    import cuda_kernel_report
+
+    return cuda_kernel_report.report()
+
+
+@needs_nvcc
+def test_the_machine_code_is_the_one_that_was_reviewed(lines: list[str]) -> None:
+    import cuda_kernel_report
+
+    stored = cuda_kernel_report.STORED.read_text().splitlines()
+    if stored[0] != lines[0]:
+        pytest.skip(f"the stored report is of {stored[0]}, this is {lines[0]}")
+    changed = sorted(set(lines) ^ set(stored))
+    assert not changed, "run `make kernel-report` and review its difference:\n" + "\n".join(changed)
+
+
+@needs_nvcc
+def test_nothing_spills(lines: list[str]) -> None:
+    assert len(lines) > 60
+    for line in lines[1:]:
+        assert "spills 0 " in line and " LDL:" not in line and " STL:" not in line, line
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("kernel", "wanted", "unwanted"),
+    [
+        ("gemm_kernel", ["QGMMA", "UTMALDG"], ["HGMMA", "QMMA"]),
+        ("small_linear_kernel", ["UTMALDG"], ["HMMA", "QMMA"]),
+        ("prefill_kernel", ["HGMMA", "UTMALDG", "STG.E.128"], ["HMMA"]),
+        ("decode_kernel", ["HMMA", "LDGSTS"], ["HGMMA", "QMMA"]),
+        ("rms_norm_kernel", ["LDG.E.128"], []),
+        ("silu_mul_kernel", ["LDG.E.128", "STG.E.128"], []),
+        ("rope_kernel", ["LDG.E.128", "STG.E.128"], []),
+        ("quantize_rows_kernel", ["LDG.E.128"], []),
+        ("sample_kernel", ["LDG.E.128"], []),
+    ],
+)
+def test_instructions_are_those_meant(lines: list[str], kernel: str, wanted: list[str], unwanted: list[str]) -> None:
+    found = [line for line in lines if line.split()[0] == kernel]
+    assert found
+    for line in found:
+        assert all(f" {name}:" in line for name in wanted), line
+        assert not any(f" {name}:" in line for name in unwanted), line
+        if kernel == "small_linear_kernel":
+            assert (" QGMMA:" in line) == ("| fp8," in line) and (" HGMMA:" in line) == ("| bf16," in line), line
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("kernel", "blocks"), [("decode_kernel", 2), ("sample_kernel", 2), ("rope_kernel", 8)])
+def test_as_many_blocks_share_an_sm_as_meant(lines: list[str], kernel: str, blocks: int) -> None:
+    found = [re.search(r"blocks/SM +(\d+)", line) for line in lines if line.split()[0] == kernel]
+    assert found and all(match and int(match[1]) >= blocks for match in found), found
+
+
+def test_the_name_of_an_instance_is_read() -> None:
+    pytest.importorskip("triton")
+    from cuda_kernel_report import instance
+
+    name = "void nemo::small_linear_kernel<nemo::fp8, 16, false, (nemo::Input)3>(nemo::SmallLinear, nemo::TensorMap)"
+    assert instance(name) == "small_linear_kernel<fp8,16,0,3>"
+    assert instance("nemo::plan_decode_kernel(nemo::MakePlan) [clone .cold]") == "plan_decode_kernel"
+    assert instance("void nemo::(anonymous namespace)::f<(int)4, true, 2u>(int)") == "f<4,1,2>"
 
 
 # ---- finding nvcc

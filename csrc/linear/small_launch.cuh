@@ -1,6 +1,8 @@
 // The host side that linear layers of few tokens have in common: plan, checks, launch.
 #pragma once
 
+#include <algorithm>
+
 #include "common/launch.h"
 #include "linear/small.cuh"
 
@@ -18,7 +20,7 @@ inline int choose_tile_rows(int outputs, int streamed_tokens, int num_sms) {
     int64_t least = INT64_MAX;
     for (int rows = 8; rows <= MAX_TILE_ROWS; rows += 8) {
         int rounds = ceil_div(ceil_div(outputs, rows), num_sms);
-        int64_t time = int64_t(rounds) * maximum(10 * rows, 6 * (rows + streamed_tokens));
+        int64_t time = int64_t(rounds) * std::max(10 * rows, 6 * (rows + streamed_tokens));
         if (time <= least) {
             least = time;
             best = rows;
@@ -34,9 +36,9 @@ inline SmallPlan plan_small_linear(int tokens, int outputs, int chunks, bool is_
     SmallPlan plan;
     plan.tile_rows = choose_tile_rows(outputs, is_streamed ? tokens : 0, num_sms);
     int bytes = STAGE_CHUNKS * CHUNK_BYTES * (plan.tile_rows + (is_streamed ? tokens : 0));
-    plan.stages = minimum(maximum(RING_BYTES / bytes, 3), MAX_STAGES);
+    plan.stages = std::min(std::max(RING_BYTES / bytes, 3), MAX_STAGES);
     plan.consumers = ceil_div(plan.tile_rows, GROUP_ROWS) * 128;
-    plan.blocks = minimum(ceil_div(outputs, plan.tile_rows), num_sms);
+    plan.blocks = std::min(ceil_div(outputs, plan.tile_rows), num_sms);
     int made = is_streamed ? 0 : ceil_div(chunks, STAGE_CHUNKS) * STAGE_CHUNKS + tokens / FUSED_TOKENS - 1;
     plan.shared_bytes = HEADER_BYTES + made * X_CHUNK_BYTES + plan.stages * bytes + OVERREAD_BYTES;
     return plan;

@@ -1,6 +1,8 @@
 // What Python sees of the emulation, and the host functions that a GPU's driver would answer.
 #include <pybind11/pybind11.h>
 
+#include <dlfcn.h>
+
 #include <algorithm>
 
 #include "common/launch.h"
@@ -28,6 +30,13 @@ TensorMap make_tensor_map(const void* base, const TensorMapSpec& spec) {
     return {static_cast<const unsigned char*>(base), spec};
 }
 
+// Where nm finds the symbol of a function.
+uintptr_t offset_in_library(uintptr_t address) {
+    Dl_info found;
+    CHECK(dladdr(reinterpret_cast<void*>(address), &found) != 0, "no library holds address ", address);
+    return address - reinterpret_cast<uintptr_t>(found.dli_fbase);
+}
+
 void register_emulator(pybind11::module_& parent) {
     using emulated::machine;
     namespace py = pybind11;
@@ -53,13 +62,14 @@ void register_emulator(pybind11::module_& parent) {
         [] {
             py::list all;
             for (const auto& launch : machine().launches)
-                all.append(py::dict(py::arg("name") = launch.name,
+                all.append(py::dict(py::arg("name") = launch.name, py::arg("offset") = offset_in_library(launch.address),
                                     py::arg("grid") = py::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z),
                                     py::arg("threads") = launch.threads, py::arg("shared_bytes") = launch.shared_bytes,
                                     py::arg("is_dependent") = launch.is_dependent));
             return all;
         },
         "Every launch since clear_launches().");
+    m.def("set_dry_run", [](bool is_dry) { machine().is_dry = is_dry; }, "Whether launches are noted and run nothing.");
     m.def("clear_launches", [] { machine().launches.clear(); });
 }
 

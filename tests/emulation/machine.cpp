@@ -97,13 +97,14 @@ Machine::~Machine() {
     std::free(async_view);
 }
 
-void Machine::run(const char* name, dim3 grid, int threads, int bytes, bool dependent, std::function<void()> work) {
-    launches.push_back({name, grid, threads, bytes, dependent});
+void Machine::run(const char* name, uintptr_t address, dim3 grid, int threads, int bytes, bool dependent, std::function<void()> work) {
+    launches.push_back({name, address, grid, threads, bytes, dependent});
     auto refuse = [&](auto&&... parts) { throw std::runtime_error(text("launch of ", name, ": ", parts...)); };
     if (is_running) refuse("another kernel runs");
     if (threads < 32 || threads > 1024 || threads % 32) refuse(threads, " threads, not whole warps up to 1024");
     if (bytes < 0 || bytes > SHARED_LIMIT) refuse(bytes, " bytes of shared memory, at most ", SHARED_LIMIT);
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) refuse("a grid of ", grid.x, "x", grid.y, "x", grid.z);
+    if (is_dry) return;
     kernel = name;
     num_threads = threads;
     shared_bytes = bytes;

@@ -91,6 +91,7 @@ struct Range {
 
 struct LaunchRecord {
     std::string name;
+    uintptr_t address;  // of the kernel's function
     dim3 grid;
     int threads, shared_bytes;
     bool is_dependent;
@@ -102,6 +103,7 @@ struct Machine {
     int num_sms = 132;
     std::vector<Range> ranges;  // sorted
     std::vector<LaunchRecord> launches;
+    bool is_dry = false;  // launches are noted and run nothing
 
     // The running block.
     std::vector<std::unique_ptr<Fiber>> fibers;
@@ -128,7 +130,7 @@ struct Machine {
 
     Machine();
     ~Machine();
-    void run(const char* name, dim3 grid, int threads, int shared_bytes, bool is_dependent, std::function<void()> body);
+    void run(const char* name, uintptr_t address, dim3 grid, int threads, int shared_bytes, bool is_dependent, std::function<void()> body);
 
     // Called by fibers.
     [[noreturn]] void fail(const std::string& what);
