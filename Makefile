@@ -8,6 +8,8 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 PYTHON ?=
 PYTEST_ARGS ?=
+# In two processes, a file in one of them.
+PYTEST_WAYS := -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 SETUP := TORCH="$(TORCH)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" .ci/setup $(VENV)
@@ -32,8 +34,8 @@ demo: $(VENV)/.installed-base  ## install, then stream text for several prompts 
 	@$(BIN)/nemo-engine demo
 
 test: $(VENV)/.installed-test  ## install, then run the test suite
-	@echo "[test] $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)"
-	@$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	@echo "[test] $(BIN)/python -m pytest $(PYTEST_WAYS) $(PYTEST_ARGS)"
+	@$(BIN)/python -m pytest $(PYTEST_WAYS) $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, layering
 	@echo "[check] format";   $(BIN)/ruff format --check $(CODE)

@@ -167,7 +167,9 @@ def compiled(nvcc: Path) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
         for cubin in Path(folder).glob("*.cubin"):
             usage = tool("cuobjdump", "--dump-resource-usage", str(cubin))
             mangled = re.findall(r"Function (\w+):\n(.*)", usage)
-            code = dict(re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\s*\.section|\Z)", tool("nvdisasm", str(cubin)), re.DOTALL))
+            code = dict(
+                re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\s*\.section|\Z)", tool("nvdisasm", str(cubin)), re.DOTALL)
+            )
             names = demangle([name for name, _ in mangled])
             for name, (symbol, facts) in zip(names, mangled, strict=True):
                 found[name] = (read_usage(facts), count_instructions(code[symbol]))
@@ -202,7 +204,11 @@ def report() -> list[str]:
                 "instructions": instructions,
             }
             kernel, _, arguments = name.partition("<")
-            variant = f"{arguments.removesuffix('>')} threads={threads}" if threads else f"{arguments.removesuffix('>')} other sizes"
+            variant = (
+                f"{arguments.removesuffix('>')} threads={threads}"
+                if threads
+                else f"{arguments.removesuffix('>')} other sizes"
+            )
             lines.append(Facts(kernel=kernel, variant=variant.strip(), **facts).line())
     version = ".".join(map(str, build.version_of(nvcc)))
     return [f"nvcc {version}, sm_90a", *sorted(lines)]

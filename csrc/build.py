@@ -81,9 +81,9 @@ def missing_tools() -> list[str]:
     ]
 
 
-def cmake_build(folder: Path, *options: str) -> None:
-    """Configure and compile what changed in ``folder``. Raises ``RuntimeError`` with the compiler's words."""
-    configure = [_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+def cmake_build(folder: Path, *options: str, source: Path = ROOT) -> None:
+    """Configure and compile what changed in ``folder``, of ``source``'s CMakeLists.txt. Raises ``RuntimeError`` with the compiler's words."""
+    configure = [_tool("cmake"), "-S", str(source), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}", *options]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:

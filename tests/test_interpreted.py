@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Of about equal time, one for each of two cores.
 HALVES = (
     ["tests/ops/test_ops.py", "tests/test_triton_engine.py"],
     ["tests/ops", "tests/runner", "--ignore=tests/ops/test_ops.py"],
 )
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("half", HALVES, ids=["all operations", "the rest"])
+def test_kernels_in_the_interpreter(half: list[str]) -> None:
     pytest.importorskip("triton")
     assert os.environ.get("TRITON_INTERPRET") != "1", "with TRITON_INTERPRET=1, run `pytest -m interpreted` itself"
     command = [
@@ -35,19 +35,8 @@ def test_kernels_in_the_interpreter() -> None:
         "-m",
         "interpreted",
     ]
-    runs = [
-        subprocess.Popen(
-            [*command, *half],
-            cwd=ROOT,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for half in HALVES
-    ]
-    outputs = [run.communicate()[0] for run in runs]
-    for run, output in zip(runs, outputs, strict=True):
-        assert run.returncode == 0, output
-        passed = re.search(r"(\d+) passed", output)
-        assert passed and int(passed.group(1)) > 50, output
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([*command, *half], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed.group(1)) > 50, run.stdout

@@ -65,7 +65,9 @@ def _make(dtype: torch.dtype, rows: int, outputs: int, width: int, kind: str) ->
 
 def _cases(kind: str) -> Iterator[Case]:
     for rows, outputs, width in ((0, 48, 64), (1, 16, 16), (65, 144, 272), (130, 32, 144), (257, 400, 144)):
-        yield Case(f"{rows}x{width}x{outputs} {kind}", partial(_make, rows=rows, outputs=outputs, width=width, kind=kind))
+        yield Case(
+            f"{rows}x{width}x{outputs} {kind}", partial(_make, rows=rows, outputs=outputs, width=width, kind=kind)
+        )
 
 
 def _add_cases() -> Iterator[Case]:

@@ -28,9 +28,9 @@ ROOT = Path(__file__).parent.parent.parent
 BUILD = ROOT / "build" / "emulated"
 
 
-def build(folder: Path = BUILD, *options: str) -> Path:
+def build(folder: Path = BUILD, *options: str, source: Path = ROOT) -> Path:
     """Compile what changed; returns the library. Raises ``RuntimeError`` with the compiler's words."""
-    cmake_build(folder, "-DNEMO_EMULATED=ON", *options)
+    cmake_build(folder, "-DNEMO_EMULATED=ON", *options, source=source)
     (library,) = folder.glob("_C*.so")
     return library
 
@@ -43,9 +43,14 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def load(folder: Path = BUILD) -> Any:
+def load() -> Any:
     """The emulated library, compiled if need be."""
-    spec = importlib.util.spec_from_file_location("nemo_engine._C", build(folder))
+    return open_library(build())
+
+
+def open_library(path: Path) -> Any:
+    """A compiled library as a module."""
+    spec = importlib.util.spec_from_file_location("nemo_engine._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

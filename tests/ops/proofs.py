@@ -98,7 +98,9 @@ def assert_close(
     excess = (error - 2 * allowed - units * eps * largest).max().item()
     assert excess <= 0, f"{what}: a row's error is {excess:.3g} over its bound"
     relative, of_low = (((x - exact).norm() / exact.norm().clamp(min=1e-300)).item() / eps for x in (got, low))
-    assert relative <= max(floor, 1.1 * of_low if rounds_within else 0.0), f"{what}: the error as a whole is {relative:.2f} epsilon"
+    assert relative <= max(floor, 1.1 * of_low if rounds_within else 0.0), (
+        f"{what}: the error as a whole is {relative:.2f} epsilon"
+    )
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -39,8 +39,14 @@ def test_on_the_cpu_the_definition_serves_unless_something_is_made_for_the_cpu()
     assert ops.paged_attention is paged_attention_torch
     assert {choice.op for choice in ops.choices} == {op.name for op in ALL_OPS}
     table = ops.format()
-    assert "rms_norm               semantics  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not cuda: " in table
-    assert "paged_attention        torch  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not cuda: " in table
+    assert (
+        "rms_norm               semantics  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not cuda: "
+        in table
+    )
+    assert (
+        "paged_attention        torch  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not cuda: "
+        in table
+    )
     assert "not flash_attn: runs on NVIDIA GPUs, this is cpu" in table
 
 

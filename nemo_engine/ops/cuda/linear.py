@@ -171,7 +171,9 @@ def _small(
     w_stride = w_scales.stride(0) if w_scales.numel() > 1 else 0
     if x_scales is not None:
         expected = (rows, -(-width // 128) if is_block else 1)
-        assert x_scales.dtype == torch.float32 and x_scales.shape == expected and x_scales.stride(1) == 1, x_scales.shape
+        assert x_scales.dtype == torch.float32 and x_scales.shape == expected and x_scales.stride(1) == 1, (
+            x_scales.shape
+        )
     x_stride = 0 if x_scales is None else x_scales.stride(0)
     library().small_linear_fp8(
         *arguments, _address(x_scales), x_stride, w_scales.data_ptr(), w_stride, is_block, stream_of(x)
@@ -179,7 +181,12 @@ def _small(
 
 
 def _check(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    assert x.dtype == weight.dtype == dtype and x.shape[1] == weight.shape[1], (x.dtype, weight.dtype, x.shape, weight.shape)
+    assert x.dtype == weight.dtype == dtype and x.shape[1] == weight.shape[1], (
+        x.dtype,
+        weight.dtype,
+        x.shape,
+        weight.shape,
+    )
 
 
 def _address(tensor: Tensor | None) -> int:

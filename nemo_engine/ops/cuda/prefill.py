@@ -43,7 +43,11 @@ def prefill(
     assert k_scale is None and v_scale is None, "an FP8 cache is not served"
     tokens, heads, dim = q.shape
     pages, kv_heads, page_size, _ = k_cache.shape
-    assert dim == 128 and q.stride(2) == 1 and out.shape == q.shape and out.is_contiguous(), (q.shape, q.stride(), out.shape)
+    assert dim == 128 and q.stride(2) == 1 and out.shape == q.shape and out.is_contiguous(), (
+        q.shape,
+        q.stride(),
+        out.shape,
+    )
     assert k_cache.shape == v_cache.shape and k_cache.shape[3] == dim, (k_cache.shape, v_cache.shape)
     assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(), v_cache.stride())
     assert all(x.dtype == torch.bfloat16 for x in (out, q, k_cache, v_cache)), (q.dtype, k_cache.dtype)

@@ -21,7 +21,10 @@ def sample_(
     rows, vocab_size = logits.shape
     assert logits.dtype in (torch.bfloat16, torch.float32) and logits.stride(1) == 1, (logits.dtype, logits.stride())
     for index in (slot_ids, positions):
-        assert index.dtype == torch.int64 and index.shape == (rows,) and index.is_contiguous(), (index.dtype, index.shape)
+        assert index.dtype == torch.int64 and index.shape == (rows,) and index.is_contiguous(), (
+            index.dtype,
+            index.shape,
+        )
     for name in _PARAMETERS:
         value = getattr(params, name)
         expected = torch.int64 if name in ("top_k", "seed_keys") else torch.float64
