@@ -1,4 +1,5 @@
-"""All that a machine with an NVIDIA GPU is needed for, in one command: environment, tests, memory check, ceilings, benchmarks.
+"""All that a machine with an NVIDIA GPU is needed for, in one command: environment, CUDA kernels, tests, memory and race checks, ceilings,
+benchmarks.
 
 Stages run one after the other, each in processes of its own with a time limit and a log; none stops the others. Logs go to the folder that
 the environment variable OUT names, else to benchmarks/results/gpu-logs; results to benchmarks/results/gpu-NAME.jsonl, and a copy to OUT.
@@ -27,7 +28,16 @@ from pathlib import Path
 from provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from csrc import build  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
+# Operations whose kernels hand data from thread to thread through shared memory.
+_SHARING = (
+    "rms_norm_fp8", "silu_mul_fp8", "linear", "linear_fp8", "norm_linear_fp8", "silu_mul_linear", "linear_silu_mul_fp8",
+    "paged_attention", "sample_",
+)  # fmt: skip
 _LEAST_SECONDS = 20.0  # a stage is not started with less of the budget left
 _SHOWN_LINES = 15  # of the log of a stage that did not pass
 
@@ -86,16 +96,22 @@ def stages(results: Path) -> list[Stage]:
     python, here = sys.executable, str(ROOT / "benchmarks")
     json_to = ("--json", str(results))
     sanitizer = find_sanitizer()
-    check = (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "86", python, f"{here}/bench_ops.py", "--once")
+    checked = ("--error-exitcode", "86", python, f"{here}/bench_ops.py", "--once")
+    memcheck = (sanitizer or "", "--tool", "memcheck", *checked)
+    racecheck = (sanitizer or "", "--tool", "racecheck", *checked, "--op", *_SHARING)
+    not_found = None if sanitizer else "compute-sanitizer is not found"
+    nvcc, no_nvcc = build.find_nvcc()
     # torch's cache of memory would hide an access beyond the end of a tensor.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Stage("environment", (("nvidia-smi",), ("nvcc", "--version"), (python, "-c", _ENVIRONMENT)), 120, {}),
+        Stage("build", ((python, "csrc/build.py"),), 300, {}, None if nvcc else no_nvcc),
         Stage("tests", ((python, "-m", "pytest", "-q", "-m", "gpu", "tests"),), 600, {}),
-        Stage("memcheck", (check,), 300, uncached, None if sanitizer else "compute-sanitizer is not found"),
+        Stage("memcheck", (memcheck,), 300, uncached, not_found),
         Stage("ceilings", ((python, f"{here}/gpu_ceilings.py", *json_to),), 360, {}),
         Stage("ops", ((python, f"{here}/bench_ops.py", *json_to),), 900, {}),
         Stage("engine", ((python, f"{here}/bench_engine.py", *json_to),), 900, {}),
+        Stage("racecheck", (racecheck,), 300, {}, not_found),
     ]
 
 

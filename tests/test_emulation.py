@@ -353,9 +353,9 @@ def test_constants_may_be_read_early_and_launches_are_recorded(emulated_library:
         emulated_library.checks.rotate(y.data_ptr(), x.data_ptr(), 3, 128, MISTAKES.index("READ_TOO_EARLY"), 0)
     finally:
         emulator.forget()
-    assert emulator.launches() == [
-        {"name": "rotate", "grid": (3, 1, 1), "threads": 128, "shared_bytes": 528, "is_dependent": True}
-    ]
+    (launch,) = emulator.launches()
+    assert launch.pop("offset") > 0  # the kernel's place in the library
+    assert launch == {"name": "rotate", "grid": (3, 1, 1), "threads": 128, "shared_bytes": 528, "is_dependent": True}
 
 
 @pytest.mark.parametrize("threads", [16, 48, 1056])
