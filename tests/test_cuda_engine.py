@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nemo_engine import Engine, SamplingParams
@@ -42,22 +43,30 @@ def run(**options: Any) -> tuple[list[list[int]], list[float], dict[str, str]]:
     return [list(output.token_ids) for output in (first, *others)], logprobs, served
 
 
-def test_the_engine_in_cuda_equals_the_torch_path(emulated_library: Any) -> None:
-    expected, expected_logprobs, _ = run()
+FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+
+
+# In FP8 a sum in another order may round to the other of two neighbours, which lie an eighth apart.
+@pytest.mark.parametrize(("options", "tolerance"), [({}, 0.05), (FP8, 0.2)], ids=["bf16", "fp8"])
+def test_the_engine_in_cuda_equals_the_torch_path(
+    emulated_library: Any, options: dict[str, Any], tolerance: float
+) -> None:
+    expected, expected_logprobs, _ = run(**options)
     with emulated(emulated_library):
         emulated_library.emulator.clear_launches()
-        ours, logprobs, served = run(prefer={"*": "cuda"})
+        ours, logprobs, served = run(prefer={"*": "cuda"}, **options)
         launches = emulated_library.emulator.launches()
     assert {name for name, chosen in served.items() if chosen == "cuda"} == IN_CUDA
     assert ours == expected
-    torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected_logprobs), rtol=0, atol=0.05)
+    torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected_logprobs), rtol=0, atol=tolerance)
     assert all(launch["is_dependent"] for launch in launches), "a kernel waits for its predecessor as a whole"
 
 
-def test_a_decode_layer_is_six_launches(emulated_library: Any) -> None:
+@pytest.mark.parametrize("options", [{}, FP8], ids=["bf16", "fp8"])
+def test_a_decode_layer_is_six_launches(emulated_library: Any, options: dict[str, Any]) -> None:
     """Norm and qkv, rope and append, attention, o, norm and gate_up, activation and down."""
     with emulated(emulated_library):
-        engine = Engine(str(TINY), device="cpu", dtype="bfloat16", max_model_len=64, prefer={"*": "cuda"})
+        engine = Engine(str(TINY), device="cpu", dtype="bfloat16", max_model_len=64, prefer={"*": "cuda"}, **options)
         try:
             params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
             engine.add_request("a", {"prompt_token_ids": [1, 5, 6]}, params)
