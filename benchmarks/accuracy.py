@@ -1,6 +1,6 @@
 """What FP8 costs nemo-tiny on this machine, kept with its provenance: benchmarks/results/verify-nemo-tiny.json and .svg.
 
-    python benchmarks/accuracy.py
+python benchmarks/accuracy.py
 """
 
 from __future__ import annotations

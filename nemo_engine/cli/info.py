@@ -74,10 +74,11 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
     from nemo_engine.model.layout import expected_tensors
 
     config = checkpoint.model_config
-    if checkpoint.tensors:
-        num_parameters = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-        return Sizes(len(checkpoint.tensors), num_parameters, checkpoint.num_bytes, "file headers")
     expected = expected_tensors(config, checkpoint.layout)
+    if checkpoint.tensors:
+        names = {tensor.name for tensor in expected}  # the others are scales
+        num_parameters = sum(prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if name in names)
+        return Sizes(len(checkpoint.tensors), num_parameters, checkpoint.num_bytes, "file headers")
     num_parameters = sum(prod(tensor.shape) for tensor in expected)
     return Sizes(len(expected), num_parameters, num_parameters * _DTYPE_BYTES[config.dtype], "configuration")
 
@@ -89,9 +90,8 @@ def describe(checkpoint: Checkpoint, sizes: Sizes) -> list[tuple[str, str]]:
     context = f"{config.max_position_embeddings} tokens"
     if config.max_position_embeddings > DEFAULT_CONTEXT_CAP:
         context += f" claimed, {DEFAULT_CONTEXT_CAP} served unless max_model_len asks for more"
-    kv_cache = (
-        f"{kv_bytes:,} bytes per token in bf16; {size(kv_bytes * context_of(config))} for {context_of(config)} tokens"
-    )
+    tokens = context_of(config)
+    kv_cache = f"{kv_bytes:,} bytes per token in bf16; {size(kv_bytes * tokens)} for {tokens} tokens; half in FP8"
     return [
         ("checkpoint", checkpoint.describe()),
         ("layers", f"{config.num_layers}"),

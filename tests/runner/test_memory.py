@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.model.weights import empty_weights
+from nemo_engine.model.inventory import planned_inventory
+from nemo_engine.model.quantization import ONLINE
+from nemo_engine.model.weights import dummy_weights, empty_weights
 from nemo_engine.runner.memory import GIB, num_parameters, plan_memory, what_would_fit
 from nemo_engine.runner.startup import Sizes, plan_kv_cache
 from tests.checkpoints import tiny_config
@@ -95,6 +97,23 @@ def test_every_choice_shows_in_the_plan() -> None:
     assert plan(page_size=128).kv_cache == 2 * plan().kv_cache
     assert plan(dataclasses.replace(NEMO, num_layers=20)).weights < plan().weights
     assert plan_memory(NEMO, EngineConfig(), 131072, 2, 100 * GIB, 10, weight_bytes=7).weights == 7
+
+
+@pytest.mark.parametrize(
+    ("quantization", "heads", "most"), [("fp8", 2, 0.56), ("fp8_block", 2, 0.56), ("fp8", 0, 0.53)]
+)
+def test_fp8_takes_half(quantization: str, heads: int, most: float) -> None:
+    """What is planned for NeMo, and that the plan is what a model takes, scales and all. heads: the matrices that stay as they are."""
+    scheme = ONLINE[quantization] if heads else dataclasses.replace(ONLINE[quantization], ignored=())
+    small = tiny_config(hidden_size=256, intermediate_size=384, num_heads=2, num_kv_heads=2, head_dim=128)
+    inventory = planned_inventory(small, None, scheme)
+    planned = empty_weights(small, BF16, torch.device("meta"), inventory.kind_of).num_bytes
+    assert planned == dummy_weights(small, BF16, kind_of=inventory.kind_of).num_bytes
+    inventory = planned_inventory(NEMO, None, scheme)
+    nemo = empty_weights(NEMO, BF16, torch.device("meta"), inventory.kind_of).num_bytes
+    assert 0.5 < nemo / (2 * num_parameters(NEMO)) < most
+    pages = {size: plan_kv_cache(NEMO, EngineConfig(), Sizes(2, size, nemo), free=139 * GIB)[0] for size in (1, 2)}
+    assert pages[1] in (2 * pages[2], 2 * pages[2] + 1, 2 * pages[2] + 2)
 
 
 def test_what_would_fit_names_nothing_where_nothing_does() -> None:
