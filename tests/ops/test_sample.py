@@ -8,7 +8,7 @@ that.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops import sampling
-from nemo_engine.ops.op import Case
+from nemo_engine.ops.op import Case, Impl
 from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS, SampleFacts, SlotParams, sample_, sample_inputs, top_logprobs
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
+from tests.emulation.library import emulated, watched
+from tests.ops.test_ops import site
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -164,16 +166,28 @@ def test_top_logprobs_of_failed_and_chosen_tokens() -> None:
 # ---- the kernels
 
 
-@pytest.mark.interpreted
+@pytest.fixture(
+    params=[pytest.param("triton", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.emulated)]
+)
+def kernel(request: pytest.FixtureRequest) -> Iterator[Callable[..., Tensor]]:
+    """An implementation for GPUs, as it runs here."""
+    impl = next(impl for impl in SAMPLE.impls if impl.name == request.param)
+    if impl.name == "triton":
+        yield impl.load()
+        return
+    library = request.getfixturevalue("emulated_library")
+    with emulated(library):
+        yield watched(library, SAMPLE, impl.load())
+
+
 @pytest.mark.parametrize("case", hard_cases(), ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hard_rows(dtype: torch.dtype, case: Case) -> None:
-    assert_same(SAMPLE.impls[0].load(), case.make(dtype))
+def test_hard_rows(kernel: Callable[..., Tensor], dtype: torch.dtype, case: Case) -> None:
+    assert_same(kernel, case.make(dtype))
 
 
-@pytest.mark.interpreted
 @pytest.mark.parametrize("vocab_size", [131072, 131073 + 127])
-def test_large_vocabularies(vocab_size: int) -> None:
+def test_large_vocabularies(kernel: Callable[..., Tensor], vocab_size: int) -> None:
     """The second one has sub-blocks of 256 tokens. top_k = 2000 is more than there are sub-blocks."""
     logits, slots, positions, params = sample_inputs(4, vocab_size, "all", torch.float32)
     active = slots[:3]
@@ -181,7 +195,7 @@ def test_large_vocabularies(vocab_size: int) -> None:
     params.min_p[active] = torch.tensor([0.0, 1e-9, 0.0], dtype=torch.float64)
     params.top_k[active] = torch.tensor([vocab_size, 2000, vocab_size])
     params.top_p[active] = torch.tensor([0.999, 1.0, 0.3], dtype=torch.float64)
-    assert_same(SAMPLE.impls[0].load(), (logits, slots, positions, params))
+    assert_same(kernel, (logits, slots, positions, params))
 
 
 @pytest.mark.interpreted
@@ -231,9 +245,12 @@ def test_top_logprobs_of_a_large_vocabulary() -> None:
 
 
 @pytest.mark.gpu
-def test_kernels_on_a_gpu() -> None:
+@pytest.mark.parametrize("impl", SAMPLE.impls, ids=lambda impl: impl.name)
+def test_kernels_on_a_gpu(impl: Impl) -> None:
     """A GPU's exponentials and logarithms end in other bits, so that in one row of thousands another token may win."""
-    function, same, total = SAMPLE.impls[0].load(), 0, 0
+    if reason := impl.supports(site(torch.bfloat16, "cuda")):
+        pytest.skip(reason)
+    function, same, total = impl.load(), 0, 0
     for case in [*SAMPLE.cases(), *hard_cases()]:
         logits, slots, positions, params = case.make(torch.bfloat16)
         there = copied(params, "cuda")
