@@ -8,8 +8,8 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 PYTHON ?=
 PYTEST_ARGS ?=
-# In two processes; tests/conftest.py says what stays together.
-PYTEST_WAYS := -q --durations=10 -n 2 --dist loadgroup --no-loadscope-reorder
+# In two processes, each file in one of them.
+PYTEST_WAYS := -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 SETUP := TORCH="$(TORCH)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" .ci/setup $(VENV)

@@ -1,8 +1,7 @@
 """``sample_`` and ``top_logprobs``: the definitions on rows that are easy to get wrong, and the Triton kernels against
 them, token for token.
 
-Tests marked ``interpreted`` join when ``TRITON_INTERPRET=1`` is set before the interpreter starts; one test here does
-that.
+Tests marked ``interpreted`` join when ``TRITON_INTERPRET=1`` is set before the interpreter starts.
 """
 
 from __future__ import annotations
