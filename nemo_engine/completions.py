@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from nemo_engine.inputs import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -15,6 +16,13 @@ from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
 from nemo_engine.step import TokenLogprobs
 from nemo_engine.text import Detokenizer, Tokenizer
+
+
+class Sink(Protocol):
+    """Where the outputs of a request go; a list is one."""
+
+    def append(self, output: RequestOutput, /) -> None:
+        """Take one output. Called between steps, so it must return at once."""
 
 
 class Completion:
@@ -78,7 +86,7 @@ class Completion:
 
 
 class UserRequest:
-    """A request as the user made it: one prompt, ``n`` completions, and the list that its outputs go to."""
+    """A request as the user made it: one prompt, ``n`` completions, and where its outputs go."""
 
     def __init__(
         self,
@@ -86,7 +94,7 @@ class UserRequest:
         prompt: EncodedPrompt,
         params: SamplingParams,
         kind: RequestOutputKind,
-        sink: list[RequestOutput],
+        sink: Sink,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt

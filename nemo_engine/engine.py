@@ -8,19 +8,28 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nemo_engine.completions import OutputProcessor, UserRequest
+from nemo_engine.completions import OutputProcessor, Sink, UserRequest
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.core import start_core
 from nemo_engine.inputs import EncodedPrompt, InputProcessor, Message, Params, Prompt
 from nemo_engine.ledger import Ledger
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
-from nemo_engine.scheduler import SchedulerStats
+from nemo_engine.scheduler import Request, SchedulerStats
 from nemo_engine.text import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that has passed every check, not queued yet."""
+
+    user: UserRequest
+    requests: list[Request]
 
 
 class Engine:
@@ -49,7 +58,7 @@ class Engine:
         if not self.config.skip_tokenizer_init:
             with self.ledger.stage("load tokenizer"):
                 self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self.model_path))
-        self._inputs = InputProcessor(self.model_config, self.config, self.tokenizer)
+        self.inputs = InputProcessor(self.model_config, self.config, self.tokenizer)
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
 
@@ -62,8 +71,8 @@ class Engine:
         one per prompt. ``progress`` shows a bar. Raises ``ValueError`` for bad input before anything is computed; a
         request that fails while it runs has finish reason "error", and the others are not disturbed.
         """
-        encoded = self._inputs.encode_all(prompts)
-        params = self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False)
+        encoded = self.inputs.encode_all(prompts)
+        params = self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False)
         return self._run(encoded, params, progress)
 
     def chat(
@@ -83,14 +92,14 @@ class Engine:
         recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the official
         template refuses, rather than merging neighbouring messages of one role.
         """
-        encoded = self._inputs.encode_conversations(
+        encoded = self.inputs.encode_conversations(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,
         )
-        return self._run(encoded, self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True), progress)
+        return self._run(encoded, self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True), progress)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
         """As ``generate``, but yields deltas as they come, those of several prompts interleaved.
@@ -98,8 +107,8 @@ class Engine:
         ``request_id`` is the index of the prompt in the list, as text. The texts of one completion, joined, equal its
         final text. Dropping the iterator aborts what is unfinished.
         """
-        encoded = self._inputs.encode_all(prompts)
-        return self._stream(encoded, self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False))
+        encoded = self.inputs.encode_all(prompts)
+        return self._stream(encoded, self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False))
 
     def stream_chat(
         self,
@@ -112,14 +121,14 @@ class Engine:
         strict: bool = False,
     ) -> Iterator[RequestOutput]:
         """As ``chat``, but yields deltas like ``stream``."""
-        encoded = self._inputs.encode_conversations(
+        encoded = self.inputs.encode_conversations(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,
         )
-        return self._stream(encoded, self._inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True))
+        return self._stream(encoded, self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True))
 
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
@@ -130,16 +139,57 @@ class Engine:
         """
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
-        params = self._inputs.effective_params(sampling_params)
-        with self._lock:
-            self._add(request_id, self._inputs.encode(prompt), params, params.output_kind, self._ready, priority)
+        params = self.inputs.effective_params(sampling_params)
+        encoded = self.inputs.encode(prompt)
+        self.submit(self.prepare(request_id, encoded, params, params.output_kind, self._ready, priority))
 
     def step(self) -> list[RequestOutput]:
         """Run one step for all requests; returns the new outputs of those that ``add_request`` queued."""
         with self._lock:
-            self._advance()
+            self.advance()
             ready, self._ready[:] = self._ready[:], []
             return ready
+
+    def check_fits(self, prompt: EncodedPrompt, params: SamplingParams) -> None:
+        """Refuse, with a ``ValueError``, what could never finish in this context and this cache."""
+        self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)
+
+    def prepare(
+        self,
+        request_id: str,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        kind: RequestOutputKind,
+        sink: Sink,
+        priority: int = 0,
+    ) -> PreparedRequest:
+        """Check a request and make it ready for ``submit``; for those who run the loop themselves.
+
+        ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile. Outputs will
+        be appended to ``sink`` by the thread that calls ``advance``.
+        """
+        self.check_fits(prompt, params)
+        user = UserRequest(request_id, prompt, params, kind, sink)
+        return PreparedRequest(user, self.inputs.requests(request_id, prompt, params, priority))
+
+    def submit(self, prepared: PreparedRequest) -> None:
+        """Queue a prepared request. Raises ``ValueError`` if its id is in use."""
+        with self._lock:
+            self._check_open()
+            request_id = prepared.user.request_id
+            if request_id in self._outputs:
+                raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+            for request in prepared.requests:
+                self._core.scheduler.add(request)
+            self._outputs.add(prepared.user, prepared.requests)
+
+    def advance(self) -> None:
+        """Run one step for all requests; what is new goes to each request's own sink."""
+        with self._lock:
+            self._check_open()
+            committed = self._core.step()
+            if committed is not None:
+                self._outputs.process(committed)
 
     def abort(self, request_id: str | Sequence[str]) -> None:
         """End requests, whose outputs so far come from the next ``step()`` as "abort"; unknown ids are passed over."""
@@ -188,8 +238,7 @@ class Engine:
         try:
             with _ProgressBar(len(ids) if progress else 0) as bar:
                 while not all(sinks):
-                    with self._lock:
-                        self._advance()
+                    self.advance()
                     bar.update(sum(map(bool, sinks)))
         finally:
             self.abort(ids)
@@ -198,7 +247,7 @@ class Engine:
     def _stream(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
         self._check_open()
         for prompt, own in zip(prompts, params, strict=True):
-            self._check_fits(prompt, own)
+            self.check_fits(prompt, own)
         return self._drain(prompts, params)
 
     def _drain(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
@@ -207,8 +256,7 @@ class Engine:
         num_open = len(ids)
         try:
             while num_open:
-                with self._lock:
-                    self._advance()
+                self.advance()
                 for index, sink in enumerate(sinks):
                     while sink:
                         output = sink.pop(0)
@@ -232,7 +280,7 @@ class Engine:
                     while request_id in self._outputs:
                         request_id += "'"
                     try:
-                        self._add(request_id, prompt, own, kind, sink)
+                        self.submit(self.prepare(request_id, prompt, own, kind, sink))
                     except ValueError as error:
                         raise ValueError(f"prompts[{index}]: {error}" if len(prompts) > 1 else str(error)) from None
                     ids.append(request_id)
@@ -240,35 +288,6 @@ class Engine:
                 self.abort(ids)
                 raise
         return sinks, ids
-
-    def _add(
-        self,
-        request_id: str,
-        prompt: EncodedPrompt,
-        params: SamplingParams,
-        kind: RequestOutputKind,
-        sink: list[RequestOutput],
-        priority: int = 0,
-    ) -> None:
-        self._check_open()
-        if request_id in self._outputs:
-            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        self._check_fits(prompt, params)
-        user = UserRequest(request_id, prompt, params, kind, sink)
-        requests = self._inputs.requests(request_id, prompt, params, priority)
-        for request in requests:
-            self._core.scheduler.add(request)
-        self._outputs.add(user, requests)
-
-    def _advance(self) -> None:
-        self._check_open()
-        committed = self._core.step()
-        if committed is not None:
-            self._outputs.process(committed)
-
-    def _check_fits(self, prompt: EncodedPrompt, params: SamplingParams) -> None:
-        """Refuse what could never finish, before any of its completions is queued."""
-        self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -6,6 +6,7 @@ Every check that needs the vocabulary, the tokenizer or the engine's limits is m
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -33,14 +34,15 @@ class EncodedPrompt:
 
 
 class InputProcessor:
-    """Checks and encodes. Stateless but for the count of requests, from which unseeded requests get their noise."""
+    """Checks and encodes, in any thread. Stateless but for the count of requests, from which unseeded ones get their noise."""
 
     def __init__(self, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
         self._vocab_size = model_config.vocab_size
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._config = config
         self._tokenizer = tokenizer
-        self._num_seeds = 0
+        self._unseeded = itertools.count(1)
+        self._salts = itertools.count()
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> EncodedPrompt:
         """Encode a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``; errors call it ``name``."""
@@ -155,11 +157,10 @@ class InputProcessor:
         if params.bad_words:
             assert self._tokenizer is not None
             bad_words = self._tokenizer.encode_bad_words(params.bad_words)
-        if params.seed is None:
-            self._num_seeds += 1
+        unseeded = next(self._unseeded) if params.seed is None else 0
         salt = b""
         if params.n > 1 and not self._config.enable_prefix_caching:
-            salt = blake2b(f"{request_id}\0{self._num_seeds}".encode(), digest_size=16).digest()
+            salt = blake2b(f"{request_id}\0{next(self._salts)}".encode(), digest_size=16).digest()
         siblings = []
         for index in range(params.n):
             # Prompt log-probabilities are the same for all siblings: the first one computes them.
@@ -173,7 +174,7 @@ class InputProcessor:
                     request_id if params.n == 1 else f"{request_id}#{index}",
                     prompt.token_ids,
                     own,
-                    seed=self._seed(params.seed, index),
+                    seed=self._seed(params.seed, unseeded, index),
                     eos_token_ids=self._eos_token_ids,
                     bad_words_token_ids=tuple(bad_words),
                     priority=priority,
@@ -182,10 +183,10 @@ class InputProcessor:
             )
         return siblings
 
-    def _seed(self, seed: int | None, index: int) -> int:
+    def _seed(self, seed: int | None, unseeded: int, index: int) -> int:
         if seed is not None:
             return (seed + index) % 2**64
-        digest = blake2b(f"{self._config.seed} {self._num_seeds} {index}".encode(), digest_size=8).digest()
+        digest = blake2b(f"{self._config.seed} {unseeded} {index}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
     def _encode_text(self, text: str, name: str) -> EncodedPrompt:
