@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_engine.async_engine import AsyncEngine, EngineClosedError, EngineDeadError
     from nemo_engine.config import EngineConfig, ModelConfig
     from nemo_engine.engine import Engine
     from nemo_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEngine",
     "CompletionOutput",
     "Engine",
+    "EngineClosedError",
     "EngineConfig",
+    "EngineDeadError",
     "Logprob",
     "ModelConfig",
     "RepetitionDetection",
@@ -32,8 +36,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AsyncEngine": "async_engine",
     "CompletionOutput": "outputs",
     "Engine": "engine",
+    "EngineClosedError": "async_engine",
+    "EngineDeadError": "async_engine",
     "EngineConfig": "config",
     "Logprob": "outputs",
     "ModelConfig": "config",

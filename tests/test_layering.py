@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Row 6. `quantize` and `verify` work on a model without an engine.
     "quantize": {"model", "ops", "runner", *ROW_1},
     "verify": {"model", "ops", "runner", *ROW_1},
+    "async_engine": {"engine", "inputs", "scheduler", *ROW_1},
     "engine": {"core", "inputs", "completions", "scheduler", *ROW_1},
     "inputs": {"scheduler", *ROW_1},
     "completions": {"inputs", "scheduler", *ROW_1},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Row 1
     **{part: CONTRACTS for part in ROW_1},
     # The package's front door resolves its names when they are used.
-    "__init__": {"engine", *CONTRACTS},
+    "__init__": {"engine", "async_engine", *CONTRACTS},
 }
 
 TORCH = {"torch", "numpy", "safetensors", "triton"}
