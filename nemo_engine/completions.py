@@ -82,6 +82,7 @@ class Completion:
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             error=request.error,
+            tool_calls_start=None if self.detokenizer is None else self.detokenizer.mark,
         )
 
 
@@ -171,6 +172,7 @@ class OutputProcessor:
                     skip_special_tokens=params.skip_special_tokens,
                     spaces_between_special_tokens=params.spaces_between_special_tokens,
                     min_tokens=params.min_tokens,
+                    mark_token_id=self._tokenizer.tool_calls_id,
                 )
             completion = Completion(user, index, request, detokenizer)
             user.completions.append(completion)

@@ -27,7 +27,9 @@ class CompletionOutput:
     """One of the ``n`` completions of a request.
 
     ``finish_reason`` is None while it runs. ``stop_reason`` is the stop string or stop token id that ended it, None for
-    the end-of-sequence token. ``logprobs`` holds one ``{token_id: Logprob}`` per generated token.
+    the end-of-sequence token. ``logprobs`` holds one ``{token_id: Logprob}`` per generated token. ``tool_calls_start`` is the number
+    of characters in front of the first ``[TOOL_CALLS]`` token, counted from the start of the whole text also where ``text`` is a
+    delta; None if there is none (yet), or no text.
     """
 
     index: int
@@ -38,6 +40,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    tool_calls_start: int | None = None
 
     def finished(self) -> bool:
         """Whether this completion has ended, for whatever reason."""

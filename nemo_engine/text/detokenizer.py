@@ -13,6 +13,8 @@ class Detokenizer:
 
     The pieces, joined, equal ``tokenizer.decode`` of all ids: incomplete characters are held back until they are whole.
     With stop strings, the last ``longest stop - 1`` characters are held back too, until the end.
+
+    ``mark_token_id`` is a token whose first place in the text is wanted; see ``mark``.
     """
 
     def __init__(
@@ -24,6 +26,7 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         min_tokens: int = 0,
+        mark_token_id: int | None = None,
     ) -> None:
         self.num_tokens = 0  # consumed, the one that completed a stop string included
         self._tokenizer = tokenizer
@@ -35,6 +38,9 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pieces: list[str] = []  # released text
         self._num_taken = 0  # pieces that take_delta has returned
+        self._num_released = 0  # characters
+        self._mark_token_id = mark_token_id
+        self._mark: int | None = None
         self._tail = ""  # decoded and held back
         self._is_at_start = True
         self._is_done = False
@@ -46,6 +52,16 @@ class Detokenizer:
             self._pieces = ["".join(self._pieces)]
             self._num_taken = min(self._num_taken, 1)
         return "".join(self._pieces)
+
+    @property
+    def mark(self) -> int | None:
+        """Where the first token ``mark_token_id`` stands: the number of characters in front of it in the whole text.
+
+        Its own text, where control tokens are shown, comes after. None as long as the text released does not reach there, so also
+        for good if a stop string cut the text in front of it. A character that was incomplete before the token counts as in front
+        of it; a stop token that adds no text leaves no mark.
+        """
+        return self._mark if self._mark is not None and self._num_released >= self._mark else None
 
     def append(self, token_ids: Sequence[int], *, last_is_stop_token: bool = False) -> str | None:
         """Take in new ids; returns the stop string that they completed. After that, later ids have no effect.
@@ -94,6 +110,13 @@ class Detokenizer:
         return token_ids[:-1] if last_is_stop_token and not self._keeps_stop else token_ids
 
     def _decode(self, token_ids: Sequence[int]) -> str:
+        if self._mark is None and self._mark_token_id is not None and self._mark_token_id in token_ids:
+            place = list(token_ids).index(self._mark_token_id)
+            before = self._decode(token_ids[:place])
+            # Whatever comes next, the bytes of an incomplete character become one character: itself or U+FFFD.
+            is_incomplete = bool(self._decoder.getstate()[0])
+            self._mark = self._num_released + len(self._tail) + len(before) + is_incomplete
+            return before + self._decode(token_ids[place:])
         token_bytes, skips = self._tokenizer.token_bytes, self._skips_special
         data = b"".join([token_bytes(token_id, skip_special_tokens=skips) for token_id in token_ids])
         if self._is_at_start and data:
@@ -116,3 +139,4 @@ class Detokenizer:
     def _release(self, text: str) -> None:
         if text:
             self._pieces.append(text)
+            self._num_released += len(text)

@@ -125,3 +125,89 @@ def test_cost_per_token_does_not_grow(tiny: Tokenizer) -> None:
         detokenizer.append(ids)
         assert detokenizer.take_delta() == "x = 1\n"
     assert detokenizer.text == "x = 1\n" * 20000
+
+
+CALLS = 9  # [TOOL_CALLS]
+
+
+def expected_mark(tiny: Tokenizer, ids: list[int], skips: bool) -> int | None:
+    """Characters in front of the first mark, by decoding the whole: of the bytes before it, and none of those after."""
+    if CALLS not in ids:
+        return None
+    return len(tiny.decode(ids[: ids.index(CALLS)], skip_special_tokens=skips))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    ids=any_ids,
+    place=st.integers(0, 40),
+    sizes=sizes,
+    skips=st.booleans(),
+    stop=st.lists(st.text(min_size=1, max_size=4), max_size=2),
+)
+def test_the_mark_stands_where_the_token_was(
+    tiny: Tokenizer, ids: list[int], place: int, sizes: list[int], skips: bool, stop: list[str]
+) -> None:
+    ids.insert(place, CALLS)
+    whole = tiny.decode(ids, skip_special_tokens=skips)
+    if any(text in whole for text in stop):
+        stop = []
+    detokenizer = Detokenizer(tiny, stop=stop, skip_special_tokens=skips, mark_token_id=CALLS)
+    mark = expected_mark(tiny, ids, skips)
+    text, at, turn = "", 0, 0
+    while at < len(ids):
+        size = sizes[turn % len(sizes)]
+        detokenizer.append(ids[at : at + size])
+        text += detokenizer.take_delta()
+        at, turn = at + size, turn + 1
+        assert detokenizer.mark in (None, mark)
+        assert mark is not None and (detokenizer.mark is not None or len(text) <= mark)  # never later than its text
+    detokenizer.finish()
+    assert detokenizer.text == whole and detokenizer.mark == mark
+    if not skips:
+        assert whole[mark:].startswith("[TOOL_CALLS]")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stop", "keeps", "text", "mark"),
+    [
+        ("ab", "[1]", (), False, "ab[1]", 2),
+        ("", "[1]", (), False, "[1]", 0),
+        ("ab", "[1]x", ("x",), False, "ab[1]", 2),
+        ("ab", "x", ("x",), False, "ab", 2),
+        ("ab", "xy", ("bx",), False, "a", None),  # the text ends in front of it
+        ("ab", "xy", ("bx",), True, "abx", 2),
+        ("abx", "", ("b",), False, "a", None),
+    ],
+)
+def test_marks_and_stop_strings(
+    tiny: Tokenizer, before: str, after: str, stop: tuple[str, ...], keeps: bool, text: str, mark: int | None
+) -> None:
+    detokenizer = Detokenizer(tiny, stop=stop, include_stop_str_in_output=keeps, mark_token_id=CALLS)
+    for token_id in [*tiny.encode(before, bos=False), CALLS, *tiny.encode(after, bos=False), CALLS]:
+        detokenizer.append([token_id])
+        assert detokenizer.mark in (None, mark)
+    detokenizer.finish()
+    assert (detokenizer.text, detokenizer.mark) == (text, mark)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_the_mark_after_half_a_character(tiny: Tokenizer, skips: bool) -> None:
+    """A cut character becomes one U+FFFD in front of the mark, even if the rest of it should follow."""
+    ids = {byte: next(i for i in range(1000, 1256) if tiny.token_bytes(i) == bytes([byte])) for byte in "€".encode()}
+    first, second, third = ids.values()
+    for cut, rest in (([first], [1091]), ([first, second], [1091]), ([first], [second, third])):
+        detokenizer = Detokenizer(tiny, skip_special_tokens=skips, mark_token_id=CALLS)
+        detokenizer.append([1097, *cut, CALLS, *rest])
+        detokenizer.finish()
+        assert detokenizer.mark == 2 and detokenizer.text == tiny.decode(
+            [1097, *cut, CALLS, *rest], skip_special_tokens=skips
+        )
+
+
+def test_a_stop_token_leaves_no_mark(tiny: Tokenizer) -> None:
+    for keeps in (False, True):
+        detokenizer = Detokenizer(tiny, include_stop_str_in_output=keeps, mark_token_id=CALLS)
+        detokenizer.append([1097, CALLS], last_is_stop_token=True)
+        detokenizer.finish()
+        assert detokenizer.mark == (1 if keeps else None)
