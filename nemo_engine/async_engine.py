@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.engine import Engine, PreparedRequest
-from nemo_engine.inputs import EncodedPrompt, Message, Prompt
+from nemo_engine.inputs import EncodedPrompt, InputProcessor, Message, Prompt
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import SchedulerStats
@@ -165,6 +165,15 @@ class AsyncEngine:
         """Requests and pages after the last step, and totals since the start. Waits for nothing."""
         return self._stats
 
+    def room_for(self, num_prompt_tokens: int) -> int:
+        """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for one."""
+        return self._engine.room_for(num_prompt_tokens)
+
+    @property
+    def inputs(self) -> InputProcessor:
+        """Encodes prompts and conversations and checks parameters, in any thread, for ``generate_encoded``."""
+        return self._engine.inputs
+
     # ---- requests
 
     async def generate(
@@ -181,7 +190,7 @@ class AsyncEngine:
         The first ``next`` raises ``ValueError`` for bad input, ``EngineClosedError`` or ``EngineDeadError``. ``request_id`` None makes
         one up.
         """
-        inputs = self._engine.inputs
+        inputs = self.inputs
 
         def encode() -> tuple[EncodedPrompt, SamplingParams]:
             return inputs.encode(prompt), inputs.effective_params(sampling_params)
@@ -200,7 +209,7 @@ class AsyncEngine:
         **options: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one conversation, as ``generate`` does a prompt; ``options`` are those of ``Engine.chat``."""
-        inputs = self._engine.inputs
+        inputs = self.inputs
 
         def encode() -> tuple[EncodedPrompt, SamplingParams]:
             (prompt,) = inputs.encode_conversations([messages], **options)

@@ -137,6 +137,7 @@ class UserRequest:
             finished=is_finished,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=requests[0].num_cached_tokens,
+            cache_report=requests[0].cache_report,
             metrics=self.metrics,
             sampling_params=self.params,
         )

@@ -154,6 +154,10 @@ class Engine:
         """Refuse, with a ``ValueError``, what could never finish in this context and this cache."""
         self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)
 
+    def room_for(self, num_prompt_tokens: int) -> int:
+        """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for one."""
+        return self._core.scheduler.max_total_tokens(num_prompt_tokens, None) - num_prompt_tokens
+
     def prepare(
         self,
         request_id: str,

@@ -22,15 +22,17 @@ Message: TypeAlias = Mapping[str, Any]
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 CHAT_TEMPERATURE = 0.3  # recommended by the makers of NeMo
+_MAX_SALT = 1024
 CHAT_MAX_TOKENS = 1024  # of ``chat`` without sampling parameters
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as token ids, with the text it came from if it was text."""
+    """A prompt as token ids, with the text it came from if it was text. Prefixes match only between prompts of equal ``cache_salt``."""
 
     text: str | None
     token_ids: list[int]
+    cache_salt: str = ""
 
 
 class InputProcessor:
@@ -45,28 +47,31 @@ class InputProcessor:
         self._salts = itertools.count()
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> EncodedPrompt:
-        """Encode a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``; errors call it ``name``."""
+        """Encode a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``, the latter two also with a ``cache_salt`` of 1 to
+        1024 characters; errors call it ``name``.
+        """
         if isinstance(prompt, str):
             return self._encode_text(prompt, name)
         if not isinstance(prompt, Mapping):
             raise ValueError(
                 f'{name} must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, got {prompt!r}'
             )
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown:
             raise ValueError(
-                f"{name} has unknown keys {sorted(map(str, unknown))}: it takes prompt and prompt_token_ids"
+                f"{name} has unknown keys {sorted(map(str, unknown))}: it takes prompt, prompt_token_ids and cache_salt"
             )
+        salt = check_cache_salt(prompt.get("cache_salt"), f'{name}["cache_salt"]')
         if prompt.get("prompt_token_ids") is not None:
             text = prompt.get("prompt")
             if text is not None and not isinstance(text, str):
                 raise ValueError(f'{name}["prompt"] must be a string, got {text!r}')
-            return EncodedPrompt(text, self.check_ids(prompt["prompt_token_ids"], f'{name}["prompt_token_ids"]'))
+            return EncodedPrompt(text, self.check_ids(prompt["prompt_token_ids"], f'{name}["prompt_token_ids"]'), salt)
         if not isinstance(prompt.get("prompt"), str):
             raise ValueError(
                 f"{name} needs prompt (a string) or prompt_token_ids (a list of ids), got {dict(prompt)!r}"
             )
-        return self._encode_text(prompt["prompt"], name)
+        return dataclasses.replace(self._encode_text(prompt["prompt"], name), cache_salt=salt)
 
     def check_ids(self, token_ids: object, name: str) -> list[int]:
         """``token_ids`` as a list of ints within the vocabulary, not empty."""
@@ -158,7 +163,7 @@ class InputProcessor:
             assert self._tokenizer is not None
             bad_words = self._tokenizer.encode_bad_words(params.bad_words)
         unseeded = next(self._unseeded) if params.seed is None else 0
-        salt = b""
+        salt = prompt.cache_salt.encode() if self._config.enable_prefix_caching else b""
         if params.n > 1 and not self._config.enable_prefix_caching:
             salt = blake2b(f"{request_id}\0{next(self._salts)}".encode(), digest_size=16).digest()
         siblings = []
@@ -195,3 +200,12 @@ class InputProcessor:
         if not text:
             raise ValueError(f"{name} must not be empty")
         return EncodedPrompt(text, self.check_ids(self._tokenizer.encode(text), name))
+
+
+def check_cache_salt(salt: object, name: str) -> str:
+    """A salt that keeps prefixes apart, "" for none."""
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not 1 <= len(salt) <= _MAX_SALT:
+        raise ValueError(f"{name} must be a string of 1 to {_MAX_SALT} characters, got {salt!r}")
+    return salt

@@ -8,6 +8,7 @@ from typing import Literal
 from nemo_engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+CacheMiss = Literal["not_seen", "evicted", "prompt_logprobs", "disabled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,21 @@ class RequestMetrics:
         return None if self.first_token_ts is None else self.first_token_ts - self.arrival_time
 
 
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """What the prefix cache had of a prompt: ``num_cached_pages`` of the ``num_full_pages`` that it can have (the last token of a
+    prompt is always computed), and why not the next one.
+
+    ``reason`` None: all were there. "not_seen": no earlier prompt went on like this one. "evicted": one did, and its page had to make
+    room. "prompt_logprobs", "disabled": the cache was not asked.
+    """
+
+    page_size: int
+    num_full_pages: int
+    num_cached_pages: int
+    reason: CacheMiss | None
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """The state of one request: with ``generate`` its end, with ``stream`` and ``step`` what is new or so far.
@@ -80,5 +96,6 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    cache_report: CacheReport | None = None
     metrics: RequestMetrics | None = None
     sampling_params: SamplingParams | None = field(default=None, repr=False)

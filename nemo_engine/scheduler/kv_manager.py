@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from hashlib import blake2b
 
+from nemo_engine.outputs import CacheMiss, CacheReport
 from nemo_engine.scheduler.page_pool import PagePool
 from nemo_engine.scheduler.request import Request
 
@@ -77,6 +78,8 @@ class KVManager:
         request.pages = matched + self.pool.allocate(num_new)
         request.num_computed_tokens = len(matched) * self.page_size
         request.num_hashed_pages = len(matched)
+        if request.num_preemptions == 0:
+            request.cache_report = self._report(request, len(matched), reads_cache)
         if reads_cache:
             self.num_queried_tokens += num_tokens
             self.num_hit_tokens += request.num_computed_tokens
@@ -128,6 +131,15 @@ class KVManager:
                 break
             pages.append(page)
         return pages
+
+    def _report(self, request: Request, num_matched: int, reads_cache: bool) -> CacheReport:
+        num_full = (len(request.token_ids) - 1) // self.page_size
+        reason: CacheMiss | None = None
+        if not reads_cache:
+            reason = "prompt_logprobs" if request.params.prompt_logprobs is not None else "disabled"
+        elif num_matched < num_full:
+            reason = "evicted" if self.pool.was_evicted(request.page_hashes[num_matched]) else "not_seen"
+        return CacheReport(self.page_size, num_full, num_matched, reason)
 
     def _extend_hashes(self, request: Request, num_pages: int) -> None:
         """Continue the chain: hash(page) = BLAKE2b(hash of the page before it, its token ids)."""

@@ -23,6 +23,7 @@ class PagePool:
         self._hash_of: list[bytes | None] = [None] * (num_pages + 1)
         self._page_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_pages + 1))
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()  # the last ``num_pages`` contents that had to go
 
     @property
     def num_free(self) -> int:
@@ -48,9 +49,28 @@ class PagePool:
         pages = [self._free.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
             self._num_users[page] = 1
-            self.forget(page)
+            page_hash = self._hash_of[page]
+            if page_hash is not None:
+                self.forget(page)
+                self._evicted[page_hash] = None
+                if len(self._evicted) > self.num_pages:
+                    self._evicted.popitem(last=False)
         self.peak_used = max(self.peak_used, self.num_pages - len(self._free))
         return pages
+
+    def was_evicted(self, page_hash: bytes) -> bool:
+        """Whether this content was in the cache and lately had to make room."""
+        return page_hash in self._evicted
+
+    def states(self) -> bytes:
+        """A byte for each page, from page 1 on: 0 free, 1 free and cached, 2 in use, 3 in use by several. O(pages)."""
+        cached = self._hash_of
+        return bytes(
+            [
+                min(users, 2) + 1 if users else int(cached[page] is not None)
+                for page, users in enumerate(self._num_users)
+            ]
+        )[1:]
 
     def share(self, pages: Iterable[int]) -> None:
         """Add one user to each page, taking it off the free list if nobody used it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-from nemo_engine.outputs import FinishReason
+from nemo_engine.outputs import CacheReport, FinishReason
 from nemo_engine.sampling_params import SamplingParams
 
 
@@ -30,6 +30,7 @@ class Request:
         "admitted_step",
         "arrival",
         "bad_words_token_ids",
+        "cache_report",
         "cache_salt",
         "decode_offset",
         "eos_token_ids",
@@ -88,6 +89,7 @@ class Request:
         self.error: str | None = None
         self.scheduled_ts: float | None = None
         self.num_cached_tokens = 0
+        self.cache_report: CacheReport | None = None
         self.num_preemptions = 0
         # While it runs:
         self.slot = 0
