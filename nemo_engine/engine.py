@@ -21,7 +21,7 @@ from nemo_engine.ledger import Ledger
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Request, SchedulerStats
-from nemo_engine.text import Tokenizer, load_tokenizer
+from nemo_engine.text import SystemPlacement, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,15 @@ class Engine:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         strict: bool = False,
+        system_placement: SystemPlacement = "last",
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or a list of them; returns the final outputs in that order.
 
         Messages are OpenAI's: ``{"role": "user", "content": "..."}``. The default temperature is 0.3, as NeMo's makers
         recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the official
-        template refuses, rather than merging neighbouring messages of one role.
+        template refuses, rather than merging neighbouring messages of one role. ``system_placement`` "first" puts system text and tools
+        in front of the first user message rather than the last, so that the prefix stays cached from turn to turn.
         """
         encoded = self.inputs.encode_conversations(
             messages,
@@ -98,6 +100,7 @@ class Engine:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,
+            system_placement=system_placement,
         )
         return self._run(encoded, self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True), progress)
 
@@ -119,6 +122,7 @@ class Engine:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         strict: bool = False,
+        system_placement: SystemPlacement = "last",
     ) -> Iterator[RequestOutput]:
         """As ``chat``, but yields deltas like ``stream``."""
         encoded = self.inputs.encode_conversations(
@@ -127,6 +131,7 @@ class Engine:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,
+            system_placement=system_placement,
         )
         return self._stream(encoded, self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True))
 

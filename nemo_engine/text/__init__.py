@@ -1,7 +1,23 @@
-"""Text in and out: tokenizers, chat rendering to ids, incremental detokenization. Knows no requests and no tensors."""
+"""Text in and out: tokenizers, chat rendering to ids, tool calls, incremental detokenization. Knows no requests and no tensors."""
 
-from nemo_engine.text.chat import render_chat, tool_call_id_for_prompt
+from nemo_engine.text.chat import SystemPlacement, render_chat
 from nemo_engine.text.detokenizer import Detokenizer
+from nemo_engine.text.messages import tool_call_id_for_prompt
 from nemo_engine.text.tokenizer import Tokenizer, load_tokenizer
+from nemo_engine.text.tool_calls import AnswerParser, parse_answer
+from nemo_engine.text.tools import ToolChoice, check_tool_choice, check_tools, tool_call_schema
 
-__all__ = ["Detokenizer", "Tokenizer", "load_tokenizer", "render_chat", "tool_call_id_for_prompt"]
+__all__ = [
+    "AnswerParser",
+    "Detokenizer",
+    "SystemPlacement",
+    "ToolChoice",
+    "Tokenizer",
+    "check_tool_choice",
+    "check_tools",
+    "load_tokenizer",
+    "parse_answer",
+    "render_chat",
+    "tool_call_id_for_prompt",
+    "tool_call_schema",
+]
