@@ -135,6 +135,15 @@ class _Taker:
         self.faults.append(f"{name}: expected {expected}, found {list(info.shape)} in {info.file.name}")
         return False
 
+    def _is_scale(self, name: str, *shapes: tuple[int, ...]) -> None:
+        """A fault unless ``name`` has one of ``shapes``, and numbers that are scales as they are."""
+        info = self.tensors[name]
+        if self._has_shape(name, *shapes) and info.dtype not in _FLOATING:
+            found = str(info.dtype).removeprefix("torch.")
+            self.faults.append(
+                f"{name}: expected bfloat16, float16, float32 or float64, found {found} in {info.file.name}"
+            )
+
     def _is_fp8(self, tensor: ExpectedTensor) -> bool:
         """Whether it is stored as FP8, as its configuration says it is or may be."""
         info, quantization = self.tensors[tensor.name], self.checkpoint.quantization
@@ -148,11 +157,13 @@ class _Taker:
         module = tensor.name.removesuffix(".weight")
         covered = None if quantization is None else quantization.covers(module)
         if info.dtype == FP8:
-            if is_linear and quantization is not None and covered is not False:
+            if is_linear and quantization is not None and covered is not False and not self._is_tied_copy(tensor):
                 return True
             reason = (
                 "is no linear layer"
                 if not is_linear
+                else "the configuration ties it to the embeddings (tie_word_embeddings)"
+                if self._is_tied_copy(tensor)
                 else "the configuration has no quantization"
                 if quantization is None
                 else "the configuration leaves it out"
@@ -171,7 +182,7 @@ class _Taker:
     def _scales_of(self, tensor: ExpectedTensor) -> StoredScales | None:
         """The scales beside an FP8 tensor; None with a fault if they are not what its configuration says."""
         quantization = self.checkpoint.quantization
-        assert quantization is not None
+        assert quantization is not None and quantization.weights != "none"
         module, (rows, width) = tensor.name.removesuffix(".weight"), tensor.shape
         weight = self._one_of(module, WEIGHT_SCALES)
         if weight is None:
@@ -183,12 +194,12 @@ class _Taker:
             "channel": ((rows, 1), (rows,)),
             "block": ((-(-rows // BLOCK), -(-width // BLOCK)),),
         }
-        self._has_shape(weight, *shapes[quantization.weights])
+        self._is_scale(weight, *shapes[quantization.weights])
         inputs = self._one_of(module, INPUT_SCALES)
         if quantization.activations == "static" and inputs is None:
             self.faults.append(f"{module}.input_scale: expected, as activations have static scales, not found")
         if inputs is not None:
-            self._has_shape(inputs, *one)
+            self._is_scale(inputs, *one)
             if quantization.activations != "static":
                 self.faults.append(f"{inputs}: not expected, as activations have no static scales")
         return StoredScales(weight, inputs, quantization.weights)
@@ -199,8 +210,8 @@ class _Taker:
     def _kv_scales(self) -> Iterator[tuple[int, tuple[str, str]]]:
         """(layer, names of the scales of keys and of values), of all layers or of none."""
         found: dict[int, tuple[str, str]] = {}
-        heads = (self.config.num_kv_heads,)
-        shapes = ((), (1,), heads, (*heads, 1, 1))
+        heads = self.config.num_kv_heads
+        shapes = ((), (1,), (1, 1), (1, 1, 1), (heads,), (heads, 1), (1, heads), (heads, 1, 1))
         for layer in range(self.config.num_layers):
             module = attention_module(self.checkpoint.layout, layer)
             names = {
@@ -209,8 +220,8 @@ class _Taker:
             }
             k, v = names["k"] or names["both"], names["v"] or names["both"]
             if k is not None and v is not None:
-                self._has_shape(k, *shapes)
-                self._has_shape(v, *shapes)
+                self._is_scale(k, *shapes)
+                self._is_scale(v, *shapes)
                 found[layer] = (k, v)
             elif k is not None or v is not None:
                 self.faults.append(
@@ -244,8 +255,13 @@ class _Taker:
                 kind = LinearKind(by, quantization.activations == "static")  # type: ignore[arg-type]
             elif not quantised and online is not None and online.covers(self._module(key)):
                 kind = LinearKind("block" if online.weights == "block" else "channel")
-            if kind.scales == "block" and any(tensor.shape[0] % BLOCK for tensor in tensors[:-1]):
-                self.faults.append(f"{names[0]}: its {tensors[0].shape[0]} rows are not whole blocks of {BLOCK}")
+            if kind.scales == "block":
+                why = "" if quantised else ", so it cannot be quantised to 'fp8_block'"
+                self.faults += [
+                    f"{tensor.name}: its {tensor.shape[0]} rows are not whole blocks of {BLOCK}{why}"
+                    for tensor in tensors[:-1]  # the next part of a fused projection begins at a block
+                    if tensor.shape[0] % BLOCK
+                ]
             if kind != DENSE:
                 yield key, kind
 

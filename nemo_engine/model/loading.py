@@ -19,7 +19,7 @@ from nemo_engine.model.layout import ExpectedTensor, expected_tensors, tensor_na
 from nemo_engine.model.linear import Fp8Linear, Linear
 from nemo_engine.model.progress import progress_bar
 from nemo_engine.model.quantization import Quantization
-from nemo_engine.model.weights import NemoWeights, Place, empty_weights, place_of
+from nemo_engine.model.weights import LayerWeights, NemoWeights, Place, empty_weights, place_of
 from nemo_engine.ops.linear import SCALE_BLOCK
 from nemo_engine.ops.quantize import FP8
 
@@ -68,7 +68,9 @@ def load_weights(
         del loader  # and its buffer
         _check_tied_head(checkpoint, config, weights)
         if is_widened:
-            weights = _widened(weights)
+            layers, rest = list(weights.layers), replace(weights, layers=())
+            del weights  # so that a layer's FP8 numbers go as it is widened
+            weights = _widened(layers, rest)
         stage.num_bytes = weights.num_bytes
     return weights
 
@@ -121,13 +123,14 @@ class _TensorLoader:
             self._dequantise(tensor, place, stored)
             return
         self._load_numbers(tensor, place)
-        _refuse_nan(tensor.name, place.values)
-        place.scales.copy_(self._weight_scales(tensor, stored, place.is_by_block))
+        scales = self._weight_scales(tensor, stored, place.is_by_block)
+        _check_numbers(tensor.name, place.values, stored.weight, scales)
+        place.scales.copy_(scales)
         if stored.input is not None:
             assert isinstance(place.linear, Fp8Linear) and place.linear.input_scale is not None
             # Parts of a fused projection have one input; where their scales differ all the same, none may saturate.
             largest = place.linear.input_scale
-            scale = self._scale(stored.input).to(largest.device).view(())
+            scale = self._scale(stored.input, may_be_zero=False).to(largest.device).view(())
             if largest > 0 and scale != largest:
                 _logger.info("%s differs from its neighbours' scales: the largest is taken", stored.input)
             torch.maximum(largest, scale, out=largest)
@@ -138,7 +141,7 @@ class _TensorLoader:
             weights = self._weights.layers[layer]
             for name, to in zip(names, (weights.k_scale, weights.v_scale), strict=True):
                 assert to is not None
-                to.copy_(self._scale(name).reshape(-1).expand_as(to))
+                to.copy_(self._scale(name, may_be_zero=False).reshape(-1).expand_as(to))
 
     def _load_numbers(self, tensor: ExpectedTensor, place: Place) -> None:
         """The values of ``tensor`` as they are stored, or in the place's dtype, or quantised."""
@@ -168,11 +171,11 @@ class _TensorLoader:
     def _dequantise(self, tensor: ExpectedTensor, place: Place, stored: StoredScales) -> None:
         """FP8 numbers times their scales, into a dense projection."""
         numbers = self._read(tensor.name)
-        _refuse_nan(tensor.name, numbers)
         if self._is_interleaved(tensor):
             numbers = half_split(numbers.view(torch.uint8), self._config.head_dim).view(FP8)
         is_by_block = stored.kind == "block"
         scales = self._weight_scales(tensor, stored, is_by_block)
+        _check_numbers(tensor.name, numbers, stored.weight, scales)
         for start in range(0, numbers.shape[0], _ROWS):
             wide = numbers[start : start + _ROWS].float()
             if is_by_block:
@@ -190,11 +193,13 @@ class _TensorLoader:
         scales = scales.reshape(-1, 1).expand(tensor.shape[0], 1)
         return half_split(scales, self._config.head_dim).reshape(-1, 1) if self._is_interleaved(tensor) else scales
 
-    def _scale(self, name: str) -> torch.Tensor:
-        """A tensor of scales in fp32. Raises ``ValueError`` if one cannot be a scale."""
+    def _scale(self, name: str, *, may_be_zero: bool = True) -> torch.Tensor:
+        """A tensor of scales in fp32. Raises ``ValueError`` if one cannot be a scale; 0 may be one of weights that are 0."""
         scales = self._checkpoint.read(name).float()
-        if not scales.isfinite().all() or (scales < 0).any():
-            raise ValueError(f"{name} must be finite and not negative, got {scales.flatten()[:8].tolist()}")
+        wrong = ~scales.isfinite() | (scales < 0 if may_be_zero else scales <= 0)
+        if wrong.any():
+            limit = "not negative" if may_be_zero else "greater than 0"
+            raise ValueError(f"{name} must be finite and {limit}, got {scales[wrong][:8].tolist()}")
         return scales
 
     def _read(self, name: str) -> torch.Tensor:
@@ -223,27 +228,33 @@ def _paired(rows: torch.Tensor, head_dim: int, *, is_half_split: bool = False) -
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)
 
 
-def _refuse_nan(name: str, numbers: torch.Tensor) -> None:
-    """FP8 (e4m3) has no infinity; NaN is 0x7f with either sign."""
-    if ((numbers.view(torch.uint8) & 0x7F) == 0x7F).any():
+def _check_numbers(name: str, numbers: torch.Tensor, scale_name: str, scales: torch.Tensor) -> None:
+    """Raise ``ValueError`` for NaN among FP8 ``numbers``, and for a scale of 0 whose numbers are not 0."""
+    magnitudes = numbers.view(torch.uint8) & 0x7F
+    if (magnitudes == 0x7F).any():  # e4m3 has no infinity
         raise ValueError(f"{name} holds NaN")
+    for row, column in (scales == 0).nonzero().tolist():
+        height, width = (1, numbers.shape[1]) if scales.shape[0] == numbers.shape[0] else (SCALE_BLOCK, SCALE_BLOCK)
+        first, left = row * height, column * width
+        if magnitudes[first : first + height, left : left + width].any():
+            raise ValueError(f"{scale_name} is 0 for row {first} of {name}, whose numbers are not 0")
 
 
-def _widened(weights: NemoWeights) -> NemoWeights:
+def _widened(layers: list[LayerWeights], rest: NemoWeights) -> NemoWeights:
+    """``rest`` with ``layers``, which are replaced one by one."""
+
     def widen(linear: Linear) -> Linear:
         return linear.widen() if isinstance(linear, Fp8Linear) else linear
 
-    layers = tuple(
-        replace(
+    for index, layer in enumerate(layers):
+        layers[index] = replace(
             layer,
             qkv=widen(layer.qkv),
             o=widen(layer.o),
             gate_up=widen(layer.gate_up),
             down=widen(layer.down),
         )
-        for layer in weights.layers
-    )
-    return replace(weights, layers=layers, lm_head=widen(weights.lm_head))
+    return replace(rest, layers=tuple(layers), lm_head=widen(rest.lm_head))
 
 
 def _check_tied_head(checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:

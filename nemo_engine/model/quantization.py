@@ -31,13 +31,13 @@ _UNUSED = re.compile(r".*\.(q_scale|prob_output_scale|q_proj\.output_scale|q_fak
 class Quantization:
     """How linear layers are stored and what their inputs become.
 
-    weights: one scale per "tensor", per output "channel", or per "block" of 128 by 128. activations: quantised by a "static" scale per layer,
-    by a "dynamic" one per token (and per 128 of it beside weights in blocks), or "none". covers() tells which modules. kv_cache: keys
-    and values are meant to be FP8.
+    weights: one scale per "tensor", per output "channel", or per "block" of 128 by 128; "none" if only keys and values are FP8.
+    activations: quantised by a "static" scale per layer, by a "dynamic" one per token (and per 128 of it beside weights in blocks), or
+    "none". covers() tells which modules. kv_cache: keys and values are meant to be FP8.
     """
 
     method: str  # "compressed-tensors", "fp8", "modelopt", "mistral"; or "online"
-    weights: Literal["tensor", "channel", "block"]
+    weights: Literal["none", "tensor", "channel", "block"]
     activations: Literal["none", "static", "dynamic"]
     targets: tuple[str, ...] = ("Linear",)
     ignored: tuple[str, ...] = ()
@@ -49,17 +49,21 @@ class Quantization:
             return None
         if any(self._matches(pattern, module) for pattern in self.ignored):
             return False
-        return any(pattern == "Linear" or self._matches(pattern, module) for pattern in self.targets)
+        return any(self._matches(pattern, module) for pattern in self.targets)
 
     def _matches(self, pattern: str, module: str) -> bool:
         if pattern.startswith("re:"):
             return re.match(pattern[3:], module) is not None
+        if pattern == "Linear":  # the class of all of them
+            return True
         if self.method == "modelopt":
             return fnmatch.fnmatchcase(module, pattern) or module.startswith(pattern.rstrip(".") + ".")
         return pattern == module or module.startswith(pattern + ".") or module.endswith("." + pattern)
 
     def describe(self) -> str:
         """One line: what is quantised and how."""
+        if self.weights == "none":
+            return f"FP8 keys and values ({self.method}), weights not quantised"
         inputs = {"none": "inputs not quantised", "static": "static scales of inputs", "dynamic": "inputs by token"}
         kv = ", FP8 keys and values" if self.kv_cache else ""
         return f"FP8 weights ({self.method}), a scale per {self.weights}, {inputs[self.activations]}{kv}"
@@ -89,6 +93,8 @@ def quantization_of(
         block = config.get("quantization")
         return None if block is None else _of_mistral(_object("params.json: quantization", block))
     block = config.get("quantization_config")
+    if block is None:
+        block = config.get("compression_config")  # what early compressed-tensors called it
     if block is None and modelopt is not None:
         return _of_modelopt(_object("hf_quant_config.json: quantization", modelopt.get("quantization", modelopt)))
     if block is None:
@@ -109,9 +115,14 @@ def _of_compressed_tensors(block: Mapping[str, Any]) -> Quantization:
     if sparsity.get("format", "dense") != "dense" or sparsity.get("sparsity_structure", "unstructured") == "2:4":
         named = sparsity.get("sparsity_structure", sparsity.get("format"))
         raise _unsupported(f"compressed-tensors with sparsity {named!r}")
+    if block.get("transform_config"):
+        raise _unsupported("compressed-tensors with transform_config (rotations of weights and activations)")
     groups = _object("config_groups", block.get("config_groups") or {})
+    has_kv = _has_kv_scheme(block.get("kv_cache_scheme"))
     if not groups:
-        raise ValueError("config.json: quantization_config of compressed-tensors has no config_groups")
+        if not has_kv:
+            raise ValueError("config.json: quantization_config of compressed-tensors has no config_groups")
+        return Quantization("compressed-tensors", "none", "none", targets=(), kv_cache=True)
     found: set[tuple[Any, Any]] = set()
     targets: list[str] = []
     for name, group in groups.items():
@@ -121,19 +132,25 @@ def _of_compressed_tensors(block: Mapping[str, Any]) -> Quantization:
     if len(found) > 1:
         raise _unsupported("compressed-tensors with several schemes in one checkpoint")
     ((weights, activations),) = found
-    kv = block.get("kv_cache_scheme")
-    if kv is not None:
-        kv = _object("kv_cache_scheme", kv)
-        if (kv.get("num_bits"), kv.get("type")) != (8, "float") or kv.get("dynamic"):
-            raise _unsupported(f"kv_cache_scheme of {_bits_of(kv)}{', dynamic' if kv.get('dynamic') else ''}")
     return Quantization(
         "compressed-tensors",
         weights,
         activations,
         tuple(dict.fromkeys(targets)),
         _names("ignore", block.get("ignore") or []),
-        kv is not None,
+        has_kv,
     )
+
+
+def _has_kv_scheme(value: Any) -> bool:
+    """Whether keys and values have a scheme; it must be FP8's with scales that are stored."""
+    if value is None:
+        return False
+    kv = _object("kv_cache_scheme", value)
+    if (kv.get("num_bits"), kv.get("type")) != (8, "float") or kv.get("dynamic") or kv.get("symmetric") is False:
+        words = [_bits_of(kv), *["dynamic"] * bool(kv.get("dynamic")), *["asymmetric"] * (kv.get("symmetric") is False)]
+        raise _unsupported(f"kv_cache_scheme of {', '.join(words)}")
+    return True
 
 
 def _scheme_of_group(name: str, group: Mapping[str, Any], file_format: Any) -> tuple[Any, Any]:
@@ -190,20 +207,22 @@ def _of_plain_fp8(block: Mapping[str, Any]) -> Quantization:
     )
 
 
-def _of_modelopt(block: Mapping[str, Any]) -> Quantization:
-    algorithm = str(block.get("quant_algo"))
+def _of_modelopt(block: Mapping[str, Any]) -> Quantization | None:
+    algorithm = str(block.get("quant_algo") or "none")
     schemes: dict[str, tuple[Any, Any]] = {
         "FP8": ("tensor", "static"),
         "FP8_PER_CHANNEL_PER_TOKEN": ("channel", "dynamic"),
     }
-    if algorithm.upper() not in schemes:
-        raise _unsupported(f"ModelOpt quant_algo {algorithm!r}")
     kv = block.get("kv_cache_quant_algo")
     if isinstance(block.get("kv_cache_scheme"), Mapping):
         scheme = block["kv_cache_scheme"]
         kv = "FP8" if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else _bits_of(scheme)
     if kv not in (None, "", "FP8"):
         raise _unsupported(f"ModelOpt kv_cache_quant_algo {kv!r}")
+    if algorithm == "none":
+        return Quantization("modelopt", "none", "none", targets=(), kv_cache=True) if kv else None
+    if algorithm.upper() not in schemes:
+        raise _unsupported(f"ModelOpt quant_algo {algorithm!r}")
     weights, activations = schemes[algorithm.upper()]
     ignored = _names("exclude_modules", block.get("exclude_modules") or block.get("ignore") or [])
     return Quantization("modelopt", weights, activations, ignored=ignored, kv_cache=kv == "FP8")

@@ -21,7 +21,7 @@ from nemo_engine.ops.quantize import FP8, quantize_channels
 
 DUMMY_PERIOD = 262_139  # random numbers drawn per dummy tensor, then repeated; prime, so that no two rows are alike
 _DUMMY_INPUT_SCALE = 0.02  # of static activations, which dummy weights keep near 1
-_CHUNK = 1 << 24  # numbers quantised at once: their wide copies take little beside the weights
+_CHUNK = 1 << 20  # numbers quantised at once, or 128 rows: their wide copies take little beside one tensor
 
 
 @dataclass(frozen=True, slots=True)

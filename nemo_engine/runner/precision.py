@@ -48,8 +48,8 @@ def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> tor
 
 def _resolve_online(config: EngineConfig, stored: Quantization | None) -> Quantization | None:
     name = config.quantization
-    if stored is not None:
-        if name is not None and (name == "fp8_block") != (stored.weights == "block"):
+    if stored is not None and stored.weights != "none":
+        if name is not None and (stored.activations == "none" or (name == "fp8_block") != (stored.weights == "block")):
             raise ValueError(
                 f"quantization {name!r} conflicts with what the checkpoint is already: {stored.describe()}"
             )
