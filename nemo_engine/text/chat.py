@@ -51,7 +51,9 @@ def render_chat(
         check_tools(tools)
     if system_placement not in ("last", "first"):
         raise ValueError(f'system_placement must be "last" or "first", got {system_placement!r}')
-    _check_end(checked[-1], len(checked) - 1, add_generation_prompt, continue_final_message)
+    # System text moves to the front, so the last message is the last that is not the system's.
+    end = max((index for index, message in enumerate(checked) if message.role != "system"), default=0)
+    _check_end(checked[end], end, add_generation_prompt, continue_final_message)
     if strict:
         _check_alternation(checked)
     merged = _merge(checked)
@@ -61,8 +63,8 @@ def render_chat(
     except (MistralCommonException, ValueError, AssertionError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the conversation cannot be rendered: {error}") from error
     assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
-    assert ids[-1] != tokenizer.eos_id or (checked[-1].role == "assistant" and not continue_final_message)
-    return ids + _tool_calls_start(tokenizer, checked[-1], tools) if start_tool_calls else ids
+    assert ids[-1] != tokenizer.eos_id or (checked[end].role == "assistant" and not continue_final_message)
+    return ids + _tool_calls_start(tokenizer, checked[end], tools) if start_tool_calls else ids
 
 
 def _encode(

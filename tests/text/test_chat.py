@@ -149,6 +149,7 @@ def test_arguments_may_be_an_object_or_its_text(nemo: Tokenizer) -> None:
         ([user(5)], {}, r"messages\[0\].content must be a string"),
         ([user([{"type": "image_url", "image_url": {"url": "x"}}])], {}, r"content\[0\] must be .* reads text only, got a part of type 'image_url'"),
         ([user("a"), assistant("b")], {}, r"messages\[1\] is an assistant message"),
+        ([user("a"), assistant("b"), system("S")], {}, r"messages\[1\] is an assistant message"),
         ([user("a")], {"continue_final_message": True}, r"needs an assistant message .* messages\[0\]"),
         ([user("a"), user("b")], {"strict": True}, r"messages\[1\]: with strict"),
         ([user("a"), system("s"), assistant("x"), user("b")], {"strict": True}, r"messages\[1\]: with strict"),
@@ -357,3 +358,28 @@ def test_replayed_calls_begin_as_the_model_wrote_them(nemo: Tokenizer) -> None:
         assert ids[: len(prompt)] == prompt
         same = next(i for i, pair in enumerate(zip(ids[len(prompt) :], generated, strict=False)) if pair[0] != pair[1])
         assert set(nemo.decode(generated[same:])) <= set('"}]')
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 2) | st.sampled_from(["a", "", "call_1", "f", "{}", "\ud800", "text", "function"]),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.sampled_from(["type", "text", "id", "function", "name", "arguments", "x"]), inner, max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+KEYS = ["content", "name", "tool_calls", "tool_call_id", "refusal", "annotations", "audio"]
+ANY_MESSAGE = st.builds(
+    lambda role, rest: {"role": role, "content": "c", **rest},
+    st.sampled_from(["system", "developer", "user", "assistant", "tool", "x", None]),
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(conversation=st.lists(ANY_MESSAGE, max_size=4), first=st.booleans(), goes_on=st.booleans(), strict=st.booleans())
+def test_any_messages_are_rendered_or_refused(conversation: Messages, first: bool, goes_on: bool, strict: bool) -> None:
+    placement: Any = "first" if first else "last"
+    try:
+        ids = render_chat(TINY, conversation, system_placement=placement, continue_final_message=goes_on, strict=strict)
+    except ValueError:
+        return
+    assert ids.count(TINY.bos_id) == 1 and ids[-1] != TINY.eos_id
