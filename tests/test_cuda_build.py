@@ -57,7 +57,7 @@ def test_bad_arguments_are_named(library: Path) -> None:
     code = "m.rms_norm(16, 0, 16, 0, 16, 4, 12, 16, 0, 1e-5, 0)"
     assert "ValueError: width must be a multiple of 8, got 12" in run(library, code).stderr
     code = "m.rms_norm(16, 0, 24, 0, 16, 4, 16, 16, 0, 1e-5, 0)"
-    assert "ValueError: in.x must be 16-byte aligned and not null, got 0x18" in run(library, code).stderr
+    assert "ValueError: x must be 16-byte aligned and not null, got 0x18" in run(library, code).stderr
 
 
 @needs_nvcc

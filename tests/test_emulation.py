@@ -189,6 +189,8 @@ def test_stored_boxes_end_at_the_tensor(checks: Any, at: tuple[int, int, int]) -
     laid = swizzled(box).contiguous()
     checks.move_box(tensor.data_ptr(), (72, 12, 1), (0, 144, 0), (64, 8, 1), 2, 1, 3, laid.data_ptr(), at, True)
     assert tensor.equal(expected)
+    with pytest.raises(RuntimeError, match="thread 0 ended before its TMA stores had left shared memory"):
+        checks.move_box(tensor.data_ptr(), (72, 12, 1), (0, 144, 0), (64, 8, 1), 2, 1, 3, laid.data_ptr(), at, 2)
 
 
 def test_tensor_maps_the_driver_would_refuse(checks: Any) -> None:

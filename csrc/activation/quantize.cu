@@ -13,10 +13,11 @@ void launch_quantize_rows(const char* name, fp8* y, float* scales, const bf16* x
                           int width, int64_t stride, Stream stream) {
     if (rows == 0) return;
     check_rows(rows, width);
-    CHECK_MULTIPLE(stride, VECTOR);
+    CHECK_STRIDE(stride, VECTOR);
     CHECK_POINTER(y);
     CHECK_POINTER(x);
-    CHECK(scales != nullptr, "scales must not be null");
+    CHECK_ALIGNED(scales, 4);
+    CHECK_OPTIONAL(scale, 4);
     RowPlan plan = plan_row(rows, width, num_sms());
     Launch how{.name = name,
                .grid = dim3(unsigned(rows)),
@@ -32,6 +33,7 @@ void launch_quantize_rows(const char* name, fp8* y, float* scales, const bf16* x
 
 void silu_mul_fp8(fp8* y, float* scales, const bf16* gate_up, const float* scale, int64_t rows, int width,
                   int64_t stride, Stream stream) {
+    if (rows > 0) CHECK_POINTER(gate_up);
     launch_quantize_rows<true>("silu_mul_fp8", y, scales, gate_up, scale, rows, width, stride, stream);
 }
 
@@ -45,10 +47,10 @@ void quantize_token_blocks(fp8* y, float* scales, const bf16* x, int64_t rows, i
     if (rows == 0) return;
     CHECK_RANGE(width, VECTOR, 1 << 24);
     CHECK_MULTIPLE(width, VECTOR);
-    CHECK_MULTIPLE(stride, VECTOR);
+    CHECK_STRIDE(stride, VECTOR);
     CHECK_POINTER(y);
     CHECK_POINTER(x);
-    CHECK(scales != nullptr, "scales must not be null");
+    CHECK_ALIGNED(scales, 4);
     int groups = ceil_div(width, SCALE_BLOCK);
     CHECK_RANGE(rows, 0, (0x7FFFFFFF - BLOCKS_PER_BLOCK) / groups);
     int count = int(rows) * groups;

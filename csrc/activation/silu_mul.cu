@@ -16,7 +16,7 @@ void silu_mul(bf16* y, const bf16* gate_up, int64_t rows, int width, int64_t str
     if (rows == 0) return;
     CHECK_RANGE(width, VECTOR, 1 << 24);
     CHECK_MULTIPLE(width, VECTOR);
-    CHECK_MULTIPLE(stride, VECTOR);
+    CHECK_STRIDE(stride, VECTOR);
     CHECK_POINTER(y);
     CHECK_POINTER(gate_up);
     int vectors = silu_mul_vectors(rows, width, num_sms());

@@ -5,9 +5,16 @@
 
 namespace nemo {
 
-int64_t decode_plan_words(int num_items) { return 2 + 4 * int64_t(num_items); }
+constexpr int MOST_ITEMS = 1 << 24;
+
+int64_t decode_plan_words(int num_items) {
+    CHECK_RANGE(num_items, 0, MOST_ITEMS);
+    return 2 + 4 * int64_t(num_items);
+}
 
 int decode_units(int num_items, int num_kv_heads) {
+    CHECK_RANGE(num_items, 0, MOST_ITEMS);
+    CHECK_RANGE(num_kv_heads, 1, MOST_HEADS);
     // Two blocks share a multiprocessor. Split rows have at most twice the extra units as parts.
     return num_items + ceil_div(2 * num_sms(), num_kv_heads);
 }
@@ -15,6 +22,9 @@ int decode_units(int num_items, int num_kv_heads) {
 int decode_shared_parts(int num_items, int num_units) { return 2 * (num_units - num_items); }
 
 int64_t decode_scratch_words(int num_items, int num_units, int num_heads) {
+    CHECK_RANGE(num_items, 0, MOST_ITEMS);
+    CHECK_RANGE(num_units, num_items, MOST_UNITS);
+    CHECK_RANGE(num_heads, 1, MOST_HEADS);
     return int64_t(decode_shared_parts(num_items, num_units)) * num_heads * MERGE_PITCH;
 }
 
@@ -23,9 +33,17 @@ int decode_keys_per_tile(bool is_fp8) {
 }
 
 void plan_decode(const DecodePlanInputs& in, Stream stream) {
-    CHECK_RANGE(in.num_items, 1, 1 << 24);
-    CHECK_RANGE(in.num_rows, 1, in.num_items);
-    CHECK(in.num_units >= in.num_items, "num_units must be at least num_items (", in.num_items, "), got ", in.num_units);
+    CHECK_ALIGNED(in.plan, 4);
+    CHECK_ALIGNED(in.starts, 8);
+    CHECK_ALIGNED(in.seq_lens, 8);
+    CHECK_ALIGNED(in.slot_ids, 8);
+    CHECK_RANGE(in.first_query, 0, 0x7FFFFFFF - MOST_ITEMS);
+    CHECK_RANGE(in.num_items, 1, MOST_ITEMS);
+    CHECK_RANGE(in.first_row, 0, 0x7FFFFFFF - MOST_ITEMS);
+    CHECK_RANGE(in.num_rows, 1, MOST_ITEMS);
+    CHECK_RANGE(in.num_units, in.num_items, MOST_UNITS);
+    CHECK(in.keys_per_tile == decode_keys_per_tile(false) || in.keys_per_tile == decode_keys_per_tile(true),
+          "keys_per_tile must be decode_keys_per_tile of the cache, got ", in.keys_per_tile);
     launch({.name = "plan_decode", .grid = dim3(1), .threads = PLAN_THREADS, .shared_bytes = 33 * 4, .stream = stream},
            plan_decode_kernel, MakePlan{in});
 }
@@ -48,18 +66,27 @@ void launch_decode(const DecodeInputs& in, Stream stream) {
 }  // namespace
 
 void decode_attention(const DecodeInputs& in, Stream stream) {
-    CHECK_RANGE(in.num_items, 1, 1 << 24);
-    CHECK_RANGE(in.num_units, in.num_items, 65535);
+    CHECK_RANGE(in.num_items, 1, MOST_ITEMS);
+    CHECK_RANGE(in.num_units, in.num_items, MOST_UNITS);
+    CHECK_RANGE(in.num_heads, 1, MOST_HEADS);
     CHECK_RANGE(in.num_kv_heads, 1, in.num_heads);
     CHECK_MULTIPLE(in.num_heads, in.num_kv_heads);
-    CHECK_RANGE(in.num_heads / in.num_kv_heads, 1, MAX_GROUP);
+    CHECK_RANGE(in.num_heads, in.num_kv_heads, MAX_GROUP * in.num_kv_heads);
     CHECK(in.page_size >= 16 && (in.page_size & (in.page_size - 1)) == 0,
           "page_size must be a power of two, at least 16, got ", in.page_size);
     CHECK_POINTER(in.k_cache);
     CHECK_POINTER(in.v_cache);
-    CHECK_MULTIPLE(reinterpret_cast<uintptr_t>(in.q), 4);
-    CHECK_MULTIPLE(in.q_stride, 2);
-    CHECK_MULTIPLE(in.q_head_stride, 2);
+    CHECK_ALIGNED(in.out, 2);
+    CHECK_ALIGNED(in.q, 4);
+    CHECK_OPTIONAL(in.k_scale, 4);
+    CHECK_OPTIONAL(in.v_scale, 4);
+    CHECK_ALIGNED(in.page_table, 8);
+    CHECK_ALIGNED(in.plan, 4);
+    CHECK_ALIGNED(in.scratch, 4);
+    CHECK_ALIGNED(in.counters, 4);
+    CHECK_STRIDE(in.q_stride, 2);
+    CHECK_STRIDE(in.q_head_stride, 2);
+    CHECK_STRIDE(in.table_stride, 1);
     if (in.is_fp8) {
         launch_decode<fp8>(in, stream);
     } else {

@@ -9,6 +9,9 @@ struct bf16;
 struct fp8;
 using Stream = uintptr_t;
 
+constexpr int MOST_UNITS = 65535;  // of a launch
+constexpr int MOST_HEADS = 1024;
+
 // Work is cut into units: an item (one query of one row) has one or more parts of its keys, and each KV head of a part
 // is a block. The plan, made once a step on the device, says how.
 struct DecodePlanInputs {

@@ -14,20 +14,24 @@ void check(const PrefillInputs& in) {
     CHECK_POINTER(in.q);
     CHECK_POINTER(in.k_cache);
     CHECK_POINTER(in.v_cache);
-    CHECK(in.page_table != nullptr && in.slot_ids != nullptr && in.starts != nullptr && in.seq_lens != nullptr,
-          "page_table, slot_ids, starts and seq_lens must not be null");
-    CHECK_MULTIPLE(in.q_stride, VECTOR);
-    CHECK_MULTIPLE(in.q_head_stride, VECTOR);
-    CHECK_RANGE(in.num_kv_heads, 1, 256);
+    CHECK_ALIGNED(in.page_table, 8);
+    CHECK_ALIGNED(in.slot_ids, 8);
+    CHECK_ALIGNED(in.starts, 8);
+    CHECK_ALIGNED(in.seq_lens, 8);
+    CHECK_STRIDE(in.q_stride, VECTOR);
+    CHECK_STRIDE(in.q_head_stride, VECTOR);
+    CHECK_STRIDE(in.table_stride, 1);
+    CHECK_RANGE(in.num_kv_heads, 1, 64);
     CHECK_MULTIPLE(in.num_heads, in.num_kv_heads);
     int group = in.num_heads / in.num_kv_heads;
-    CHECK(group >= 1 && group <= 8 && std::has_single_bit(unsigned(group)), "1, 2, 4 or 8 query heads per KV head, got ",
-          group);
+    CHECK(group >= 1 && group <= 8 && std::has_single_bit(unsigned(group)),
+          "num_heads must be 1, 2, 4 or 8 times num_kv_heads, got ", in.num_heads, " and ", in.num_kv_heads);
     CHECK(in.page_size >= 16 && in.page_size <= 128 && std::has_single_bit(unsigned(in.page_size)),
           "page_size must be 16, 32, 64 or 128, got ", in.page_size);
     // Coordinates of the copy engine and items of work are 32-bit.
-    CHECK_RANGE(in.num_pages * in.num_kv_heads * in.page_size, 1, 0x7FFFFFFF);
-    CHECK_RANGE(in.first_row, 0, 0x7FFFFFFF - in.num_rows);
+    CHECK_RANGE(in.num_pages, 1, 0x7FFFFFFF / (in.num_kv_heads * in.page_size));
+    CHECK_RANGE(in.first_row, 0, 1 << 30);
+    CHECK_RANGE(in.num_rows, 1, 1 << 22);
     CHECK_RANGE(in.num_queries, 1, 1 << 24);
 }
 

@@ -1,9 +1,11 @@
 // Checks of a launcher's arguments, and of CUDA's answers. pybind11 turns them into ValueError and RuntimeError.
 #pragma once
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace nemo {
 
@@ -13,6 +15,16 @@ std::string text(const Parts&... parts) {
     (out << ... << parts);
     return out.str();
 }
+
+// A checked expression as Python knows the argument: without the struct that it is a member of.
+constexpr std::string_view argument(std::string_view expression) {
+    for (char c : expression) {
+        if (c != '_' && c != '.' && !(c >= '0' && c <= '9') && !(c >= 'a' && c <= 'z')) return expression;
+    }
+    return expression.substr(expression.rfind('.') + 1);  // all of it without a dot: npos + 1 is 0
+}
+
+constexpr int64_t MOST_ELEMENTS = int64_t(1) << 39;  // of a stride: 40 bits of bytes are what the copy engine takes
 
 }  // namespace nemo
 
@@ -24,15 +36,26 @@ std::string text(const Parts&... parts) {
 
 // The argument's name, what was expected and what came: CHECK_EQ(width, 128), CHECK_MULTIPLE(hidden, 8), ...
 #define CHECK_EQ(name, expected) \
-    CHECK((name) == (expected), #name " must be ", expected, ", got ", name)
+    CHECK((name) == (expected), nemo::argument(#name), " must be ", expected, ", got ", name)
 #define CHECK_RANGE(name, low, high) \
-    CHECK((name) >= (low) && (name) <= (high), #name " must be ", low, " to ", high, ", got ", name)
+    CHECK((name) >= (low) && (name) <= (high), nemo::argument(#name), " must be ", low, " to ", high, ", got ", name)
 #define CHECK_MULTIPLE(name, factor) \
-    CHECK((name) % (factor) == 0, #name " must be a multiple of ", factor, ", got ", name)
-// A pointer that 16-byte accesses may use; null is refused.
-#define CHECK_POINTER(name)                                                                                    \
-    CHECK((name) != nullptr && reinterpret_cast<uintptr_t>(name) % 16 == 0, #name " must be 16-byte aligned and not null, got ", \
-          static_cast<const void*>(name))
+    CHECK((name) % (factor) == 0, nemo::argument(#name), " must be a multiple of ", factor, ", got ", name)
+// Elements between rows.
+#define CHECK_STRIDE(name, factor)              \
+    do {                                        \
+        CHECK_RANGE(name, 0, nemo::MOST_ELEMENTS); \
+        CHECK_MULTIPLE(name, factor);           \
+    } while (0)
+// A pointer to what is `bytes` aligned: not null, or null for what may be left out.
+#define CHECK_ALIGNED(name, bytes)                                                                               \
+    CHECK((name) != nullptr && reinterpret_cast<uintptr_t>(name) % (bytes) == 0, nemo::argument(#name), " must be ", \
+          bytes, "-byte aligned and not null, got ", static_cast<const void*>(name))
+#define CHECK_OPTIONAL(name, bytes)                                                                                  \
+    CHECK(reinterpret_cast<uintptr_t>(name) % (bytes) == 0, nemo::argument(#name), " must be ", bytes, \
+          "-byte aligned or null, got ", static_cast<const void*>(name))
+// A pointer that 16-byte accesses may use.
+#define CHECK_POINTER(name) CHECK_ALIGNED(name, 16)
 
 #ifndef NEMO_EMULATED
 #define CHECK_CUDA(call)                                                                                            \

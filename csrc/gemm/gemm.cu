@@ -65,29 +65,36 @@ void launch_gemm(const GemmInputs& in, Stream stream) {
 
 void gemm_fp8(const GemmInputs& in, Stream stream) {
     if (in.rows == 0) return;
+    int epilogue = int(in.epilogue);
+    CHECK_RANGE(epilogue, int(Epilogue::NONE), int(Epilogue::SILU_MUL_QUANTIZE));
     CHECK_RANGE(in.rows, 1, 1 << 24);
     CHECK_RANGE(in.outputs, 8, 1 << 24);
     CHECK_RANGE(in.width, 16, 1 << 24);
     CHECK_MULTIPLE(in.width, 16);
     CHECK_MULTIPLE(in.outputs, in.epilogue == Epilogue::SILU_MUL || in.epilogue == Epilogue::SILU_MUL_QUANTIZE ? 16 : 8);
-    CHECK_MULTIPLE(in.x_stride, 16);
-    CHECK_MULTIPLE(in.w_stride, 16);
+    CHECK(int64_t(ceil_div(in.rows, GEMM_ROWS)) * ceil_div(in.outputs, 96) <= 0x7FFFFFFF,
+          "rows and outputs make more tiles than an int holds: ", in.rows, " and ", in.outputs);
+    CHECK_STRIDE(in.x_stride, 16);
+    CHECK_STRIDE(in.w_stride, 16);
+    CHECK_STRIDE(in.x_scale_stride, 1);
+    CHECK_STRIDE(in.w_scale_stride, 1);
     CHECK_POINTER(in.y);
     CHECK_POINTER(in.x);
     CHECK_POINTER(in.w);
-    CHECK(in.x_scales != nullptr && in.w_scales != nullptr, "scales must not be null");
+    CHECK_ALIGNED(in.x_scales, 4);
+    CHECK_ALIGNED(in.w_scales, 4);
     if (in.is_block) {
-        CHECK(in.epilogue == Epilogue::NONE, "scales of blocks have no epilogue");
+        CHECK(in.epilogue == Epilogue::NONE, "epilogue must be 0 with scales of blocks, got ", int(in.epilogue));
         return launch_gemm<128, true, Epilogue::NONE>(in, stream);
     }
     switch (in.epilogue) {
         case Epilogue::ADD_RESIDUAL:
-            CHECK_MULTIPLE(in.residual_stride, 2);
-            CHECK_MULTIPLE(reinterpret_cast<uintptr_t>(in.residual), 4);
+            CHECK_STRIDE(in.residual_stride, 2);
+            CHECK_ALIGNED(in.residual, 4);
             return launch_gemm<128, false, Epilogue::ADD_RESIDUAL>(in, stream);
         case Epilogue::SILU_MUL: return launch_gemm<128, false, Epilogue::SILU_MUL>(in, stream);
         case Epilogue::SILU_MUL_QUANTIZE:
-            CHECK(in.out_scale != nullptr, "out_scale must not be null");
+            CHECK_ALIGNED(in.out_scale, 4);
             return launch_gemm<128, false, Epilogue::SILU_MUL_QUANTIZE>(in, stream);
         default: break;
     }

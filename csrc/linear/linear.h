@@ -34,7 +34,8 @@ struct LinearScales {
     bool is_block;
 };
 
-// Whether a launch's shared memory is enough for `rows` of this width: an input that is made here is kept whole.
+// Whether a launch's shared memory is enough for `rows` of this width: an input that is made here is kept whole,
+// but for a gated activation in bf16.
 bool small_linear_fits(Input input, bool is_fp8, int rows, int outputs, int width);
 
 // At most 64 rows, 8 unless READY. y: (rows, outputs) dense; weight: (outputs, width).

@@ -6,8 +6,11 @@ namespace nemo {
 bool small_linear_fits(Input input, bool is_fp8, int rows, int outputs, int width) {
     bool is_streamed = input == Input::READY;
     if (rows < 1 || rows > (is_streamed ? 64 : FUSED_TOKENS)) return false;
+    CHECK_RANGE(outputs, 1, 1 << 30);
+    CHECK_RANGE(width, 1, 1 << 24);
     int chunks = ceil_div(width, CHUNK_BYTES / (is_fp8 ? 1 : 2)), tokens = ceil_div(rows, 16) * 16;
-    return plan_small_linear(tokens, outputs, chunks, is_streamed, num_sms()).shared_bytes <= MAX_SHARED_BYTES;
+    bool has_parts = input == Input::SILU_MUL && !is_fp8;
+    return plan_small_linear(tokens, outputs, chunks, is_streamed, has_parts, num_sms()).shared_bytes <= MAX_SHARED_BYTES;
 }
 
 void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outputs, int64_t weight_stride, Stream stream) {
@@ -21,7 +24,7 @@ void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outpu
             return with_tokens(in.rows, [&](auto tokens) { run(tokens, std::integral_constant<Input, Input::READY>{}); });
         case Input::NORM: return run(Sixteen{}, std::integral_constant<Input, Input::NORM>{});
         case Input::SILU_MUL: return run(Sixteen{}, std::integral_constant<Input, Input::SILU_MUL>{});
-        default: CHECK(false, "bf16 weights take x as it is: nothing to quantise");
+        default: CHECK(false, "input must be 0 to 2 for bf16 weights, which take no FP8, got ", int(in.input));
     }
 }
 

@@ -23,6 +23,7 @@ struct SmallLinear {
     bf16* y;
     int rows, outputs, chunks;  // chunks: of K, 128 bytes each
     int tile_rows, stages;
+    int made_steps;  // whose input is made at once, where it is made here: all, or a part of a gated activation in bf16
     LinearScales scales;
     SmallInput input;
 };
@@ -244,17 +245,29 @@ __device__ __forceinline__ void consume(
     int steps = ceil_div(p.chunks, STAGE_CHUNKS), tiles = ceil_div(p.outputs, p.tile_rows);
     int bytes = stage_bytes<TOKENS, HAS_X>(p.tile_rows);
     wait_for_previous_kernel();
+    auto make_from = [&](int step) {
+        make_input<W, INPUT>(made, header->scales, header->scratch, p.input, step * STAGE_CHUNKS,
+                             minimum(p.made_steps, steps - step) * STAGE_CHUNKS, consumers);
+    };
+    bool is_made_in_parts = can_make_parts<W, INPUT>() && p.made_steps < steps;
     if constexpr (!HAS_X) {
-        make_input<W, INPUT>(made, header->scales, header->scratch, p.input, steps * STAGE_CHUNKS, consumers);
+        if (!is_made_in_parts) make_from(0);
     }
     Ring at;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         Place place = place_in(p, tile);
         float sum[TOKENS / 2] = {};
-        for (int step = 0; step < steps; step++) {
+        for (int step = 0, made_step = 0; step < steps; step++, made_step++) {
+            if constexpr (can_make_parts<W, INPUT>()) {
+                if (is_made_in_parts && (step == 0 || made_step == p.made_steps)) {
+                    named_barrier_sync(CONSUMER_BARRIER, consumers);  // all have multiplied the part before
+                    make_from(step);
+                    made_step = 0;
+                }
+            }
             const unsigned char* stage = ring + at.stage * bytes;
             const unsigned char* x = HAS_X ? stage + STAGE_CHUNKS * p.tile_rows * CHUNK_BYTES
-                                           : made + step * STAGE_CHUNKS * X_CHUNK_BYTES;
+                                           : made + made_step * STAGE_CHUNKS * X_CHUNK_BYTES;
             multiply_stage<W, TOKENS, IS_BLOCK>(sum, p, place, stage + group * GROUP_ROWS * CHUNK_BYTES, x,
                                                 HAS_X ? TOKENS * CHUNK_BYTES : X_CHUNK_BYTES, step * STAGE_CHUNKS,
                                                 &header->full[at.stage], at.parity);
@@ -275,7 +288,7 @@ __global__ void __launch_bounds__(MAX_TILE_ROWS / GROUP_ROWS * 128 + PRODUCER_TH
     auto* header = reinterpret_cast<SmallHeader*>(shared);
     int consumers = blockDim.x - PRODUCER_THREADS;
     unsigned char* made = shared + HEADER_BYTES;
-    int made_chunks = HAS_X ? 0 : ceil_div(p.chunks, STAGE_CHUNKS) * STAGE_CHUNKS + TOKENS / FUSED_TOKENS - 1;
+    int made_chunks = HAS_X ? 0 : p.made_steps * STAGE_CHUNKS + TOKENS / FUSED_TOKENS - 1;
     unsigned char* ring = made + made_chunks * X_CHUNK_BYTES;
     let_next_kernel_start();
     if (threadIdx.x == 0) {

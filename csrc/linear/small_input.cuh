@@ -104,14 +104,21 @@ __device__ __forceinline__ Scale scale_of_row(
     return scale_of(largest, p.fixed_scale);
 }
 
-// Fills x (chunks of 128 bytes of K, 0 beyond the width) and of FP8 the scales of the rows. By all consumers; they may
-// multiply after it. `scratch`: two words per warp.
+// Whether the input may be made in parts of K: it has no number of the whole row, a mean square or a scale.
+template <class W, Input INPUT>
+__host__ __device__ constexpr bool can_make_parts() {
+    return INPUT == Input::SILU_MUL && !std::is_same_v<W, fp8>;
+}
+
+// Fills x (`chunks` of 128 bytes of K from `first_chunk` on, 0 beyond the width) and of FP8 the scales of the rows. By
+// all consumers; they may multiply after it. `scratch`: two words per warp.
 template <class W, Input INPUT>
 __device__ __forceinline__ void make_input(
-    unsigned char* x, float* scales, float* scratch, const SmallInput& p, int chunks, int consumers) {
+    unsigned char* x, float* scales, float* scratch, const SmallInput& p, int first_chunk, int chunks, int consumers) {
     constexpr bool IS_FP8 = std::is_same_v<W, fp8>;
     Share share = share_rows(p.rows, consumers);
-    int vectors = chunks * CHUNK_BYTES / (VECTOR * int(sizeof(W)));
+    constexpr int CHUNK_VECTORS = CHUNK_BYTES / (VECTOR * int(sizeof(W)));
+    int first = first_chunk * CHUNK_VECTORS, vectors = first + chunks * CHUNK_VECTORS;
     for (int base = 0; base < p.rows; base += share.rows_at_once()) {
         int row = base + share.first_row();
         float inverse = 0;
@@ -123,7 +130,7 @@ __device__ __forceinline__ void make_input(
         }
         if (row < p.rows) {
 #pragma unroll 4
-            for (int i = share.first_vector(); i < vectors; i += share.step()) {
+            for (int i = first + share.first_vector(); i < vectors; i += share.step()) {
                 Pairs vector{};
                 if (i * VECTOR < p.width) {
                     vector = input_vector<INPUT>(p, row, i, inverse);
@@ -132,10 +139,10 @@ __device__ __forceinline__ void make_input(
                     }
                 }
                 if constexpr (IS_FP8) {
-                    *reinterpret_cast<Vec<uint16_t, 4>*>(place_of<W>(x, row, i)) =
+                    *reinterpret_cast<Vec<uint16_t, 4>*>(place_of<W>(x, row, i - first)) =
                         i * VECTOR < p.width ? quantize(vector, scale) : Vec<uint16_t, 4>{};
                 } else {
-                    *reinterpret_cast<Pairs*>(place_of<W>(x, row, i)) = vector;
+                    *reinterpret_cast<Pairs*>(place_of<W>(x, row, i - first)) = vector;
                 }
             }
         }

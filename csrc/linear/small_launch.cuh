@@ -9,7 +9,7 @@
 namespace nemo {
 
 struct SmallPlan {
-    int tile_rows, stages, consumers, blocks, shared_bytes;
+    int tile_rows, stages, made_steps, consumers, blocks, shared_bytes;
 };
 
 // Tiles of the height (a multiple of the swizzle's 8 rows) that all multiprocessors finish first: time is the rounds of
@@ -30,8 +30,10 @@ inline int choose_tile_rows(int outputs, int streamed_tokens, int num_sms) {
 }
 
 // 88 KiB of stages: three times what a multiprocessor's share of the memory's rate needs in flight for 1 us, and little
-// enough that the next kernel's block fits beside it and asks for its weights. Three stages at least.
-inline SmallPlan plan_small_linear(int tokens, int outputs, int chunks, bool is_streamed, int num_sms) {
+// enough that the next kernel's block fits beside it and asks for its weights. Three stages at least. An input that is
+// made in the block is kept whole; or, where it can be and must, in equal parts of K.
+inline SmallPlan plan_small_linear(
+    int tokens, int outputs, int chunks, bool is_streamed, bool has_parts, int num_sms) {
     constexpr int RING_BYTES = 88 * 1024;
     SmallPlan plan;
     plan.tile_rows = choose_tile_rows(outputs, is_streamed ? tokens : 0, num_sms);
@@ -39,8 +41,13 @@ inline SmallPlan plan_small_linear(int tokens, int outputs, int chunks, bool is_
     plan.stages = std::min(std::max(RING_BYTES / bytes, 3), MAX_STAGES);
     plan.consumers = ceil_div(plan.tile_rows, GROUP_ROWS) * 128;
     plan.blocks = std::min(ceil_div(outputs, plan.tile_rows), num_sms);
-    int made = is_streamed ? 0 : ceil_div(chunks, STAGE_CHUNKS) * STAGE_CHUNKS + tokens / FUSED_TOKENS - 1;
-    plan.shared_bytes = HEADER_BYTES + made * X_CHUNK_BYTES + plan.stages * bytes + OVERREAD_BYTES;
+    plan.made_steps = is_streamed ? 0 : ceil_div(chunks, STAGE_CHUNKS);
+    plan.shared_bytes = HEADER_BYTES + plan.stages * bytes + OVERREAD_BYTES;
+    if (is_streamed) return plan;
+    int beyond = tokens / FUSED_TOKENS - 1;  // chunks that columns without a token read
+    int most = ((MAX_SHARED_BYTES - plan.shared_bytes) / X_CHUNK_BYTES - beyond) / STAGE_CHUNKS;
+    if (has_parts) plan.made_steps = ceil_div(plan.made_steps, ceil_div(plan.made_steps, most));
+    plan.shared_bytes += (plan.made_steps * STAGE_CHUNKS + beyond) * X_CHUNK_BYTES;
     return plan;
 }
 
@@ -57,20 +64,24 @@ TensorMap chunk_map(const void* base, int rows, int width, int64_t stride, int b
 template <class W>
 void check_small_linear(const bf16* y, const LinearInputs& in, const W* weight, int outputs, int64_t weight_stride) {
     constexpr int ALIGNED = 16 / sizeof(W);
+    int input = int(in.input);
+    CHECK_RANGE(input, int(Input::READY), int(Input::QUANTIZE));
     CHECK_RANGE(in.rows, 1, in.input == Input::READY ? 64 : FUSED_TOKENS);
     CHECK_RANGE(outputs, 1, 1 << 30);
     CHECK_RANGE(in.width, 1, 1 << 24);
     CHECK_MULTIPLE(in.width, ALIGNED);
     CHECK_POINTER(in.x);
     CHECK_POINTER(weight);
-    CHECK(y != nullptr, "y must not be null");
-    CHECK_MULTIPLE(weight_stride, ALIGNED);
-    CHECK_MULTIPLE(in.x_stride, in.input == Input::READY ? ALIGNED : VECTOR);
+    CHECK_ALIGNED(y, 2);
+    CHECK_STRIDE(weight_stride, ALIGNED);
+    CHECK_STRIDE(in.x_stride, in.input == Input::READY ? ALIGNED : VECTOR);
+    CHECK_OPTIONAL(in.fixed_scale, 4);
+    CHECK(in.eps >= 0, "eps must not be negative, got ", in.eps);
     if (in.input == Input::NORM) CHECK_POINTER(in.norm);
     if (in.residual != nullptr) {
         CHECK_POINTER(in.residual);
         CHECK_POINTER(in.sum);
-        CHECK_MULTIPLE(in.residual_stride, VECTOR);
+        CHECK_STRIDE(in.residual_stride, VECTOR);
     }
 }
 
@@ -79,13 +90,14 @@ void launch_small_linear(bf16* y, const LinearInputs& in, const W* weight, int o
                          const LinearScales& scales, Stream stream) {
     constexpr bool IS_STREAMED = INPUT == Input::READY;
     int chunks = ceil_div(in.width, CHUNK_BYTES / int(sizeof(W)));
-    SmallPlan plan = plan_small_linear(TOKENS, outputs, chunks, IS_STREAMED, num_sms());
+    SmallPlan plan = plan_small_linear(TOKENS, outputs, chunks, IS_STREAMED, can_make_parts<W, INPUT>(), num_sms());
     SmallLinear p{.y = y,
                   .rows = in.rows,
                   .outputs = outputs,
                   .chunks = chunks,
                   .tile_rows = plan.tile_rows,
                   .stages = plan.stages,
+                  .made_steps = plan.made_steps,
                   .scales = scales,
                   .input = {.x = static_cast<const bf16*>(in.x),
                             .residual = in.residual,

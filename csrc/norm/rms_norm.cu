@@ -26,16 +26,18 @@ void launch_rms_norm(const char* name, const RmsNorm<Y>& p, int64_t rows, Stream
 }
 
 template <class Y>
-RmsNorm<Y> checked(Y* y, float* scales, const RmsNormInputs& in, const float* fixed_scale) {
+RmsNorm<Y> checked(Y* y, float* scales, const RmsNormInputs& in, const float* scale) {
     check_rows(in.rows, in.width);
     CHECK_POINTER(y);
     CHECK_POINTER(in.x);
     CHECK_POINTER(in.weight);
-    CHECK_MULTIPLE(in.x_stride, VECTOR);
+    CHECK_STRIDE(in.x_stride, VECTOR);
+    CHECK(in.eps >= 0, "eps must not be negative, got ", in.eps);
+    CHECK_OPTIONAL(scale, 4);
     if (in.residual != nullptr) {
         CHECK_POINTER(in.residual);
         CHECK_POINTER(in.sum);
-        CHECK_MULTIPLE(in.residual_stride, VECTOR);
+        CHECK_STRIDE(in.residual_stride, VECTOR);
     }
     return {.y = y,
             .scales = scales,
@@ -43,7 +45,7 @@ RmsNorm<Y> checked(Y* y, float* scales, const RmsNormInputs& in, const float* fi
             .x = in.x,
             .residual = in.residual,
             .weight = in.weight,
-            .fixed_scale = fixed_scale,
+            .fixed_scale = scale,
             .width = in.width,
             .x_stride = in.x_stride,
             .residual_stride = in.residual_stride,
@@ -59,7 +61,7 @@ void rms_norm(bf16* y, const RmsNormInputs& in, Stream stream) {
 
 void rms_norm_fp8(fp8* y, float* scales, const RmsNormInputs& in, const float* scale, Stream stream) {
     if (in.rows == 0) return;
-    CHECK(scales != nullptr, "scales must not be null");
+    CHECK_ALIGNED(scales, 4);
     launch_rms_norm("rms_norm_fp8", checked(y, scales, in, scale), in.rows, stream);
 }
 

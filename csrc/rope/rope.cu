@@ -26,10 +26,11 @@ void check(const RopeInputs& in) {
     CHECK_POINTER(in.k);
     CHECK_POINTER(in.v);
     CHECK_POINTER(in.table);
-    CHECK(in.positions != nullptr && in.slot_mapping != nullptr, "positions and slot_mapping must not be null");
-    CHECK_MULTIPLE(in.q_stride, VECTOR);
-    CHECK_MULTIPLE(in.k_stride, VECTOR);
-    CHECK_MULTIPLE(in.v_stride, VECTOR);
+    CHECK_ALIGNED(in.positions, 8);
+    CHECK_ALIGNED(in.slot_mapping, 8);
+    CHECK_STRIDE(in.q_stride, VECTOR);
+    CHECK_STRIDE(in.k_stride, VECTOR);
+    CHECK_STRIDE(in.v_stride, VECTOR);
 }
 
 template <class Cached>
@@ -39,6 +40,8 @@ void launch_rope(Cached* k_cache, Cached* v_cache, const float* k_scale, const f
     check(in);
     CHECK_POINTER(k_cache);
     CHECK_POINTER(v_cache);
+    CHECK_OPTIONAL(k_scale, 4);
+    CHECK_OPTIONAL(v_scale, 4);
     int all_heads = in.num_heads + 2 * in.num_kv_heads;
     int heads = heads_of_team(in.tokens, all_heads, num_sms());
     Rope<Cached> p{.in = in,

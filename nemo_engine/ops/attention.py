@@ -17,6 +17,7 @@ _TRITON_MAX_HEAD_DIM = 256
 _TRITON_MAX_GROUP = 64  # of 128 rows in a prefill tile
 _CUDA_HEAD_DIM = 128
 _CUDA_GROUPS = (1, 2, 4, 8)
+_CUDA_PAGE_SIZES = (16, 32, 64, 128)
 _SCORES = 1 << 26  # scores that the definition holds at once, of as many queries as that is: 256 MiB in fp32
 
 
@@ -219,8 +220,10 @@ def _triton_supports(site: Site) -> str | None:
 def _cuda_supports(site: Site) -> str | None:
     if site.head_dim != _CUDA_HEAD_DIM:
         return f"head_dim of {_CUDA_HEAD_DIM}, this is {site.head_dim}"
-    if site.num_heads // site.num_kv_heads not in _CUDA_GROUPS:
-        return f"1, 2, 4 or 8 query heads per KV head, these are {site.num_heads // site.num_kv_heads}"
+    if site.num_heads % site.num_kv_heads or site.num_heads // site.num_kv_heads not in _CUDA_GROUPS:
+        return f"1, 2, 4 or 8 query heads per KV head, these are {site.num_heads} and {site.num_kv_heads}"
+    if site.page_size not in _CUDA_PAGE_SIZES:
+        return f"pages of 16, 32, 64 or 128 tokens, these are {site.page_size}"
     return cuda_runs(site)
 
 

@@ -105,7 +105,7 @@ void run_group_product(float* d, const uint32_t* a, const uint32_t* b, int b_wor
     if (operands == 3) run(group_product<N, Operands::FP8>);
 }
 
-// ---- the copy engine: a box into shared memory and its bytes out, or the other way
+// ---- the copy engine: a box into shared memory and its bytes out, or the other way (2: and not waited for)
 
 __global__ void move_box(const __grid_constant__ TensorMap map, unsigned char* bytes, int count, int rank, int c0, int c1,
                          int c2, int is_store) {
@@ -123,7 +123,7 @@ __global__ void move_box(const __grid_constant__ TensorMap map, unsigned char* b
         if (threadIdx.x == 0) {
             tma_store_2d(&map, shared, c0, c1);
             tma_store_commit();
-            tma_store_wait<0>();
+            if (is_store == 1) tma_store_wait<0>();
         }
         return;
     }
@@ -247,13 +247,13 @@ void register_emulation_checks(pybind11::module_& parent) {
         run(pointer<float>(d), pointer<const uint32_t>(a), pointer<const uint32_t>(b), b_words, operands, k_step, keep);
     });
     m.def("move_box", [](uintptr_t base, std::array<int64_t, 3> sizes, std::array<int64_t, 3> strides, std::array<int, 3> box,
-                         int rank, int element, int swizzle, uintptr_t bytes, std::array<int, 3> at, bool is_store) {
+                         int rank, int element, int swizzle, uintptr_t bytes, std::array<int, 3> at, int is_store) {
         TensorMapSpec spec{static_cast<Element>(element), rank, {sizes[0], sizes[1], sizes[2]}, {0, strides[1], strides[2]},
                            {box[0], box[1], box[2]}, static_cast<Swizzle>(swizzle)};
         int count = box[0] * box[1] * (rank > 2 ? box[2] : 1) * emulated::element_bytes(spec.element);
         launch({.name = "move_box", .grid = 1, .threads = 64, .shared_bytes = count + 16, .is_dependent = false}, move_box,
                make_tensor_map(pointer<void>(base), spec), pointer<unsigned char>(bytes), count, rank, at[0], at[1], at[2],
-               int(is_store));
+               is_store);
     });
     m.def("rotate", [](uintptr_t y, uintptr_t x, int blocks, int threads, int mistake, int way) {
         launch({.name = "rotate", .grid = dim3(blocks), .threads = threads, .shared_bytes = threads * 4 + 16}, rotate,

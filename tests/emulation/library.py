@@ -84,7 +84,7 @@ class Watch(TorchDispatchMode):
         self.emulator.forget()
         self.held: list[Tensor] = []
         constant = {tensor.untyped_storage().data_ptr() for tensor in constants}
-        for tensor in cuda._counters.values():
+        for tensor in itertools.chain(*cuda._counters.values()):
             self.allow(tensor, False)
         for tensor in tensors:
             self.allow(tensor, tensor.untyped_storage().data_ptr() in constant)

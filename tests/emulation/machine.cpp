@@ -187,7 +187,10 @@ void Machine::run_block() {
     }
     if (!error) {
         try {
-            for (auto work : std::vector<Work>(pending)) perform(work);  // stores that nobody waited for
+            for (int i = 0; i < num_threads; i++)
+                if (!fibers[i]->open_stores.empty() || !fibers[i]->store_groups.empty())
+                    throw std::runtime_error(text(kernel, ": thread ", i, " ended before its TMA stores had left shared memory"));
+            for (auto work : std::vector<Work>(pending)) perform(work);  // copies that nobody waited for
             for (int i = 0; i < GUARD; i++)
                 if (shared[shared_bytes + i] != 0xFF)
                     throw std::runtime_error(text(kernel, ": shared memory written ", i, " bytes past the end of ",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_counters: dict[torch.device, Tensor] = {}
+_counters: dict[torch.device, list[Tensor]] = {}
 
 
 def library() -> Any:
@@ -25,8 +25,16 @@ def stream_of(tensor: Tensor) -> int:
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """``count`` int32 zeros at one address. A kernel that counts its blocks there leaves zeros, so launches of one stream share them."""
-    found = _counters.get(device)
-    if found is None or len(found) < count:
-        found = _counters[device] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-    return found[:count]
+    """``count`` int32 zeros at one address. A kernel that counts its blocks there leaves zeros, so launches of one stream share them.
+
+    What was too small for a later call is kept all the same: a captured graph has its address.
+    """
+    made = _counters.setdefault(device, [])
+    if not made or len(made[-1]) < count:
+        made.append(torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device))
+    return made[-1][:count]
+
+
+def row_stride(tensor: Tensor, dim: int = 0) -> int:
+    """Elements between neighbours along ``dim``. Of a single one any stride is right, and torch may have left any: what it holds."""
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else tensor.shape[dim + 1 :].numel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.cuda import library, stream_of
+from nemo_engine.ops.cuda import library, row_stride, stream_of
 
 _SCALE_BLOCK = 128
 
@@ -14,7 +14,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """As ``nemo_engine.ops.activation.silu_mul``; bf16, rows dense, I a multiple of 8."""
     rows, width = _gated_shape(gate_up)
     y = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    library().silu_mul(y.data_ptr(), gate_up.data_ptr(), rows, width, gate_up.stride(0), stream_of(gate_up))
+    library().silu_mul(y.data_ptr(), gate_up.data_ptr(), rows, width, row_stride(gate_up), stream_of(gate_up))
     return y
 
 
@@ -23,7 +23,7 @@ def silu_mul_fp8(gate_up: Tensor, scale: Tensor | None = None) -> tuple[Tensor, 
     rows, width = _gated_shape(gate_up)
     y, scales = _outputs(gate_up, width, columns=1)
     library().silu_mul_fp8(
-        y.data_ptr(), scales.data_ptr(), gate_up.data_ptr(), _address(scale), rows, width, gate_up.stride(0),
+        y.data_ptr(), scales.data_ptr(), gate_up.data_ptr(), _address(scale), rows, width, row_stride(gate_up),
         stream_of(gate_up),
     )  # fmt: skip
     return y, scales
@@ -34,7 +34,7 @@ def quantize_tokens(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Ten
     rows, width = _shape(x)
     y, scales = _outputs(x, width, columns=1)
     library().quantize_tokens(
-        y.data_ptr(), scales.data_ptr(), x.data_ptr(), _address(scale), rows, width, x.stride(0), stream_of(x)
+        y.data_ptr(), scales.data_ptr(), x.data_ptr(), _address(scale), rows, width, row_stride(x), stream_of(x)
     )
     return y, scales
 
@@ -44,7 +44,7 @@ def quantize_token_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, width = _shape(x)
     y, scales = _outputs(x, width, columns=-(-width // _SCALE_BLOCK))
     library().quantize_token_blocks(
-        y.data_ptr(), scales.data_ptr(), x.data_ptr(), rows, width, x.stride(0), stream_of(x)
+        y.data_ptr(), scales.data_ptr(), x.data_ptr(), rows, width, row_stride(x), stream_of(x)
     )
     return y, scales
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops.attention import AttentionMeta
-from nemo_engine.ops.cuda import counters, library, stream_of
+from nemo_engine.ops.cuda import counters, library, row_stride, stream_of
 from nemo_engine.ops.cuda.prefill import prefill
 
 _FP8 = torch.float8_e4m3fn
@@ -30,17 +30,16 @@ def paged_attention(
     _check(q, k_cache, v_cache, meta, k_scale, v_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     decodes, rows = meta.num_decodes, meta.seq_lens.shape[0]
-    if decodes:
-        _decode(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale, (0, decodes), (0, decodes))
-    if decodes == rows:
-        return out
-    if k_cache.dtype != _FP8:
-        prefill(out, q, k_cache, v_cache, meta, scale)
-        return out
     size = _MOST_UNITS - library().decode_units(0, k_cache.shape[1])
-    for first in range(decodes, q.shape[0], size):
-        queries = (first, min(size, q.shape[0] - first))
-        _decode(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale, queries, (decodes, rows - decodes))
+    for first in range(0, decodes, size):
+        queries = (first, min(size, decodes - first))
+        _decode(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale, queries, queries)
+    if decodes < rows and k_cache.dtype != _FP8:
+        prefill(out, q, k_cache, v_cache, meta, scale)
+    elif decodes < rows:
+        for first in range(decodes, q.shape[0], size):
+            queries = (first, min(size, q.shape[0] - first))
+            _decode(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale, queries, (decodes, rows - decodes))
     return out
 
 
@@ -78,7 +77,7 @@ def _decode(
         is_fp8, out[first:].data_ptr(), q[first:].data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         0 if k_scale is None else k_scale.data_ptr(), 0 if v_scale is None else v_scale.data_ptr(),
         meta.page_table.data_ptr(), plan.data_ptr(), scratch.data_ptr(), counters(q.device, items * kv_heads).data_ptr(),
-        q.stride(0), q.stride(1), meta.page_table.stride(0), items, units, heads, kv_heads, page_size, scale, stream,
+        row_stride(q), row_stride(q, 1), row_stride(meta.page_table), items, units, heads, kv_heads, page_size, scale, stream,
     )  # fmt: skip
 
 
@@ -99,4 +98,4 @@ def _check(
             assert cache.dtype == _FP8 and factors.dtype == torch.float32 and factors.shape == (kv_heads,), factors
     for index in (meta.query_start_loc, meta.seq_lens, meta.slot_ids):
         assert index.dtype == torch.int64 and index.is_contiguous(), (index.dtype, index.stride())
-    assert meta.page_table.dtype == torch.int64 and meta.page_table.stride(1) == 1, meta.page_table.stride()
+    assert meta.page_table.dtype == torch.int64 and row_stride(meta.page_table, 1) == 1, meta.page_table.stride()

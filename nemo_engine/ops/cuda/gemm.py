@@ -7,7 +7,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.cuda import library, stream_of
+from nemo_engine.ops.cuda import library, row_stride, stream_of
 from nemo_engine.ops.fused import has_blocks
 
 _FP8 = torch.float8_e4m3fn
@@ -67,10 +67,13 @@ def _gemm(
     is_block = has_blocks(w8, w_scales)
     assert x_scales.dtype == w_scales.dtype == torch.float32, (x_scales.dtype, w_scales.dtype)
     assert x_scales.shape == (rows, -(-width // 128) if is_block else 1), x_scales.shape
-    assert not is_block or x_scales.stride(1) == w_scales.stride(1) == 1, (x_scales.stride(), w_scales.stride())
+    assert not is_block or row_stride(x_scales, 1) == row_stride(w_scales, 1) == 1, (
+        x_scales.stride(),
+        w_scales.stride(),
+    )
     library().gemm_fp8(
-        int(epilogue), y.data_ptr(), x8.data_ptr(), x8.stride(0), x_scales.data_ptr(), x_scales.stride(0), w8.data_ptr(),
-        w8.stride(0), w_scales.data_ptr(), w_scales.stride(0) if w_scales.numel() > 1 else 0, is_block,
-        0 if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
+        int(epilogue), y.data_ptr(), x8.data_ptr(), row_stride(x8), x_scales.data_ptr(), row_stride(x_scales), w8.data_ptr(),
+        row_stride(w8), w_scales.data_ptr(), w_scales.stride(0) if w_scales.numel() > 1 else 0, is_block,
+        0 if residual is None else residual.data_ptr(), 0 if residual is None else row_stride(residual),
         0 if out_scale is None else out_scale.data_ptr(), rows, outputs, width, stream_of(x8),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.cuda import library, stream_of
+from nemo_engine.ops.cuda import library, row_stride, stream_of
 from nemo_engine.ops.cuda.activation import quantize_token_blocks, quantize_tokens, silu_mul, silu_mul_fp8
 from nemo_engine.ops.cuda.gemm import linear_fp8_large
 from nemo_engine.ops.cuda.norm import rms_norm, rms_norm_fp8
@@ -160,21 +160,21 @@ def _small(
     assert x.shape[1] == (2 * width if kind == _Input.SILU_MUL else width), (x.shape, weight.shape)
     arguments = (
         y.data_ptr(), int(kind), x.data_ptr(), _address(residual), _address(norm_weight), _address(total),
-        _address(x_scale), eps, rows, width, x.stride(0), 0 if residual is None else residual.stride(0),
-        weight.data_ptr(), outputs, weight.stride(0),
+        _address(x_scale), eps, rows, width, row_stride(x), 0 if residual is None else row_stride(residual),
+        weight.data_ptr(), outputs, row_stride(weight),
     )  # fmt: skip
     if w_scales is None:
         library().small_linear(*arguments, stream_of(x))
         return
     is_block = has_blocks(weight, w_scales)
-    assert w_scales.dtype == torch.float32 and (not is_block or w_scales.stride(1) == 1), w_scales.stride()
+    assert w_scales.dtype == torch.float32 and (not is_block or row_stride(w_scales, 1) == 1), w_scales.stride()
     w_stride = w_scales.stride(0) if w_scales.numel() > 1 else 0
     if x_scales is not None:
         expected = (rows, -(-width // 128) if is_block else 1)
-        assert x_scales.dtype == torch.float32 and x_scales.shape == expected and x_scales.stride(1) == 1, (
+        assert x_scales.dtype == torch.float32 and x_scales.shape == expected and row_stride(x_scales, 1) == 1, (
             x_scales.shape
         )
-    x_stride = 0 if x_scales is None else x_scales.stride(0)
+    x_stride = 0 if x_scales is None else row_stride(x_scales)
     library().small_linear_fp8(
         *arguments, _address(x_scales), x_stride, w_scales.data_ptr(), w_stride, is_block, stream_of(x)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.cuda import library, stream_of
+from nemo_engine.ops.cuda import library, row_stride, stream_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -50,4 +50,4 @@ def _arguments(total: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None
 
 def _sizes(x: Tensor, residual: Tensor | None) -> tuple[int, ...]:
     """Rows, width, strides between rows."""
-    return *x.shape, x.stride(0), 0 if residual is None else residual.stride(0)
+    return *x.shape, row_stride(x), 0 if residual is None else row_stride(residual)

@@ -6,24 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops.attention import AttentionMeta
-from nemo_engine.ops.cuda import library, stream_of
-from nemo_engine.ops.op import Site
-
-_PAGE_SIZES = (16, 32, 64, 128)
-_GROUPS = (1, 2, 4, 8)
-
-
-def supports_prefill(site: Site) -> str | None:
-    """What this kernel needs of the shapes, and that the cache is bf16."""
-    if site.head_dim != 128:
-        return f"head_dim of 128, this is {site.head_dim}"
-    if site.num_heads % site.num_kv_heads or site.num_heads // site.num_kv_heads not in _GROUPS:
-        return f"1, 2, 4 or 8 query heads per KV head, these are {site.num_heads} and {site.num_kv_heads}"
-    if site.page_size not in _PAGE_SIZES:
-        return f"pages of 16, 32, 64 or 128 tokens, these are {site.page_size}"
-    if site.kv_dtype not in (None, torch.bfloat16):
-        return "reads keys and values in bfloat16 only"
-    return None
+from nemo_engine.ops.cuda import library, row_stride, stream_of
 
 
 def prefill(
@@ -57,12 +40,12 @@ def prefill(
         index = getattr(meta, name)
         assert index.dtype == torch.int64 and index.shape == (size,) and index.is_contiguous(), (name, index.shape)
     table = meta.page_table
-    assert table.dtype == torch.int64 and table.stride(1) == 1, (table.dtype, table.stride())
+    assert table.dtype == torch.int64 and row_stride(table, 1) == 1, (table.dtype, table.stride())
     first = meta.num_decodes
     if rows == first:
         return
     library().prefill_attention(
         out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), table.data_ptr(), meta.slot_ids.data_ptr(),
-        meta.query_start_loc.data_ptr(), meta.seq_lens.data_ptr(), q.stride(0), q.stride(1), table.stride(0), pages, first,
+        meta.query_start_loc.data_ptr(), meta.seq_lens.data_ptr(), row_stride(q), row_stride(q, 1), row_stride(table), pages, first,
         rows - first, tokens - first, heads, kv_heads, page_size, scale, stream_of(q),
     )  # fmt: skip

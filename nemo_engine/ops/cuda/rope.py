@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.cuda import library, stream_of
+from nemo_engine.ops.cuda import library, row_stride, stream_of
 
 _FP8 = torch.float8_e4m3fn
 
@@ -29,7 +29,7 @@ def rope_and_append_kv_(
     tokens, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     assert dim == 128 and k.shape == v.shape == (tokens, kv_heads, dim), (q.shape, k.shape, v.shape)
-    assert all(x.dtype == torch.bfloat16 and x.stride()[1:] == (dim, 1) for x in (q, k, v)), (q, k, v)
+    assert all(x.dtype == torch.bfloat16 and x.stride(2) == 1 and row_stride(x, 1) == dim for x in (q, k, v)), (q, k, v)
     assert table.dtype == torch.float32 and table.is_contiguous() and table.shape[1:] == (2, dim // 2), table.shape
     for index in (positions, slot_mapping):
         assert index.dtype == torch.int64 and index.shape == (tokens,) and index.is_contiguous(), index.shape
@@ -43,7 +43,7 @@ def rope_and_append_kv_(
     library().rope_and_append_kv(
         is_fp8, out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), table.data_ptr(), positions.data_ptr(),
         slot_mapping.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), 0 if k_scale is None else k_scale.data_ptr(),
-        0 if v_scale is None else v_scale.data_ptr(), tokens, q.stride(0), k.stride(0), v.stride(0), heads, kv_heads,
+        0 if v_scale is None else v_scale.data_ptr(), tokens, row_stride(q), row_stride(k), row_stride(v), heads, kv_heads,
         page_size, stream_of(q),
     )  # fmt: skip
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.cuda import counters, library, stream_of
+from nemo_engine.ops.cuda import counters, library, row_stride, stream_of
 from nemo_engine.ops.sample import SampleFacts, SlotParams
 
 _PARAMETERS = ("temperature", "min_p", "top_k", "top_p", "seed_keys", "frequency", "presence", "repetition")
@@ -19,7 +19,10 @@ def sample_(
     Where top_p alone cuts a row, its mass is a sum of fp32 exponentials, which is off by some 1e-7. Scratch memory: V / 32 bytes a row.
     """
     rows, vocab_size = logits.shape
-    assert logits.dtype in (torch.bfloat16, torch.float32) and logits.stride(1) == 1, (logits.dtype, logits.stride())
+    assert logits.dtype in (torch.bfloat16, torch.float32) and row_stride(logits, 1) == 1, (
+        logits.dtype,
+        logits.stride(),
+    )
     for index in (slot_ids, positions):
         assert index.dtype == torch.int64 and index.shape == (rows,) and index.is_contiguous(), (
             index.dtype,
@@ -38,6 +41,6 @@ def sample_(
         logits.dtype == torch.bfloat16, tokens.data_ptr(), logits.data_ptr(), slot_ids.data_ptr(), positions.data_ptr(),
         *(getattr(params, name).data_ptr() for name in _PARAMETERS), params.output_counts.data_ptr(),
         params.prompt_mask.data_ptr(), best.data_ptr(), note.data_ptr(), counters(logits.device, rows).data_ptr(),
-        logits.stride(0), rows, vocab_size, stream_of(logits),
+        row_stride(logits), rows, vocab_size, stream_of(logits),
     )  # fmt: skip
     return tokens
