@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nemo_engine.engine import Engine
     from nemo_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nemo_engine.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
+    from nemo_engine.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -49,6 +51,7 @@ _MODULES = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "structured_outputs",
 }
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from nemo_engine.structured_outputs import StructuredOutputsParams
+
 MAX_N = 16384
 GREEDY_TEMPERATURE = 1e-5  # below: greedy
 MIN_TEMPERATURE = 1e-2  # between GREEDY_TEMPERATURE and this: raised to this, with a warning
@@ -58,9 +60,9 @@ class RepetitionDetection:
 class SamplingParams:
     """How the tokens of one request are chosen, when it ends, and what it reports.
 
-    The order of operations on the logits is: raw log-probabilities are taken; then in fp32 ``allowed_token_ids``,
-    ``bad_words``, ``min_tokens`` and ``logit_bias``, the repetition, frequency and presence penalties; greedy requests take
-    the maximum; for the others ``temperature``, ``min_p``, ``top_k``, ``top_p`` (the token that crosses ``top_p`` is kept),
+    The order of operations on the logits is: raw log-probabilities are taken; then in fp32 ``structured_outputs``,
+    ``allowed_token_ids``, ``bad_words``, ``min_tokens`` and ``logit_bias``, the repetition, frequency and presence penalties;
+    greedy requests take the maximum; for the others ``temperature``, ``min_p``, ``top_k``, ``top_p`` (the token that crosses ``top_p`` is kept),
     and the draw.
 
     n: completions per prompt, sharing the prompt's pages; above 1 needs sampling.
@@ -82,6 +84,8 @@ class SamplingParams:
     spaces_between_special_tokens: taken for compatibility; these tokenizers never put spaces there.
     output_kind, stream_interval: what the outputs of ``step()`` carry, and how many new tokens one is worth.
     repetition_detection: end a request that loops.
+    structured_outputs: the form of the output, a ``StructuredOutputsParams`` or a mapping with its fields. A stop string or
+    ``max_tokens`` may cut it short. With ``ignore_eos``, the output ends where its grammar does.
     extra_args: accepted only when empty.
     """
 
@@ -112,7 +116,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     repetition_detection: RepetitionDetection | None = None
-    structured_outputs: object | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     extra_args: Mapping[str, Any] | None = None
     is_temperature_default: bool = field(init=False, repr=False, compare=False)
 
@@ -126,7 +130,7 @@ class SamplingParams:
         self._check_ends(put)
         self._check_tokens(put)
         if self.structured_outputs is not None:
-            raise ValueError("structured_outputs is not supported yet")
+            put("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
         if self.extra_args:
             raise ValueError(f"extra_args is not supported, got {dict(self.extra_args)!r}")
         if self.n > 1 and self.is_greedy and not self.is_temperature_default:

@@ -15,12 +15,13 @@ PACKAGE = ROOT / "nemo_engine"
 
 # ---- the table: what each part may import of nemo_engine, and of other distributions
 
-CONTRACTS = {"config", "sampling_params", "outputs", "step", "ledger"}
+CONTRACTS = {"config", "sampling_params", "structured_outputs", "outputs", "step", "ledger"}
 ROW_1 = CONTRACTS | {"text"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # Row 7. `chat` shows the defaults that `inputs` fills in; `info` reads a checkpoint's headers without loading it.
-    "cli": {"engine", "inputs", "quantize", "verify", "model.checkpoint", "model.layout", *ROW_1},
+    "cli": {"engine", "inputs", "quantize", "verify", "server", "model.checkpoint", "model.layout", *ROW_1},
+    "server": {"async_engine", "inputs", *ROW_1},
     "__main__": {"cli"},
     # Row 6. `quantize` and `verify` work on a model without an engine.
     "quantize": {"model", "ops", "runner", *ROW_1},
@@ -56,7 +57,7 @@ MAY_USE: dict[str, set[str]] = {
     "model": {*TORCH, "huggingface_hub", "tqdm"},
     "ops": TORCH,
     "parallel": {"torch"},
-    "text": {*TOKENIZERS, "numpy"},
+    "text": {*TOKENIZERS, "numpy", "llguidance"},
 }
 
 # ---- the size that reads like a book

@@ -1,0 +1,164 @@
+"""Compiling a grammar that may be hostile: in a process of its own first, with little time, memory and stack.
+
+llguidance bounds what a token may cost, but some small inputs take it minutes, gigabytes or the whole stack to compile. So whatever is
+not known to be harmless is compiled by this file as a script, which may be killed. The texts that llguidance reads, and its limits, are
+made here for both processes. As a script it must import nothing of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+TRIAL_CPU_SECONDS = 3
+TRIAL_WALL_SECONDS = 20.0  # on a busy machine
+TRIAL_MEMORY = 96 << 20  # bytes more than an idle trial has
+_TRIAL_STACK = 4 << 20  # bytes; the engine compiles on one that is larger by far
+COMPILE_STACK = 64 << 20
+MAX_LEXER_STATES = 50_000  # of 1 to 2 kB, for each request
+NOTHING = "no text satisfies it"
+
+_trials = threading.BoundedSemaphore(2)
+_stack_size = threading.Lock()
+
+
+def matcher(tokenizer: Any, spec: Mapping[str, Any]) -> Any:
+    """An ``LLMatcher`` at the start of ``spec``; ``ValueError`` if it cannot be honoured.
+
+    spec: ``kind`` (json, regex, choice or grammar), ``text``, and for JSON ``whitespace`` (a regular expression, "" for none).
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    kind, text = spec["kind"], spec["text"]
+    if kind == "json":
+        space = spec["whitespace"]
+        options: Any = {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
+        grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
+    elif kind == "regex":
+        grammar = LLMatcher.grammar_from_regex(text)
+    elif kind == "choice":
+        grammar = LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in json.loads(text)))
+    else:
+        grammar = LLMatcher.grammar_from_lark(_lark(text))
+    limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
+    made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    if not made.is_error():
+        made.compute_bitmask()
+    error = plain_error(made.get_error())
+    if error.startswith("NoExtension") or (not error and made.is_stopped() and not made.is_accepting()):
+        raise ValueError(NOTHING)
+    if error:
+        raise ValueError(error)
+    return made
+
+
+def plain_error(text: str) -> str:
+    """llguidance's message in one line, without its excerpt of the grammar."""
+    text = re.split(r"\n\s+\d+ \| |\n?<non-verbose/>|\n<state>", text)[0]
+    text = re.sub(r"\s*\n\s*", " ", text).strip()
+    return text if len(text) <= 400 else text[:200] + " ... " + text[-190:]
+
+
+def _lark(text: str) -> str:
+    """``text``, or its translation from GBNF if it is not Lark."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        lark: str = any_to_lark(text)
+        return lark
+    except Exception as error:
+        raise ValueError(f"it has no rule `start:`, and is not GBNF either: {error}") from None
+
+
+def allows_more_than_white_space(tokenizer: Any, pattern: str) -> bool:
+    """Whether the regular expression ``pattern`` matches a text that is not JSON white space; ``ValueError`` if it is none."""
+    from llguidance import regex_to_lark
+
+    try:
+        matcher(tokenizer, {"kind": "grammar", "text": f"start: W\nW: /{regex_to_lark(pattern)}/ & ~/[ \\t\\r\\n]*/"})
+    except ValueError as error:
+        if str(error) == NOTHING:
+            return False
+        raise
+    return True
+
+
+def on_large_stack(function: Callable[[], T], size: int = COMPILE_STACK) -> T:
+    """``function()`` in a thread with ``size`` bytes of stack: compilers recurse as deep as their input."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    with _stack_size:
+        before = threading.stack_size(size)
+        try:
+            thread = threading.Thread(target=run, name="grammar")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def try_compile(spec: Mapping[str, Any]) -> None:
+    """Compile ``spec`` in a process of its own; ``ValueError`` if it is refused or costs too much."""
+    with _trials:
+        try:
+            trial = subprocess.run(
+                [sys.executable, "-P", __file__], input=json.dumps(spec), capture_output=True, text=True,
+                timeout=TRIAL_WALL_SECONDS,
+            )  # fmt: skip
+            answer = json.loads(trial.stdout) if trial.returncode == 0 else "crash"
+        except subprocess.TimeoutExpired:
+            answer = "crash"
+    if answer == "crash":
+        raise ValueError(
+            f"it is too complex: compiling it takes more than {TRIAL_CPU_SECONDS} s, {TRIAL_MEMORY >> 20} MiB or its nesting "
+            f"{_TRIAL_STACK >> 20} MiB of stack"
+        )
+    if answer:
+        raise ValueError(answer)
+
+
+def _main() -> None:
+    import resource
+
+    from llguidance import LLTokenizer
+
+    spec = json.loads(sys.stdin.read())
+    tokenizer = LLTokenizer("byte")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_CPU_SECONDS, TRIAL_CPU_SECONDS))
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    most = pages * resource.getpagesize() + TRIAL_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    def work() -> str:
+        try:
+            if spec.get("whitespace_pattern") and allows_more_than_white_space(tokenizer, spec["whitespace_pattern"]):
+                return "whitespace_pattern: it must match nothing but white space"
+            matcher(tokenizer, spec)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    print(json.dumps(on_large_stack(work, _TRIAL_STACK)))
+
+
+if __name__ == "__main__":
+    _main()
