@@ -6,6 +6,7 @@ Knows the scheduler and the runner, and nothing of models, kernels or text.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Protocol
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.ledger import Ledger
+from nemo_engine.outputs import StepRecord
 from nemo_engine.scheduler import Committed, Scheduler
 from nemo_engine.step import StepPlan, StepResult
+
+HISTORY = 16384  # steps that are remembered
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -51,7 +55,8 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.depth = depth
-        self._in_flight: deque[Handle] = deque()
+        self.history: deque[StepRecord] = deque(maxlen=HISTORY)
+        self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
         self._interrupted: Committed | None = None
 
     def step(self) -> Committed | None:
@@ -66,10 +71,11 @@ class EngineCore:
         plan = self.scheduler.schedule()
         try:
             if plan is not None:
-                self._in_flight.append(self.runner.launch(plan))
+                self._in_flight.append((plan, self.runner.launch(plan)))
             if not self._in_flight or (plan is not None and len(self._in_flight) < self.depth):
                 return None
-            result = self._in_flight.popleft().result()
+            oldest, handle = self._in_flight.popleft()
+            result = handle.result()
         except BaseException as error:
             self._in_flight.clear()
             committed = self.scheduler.fail_running(f"the step failed: {type(error).__name__}: {error}")
@@ -78,7 +84,24 @@ class EngineCore:
                 raise
             _logger.exception("a step failed; the %d requests that were running end with it", len(committed.finished))
             return committed
-        return self.scheduler.commit(result)
+        committed = self.scheduler.commit(result)
+        self._record(oldest, committed)
+        return committed
+
+    def _record(self, plan: StepPlan, committed: Committed) -> None:
+        num_decodes, prefills = len(plan.decode_slots), plan.prefills
+        firsts = [request for request in committed.prefilled if request.num_output_tokens == 1]
+        self.history.append(
+            StepRecord(
+                plan.step_id,
+                time.monotonic(),
+                num_decodes,
+                len(prefills),
+                sum([row.num_tokens for row in prefills]),
+                len(committed.token_ids),
+                sum([request.num_prompt_tokens for request in firsts]),
+            )
+        )
 
     def has_work(self) -> bool:
         """Whether a request is unfinished or a step is in flight."""
@@ -87,7 +110,7 @@ class EngineCore:
     def close(self) -> None:
         """Wait for what is in flight and free the runner."""
         while self._in_flight:
-            self._in_flight.popleft().result()
+            self._in_flight.popleft()[1].result()
         self.runner.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nemo_engine.sampling_params import SamplingParams
 
@@ -99,3 +99,15 @@ class RequestOutput:
     cache_report: CacheReport | None = None
     metrics: RequestMetrics | None = None
     sampling_params: SamplingParams | None = field(default=None, repr=False)
+
+
+class StepRecord(NamedTuple):
+    """What one committed step did. ``time`` is that of the commit, in seconds of ``time.monotonic()``."""
+
+    step_id: int
+    time: float
+    num_decodes: int  # rows of one token
+    num_prefills: int  # other rows
+    num_prefill_tokens: int  # that these computed
+    num_new_tokens: int  # that requests were given
+    num_prompt_tokens: int  # of the requests that were given their first token

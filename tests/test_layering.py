@@ -26,8 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Row 6. `quantize` and `verify` work on a model without an engine.
     "quantize": {"model", "ops", "runner", *ROW_1},
     "verify": {"model", "ops", "runner", *ROW_1},
-    "async_engine": {"engine", "inputs", "scheduler", *ROW_1},
-    "engine": {"core", "inputs", "completions", "scheduler", *ROW_1},
+    "async_engine": {"engine_thread", "loop", "inputs", "scheduler", *ROW_1},
+    "engine_thread": {"loop", *ROW_1},
+    "engine": {"loop", "inputs", *ROW_1},
+    "loop": {"core", "inputs", "completions", "scheduler", *ROW_1},
     "inputs": {"scheduler", *ROW_1},
     "completions": {"inputs", "scheduler", *ROW_1},
     # Row 5
@@ -51,6 +53,17 @@ TOKENIZERS = {"mistral_common", "tokenizers", "sentencepiece"}
 MAY_USE: dict[str, set[str]] = {
     "cli": {"torch"},
     "engine": {"tqdm"},
+    "server": {
+        "fastapi",
+        "starlette",
+        "pydantic",
+        "pydantic_core",
+        "uvicorn",
+        "uvloop",
+        "prometheus_client",
+        "pynvml",
+        "opentelemetry",
+    },
     "quantize": {"torch"},
     "verify": {"torch", "matplotlib"},
     "runner": {"torch", "numpy"},

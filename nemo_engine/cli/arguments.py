@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_engine.config import EngineConfig
 from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.server.options import ServerOptions
 
 # Not on the command line: objects, and what only matters to a program that reads the outputs.
 NO_FLAGS = {
@@ -24,6 +25,7 @@ NO_FLAGS = {
 
 _ENGINE_DEST = "engine_option_"
 _SAMPLING_DEST = "sampling_option_"
+_SERVER_DEST = "server_option_"
 
 
 def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -97,6 +99,19 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(SamplingParams):
         if field.name not in NO_FLAGS:
             _add(group, field.name, _SAMPLING_DEST + field.name, field, helps)
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per field of ``ServerOptions``."""
+    group = parser.add_argument_group("server options")
+    helps = field_helps(ServerOptions)
+    for field in dataclasses.fields(ServerOptions):
+        _add(group, field.name, _SERVER_DEST + field.name, field, helps)
+
+
+def server_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The server options that were given, by field name."""
+    return _given(args, _SERVER_DEST)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""``EngineLoop``: one model with its loop, for those who run it: ``Engine`` in the caller's thread, ``AsyncEngine`` in its own.
+
+Puts together input checking, the core and output processing; knows neither model, ops nor tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from nemo_engine.completions import OutputProcessor, Sink, UserRequest
+from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.core import start_core
+from nemo_engine.inputs import EncodedPrompt, InputProcessor
+from nemo_engine.ledger import Ledger
+from nemo_engine.outputs import StepRecord
+from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
+from nemo_engine.scheduler import Request, SchedulerStats
+from nemo_engine.text import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that has passed every check, not queued yet."""
+
+    user: UserRequest
+    requests: list[Request]
+
+
+class EngineLoop:
+    """Takes prepared requests and advances all of them step by step; outputs go to each request's own sink.
+
+    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``TypeError``. Methods may be called from any thread. Use it as a
+    context manager, or call ``close()``, to give all memory back.
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        self.config = EngineConfig(**options)
+        self.ledger = Ledger()
+        started = start_core(model, self.config, self.ledger)
+        self._core = started.core
+        self._is_closed = False
+        self._lock = threading.RLock()
+        self.model_config: ModelConfig = started.model_config
+        self.model_path: Path = started.model_path
+        self.max_model_len: int = self._core.scheduler.max_model_len
+        self.tokenizer: Tokenizer | None = None
+        if not self.config.skip_tokenizer_init:
+            with self.ledger.stage("load tokenizer"):
+                self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self.model_path))
+        self.inputs = InputProcessor(self.model_config, self.config, self.tokenizer)
+        self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
+        self.ledger.log()
+
+    def check_fits(self, prompt: EncodedPrompt, params: SamplingParams) -> None:
+        """Refuse, with a ``ValueError``, what could never finish in this context and this cache."""
+        self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)
+
+    def room_for(self, num_prompt_tokens: int) -> int:
+        """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for one."""
+        return self._core.scheduler.max_total_tokens(num_prompt_tokens, None) - num_prompt_tokens
+
+    def prepare(
+        self,
+        request_id: str,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        kind: RequestOutputKind,
+        sink: Sink,
+        priority: int = 0,
+    ) -> PreparedRequest:
+        """Check a request and make it ready for ``submit``; for those who run the loop themselves.
+
+        ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile. Outputs will
+        be appended to ``sink`` by the thread that calls ``advance``.
+        """
+        self.check_fits(prompt, params)
+        user = UserRequest(request_id, prompt, params, kind, sink)
+        return PreparedRequest(user, self.inputs.requests(request_id, prompt, params, priority))
+
+    def submit(self, prepared: PreparedRequest) -> None:
+        """Queue a prepared request. Raises ``ValueError`` if its id is in use."""
+        with self._lock:
+            self._check_open()
+            request_id = prepared.user.request_id
+            if request_id in self._outputs:
+                raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+            for request in prepared.requests:
+                self._core.scheduler.add(request)
+            self._outputs.add(prepared.user, prepared.requests)
+
+    def advance(self) -> None:
+        """Run one step for all requests; what is new goes to each request's own sink."""
+        with self._lock:
+            self._check_open()
+            committed = self._core.step()
+            if committed is not None:
+                self._outputs.process(committed)
+
+    def abort(self, request_id: str | Sequence[str]) -> None:
+        """End requests, whose outputs so far come from the next ``step()`` as "abort"; unknown ids are passed over."""
+        with self._lock:
+            for one in [request_id] if isinstance(request_id, str) else request_id:
+                self._outputs.abort(one)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether a request has not ended, or its last output is still to come."""
+        with self._lock:
+            return len(self._outputs) > 0
+
+    def stats(self) -> SchedulerStats:
+        """Requests and pages at this moment, and totals since the start."""
+        with self._lock:
+            return self._core.scheduler.stats()
+
+    @property
+    def last_step_id(self) -> int:
+        """The last step that was committed; 0 before the first."""
+        history = self._core.history
+        return history[-1].step_id if history else 0
+
+    def steps_since(self, step_id: int) -> list[StepRecord]:
+        """What the steps after ``step_id`` did, of those remembered (``core.HISTORY``), oldest first."""
+        with self._lock:
+            recent = takewhile(lambda record: record.step_id > step_id, reversed(self._core.history))
+            return list(recent)[::-1]
+
+    def page_states(self) -> bytes:
+        """A byte for each page of the KV cache: 0 free, 1 free with cached content, 2 in use, 3 in use by several."""
+        with self._lock:
+            return self._core.scheduler.kv.pool.states()
+
+    def count_saturated_kv(self) -> tuple[int, int]:
+        """Of an FP8 KV cache: (entries at its largest number, entries that are not 0). Reads it all; (0, 0) of other caches."""
+        with self._lock:
+            self._check_open()
+            return self._core.runner.count_saturated()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running requests are not disturbed."""
+        with self._lock:
+            self._core.scheduler.kv.pool.forget_all()
+
+    def close(self) -> None:
+        """End all requests and give all memory back. May be called twice; any other call then raises RuntimeError."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the engine is closed")

@@ -1,0 +1,246 @@
+"""``/v1/chat/completions``: conversations, tool calls as NeMo makes them, streamed or whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from nemo_engine.outputs import CompletionOutput, Logprob, RequestOutput
+from nemo_engine.server.completions import finite, prompt_logprobs, token_text
+from nemo_engine.server.errors import ApiError
+from nemo_engine.server.generation import Generation, raise_failure
+from nemo_engine.server.headers import response_headers
+from nemo_engine.server.params import effective
+from nemo_engine.server.prompts import encode_conversation, structured_outputs
+from nemo_engine.server.protocol import ChatRequest
+from nemo_engine.server.service import Service, while_connected
+from nemo_engine.server.sse import DONE, EventStream, event
+from nemo_engine.server.tools import ToolUse
+from nemo_engine.text.tool_calls import (
+    AnswerParser,
+    ArgumentsDelta,
+    CallStarted,
+    Content,
+    Event,
+    ToolCall,
+    parse_answer,
+)
+
+
+async def create_chat_completion(service: Service, http: Request, request: ChatRequest) -> Response:
+    """Answer one request."""
+    headers = response_headers(request)
+    service.check_model(request.model)
+    chat = await asyncio.to_thread(prepare_chat, service, http, request)
+    headers["X-Request-Id"] = chat.generation.id
+    if request.stream:
+        return await EventStream(_stream(service, request, chat), headers).start()
+    finals = await while_connected(http, chat.generation.collect())
+    return JSONResponse(_whole(service, request, chat, finals[0]), headers=headers)
+
+
+class Chat:
+    """A conversation under way. ``echo``: the text that stands before every answer."""
+
+    def __init__(self, generation: Generation, tools: ToolUse, echo: str, shows_special: bool) -> None:
+        self.generation = generation
+        self.tools = tools
+        self.echo = echo
+        self.shows_special = shows_special
+
+    def parser(self) -> AnswerParser:
+        """A reader of one streamed answer."""
+        return AnswerParser(shows_special=self.shows_special)
+
+    def parse(self, completion: CompletionOutput) -> tuple[str, list[ToolCall]]:
+        """(content, calls) of one whole answer."""
+        if not self.tools.is_on:
+            return completion.text, []
+        content, calls = parse_answer(
+            completion.text,
+            completion.tool_calls_start,
+            is_truncated=completion.finish_reason == "length",
+            shows_special=self.shows_special,
+        )
+        return content, calls if self.tools.parallel else calls[:1]
+
+
+def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl") -> Chat:
+    """Check a request and put it into the form that the engine takes. Runs outside the event loop: grammars may be compiled."""
+    if request.add_special_tokens:
+        raise ApiError(400, "add_special_tokens must be false: chat begins with its own", param="add_special_tokens")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options needs stream", param="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise ApiError(400, "prompt_logprobs is not supported in a stream", param="prompt_logprobs")
+    tools = ToolUse.of(request, service.tokenizer)
+    prompt = encode_conversation(service, request)
+    logprobs = None
+    if request.logprobs:
+        logprobs = request.top_logprobs or 0
+    asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    own = effective(
+        service,
+        request,
+        len(prompt.token_ids),
+        asked_tokens=asked,
+        logprobs=logprobs,
+        structured=tools.structured_outputs(structured_outputs(request)),
+    )
+    echo = ""
+    if request.echo and request.messages[-1].get("role") == "assistant":
+        content = request.messages[-1].get("content")
+        echo = content if isinstance(content, str) else ""
+    generation = Generation(service, http, request, [prompt], [own], id_prefix)
+    return Chat(generation, tools, echo, request.skip_special_tokens is False)
+
+
+def _whole(service: Service, request: ChatRequest, chat: Chat, final: RequestOutput) -> dict[str, Any]:
+    choices = []
+    for completion in final.outputs:
+        content, calls = chat.parse(completion)
+        content = chat.echo + content
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"] = [_call(call) for call in calls]
+        entry: dict[str, Any] = {
+            "index": completion.index,
+            "message": message,
+            "logprobs": None
+            if not request.logprobs
+            else {"content": _logprobs(request, completion.token_ids, completion.logprobs or []), "refusal": None},
+            "finish_reason": finish_reason(completion, bool(calls)),
+            "stop_reason": completion.stop_reason,
+        }
+        if request.return_token_ids:
+            entry["token_ids"] = completion.token_ids
+        choices.append(entry)
+    answer = _head(service, chat, "chat.completion") | {"choices": choices, "usage": chat.generation.usage()}
+    if request.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(final)
+    if request.return_token_ids:
+        answer["prompt_token_ids"] = final.prompt_token_ids
+    if request.explain:
+        answer["explain"] = chat.generation.explain()
+    return answer
+
+
+async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIterator[bytes]:
+    generation = chat.generation
+    head = _head(service, chat, "chat.completion.chunk")
+    options = request.stream_options
+    with_usage_each = options is not None and bool(options.continuous_usage_stats)
+    with_usage = with_usage_each or (options is not None and bool(options.include_usage))
+    usage: dict[str, Any] = {"usage": None} if with_usage else {}
+    parsers = [chat.parser() for _ in range(generation.n)] if chat.tools.is_on else []
+    begun: set[int] = set()
+    async for _, output in generation.outputs():
+        raise_failure(output)
+        choices = []
+        for completion in output.outputs:
+            index = completion.index
+            delta: dict[str, Any] = {}
+            if index not in begun:
+                begun.add(index)
+                delta = {"role": "assistant", "content": ""}
+                first = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+                more = {"prompt_token_ids": output.prompt_token_ids} if request.return_token_ids else {}
+                yield event(head | {"choices": [first]} | more | usage)
+                delta = {"content": chat.echo} if chat.echo else {}
+            has_calls = False
+            if parsers:
+                parser = parsers[index]
+                events = parser.feed(completion.text, completion.tool_calls_start)
+                if completion.finish_reason is not None:
+                    events += parser.finish()
+                delta = _delta(events, chat.tools.parallel, delta)
+                has_calls = parser.calls.num_calls > 0
+            elif completion.text:
+                delta["content"] = delta.get("content", "") + completion.text
+            entry: dict[str, Any] = {
+                "index": index,
+                "delta": delta,
+                "logprobs": {"content": _logprobs(request, completion.token_ids, completion.logprobs or [])}
+                if request.logprobs
+                else None,
+                "finish_reason": finish_reason(completion, has_calls),
+            }
+            if completion.stop_reason is not None:
+                entry["stop_reason"] = completion.stop_reason
+            if request.return_token_ids:
+                entry["token_ids"] = completion.token_ids
+            if delta or completion.finish_reason is not None or request.logprobs or request.return_token_ids:
+                choices.append(entry)
+        if with_usage_each:
+            usage = {"usage": generation.usage()}
+        if choices:
+            yield event(head | {"choices": choices} | usage)
+    tail: dict[str, Any] = {}
+    if with_usage:
+        tail["usage"] = generation.usage()
+    if request.explain:
+        tail["explain"] = generation.explain()
+    if tail:
+        yield event(head | {"choices": []} | tail)
+    yield DONE
+
+
+def _delta(events: Sequence[Event], parallel: bool, delta: dict[str, Any]) -> dict[str, Any]:
+    """What events add to a client's message. Without ``parallel`` only the first call counts."""
+    content = delta.get("content", "")
+    calls: dict[int, dict[str, Any]] = {}
+    for one in events:
+        if isinstance(one, Content):
+            content += one.text
+        elif not parallel and one.index > 0:
+            continue
+        elif isinstance(one, CallStarted):
+            calls[one.index] = {
+                "index": one.index,
+                "id": one.id,
+                "type": "function",
+                "function": {"name": one.name, "arguments": ""},
+            }
+        elif isinstance(one, ArgumentsDelta):
+            call = calls.setdefault(one.index, {"index": one.index, "function": {"arguments": ""}})
+            call["function"]["arguments"] += one.text
+    found: dict[str, Any] = {"content": content} if content else {}
+    if calls:
+        found["tool_calls"] = [calls[index] for index in sorted(calls)]
+    return found
+
+
+def finish_reason(completion: CompletionOutput, has_calls: bool) -> str | None:
+    """OpenAI's word for how an answer ended."""
+    return "tool_calls" if has_calls and completion.finish_reason == "stop" else completion.finish_reason
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _head(service: Service, chat: Chat, kind: str) -> dict[str, Any]:
+    generation = chat.generation
+    return {"id": generation.id, "object": kind, "created": generation.created, "model": service.model_name}
+
+
+def _logprobs(request: ChatRequest, token_ids: list[int], entries: list[dict[int, Logprob]]) -> list[dict[str, Any]]:
+    count = request.top_logprobs or 0
+
+    def shown(token_id: int, one: Logprob) -> dict[str, Any]:
+        text = token_text(request, token_id, one)
+        return {"token": text, "logprob": finite(one.logprob), "bytes": list(text.encode("utf-8", "replace"))}
+
+    found = []
+    for token_id, entry in zip(token_ids, entries):
+        best = sorted(entry.items(), key=lambda item: item[1].rank or 0)
+        top = [shown(other, one) for other, one in best[:count]]
+        found.append(shown(token_id, entry[token_id]) | {"top_logprobs": top})
+    return found

@@ -1,0 +1,229 @@
+"""``/v1/completions``: prompts as text or token ids, several at once, with echo and log-probabilities as OpenAI had them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.outputs import CompletionOutput, Logprob, RequestOutput
+from nemo_engine.server.errors import ApiError
+from nemo_engine.server.generation import Generation, raise_failure
+from nemo_engine.server.headers import response_headers
+from nemo_engine.server.params import effective
+from nemo_engine.server.prompts import encode_prompts, structured_outputs
+from nemo_engine.server.protocol import CompletionRequest
+from nemo_engine.server.service import Service, while_connected
+from nemo_engine.server.sse import DONE, EventStream, event
+
+
+async def create_completion(service: Service, http: Request, request: CompletionRequest) -> Response:
+    """Answer one request."""
+    headers = response_headers(request)
+    service.check_model(request.model)
+    run = await asyncio.to_thread(_prepare, service, http, request)
+    if request.stream:
+        return await EventStream(_stream(service, request, run), headers | {"X-Request-Id": run.generation.id}).start()
+    finals = await while_connected(http, run.generation.collect())
+    return JSONResponse(_whole(service, request, run, finals), headers=headers | {"X-Request-Id": run.generation.id})
+
+
+class _Run:
+    """A request under way. ``drops_output``: only the echo was asked for (``max_tokens`` 0)."""
+
+    def __init__(self, generation: Generation, drops_output: bool) -> None:
+        self.generation = generation
+        self.drops_output = drops_output
+
+
+def _prepare(service: Service, http: Request, request: CompletionRequest) -> _Run:
+    drops_output = request.max_tokens == 0 and bool(request.echo)
+    if request.echo and request.stream and request.logprobs is not None:
+        raise ApiError(400, "echo with logprobs is not supported in a stream", param="stream")
+    if request.prompt_logprobs is not None and request.stream:
+        raise ApiError(400, "prompt_logprobs is not supported in a stream", param="prompt_logprobs")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options needs stream", param="stream_options")
+    prompts = encode_prompts(service, request)
+    if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
+        request.prompt_logprobs = request.logprobs
+    own = [
+        effective(
+            service,
+            request,
+            len(prompt.token_ids),
+            asked_tokens=1 if drops_output else request.max_tokens,
+            logprobs=request.logprobs,
+            structured=structured_outputs(request),
+        )
+        for prompt in prompts
+    ]
+    return _Run(Generation(service, http, request, prompts, own, "cmpl"), drops_output)
+
+
+def _whole(service: Service, request: CompletionRequest, run: _Run, finals: list[RequestOutput]) -> dict[str, Any]:
+    choices = []
+    for index, (prompt, final) in enumerate(zip(run.generation.prompts, finals)):
+        echo = _prompt_text(service, prompt) if request.echo else ""
+        for completion in final.outputs:
+            entry: dict[str, Any] = {
+                "index": index * run.generation.n + completion.index,
+                "text": echo if run.drops_output else echo + completion.text,
+                "logprobs": _logprobs(service, request, final, completion, run.drops_output),
+                "finish_reason": "length" if run.drops_output else completion.finish_reason,
+                "stop_reason": completion.stop_reason,
+            }
+            if request.prompt_logprobs is not None and not (request.echo and request.logprobs is not None):
+                entry["prompt_logprobs"] = prompt_logprobs(final)
+            if request.return_token_ids:
+                entry["token_ids"] = [] if run.drops_output else completion.token_ids
+                entry["prompt_token_ids"] = final.prompt_token_ids
+            choices.append(entry)
+    usage = run.generation.usage()
+    if run.drops_output:
+        usage["total_tokens"] -= usage["completion_tokens"]
+        usage["completion_tokens"] = 0
+    answer = _head(service, run) | {"choices": choices, "usage": usage}
+    if request.explain:
+        answer["explain"] = run.generation.explain()
+    return answer
+
+
+async def _stream(service: Service, request: CompletionRequest, run: _Run) -> AsyncIterator[bytes]:
+    generation = run.generation
+    head = _head(service, run)
+    options = request.stream_options
+    with_usage = options is not None and bool(options.include_usage or options.continuous_usage_stats)
+    with_usage_each = options is not None and bool(options.continuous_usage_stats)
+    usage: dict[str, Any] = {"usage": None} if with_usage else {}
+    offsets: dict[int, int] = {}
+    echo_due = set(range(len(generation.prompts))) if request.echo else set()
+    async for index, output in generation.outputs():
+        raise_failure(output)
+        choices = []
+        for completion in output.outputs:
+            number = index * generation.n + completion.index
+            text = "" if run.drops_output else completion.text
+            if index in echo_due:
+                text = _prompt_text(service, generation.prompts[index]) + text
+            offset = offsets.get(number, 0)
+            offsets[number] = offset + len(text)
+            entry: dict[str, Any] = {
+                "index": number,
+                "text": text,
+                "logprobs": None
+                if completion.logprobs is None
+                else _logprob_lists(request, completion.token_ids, list(completion.logprobs), offset),
+                "finish_reason": completion.finish_reason,
+                "stop_reason": completion.stop_reason,
+            }
+            if request.return_token_ids:
+                entry["token_ids"] = completion.token_ids
+            choices.append(entry)
+        if len({choice["index"] for choice in choices}) == generation.n:
+            echo_due.discard(index)
+        if with_usage_each:
+            usage = {"usage": generation.usage()}
+        yield event(head | {"choices": choices} | usage)
+    tail: dict[str, Any] = {}
+    if with_usage:
+        tail["usage"] = generation.usage()
+    if request.explain:
+        tail["explain"] = generation.explain()
+    if tail:
+        yield event(head | {"choices": []} | tail)
+    yield DONE
+
+
+def _head(service: Service, run: _Run) -> dict[str, Any]:
+    generation = run.generation
+    return {
+        "id": generation.id,
+        "object": "text_completion",
+        "created": generation.created,
+        "model": service.model_name,
+    }
+
+
+def _prompt_text(service: Service, prompt: EncodedPrompt) -> str:
+    if prompt.text is not None:
+        return prompt.text
+    return service.tokenizer.decode(prompt.token_ids)
+
+
+def prompt_logprobs(final: RequestOutput) -> list[dict[str, Any] | None] | None:
+    """vLLM's form: for each prompt token None or ``{token id: {logprob, rank, decoded_token}}``."""
+    if final.prompt_logprobs is None:
+        return None
+    return [
+        None
+        if entry is None
+        else {
+            str(token_id): {"logprob": finite(one.logprob), "rank": one.rank, "decoded_token": one.decoded_token}
+            for token_id, one in entry.items()
+        }
+        for entry in final.prompt_logprobs
+    ]
+
+
+def finite(value: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(value, -9999.0)
+
+
+def token_text(request: CompletionRequest | Any, token_id: int, one: Logprob) -> str:
+    """How a token is named beside its log-probability."""
+    if request.return_tokens_as_token_ids or one.decoded_token is None:
+        return f"token_id:{token_id}"
+    return one.decoded_token
+
+
+def _logprobs(
+    service: Service, request: CompletionRequest, final: RequestOutput, completion: CompletionOutput, drops: bool
+) -> dict[str, Any] | None:
+    if request.logprobs is None or completion.logprobs is None:
+        return None
+    token_ids: list[int] = []
+    entries: list[dict[int, Logprob] | None] = []
+    if request.echo:
+        token_ids += final.prompt_token_ids
+        entries += final.prompt_logprobs or []
+    if not drops:
+        token_ids += completion.token_ids
+        entries += completion.logprobs
+    first = service.tokenizer.decode_token(token_ids[0]) if request.echo and service.engine.tokenizer else ""
+    return _logprob_lists(request, token_ids, entries, 0, first)
+
+
+def _logprob_lists(
+    request: CompletionRequest,
+    token_ids: list[int],
+    entries: list[dict[int, Logprob] | None],
+    offset: int,
+    first_text: str = "",
+) -> dict[str, Any]:
+    """OpenAI's lists. The first token of an echoed prompt has no log-probability."""
+    tokens: list[str] = []
+    values: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for token_id, entry in zip(token_ids, entries):
+        offsets.append(offset)
+        if entry is None:
+            text = f"token_id:{token_id}" if request.return_tokens_as_token_ids else first_text
+            tokens.append(text)
+            values.append(None)
+            top.append(None)
+        else:
+            text = token_text(request, token_id, entry[token_id])
+            tokens.append(text)
+            values.append(finite(entry[token_id].logprob))
+            best = list(entry.items())[: max(request.logprobs or 0, 1) + 1]
+            top.append({token_text(request, other, one): finite(one.logprob) for other, one in best})
+        offset += len(text)
+    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": top}

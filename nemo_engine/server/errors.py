@@ -1,0 +1,133 @@
+"""Errors as OpenAI's clients expect them: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from nemo_engine.async_engine import EngineClosedError, EngineDeadError
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+RETRY_AFTER = {"Retry-After": "1"}
+
+_logger = logging.getLogger("nemo_engine.server")
+
+
+class ApiError(Exception):
+    """Ends a request with ``status`` and an error body; ``param`` names the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        """The body of the response, and of an event when the response has begun."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The response."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What ``error`` means to a client. Bad input is the client's; everything unforeseen is ours, logged and not shown."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, "the server is shutting down", code="shutting_down", headers=RETRY_AFTER)
+    if isinstance(error, EngineDeadError):
+        return ApiError(500, "the engine has stopped by an error", code="engine_dead")
+    if isinstance(error, TimeoutError):
+        return ApiError(408, "the request took longer than its time-out", param="timeout", code="timeout")
+    if isinstance(error, ValueError):
+        message = str(error)
+        return ApiError(400, message, param=_param_of(message), code=_code_of(message))
+    _logger.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
+    return ApiError(500, "the server failed at this request; its log says why")
+
+
+def _param_of(message: str) -> str | None:
+    """The field that a message begins with, as the engine's messages do."""
+    name = message.partition(" ")[0].rstrip(":")
+    is_name = all(
+        part.isidentifier() for part in name.replace("]", "").replace("[", ".").split(".") if not part.isdigit()
+    )
+    return name if name and is_name and ("_" in name or "[" in name or "." in name or name in _PLAIN_PARAMS) else None
+
+
+_PLAIN_PARAMS = {"prompt", "messages", "tools", "temperature", "n", "seed", "stop", "logprobs", "priority"}
+
+
+def _code_of(message: str) -> str | None:
+    return "context_length_exceeded" if "more than max_model_len" in message else None
+
+
+def validation_error(error: RequestValidationError) -> ApiError:
+    """Names the field, as a path, of the first thing wrong."""
+    first = error.errors()[0]
+    path = ""
+    for part in first["loc"][1:] if first["loc"] and first["loc"][0] in ("body", "query", "path") else first["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    kind, message = first["type"], str(first["msg"])
+    if kind == "json_invalid":
+        detail = first.get("ctx", {}).get("error", "")
+        return ApiError(400, f"the body is not valid JSON: {detail}", code="invalid_json")
+    if kind == "missing" and not path:
+        return ApiError(400, "the body must be a JSON object, and it is empty", code="invalid_json")
+    if not path and kind in ("model_attributes_type", "dict_type"):
+        return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
+    if kind == "missing":
+        return ApiError(400, f"{path} is missing", param=path, code="missing_required_parameter")
+    message = message.removeprefix("Value error, ")
+    return ApiError(400, f"{path}: {message}" if path else message, param=path or None, code="invalid_value")
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of ``app`` leave in OpenAI's shape."""
+
+    async def on_validation(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return validation_error(error).response()
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        headers = dict(error.headers) if error.headers else None
+        return ApiError(error.status_code, str(error.detail), headers=headers).response()
+
+    async def on_any(request: Request, error: Exception) -> JSONResponse:
+        return api_error(error).response()
+
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    for kind in (ApiError, ValueError, EngineClosedError, EngineDeadError, TimeoutError, Exception):
+        app.add_exception_handler(kind, on_any)

@@ -1,0 +1,190 @@
+"""One HTTP request's prompts in the engine: their outputs as one stream, with time-out, metrics and what ``explain`` tells."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+from starlette.requests import Request
+
+from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.outputs import CacheReport, RequestOutput
+from nemo_engine.server.errors import ApiError
+from nemo_engine.server.params import Effective
+from nemo_engine.server.protocol import GenerationRequest
+from nemo_engine.server.service import Service
+
+
+class Generation:
+    """Prompts that were sent together, each of which becomes a request of the engine with the same parameters."""
+
+    def __init__(
+        self,
+        service: Service,
+        http: Request,
+        request: GenerationRequest,
+        prompts: list[EncodedPrompt],
+        effective: list[Effective],
+        id_prefix: str,
+    ) -> None:
+        service.check_admission(len(prompts) * effective[0].params.n)
+        asked_id = request.request_id or http.headers.get("x-request-id") or uuid4().hex
+        self.id = f"{id_prefix}-{asked_id}"[:300]
+        self.created = int(time.time())
+        self.prompts = prompts
+        self.effective = effective
+        self.n = effective[0].params.n
+        self.finals: list[RequestOutput | None] = [None] * len(prompts)
+        self.num_output_tokens = 0
+        self._service = service
+        self._timeout = service.timeout(request.timeout)
+        self._priority = request.priority or 0
+        self._route = http.url.path
+        self._trace_headers = http.headers
+        self._log = http.scope.setdefault("nemo_engine.log", {})
+        self._log.update(id=self.id, prompt_tokens=sum(len(p.token_ids) for p in prompts), n=self.n)
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(index of the prompt, output) as they come. ``TimeoutError`` when the time is over; closing it aborts what runs."""
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        streams = [
+            self._service.engine.generate_encoded(
+                prompt, own.params, self.id if len(self.prompts) == 1 else f"{self.id}-{index}", priority=self._priority
+            )
+            for index, (prompt, own) in enumerate(zip(self.prompts, self.effective))
+        ]
+        merged = _enumerated(streams[0]) if len(streams) == 1 else _merge(streams)
+        try:
+            if deadline is None:
+                async for index, output in merged:
+                    self._note(index, output)
+                    yield index, output
+                return
+            while True:
+                try:
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                        index, output = await anext(merged)
+                except StopAsyncIteration:
+                    return
+                self._note(index, output)
+                yield index, output
+        finally:
+            await merged.aclose()  # type: ignore[attr-defined]
+            self._log["output_tokens"] = self.num_output_tokens
+
+    async def collect(self) -> list[RequestOutput]:
+        """The final output of each prompt. ``ApiError`` if one failed inside the engine."""
+        async for _ in self.outputs():
+            pass
+        finals = [final for final in self.finals if final is not None]
+        assert len(finals) == len(self.prompts)
+        for final in finals:
+            raise_failure(final)
+        return finals
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far, as OpenAI has them."""
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        cached = sum(final.num_cached_tokens for final in self.finals if final is not None)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self.num_output_tokens,
+            "total_tokens": prompt_tokens + self.num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def explain(self) -> dict[str, Any]:
+        """Effective parameters and their origins, and of each prompt its times, cached tokens and preemptions."""
+        requests = []
+        for final in self.finals:
+            if final is None or final.metrics is None:
+                continue
+            m = final.metrics
+            requests.append(
+                {
+                    "queue_seconds": _between(m.arrival_time, m.scheduled_ts),
+                    "prefill_seconds": _between(m.scheduled_ts, m.first_token_ts),
+                    "decode_seconds": _between(m.first_token_ts, m.last_token_ts),
+                    "prompt_tokens": len(final.prompt_token_ids),
+                    "cached_tokens": final.num_cached_tokens,
+                    "cache": None if final.cache_report is None else _describe(final.cache_report),
+                    "preemptions": m.num_preemptions,
+                }
+            )
+        return {"parameters": self.effective[0].explain(), "requests": requests}
+
+    def _note(self, index: int, output: RequestOutput) -> None:
+        """Keep count of ``output``, and at the end of a request report it."""
+        self.finals[index] = output
+        is_delta = output.sampling_params is not None and output.sampling_params.output_kind.name == "DELTA"
+        if is_delta or output.finished:
+            self.num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        if output.finished:
+            reasons = [completion.finish_reason for completion in output.outputs]
+            self._log.setdefault("finish_reasons", []).extend(reasons)
+            self._log["cached_tokens"] = self._log.get("cached_tokens", 0) + output.num_cached_tokens
+            self._service.metrics.request_done(output, self.effective[index].params)
+            self._service.tracing.request_done(output, self.id, self._service.model_name, self._trace_headers)
+
+
+def raise_failure(output: RequestOutput) -> None:
+    """Raise ``ApiError`` if a completion of ``output`` failed inside the engine, or the engine was closed over it."""
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            raise ApiError(500, f"the request failed: {completion.error}", code="generation_failed")
+
+
+def _describe(report: CacheReport) -> dict[str, Any]:
+    """The page at which the prefix broke, counted from 0, and why."""
+    broke = report.num_cached_pages if report.reason is not None else None
+    return {
+        "page_size": report.page_size,
+        "full_pages": report.num_full_pages,
+        "cached_pages": report.num_cached_pages,
+        "broke_at_page": broke,
+        "broke_at_token": None if broke is None else broke * report.page_size,
+        "reason": report.reason,
+    }
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else round(end - start, 6)
+
+
+async def _enumerated(stream: AsyncIterator[RequestOutput]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    try:
+        async for output in stream:
+            yield 0, output
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def _merge(streams: list[AsyncIterator[RequestOutput]]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """The outputs of all streams as they come, at most one of each waiting. An error of one ends all."""
+    queue: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(index: int) -> None:
+        try:
+            async for output in streams[index]:
+                await queue.put((index, output))
+        except Exception as error:
+            await queue.put((index, error))
+        finally:
+            await streams[index].aclose()  # type: ignore[attr-defined]
+
+    tasks = [asyncio.create_task(pump(index)) for index in range(len(streams))]
+    try:
+        num_open = len(streams)
+        while num_open:
+            index, output = await queue.get()
+            if isinstance(output, BaseException):
+                raise output
+            num_open -= output.finished
+            yield index, output
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

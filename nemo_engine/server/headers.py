@@ -1,0 +1,14 @@
+"""Response headers that tell what a request did not get."""
+
+from __future__ import annotations
+
+from nemo_engine.server.protocol import IGNORED_FIELDS_HEADER, ApiRequest
+
+_MOST = 32  # names; a hostile body may hold any number
+
+
+def response_headers(request: ApiRequest) -> dict[str, str]:
+    """``X-Ignored-Fields`` with the fields that had no effect, if there are any. ``ApiError`` for one that is refused."""
+    ignored = request.ignored_fields()
+    names = [ascii(name)[1:-1][:64].replace(",", " ") for name in ignored[:_MOST]]
+    return {IGNORED_FIELDS_HEADER: ", ".join(names)} if names else {}

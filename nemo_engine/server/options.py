@@ -1,0 +1,119 @@
+"""``ServerOptions``: how the server listens, whom it lets in, and its limits. What the engine does is ``EngineConfig``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_engine.sampling_params import SamplingParams
+
+API_KEY_VARIABLE = "NEMO_ENGINE_API_KEY"
+DEFAULTS_THAT_MAY_BE_SET = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+                            "frequency_penalty", "max_tokens")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """The options of ``nemo-engine serve``.
+
+    host: address to listen on; 0.0.0.0 for all. port: to listen on; 0 takes a free one. served_model_name: names that requests may
+    use for the model; the first is the one in responses; None takes the name that was given. api_key: accepted keys; without
+    this, api_key_file and the variable NEMO_ENGINE_API_KEY, anyone may ask. api_key_file: a file with one key a line. cors_origin:
+    origins whose pages may call the server from a browser, or "*". max_request_mib: largest body of a request, in MiB.
+    max_queue: requests that may wait for a place in the batch; more get status 429. max_prompt_tokens: longest prompt that is
+    taken. max_completion_tokens: most tokens that a request may generate. max_completions: most completions per request, ``n``
+    times the number of prompts. request_timeout: seconds after which a request is ended; a request may ask for less with
+    ``timeout``. drain_timeout: seconds that running requests get to finish after SIGTERM. ssl_certfile: TLS certificate.
+    ssl_keyfile: its key. log_requests: one line of JSON per request on stderr. log_prompts: with prompts and answers.
+    metrics_prefix: what the names in /metrics start with; "vllm" lets dashboards made for vLLM work. page: serve the page at /.
+    default_sampling_params: sampling parameters for requests that do not set them, over the model's own. system_placement:
+    where chat puts the system prompt: "last" (before the last user message, as the model was trained) or "first" (stays in the
+    prefix cache from turn to turn). otlp_endpoint: where to send OpenTelemetry spans; needs the extra otel.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: Sequence[str] | None = None
+    api_key: Sequence[str] | None = None
+    api_key_file: str | None = None
+    cors_origin: Sequence[str] | None = None
+    max_request_mib: float = 32.0
+    max_queue: int = 1024
+    max_prompt_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_completions: int = 128
+    request_timeout: float | None = None
+    drain_timeout: float = 30.0
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    log_requests: bool = True
+    log_prompts: bool = False
+    metrics_prefix: str = "nemo_engine"
+    page: bool = True
+    default_sampling_params: dict[str, str] | None = None
+    system_placement: str = "last"
+    otlp_endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("port", self.port, 0, 65535)
+        for name in ("max_queue", "max_completions"):
+            _check_int(name, getattr(self, name), 1)
+        for name in ("max_prompt_tokens", "max_completion_tokens"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        for name in ("max_request_mib", "request_timeout", "drain_timeout"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and (not is_number or value < 0 or (value == 0 and name != "drain_timeout")):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if self.system_placement not in ("last", "first"):
+            raise ValueError(f'system_placement must be "last" or "first", got {self.system_placement!r}')
+        if not self.metrics_prefix.isidentifier():
+            raise ValueError(
+                f"metrics_prefix must be letters, digits and underscores, not starting with a digit, got {self.metrics_prefix!r}"
+            )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile go together: give both or neither")
+        for name in ("ssl_certfile", "ssl_keyfile", "api_key_file"):
+            value = getattr(self, name)
+            if value is not None and not Path(value).is_file():
+                raise ValueError(f"{name} must be a file that exists, got {value!r}")
+        for key in (*(self.api_key or ()), *(self.served_model_name or ())):
+            if not isinstance(key, str) or not key.strip():
+                raise ValueError(f"api_key and served_model_name must not be empty, got {key!r}")
+        self.sampling_defaults()
+
+    def keys(self) -> tuple[bytes, ...]:
+        """All accepted API keys: of the options, the file and the environment. Empty: the server is open."""
+        found = list(self.api_key or ())
+        if self.api_key_file is not None:
+            lines = Path(self.api_key_file).read_text().splitlines()
+            of_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            if not of_file:
+                raise ValueError(f"api_key_file {self.api_key_file!r} holds no key")
+            found += of_file
+        found += [key for key in os.environ.get(API_KEY_VARIABLE, "").split(",") if key.strip()]
+        return tuple(dict.fromkeys(key.strip().encode() for key in found))
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        """``default_sampling_params`` as numbers, checked."""
+        found: dict[str, Any] = {}
+        for name, text in (self.default_sampling_params or {}).items():
+            if name not in DEFAULTS_THAT_MAY_BE_SET:
+                raise ValueError(f"default_sampling_params takes {', '.join(DEFAULTS_THAT_MAY_BE_SET)}, got {name!r}")
+            try:
+                found[name] = int(text) if name in ("top_k", "max_tokens") else float(text)
+            except (TypeError, ValueError):
+                raise ValueError(f"default_sampling_params {name} must be a number, got {text!r}") from None
+        SamplingParams(**found)
+        return found
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be an integer {limit}, got {value!r}")

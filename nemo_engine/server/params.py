@@ -1,0 +1,105 @@
+"""From a request's fields to ``SamplingParams``, and where each effective value came from.
+
+Precedence: the request, the server's defaults, the model's generation_config.json, the defaults of the API.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nemo_engine.inputs import CHAT_TEMPERATURE
+from nemo_engine.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
+from nemo_engine.server.errors import ApiError
+from nemo_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from nemo_engine.server.service import Service
+
+_DEFAULT_MAX_TOKENS = 16  # of /v1/completions; chat has the rest of the context
+_PLAIN = (
+    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "seed",
+    "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids", "skip_special_tokens",
+    "spaces_between_special_tokens", "include_stop_str_in_output", "stream_interval", "logit_bias", "allowed_token_ids",
+    "bad_words",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Effective:
+    """The parameters of a request, and of each that is not the API's default, who set it."""
+
+    params: SamplingParams
+    origins: dict[str, str]
+
+    def explain(self) -> dict[str, Any]:
+        """``{name: {"value", "origin"}}`` of all parameters."""
+        shown = {}
+        for field in dataclasses.fields(self.params):
+            if field.name not in ("is_temperature_default", "output_kind", "extra_args"):
+                value = getattr(self.params, field.name)
+                if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                    value = dataclasses.asdict(value)
+                shown[field.name] = {"value": value, "origin": self.origins.get(field.name, "default")}
+        return shown
+
+
+def effective(
+    service: Service,
+    request: GenerationRequest,
+    num_prompt_tokens: int,
+    *,
+    asked_tokens: int | None,
+    logprobs: int | None,
+    structured: object | None,
+) -> Effective:
+    """The parameters of ``request`` for a prompt of that length; ``ValueError`` or ``ApiError`` for what is wrong.
+
+    ``asked_tokens`` is the request's own limit of output tokens. It and every default are cut to what the context and the cache hold
+    beside the prompt.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, defaults in (("model", service.model_defaults), ("server", service.server_defaults)):
+        for name, value in defaults.items():
+            values[name], origins[name] = value, origin
+    for name in _PLAIN:
+        value = getattr(request, name)
+        if value is not None:
+            values[name], origins[name] = value, "request"
+    if request.seed is not None and request.seed < -1:
+        values["seed"] = request.seed % 2**64
+    if logprobs is not None:
+        values["logprobs"], origins["logprobs"] = logprobs, "request"
+    if request.repetition_detection is not None:
+        values["repetition_detection"] = RepetitionDetection(**request.repetition_detection.model_dump())
+        origins["repetition_detection"] = "request"
+    if structured is not None:
+        values["structured_outputs"], origins["structured_outputs"] = structured, "request"
+    is_chat = isinstance(request, ChatRequest)
+    if is_chat and "temperature" not in values:
+        values["temperature"] = CHAT_TEMPERATURE
+        origins["temperature"] = "model"
+    _set_max_tokens(service, request, num_prompt_tokens, asked_tokens, values, origins)
+    values["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
+    params = SamplingParams(**values)
+    return Effective(service.engine.inputs.effective_params(params), origins)
+
+
+def _set_max_tokens(
+    service: Service,
+    request: GenerationRequest,
+    num_prompt_tokens: int,
+    asked: int | None,
+    values: dict[str, Any],
+    origins: dict[str, str],
+) -> None:
+    limit = service.options.max_completion_tokens
+    if asked is not None:
+        values["max_tokens"], origins["max_tokens"] = asked, "request"
+        if limit is not None and asked > limit:
+            raise ApiError(400, f"max_tokens must be at most {limit} on this server, got {asked}", param="max_tokens")
+    elif "max_tokens" not in values and isinstance(request, CompletionRequest):
+        values["max_tokens"] = _DEFAULT_MAX_TOKENS
+    room = service.engine.room_for(num_prompt_tokens)
+    for most, origin in ((limit, "server limit"), (room, "context")):
+        if most is not None and (values.get("max_tokens") is None or values["max_tokens"] > most):
+            values["max_tokens"], origins["max_tokens"] = most, origin

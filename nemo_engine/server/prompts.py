@@ -1,0 +1,106 @@
+"""From the fields of a request to prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.server.errors import ApiError
+from nemo_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from nemo_engine.server.service import Service
+
+
+def encode_prompts(service: Service, request: CompletionRequest) -> list[EncodedPrompt]:
+    """The prompts of a completion request, one or several."""
+    prompt = request.prompt
+    many: list[Any] = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+    if not many or many == [[]]:
+        raise ApiError(400, "prompt must not be empty", param="prompt")
+    return [
+        _finish(service, request, _encode(service, request, one, index, len(many))) for index, one in enumerate(many)
+    ]
+
+
+def _encode(
+    service: Service, request: CompletionRequest, prompt: str | list[int], index: int, count: int
+) -> EncodedPrompt:
+    name = f"prompt[{index}]" if count > 1 else "prompt"
+    inputs = service.engine.inputs
+    if not isinstance(prompt, str):
+        return EncodedPrompt(None, inputs.check_ids(prompt, name))
+    if request.add_special_tokens is False and prompt:
+        ids = service.tokenizer.encode(prompt, bos=False)
+        return EncodedPrompt(prompt, inputs.check_ids(ids, name))
+    return inputs.encode(prompt, name)
+
+
+def encode_conversation(service: Service, request: ChatRequest) -> EncodedPrompt:
+    """The conversation of a chat request."""
+    service.tokenizer  # noqa: B018 - says so if there is none
+    (prompt,) = service.engine.inputs.encode_conversations(
+        [request.messages],
+        tools=None if request.tool_choice == "none" else request.tools,
+        add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,
+        continue_final_message=bool(request.continue_final_message),
+        strict=bool(request.strict),
+        system_placement=request.system_placement or service.options.system_placement,
+    )
+    return _finish(service, request, prompt)
+
+
+def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt) -> EncodedPrompt:
+    """Truncation, the server's limit and the salt."""
+    most = request.truncate_prompt_tokens
+    if most is not None:
+        if most == 0:
+            raise ApiError(400, "truncate_prompt_tokens must be at least 1, or -1 for the context's length, got 0")
+        most = service.engine.max_model_len - 1 if most == -1 else most
+        if len(prompt.token_ids) > most:
+            ids = prompt.token_ids
+            prompt = EncodedPrompt(None, ids[:most] if request.truncation_side == "right" else ids[-most:])
+    limit = service.options.max_prompt_tokens
+    if limit is not None and len(prompt.token_ids) > limit:
+        raise ApiError(
+            400,
+            f"the prompt has {len(prompt.token_ids)} tokens, and this server takes at most {limit}",
+            param="prompt" if isinstance(request, CompletionRequest) else "messages",
+            code="context_length_exceeded",
+        )
+    return replace(prompt, cache_salt=request.cache_salt) if request.cache_salt else prompt
+
+
+def structured_outputs(request: GenerationRequest) -> object | None:
+    """What ``structured_outputs`` or ``response_format`` asks of the answer's form, as ``SamplingParams`` takes it."""
+    form = request.response_format
+    if form is None:
+        return request.structured_outputs
+    kind = form.get("type")
+    found: dict[str, Any] | None
+    if kind == "text":
+        found = None
+    elif kind == "json_object":
+        found = {"json_object": True}
+    elif kind == "json_schema":
+        named = form.get("json_schema")
+        schema = named.get("schema") if isinstance(named, Mapping) else None
+        if schema is None:
+            raise ApiError(
+                400, "response_format.json_schema.schema is missing", param="response_format.json_schema.schema"
+            )
+        if not isinstance(schema, (Mapping, bool)):
+            raise ApiError(
+                400, "response_format.json_schema.schema must be an object", param="response_format.json_schema.schema"
+            )
+        found = {"json": schema if isinstance(schema, Mapping) else ({} if schema else {"not": {}})}
+    else:
+        raise ApiError(
+            400,
+            f"response_format.type must be text, json_object or json_schema, got {kind!r}",
+            param="response_format.type",
+            code="unsupported_parameter" if kind == "structural_tag" else "invalid_value",
+        )
+    if found is not None and request.structured_outputs is not None:
+        raise ApiError(400, "response_format and structured_outputs exclude each other", param="response_format")
+    return found if found is not None else request.structured_outputs

@@ -1,0 +1,138 @@
+"""``serve``: runs the server in this process: listens, drains when told to stop, and fails when its engine does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from nemo_engine.async_engine import AsyncEngine
+from nemo_engine.server.app import create_app
+from nemo_engine.server.options import ServerOptions
+from nemo_engine.server.service import Service
+
+EXIT_OK = 0
+EXIT_FAILED = 1  # the engine's thread ended by an error
+
+_LOOK_AT_ENGINE = 0.5  # seconds
+_CLOSE_CONNECTIONS = 3  # seconds that connections get after their requests have ended
+
+_logger = logging.getLogger("nemo_engine.server")
+
+
+def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, Any]) -> int:
+    """Load ``model`` and serve it until SIGTERM or SIGINT; returns the exit code.
+
+    On the first signal /health fails at once and no request is taken; those that run may finish until ``drain_timeout``, which ends
+    them. A second signal ends everything.
+    """
+    options.keys()
+    listener = _listen(options)
+    try:
+        with AsyncEngine(model, **engine_options) as engine:
+            app = create_app(engine, options, model=str(model))
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                return runner.run(_serve(app, listener, options))
+    finally:
+        listener.close()
+
+
+async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) -> int:
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSE_CONNECTIONS,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+        backlog=4096,
+    )
+    server = _Server(config, service)
+    address = listener.getsockname()
+    scheme = "https" if options.ssl_certfile else "http"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    print(f"nemo-engine: {service.model_name} at {scheme}://{host}:{address[1]}", file=sys.stderr, flush=True)
+    watcher = asyncio.create_task(server.watch_engine())
+    metrics = asyncio.create_task(service.metrics.follow())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watcher.cancel()
+        metrics.cancel()
+    return EXIT_FAILED if service.engine.error is not None else EXIT_OK
+
+
+class _Server(uvicorn.Server):
+    """Drains before it stops."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._draining: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first begins the drain, the second ends everything."""
+        if self._service.is_draining:
+            self.force_exit = self.should_exit = True
+            return
+        self._service.is_draining = True
+        name = signal.Signals(sig).name
+        self._loop.call_soon_threadsafe(self._begin_drain, name)
+
+    def _begin_drain(self, name: str) -> None:
+        self._draining = asyncio.ensure_future(self._drain(name))
+
+    async def _drain(self, name: str) -> None:
+        timeout = self._service.options.drain_timeout
+        running = self._service.engine.num_unfinished
+        _logger.warning("%s: %d requests may finish within %g s", name, running, timeout)
+        if not await self._service.engine.drain(timeout):
+            _logger.warning("the requests that were left after %g s were ended", timeout)
+        self.should_exit = True
+
+    async def watch_engine(self) -> None:
+        """Stop the server when the engine's thread has ended by an error: nothing it could answer would be true."""
+        while self._service.engine.error is None:
+            await asyncio.sleep(_LOOK_AT_ENGINE)
+        self.should_exit = True
+
+
+def _listen(options: ServerOptions) -> socket.socket:
+    """Bind before the model is loaded: a port in use should not cost a load. Allows as many connections as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        infos = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host {options.host!r} is no address: {error}") from None
+    family, kind, proto, _, address = infos[0]
+    listener = socket.socket(family, kind, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"port {options.port} of {options.host} cannot be listened on: {error.strerror}") from None
+    return listener
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop

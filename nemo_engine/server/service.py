@@ -1,0 +1,135 @@
+"""``Service``: what all routes share: the engine, the options, the model's names, admission and default parameters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from nemo_engine.async_engine import AsyncEngine
+from nemo_engine.server.errors import RETRY_AFTER, ApiError
+from nemo_engine.server.metrics import Metrics
+from nemo_engine.server.options import ServerOptions
+from nemo_engine.server.tracing import Tracing
+from nemo_engine.text import Tokenizer
+
+# Of a checkpoint's generation_config.json, by our names.
+_MODEL_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+_T = TypeVar("_T")
+_logger = logging.getLogger("nemo_engine.server")
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the answer was complete."""
+
+
+class Service:
+    """One engine behind one server."""
+
+    def __init__(self, engine: AsyncEngine, options: ServerOptions, model: str) -> None:
+        self.engine = engine
+        self.options = options
+        self.model_names = tuple(options.served_model_name or (model,))
+        self.metrics = Metrics(engine, options.metrics_prefix, self.model_name)
+        self.tracing = Tracing(options.otlp_endpoint)
+        self.created = int(time.time())
+        self.is_draining = False
+        self.server_defaults = options.sampling_defaults()
+        self.model_defaults = _read_model_defaults(engine)
+        if self.model_defaults:
+            _logger.warning("sampling defaults of the model's generation_config.json: %s", self.model_defaults)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in responses."""
+        return self.model_names[0]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ``ApiError`` if the model has none."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise ApiError(400, "this model has no tokenizer: send token ids to /v1/completions")
+        return tokenizer
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place in the batch."""
+        return max(self.engine.stats().num_waiting, self.engine.num_unfinished - self.engine.config.max_num_seqs)
+
+    def check_model(self, name: str | None) -> None:
+        """404 for another model than this one."""
+        if name is not None and name not in self.model_names:
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist; this server has {', '.join(self.model_names)}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_admission(self, num_completions: int) -> None:
+        """503 while the server shuts down, 429 when too many requests wait, 400 for too many completions in one request."""
+        if self.engine.error is not None:
+            raise self.engine.error
+        if self.is_draining or not self.engine.is_ready:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers=RETRY_AFTER)
+        if num_completions > self.options.max_completions:
+            raise ApiError(
+                400,
+                f"n times the number of prompts must be at most {self.options.max_completions}, got {num_completions}",
+                param="n",
+            )
+        if self.num_waiting >= self.options.max_queue:
+            raise ApiError(
+                429,
+                f"{self.num_waiting} requests wait already, and at most {self.options.max_queue} may",
+                code="queue_full",
+                headers=RETRY_AFTER,
+            )
+
+    def timeout(self, asked: float | None) -> float | None:
+        """Seconds that a request may take: what it asks for, at most what the server allows."""
+        limits = [limit for limit in (asked, self.options.request_timeout) if limit is not None]
+        return min(limits, default=None)
+
+
+async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
+    """The result of ``work``, which is cancelled when the client goes away: then ``ClientGone``."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _read_model_defaults(engine: AsyncEngine) -> dict[str, Any]:
+    path = engine.model_path / "generation_config.json"
+    if not path.is_file():
+        return {}
+    stored = json.loads(path.read_text())
+    return {ours: stored[theirs] for theirs, ours in _MODEL_DEFAULTS.items() if stored.get(theirs) is not None}

@@ -1,0 +1,40 @@
+"""What a request wants of its tools: which of them the answer may, must or must not call, and the grammar that makes it so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_engine.server.errors import ApiError
+from nemo_engine.server.protocol import ChatRequest
+from nemo_engine.text import Tokenizer
+from nemo_engine.text.tools import ToolChoice, check_tool_choice, check_tools, tool_call_schema
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """``is_on``: calls are looked for in the answer. ``parallel``: more than one call may be made."""
+
+    is_on: bool
+    parallel: bool
+    choice: ToolChoice
+    tools: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, request: ChatRequest, tokenizer: Tokenizer) -> ToolUse:
+        """Read ``tools``, ``tool_choice`` and ``parallel_tool_calls``; ``ValueError`` or ``ApiError`` for what does not fit."""
+        tools = None if request.tools is None else check_tools(request.tools)
+        choice = check_tool_choice(request.tool_choice, tools)
+        if tools and tokenizer.tool_calls_id is None:
+            raise ApiError(400, "tools need a tokenizer with [TOOL_CALLS], and this model's has none", param="tools")
+        is_on = choice.mode != "none"
+        return cls(is_on, request.parallel_tool_calls is not False, choice, tuple(tools or ()))
+
+    def structured_outputs(self, asked: object | None) -> object | None:
+        """The form of the answer: that of the calls if calls are forced, else what the request asks for."""
+        if self.choice.mode != "required":
+            return asked
+        if asked is not None:
+            raise ApiError(400, "tool_choice that forces a call excludes response_format", param="tool_choice")
+        return tool_call_schema(self.tools, self.choice.names, self.parallel)
