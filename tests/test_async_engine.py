@@ -153,7 +153,8 @@ def test_a_slow_consumer_holds_up_nobody_and_loses_nothing(engine: AsyncEngine) 
         parts = [first.outputs[0], rest[0].outputs[0]]
         assert [t for part in parts for t in part.token_ids] == expected.outputs[0].token_ids
         assert "".join(part.text for part in parts) == expected.outputs[0].text
-        assert [e for part in parts for e in part.logprobs or ()] == expected.outputs[0].logprobs
+        entries = [entry for part in parts for entry in part.logprobs or ()]
+        assert [list(entry) for entry in entries] == [list(entry) for entry in expected.outputs[0].logprobs or ()]
 
     asyncio.run(run())
 
