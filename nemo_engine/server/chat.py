@@ -70,7 +70,7 @@ class Chat:
         return content, calls if self.tools.parallel else calls[:1]
 
 
-def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl") -> Chat:
+def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl-") -> Chat:
     """Check a request and put it into the form that the engine takes. Runs outside the event loop: grammars may be compiled."""
     if request.add_special_tokens:
         raise ApiError(400, "add_special_tokens must be false: chat begins with its own", param="add_special_tokens")
@@ -115,7 +115,7 @@ def _whole(service: Service, request: ChatRequest, chat: Chat, final: RequestOut
             "message": message,
             "logprobs": None
             if not request.logprobs
-            else {"content": _logprobs(request, completion.token_ids, completion.logprobs or []), "refusal": None},
+            else {"content": token_logprobs(request, completion.token_ids, completion.logprobs or []), "refusal": None},
             "finish_reason": finish_reason(completion, bool(calls)),
             "stop_reason": completion.stop_reason,
         }
@@ -167,7 +167,7 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
             entry: dict[str, Any] = {
                 "index": index,
                 "delta": delta,
-                "logprobs": {"content": _logprobs(request, completion.token_ids, completion.logprobs or [])}
+                "logprobs": {"content": token_logprobs(request, completion.token_ids, completion.logprobs or [])}
                 if request.logprobs
                 else None,
                 "finish_reason": finish_reason(completion, has_calls),
@@ -231,7 +231,10 @@ def _head(service: Service, chat: Chat, kind: str) -> dict[str, Any]:
     return {"id": generation.id, "object": kind, "created": generation.created, "model": service.model_name}
 
 
-def _logprobs(request: ChatRequest, token_ids: list[int], entries: list[dict[int, Logprob]]) -> list[dict[str, Any]]:
+def token_logprobs(
+    request: ChatRequest, token_ids: list[int], entries: list[dict[int, Logprob]]
+) -> list[dict[str, Any]]:
+    """OpenAI's form of the log-probabilities of generated tokens."""
     count = request.top_logprobs or 0
 
     def shown(token_id: int, one: Logprob) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _prepare(service: Service, http: Request, request: CompletionRequest) -> _Ru
         )
         for prompt in prompts
     ]
-    return _Run(Generation(service, http, request, prompts, own, "cmpl"), drops_output)
+    return _Run(Generation(service, http, request, prompts, own, "cmpl-"), drops_output)
 
 
 def _whole(service: Service, request: CompletionRequest, run: _Run, finals: list[RequestOutput]) -> dict[str, Any]:

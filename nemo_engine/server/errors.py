@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -92,11 +93,16 @@ def _code_of(message: str) -> str | None:
     return "context_length_exceeded" if "more than max_model_len" in message else None
 
 
+_UNION_TAG = re.compile(r"str|int|(list|dict)\[.*\]")  # in pydantic's paths: which of several types it tried
+
+
 def validation_error(error: RequestValidationError) -> ApiError:
     """Names the field, as a path, of the first thing wrong."""
     first = error.errors()[0]
     path = ""
     for part in first["loc"][1:] if first["loc"] and first["loc"][0] in ("body", "query", "path") else first["loc"]:
+        if isinstance(part, str) and _UNION_TAG.fullmatch(part):
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     kind, message = first["type"], str(first["msg"])
     if kind == "json_invalid":

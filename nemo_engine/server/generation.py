@@ -32,7 +32,7 @@ class Generation:
     ) -> None:
         service.check_admission(len(prompts) * effective[0].params.n)
         asked_id = request.request_id or http.headers.get("x-request-id") or uuid4().hex
-        self.id = f"{id_prefix}-{asked_id}"[:300]
+        self.id = f"{id_prefix}{asked_id}"[:300]
         self.created = int(time.time())
         self.prompts = prompts
         self.effective = effective

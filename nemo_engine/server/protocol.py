@@ -6,7 +6,8 @@ listed in the response's header ``X-Ignored-Fields``.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -53,7 +54,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (None, {}),
     "web_search_options": _NOTHING,
 }
-_INSTEAD = {
+INSTEAD = {
     "guided_json": "structured_outputs",
     "guided_regex": "structured_outputs",
     "guided_choice": "structured_outputs",
@@ -76,16 +77,19 @@ class ApiRequest(BaseModel):
     """What all requests share: the treatment of fields that are not declared."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
+    instead: ClassVar[Mapping[str, str]] = INSTEAD
 
     def ignored_fields(self) -> list[str]:
         """Fields that had no effect. Raises ``ApiError`` for a known one that is not supported."""
         ignored = []
         for name, value in (self.__pydantic_extra__ or {}).items():
-            if name in UNSUPPORTED:
-                if not any(value == nothing and type(value) is type(nothing) for nothing in UNSUPPORTED[name]) and not (
-                    isinstance(value, (int, float)) and value in UNSUPPORTED[name] and value is not True
+            if name in self.unsupported:
+                harmless = self.unsupported[name]
+                if not any(value == nothing and type(value) is type(nothing) for nothing in harmless) and not (
+                    isinstance(value, (int, float)) and value in harmless and value is not True
                 ):
-                    hint = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
+                    hint = f"; use {self.instead[name]}" if name in self.instead else ""
                     raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
             elif value is not None or name not in _WITHOUT_EFFECT:
                 ignored.append(name)
@@ -109,13 +113,11 @@ class RepetitionDetectionFields(BaseModel):
     min_count: int = 0
 
 
-class GenerationRequest(ApiRequest):
-    """What requests for completions and for chat share."""
+class SamplingRequest(ApiRequest):
+    """What all requests that generate share."""
 
     model: str | None = None
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    n: int | None = None
     stop: str | list[str] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), le=2**64 - 1)
     temperature: float | None = None
@@ -135,22 +137,29 @@ class GenerationRequest(ApiRequest):
     spaces_between_special_tokens: bool | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    logprob_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     repetition_detection: RepetitionDetectionFields | None = None
     structured_outputs: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     stream_interval: int | None = None
     priority: int | None = None
     request_id: str | None = Field(default=None, min_length=1, max_length=256)
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
     return_tokens_as_token_ids: bool | None = False
-    return_token_ids: bool | None = False
     # ours
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     explain: bool | None = False
+
+
+class GenerationRequest(SamplingRequest):
+    """What requests for completions and for chat share."""
+
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    response_format: dict[str, Any] | None = None
+    logprob_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = False
 
 
 class CompletionRequest(GenerationRequest):
