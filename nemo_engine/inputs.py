@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request
+from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text import Tokenizer, render_chat
+from nemo_engine.text.grammar import Grammar, GrammarCompiler
 
 Prompt: TypeAlias = str | Mapping[str, Any]
 Message: TypeAlias = Mapping[str, Any]
@@ -43,6 +45,9 @@ class InputProcessor:
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._config = config
         self._tokenizer = tokenizer
+        self._grammars = None
+        if tokenizer is not None:
+            self._grammars = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
         self._unseeded = itertools.count(1)
         self._salts = itertools.count()
 
@@ -113,6 +118,7 @@ class InputProcessor:
             for name in ("stop", "bad_words"):
                 if getattr(params, name):
                     raise ValueError(f"{name} needs a tokenizer, and this engine has none: use token ids")
+        self._grammar(params)
         return params
 
     def encode_all(self, prompts: Prompt | Sequence[Prompt]) -> list[EncodedPrompt]:
@@ -184,9 +190,20 @@ class InputProcessor:
                     bad_words_token_ids=tuple(bad_words),
                     priority=priority,
                     cache_salt=salt,
+                    grammar=self._grammar(params),
                 )
             )
         return siblings
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        """The start of the grammar of one completion, None for free text; compiled when it is first asked for."""
+        form = params.structured_outputs
+        if form is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structured_outputs needs a tokenizer, and this engine has none")
+        assert isinstance(form, StructuredOutputsParams)
+        return self._grammars.compile(form)
 
     def _seed(self, seed: int | None, unseeded: int, index: int) -> int:
         if seed is not None:

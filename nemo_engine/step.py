@@ -65,6 +65,8 @@ class StepPlan:
 
     ``decode_slots`` is the very same tuple object for as long as the decode rows do not change.
     ``new_pages`` holds ``(slot, index in the slot's page table, page)``.
+    ``masks`` holds ``(slot, allowed tokens)`` for sampling rows that may not choose freely: bit i of the little-endian 32-bit
+    words is token i. Bytes of another length than the vocabulary's words allow nothing.
     Row order everywhere: decode rows, then prefill rows.
     """
 
@@ -73,6 +75,7 @@ class StepPlan:
     prefills: tuple[PrefillRow, ...] = ()
     fills: tuple[SlotFill, ...] = ()
     new_pages: tuple[tuple[int, int, int], ...] = ()
+    masks: tuple[tuple[int, bytes], ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Changes to single logits: allowed_token_ids, bad_words, min_tokens and logit_bias. Must not know of anything else.
+"""Changes to single logits: masks of grammars, allowed_token_ids, bad_words, min_tokens and logit_bias. Must not know of anything else.
 
 A slot's changes are uploaded once, when it is filled; a batch's are those of its slots laid end to end, so that
 applying them takes a fixed number of operations whatever the number of rows. Whether one applies at a position is
@@ -7,6 +7,7 @@ decided on the device: the host does not know the tokens there yet.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -130,3 +131,20 @@ class LogitEdits:
             fits = ((history == self._word_starts) | (self._word_starts < 0)).all(dim=1) & (now >= self._word_from)
             values = torch.zeros_like(now, dtype=logits.dtype).masked_fill_(fits, -torch.inf)
             logits.index_put_((self._word_rows, self._word_ends), values, accumulate=True)
+
+
+def apply_masks_(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+    """Set the logits of ``rows`` to -inf where ``masks`` have no bit (see ``StepPlan.masks``), with one upload.
+
+    logits: (R, V), changed in place.
+    """
+    count, vocab_size = len(rows), logits.shape[1]
+    width = -(-vocab_size // 32) * 4
+    fitting = [mask if len(mask) == width else bytes(width) for mask in masks]
+    packed = bytearray(b"".join([array("q", rows).tobytes(), *fitting]))
+    words = to_device(torch.frombuffer(packed, dtype=torch.uint8), logits.device, torch.uint8)
+    index = words[: 8 * count].view(torch.int64)
+    bits = words[8 * count :].view(count, width, 1) >> torch.arange(8, dtype=torch.uint8, device=logits.device)
+    forbidden = (bits & 1).view(count, 8 * width)[:, :vocab_size] == 0
+    kept = logits[index]
+    logits[index] = kept.masked_fill_(forbidden, -torch.inf)

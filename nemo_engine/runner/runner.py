@@ -21,7 +21,7 @@ from nemo_engine.ops.attention import AttentionMeta, Workspace
 from nemo_engine.runner.graphs import Capture, DecodeGraph
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.request_table import RequestTable
-from nemo_engine.runner.sampler import Report, Sampler
+from nemo_engine.runner.sampler import Masks, Report, Sampler
 from nemo_engine.runner.transfer import Download, staged, to_device
 from nemo_engine.step import StepPlan, StepResult
 
@@ -161,7 +161,7 @@ class Runner:
         prompt_reports = self._prompt_reports(plan, x, residual) if self._prompt_lens else {}
         last = rows.starts[1:][rows.sampled] - 1
         sampling = tuple(slots[row] for row in sampled)
-        tokens, reports = self._choose(rows, sampling, x[last], residual[last], seq_lens)
+        tokens, reports = self._choose(rows, sampling, x[last], residual[last], seq_lens, plan.masks)
         return Handle(plan, tokens, reports, prompt_reports)
 
     def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> Handle:
@@ -170,16 +170,16 @@ class Runner:
         rows = self._decode_rows(slots, new_pages, graph)
         if graph is None:
             x, residual, seq_lens = self._forward(rows)
-            tokens, reports = self._choose(rows, slots, x, residual, seq_lens)
+            tokens, reports = self._choose(rows, slots, x, residual, seq_lens, plan.masks)
             return Handle(plan, tokens, reports, {})
-        if self._sampler.needs_only_tokens(slots):
+        if self._sampler.needs_only_tokens(slots, plan.masks):
             graph.whole.replay()
             return Handle(plan, graph.whole.outputs[: len(slots)], [], {})
         graph.forward.replay()
         slot_ids, sampled, logits, seq_lens = (
             x[: len(slots)] for x in (rows.slots, rows.sampled, *graph.forward.outputs)
         )
-        tokens, reports = self._sampler.sample(logits, slots, slot_ids, seq_lens, self._table.token_ids)
+        tokens, reports = self._sampler.sample(logits, slots, slot_ids, seq_lens, self._table.token_ids, plan.masks)
         self._advance(slot_ids, seq_lens, sampled, tokens)
         return Handle(plan, tokens, reports, {})
 
@@ -217,7 +217,7 @@ class Runner:
         return x, residual, seq_lens
 
     def _choose(
-        self, rows: StepRows, slots: tuple[int, ...], x: Tensor, residual: Tensor, seq_lens: Tensor
+        self, rows: StepRows, slots: tuple[int, ...], x: Tensor, residual: Tensor, seq_lens: Tensor, masks: Masks
     ) -> tuple[Tensor, list[Report]]:
         """Sample the rows ``rows.sampled``, of ``slots``, and end the step. x, residual: (N, H); seq_lens: (R,)."""
         tokens: Tensor = rows.sampled
@@ -227,7 +227,7 @@ class Runner:
             slot_ids, positions = rows.slots, seq_lens
             if len(rows.sampled) < len(rows.slots):
                 slot_ids, positions = slot_ids[rows.sampled], positions[rows.sampled]
-            tokens, reports = self._sampler.sample(logits, slots, slot_ids, positions, self._table.token_ids)
+            tokens, reports = self._sampler.sample(logits, slots, slot_ids, positions, self._table.token_ids, masks)
         self._advance(rows.slots, seq_lens, rows.sampled, tokens)
         return tokens, reports
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from nemo_engine.ops import Ops, sample, sampling
 from nemo_engine.ops.sample import SampleFacts, SlotParams
-from nemo_engine.runner.logit_edits import LogitEdits, SlotEdits
+from nemo_engine.runner.logit_edits import LogitEdits, SlotEdits, apply_masks_
 from nemo_engine.runner.transfer import Download, to_device
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
 
 _What = int | tuple[int, ...]  # that many of the best tokens (-1: all), or exactly these tokens
+Masks = Sequence[tuple[int, bytes]]  # see ``StepPlan.masks``
 _MOST_BEST = 64  # of the operation that need not sort; more alternatives than that take its definition
 
 
@@ -106,8 +107,10 @@ class Sampler:
 
     # ---- the tokens of a step
 
-    def needs_only_tokens(self, slots: tuple[int, ...]) -> bool:
-        """Whether the logits of these slots go straight into ``sample_``: none are edited, none reported."""
+    def needs_only_tokens(self, slots: tuple[int, ...], masks: Masks = ()) -> bool:
+        """Whether the logits of these slots go straight into ``sample_``: none are masked or edited, none reported."""
+        if masks:
+            return False
         if self._only_tokens[0] is not slots:
             plain = not any(slot in self._edits or self._params[slot].has_logprobs for slot in slots)
             self._only_tokens = (slots, plain)
@@ -119,13 +122,19 @@ class Sampler:
         return tokens
 
     def sample(
-        self, logits: Tensor, slots: tuple[int, ...], slot_ids: Tensor, positions: Tensor, token_ids: Tensor
+        self,
+        logits: Tensor,
+        slots: tuple[int, ...],
+        slot_ids: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        masks: Masks = (),
     ) -> tuple[Tensor, list[Report]]:
         """Choose the next token of each row, and report log-probabilities to those that ask. ``logits`` is left as it is.
 
         logits: (R, V), row i of slot ``slots[i]``. slot_ids: (R,) int64, ``slots`` on the device.
         positions: (R,) int64, the index that the token will have in its request. token_ids: (num_slots + 1, max_len)
-        int32, each slot's history. Returns (R,) int64: the token, or TOKEN_NOT_FINITE where the row's logits hold a NaN or
+        int32, each slot's history. masks: of some of ``slots``, applied before any other change. Returns (R,) int64: the token, or TOKEN_NOT_FINITE where the row's logits hold a NaN or
         +inf, or TOKEN_ALL_MASKED where they are all -inf after masks and biases; and raw log-probabilities, of failed rows too.
         """
         assert logits.shape == (len(slots), self._vocab_size), (logits.shape, len(slots), self._vocab_size)
@@ -134,12 +143,16 @@ class Sampler:
         batch = self._batch
         if batch is None or batch.slots is not slots:
             batch = self._batch = self._make_batch(slots)
-        if batch.edits is None:
+        if batch.edits is None and not masks:
             tokens = self._ops.sample_(logits, slot_ids, positions, self._slots, batch.facts)
         else:
             edited = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
             is_finite = edited.amax(dim=1) < torch.inf  # false for NaN; an edit may hide it
-            batch.edits.apply_(edited, slot_ids, positions, token_ids)
+            if masks:
+                row_of = {slot: row for row, slot in enumerate(slots)}
+                apply_masks_(edited, [row_of[slot] for slot, _ in masks], [mask for _, mask in masks])
+            if batch.edits is not None:
+                batch.edits.apply_(edited, slot_ids, positions, token_ids)
             tokens = self._ops.sample_(edited, slot_ids, positions, self._slots, batch.facts)
             tokens = torch.where(is_finite, tokens, TOKEN_NOT_FINITE)
         return tokens, [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Protocol
 
 from nemo_engine.outputs import CacheReport, FinishReason
 from nemo_engine.sampling_params import SamplingParams
@@ -15,6 +16,20 @@ class RequestStatus(Enum):
     WAITING = 0
     RUNNING = 1
     FINISHED = 2
+
+
+class Grammar(Protocol):
+    """Says what a completion may go on with. Any of these may raise: the request then ends with an error."""
+
+    def mask(self) -> bytes:
+        """The tokens that may come next, see ``StepPlan.masks``."""
+
+    def accept(self, token_id: int) -> None:
+        """Take in the next token; raises if it may not come."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing may follow but an end-of-sequence token, or one has come."""
 
 
 class Request:
@@ -36,7 +51,9 @@ class Request:
         "eos_token_ids",
         "error",
         "finish_reason",
+        "grammar",
         "hash_wanted",
+        "launched_step",
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -70,6 +87,7 @@ class Request:
         bad_words_token_ids: tuple[tuple[int, ...], ...] = (),
         priority: int = 0,
         cache_salt: bytes = b"",
+        grammar: Grammar | None = None,
     ) -> None:
         self.request_id = request_id
         self.token_ids = list(prompt_token_ids)
@@ -81,6 +99,7 @@ class Request:
         self.bad_words_token_ids = bad_words_token_ids
         self.priority = priority
         self.cache_salt = cache_salt
+        self.grammar = grammar  # stands behind the last of token_ids, also while the request waits again
         self.max_total_tokens = 0
         self.arrival = 0
         self.status = RequestStatus.WAITING
@@ -96,6 +115,7 @@ class Request:
         self.serial = 0  # changes whenever the request leaves the running ones, so that noted events go stale
         self.admitted_step = 0
         self.num_computed_tokens = 0  # by launched steps; while it decodes, Scheduler.num_computed_tokens knows
+        self.launched_step = 0  # the last one that takes it, if it has a grammar
         self.decode_offset = 0  # while it decodes: position computed in a step, less the step's id
         # Owned by the KV manager:
         self.pages: list[int] = []

@@ -7,38 +7,26 @@ nothing is due costs nothing per request. A noted event is void once the request
 
 from __future__ import annotations
 
-from collections.abc import Iterable, KeysView
-from dataclasses import dataclass
+from collections.abc import KeysView
 
+from nemo_engine.scheduler.constrained import ConstrainedSet
+from nemo_engine.scheduler.decode_set import DecodeSet
 from nemo_engine.scheduler.request import Request, RequestStatus
 
 _Calendar = dict[int, list[tuple[Request, int]]]  # step id -> (request, its serial when the event was noted)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeSet:
-    """The decoding requests in row order, and the views of them that a step needs; replaced whole when one joins or leaves."""
-
-    requests: list[Request]
-    slots: tuple[int, ...]
-    token_lists: list[list[int]]
-
-    @classmethod
-    def of(cls, requests: Iterable[Request]) -> DecodeSet:
-        """Views of ``requests`` as of now."""
-        members = list(requests)
-        return cls(members, tuple([r.slot for r in members]), [r.token_ids for r in members])
-
-
 class RunningSet:
     """Slots and the requests in them. A request is *prefilling* until the step that computes all its known tokens is
-    planned, then *decoding*, and *draining* from the plan of its last step until that is committed.
+    planned, then *decoding*, and *draining* from the plan of its last step until that is committed. With a grammar, it is
+    *constrained* where others are decoding.
     """
 
     def __init__(self, max_num_seqs: int, page_size: int) -> None:
         self.prefilling: list[Request] = []
         self.num_departures = 0  # times a request left; while it stands still, nobody in a launched step has gone
         self.num_watched = 0  # requests with repetition detection
+        self.constrained: ConstrainedSet = ConstrainedSet(page_size)
         self._max_num_seqs = max_num_seqs
         self._page_size = page_size
         self._decoding: dict[Request, None] = {}
@@ -73,7 +61,7 @@ class RunningSet:
 
     def requests(self) -> list[Request]:
         """All requests that hold a slot."""
-        return [*self._decoding, *self.prefilling, *self._draining]
+        return [*self._decoding, *self.constrained.requests, *self.prefilling, *self._draining]
 
     def is_decoding(self, request: Request) -> bool:
         """Whether ``request`` takes part in every step."""
@@ -98,6 +86,9 @@ class RunningSet:
         if request.num_computed_tokens >= request.max_total_tokens - 1:
             self._draining[request] = None
             return True
+        if request.grammar is not None:
+            self.constrained.add(request, step_id)
+            return False
         request.decode_offset = request.num_computed_tokens - (step_id + 1)
         self._decoding[request] = None
         self._is_decode_set_stale = True
@@ -108,7 +99,9 @@ class RunningSet:
         return False
 
     def note_next_page(self, request: Request) -> None:
-        """Put the step in which ``request`` outgrows its pages on the calendar, if it ever does."""
+        """Put the step in which ``request`` outgrows its pages on the calendar, if it ever does and no grammar may hold it up."""
+        if request.grammar is not None:
+            return
         position = len(request.pages) * self._page_size
         if position <= request.max_total_tokens - 2:
             self._page_due.setdefault(position - request.decode_offset, []).append((request, request.serial))
@@ -117,7 +110,7 @@ class RunningSet:
         """The decoding requests that need a page in this step, the most urgent first."""
         due = [request for request, serial in self._page_due.pop(step_id, ()) if request.serial == serial]
         if len(due) > 1:
-            due.sort(key=_urgency)
+            due.sort(key=urgency)
         return due
 
     def take_last_due(self, step_id: int) -> list[Request]:
@@ -130,15 +123,25 @@ class RunningSet:
             self._is_decode_set_stale = True
         return due
 
+    def launch_constrained(self, ready: list[Request], step_id: int) -> list[Request]:
+        """Step ``step_id`` computes a token of each of ``ready``; returns those for which it is the last, and which now drain."""
+        last = self.constrained.launch(ready, step_id)
+        for request in last:
+            self.constrained.remove(request)
+            self._draining[request] = None
+        return last
+
     def least_urgent(self) -> Request:
         """Whom to preempt: of those with steps to come, the one with the largest priority number, the newest of them."""
-        return max([*self._decoding, *self.prefilling], key=_urgency)
+        return max([*self._decoding, *self.constrained.requests, *self.prefilling], key=urgency)
 
     def leave(self, request: Request) -> None:
         """Take back the slot. Steps in flight may still write to it: later steps run after those."""
         if request in self._decoding:
             del self._decoding[request]
             self._is_decode_set_stale = True
+        elif request in self.constrained.requests:
+            self.constrained.remove(request)
         elif request in self._draining:
             del self._draining[request]
         else:
@@ -164,5 +167,6 @@ class RunningSet:
         assert self.num_watched == sum(request.params.repetition_detection is not None for request in running)
 
 
-def _urgency(request: Request) -> tuple[int, int]:
+def urgency(request: Request) -> tuple[int, int]:
+    """Sorts requests, the most urgent first."""
     return (request.priority, request.arrival)

@@ -19,10 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nemo_engine.outputs import FinishReason
+from nemo_engine.scheduler.constrained import mask_of, refusal
+from nemo_engine.scheduler.decode_set import DecodeSet
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.repetition import ends_in_repetition
 from nemo_engine.scheduler.request import Request, RequestStatus
-from nemo_engine.scheduler.running import DecodeSet, RunningSet
+from nemo_engine.scheduler.running import RunningSet, urgency
 from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import (
     TOKEN_ALL_MASKED,
@@ -36,7 +38,7 @@ from nemo_engine.step import (
 
 _ERRORS = {
     TOKEN_NOT_FINITE: "the model's logits are not finite (NaN or infinity): the weights or the cache are damaged",
-    TOKEN_ALL_MASKED: "allowed_token_ids, bad_words, min_tokens and logit_bias together leave no token to choose",
+    TOKEN_ALL_MASKED: "structured_outputs, allowed_token_ids, bad_words, min_tokens and logit_bias together leave no token to choose",
 }
 
 
@@ -98,6 +100,7 @@ class _Step:
     budget: int  # tokens that it may still take
     prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
     fills: list[SlotFill] = field(default_factory=list)
+    constrained: list[Request] = field(default_factory=list)  # that sample in this step, under a mask
 
 
 def _slot_fill(request: Request) -> SlotFill:
@@ -188,11 +191,21 @@ class Scheduler:
         running = self._running
         step_id = self._step_id + 1
         num_departures = running.num_departures
-        new_pages = self._grow(step_id)
+        ready: list[Request] = []
+        if running.constrained.requests:
+            ready = running.constrained.ready(self._launched[0].step_id if self._launched else step_id)
+        new_pages = self._grow(step_id, ready)
         has_preempted = running.num_departures != num_departures
         decodes = running.decode_set
+        last = running.take_last_due(step_id)
+        if ready:
+            ready = [
+                request for request in ready if request.status is RequestStatus.RUNNING
+            ]  # the others were just preempted
+            decodes = running.constrained.join(decodes, ready)
+            last += running.launch_constrained(ready, step_id)
         budget = self._max_num_batched_tokens - len(decodes.slots)
-        step = _Step(step_id, decodes, running.take_last_due(step_id), running.num_departures, budget)
+        step = _Step(step_id, decodes, last, running.num_departures, budget, constrained=ready[:])
         for request in running.prefilling[:]:
             if step.budget > 0:
                 self._prefill(request, step)
@@ -203,15 +216,19 @@ class Scheduler:
         self._step_id = step_id
         self._launched.append(step)
         rows = tuple([row for _, row in step.prefills])
-        return StepPlan(step_id, decodes.slots, rows, tuple(step.fills), tuple(new_pages))
+        masks = tuple([(request.slot, mask_of(request)) for request in step.constrained]) if step.constrained else ()
+        return StepPlan(step_id, decodes.slots, rows, tuple(step.fills), tuple(new_pages), masks)
 
-    def _grow(self, step_id: int) -> list[tuple[int, int, int]]:
-        """Give a page to every decoding request that starts one in this step, the most urgent first."""
+    def _grow(self, step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
+        """Give a page to every decoding request, those of ``ready`` among them, that starts one in this step, the most urgent first."""
         new_pages: list[tuple[int, int, int]] = []
-        for request in self._running.take_page_due(step_id):
-            if not self._running.is_decoding(request):  # preempted a moment ago
+        due = self._running.take_page_due(step_id)
+        if ready:
+            due = sorted([*due, *self._running.constrained.outgrown(ready)], key=urgency)
+        for request in due:
+            if request.status is not RequestStatus.RUNNING:  # preempted a moment ago
                 continue
-            self.kv.cache_pages(request, min(step_id + request.decode_offset, len(request.token_ids)))
+            self.kv.cache_pages(request, min(self.num_computed_tokens(request), len(request.token_ids)))
             page = self.kv.append_page(request)
             while page is None:
                 victim = self._running.least_urgent()
@@ -248,8 +265,11 @@ class Scheduler:
         self.kv.cache_pages(request, end)
         is_complete = end == len(request.token_ids)
         step.prefills.append((request, PrefillRow(request.slot, start, count, is_complete)))
-        if is_complete and self._running.end_prefill(request, step.step_id):
-            step.last.append(request)
+        if is_complete:
+            if request.grammar is not None:
+                step.constrained.append(request)
+            if self._running.end_prefill(request, step.step_id):
+                step.last.append(request)
 
     def commit(self, result: StepResult) -> Committed:
         """Take in the results of the oldest launched step: append tokens, end requests, free what they held."""
@@ -262,6 +282,7 @@ class Scheduler:
         committed = Committed(prefilled=[request for request in samplers if self._is_current(request, step)])
         is_plain = (
             step.num_departures == self._running.num_departures
+            and not step.constrained
             and self._running.num_watched == 0
             and self._running.stop_token_ids.isdisjoint(token_ids)
             and (not token_ids or min(token_ids) >= 0)
@@ -292,18 +313,28 @@ class Scheduler:
             if not self._is_current(request, step):
                 continue
             if token_id < 0:
-                request.error = _ERRORS[token_id]
+                request.error = request.error or _ERRORS[token_id]
                 self._end(request, "error")
                 committed.finished.append(request)
                 continue
+            is_stop_token = token_id in request.stop_token_ids
+            if request.grammar is not None and not is_stop_token:
+                request.error = refusal(request, token_id)
+                if request.error is not None:
+                    self._end(request, "error")
+                    committed.finished.append(request)
+                    continue
             request.token_ids.append(token_id)
             if index in result.logprobs:
                 committed.logprobs[len(committed.requests)] = result.logprobs[index]
             committed.requests.append(request)
             committed.token_ids.append(token_id)
             rule = request.params.repetition_detection
-            if token_id in request.stop_token_ids:
+            if is_stop_token:
                 self._end(request, "stop", None if token_id in request.eos_token_ids else token_id)
+                committed.finished.append(request)
+            elif request.grammar is not None and not request.eos_token_ids and request.grammar.is_finished:
+                self._end(request, "stop")
                 committed.finished.append(request)
             elif rule is not None and ends_in_repetition(request.token_ids, request.num_output_tokens, rule):
                 self._end(request, "repetition")
