@@ -30,23 +30,25 @@ def quantize_checkpoint(
     max_tokens: int = 65536,
     device: str = "auto",
     revision: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> str:
     """Quantise ``model`` (a directory, a Hub repository id, or a bundled model) into the directory ``out``; returns a line about it.
 
     scheme: weights per output channel with inputs per token ("dynamic") or with static scales ("static"), or by 128 x 128 ("block").
     kv_scales: of keys and values, one per layer ("tensor") or one per head. texts: for static scales, of at most ``max_tokens`` tokens
-    together, run on ``device``. ``out`` appears when it is complete. Raises ``ValueError`` for what cannot be done, before anything is read.
+    together, run on ``device``. tokenizer: its path, if it is not in the checkpoint. ``out`` appears when it is complete. Raises ``ValueError``
+    for what cannot be done, before anything is read.
     """
-    source = open_checkpoint(model, revision=revision)
-    check_wanted(source, Path(out), scheme, kv_scales, has_texts=bool(texts))
+    source, out = open_checkpoint(model, revision=revision), Path(out).resolve()  # "." is another directory afterwards
+    check_wanted(source, out, scheme, kv_scales, has_texts=bool(texts))
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     take_inventory(source, source.model_config)
-    calibration = _calibrate(source, texts, max_tokens, device) if texts else None
+    calibration = _calibrate(source, texts, max_tokens, device, tokenizer) if texts else None
     with progress_bar("quantise", source.num_bytes, None) as advance:
         export_fp8(
             source,
-            Path(out),
+            out,
             scheme=scheme,
             calibration=calibration,
             kv_scales=kv_scales,
@@ -58,18 +60,29 @@ def quantize_checkpoint(
     return f"{written.describe()}{tokens}; {source.num_bytes / 2**20:.1f} MiB -> {written.num_bytes / 2**20:.1f} MiB"
 
 
-def _calibrate(checkpoint: Checkpoint, texts: Sequence[str], max_tokens: int, device_name: str) -> Calibration:
-    tokenizer = load_tokenizer(checkpoint.path)
+def _calibrate(
+    checkpoint: Checkpoint, texts: Sequence[str], max_tokens: int, device_name: str, tokenizer_path: str | Path | None
+) -> Calibration:
+    place = checkpoint.path if tokenizer_path is None else Path(tokenizer_path)
+    tokenizer = load_tokenizer(place)
     if tokenizer is None:
-        raise ValueError(f"{checkpoint.path} has no tokenizer, which calibration needs")
+        raise ValueError(f"{place} has no tokenizer, which calibration needs: give tokenizer")
     config, device = checkpoint.model_config, resolve_device(device_name)
     pieces: list[list[int]] = []
     left = max_tokens
     begin = [] if config.bos_token_id is None else [config.bos_token_id]
+    size = max(1, min(_CHUNK, config.max_position_embeddings) - len(begin))
     for text in texts:
         ids = tokenizer.encode(text, bos=False)[:left]
         left -= len(ids)
-        pieces += [[*begin, *ids[start : start + _CHUNK - 1]] for start in range(0, len(ids), _CHUNK - 1)]
+        pieces += [[*begin, *ids[start : start + size]] for start in range(0, len(ids), size)]
+    largest = max((max(ids) for ids in pieces), default=0)
+    if not pieces:
+        raise ValueError("texts must have at least 1 token to calibrate on, got 0")
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {place} makes token {largest}, and the model's vocab_size is {config.vocab_size}: give its own tokenizer"
+        )
     dtype = resolve_dtype("auto", config.dtype, device)
     weights = load_weights(checkpoint, config, dtype=dtype, device=device)
     ops = Ops.select(Site.of(config, PAGE_SIZE, dtype, device), {})

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from nemo_engine import verify as verify_module
 from nemo_engine.cli import main
 from nemo_engine.model.checkpoint import BUNDLED, open_checkpoint
 from nemo_engine.model.export import export_fp8
 from nemo_engine.model.linear import Fp8Linear
 from nemo_engine.model.weights import NemoWeights
-from nemo_engine.verify import Hidden, Limits, Measured, compare, judge, make_material, verify
+from nemo_engine.text import load_tokenizer
+from nemo_engine.verify import Limits, Measured, report, verify
+from nemo_engine.verify import measure as verify_module
+from nemo_engine.verify.material import make_material
+from nemo_engine.verify.measure import Hidden, compare, judge
+from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.fp8_checkpoints import write_fp8
 
+ANY = Limits(100, 100, 0)
 SHORT = (
     "The module provides functions for reading and writing files. If the file does not exist, an error is raised. " * 4
 )
@@ -49,6 +59,10 @@ def test_a_checkpoint_that_is_fp8_is_measured_against_its_dequantised_weights(tm
     assert stored[1].perplexity == pytest.approx(online[1].perplexity, rel=1e-5), "the same FP8 numbers"
     assert stored[0].perplexity != online[0].perplexity, "another reference"
     assert stored[1].mean_kl < online[1].mean_kl, "only the inputs' rounding is between them"
+    # Against what it was made of, figures are those of that checkpoint quantised while it loads.
+    made_of = verify(out, against="nemo-tiny", text=SHORT, max_context=1, device="cpu", limits=ANY)
+    assert made_of[0].name == "bfloat16 of nemo-tiny"
+    assert [replace(each, name="") for each in made_of] == [replace(each, name="") for each in online]
 
 
 def test_a_fault_in_fp8_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +89,7 @@ def test_a_fault_in_fp8_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_figures_against_worked_out_ones() -> None:
     """Two sequences over a vocabulary of three, worked out by hand."""
-    tokenizer = verify_module.load_tokenizer(BUNDLED["nemo-tiny"])
+    tokenizer = load_tokenizer(BUNDLED["nemo-tiny"])
     assert tokenizer is not None
     material = replace(
         make_material(tokenizer, SHORT, 1, 1), prompts=[[0, 1]], texts=[[2, 0, 1]], retrieval=[(8, [0, 1, 2], 1)]
@@ -110,13 +124,131 @@ def test_limits() -> None:
     assert [bool(faults) for faults in judged(10, 10, 10, 10, top1=0.969)] == [False, True, True, False]
 
 
+def random_model(path: Path, *, has_tokenizer: bool = True, scale: float = 1.0, **changes: Any) -> Path:
+    """A random model, with the bundled one's tokenizer; scale: of what the last layer's values are multiplied by."""
+    config = tiny_config(**{"vocab_size": 6145, "bos_token_id": 1} | changes)
+    state = random_state_dict(config)
+    state["model.layers.1.self_attn.v_proj.weight"] *= scale
+    write_hf(path, config, state)
+    if has_tokenizer:
+        shutil.copy(BUNDLED["nemo-tiny"] / "tekken.json", path)
+    return path
+
+
+def test_the_reference_by_its_dtype(tmp_path: Path) -> None:
+    path = random_model(tmp_path, max_position_embeddings=64)
+    found = verify(path, against="bf16", text=SHORT, max_context=1, device="cpu", limits=ANY)
+    assert found[0].name == "bfloat16" and found[0].max_error == 0 and found[1].max_error > 0
+
+
+def test_scales_of_keys_and_values_are_the_models(tmp_path: Path) -> None:
+    """Of an FP8 checkpoint, also where its weights are those of the reference."""
+    config = tiny_config(vocab_size=6145, head_dim=64)
+    state = random_state_dict(config, seed=1)
+    write_hf(tmp_path / "dense", config, state)
+    write_fp8(tmp_path / "fp8", config, state, "fp8 dynamic", kv="tensor")
+    for name in ("dense", "fp8"):
+        shutil.copy(BUNDLED["nemo-tiny"] / "tekken.json", tmp_path / name)
+    ones = load_file(tmp_path / "fp8" / "model.safetensors")
+    ones |= {name: torch.tensor(1e-4) for name in ones if name.endswith(("k_scale", "v_scale"))}
+    options: dict[str, Any] = {"text": SHORT, "max_context": 1, "device": "cpu", "limits": ANY}
+    fitting = verify(tmp_path / "fp8", against=tmp_path / "dense", **options)[2]
+    save_file(ones, tmp_path / "fp8" / "model.safetensors")
+    saturated = verify(tmp_path / "fp8", against=tmp_path / "dense", **options)[2]
+    assert 0 < fitting.mean_kl < 0.01 < saturated.mean_kl
+
+
+def test_a_short_context_and_an_odd_vocabulary(tmp_path: Path) -> None:
+    path = random_model(tmp_path, max_position_embeddings=300)
+    found = verify(path, device="cpu", limits=ANY)
+    assert all(each.num_tokens > 1900 and math.isfinite(each.perplexity) and not each.retrieval for each in found)
+    assert "found at" not in report(found)
+
+
+def test_without_a_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = random_model(tmp_path, has_tokenizer=False, vocab_size=97)
+    found = verify(path, device="cpu", limits=ANY, max_context=512)
+    assert "has no tokenizer: words become tokens" in caplog.text
+    assert found[0].num_tokens > 1000 and set(found[1].retrieval) == {512} and 0 < found[1].mean_kl < 0.1
+    given = verify(
+        random_model(tmp_path / "other", has_tokenizer=False), text=SHORT, device="cpu", limits=ANY, max_context=1,
+        tokenizer=BUNDLED["nemo-tiny"],
+    )  # fmt: skip
+    assert given[0].num_tokens < found[0].num_tokens
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"makes token \d+, and the model's vocab_size is 97: give its own"):
+        verify(random_model(tmp_path, vocab_size=97), device="cpu")
+
+
+def test_another_model_as_the_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="against: vocab_size of .* must be that of .*, 6144, got 6145"):
+        verify("nemo-tiny", against=random_model(tmp_path), device="cpu")
+    with pytest.raises(
+        ValueError, match="against must be one of auto, bf16, .* or a checkpoint: model 'bf17' does not"
+    ):
+        verify("nemo-tiny", against="bf17", device="cpu")
+
+
+def test_what_overflows_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN in the reference; and in FP8 alone, beside which the reference has figures, retrieval among them."""
+    path = random_model(tmp_path / "in", scale=1e38)
+    json_file = tmp_path / "out.json"
+    args = ["verify", str(path), "--device", "cpu", "--max-context", "512", "--json", str(json_file)]
+    assert main([*args, "--plot", str(tmp_path / "out.svg")]) == 1
+    assert "FAILED FP8 keys and values: the reference's logits hold NaN or infinity" in capsys.readouterr().out
+    found = json.loads(json_file.read_text(), parse_constant=pytest.fail)
+    assert found["configurations"][0]["mean_kl"] is None and found["configurations"][0]["faults"]
+    reference = Measured("bf16", 9, 0, 0, 0, 0, 1, 10.0, retrieval={512: -1.0})
+    broken = Measured("FP8", faults=["logits hold NaN or infinity"])
+    results = [reference, broken, replace(reference, faults=[]), broken]
+    judge(results, Limits())
+    assert broken.faults == ["logits hold NaN or infinity"] and not results[2].faults
+    assert "nan" in report(results)
+
+
+def test_a_perplexity_beyond_all_numbers(tmp_path: Path) -> None:
+    path = random_model(tmp_path)
+    state = load_file(path / "model.safetensors")
+    state["lm_head.weight"] *= 1e5
+    save_file(state, path / "model.safetensors")
+    found = verify(path, text=SHORT, device="cpu", max_context=1)
+    assert found[0].perplexity == math.inf and any("perplexity is nan %" in fault for fault in found[1].faults)
+
+
+def test_a_change_is_told_beside_a_fault() -> None:
+    results = [Measured(str(index), perplexity=value, top1=0.9) for index, value in enumerate((10, 10.05, 10.04, 10.2))]
+    judge(results, Limits())
+    assert results[3].perplexity_change == pytest.approx(2) and "above that of 1" in results[3].faults[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perplexity": math.nan}, "limit perplexity must be at least 0 and finite, got nan"),
+        ({"kv_perplexity": -1.0}, "limit kv_perplexity must be at least 0 and finite, got -1.0"),
+        ({"top1": 97.0}, "limit top1 must be at least 0 and at most 1, got 97.0"),
+    ],
+)
+def test_limits_that_limit_nothing_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Limits(**changes)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no directory /nowhere"),
+        (["--json", "/tmp"], "--json must be a file, and /tmp is a directory"),
+        (["--plot", "/nowhere/out.svg"], "--plot /nowhere/out.svg: there is no directory /nowhere"),
+        (["--text", sys.executable], "--text must be text in UTF-8"),
+        (["--tokenizer", "/nowhere"], "tokenizer '/nowhere' does not exist"),
+        (["--max-perplexity", "nan"], "limit perplexity must be at least 0 and finite"),
         (["--text", "/dev/null"], "text must have at least 2 tokens"),
         (["--max-context", "0"], "max_context must be at least 1"),
         (["--plot", "x.pdf"], "--plot must end in .png or .svg"),
-        (["--text", "/nowhere"], "No such file"),
+        (["--text", "/nowhere"], "--text /nowhere cannot be read: No such file"),
         (["--device", "cuda"], "device 'cuda' is not there"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nemo_engine.cli.files import read_text
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Describe the command."""
@@ -38,6 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--calibration-tokens", metavar="N", type=int, default=65536, help="of all that text at most [65536]"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of calibration [auto]")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of calibration, if it is not in the checkpoint")
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
     return parser
 
@@ -53,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
             scheme=args.scheme,
             kv_scales=args.kv_scales,
             quantize_lm_head=args.quantize_lm_head,
-            texts=[file.read_text(encoding="utf-8") for file in args.calibrate or ()],
+            texts=[read_text("--calibrate", file) for file in args.calibrate or ()],
             max_tokens=args.calibration_tokens,
             device=args.device,
             revision=args.revision,
+            tokenizer=args.tokenizer,
         )
     )
     return 0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
+
+from nemo_engine.cli.files import check_writable, read_text
 
 _LIMITS = (
     ("--max-perplexity", "perplexity", "X", "percent of perplexity that FP8 weights may cost [1]"),
@@ -24,9 +27,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a Hub repository id, or nemo-tiny")
     parser.add_argument(
         "--against",
-        choices=("auto", "bfloat16", "float16", "float32"),
+        metavar="REFERENCE",
         default="auto",
-        help="dtype of the reference [auto: the checkpoint's]",
+        help="the same weights in bf16, fp16 or fp32, or another checkpoint: the one that an FP8 checkpoint was made of "
+        "[auto: the checkpoint's dtype]",
     )
     parser.add_argument(
         "--quantization",
@@ -41,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw it, as PNG or SVG by the name (needs matplotlib)"
     )
+    parser.add_argument("--tokenizer", metavar="PATH", help="if it is not in the checkpoint")
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
     for flag, name, metavar, text in _LIMITS:
         parser.add_argument(flag, dest=name, metavar=metavar, type=float, help=text)
@@ -56,22 +61,28 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot is not None and args.plot.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"--plot must end in .png or .svg, got {args.plot}")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install nemo-engine[plot]")
+    check_writable("--json", args.json)
+    check_writable("--plot", args.plot)
     limits = {name: getattr(args, name) for _, name, _, _ in _LIMITS if getattr(args, name) is not None}
     results = verify(
         args.model,
         quantization=args.quantization,
         against=args.against,
         device=args.device,
-        text=None if args.text is None else args.text.read_text(encoding="utf-8"),
+        text=None if args.text is None else read_text("--text", args.text),
         max_context=args.max_context,
         limits=Limits(**limits),
         revision=args.revision,
+        tokenizer=args.tokenizer,
     )
     print(report(results))
     if args.json is not None:
         has_gpu = torch.cuda.is_available() and args.device != "cpu"
         facts = {
             "model": args.model,
+            "against": args.against,
             "quantization": args.quantization,
             "nemo_engine": __version__,
             "torch": torch.__version__,

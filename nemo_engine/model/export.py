@@ -6,13 +6,16 @@ Nothing that looks like a checkpoint exists before all of it does: it is written
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,6 +52,7 @@ def export_fp8(
     checkpoint that is quantised already, and for what cannot be; ``FileExistsError`` if ``out`` exists and is not empty.
     """
     check_wanted(checkpoint, out, scheme, kv_scales, has_texts=calibration is not None)
+    out = out.resolve()  # "." and links: what is renamed at the end is a directory with a name
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
@@ -56,9 +60,13 @@ def export_fp8(
         _write_shards(partial, tensors, shard_bytes)
         _copy_beside(checkpoint.path, partial)
         config = _config(checkpoint) | {"quantization_config": _scheme(scheme, kv_scales, quantize_lm_head)}
+        if quantize_lm_head:  # a copy of its own, where it was tied
+            config["tie_word_embeddings"] = False
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file in partial.iterdir():  # temporary folders and safetensors are made for their owner alone
-            file.chmod(0o644)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # temporary folders and safetensors are made for their owner alone
+            with file.open("rb") as written:
+                os.fsync(written.fileno())  # or a crash could leave a whole folder of files cut off
         partial.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -88,6 +96,16 @@ def check_wanted(checkpoint: Checkpoint, out: Path, scheme: Scheme, kv_scales: K
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty directory")
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{out} cannot be made: {parent} is not a directory that can be written to")
+    if scheme == "block":
+        for tensor in expected_tensors(checkpoint.model_config, "hf"):
+            projection = _PROJECTION_OF.get(tensor.part, "")
+            if len(PARTS.get(projection, ())) > 1 and tensor.part != PARTS[projection][-1] and tensor.shape[0] % BLOCK:
+                raise ValueError(
+                    f"scheme 'block' needs whole blocks of {BLOCK} rows in what is fused, and {tensor.name} has {tensor.shape[0]}"
+                )
 
 
 def _tensors(
@@ -101,7 +119,10 @@ def _tensors(
     """Names in Hugging Face's layout and tensors, one after the other."""
     config = checkpoint.model_config
     dtype = getattr(torch, config.dtype)
-    for tensor in expected_tensors(config, checkpoint.layout):
+    expected = expected_tensors(config, checkpoint.layout)
+    if quantize_lm_head and config.tie_word_embeddings:
+        expected += [replace(tensor, part="lm_head") for tensor in expected if tensor.part == "embed_tokens"]
+    for tensor in expected:
         x = checkpoint.read(tensor.name)
         advance(x.nbytes)
         name = tensor_name("hf", tensor.part, tensor.layer)
@@ -138,7 +159,11 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byt
     total = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        file = folder / f"{len(files)}.part"
+        try:
+            save_file(shard, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # no space left, for one
+            raise OSError(f"{file} cannot be written: {error}") from None
         files.append(list(shard))
         shard.clear()
 

@@ -25,6 +25,7 @@ from nemo_engine.model.loading import load_weights
 from nemo_engine.model.nemo import Nemo
 from nemo_engine.model.sequence import Sequence
 from nemo_engine.ops import Ops, Site
+from nemo_engine.quantize import quantize_checkpoint
 from tests.checkpoints import random_state_dict, tiny_config, write_hf, write_mistral
 from tests.fp8_checkpoints import FP8, dequantise, quantise
 
@@ -226,6 +227,68 @@ def test_not_finite_weights_are_refused_by_name(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def test_a_tied_head_in_fp8_becomes_its_own(tmp_path: Path) -> None:
+    """Untied, as the embeddings stay what they are."""
+    config = tiny_config(tie_word_embeddings=True, dtype="bfloat16")
+    state = random_state_dict(config, dtype=torch.bfloat16)
+    source = open_checkpoint(write_hf(tmp_path / "in", config, state))
+    export_fp8(source, tmp_path / "out", quantize_lm_head=True)
+    written = open_checkpoint(tmp_path / "out")
+    assert not written.model_config.tie_word_embeddings
+    numbers, scales = quantise(state["model.embed_tokens.weight"], "channel")
+    weights = load_weights(written, written.model_config, dtype=torch.bfloat16, progress=False)
+    assert isinstance(weights.lm_head, Fp8Linear) and weights.lm_head.scales.equal(scales)
+    assert weights.lm_head.weight.view(torch.uint8).equal(numbers.view(torch.uint8))
+    export_fp8(source, tmp_path / "dense head")
+    assert open_checkpoint(tmp_path / "dense head").model_config.tie_word_embeddings
+
+
+def test_blocks_across_parts_of_what_is_fused_are_refused(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "in", tiny_config(), random_state_dict(tiny_config()))
+    with pytest.raises(ValueError, match="scheme 'block' needs whole blocks of 128 rows .*q_proj.weight has 32"):
+        export_fp8(open_checkpoint(source), tmp_path / "out", scheme="block")
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_real_failure_to_write_is_one_line(source: Path, tmp_path: Path) -> None:
+    """The library that writes has exceptions of its own."""
+    command = f"ulimit -f 100; exec {sys.executable} -m nemo_engine quantize {source} {tmp_path / 'out'}"
+    run = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "cannot be written" in run.stderr
+    assert leftovers(tmp_path) == []
+
+
+def test_where_it_goes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to an empty directory, the working directory; not below a file, which is noticed before anything is computed."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    quantize_checkpoint(source, tmp_path / "link")
+    assert (tmp_path / "real" / "config.json").exists() and (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "FP8 weights" in quantize_checkpoint(source, ".")
+    assert (tmp_path / "here" / "config.json").exists()
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "real" / "config.json"
+    with pytest.raises(ValueError, match=f"{file / 'out'} cannot be made: {file} is not a directory"):
+        quantize_checkpoint(source, file / "out")
+
+
+def test_calibration_keeps_to_the_models_context_and_vocabulary(tmp_path: Path) -> None:
+    tekken = BUNDLED["nemo-tiny"] / "tekken.json"
+    short = tiny_config(vocab_size=6144, max_position_embeddings=32)
+    source = write_hf(tmp_path / "in", short, random_state_dict(short))
+    with pytest.raises(ValueError, match="has no tokenizer, which calibration needs: give tokenizer"):
+        quantize_checkpoint(source, tmp_path / "out", scheme="static", texts=["text " * 100])
+    line = quantize_checkpoint(source, tmp_path / "out", scheme="static", texts=["text " * 100], tokenizer=tekken)
+    tokens = int(line.partition("calibrated on ")[2].split()[0])
+    assert 100 < tokens - len(range(0, tokens, 32)) <= 200  # each piece of 32 begins with one that is not text
+    small = write_hf(tmp_path / "small", tiny_config(), random_state_dict(tiny_config()))
+    with pytest.raises(ValueError, match=r"makes token \d+, and the model's vocab_size is 97"):
+        quantize_checkpoint(small, tmp_path / "not", scheme="static", texts=["text"], tokenizer=tekken)
+
+
 # ---- the command
 
 
@@ -248,8 +311,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--scheme", "static"], "needs text to calibrate on, and there is none"),
         (["--kv-scales", "tensor"], "needs text to calibrate on, and there is none"),
         (["--calibrate", "/etc/hostname"], "needs no text to calibrate on, and there is some"),
-        (["--scheme", "static", "--calibrate", "/nowhere"], "No such file"),
-        (["--scheme", "static", "--calibrate", "/dev/null"], "needs text"),
+        (["--scheme", "static", "--calibrate", "/nowhere"], "--calibrate /nowhere cannot be read: No such file"),
+        (["--scheme", "static", "--calibrate", "/dev/null"], "texts must have at least 1 token to calibrate on, got 0"),
+        (["--scheme", "static", "--calibrate", sys.executable], "--calibrate must be text in UTF-8"),
         (
             ["--calibration-tokens", "0", "--scheme", "static", "--calibrate", "/etc/hostname"],
             "max_tokens must be at least 1",
