@@ -86,7 +86,7 @@ def _param_of(message: str) -> str | None:
     return name if name and is_name and ("_" in name or "[" in name or "." in name or name in _PLAIN_PARAMS) else None
 
 
-_PLAIN_PARAMS = {"prompt", "messages", "tools", "temperature", "n", "seed", "stop", "logprobs", "priority"}
+_PLAIN_PARAMS = {"prompt", "messages", "input", "instructions", "tools", "temperature", "n", "seed", "stop", "logprobs", "priority"}
 
 
 def _code_of(message: str) -> str | None:

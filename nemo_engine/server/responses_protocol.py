@@ -1,7 +1,155 @@
-"""placeholder, to be replaced."""
+"""What a request to ``/v1/responses`` may hold: OpenAI's fields for text and functions, and the extras of the chat route.
 
-from nemo_engine.server.protocol import ApiRequest
+Values are checked where the chat route checks them; here stands what only this API has. Nothing is stored, so ``store: true`` and what
+refers to an earlier response are refused: the conversation is sent as ``input`` each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from nemo_engine.server.errors import ApiError
+from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, SamplingRequest
+
+INCLUDE_LOGPROBS = "message.output_text.logprobs"
+MAX_TOP_LOGPROBS = 20
+_MAX_METADATA = 16  # pairs
+_MAX_METADATA_KEY = 64  # characters
+_MAX_METADATA_VALUE = 512
+
+_NOTHING: tuple[Any, ...] = (None,)
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = UNSUPPORTED | {
+    "access_programs": _NOTHING,
+    "background": (None, False),
+    "background_options": (None, {}),
+    "context_management": (None, []),
+    "conversation": _NOTHING,
+    "enable_response_messages": (None, False),
+    "image": _NOTHING,
+    "logprob_token_ids": _NOTHING,
+    "logprobs": (None, False),
+    "max_completion_tokens": _NOTHING,
+    "max_tokens": _NOTHING,
+    "max_tool_calls": _NOTHING,
+    "messages": _NOTHING,
+    "moderation": _NOTHING,
+    "n": (None, 1),
+    "previous_input_messages": (None, []),
+    "previous_response_id": _NOTHING,
+    "prompt": _NOTHING,
+    "prompt_logprobs": _NOTHING,
+    "reasoning_effort": (None, "none"),
+    "response_format": _NOTHING,
+    "return_token_ids": (None, False),
+}
+_INSTEAD = INSTEAD | {
+    "conversation": "input",
+    "logprobs": f'include: ["{INCLUDE_LOGPROBS}"]',
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "previous_response_id": "input",
+    "prompt": "input",
+    "response_format": "text.format",
+    "store": "input: responses are not stored, send the conversation with each request",
+}
 
 
-class ResponsesRequest(ApiRequest):
-    """The body of /v1/responses."""
+class TextOptions(ApiRequest):
+    """The field ``text``: the form of the answer."""
+
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ResponseStreamOptions(ApiRequest):
+    """Options of a stream."""
+
+    include_obfuscation: bool | None = False
+
+
+class ResponsesRequest(SamplingRequest):
+    """The body of ``/v1/responses``."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED
+    instead: ClassVar[Mapping[str, str]] = _INSTEAD
+
+    input: str | list[dict[str, Any]] = Field(union_mode="left_to_right")
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    text: TextOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    truncation: str | None = None
+    metadata: dict[str, str] | None = None
+    reasoning: dict[str, Any] | None = None
+    stream_options: ResponseStreamOptions | None = None
+    system_placement: Literal["last", "first"] | None = None
+
+    def ignored_fields(self) -> list[str]:
+        """Fields that had no effect, those of ``text`` and ``stream_options`` among them; ``ApiError`` for what is refused."""
+        ignored = super().ignored_fields()
+        for name in ("text", "stream_options"):
+            inner: ApiRequest | None = getattr(self, name)
+            if inner is not None:
+                ignored += [f"{name}.{one}" for one in inner.__pydantic_extra__ or {}]
+        self._refuse_unsupported()
+        return ignored
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the log-probabilities of the answer's text are asked for."""
+        return INCLUDE_LOGPROBS in (self.include or ())
+
+    def check(self) -> None:
+        """Raise ``ApiError`` for values that are out of this API's limits."""
+        if not self.input and not isinstance(self.input, str):
+            raise ApiError(400, "input must not be an empty list", param="input")
+        if self.top_logprobs is not None:
+            if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+                raise ApiError(
+                    400,
+                    f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {self.top_logprobs}",
+                    param="top_logprobs",
+                )
+            if self.top_logprobs and not self.has_logprobs:
+                raise ApiError(400, f'top_logprobs needs include: ["{INCLUDE_LOGPROBS}"]', param="top_logprobs")
+        if self.truncation not in (None, "auto", "disabled"):
+            raise ApiError(400, f'truncation must be "disabled", got {self.truncation!r}', param="truncation")
+        self._check_metadata()
+
+    def _refuse_unsupported(self) -> None:
+        refused = ""
+        for index, one in enumerate(self.include or ()):
+            if one != INCLUDE_LOGPROBS:
+                refused, detail = f"include[{index}]", f"{one!r}; it takes {INCLUDE_LOGPROBS!r}"
+        if self.truncation == "auto":
+            refused, detail = "truncation", '"auto"; send less, or use truncate_prompt_tokens'
+        asked = {key: value for key, value in (self.reasoning or {}).items() if value is not None}
+        if asked and asked != {"effort": "none"}:
+            refused, detail = "reasoning", f"{asked!r}: this model does not reason"
+        if self.text is not None and self.text.verbosity not in (None, "medium"):
+            refused, detail = "text.verbosity", f"{self.text.verbosity!r}"
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            refused, detail = "stream_options.include_obfuscation", "true"
+        if refused:
+            raise ApiError(400, f"{refused} is not supported as {detail}", param=refused, code="unsupported_parameter")
+
+    def _check_metadata(self) -> None:
+        pairs = self.metadata or {}
+        if len(pairs) > _MAX_METADATA:
+            raise ApiError(400, f"metadata must have at most {_MAX_METADATA} pairs, got {len(pairs)}", param="metadata")
+        for key, value in pairs.items():
+            for what, text, most in (("key", key, _MAX_METADATA_KEY), ("value", value, _MAX_METADATA_VALUE)):
+                if len(text) > most:
+                    raise ApiError(
+                        400,
+                        f"metadata must have {what}s of at most {most} characters, got one of {len(text)}",
+                        param="metadata",
+                    )
