@@ -167,6 +167,22 @@ def test_saturated_keys_and_values_are_counted_and_reported(tmp_path: Path, capl
         assert ("saturated: its scales are too small" in caplog.text) is is_saturated
 
 
+def test_counting_reads_what_was_written_alone(model: Path) -> None:
+    """All pages that requests have had, and no others: a large cache is not read when it is closed."""
+    with Engine(model, device="cpu", kv_cache_dtype="fp8", max_model_len=64, num_kv_pages=50, page_size=16) as engine:
+        for first in (0, 40):
+            prompts = [{"prompt_token_ids": list(range(first, first + 35))} for _ in range(2)]
+            engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+        runner = engine._core.runner
+        written = engine.count_saturated_kv()[1]
+        assert 4 <= runner._table.highest_page < 20
+        assert (0, written) == runner._kv_cache.count_saturated(50)
+        for pages in runner._kv_cache.layers[0]:
+            pages.view(torch.uint8)[1, 0, 0, :2] = torch.tensor([0x7E, 0xFE], dtype=torch.uint8)  # 448 and -448
+            pages.view(torch.uint8)[21] = 0x7E
+        assert engine.count_saturated_kv() == (4, written)
+
+
 def test_nothing_is_saturated_with_scales_that_fit(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Engine(model, device="cpu", kv_cache_dtype="fp8", max_model_len=64, num_kv_pages=8) as engine:
         engine.generate({"prompt_token_ids": list(range(1, 40))}, SamplingParams(max_tokens=4, ignore_eos=True))

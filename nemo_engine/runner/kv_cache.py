@@ -42,16 +42,17 @@ class KVCache:
             else:
                 cache[pages] = torch.nan
 
-    def count_saturated(self) -> tuple[int, int]:
+    def count_saturated(self, highest_page: int) -> tuple[int, int]:
         """Of an FP8 cache: (entries at its largest number, 448; entries that are not 0), of all that was ever written and not overwritten.
 
-        What was larger is stored as 448, so this tells whether the scales are too small. (0, 0) of other caches. Reads the whole cache once.
+        What was larger is stored as 448, so this tells whether the scales are too small. (0, 0) of other caches. Reads the pages up to
+        ``highest_page`` once: on the CPU, those beyond would be taken from the system for it.
         """
         saturated = written = 0
         for cache in (cache for layer in self.layers for cache in layer):
             if cache.dtype == FP8:
-                for pages in cache[1:].view(torch.uint8).split(_PAGES_AT_ONCE):
-                    magnitude = pages & 0x7F
-                    saturated += int((magnitude == 0x7E).sum())
-                    written += int(magnitude.count_nonzero())
+                for pages in cache[1 : highest_page + 1].view(torch.uint8).split(_PAGES_AT_ONCE):
+                    codes = torch.bincount(pages.flatten(), minlength=256)
+                    saturated += int(codes[0x7E] + codes[0xFE])
+                    written += pages.numel() - int(codes[0x00] + codes[0x80])
         return saturated, written

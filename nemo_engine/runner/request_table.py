@@ -27,6 +27,7 @@ class RequestTable:
         self.token_ids[0].zero_()
         self.page_table[0].zero_()
         self.num_pages: list[int] = [0] * (num_slots + 1)  # on the host: pages of each row
+        self.highest_page = 0  # that a request ever had
         self._last_page = num_pages
         self._vocab_size = vocab_size
 
@@ -45,6 +46,7 @@ class RequestTable:
         self.page_table[slot, : len(pages)] = to_device(pages, self.device)
         self.num_computed[slot] = fill.num_computed_tokens
         self.num_pages[slot] = len(pages)
+        self.highest_page = max(self.highest_page, *fill.pages) if fill.pages else self.highest_page
 
     def take_new_pages(self, plan: StepPlan) -> dict[int, tuple[int, int]]:
         """The (index, page) that each slot of ``plan`` gets, which the step itself enters: at most one a slot."""
@@ -58,6 +60,7 @@ class RequestTable:
                 raise ValueError(f"new_pages: a step gives a slot one page at most, slot {slot} gets two")
             taken[slot] = (index, page)
             self.num_pages[slot] = index + 1
+            self.highest_page = max(self.highest_page, page)
         return taken
 
     @staticmethod

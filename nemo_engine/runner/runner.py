@@ -309,7 +309,7 @@ class Runner:
 
     def count_saturated(self) -> tuple[int, int]:
         """See ``KVCache.count_saturated``."""
-        return self._kv_cache.count_saturated()
+        return self._kv_cache.count_saturated(self._table.highest_page)
 
     def close(self) -> None:
         """Drop all tensors and graphs; says so if an FP8 cache was too small for what was written into it."""
