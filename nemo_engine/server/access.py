@@ -10,6 +10,7 @@ import logging
 import time
 from typing import Any
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,7 +50,7 @@ class Access:
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > self._max_bytes:
-                    raise self._too_large()
+                    raise HTTPException(413, self._too_large().message)  # FastAPI lets this one kind pass
             return message
 
         async def noted(message: Message) -> None:
@@ -106,12 +107,12 @@ def _keys_of(headers: Headers) -> list[bytes]:
     found = []
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
-        found.append(value.strip().encode())
+        found.append(value.strip().encode("latin-1"))
     elif kind.lower() == "basic" and headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
         try:
             found.append(base64.b64decode(value.strip(), validate=True).partition(b":")[2])
         except (binascii.Error, ValueError):
             pass
     if "x-api-key" in headers:
-        found.append(headers["x-api-key"].encode())
+        found.append(headers["x-api-key"].encode("latin-1"))
     return found

@@ -78,9 +78,9 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": self._first, "more_body": True})
                 async for data in self._events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-        except OSError:
-            return
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                return  # the server says so of a client that has gone
             await send({"type": "http.response.body", "body": event(api_error(error).body()) + DONE, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
