@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nemo_engine.inputs import EncodedPrompt
-from nemo_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nemo_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, RequestView
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
 from nemo_engine.step import TokenLogprobs
@@ -181,6 +181,36 @@ class OutputProcessor:
             if user.wants_every_step:
                 self._attended[request] = completion
         self._users[user.request_id] = user
+
+    def views(self, limit: int) -> list[RequestView]:
+        """At most ``limit`` completions: those that run, then those that wait, each in order of arrival. O(completions)."""
+        running: list[Completion] = []
+        waiting: list[Completion] = []
+        for completion in self._completions.values():
+            status = completion.request.status
+            if status is RequestStatus.RUNNING:
+                running.append(completion)
+            elif status is RequestStatus.WAITING:
+                waiting.append(completion)
+        now = time.monotonic()
+        return [self._view(completion, now) for completion in (*running, *waiting)[:limit]]
+
+    def _view(self, completion: Completion, now: float) -> RequestView:
+        request = completion.request
+        num_computed = self._scheduler.num_computed_tokens(request)
+        is_prefilling = num_computed < len(request.token_ids) - 1
+        is_running = request.status is RequestStatus.RUNNING
+        return RequestView(
+            request_id=request.request_id,
+            state="waiting" if not is_running else "prefill" if is_prefilling else "decode",
+            age=now - completion.owner.metrics.arrival_time,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            num_computed_tokens=num_computed,
+            num_output_tokens=request.num_output_tokens,
+            num_pages=len(request.pages),
+            num_preemptions=request.num_preemptions,
+        )
 
     def process(self, committed: Committed) -> None:
         """Bring one committed step to the users; may end requests whose stop string has appeared."""

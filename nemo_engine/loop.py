@@ -18,7 +18,7 @@ from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.core import start_core
 from nemo_engine.inputs import EncodedPrompt, InputProcessor
 from nemo_engine.ledger import Ledger
-from nemo_engine.outputs import StepRecord
+from nemo_engine.outputs import RequestView, StepRecord
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Request, SchedulerStats
 from nemo_engine.text import Tokenizer, load_tokenizer
@@ -134,6 +134,11 @@ class EngineLoop:
         """A byte for each page of the KV cache: 0 free, 1 free with cached content, 2 in use, 3 in use by several."""
         with self._lock:
             return self._core.scheduler.kv.pool.states()
+
+    def requests(self, limit: int) -> list[RequestView]:
+        """At most ``limit`` unfinished completions: those that run, then those that wait, each in order of arrival."""
+        with self._lock:
+            return self._outputs.views(limit)
 
     def count_saturated_kv(self) -> tuple[int, int]:
         """Of an FP8 KV cache: (entries at its largest number, entries that are not 0). Reads it all; (0, 0) of other caches."""

@@ -111,3 +111,20 @@ class StepRecord(NamedTuple):
     num_prefill_tokens: int  # that these computed
     num_new_tokens: int  # that requests were given
     num_prompt_tokens: int  # of the requests that were given their first token
+
+
+class RequestView(NamedTuple):
+    """An unfinished completion, for those who watch the engine. ``age`` in seconds since its arrival.
+
+    ``num_computed_tokens`` counts those of prompt and output whose keys and values launched steps compute, cached ones among them.
+    """
+
+    request_id: str
+    state: Literal["waiting", "prefill", "decode"]
+    age: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_computed_tokens: int
+    num_output_tokens: int
+    num_pages: int
+    num_preemptions: int
