@@ -100,12 +100,24 @@ def check_wanted(checkpoint: Checkpoint, out: Path, scheme: Scheme, kv_scales: K
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{out} cannot be made: {parent} is not a directory that can be written to")
     if scheme == "block":
-        for tensor in expected_tensors(checkpoint.model_config, "hf"):
-            projection = _PROJECTION_OF.get(tensor.part, "")
-            if len(PARTS.get(projection, ())) > 1 and tensor.part != PARTS[projection][-1] and tensor.shape[0] % BLOCK:
-                raise ValueError(
-                    f"scheme 'block' needs whole blocks of {BLOCK} rows in what is fused, and {tensor.name} has {tensor.shape[0]}"
-                )
+        _check_blocks(checkpoint.model_config)
+
+
+def _check_blocks(config: ModelConfig) -> None:
+    """Raise ``ValueError`` for sizes that the readers of scheme "block" cannot take."""
+    last = {parts[-1] for parts in PARTS.values()}
+    for tensor in expected_tensors(config, "hf"):
+        if tensor.layer is None or tensor.part not in _PROJECTION_OF:
+            continue
+        rows, width = tensor.shape
+        if width % BLOCK:  # compressed-tensors takes inputs in whole groups
+            raise ValueError(
+                f"scheme 'block' needs rows of whole blocks of {BLOCK}, and {tensor.name} has {width} columns"
+            )
+        if rows % BLOCK and tensor.part not in last:
+            raise ValueError(
+                f"scheme 'block' needs whole blocks of {BLOCK} rows in what is fused, and {tensor.name} has {rows}"
+            )
 
 
 def _tensors(

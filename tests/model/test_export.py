@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def their_cache(path: Path) -> Any:
 
 @pytest.mark.parametrize("quantize_lm_head", [False, True])
 @pytest.mark.parametrize(
-    ("scheme", "kv_scales"), [("dynamic", "none"), ("static", "none"), ("dynamic", "tensor"), ("static", "head")]
+    ("scheme", "kv_scales"),
+    [("dynamic", "none"), ("static", "none"), ("block", "none"), ("dynamic", "tensor"), ("static", "head")],
 )
 def test_transformers_computes_the_same(
     scheme: Any, kv_scales: Any, quantize_lm_head: bool, source: Path, tmp_path: Path
@@ -243,9 +245,20 @@ def test_a_tied_head_in_fp8_becomes_its_own(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "dense head").model_config.tie_word_embeddings
 
 
-def test_blocks_across_parts_of_what_is_fused_are_refused(tmp_path: Path) -> None:
-    source = write_hf(tmp_path / "in", tiny_config(), random_state_dict(tiny_config()))
-    with pytest.raises(ValueError, match="scheme 'block' needs whole blocks of 128 rows .*q_proj.weight has 32"):
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"head_dim": 32, "num_heads": 6},
+            "needs whole blocks of 128 rows in what is fused, and .*q_proj.weight has 192",
+        ),
+        ({"hidden_size": 200}, "needs rows of whole blocks of 128, and .*q_proj.weight has 200 columns"),
+    ],
+)
+def test_sizes_that_no_blocks_fit_are_refused(sizes: dict[str, int], message: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, **sizes)
+    source = write_hf(tmp_path / "in", config, random_state_dict(config, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=f"scheme 'block' {message}"):
         export_fp8(open_checkpoint(source), tmp_path / "out", scheme="block")
     assert leftovers(tmp_path) == []
 

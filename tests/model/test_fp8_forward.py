@@ -9,12 +9,13 @@ import torch
 
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.linear import Fp8Linear
 from nemo_engine.model.loading import load_weights
 from nemo_engine.model.nemo import Nemo
 from nemo_engine.model.quantization import ONLINE, Quantization
 from nemo_engine.ops import Ops, Site
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
-from tests.fp8_checkpoints import FLAVOURS, FP8, dequantise, is_quantised, quantise, write_fp8
+from tests.fp8_checkpoints import BLOCK, FLAVOURS, FP8, dequantise, is_quantised, quantise, write_fp8
 from tests.model.forward import PAGE, our_logits
 from tests.model.fp8_reference import Reference, to_fp8
 
@@ -110,3 +111,58 @@ def test_inputs_that_stay_as_they_are_equal_transformers(tmp_path: Path) -> None
         for found, prompt in zip(our_logits(nemo(tmp_path / "fp8"), prompts), prompts, strict=True):
             expected = reference(torch.tensor([prompt])).logits[0]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def coarse(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Magnitudes from 0.05 to 1: as FP8 numbers multiples of 2 up to 448, of which fp32 holds every sum of products exactly."""
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return signs * torch.empty(shape).uniform_(0.05, 1.0, generator=generator)
+
+
+def whole_blocks(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with 1.75 in the first place of each 128 of a row, so that scales of blocks are powers of 2."""
+    x[:, ::BLOCK] = 1.75
+    return x
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """float64 of the nearest fp32."""
+    return x.float().double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flavour", [name for name, (_, is_static) in FLAVOURS.items() if is_static is not None])
+def test_each_scheme_is_its_float64_simulation_bit_for_bit(flavour: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Rounding, scaling and the product of one layer: where no sum rounds, nothing may differ in a single bit."""
+    kind, is_static = FLAVOURS[flavour]
+    config = BLOCKS if kind == "block" else SMALL
+    generator = torch.Generator().manual_seed(3)
+    state = random_state_dict(config, seed=6)
+    for name in filter(is_quantised, state):
+        state[name] = coarse(generator, *state[name].shape)
+        if kind == "block":
+            whole_blocks(state[name])
+    write_fp8(tmp_path, config, state, flavour)
+    model = nemo(tmp_path)
+    for projection in ("qkv", "o", "gate_up", "down"):
+        linear = getattr(model.weights.layers[0], projection)
+        assert isinstance(linear, Fp8Linear)
+        x = coarse(generator, 9, linear.in_features).to(dtype) * 4
+        if kind == "block":
+            whole_blocks(x)[:, ::BLOCK] *= 4
+            x.mul_(2.0 ** torch.arange(-4, 5).unsqueeze(1))
+        wide, numbers, scales = x.double(), linear.weight.double(), linear.scales.double()
+        if kind == "block":
+            blocks = torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in wide.split(BLOCK, 1)], 1)
+            x_scales = rounded(blocks / 448)
+            w_scales = scales.repeat_interleave(BLOCK, 0)[: len(numbers)].repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
+            expected = (to_fp8(rounded(wide / x_scales)) * x_scales) @ (numbers * w_scales).T
+        else:
+            x_scales = wide.abs().amax(1, keepdim=True)
+            x_scales = linear.input_scale.double().reshape(1, 1) if is_static else rounded(x_scales / 448)
+            product = to_fp8(rounded(wide / x_scales)) @ numbers.T
+            expected = rounded(rounded(product * x_scales) * scales.T)
+        found = linear(x, model.ops)
+        assert found.dtype == dtype and found.equal(expected.float().to(dtype)), projection
+        plain = wide @ (numbers * (w_scales if kind == "block" else scales)).T
+        assert not plain.float().to(dtype).equal(found), "inputs are quantised"
