@@ -29,6 +29,7 @@ from nemo_engine.text.tool_calls import (
     Event,
     ToolCall,
     parse_answer,
+    parse_tool_calls,
 )
 
 
@@ -55,18 +56,22 @@ class Chat:
 
     def parser(self) -> AnswerParser:
         """A reader of one streamed answer."""
-        return AnswerParser(shows_special=self.shows_special)
+        return AnswerParser(shows_special=self.shows_special, starts_with_calls=self.tools.is_forced)
 
     def parse(self, completion: CompletionOutput) -> tuple[str, list[ToolCall]]:
         """(content, calls) of one whole answer."""
         if not self.tools.is_on:
             return completion.text, []
-        content, calls = parse_answer(
-            completion.text,
-            completion.tool_calls_start,
-            is_truncated=completion.finish_reason == "length",
-            shows_special=self.shows_special,
-        )
+        is_truncated = completion.finish_reason == "length"
+        if self.tools.is_forced:
+            content, calls = parse_tool_calls(completion.text, is_truncated=is_truncated)
+        else:
+            content, calls = parse_answer(
+                completion.text,
+                completion.tool_calls_start,
+                is_truncated=is_truncated,
+                shows_special=self.shows_special,
+            )
         return content, calls if self.tools.parallel else calls[:1]
 
 
@@ -81,7 +86,7 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
     if request.prompt_logprobs is not None and request.stream:
         raise ApiError(400, "prompt_logprobs is not supported in a stream", param="prompt_logprobs")
     tools = ToolUse.of(request, service.tokenizer)
-    prompt = encode_conversation(service, request)
+    prompt = encode_conversation(service, request, tools)
     logprobs = None
     if request.logprobs:
         logprobs = request.top_logprobs or 0

@@ -10,6 +10,7 @@ from nemo_engine.inputs import EncodedPrompt
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from nemo_engine.server.service import Service
+from nemo_engine.server.tools import ToolUse
 
 
 def encode_prompts(service: Service, request: CompletionRequest) -> list[EncodedPrompt]:
@@ -36,16 +37,17 @@ def _encode(
     return inputs.encode(prompt, name)
 
 
-def encode_conversation(service: Service, request: ChatRequest) -> EncodedPrompt:
-    """The conversation of a chat request."""
-    service.tokenizer  # noqa: B018 - says so if there is none
+def encode_conversation(service: Service, request: ChatRequest, tools: ToolUse | None = None) -> EncodedPrompt:
+    """The conversation of a chat request; ``tools`` None reads them from it."""
+    tools = tools or ToolUse.of(request, service.tokenizer)
     (prompt,) = service.engine.inputs.encode_conversations(
         [request.messages],
-        tools=None if request.tool_choice == "none" else request.tools,
+        tools=tools.shown(),
         add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,
         continue_final_message=bool(request.continue_final_message),
         strict=bool(request.strict),
         system_placement=request.system_placement or service.options.system_placement,
+        start_tool_calls=tools.is_forced,
     )
     return _finish(service, request, prompt)
 

@@ -28,13 +28,26 @@ class ToolUse:
         choice = check_tool_choice(request.tool_choice, tools)
         if tools and tokenizer.tool_calls_id is None:
             raise ApiError(400, "tools need a tokenizer with [TOOL_CALLS], and this model's has none", param="tools")
+        if choice.mode == "required" and request.continue_final_message:
+            raise ApiError(400, "tool_choice that forces a call excludes continue_final_message", param="tool_choice")
         is_on = choice.mode != "none"
         return cls(is_on, request.parallel_tool_calls is not False, choice, tuple(tools or ()))
 
+    @property
+    def is_forced(self) -> bool:
+        """Whether the answer is calls and nothing else: its prompt then ends with [TOOL_CALLS]."""
+        return self.choice.mode == "required"
+
+    def shown(self) -> list[dict[str, Any]] | None:
+        """The tools that stand in the prompt: all, but those alone that may be called where no grammar sees to it."""
+        if not self.is_on:
+            return None
+        return [dict(tool) for tool in self.tools if self.is_forced or tool["function"]["name"] in self.choice.names]
+
     def structured_outputs(self, asked: object | None) -> object | None:
         """The form of the answer: that of the calls if calls are forced, else what the request asks for."""
-        if self.choice.mode != "required":
+        if not self.is_forced:
             return asked
         if asked is not None:
             raise ApiError(400, "tool_choice that forces a call excludes response_format", param="tool_choice")
-        return tool_call_schema(self.tools, self.choice.names, self.parallel)
+        return {"json": tool_call_schema(self.tools, self.choice.names, self.parallel)}
