@@ -230,6 +230,9 @@ class _Taker:
         if found and len(found) < self.config.num_layers:
             absent = next(layer for layer in range(self.config.num_layers) if layer not in found)
             self.faults.append(f"layer {absent} has no scales of keys and values, and others have")
+        quantization = self.checkpoint.quantization
+        if not found and not self.faults and quantization is not None and quantization.kv_cache:
+            _logger.warning("%s is for FP8 keys and values and has no scales of them: 1 is taken", self.checkpoint.path)
         yield from found.items()
 
     def _kinds(

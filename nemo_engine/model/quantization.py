@@ -19,9 +19,21 @@ WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "qscale_weight")
 INPUT_SCALES = ("input_scale", "act_scale", "activation_scale", "qscale_act")
 # Of keys and values, beside the projections of their layer: {} is the layer's attention module.
 KV_SCALES = {
-    "k": ("{}.k_scale", "{}.k_proj.k_scale", "{}.k_proj.output_scale", "{}.k_fake_quantizer.qscale_act"),
-    "v": ("{}.v_scale", "{}.v_proj.v_scale", "{}.v_proj.output_scale", "{}.v_fake_quantizer.qscale_act"),
-    "both": ("{}.kv_scale", "{}.kv_fake_quantizer.qscale_act"),
+    "k": (
+        "{}.k_scale",
+        "{}.attn.k_scale",
+        "{}.k_proj.k_scale",
+        "{}.k_proj.output_scale",
+        "{}.k_fake_quantizer.qscale_act",
+    ),
+    "v": (
+        "{}.v_scale",
+        "{}.attn.v_scale",
+        "{}.v_proj.v_scale",
+        "{}.v_proj.output_scale",
+        "{}.v_fake_quantizer.qscale_act",
+    ),
+    "both": ("{}.kv_scale", "{}.attn.kv_scale", "{}.kv_fake_quantizer.qscale_act"),
 }
 # Scales of what stays unquantised here: queries and attention weights.
 _UNUSED = re.compile(r".*\.(q_scale|prob_output_scale|q_proj\.output_scale|q_fake_quantizer\.qscale_act)")

@@ -20,6 +20,7 @@ from nemo_engine.model.linear import DenseLinear, Fp8Linear
 from nemo_engine.model.loading import load_weights
 from nemo_engine.model.quantization import quantization_of
 from nemo_engine.model.weights import NemoWeights
+from nemo_engine.ops import Ops, Site
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.fp8_checkpoints import FP8, quantise, quantization_config, write_fp8
 
@@ -108,6 +109,63 @@ def test_shapes_of_scales_of_keys(shape: tuple[int, ...], tmp_path: Path) -> Non
     change(tmp_path, {KEYS: torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)})
     scale = load(tmp_path, needs_kv_scales=True).layers[0].k_scale
     assert scale is not None and scale.tolist() == ([1, 2] if 2 in shape else [1, 1])
+
+
+FORMS = {
+    "compressed-tensors": ("{}.{}_scale",),
+    "compressed-tensors before 0.13": ("{}.{}_proj.output_scale",),
+    "ModelOpt": ("{}.{}_proj.{}_scale",),
+    "vLLM": ("{}.attn.{}_scale",),
+    "one for both": ("{}.kv_scale",),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_spellings_of_scales_of_keys_and_values(form: str, tmp_path: Path) -> None:
+    write_fp8(tmp_path, SMALL, random_state_dict(SMALL), "compressed-tensors static")
+    scales = {
+        name.format(f"model.layers.{layer}.self_attn", x, x): torch.tensor([0.25 if x == "k" else 0.5])
+        for layer in range(2)
+        for x in "kv"
+        for name in FORMS[form]
+    }
+    change(tmp_path, scales)
+    layer = load(tmp_path, needs_kv_scales=True).layers[1]
+    assert layer.k_scale is not None and layer.v_scale is not None
+    assert (
+        layer.k_scale.tolist() == [0.5 if form == "one for both" else 0.25] * 2 and layer.v_scale.tolist() == [0.5] * 2
+    )
+
+
+def test_scales_of_mistrals_quantisers(tmp_path: Path) -> None:
+    write_fp8(tmp_path, SMALL, random_state_dict(SMALL), "mistral static")
+    file = tmp_path / "consolidated.safetensors"
+    names = [f"layers.{layer}.attention.{x}_fake_quantizer.qscale_act" for layer in range(2) for x in "qkv"]
+    save_file(load_file(file) | {name: torch.tensor(0.25) for name in names}, file)
+    scale = load(tmp_path, needs_kv_scales=True).layers[0].k_scale
+    assert scale is not None and scale.tolist() == [0.25] * 2
+
+
+def test_a_scheme_for_keys_without_scales_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_fp8(tmp_path, SMALL, random_state_dict(SMALL), "compressed-tensors static", kv="tensor")
+    stored = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if not name.endswith(("k_scale", "v_scale"))}
+    save_file(kept, tmp_path / "model.safetensors")
+    assert load(tmp_path, needs_kv_scales=True).layers[0].k_scale is None
+    assert "is for FP8 keys and values and has no scales of them: 1 is taken" in caplog.text
+
+
+def test_inputs_beyond_a_static_scale_saturate(tmp_path: Path) -> None:
+    """As 448 times the scale with their sign, and nothing becomes NaN; an input that is not finite gives NaN in its row alone."""
+    write_fp8(tmp_path, SMALL, random_state_dict(SMALL), "fp8 static")
+    linear = load(tmp_path).layers[0].o
+    assert isinstance(linear, Fp8Linear) and linear.input_scale is not None
+    ops = Ops.select(Site.of(SMALL, 16, torch.float32, torch.device("cpu")), {})
+    largest = 448 * float(linear.input_scale)
+    x = torch.tensor([1.0, 3.0, 1e30, -1e30, torch.inf]).unsqueeze(1) * largest * torch.ones(5, linear.in_features)
+    found = linear(x, ops)
+    assert found[1].equal(found[0]) and found[2].equal(found[0]) and found[3].equal(-found[0])
+    assert found[:4].isfinite().all() and found[4].isnan().all()
 
 
 # ---- configurations
