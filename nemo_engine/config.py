@@ -259,7 +259,7 @@ class EngineConfig:
     kv_cache_dtype: "auto" (FP8 where the checkpoint has a scheme for it, else the activations' dtype), "fp8" (e4m3; scales from the
         checkpoint, else 1), or the activations' dtype by name.
     quantization: "fp8" quantises a bf16 checkpoint while it loads (weights per output channel, activations per token), "fp8_block" by 128 x
-        128; None takes the checkpoint as it is. quantize_lm_head: the head becomes FP8 too.
+        128; one that is FP8 already must be of that kind and stays as it is. None takes any as it is. quantize_lm_head: the head becomes FP8 too.
     load_format: "auto" reads the checkpoint, "dummy" makes seeded random weights of its config.
     device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs.
     prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth: steps in flight, 1 or 2; None takes 1 on the CPU, else 2.

@@ -51,6 +51,15 @@ def test_the_contract_holds_on_the_bundled_model(tmp_path: Path, capsys: pytest.
     assert "FP8 weights, keys and values" in capsys.readouterr().out
 
 
+def test_the_stored_results_meet_the_contract() -> None:
+    stored = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "verify-nemo-tiny.json").read_text())
+    reference, weights, kv, both = stored["configurations"]
+    assert stored["commit"] and not any(each["faults"] for each in stored["configurations"])
+    assert weights["perplexity"] < 1.01 * reference["perplexity"] and weights["top1"] >= 0.97
+    assert kv["perplexity"] < 1.005 * reference["perplexity"] and both["perplexity"] < 1.005 * weights["perplexity"]
+    assert len(reference["retrieval"]) == len(both["retrieval"]) == 3
+
+
 def test_a_checkpoint_that_is_fp8_is_measured_against_its_dequantised_weights(tmp_path: Path) -> None:
     out = tmp_path / "fp8"
     export_fp8(open_checkpoint("nemo-tiny"), out)
