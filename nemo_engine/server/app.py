@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from nemo_engine import __version__
 from nemo_engine.async_engine import AsyncEngine
@@ -175,7 +175,7 @@ def _routes(service: Service) -> APIRouter:
     async def load() -> dict[str, Any]:
         return state.load(service)
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return await service.metrics.response()
 

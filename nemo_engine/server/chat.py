@@ -38,7 +38,7 @@ async def create_chat_completion(service: Service, http: Request, request: ChatR
     headers = response_headers(request)
     service.check_model(request.model)
     chat = await asyncio.to_thread(prepare_chat, service, http, request)
-    headers["X-Request-Id"] = chat.generation.id
+    headers |= chat.generation.header()
     if request.stream:
         return await EventStream(_stream(service, request, chat), headers).start()
     finals = await while_connected(http, chat.generation.collect())

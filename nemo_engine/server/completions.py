@@ -28,9 +28,9 @@ async def create_completion(service: Service, http: Request, request: Completion
     service.check_model(request.model)
     run = await asyncio.to_thread(_prepare, service, http, request)
     if request.stream:
-        return await EventStream(_stream(service, request, run), headers | {"X-Request-Id": run.generation.id}).start()
+        return await EventStream(_stream(service, request, run), headers | run.generation.header()).start()
     finals = await while_connected(http, run.generation.collect())
-    return JSONResponse(_whole(service, request, run, finals), headers=headers | {"X-Request-Id": run.generation.id})
+    return JSONResponse(_whole(service, request, run, finals), headers=headers | run.generation.header())
 
 
 class _Run:

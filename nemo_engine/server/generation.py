@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,6 +17,8 @@ from nemo_engine.server.errors import ApiError
 from nemo_engine.server.params import Effective
 from nemo_engine.server.protocol import GenerationRequest
 from nemo_engine.server.service import Service
+
+_HEADER_ID = re.compile(r"[!-~]{1,200}")
 
 
 class Generation:
@@ -46,6 +49,7 @@ class Generation:
         self._trace_headers = http.headers
         self._log = http.scope.setdefault("nemo_engine.log", {})
         self._log.update(id=self.id, prompt_tokens=sum(len(p.token_ids) for p in prompts), n=self.n)
+        self._texts: dict[tuple[int, int], list[str]] | None = {} if service.options.log_prompts else None
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(index of the prompt, output) as they come. ``TimeoutError`` when the time is over; closing it aborts what runs."""
@@ -74,6 +78,19 @@ class Generation:
         finally:
             await merged.aclose()  # type: ignore[attr-defined]
             self._log["output_tokens"] = self.num_output_tokens
+            if self._texts is not None:
+                self._log["prompts"] = [self._shown(prompt) for prompt in self.prompts]
+                self._log["texts"] = ["".join(parts) for _, parts in sorted(self._texts.items())]
+
+    def _shown(self, prompt: EncodedPrompt) -> str | list[int]:
+        tokenizer = self._service.engine.tokenizer
+        if prompt.text is not None or tokenizer is None:
+            return prompt.text or prompt.token_ids
+        return tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+
+    def header(self) -> dict[str, str]:
+        """``X-Request-Id``."""
+        return {"X-Request-Id": ascii(self.id)[1:-1]}
 
     async def collect(self) -> list[RequestOutput]:
         """The final output of each prompt. ``ApiError`` if one failed inside the engine."""
@@ -122,12 +139,27 @@ class Generation:
         is_delta = output.sampling_params is not None and output.sampling_params.output_kind.name == "DELTA"
         if is_delta or output.finished:
             self.num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+            if self._texts is not None:
+                for completion in output.outputs:
+                    self._texts.setdefault((index, completion.index), []).append(completion.text)
         if output.finished:
             reasons = [completion.finish_reason for completion in output.outputs]
             self._log.setdefault("finish_reasons", []).extend(reasons)
             self._log["cached_tokens"] = self._log.get("cached_tokens", 0) + output.num_cached_tokens
             self._service.metrics.request_done(output, self.effective[index].params)
             self._service.tracing.request_done(output, self.id, self._service.model_name, self._trace_headers)
+
+
+def _id_of(service: Service, http: Request, request: GenerationRequest, prefix: str) -> str:
+    """The request's own id, that of the header X-Request-Id (proxies set it, and may repeat it), or a new one."""
+    if request.request_id is not None:
+        return f"{prefix}-{request.request_id}"
+    asked = http.headers.get("x-request-id", "")
+    if not _HEADER_ID.fullmatch(asked):
+        asked = uuid4().hex
+    elif service.engine.is_unfinished(f"{prefix}-{asked}"):
+        asked += f"-{uuid4().hex[:8]}"
+    return f"{prefix}-{asked}"
 
 
 def raise_failure(output: RequestOutput) -> None:

@@ -36,6 +36,7 @@ def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, A
     them. A second signal ends everything.
     """
     options.keys()
+    _log_requests()
     listener = _listen(options)
     try:
         with AsyncEngine(model, **engine_options) as engine:
@@ -108,6 +109,16 @@ class _Server(uvicorn.Server):
         while self._service.engine.error is None:
             await asyncio.sleep(_LOOK_AT_ENGINE)
         self.should_exit = True
+
+
+def _log_requests() -> None:
+    """Requests are logged as lines of JSON and nothing else, whatever else is logged."""
+    logger = logging.getLogger("nemo_engine.access")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _listen(options: ServerOptions) -> socket.socket:

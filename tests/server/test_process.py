@@ -1,0 +1,214 @@
+"""``nemo-engine serve`` as a process: how it starts, drains, is stopped, and fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+OPTIONS = ["--device=cpu", "--max-model-len=1024", "--num-kv-pages=400", "--page-size=16"]
+LONG = {"prompt": [1, 2000, 2001], "max_tokens": 600, "ignore_eos": True}
+
+
+@contextmanager
+def serving(
+    *options: str, script: str | None = None, env: dict[str, str] | None = None
+) -> Iterator[tuple[Any, str, list[str]]]:
+    """The process, its address, and the lines of its stderr as they come."""
+    what = ["-m", "nemo_engine", "serve", "nemo-tiny"] if script is None else ["-c", script, "serve", "nemo-tiny"]
+    command = [sys.executable, *what, "--port=0", *OPTIONS, *options]
+    import os
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+    lines: list[str] = []
+    assert process.stderr is not None
+    reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")), daemon=True)
+    reader.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"at (https?://\S+)", "".join(lines))):
+            assert process.poll() is None and time.monotonic() < deadline, "".join(lines)
+            time.sleep(0.02)
+        while True:
+            try:
+                httpx.get(found[1] + "/health", verify=False)
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        yield process, found[1], lines
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(5)
+
+
+def ask_in_thread(url: str, body: dict[str, Any]) -> tuple[threading.Thread, list[httpx.Response]]:
+    found: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: found.append(httpx.post(url + "/v1/completions", json=body, timeout=60)))
+    thread.start()
+    return thread, found
+
+
+def wait_for_running(url: str, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while httpx.get(url + "/load").json()["num_running"] < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_sigterm_under_load_drains() -> None:
+    with serving() as (process, url, lines):
+        whole, whole_answer = ask_in_thread(url, LONG)
+        streamed, streamed_answer = ask_in_thread(url, LONG | {"stream": True})
+        wait_for_running(url, 2)
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while httpx.get(url + "/v1/health/ready").status_code != 503:
+            assert time.monotonic() < deadline
+        assert httpx.get(url + "/v1/health/live").status_code == 200
+        refused = httpx.post(url + "/v1/completions", json=LONG | {"max_tokens": 1})
+        assert refused.status_code == 503 and "retry-after" in refused.headers
+        for thread in (whole, streamed):
+            thread.join(60)
+        assert whole_answer[0].json()["usage"]["completion_tokens"] == 600
+        assert streamed_answer[0].text.endswith("data: [DONE]\n\n")
+        assert '"finish_reason":"length"' in streamed_answer[0].text
+        assert process.wait(20) == 0
+        assert any("SIGTERM: 2 requests may finish" in line for line in lines)
+
+
+def test_the_deadline_of_the_drain_ends_what_is_left() -> None:
+    with serving("--drain-timeout=0.3") as (process, url, _):
+        thread, answer = ask_in_thread(url, LONG | {"max_tokens": 1000})
+        streamed, streamed_answer = ask_in_thread(url, LONG | {"max_tokens": 1000, "stream": True})
+        wait_for_running(url, 2)
+        process.send_signal(signal.SIGTERM)
+        thread.join(20)
+        streamed.join(20)
+        assert answer[0].json()["choices"][0]["finish_reason"] == "abort"
+        assert '"finish_reason":"abort"' in streamed_answer[0].text
+        assert process.wait(20) == 0
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with serving("--drain-timeout=300") as (process, url, _):
+        thread = threading.Thread(target=_swallow, args=(url,), daemon=True)
+        thread.start()
+        wait_for_running(url, 1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def _swallow(url: str) -> None:
+    try:
+        httpx.post(url + "/v1/completions", json=LONG | {"max_tokens": 1000, "timeout": 100}, timeout=60)
+    except httpx.TransportError:
+        pass
+
+
+def test_an_engine_that_dies_makes_the_process_fail() -> None:
+    script = """
+import sys, threading, time
+from nemo_engine.async_engine import AsyncEngine
+start = AsyncEngine.__init__
+def init(self, *args, **options):
+    start(self, *args, **options)
+    def kill():
+        while not self.num_unfinished:
+            time.sleep(0.01)
+        def die():
+            raise SystemExit("planted")
+        self._thread.post(die)
+    threading.Thread(target=kill, daemon=True).start()
+AsyncEngine.__init__ = init
+from nemo_engine.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    with serving(script=script) as (process, url, lines):
+        answer = httpx.post(url + "/v1/completions", json=LONG, timeout=60)
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_dead"
+        assert process.wait(30) == 1
+    assert any("has ended by an error" in line for line in lines)
+
+
+def test_logs_are_json_with_ids_and_without_prompts() -> None:
+    body = {"prompt": "a secret prompt", "max_tokens": 2, "ignore_eos": True}
+    with serving(env={"NEMO_ENGINE_API_KEY": "k"}) as (process, url, lines):
+        assert httpx.post(url + "/v1/completions", json=body).status_code == 401
+        headers = {"Authorization": "Bearer k", "X-Request-Id": "mine"}
+        answer = httpx.post(url + "/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+    entries = [json.loads(line[line.index("{") :]) for line in lines if '"path"' in line]
+    assert [entry["status"] for entry in entries] == [401, 200]
+    assert entries[1]["id"] == answer.headers["x-request-id"] == "cmpl-mine" and entries[1]["output_tokens"] == 2
+    assert entries[1]["finish_reasons"] == ["length"] and entries[1]["seconds"] >= 0
+    assert "secret" not in "".join(lines)
+
+
+def test_prompts_are_logged_only_if_asked_for() -> None:
+    with serving("--log-prompts") as (process, url, lines):
+        httpx.post(url + "/v1/completions", json={"prompt": "a secret prompt", "max_tokens": 2})
+        chat = {"messages": [{"role": "user", "content": "another secret"}], "max_tokens": 2}
+        httpx.post(url + "/v1/chat/completions", json=chat)
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+    assert "a secret prompt" in "".join(lines) and "another secret" in "".join(lines)
+
+
+def test_tls(tmp_path: Path) -> None:
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    options = [f"--ssl-certfile={tmp_path / 'cert.pem'}", f"--ssl-keyfile={tmp_path / 'key.pem'}"]
+    with serving(*options) as (_, url, _lines):
+        assert url.startswith("https://")
+        assert httpx.get(url + "/v1/models", verify=False).json()["data"][0]["id"] == "nemo-tiny"
+
+
+def refused(*options: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "nemo_engine", "serve", "nemo-tiny", *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("nemo-engine: error: ") and run.stderr.count("\n") == 1, run.stderr
+    return run.stderr
+
+
+def test_bad_options_are_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "cannot be listened on" in refused(f"--port={taken.getsockname()[1]}")
+    assert "port must be an integer in [0, 65535]" in refused("--port=99999")
+    assert "host 'no such host' is no address" in refused("--host=no such host")
+    assert "max_model_len" in refused("--port=0", "--max-model-len=0", "--device=cpu")
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client"])
+def test_a_missing_package_is_named(missing: str) -> None:
+    script = f"import sys; sys.modules[{missing!r}] = None; from nemo_engine.cli import main; sys.exit(main(['serve', 'nemo-tiny']))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and "nemo-engine[server]" in run.stderr and missing in run.stderr
