@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -86,7 +87,19 @@ def _param_of(message: str) -> str | None:
     return name if name and is_name and ("_" in name or "[" in name or "." in name or name in _PLAIN_PARAMS) else None
 
 
-_PLAIN_PARAMS = {"prompt", "messages", "input", "instructions", "tools", "temperature", "n", "seed", "stop", "logprobs", "priority"}
+_PLAIN_PARAMS = {
+    "prompt",
+    "messages",
+    "input",
+    "instructions",
+    "tools",
+    "temperature",
+    "n",
+    "seed",
+    "stop",
+    "logprobs",
+    "priority",
+}
 
 
 def _code_of(message: str) -> str | None:
@@ -96,15 +109,22 @@ def _code_of(message: str) -> str | None:
 _UNION_TAG = re.compile(r"str|int|(list|dict)\[.*\]")  # in pydantic's paths: which of several types it tried
 
 
-def validation_error(error: RequestValidationError) -> ApiError:
-    """Names the field, as a path, of the first thing wrong."""
-    first = error.errors()[0]
+def _path_of(loc: Sequence[int | str]) -> str:
     path = ""
-    for part in first["loc"][1:] if first["loc"] and first["loc"][0] in ("body", "query", "path") else first["loc"]:
-        if isinstance(part, str) and _UNION_TAG.fullmatch(part):
-            continue
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    kind, message = first["type"], str(first["msg"])
+    for part in loc[1:] if loc and loc[0] in ("body", "query", "path") else loc:
+        if not (isinstance(part, str) and _UNION_TAG.fullmatch(part)):
+            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def validation_error(error: RequestValidationError) -> ApiError:
+    """Names the field, as a path, of the first thing wrong; where several types were tried, of what came nearest to one."""
+    errors = error.errors()
+    paths = [_path_of(one["loc"]) for one in errors]
+    tried = [index for index, one in enumerate(errors) if one["loc"][:2] == errors[0]["loc"][:2]]
+    nearest = max(tried, key=lambda index: len(errors[index]["loc"]))
+    first, path = errors[nearest], paths[nearest]
+    kind = first["type"]
     if kind == "json_invalid":
         detail = first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is not valid JSON: {detail}", code="invalid_json")
@@ -114,7 +134,10 @@ def validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
     if kind == "missing":
         return ApiError(400, f"{path} is missing", param=path, code="missing_required_parameter")
-    message = message.removeprefix("Value error, ")
+    same = dict.fromkeys(str(errors[index]["msg"]) for index in tried if paths[index] == path)
+    given = first.get("input")
+    shown = repr(given)[:200] if given is None or isinstance(given, (str, int, float)) else type(given).__name__
+    message = ", or: ".join(same).removeprefix("Value error, ") + f", got {shown}"
     return ApiError(400, f"{path}: {message}" if path else message, param=path or None, code="invalid_value")
 
 
