@@ -7,33 +7,83 @@ generate can be worked out alone.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from nemo_engine.scheduler import Request
 from nemo_engine.scheduler.repetition import ends_in_repetition
-from nemo_engine.step import SlotFill, StepPlan, StepResult
+from nemo_engine.step import TOKEN_ALL_MASKED, SlotFill, StepPlan, StepResult
 
 VOCAB = 11
 Fault = Callable[[Sequence[int], int], int | None]
 
 
-def next_token(history: Sequence[int], seed: int) -> int:
+def next_token(history: Sequence[int], seed: int, allowed: Sequence[int] = range(VOCAB)) -> int:
     """The token after ``history``."""
     digest = blake2b(repr((tuple(history), seed)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") % VOCAB
+    return allowed[int.from_bytes(digest, "little") % len(allowed)]
+
+
+class ScriptedGrammar:
+    """Allows a few tokens, by what came before; after ``length`` tokens only token 2. With ``has_faults`` it breaks now and then."""
+
+    def __init__(self, seed: int, length: int, has_faults: bool) -> None:
+        self.script = (seed, length, has_faults)
+        self.tokens: list[int] = []
+
+    def fresh(self, tokens: Sequence[int] = ()) -> ScriptedGrammar:
+        """The same grammar after ``tokens``."""
+        other = ScriptedGrammar(*self.script)
+        other.tokens = list(tokens)
+        return other
+
+    def allowed(self) -> list[int]:
+        seed, length, _ = self.script
+        if len(self.tokens) >= length:
+            return [2]
+        dice = random.Random(repr((seed, self.tokens)))
+        return sorted(dice.sample(range(VOCAB), dice.randint(1, 4)))
+
+    def breaks(self, where: str) -> bool:
+        return self.script[2] and random.Random(repr((where, self.script, self.tokens))).random() < 0.03
+
+    def mask(self) -> bytes:
+        if self.breaks("mask"):
+            raise RuntimeError("planted")
+        return sum(1 << token for token in self.allowed()).to_bytes(4, "little")
+
+    def accept(self, token_id: int) -> None:
+        if self.breaks("accept"):
+            raise RuntimeError("planted")
+        assert token_id in self.allowed(), "a token that the mask forbade"
+        self.tokens.append(token_id)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.tokens) > self.script[1] or self.tokens[-1:] == [2]
 
 
 def expected_output(prompt: Sequence[int], request: Request) -> tuple[list[int], str, int | str | None]:
     """What ``request`` generates alone: tokens, finish reason, stop reason."""
     history = list(prompt)
     rule = request.params.repetition_detection
+    grammar = request.grammar.fresh() if isinstance(request.grammar, ScriptedGrammar) else None
     while True:
-        token = next_token(history, request.seed)
+        output = history[len(prompt) :]
+        if grammar is not None and grammar.breaks("mask"):
+            return output, "error", None
+        token = next_token(history, request.seed, range(VOCAB) if grammar is None else grammar.allowed())
+        if grammar is not None and token not in request.stop_token_ids:
+            if grammar.breaks("accept"):
+                return output, "error", None
+            grammar.accept(token)
         history.append(token)
         output = history[len(prompt) :]
         if token in request.stop_token_ids:
             return output, "stop", None if token in request.eos_token_ids else token
+        if grammar is not None and not request.eos_token_ids and grammar.is_finished:
+            return output, "stop", None
         if rule is not None and ends_in_repetition(history, len(output), rule):
             return output, "repetition", None
         if len(history) == request.max_total_tokens:
@@ -80,13 +130,17 @@ class ScriptedRunner:
         rows += [(row.slot, row.start, row.num_tokens, row.samples) for row in plan.prefills]
         slots = [slot for slot, *_ in rows]
         assert len(set(slots)) == len(slots), "a slot has two rows"
+        masks = dict(plan.masks)
+        assert len(masks) == len(plan.masks)
+        masked = [slot for slot, *_, samples in rows if samples and self._fills[slot].params.structured_outputs]
+        assert sorted(masks) == sorted(masked), "who is constrained has a mask wherever it samples"
         for slot, start, count, _ in rows:
             self._write(slot, start, count)
         token_ids = []
         for slot, start, count, samples in rows:
             self._read(slot, start + count)
             if samples:
-                token_ids.append(self._sample(slot))
+                token_ids.append(self._sample(slot, masks.get(slot)))
             else:
                 assert start + count < len(self._tokens[slot])
         return ScriptedHandle(StepResult(plan.step_id, token_ids))
@@ -109,10 +163,14 @@ class ScriptedRunner:
             place = (pages[position // self.page_size], position % self.page_size)
             assert self._written.get(place) == tuple(tokens[: position + 1]), (slot, position, place)
 
-    def _sample(self, slot: int) -> int:
+    def _sample(self, slot: int, mask: bytes | None) -> int:
         fill, tokens = self._fills[slot], self._tokens[slot]
         assert self._num_computed[slot] == len(tokens)
         failure = self._fault(tokens, fill.seed)
-        token = next_token(tokens, fill.seed)
+        bits = (1 << VOCAB) - 1 if mask is None else int.from_bytes(mask, "little")
+        allowed = [token for token in range(VOCAB) if bits >> token & 1]
+        if not allowed:
+            failure = TOKEN_ALL_MASKED
+        token = next_token(tokens, fill.seed, allowed) if allowed else 0
         tokens.append(token if failure is None else 0)
         return token if failure is None else failure

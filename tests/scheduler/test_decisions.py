@@ -16,6 +16,18 @@ from nemo_engine.step import StepPlan, StepResult
 from tests.scheduler.scripted import VOCAB, next_token
 
 
+class Anything:
+    """A grammar that allows everything: with one step in flight, a request that has it is planned as any other."""
+
+    is_finished = False
+
+    def mask(self) -> bytes:
+        return bytes([255] * 4)
+
+    def accept(self, token_id: int) -> None:
+        pass
+
+
 class Known:
     """A request in the model."""
 
@@ -24,6 +36,7 @@ class Known:
         self.tokens, self.limit = list(request.token_ids), request.max_total_tokens
         self.urgency = (request.priority, arrival)
         self.stops = request.stop_token_ids
+        self.is_constrained = request.grammar is not None
         self.computed = 0
         self.num_offered = 0  # leading pages that have been offered to the cache
         self.pages: list[int] = []
@@ -137,7 +150,7 @@ class Model:
 
     def commit(self) -> None:
         """Tokens arrive in row order; stops are seen as they arrive, lengths after them."""
-        arrived = [r for r in self.decoding if r.is_running]
+        arrived = sorted((r for r in self.decoding if r.is_running), key=lambda r: r.is_constrained)
         arrived += [r for r in self.admission if r.is_running and not r.is_decoding and r.computed == len(r.tokens)]
         self.decoding = arrived
         for known in arrived:
@@ -184,7 +197,10 @@ def test_every_plan_is_the_one_that_the_rules_ask_for(caching: bool) -> None:
                     ignore_eos=True,
                     stop_token_ids=rng.sample(range(VOCAB), 1),
                 )
-                request = Request(f"r{step}", prompt, params, seed=step, priority=rng.choice([0, 0, 1]))
+                grammar = Anything() if rng.random() < 0.4 else None
+                request = Request(
+                    f"r{step}", prompt, params, seed=step, priority=rng.choice([0, 0, 1]), grammar=grammar
+                )
                 scheduler.add(request)
                 requests[request.request_id] = request
                 model.requests.append(Known(request, len(requests)))

@@ -11,7 +11,7 @@ from nemo_engine.core import EngineCore
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
 from nemo_engine.scheduler import Request, RequestStatus, Scheduler
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
-from tests.scheduler.scripted import VOCAB, ScriptedRunner, expected_output
+from tests.scheduler.scripted import VOCAB, ScriptedGrammar, ScriptedRunner, expected_output
 
 EOS = frozenset([2])
 
@@ -45,6 +45,7 @@ def make_workload(rng: random.Random) -> Workload:
     )
     stem = [rng.randrange(VOCAB) for _ in range(5 * page_size)]
     room = workload.num_pages * page_size + 1
+    share = rng.choice([0, 0, 0.3, 1])  # of the requests have a grammar
     for index in range(rng.randint(1, 14)):
         length = rng.choice(
             [1, page_size - 1, page_size, page_size + 1, 2 * page_size, 3 * page_size + 1, rng.randint(1, 20)]
@@ -52,7 +53,11 @@ def make_workload(rng: random.Random) -> Workload:
         length = max(1, min(length, room - 1))
         shared = rng.choice([0, length, rng.randint(0, length)])
         prompt = (stem[:shared] + [rng.randrange(VOCAB) for _ in range(length)])[:length]
+        grammar = None
+        if rng.random() < share:
+            grammar = ScriptedGrammar(rng.randrange(3), rng.randint(1, 30), workload.has_faults)
         params = SamplingParams(
+            structured_outputs=None if grammar is None else {"regex": "as the grammar says"},
             max_tokens=rng.choice([None, 1, rng.randint(1, max(1, min(40, room - length)))])
             if room - length < 60
             else rng.randint(1, 40),
@@ -71,6 +76,7 @@ def make_workload(rng: random.Random) -> Workload:
             eos_token_ids=EOS,
             priority=rng.choice([0, 0, 0, 1, -1]),
             cache_salt=salt,
+            grammar=grammar,
         )
         workload.prompts[name] = prompt
         workload.arrivals.append((rng.choice([0, 0, rng.randint(0, 30)]), request))
@@ -127,7 +133,7 @@ def run(workload: Workload, rng: random.Random) -> tuple[Scheduler, ScriptedRunn
 
 @pytest.mark.parametrize("block", range(10))
 def test_every_request_generates_what_it_would_alone(block: int) -> None:
-    preemptions = hits = errors = 0
+    preemptions = hits = errors = broken = constrained = 0
     for number in range(200):
         rng = random.Random(1000 * block + number)
         workload = make_workload(rng)
@@ -137,6 +143,9 @@ def test_every_request_generates_what_it_would_alone(block: int) -> None:
             if request.request_id in ended:
                 assert request.finish_reason == ended[request.request_id]
                 assert request.output_token_ids == output[: request.num_output_tokens]
+            elif request.finish_reason == "error" and "planted" in (request.error or ""):
+                broken += 1
+                assert (request.output_token_ids, reason) == (output, "error")
             elif request.finish_reason == "error":
                 errors += 1
                 history = request.token_ids
@@ -149,8 +158,11 @@ def test_every_request_generates_what_it_would_alone(block: int) -> None:
                     stop_reason,
                 )
             assert request.status is RequestStatus.FINISHED and request.pages == []
+            constrained += request.grammar is not None and request.num_preemptions > 0
         stats = scheduler.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0) and stats.num_free_pages == workload.num_pages
         preemptions += stats.total_preemptions
         hits += stats.total_prefix_hit_tokens
-    assert preemptions > 20 and hits > 100 and errors > 5, "the workloads do not reach what they are meant to test"
+    assert preemptions > 20 and hits > 100 and errors > 5 and broken > 2 and constrained > 5, (
+        "the workloads do not reach what they are meant to test"
+    )
