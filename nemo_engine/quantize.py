@@ -43,7 +43,13 @@ def quantize_checkpoint(
     check_wanted(source, out, scheme, kv_scales, has_texts=bool(texts))
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    take_inventory(source, source.model_config)
+    inventory = take_inventory(source, source.model_config)
+    if inventory.kv_scales and kv_scales == "none":
+        name, _ = inventory.kv_scales[0]
+        raise ValueError(
+            f"kv_scales 'none' would lose the scales of keys and values that {source.path} has ({name}): calibrate new ones with 'tensor' or "
+            "'head'"
+        )
     calibration = _calibrate(source, texts, max_tokens, device, tokenizer) if texts else None
     with progress_bar("quantise", source.num_bytes, None) as advance:
         export_fp8(

@@ -150,6 +150,13 @@ def test_the_reference_by_its_dtype(tmp_path: Path) -> None:
     assert found[0].name == "bfloat16" and found[0].max_error == 0 and found[1].max_error > 0
 
 
+def test_blocks_of_a_checkpoint_without_them_are_a_conflict(tmp_path: Path) -> None:
+    config = tiny_config()
+    write_fp8(tmp_path, config, random_state_dict(config), "fp8 dynamic")
+    with pytest.raises(ValueError, match="quantization 'fp8_block' conflicts with .* a scale per tensor"):
+        verify(tmp_path, quantization="fp8_block", device="cpu")
+
+
 def test_scales_of_keys_and_values_are_the_models(tmp_path: Path) -> None:
     """Of an FP8 checkpoint, also where its weights are those of the reference."""
     config = tiny_config(vocab_size=6145, head_dim=64)

@@ -112,6 +112,9 @@ def verify(
     limits = limits or Limits()
     place = resolve_device(device)
     checkpoint = open_checkpoint(model, revision=revision)
+    stored = checkpoint.quantization
+    if quantization == "fp8_block" and stored is not None and stored.weights not in ("none", "block"):
+        raise ValueError(f"quantization 'fp8_block' conflicts with what the checkpoint is already: {stored.describe()}")
     origin, dtype = _reference(checkpoint, against, place)
     name = str(dtype).removeprefix("torch.") + ("" if origin is checkpoint else f" of {origin.path.name}")
     material = material_for(checkpoint, tokenizer, text, max_context)

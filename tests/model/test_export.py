@@ -272,6 +272,17 @@ def test_a_real_failure_to_write_is_one_line(source: Path, tmp_path: Path) -> No
     assert leftovers(tmp_path) == []
 
 
+def test_scales_of_keys_and_values_are_not_lost(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.{x}_scale" for layer in range(2) for x in "kv"]
+    state = random_state_dict(CONFIG, dtype=torch.bfloat16) | {name: torch.tensor([0.5]) for name in names}
+    source = write_hf(tmp_path / "in", CONFIG, state)
+    with pytest.raises(
+        ValueError, match=r"kv_scales 'none' would lose .*model.layers.0.self_attn.k_scale\): calibrate"
+    ):
+        quantize_checkpoint(source, tmp_path / "out")
+    assert leftovers(tmp_path) == []
+
+
 def test_where_it_goes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link to an empty directory, the working directory; not below a file, which is noticed before anything is computed."""
     (tmp_path / "real").mkdir()
