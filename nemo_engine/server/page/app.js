@@ -10,7 +10,7 @@ function startTheme() {
   const show = (theme) => {
     if (theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
-    button.textContent = `Theme: ${theme}`;
+    button.lastChild.textContent = theme;
     document.dispatchEvent(new Event("themechange"));
   };
   let theme = "auto";

@@ -65,34 +65,38 @@ export function ceiling(value) {
   return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= value * 0.9999);
 }
 
-/** One bar a step: `up` from the middle line upwards, `down` downwards, each with a scale of its own. */
-export function drawSteps(canvas, up, down, cursor) {
+/**
+ * One bar a step, as many of the last ones as there is room for: `up` from the middle line upwards, `down` downwards, each with a scale
+ * of its own. Returns which step lies at `share` of the width, null if none.
+ */
+export function drawSteps(canvas, up, down, share) {
   const { draw, width, height } = context(canvas);
-  if (!width) return;
-  const slots = 160;
+  const step = Math.max(4, Math.floor(width / 160)); // whole pixels, or the gaps would differ
+  const slots = Math.floor(width / step);
+  const first = Math.max(0, up.length - slots);
+  [up, down] = [up.slice(first), down.slice(first)];
+  const at = share === null || !up.length ? null : Math.max(0, Math.round(share * (slots - 1)) - (slots - up.length));
   const middle = Math.round(height / 2);
   const reach = middle - 14;
   const [top, bottom] = [ceiling(Math.max(0, ...up)), ceiling(Math.max(0, ...down))];
-  const step = width / slots;
-  const first = slots - up.length;
   for (let i = 0; i < up.length; i += 1) {
-    const x = Math.round((first + i) * step);
-    const bar = Math.max(1, Math.round((first + i + 1) * step) - x - (step > 2.5 ? 1 : 0)); // on whole pixels: no moiré
-    if (i === cursor) {
+    const x = width - (up.length - i) * step;
+    if (i === at) {
       draw.fillStyle = color("line");
-      draw.fillRect(x - 1, 0, bar + 2, height);
+      draw.fillRect(x - 1, 0, step + 1, height);
     }
     const above = up[i] && Math.max(1, (up[i] / top) * reach);
     const below = down[i] && Math.max(1, (down[i] / bottom) * reach);
     draw.fillStyle = color("prefill");
-    draw.fillRect(x, middle - above, bar, above);
+    draw.fillRect(x, middle - above, step - 1, above);
     draw.fillStyle = color("used");
-    draw.fillRect(x, middle + 1, bar, below);
+    draw.fillRect(x, middle + 1, step - 1, below);
   }
   draw.fillStyle = color("line");
   draw.fillRect(0, middle, width, 1);
   label(draw, up.some(Boolean) ? short(top) : "", 0, 10);
   label(draw, down.some(Boolean) ? short(bottom) : "", 0, height - 3);
+  return at === null ? null : first + at;
 }
 
 /** Values from the oldest to the newest, null where there is none. `fill`: as an area; otherwise points, joined. */
@@ -170,11 +174,11 @@ export function follow(canvas, stepOf, moved) {
   });
 }
 
-/** 1234567 as 1.23M, 12345 as 12.3k, small numbers in full. */
+/** 1234567 as 1.23M, 12345 as 12.3k, 1234 as 1,234. */
 export function short(value) {
   if (value >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
   if (value >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
-  return String(value >= 100 ? Math.round(value) : +value.toPrecision(3));
+  return value >= 100 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3));
 }
 
 /** Seconds as ms or s. */

@@ -54,6 +54,7 @@ export function startChat() {
       if (example.dataset.example === "tools") {
         byId("tools").value = JSON.stringify(EXAMPLE_TOOLS, null, 2);
         byId("tool-choice").value = "required";
+        byId("parallel").value = "no";
         summarize();
         message.value = "What's the weather like in Paris today, in celsius?";
       } else message.value = example.textContent;
@@ -93,7 +94,7 @@ function summarize() {
 
 /** The body of a request, or null after telling what is wrong with the settings. */
 function request() {
-  const body = { messages: [], stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
+  const body = { messages: [], stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, explain: true };
   if (byId("system").value.trim()) body.messages.push({ role: "system", content: byId("system").value });
   for (const { view, stats, ...message } of messages) body.messages.push(message);
   for (const [id, name] of [["temperature", "temperature"], ["max-tokens", "max_tokens"], ["seed", "seed"]]) {
@@ -116,6 +117,7 @@ function request() {
       fail(`The tools are not valid JSON: ${error.message}`);
       return null;
     }
+    if (byId("parallel").value) body.parallel_tool_calls = false;
     if (byId("tool-choice").value && messages.at(-1)?.role !== "tool") body.tool_choice = byId("tool-choice").value;
   }
   return body;
@@ -138,7 +140,7 @@ function add(message) {
   const body = make("div", { className: "body", textContent: message.content ?? "" });
   const actions = make("div", { className: "actions" });
   const role = make("span", { className: "role", textContent: ROLES[message.role] });
-  const calls = make("div");
+  const calls = make("form", { className: "calls" });
   const meta = make("div", { className: "meta" });
   const root = make("article", { className: "message" }, make("div", { className: "head" }, role, actions), body, calls, meta);
   root.dataset.role = message.role;
@@ -160,8 +162,7 @@ function add(message) {
 function refresh() {
   messages.forEach((message, i) => {
     message.view.actions.hidden = Boolean(running);
-    const form = message.view.calls.querySelector(".results");
-    if (form) form.hidden = i !== messages.length - 1;
+    if (i !== messages.length - 1) message.view.calls.querySelectorAll("label, button").forEach((one) => one.remove());
     message.view.actions.lastChild.hidden = i !== messages.length - 1 || message.role === "tool";
   });
   byId("send").hidden = Boolean(running);
@@ -240,7 +241,7 @@ async function answer() {
   const body = request();
   if (!body) return;
   running = new AbortController();
-  const stats = { sent: performance.now(), first: null, last: null, usage: null, finish: null };
+  const stats = { sent: performance.now(), first: null, last: null, usage: null, explain: null, finish: null };
   const message = add({ role: "assistant", content: "", stats });
   const { root } = message.view;
   root.setAttribute("aria-busy", "true");
@@ -297,17 +298,15 @@ async function* chunks(body, signal) {
 }
 
 /** Take in one event. */
-function take(message, { choices, usage }) {
+function take(message, { choices, usage, explain }) {
   const { stats } = message;
   if (usage) stats.usage = usage;
+  if (explain) stats.explain = explain.requests[0];
   const choice = choices?.[0];
   if (!choice) return;
   const { content, tool_calls: calls } = choice.delta ?? {};
-  if (content || calls) {
-    stats.last = performance.now();
-    stats.first ??= stats.last;
-    stats.firstTokens ??= stats.usage?.completion_tokens ?? 1;
-  }
+  stats.last = performance.now();
+  stats.first ??= stats.last; // the event with the role is sent with the first token
   if (content) message.content += content;
   for (const { index, id, function: part } of calls ?? []) {
     message.tool_calls ??= [];
@@ -352,16 +351,19 @@ function showCalls(element, calls) {
   });
 }
 
-function showMeta(element, { sent, first, last, firstTokens, usage, finish }) {
+/** How it went: by the clock here while the answer comes, by the server's when it has come. */
+function showMeta(element, { sent, first, last, usage, explain, finish }) {
   const parts = [];
   if (first !== null) parts.push([duration((first - sent) / 1000), "TTFT", "ttft"]);
   if (usage) {
-    const later = usage.completion_tokens - firstTokens;
-    if (later > 0 && last > first) parts.push([((later * 1000) / (last - first)).toFixed(1), "tokens/s", "rate"]);
-    parts.push([String(usage.completion_tokens), usage.completion_tokens === 1 ? "token" : "tokens", "tokens"]);
-    const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
-    parts.push([`${usage.prompt_tokens}`, `prompt, ${cached} cached`, "prompt"]);
+    const { prompt_tokens: prompt, completion_tokens: tokens } = usage;
+    const seconds = explain?.decode_seconds ?? (last - first) / 1000;
+    if (tokens > 1 && seconds > 0) parts.push([((tokens - 1) / seconds).toFixed(1), "tokens/s", "rate"]);
+    parts.push([String(tokens), tokens === 1 ? "token" : "tokens", "tokens"]);
+    parts.push([String(prompt), `prompt, ${usage.prompt_tokens_details?.cached_tokens ?? 0} cached`, "prompt"]);
   }
+  if (explain?.queue_seconds > 0.1) parts.push([duration(explain.queue_seconds), "in the queue", "queue"]);
+  if (explain?.preemptions) parts.push([String(explain.preemptions), "preempted", "preemptions"]);
   if (finish) parts.push(["", finish.replace("_", " "), "finish"]);
   element.replaceChildren(...parts.map(([value, name, key]) => {
     const part = make("span", {}, make("b", { textContent: value }), value ? ` ${name}` : name);
@@ -373,38 +375,43 @@ function showMeta(element, { sent, first, last, firstTokens, usage, finish }) {
 /** The answer has ended: keep what can be sent back, and ask for the results of calls. */
 function settle(message, failure) {
   if (!messages.includes(message)) return; // cleared meanwhile
-  message.tool_calls = message.tool_calls?.filter((call) => {
-    try {
-      return call && typeof JSON.parse(call.function.arguments) === "object";
-    } catch {
-      return false;
-    }
-  });
-  if (!message.tool_calls?.length) delete message.tool_calls;
-  else if (!failure) askResults(message);
-  if (!message.content && !message.tool_calls) {
-    if (failure || message.stats.finish === "stopped") {
-      message.view.root.remove();
-      messages.splice(messages.indexOf(message), 1);
-      if (!failure) fail("Stopped before the first token.", true);
-    } else message.view.body.textContent = "";
+  const { root, calls } = message.view;
+  const whole = (message.tool_calls ?? []).map((call, i) => ({ call, card: calls.children[i] })).filter(({ call }) => isObject(call.function.arguments));
+  delete message.tool_calls;
+  if (whole.length) {
+    message.tool_calls = whole.map(({ call }) => call);
+    if (!failure) askResults(message, whole);
+  }
+  if (!message.content && !whole.length && (failure || message.stats.finish === "stopped")) {
+    root.remove();
+    messages.splice(messages.indexOf(message), 1);
+    failure ??= "Stopped before the first token.";
   }
   if (failure) fail(failure, true);
 }
 
-function askResults(message) {
-  const form = make("form", { className: "results" });
-  for (const call of message.tool_calls) {
-    form.append(make("label", {}, `Result of ${call.function.name}`, make("textarea", { className: "code", rows: 1, required: true })));
+function isObject(text) {
+  try {
+    return typeof JSON.parse(text) === "object";
+  } catch {
+    return false;
   }
-  form.append(make("button", { type: "submit", textContent: message.tool_calls.length > 1 ? "Send results" : "Send result" }));
+}
+
+/** A field for each call that is whole; sending them goes on with the conversation. */
+function askResults(message, whole) {
+  const form = message.view.calls;
+  const fields = whole.map(({ call, card }) => {
+    const field = make("textarea", { className: "code", rows: 1, required: true });
+    follow(() => card.append(make("label", {}, `Result of ${call.function.name}`, field)));
+    return field;
+  });
+  follow(() => form.append(make("button", { type: "submit", textContent: whole.length > 1 ? "Send results" : "Send result" })));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    const results = [...form.querySelectorAll("textarea")].map((one) => one.value);
-    form.remove();
-    message.tool_calls.forEach((call, i) => add({ role: "tool", tool_call_id: call.id, content: results[i] }));
+    if (running) return;
+    whole.forEach(({ call }, i) => add({ role: "tool", tool_call_id: call.id, content: fields[i].value }));
     byId("message").focus();
     answer();
   });
-  follow(() => message.view.calls.append(form));
 }

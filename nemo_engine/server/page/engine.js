@@ -25,7 +25,7 @@ export function startEngine() {
     line.cursor = null;
     follow(byId(line.id), () => 1 / Math.max(1, spanOf(last) - 1), (share) => { line.cursor = share; drawOne(line); });
   }
-  follow(byId("steps"), () => 1 / 159, (share) => { stepCursor = share; drawBatch(); });
+  follow(byId("steps"), () => 4 / byId("steps").clientWidth, (share) => { stepCursor = share; drawBatch(); });
   document.addEventListener("themechange", draw);
   new ResizeObserver(draw).observe(byId("panels"));
   document.addEventListener("visibilitychange", () => (document.hidden ? disconnect() : connect()));
@@ -161,9 +161,7 @@ function drawPages() {
 function drawBatch() {
   if (!last) return;
   const { id, decodes, prefills, prefill_tokens: prefillTokens, milliseconds } = last.steps;
-  let at = null;
-  if (stepCursor !== null && id.length) at = Math.max(0, Math.round(stepCursor * 159) - (160 - id.length));
-  drawSteps(byId("steps"), prefillTokens, decodes, at);
+  const at = drawSteps(byId("steps"), prefillTokens, decodes, stepCursor);
   const shown = at ?? id.length - 1;
   let text = "no step yet";
   if (id.length) {
