@@ -140,7 +140,7 @@ class AsyncEngine:
 
         def encode() -> tuple[EncodedPrompt, SamplingParams]:
             (prompt,) = inputs.encode_conversations([messages], **options)
-            return prompt, inputs.effective_params(sampling_params, is_chat=True)
+            return prompt, self._loop.chat_params([prompt], sampling_params)[0]
 
         encoded, params = await asyncio.to_thread(encode)
         async for output in self.generate_encoded(encoded, params, request_id, priority=priority):

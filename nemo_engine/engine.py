@@ -69,7 +69,7 @@ class Engine(EngineLoop):
             strict=strict,
             system_placement=system_placement,
         )
-        return self._run(encoded, self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True), progress)
+        return self._run(encoded, self.chat_params(encoded, sampling_params), progress)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
         """As ``generate``, but yields deltas as they come, those of several prompts interleaved.
@@ -100,7 +100,7 @@ class Engine(EngineLoop):
             strict=strict,
             system_placement=system_placement,
         )
-        return self._stream(encoded, self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=True))
+        return self._stream(encoded, self.chat_params(encoded, sampling_params))
 
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0

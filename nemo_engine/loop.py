@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import Any, Self
 from nemo_engine.completions import OutputProcessor, Sink, UserRequest
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.core import start_core
-from nemo_engine.inputs import EncodedPrompt, InputProcessor
+from nemo_engine.inputs import CHAT_MAX_TOKENS, EncodedPrompt, InputProcessor, Params
 from nemo_engine.ledger import Ledger
 from nemo_engine.outputs import RequestView, StepRecord
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
@@ -64,6 +64,14 @@ class EngineLoop:
     def room_for(self, num_prompt_tokens: int) -> int:
         """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for one."""
         return self._core.scheduler.max_total_tokens(num_prompt_tokens, None) - num_prompt_tokens
+
+    def chat_params(self, prompts: Sequence[EncodedPrompt], params: Params) -> list[SamplingParams]:
+        """The effective parameters of each conversation; without ``params`` an answer is cut to what the context and the cache hold."""
+        own = self.inputs.params_per_prompt(params, len(prompts), is_chat=True)
+        if params is not None:
+            return own
+        room = [min(CHAT_MAX_TOKENS, self.room_for(len(prompt.token_ids))) for prompt in prompts]
+        return [replace(one, temperature=one.temperature, max_tokens=most) for one, most in zip(own, room, strict=True)]
 
     def prepare(
         self,

@@ -448,3 +448,14 @@ def test_close_is_final_and_returns_memory(model: Path) -> None:
             engine.generate(ids(1), GREEDY)
         with pytest.raises(RuntimeError, match="closed"):
             engine.step()
+
+
+def test_a_chat_without_parameters_is_cut_to_the_context(text_engine: Engine) -> None:
+    message = [{"role": "user", "content": "hi"}]
+    (answer,) = text_engine.chat(message)
+    assert answer.sampling_params is not None and answer.sampling_params.max_tokens == 512 - len(
+        answer.prompt_token_ids
+    )
+    assert answer.sampling_params.temperature == 0.3
+    with pytest.raises(ValueError, match="more than max_model_len 512"):
+        text_engine.chat(message, SamplingParams(max_tokens=1024))
