@@ -259,7 +259,7 @@ def test_widening_and_permuting(checks: Any) -> None:
 
 MISTAKES = """NONE NO_BARRIER NO_COPY_WAIT NO_PHASE_WAIT NO_PROXY_FENCE NO_PRODUCT_WAIT NO_PRODUCT_FENCE PAST_THE_END MISALIGNED
 NOT_WRITTEN PAST_SHARED NO_DEPENDENCY_WAIT READ_TOO_EARLY DEADLOCK UNEQUAL_COUNTS LANES_APART WRONG_LANE TOO_MANY_ARRIVALS
-NO_PHASE_BARRIER WARP_MISSES_BARRIER""".split()
+NO_PHASE_BARRIER WARP_MISSES_BARRIER OVERWRITTEN_EARLY""".split()
 
 
 def rotate(library: Any, mistake: str, way: int, seed: int = 0) -> bool:
@@ -325,6 +325,8 @@ def test_mistakes_around_the_tensor_cores(emulated_library: Any) -> None:
     assert all(square(emulated_library, "NONE", seed) for seed in range(5))
     for mistake in ("NO_PROXY_FENCE", "NO_PRODUCT_WAIT"):
         assert sum(not square(emulated_library, mistake, seed) for seed in range(10)) >= 5, mistake
+    # Without a fence, a write may be seen at once or never: each in some blocks.
+    assert 2 <= sum(not square(emulated_library, "OVERWRITTEN_EARLY", seed) for seed in range(20)) <= 15
     with pytest.raises(RuntimeError, match="without wgmma_fence"):
         square(emulated_library, "NO_PRODUCT_FENCE", 0)
 

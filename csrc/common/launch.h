@@ -34,6 +34,7 @@ namespace nemo {
 template <class... Wanted, class... Given>
 void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
     auto fail = [&](cudaError_t answer) {
+        cudaGetLastError();  // not sticky: the next launch starts clean
         throw std::runtime_error(text("launch of ", how.name, ": ", cudaGetErrorName(answer), ", ",
                                       cudaGetErrorString(answer), " (grid ", how.grid.x, "x", how.grid.y, "x", how.grid.z,
                                       ", ", how.threads, " threads, ", how.shared_bytes, " bytes of shared memory)"));
@@ -54,10 +55,7 @@ void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
     config.attrs = &dependent;
     config.numAttrs = how.is_dependent ? 1 : 0;
     cudaError_t answer = cudaLaunchKernelEx(&config, kernel, static_cast<Wanted>(std::forward<Given>(given))...);
-    if (answer != cudaSuccess) {
-        cudaGetLastError();  // not sticky: the next launch starts clean
-        fail(answer);
-    }
+    if (answer != cudaSuccess) fail(answer);
 }
 
 }  // namespace nemo

@@ -159,6 +159,7 @@ enum Mistake {
     TOO_MANY_ARRIVALS,
     NO_PHASE_BARRIER,
     WARP_MISSES_BARRIER,
+    OVERWRITTEN_EARLY,
 };
 
 // Through shared memory, by ordinary stores, cp.async or the copy engine.
@@ -216,6 +217,8 @@ __global__ void square(float* d, const uint32_t* a, int mistake) {
     for (int k = 0; k < 4; k++)
         Wgmma<64>::bf16<false>(sum, matrix_k_major(shared + 32 * k), matrix_k_major(shared + 32 * k), k > 0);
     wgmma_commit();
+    if (mistake == OVERWRITTEN_EARLY)
+        for (int i = threadIdx.x; i < 64 * 128 / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(shared)[i] = 0;
     if (mistake != NO_PRODUCT_WAIT) wgmma_wait<0>();
     for (int i = 0; i < 32; i++) store(d + threadIdx.x * 32 + i, sum[i]);
 }

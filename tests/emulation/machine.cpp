@@ -138,6 +138,7 @@ void Machine::poison() {
 void Machine::run_block() {
     poison();
     is_lazy = random() % 2;
+    is_leaky = random() % 4 == 0;
     warps.assign(num_threads / 32, Warp{});
     products.assign((num_threads + 127) / 128, {});
     for (auto& barrier : barriers) barrier = NamedBarrier{};
@@ -363,13 +364,13 @@ uint32_t Machine::address_of_shared(const void* pointer, int bytes, const char* 
 }
 
 unsigned char* Machine::async_read(uint32_t address, int bytes) {
-    if (is_fenced) std::memcpy(async_view, shared, shared_bytes);
+    if (is_fenced && !is_leaky) std::memcpy(async_view, shared, shared_bytes);
     is_fenced = false;
     int64_t offset = int64_t(address) - SHARED_BASE;
     if (offset < 0 || offset + bytes > shared_bytes)
         fail(text("the tensor core or the copy engine reads ", bytes, " bytes at offset ", offset, " of ", shared_bytes,
                   " bytes of shared memory"));
-    return async_view + offset;
+    return (is_leaky ? shared : async_view) + offset;
 }
 
 void Machine::async_write(unsigned char* to, const void* from, int bytes) {

@@ -126,6 +126,7 @@ struct Machine {
     unsigned char* async_view = nullptr;  // what the async proxy sees of it
     int shared_bytes = 0;
     bool is_lazy = false;  // in this block pending work happens only when it must
+    bool is_leaky = false;  // in this block the async proxy sees ordinary writes at once: nobody said that it must not
     bool is_fenced = false;  // ordinary writes since the async view was last brought up to date may be seen
 
     Machine();

@@ -87,7 +87,7 @@ def norm_linear_fp8(
 
 
 def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for up to 8 rows whose product fits into shared memory."""
+    """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for up to 8 rows."""
     if not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, weight):
         return compose_silu_mul_linear(silu_mul, linear)(gate_up, weight)
     return _made(_Input.SILU_MUL, gate_up, weight)
