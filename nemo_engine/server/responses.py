@@ -28,7 +28,7 @@ async def create_response(service: Service, http: Request, request: ResponsesReq
     form = ChatForm(request)
     try:
         chat = await asyncio.to_thread(prepare_chat, service, http, form.request, _PREFIX)
-        headers["X-Request-Id"] = chat.generation.id
+        headers |= chat.generation.header()
         run = Run(service, request, form, chat)
         if request.stream:
             return await EventStream(stream(run), headers).start()

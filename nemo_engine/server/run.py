@@ -19,6 +19,7 @@ from nemo_engine.async_engine import AsyncEngine
 from nemo_engine.server.app import create_app
 from nemo_engine.server.options import ServerOptions
 from nemo_engine.server.service import Service
+from nemo_engine.server.tracing import Tracing
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # the engine's thread ended by an error
@@ -35,7 +36,8 @@ def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, A
     On the first signal /health fails at once and no request is taken; those that run may finish until ``drain_timeout``, which ends
     them. A second signal ends everything.
     """
-    options.keys()
+    options.keys()  # what is wrong should not cost a load
+    Tracing(options.otlp_endpoint).close()
     _log_requests()
     listener = _listen(options)
     try:
@@ -72,6 +74,7 @@ async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) 
     finally:
         watcher.cancel()
         metrics.cancel()
+        await asyncio.to_thread(service.tracing.close)
     return EXIT_FAILED if service.engine.error is not None else EXIT_OK
 
 

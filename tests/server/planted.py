@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from nemo_engine import AsyncEngine, RequestOutput, SamplingParams
 from nemo_engine.inputs import EncodedPrompt
-from nemo_engine.outputs import CompletionOutput, FinishReason, Logprob
+from nemo_engine.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics
 from nemo_engine.sampling_params import RequestOutputKind
 
 CALLS = "[TOOL_CALLS]"  # a piece that stands for the token
@@ -17,7 +17,10 @@ CALLS = "[TOOL_CALLS]"  # a piece that stands for the token
 
 @contextmanager
 def planted(
-    engine: AsyncEngine, pieces: Sequence[str], finish_reason: FinishReason = "stop"
+    engine: AsyncEngine,
+    pieces: Sequence[str],
+    finish_reason: FinishReason = "stop",
+    metrics: RequestMetrics | None = None,
 ) -> Iterator[list[EncodedPrompt]]:
     """Every request is answered with ``pieces``, each a delta of one token. Yields the prompts that came."""
     prompts: list[EncodedPrompt] = []
@@ -44,7 +47,9 @@ def planted(
                 one.finish_reason = finish_reason
                 one.error = "planted" if finish_reason == "error" else None
             if is_delta or is_last:
-                yield RequestOutput(request_id, None, prompt.token_ids, [one], is_last, sampling_params=params)
+                yield RequestOutput(
+                    request_id, None, prompt.token_ids, [one], is_last, metrics=metrics, sampling_params=params
+                )
 
     with patch.object(engine, "generate_encoded", generate), patch("nemo_engine.server.metrics.Metrics.request_done"):
         yield prompts
