@@ -283,7 +283,14 @@ def test_what_is_right_stays_right(emulated_library: Any, way: int) -> None:
 
 @pytest.mark.parametrize(
     ("mistake", "way"),
-    [("NO_BARRIER", 0), ("NO_COPY_WAIT", 1), ("NO_PHASE_WAIT", 2), ("NOT_WRITTEN", 0), ("WRONG_LANE", 0)],
+    [
+        ("NO_BARRIER", 0),
+        ("NO_COPY_WAIT", 1),
+        ("NO_PHASE_WAIT", 2),
+        ("NOT_WRITTEN", 0),
+        ("WRONG_LANE", 0),
+        ("WARP_MISSES_BARRIER", 0),
+    ],
 )
 def test_mistakes_that_change_the_result(emulated_library: Any, mistake: str, way: int) -> None:
     """In most orders of threads, so that a kernel proven in a few cases cannot hide one."""

@@ -72,8 +72,15 @@ def amid_poison(tensor: Tensor) -> Tensor:
     return frame[1:-1, :width]
 
 
+def settle(args: tuple[Any, ...]) -> None:
+    """Wait for the copies that made ``args``: the CUDA kernels read weights before the kernel before them has ended."""
+    if any(tensor.is_cuda for tensor in tensors(args)):
+        torch.cuda.synchronize()
+
+
 def run(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     """All that a call leaves behind: what it returns, and every argument as it is afterwards."""
+    settle(args)
     return [*tensors(function(*args)), *tensors(args)]
 
 

@@ -16,6 +16,7 @@ from nemo_engine.ops.cuda import attention as cuda_attention
 from nemo_engine.ops.quantize import FP8, quantize_channels, quantize_tokens
 from nemo_engine.ops.rope import rope_and_append_kv_, rope_table
 from tests.emulation.library import emulated
+from tests.ops.test_ops import site
 
 AT = 1 << 20  # an address that may be anything's
 NORM = {"sum": AT, "x": AT, "residual": AT, "weight": AT, "rows": 4, "width": 64, "x_stride": 64, "residual_stride": 64}
@@ -147,6 +148,27 @@ def test_arguments_have_names_in_type_errors(dry: Any) -> None:
         dry.sample_subs(vocab_size=1 << 40)
     with pytest.raises(TypeError, match="gate_up"):
         dry.silu_mul(-1, AT, 4, 64, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({}, None),
+        ({"num_heads": 4, "num_kv_heads": 1}, None),
+        ({"page_size": 256}, "pages of 16, 32, 64 or 128 tokens, these are 256"),
+        ({"num_heads": 6, "num_kv_heads": 4}, "1, 2, 4 or 8 query heads per KV head, these are 6 and 4"),
+        ({"num_heads": 24}, "1, 2, 4 or 8 query heads per KV head, these are 24 and 8"),
+        ({"head_dim": 64}, "head_dim of 128, this is 64"),
+        ({"dtype": torch.float32}, "computes in bfloat16, the model is float32"),
+        ({"device_type": "cuda", "capability": (10, 0)}, "compute capability (9, 0), Hopper, this is (10, 0)"),
+        ({"device_type": "cuda"}, "built for cpu, this is cuda"),
+    ],
+)
+def test_attention_says_what_it_does_not_serve(dry: Any, facts: dict[str, Any], reason: str | None) -> None:
+    impl = next(impl for impl in attention.PAGED_ATTENTION.impls if impl.name == "cuda")
+    here = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 64} | facts
+    said = impl.supports(site(**({"dtype": torch.bfloat16} | here)))
+    assert said is None if reason is None else reason in str(said)
 
 
 # ---- launches at true sizes

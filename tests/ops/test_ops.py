@@ -14,7 +14,7 @@ from nemo_engine.ops.op import CUDA_NOT_BUILT, Case, Impl
 from nemo_engine.ops.sample import SAMPLE
 from nemo_engine.runner.graphs import Capture, Captured, cuda_capture
 from tests.emulation.library import emulated, watched
-from tests.ops.proofs import mapped, prove, tensors
+from tests.ops.proofs import mapped, prove, settle, tensors
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 # Why a kernel for GPUs does not serve a CPU as it is: there, it is interpreted or emulated.
@@ -89,6 +89,7 @@ def assert_replays(op: Op, impl: Impl, case: Case, dtype: torch.dtype, device: s
         ramp = torch.linspace(-1.0, 0.5, before.numel(), dtype=torch.float64, device=device).view(before.shape)
         tensor.copy_((before.double() * ramp.abs()).to(before.dtype) if id(tensor) in numbers else before)
     own = mapped(args, torch.clone, device)
+    settle(own)
     expected = [*tensors(function(*own)), *tensors(own)]
     captured.replay()
     got = [*tensors(captured.outputs), *tensors(args)]
