@@ -8,6 +8,7 @@ made here for both processes. As a script it must import nothing of this package
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 TRIAL_CPU_SECONDS = 3
 TRIAL_WALL_SECONDS = 20.0  # on a busy machine
-TRIAL_MEMORY = 96 << 20  # bytes more than an idle trial has
+TRIAL_MEMORY = 160 << 20  # bytes more than an idle trial has
 _TRIAL_STACK = 4 << 20  # bytes; the engine compiles on one that is larger by far
 COMPILE_STACK = 64 << 20
 MAX_LEXER_STATES = 50_000  # of 1 to 2 kB, for each request
@@ -44,7 +45,7 @@ def matcher(tokenizer: Any, spec: Mapping[str, Any]) -> Any:
     elif kind == "regex":
         grammar = LLMatcher.grammar_from_regex(text)
     elif kind == "choice":
-        grammar = LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in json.loads(text)))
+        grammar = LLMatcher.grammar_from_regex(_one_of(json.loads(text)))
     else:
         grammar = LLMatcher.grammar_from_lark(_lark(text))
     limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
@@ -64,6 +65,11 @@ def plain_error(text: str) -> str:
     text = re.split(r"\n\s+\d+ \| |\n?<non-verbose/>|\n<state>", text)[0]
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     return text if len(text) <= 400 else text[:200] + " ... " + text[-190:]
+
+
+def _one_of(texts: list[str]) -> str:
+    """A regular expression: as rules of a grammar, more than some thousand texts would be too many to follow at once."""
+    return "|".join([re.sub(r"[^0-9A-Za-z]", lambda found: f"\\x{{{ord(found[0]):x}}}", text) for text in texts])
 
 
 def _lark(text: str) -> str:
@@ -120,7 +126,7 @@ def try_compile(spec: Mapping[str, Any]) -> None:
         try:
             trial = subprocess.run(
                 [sys.executable, "-P", __file__], input=json.dumps(spec), capture_output=True, text=True,
-                timeout=TRIAL_WALL_SECONDS,
+                timeout=TRIAL_WALL_SECONDS, env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # arenas would reserve what the limit counts
             )  # fmt: skip
             answer = json.loads(trial.stdout) if trial.returncode == 0 else "crash"
         except subprocess.TimeoutExpired:
