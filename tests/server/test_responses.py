@@ -19,7 +19,7 @@ from server.planted import CALLS, planted
 from nemo_engine import AsyncEngine
 
 ANY_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-WEATHER: dict[str, Any] = {
+WEATHER: Any = {
     "type": "function",
     "name": "get_weather",
     "description": "The weather of a city.",
@@ -31,7 +31,7 @@ WEATHER: dict[str, Any] = {
     },
     "strict": True,
 }
-TIME: dict[str, Any] = {"type": "function", "name": "get_time", "parameters": {"type": "object", "properties": {}}}
+TIME: Any = {"type": "function", "name": "get_time", "parameters": {"type": "object", "properties": {}}}
 ARGUMENTS = '{"city": "Oslo", "days": 2}'
 CALL = f'{{"name": "get_weather", "arguments": {ARGUMENTS}}}'
 
@@ -55,7 +55,7 @@ def checked(body: dict[str, Any]) -> Response:
 def events_of(live: LiveServer, **fields: Any) -> list[dict[str, Any]]:
     """The events of a streamed response, each validated, with numbers without a gap."""
     text = post(live, stream=True, **fields).text
-    events = []
+    events: list[dict[str, Any]] = []
     for block in text.strip().split("\n\n"):
         name, data = block.split("\n", 1)
         event = json.loads(data.removeprefix("data: "))
@@ -252,12 +252,14 @@ def test_a_forced_call_goes_there_and_back(client: OpenAI, choice: Any) -> None:
 
 
 def test_the_history_of_calls_is_the_chat_it_stands_for(client: OpenAI, engine: AsyncEngine) -> None:
-    flat = [WEATHER, TIME]
-    nested = [{"type": "function", "function": {k: v for k, v in one.items() if k != "type"}} for one in flat]
+    flat: list[Any] = [WEATHER, TIME]
+    nested: list[Any] = [
+        {"type": "function", "function": {k: v for k, v in one.items() if k != "type"}} for one in flat
+    ]
     with planted(engine, ["ok"]) as prompts:
         client.responses.create(
             model=MODEL,
-            tools=flat,  # type: ignore[arg-type]
+            tools=flat,
             input=[
                 {"role": "user", "content": "?"},
                 {"role": "assistant", "content": "Let me see."},
@@ -285,7 +287,7 @@ def test_the_history_of_calls_is_the_chat_it_stands_for(client: OpenAI, engine: 
             {"role": "tool", "tool_call_id": "call_2", "content": "noon"},
             {"role": "tool", "tool_call_id": "call_1", "content": "mild"},
         ]
-        client.chat.completions.create(model=MODEL, tools=nested, messages=messages)  # type: ignore[arg-type]
+        client.chat.completions.create(model=MODEL, tools=nested, messages=messages)
     assert prompts[0].token_ids == prompts[1].token_ids
 
 
@@ -321,7 +323,7 @@ def test_one_call_without_parallel_tool_calls(live: LiveServer, engine: AsyncEng
 def test_the_clients_own_accumulator_takes_calls(client: OpenAI, engine: AsyncEngine) -> None:
     with (
         planted(engine, PIECES),
-        client.responses.stream(model=MODEL, input="?", tools=[WEATHER, TIME]) as stream,  # type: ignore[list-item]
+        client.responses.stream(model=MODEL, input="?", tools=[WEATHER, TIME]) as stream,
     ):
         snapshots = [one.snapshot for one in stream if one.type == "response.function_call_arguments.delta"]
         final = stream.get_final_response()
@@ -356,7 +358,7 @@ def test_what_is_no_call_is_text(live: LiveServer, engine: AsyncEngine) -> None:
 
 def test_no_tools_with_tool_choice_none(client: OpenAI, engine: AsyncEngine) -> None:
     with planted(engine, ["ok"]) as prompts:
-        client.responses.create(model=MODEL, input="?", tools=[WEATHER], tool_choice="none")  # type: ignore[list-item]
+        client.responses.create(model=MODEL, input="?", tools=[WEATHER], tool_choice="none")
         client.responses.create(model=MODEL, input="?")
     assert prompts[0].token_ids == prompts[1].token_ids
 
@@ -370,7 +372,7 @@ def test_allowed_tools(client: OpenAI, engine: AsyncEngine) -> None:
     assert [item.name for item in response.output if item.type == "function_call"] == ["get_time"]
     with planted(engine, ["ok"]) as prompts:
         client.responses.create(model=MODEL, input="?", tools=tools, tool_choice=choice | {"mode": "auto"})
-        client.responses.create(model=MODEL, input="?", tools=[TIME])  # type: ignore[list-item]
+        client.responses.create(model=MODEL, input="?", tools=[TIME])
     assert prompts[0].token_ids == prompts[1].token_ids
 
 
@@ -506,7 +508,7 @@ def test_bad_input_is_named(live: LiveServer, fields: dict[str, Any], param: str
 
 
 def test_values_that_ask_for_nothing_are_taken(live: LiveServer) -> None:
-    nothing = {
+    nothing: dict[str, Any] = {
         "store": False, "background": False, "previous_response_id": None, "conversation": None, "reasoning": {"effort": None},
         "include": [], "truncation": "disabled", "text": {"format": {"type": "text"}, "verbosity": "medium"}, "metadata": None,
         "tools": None, "tool_choice": "auto", "n": 1, "max_tool_calls": None, "top_logprobs": 0,
