@@ -73,6 +73,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         *(Path("nemo_engine") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")),
         Path("nemo_engine/py.typed"),
         *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/assets").glob("*/*")),
+        *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/server/page").iterdir()),
     }
     assert {str(path) for path in sources} == {name for name in names if name.startswith("nemo_engine/")}
     assert any(name.startswith("nemo_engine/kernels/") for name in names)

@@ -61,7 +61,7 @@ def monitor_routes(service: Service) -> APIRouter:
     async def index(request: Request) -> Response:
         return page["index.html"].response(request)
 
-    for name in _NAMES:
+    for name in _NAMES.keys() - {"index.html"}:
         router.add_api_route(f"/page/{name}", page[name].response, methods=["GET"], include_in_schema=False)
 
     @router.get("/monitor")

@@ -1,0 +1,238 @@
+"""The page's files and headers, and the picture of the engine that it draws. Without a browser; with one: test_page.py."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import nemo_engine.server
+from nemo_engine import AsyncEngine, SamplingParams
+from nemo_engine.server.monitor import MAX_CELLS, PAGE_STATES, Monitor, page_map
+from tests.server.live import ENGINE_OPTIONS, MODEL, LiveServer
+
+PAGE = Path(nemo_engine.server.__file__).parent / "page"
+PATHS = [
+    "/",
+    *(f"/page/{path.name}" for path in sorted(PAGE.iterdir()) if path.name != "index.html"),
+    "/monitor",
+    "/monitor/stream",
+]
+
+
+def get(server: LiveServer, path: str, **headers: str) -> httpx.Response:
+    """A response without its body, if that has no end."""
+    with httpx.stream("GET", server.url + path, headers=headers, timeout=20) as response:
+        if path != "/monitor/stream" or response.status_code != 200:
+            response.read()
+    return response
+
+
+# ---- files
+
+
+def test_all_that_the_page_needs_is_its_own() -> None:
+    text = {path.name: path.read_text() for path in PAGE.iterdir()}
+    asked = {
+        *re.findall(r'(?:src|href)="([^"]*)"', text["index.html"]),
+        *re.findall(r'from "\./([^"]*)"', " ".join(text.values())),
+    }
+    assert {name.removeprefix("page/") for name in asked} == set(text) - {"index.html"}
+    for name, content in text.items():
+        assert re.findall(r"https?://\S+", content.replace('xmlns="http://www.w3.org/2000/svg"', "")) == [], name
+    assert (
+        re.search(r"<script(?![^>]*src=)|<style| style=| on\w+=", text["index.html"]) is None
+    )  # the policy forbids it
+    assert re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", " ".join(text.values())) is None
+
+
+@pytest.mark.parametrize("path", PATHS[:-2])
+def test_files_come_with_strict_headers(live: LiveServer, path: str) -> None:
+    response = get(live, path)
+    kind = {"": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}[
+        path.rpartition(".")[2].strip("/")
+    ]
+    assert response.status_code == 200 and response.headers["content-type"].partition(";")[0] == kind
+    policy = response.headers["content-security-policy"]
+    assert (
+        "default-src 'none'" in policy
+        and "unsafe" not in policy
+        and "*" not in policy
+        and "frame-ancestors 'none'" in policy
+    )
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["cache-control"] == "no-cache"
+    again = get(live, path, **{"If-None-Match": f'"other", W/{response.headers["etag"]}'})
+    assert again.status_code == 304 and again.content == b"" and again.headers["etag"] == response.headers["etag"]
+    assert get(live, path, **{"If-None-Match": '"other"'}).status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_option_turns_it_off(engine: AsyncEngine, path: str) -> None:
+    with LiveServer(engine, page=False) as server:
+        assert get(server, path).status_code == 404
+
+
+def test_it_lies_behind_the_key(engine: AsyncEngine) -> None:
+    key = base64.b64encode(b"anybody:secret").decode()
+    with LiveServer(engine, api_key=["secret"]) as server:
+        for path in PATHS:
+            assert get(server, path).status_code == 401
+            assert get(server, path, Authorization="Basic eDp5").status_code == 401
+            assert get(server, path, Authorization=f"Basic {key}").status_code == 200
+            # What another site makes a browser send does not count.
+            assert (
+                get(server, path, Authorization=f"Basic {key}", **{"Sec-Fetch-Site": "cross-site"}).status_code == 401
+            )
+        assert get(server, "/").headers["www-authenticate"].startswith("Basic realm=")
+
+
+# ---- the picture
+
+
+def snapshot(server: LiveServer) -> dict[str, Any]:
+    time.sleep(0.55)  # a younger picture is shared
+    return dict(httpx.get(server.url + "/monitor", timeout=20).raise_for_status().json())
+
+
+@contextmanager
+def running(engine: AsyncEngine, *params: SamplingParams, prompt: list[int]) -> Iterator[None]:
+    """Requests that run until the end of the block."""
+    ids = [f"watched-{index}" for index in range(len(params))]
+
+    async def run(started: asyncio.Event) -> None:
+        async def one(request_id: str, own: SamplingParams) -> None:
+            async for _ in engine.generate({"prompt_token_ids": prompt}, own, request_id):
+                started.set()
+
+        await asyncio.gather(*map(one, ids, params))
+
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        started = asyncio.Event()
+        task = loop.create_task(run(started))
+        loop.run_until_complete(started.wait())
+        try:
+            yield
+        finally:
+            engine.abort(ids)
+            loop.run_until_complete(task)
+
+
+def test_it_tells_what_runs(engine: AsyncEngine, live: LiveServer) -> None:
+    long = SamplingParams(max_tokens=900, ignore_eos=True, seed=1, temperature=1.0)
+    prompt = [1, *range(3000, 3050)]
+    with running(engine, long, SamplingParams(max_tokens=900, ignore_eos=True, seed=2, n=2), prompt=prompt):
+        picture = snapshot(live)
+    assert picture["status"] == "ready" and picture["engine"]["model"] == "nemo-tiny"
+    stats, pages = picture["stats"], picture["pages"]
+    assert len(picture["requests"]) == stats["num_running"] + stats["num_waiting"] == 3
+    for one in picture["requests"]:
+        assert one["id"].startswith("watched-") and one["state"] == "decode" and one["age"] > 0
+        assert one["prompt_tokens"] == len(prompt) and 0 <= one["cached_tokens"] < len(prompt)
+        assert (
+            one["pages"] * picture["engine"]["page_size"]
+            >= one["computed_tokens"]
+            >= one["prompt_tokens"] + one["output_tokens"] - 2
+        )
+    assert sum(pages["counts"].values()) == stats["num_pages"] == pages["num_cells"]
+    assert pages["counts"]["used"] + pages["counts"]["shared"] == stats["num_pages"] - stats["num_free_pages"] > 0
+    assert pages["counts"]["shared"] >= len(prompt) // picture["engine"]["page_size"]  # the prompt is one for all
+    steps = picture["steps"]
+    assert len({len(column) for column in steps.values()}) == 1 and steps["id"] == sorted(steps["id"])
+    assert steps["decodes"][-1] == 3 and all(ms > 0 for ms in steps["milliseconds"])
+    history = picture["history"]
+    assert len({len(column) for column in history.values()}) == 1 and sum(history["new_tokens"]) > 0
+    after = snapshot(live)
+    assert after["requests"] == [] and after["pages"]["counts"]["used"] == 0 < after["pages"]["counts"]["cached"]
+
+
+def test_running_requests_come_first_and_the_list_ends(engine: AsyncEngine) -> None:
+    params = [SamplingParams(max_tokens=900, ignore_eos=True, seed=index) for index in range(40)]  # 32 have slots
+    with running(engine, *params, prompt=[1, 2000]):
+
+        async def look(limit: int) -> list[tuple[str, str]]:
+            return await engine.call(lambda loop: [(one.request_id, one.state) for one in loop.requests(limit)])
+
+        views = asyncio.run(look(100))
+        assert [state for _, state in views] == ["decode"] * 32 + ["waiting"] * 8
+        assert len({request_id for request_id, _ in views}) == 40
+        assert asyncio.run(look(35)) == views[:35]
+
+
+@pytest.mark.parametrize("num_pages", [1, 7, MAX_CELLS, MAX_CELLS + 1, 100_003])
+def test_the_map_of_any_cache_is_small(num_pages: int) -> None:
+    states = bytes(page * page % 7 % 4 for page in range(num_pages))
+    found = page_map(states)
+    per_cell, count = found["pages_per_cell"], found["num_cells"]
+    assert count <= MAX_CELLS and (count - 1) * per_cell < num_pages <= count * per_cell
+    assert found["counts"] == {name: states.count(state) for state, name in enumerate(PAGE_STATES)}
+    assert len(json.dumps(found)) < 18_000
+    for state, name in enumerate(PAGE_STATES[1:], 1):
+        shares = base64.b64decode(found["cells"][name])
+        assert len(shares) == count
+        for cell in (0, count // 2, count - 1):
+            pages = states[cell * per_cell : (cell + 1) * per_cell]
+            assert shares[cell] == pages.count(state) * 255 // len(pages)
+
+
+# ---- the stream
+
+
+def test_a_picture_a_second_for_all_and_none_for_nobody(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+    take = Monitor._take
+
+    async def counted(self: Monitor) -> dict[str, Any]:
+        taken.append(time.monotonic())
+        return await take(self)
+
+    monkeypatch.setattr(Monitor, "_take", counted)
+
+    async def watch(count: int) -> list[dict[str, Any]]:
+        pictures: list[dict[str, Any]] = []
+        async with (
+            httpx.AsyncClient(timeout=20) as client,
+            client.stream("GET", f"{live.url}/monitor/stream") as response,
+        ):
+            assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+            async for line in response.aiter_lines():
+                if line.startswith("data: "):
+                    pictures.append(json.loads(line[6:]))
+                if len(pictures) == count:
+                    break
+        return pictures
+
+    async def watch_all() -> list[list[dict[str, Any]]]:
+        return await asyncio.gather(*[watch(3) for _ in range(8)])
+
+    time.sleep(0.6)
+    started = time.monotonic()
+    pictures = asyncio.run(watch_all())
+    assert 1.9 < time.monotonic() - started < 6
+    assert all(len(own) == 3 and "stats" in own[-1] for own in pictures)
+    assert len(taken) <= 6  # not 24
+    num_taken = len(taken)
+    time.sleep(2.2)
+    assert len(taken) == num_taken
+
+
+def test_the_stream_ends_when_the_engine_has_been_drained() -> None:
+    with AsyncEngine(MODEL, **ENGINE_OPTIONS) as engine, LiveServer(engine) as server:
+        with httpx.stream("GET", f"{server.url}/monitor/stream", timeout=20) as response:
+            states = []
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    states.append(json.loads(line[6:])["status"])
+                if len(states) == 1:
+                    asyncio.run(engine.drain())
+        assert states[0] == "ready" and set(states[1:]) <= {"ready", "draining"} and len(states) <= 3
