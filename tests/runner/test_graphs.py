@@ -13,7 +13,8 @@ from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.model.loading import load_weights
 from nemo_engine.ops import ALL_OPS, Ops, Site
 from nemo_engine.ops.quantize import FP8
-from nemo_engine.runner.graphs import cuda_capture, graph_sizes
+from nemo_engine.planner.memory import graph_sizes
+from nemo_engine.runner.graphs import cuda_capture
 from nemo_engine.runner.runner import Runner
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult
@@ -100,7 +101,13 @@ def play(runner: Runner, steps: int = 20) -> list[StepResult]:
                 pages[slot].append(next(fresh))
                 new_pages.append((slot, len(pages[slot]) - 1, pages[slot][-1]))
             computed[slot] += 1
-        handles.append(runner.launch(StepPlan(step, slots, tuple(prefills), tuple(fills), tuple(new_pages))))
+        sampling = [*slots, *[row.slot for row in prefills]]
+        masks = [
+            (slot, bytes([step * 37 % 256 | 1, slot, 255, 7] * 4)) for slot in sampling if step % 4 and slot in (2, 5)
+        ]
+        handles.append(
+            runner.launch(StepPlan(step, slots, tuple(prefills), tuple(fills), tuple(new_pages), tuple(masks)))
+        )
         if prefills:
             slots = (*slots, prefills[0].slot)
         if len(handles) == 2:

@@ -361,6 +361,89 @@ def test_a_masked_token_does_not_hide_a_nan() -> None:
     assert sample_alone(logits[0], request) == TOKEN_NOT_FINITE
 
 
+# ---- masks of grammars
+
+
+def mask_of(allowed: Sequence[int], vocab_size: int) -> bytes:
+    return sum(1 << token for token in set(allowed)).to_bytes(-(-vocab_size // 32) * 4, "little")
+
+
+def sample_masked(
+    driver: Driver, logits: torch.Tensor, slots: tuple[int, ...], masks: dict[int, Sequence[int]]
+) -> list[int]:
+    positions = torch.tensor([len(driver.requests[slot].token_ids) for slot in slots])
+    packed = [(slot, mask_of(allowed, logits.shape[1])) for slot, allowed in masks.items()]
+    tokens, reports = driver.sampler.sample(logits, slots, torch.tensor(slots), positions, driver.table, packed)
+    driver.logprobs = dict(entry for report in reports for entry in report.entries())
+    return tokens.tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 32, 33, 64, 97, 6144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masked_rows_equal_the_reference_and_the_others_are_free(vocab_size: int, dtype: torch.dtype) -> None:
+    names = list(PARAMETERS)
+    slots = tuple(range(1, len(names) + 1))
+    rng = np.random.default_rng(vocab_size)
+    logits = make_logits("normal", len(names), vocab_size, 3, dtype)
+    free, masked = Driver(vocab_size, len(names)), Driver(vocab_size, len(names))
+    for driver in (free, masked):
+        for slot, name in zip(slots, names, strict=True):
+            driver.fill(slot, make_request(name, vocab_size, slot))
+    masks = {
+        slot: rng.choice(vocab_size, rng.integers(1, vocab_size + 1), False).tolist()
+        for slot in slots
+        if rng.random() < 0.6
+    }
+    order = list(masks)
+    rng.shuffle(order)
+    before = logits.clone()
+    unmasked = sample_masked(free, logits, slots, {})
+    tokens = sample_masked(masked, logits, slots, {slot: masks[slot] for slot in order})
+    assert torch.equal(logits, before)
+    for row, slot in enumerate(slots):
+        if slot not in masks:
+            assert tokens[row] == unmasked[row]
+            continue
+        kept = torch.full_like(logits[row], -torch.inf)
+        kept[masks[slot]] = logits[row, masks[slot]]
+        if dtype is not torch.bfloat16:
+            assert_chosen(tokens[row], kept, masked.requests[slot], len(masked.requests[slot].token_ids))
+        assert tokens[row] in masks[slot] or tokens[row] == TOKEN_ALL_MASKED
+
+
+def test_masks_leave_the_logprobs_raw_and_hide_no_nan() -> None:
+    driver = Driver(40)
+    for slot in (1, 2, 3):
+        driver.fill(slot, Request(SamplingParams(temperature=0.0, logprobs=1), [1], 1))
+    logits = make_logits("normal", 3, 40, 1, torch.float32)
+    logits[1, 7] = torch.nan
+    masks = {slot: [5, 9] for slot in (1, 2)}
+    assert sample_masked(driver, logits, (1, 2, 3), masks)[1] == TOKEN_NOT_FINITE
+    entry = driver.logprobs[0]
+    assert entry.token_ids[0] in (5, 9) and entry.token_ids[1] == int(logits[0].argmax())
+    assert entry.logprobs == pytest.approx(logits[0].log_softmax(0)[entry.token_ids].tolist())
+
+
+@pytest.mark.parametrize("mask", [b"", bytes(8), b"\xff" * 4, b"\xff" * 12])
+def test_a_mask_that_is_empty_or_of_another_length_allows_nothing(mask: bytes) -> None:
+    driver = Driver(40)
+    for slot in (1, 2):
+        driver.fill(slot, Request(SamplingParams(temperature=0.0), [1], 1))
+    logits = make_logits("normal", 2, 40, 1, torch.float32)
+    slots, positions = torch.tensor([1, 2]), torch.tensor([1, 1])
+    tokens, _ = driver.sampler.sample(logits, (1, 2), slots, positions, driver.table, [(2, mask)])
+    assert tokens.tolist() == [int(logits[0].argmax()), TOKEN_ALL_MASKED]
+
+
+def test_masks_need_the_logits() -> None:
+    driver = Driver(40)
+    driver.fill(1, Request(SamplingParams(temperature=0.0), [1], 1))
+    slots = (1,)
+    assert driver.sampler.needs_only_tokens(slots)
+    assert not driver.sampler.needs_only_tokens(slots, [(1, bytes(8))])
+    assert driver.sampler.needs_only_tokens(slots)
+
+
 def test_nothing_left_to_choose() -> None:
     greedy, drawn = (
         SamplingParams(temperature=0.0, min_tokens=1),
