@@ -29,7 +29,7 @@ from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import AttentionMeta
-from nemo_engine.runner.graphs import graph_sizes
+from nemo_engine.planner.memory import graph_sizes
 from nemo_engine.runner.runner import Runner
 
 STORED = RESULTS / "kernels-sm90.txt"

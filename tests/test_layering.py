@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": {"scheduler", "runner", *CONTRACTS},
     # Row 4
     "scheduler": CONTRACTS,
-    "runner": {"model", "ops", "parallel", *CONTRACTS},
+    "runner": {"model", "ops", "parallel", "planner.memory", *CONTRACTS},
+    "planner": {"model.layout", "model.quantization", *CONTRACTS},
     # Row 3
     "model": {"ops", "parallel", *CONTRACTS},
     # Row 2
@@ -162,6 +163,11 @@ def test_kernels_know_nothing_of_the_engine(path: Path) -> None:
         ("cli", "nemo_engine.model.checkpoint.open_checkpoint", True),
         ("cli", "nemo_engine.model.weights", False),
         ("step", "nemo_engine.scheduler", False),
+        ("runner", "nemo_engine.planner.memory.plan_memory", True),
+        ("runner", "nemo_engine.planner.models", False),
+        ("planner", "nemo_engine.model.layout", True),
+        ("planner", "nemo_engine.model.weights", False),
+        ("planner", "torch", False),
         ("config", "numpy", False),
     ],
 )
@@ -190,6 +196,7 @@ def loaded_after(statement: str) -> set[str]:
         "from nemo_engine import SamplingParams, EngineConfig, ModelConfig, RequestOutput; EngineConfig(); SamplingParams()",
         "import nemo_engine.step, nemo_engine.ledger",
         "import nemo_engine.cli",
+        "import nemo_engine.planner.models, nemo_engine.planner.gpus, nemo_engine.planner.memory",
     ],
 )
 def test_the_host_half_needs_no_torch(statement: str) -> None:

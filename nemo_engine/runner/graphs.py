@@ -27,13 +27,6 @@ class Captured(Generic[T]):
 Capture = Callable[[Callable[[], Any]], Captured[Any]]
 
 
-def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """The batch sizes that are captured. A batch is padded to the next: by at most 1/3 from 24 rows on, 64 rows from 256 on."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
-    sizes += range(320, max_num_seqs + 64, 64)
-    return tuple([size for size in sizes if size < max_num_seqs] + [max_num_seqs])
-
-
 def cuda_capture(device: torch.device) -> Capture:
     """Captures into CUDA graphs. The function runs once before, so that libraries and kernels are loaded."""
     pool = torch.cuda.graph_pool_handle()

@@ -8,24 +8,29 @@ from pathlib import Path
 
 import torch
 
-from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
+from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
 from nemo_engine.model.inventory import Inventory, planned_inventory, take_inventory
 from nemo_engine.model.loading import load_weights
-from nemo_engine.model.weights import NemoWeights, dummy_weights, empty_weights
+from nemo_engine.model.weights import NemoWeights, dummy_weights
 from nemo_engine.ops import SEMANTICS, Ops, Site
 from nemo_engine.ops.linear import linear_fp8
 from nemo_engine.ops.quantize import FP8
-from nemo_engine.runner.graphs import cuda_capture, graph_sizes
-from nemo_engine.runner.memory import GIB, MemoryPlan, plan_memory, what_would_fit
+from nemo_engine.planner.memory import (
+    GIB,
+    MemoryPlan,
+    Sizes,
+    graph_sizes,
+    memory_message,
+    plan_kv_cache,
+    weight_bytes,
+)
+from nemo_engine.runner.graphs import cuda_capture
 from nemo_engine.runner.precision import Precision, resolve_precision
 from nemo_engine.runner.runner import Runner
 
 _logger = logging.getLogger("nemo_engine")
-
-CPU_KV_GIB = 1.0  # by default; more if one request of the whole context needs it, up to CPU_KV_GIB_MOST
-CPU_KV_GIB_MOST = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,8 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
             inventory = planned_inventory(model_config, checkpoint.quantization, precision.online)
         else:
             inventory = take_inventory(checkpoint, model_config, precision.online)
-    on_paper = empty_weights(model_config, precision.dtype, torch.device("meta"), inventory.kind_of)
-    sizes = Sizes(precision.dtype.itemsize, precision.kv_dtype.itemsize, on_paper.num_bytes)
+    itemsize = precision.dtype.itemsize
+    sizes = Sizes(itemsize, precision.kv_dtype.itemsize, weight_bytes(model_config, itemsize, inventory.kind_of))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     num_pages, max_model_len, memory = plan_kv_cache(model_config, config, sizes, free)
     try:
@@ -65,7 +70,7 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
     except torch.OutOfMemoryError as error:
         assert memory is not None and free is not None
         reason = f"out of device memory at start-up: {str(error).splitlines()[0]}"
-        raise ValueError(_memory_message(reason, memory, model_config, config, max_model_len, sizes)) from None
+        raise ValueError(memory_message(reason, memory, model_config, config, max_model_len, sizes)) from None
     if memory is not None:
         _logger.info("memory as planned:\n%s", memory.format())
         _verify(memory, device)
@@ -166,72 +171,3 @@ def resolve_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} is not there: torch {torch.__version__} finds no CUDA device; use 'cpu'")
     return torch.device(name)
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Bytes of one number of the activations and of the KV cache, and of all weights (None: unquantised ones)."""
-
-    activations: int
-    kv_cache: int
-    weights: int | None = None
-
-
-def plan_kv_cache(
-    model: ModelConfig, config: EngineConfig, sizes: Sizes, free: int | None
-) -> tuple[int, int, MemoryPlan | None]:
-    """The number of KV pages, ``max_model_len``, and on a GPU with ``free`` bytes what its memory goes to.
-
-    An explicit ``max_model_len`` that the KV budget cannot hold is refused with the arithmetic; without one, the context is cut to what
-    fits. So is a budget that the device cannot hold beside everything else.
-    """
-    wanted = resolve_max_model_len(model, config)
-    token_bytes = model.kv_bytes_per_token(sizes.kv_cache)
-    page_bytes = token_bytes * config.page_size
-    num_pages: int | None = None
-    if config.num_kv_pages is not None:
-        num_pages = config.num_kv_pages
-    elif config.kv_cache_gib is not None:
-        num_pages = int(config.kv_cache_gib * GIB) // page_bytes
-        if num_pages == 0:
-            raise ValueError(
-                f"kv_cache_gib must hold at least one page of {config.page_size} tokens ({page_bytes} bytes), "
-                f"got {config.kv_cache_gib}"
-            )
-    elif free is None:
-        whole = wanted * token_bytes / GIB
-        num_pages = int((max(CPU_KV_GIB, whole) if whole <= CPU_KV_GIB_MOST else CPU_KV_GIB_MOST) * GIB) // page_bytes
-    memory = None
-    if free is not None:
-        memory = plan_memory(model, config, wanted, sizes.activations, free, num_pages, sizes.weights, sizes.kv_cache)
-        num_pages = memory.kv_cache // page_bytes - 1
-        if memory.total > free or num_pages == 0:
-            reason = "the plan does not fit into the device's memory"
-            raise ValueError(_memory_message(reason, memory, model, config, wanted, sizes))
-    assert num_pages is not None
-    capacity = num_pages * config.page_size
-    if wanted <= capacity:
-        return num_pages, wanted, memory
-    arithmetic = (
-        f"a context of {wanted} tokens needs {wanted * token_bytes / GIB:.2f} GiB of KV cache ({token_bytes} bytes per token), "
-        f"and {num_pages} pages of {config.page_size} tokens ({num_pages * page_bytes / GIB:.2f} GiB) hold {capacity}"
-    )
-    if isinstance(config.max_model_len, int):
-        reason = (
-            f"max_model_len {wanted} does not fit: {arithmetic}; set max_model_len to at most {capacity} or 'auto', "
-            "or raise kv_cache_gib or num_kv_pages"
-        )
-        raise ValueError(reason if memory is None else _memory_message(reason, memory, model, config, wanted, sizes))
-    if capacity == 0:
-        raise ValueError(f"no memory for the KV cache: {arithmetic}")
-    _logger.info("max_model_len is %d: %s", capacity, arithmetic)
-    return num_pages, capacity, memory
-
-
-def _memory_message(
-    reason: str, memory: MemoryPlan, model: ModelConfig, config: EngineConfig, max_model_len: int, sizes: Sizes
-) -> str:
-    fitting = what_would_fit(
-        model, config, max_model_len, sizes.activations, memory.free, sizes.weights, sizes.kv_cache
-    )
-    return f"{reason}\n{memory.format()}\n{fitting}"

@@ -12,9 +12,16 @@ import torch
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.inventory import planned_inventory
 from nemo_engine.model.quantization import ONLINE
-from nemo_engine.model.weights import dummy_weights, empty_weights
-from nemo_engine.runner.memory import GIB, num_parameters, plan_memory, what_would_fit
-from nemo_engine.runner.startup import Sizes, plan_kv_cache
+from nemo_engine.model.weights import all_dense, dummy_weights, empty_weights
+from nemo_engine.planner.memory import (
+    GIB,
+    Sizes,
+    num_parameters,
+    plan_kv_cache,
+    plan_memory,
+    weight_bytes,
+    what_would_fit,
+)
 from tests.checkpoints import tiny_config
 
 NEMO = tiny_config(
@@ -27,7 +34,8 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_weights_are_counted_exactly(is_tied: bool) -> None:
     for config in (tiny_config(tie_word_embeddings=is_tied), dataclasses.replace(NEMO, tie_word_embeddings=is_tied)):
-        assert 2 * num_parameters(config) == empty_weights(config, BF16, torch.device("meta")).num_bytes
+        on_paper = empty_weights(config, BF16, torch.device("meta")).num_bytes
+        assert 2 * num_parameters(config) == on_paper == weight_bytes(config, 2, all_dense)
     assert num_parameters(NEMO) == 12_247_782_400
 
 
@@ -67,6 +75,11 @@ def test_what_does_not_fit_is_refused_with_the_plan_and_what_would(free: int, op
         "free on",
     ):
         assert re.search(rf"^  {item}.* GiB$", message, re.MULTILINE), message
+    if match := re.match(r"the plan does not fit into the device's memory, by ([\d.]+) GiB", message):
+        together, had = (
+            float(re.search(rf"{name} +([\d.]+) GiB", message)[1]) for name in ("together", "free on the device")
+        )  # type: ignore[index]
+        assert abs(float(match[1]) - max(0.0, together - had)) < 0.021
     last = message.splitlines()[-1]
     found = dict(re.findall(r"(max_model_len|max_num_seqs) (\d+)", last.split(",")[0]))
     if free == 20:
@@ -109,6 +122,7 @@ def test_fp8_takes_half(quantization: str, heads: int, most: float) -> None:
     inventory = planned_inventory(small, None, scheme)
     planned = empty_weights(small, BF16, torch.device("meta"), inventory.kind_of).num_bytes
     assert planned == dummy_weights(small, BF16, kind_of=inventory.kind_of).num_bytes
+    assert planned == weight_bytes(small, 2, inventory.kind_of)
     inventory = planned_inventory(NEMO, None, scheme)
     nemo = empty_weights(NEMO, BF16, torch.device("meta"), inventory.kind_of).num_bytes
     assert 0.5 < nemo / (2 * num_parameters(NEMO)) < most

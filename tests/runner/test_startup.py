@@ -12,9 +12,9 @@ import torch
 from nemo_engine.config import EngineConfig
 from nemo_engine.ledger import Ledger
 from nemo_engine.ops import Ops, Site
+from nemo_engine.planner.memory import GIB, Sizes, plan_kv_cache
 from nemo_engine.runner import startup
-from nemo_engine.runner.memory import GIB
-from nemo_engine.runner.startup import Sizes, check_capturable, plan_kv_cache, start_device_half
+from nemo_engine.runner.startup import check_capturable, start_device_half
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
 
 
