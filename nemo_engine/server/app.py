@@ -106,7 +106,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
     app.state.service = service
     errors.install(app)
     app.include_router(_routes(service))
-    app.include_router(monitor_routes(service))
+    app.include_router(monitor_routes(service), responses=_ERRORS)
     app.add_middleware(Access, options=options)
     if options.cors_origin:
         app.add_middleware(
