@@ -21,6 +21,9 @@ from nemo_engine.server.service import Service
 _HEADER_ID = re.compile(r"[!-~]{1,200}")
 
 
+_CONTRADICTION = "leave no token to choose"  # the engine's words for what is not its failure but the request's
+
+
 class Generation:
     """Prompts that were sent together, each of which becomes a request of the engine with the same parameters."""
 
@@ -165,6 +168,8 @@ def _id_of(service: Service, http: Request, request: GenerationRequest, prefix: 
 def raise_failure(output: RequestOutput) -> None:
     """Raise ``ApiError`` if a completion of ``output`` failed inside the engine, or the engine was closed over it."""
     for completion in output.outputs:
+        if completion.finish_reason == "error" and _CONTRADICTION in (completion.error or ""):
+            raise ApiError(400, str(completion.error), code="no_token_left")
         if completion.finish_reason == "error":
             raise ApiError(500, f"the request failed: {completion.error}", code="generation_failed")
 

@@ -57,7 +57,11 @@ def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt)
     most = request.truncate_prompt_tokens
     if most is not None:
         if most == 0:
-            raise ApiError(400, "truncate_prompt_tokens must be at least 1, or -1 for the context's length, got 0")
+            raise ApiError(
+                400,
+                "truncate_prompt_tokens must be at least 1, or -1 for the context's length, got 0",
+                param="truncate_prompt_tokens",
+            )
         most = service.engine.max_model_len - 1 if most == -1 else most
         if len(prompt.token_ids) > most:
             ids = prompt.token_ids

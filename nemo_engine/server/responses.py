@@ -25,7 +25,7 @@ async def create_response(service: Service, http: Request, request: ResponsesReq
     """Answer one request."""
     headers = response_headers(request)
     service.check_model(request.model)
-    form = ChatForm(request)
+    form = await asyncio.to_thread(ChatForm, request)
     try:
         chat = await asyncio.to_thread(prepare_chat, service, http, form.request, _PREFIX)
         headers |= chat.generation.header()

@@ -41,7 +41,7 @@ class Run:
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "background": False,
-            "error": None if error is None else {"code": "server_error", "message": error.message},
+            "error": None if error is None else _failure(error),
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
@@ -135,6 +135,10 @@ def whole_output(run: Run, completion: CompletionOutput) -> list[dict[str, Any]]
     if status_of(completion) != "completed" and not (calls and _is_json(calls[-1].arguments)):
         items[-1]["status"] = "incomplete"
     return items
+
+
+def _failure(error: ApiError) -> dict[str, Any]:
+    return {"code": "server_error" if error.status >= 500 else "invalid_prompt", "message": error.message}
 
 
 def _is_json(text: str) -> bool:

@@ -21,8 +21,9 @@ def planted(
     pieces: Sequence[str],
     finish_reason: FinishReason = "stop",
     metrics: RequestMetrics | None = None,
+    raises: Exception | None = None,
 ) -> Iterator[list[EncodedPrompt]]:
-    """Every request is answered with ``pieces``, each a delta of one token. Yields the prompts that came."""
+    """Every request is answered with ``pieces``, each a delta of one token; ``raises`` is raised behind them. Yields the prompts that came."""
     prompts: list[EncodedPrompt] = []
 
     async def generate(
@@ -33,7 +34,7 @@ def planted(
         start = "".join(pieces[: pieces.index(CALLS)]) if CALLS in pieces else None
         whole = CompletionOutput(0, "", [], logprobs=None if params.logprobs is None else [])
         for index, piece in enumerate(pieces):
-            is_last = index == len(pieces) - 1
+            is_last = index == len(pieces) - 1 and raises is None
             one = CompletionOutput(0, "", [], logprobs=None if params.logprobs is None else []) if is_delta else whole
             token_id = _token_of(engine, piece)
             one.token_ids.append(token_id)
@@ -50,6 +51,8 @@ def planted(
                 yield RequestOutput(
                     request_id, None, prompt.token_ids, [one], is_last, metrics=metrics, sampling_params=params
                 )
+        if raises is not None:
+            raise raises
 
     with patch.object(engine, "generate_encoded", generate), patch("nemo_engine.server.metrics.Metrics.request_done"):
         yield prompts

@@ -336,6 +336,9 @@ def test_bad_requests(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=MODEL, prompt=[[1, 5], [10**6]])
     assert caught.value.param == "prompt[1][0]"
+    for extra in ({"structured_outputs": {"regex": "[a-z]+"}, "allowed_token_ids": [1]}, {"truncate_prompt_tokens": 0}):
+        with pytest.raises(openai.BadRequestError, match="|".join(extra)):
+            client.completions.create(model=MODEL, prompt="x", extra_body=extra)
     with pytest.raises(openai.NotFoundError, match="gpt-9") as missing:
         client.chat.completions.create(model="gpt-9", messages=USER)
     assert missing.value.code == "model_not_found"

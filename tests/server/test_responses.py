@@ -423,6 +423,15 @@ def test_failure_in_mid_stream_is_an_event(live: LiveServer, engine: AsyncEngine
     assert whole.status_code == 500 and whole.json()["error"]["code"] == "generation_failed"
 
 
+def test_a_time_out_in_mid_stream_is_an_event(live: LiveServer, engine: AsyncEngine) -> None:
+    with planted(engine, ["Some ", "text"], raises=TimeoutError()):
+        events = events_of(live)
+    assert events[-1]["type"] == "response.failed"
+    body = events[-1]["response"]
+    assert checked(body).error is not None and "time-out" in body["error"]["message"]
+    assert body["usage"]["output_tokens"] == 2
+
+
 def test_an_aborted_response_is_cancelled(live: LiveServer, engine: AsyncEngine) -> None:
     with planted(engine, ["Some ", "text"], "abort"):
         bodies = [post(live).json(), events_of(live)[-1]["response"]]
