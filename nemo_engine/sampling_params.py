@@ -84,8 +84,9 @@ class SamplingParams:
     spaces_between_special_tokens: taken for compatibility; these tokenizers never put spaces there.
     output_kind, stream_interval: what the outputs of ``step()`` carry, and how many new tokens one is worth.
     repetition_detection: end a request that loops.
-    structured_outputs: the form of the output, a ``StructuredOutputsParams`` or a mapping with its fields. A stop string or
-    ``max_tokens`` may cut it short. With ``ignore_eos``, the output ends where its grammar does.
+    structured_outputs: the form of the output, a ``StructuredOutputsParams`` or a mapping with its fields, such as
+    {"json": {"type": "object"}} or {"choice": ["yes", "no"]}. Stop strings and ``max_tokens`` may cut it short; with
+    ``ignore_eos``, it ends where its grammar does.
     extra_args: accepted only when empty.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from nemo_engine.server.options import ServerOptions
 # Not on the command line: objects, and what only matters to a program that reads the outputs.
 NO_FLAGS = {
     "detokenize", "extra_args", "is_temperature_default", "output_kind", "repetition_detection",
-    "spaces_between_special_tokens", "stream_interval", "structured_outputs",
+    "spaces_between_special_tokens", "stream_interval",
 }  # fmt: skip
 
 _ENGINE_DEST = "engine_option_"
@@ -59,6 +60,16 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"TOKEN_ID=BIAS is needed, got {text!r}") from None
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"JSON is needed, got {text!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object is needed, got {text!r}")
+    return value
+
+
 _int_or_auto.__name__ = "integer, 'auto' or 'none'"
 _ids.__name__ = "comma-separated list of token ids"
 
@@ -77,6 +88,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "Sequence[str] | None": {"action": "append", "metavar": "TEXT"},
     "Sequence[int] | None": {"type": _ids, "metavar": "ID,ID,..."},
     "Mapping[int, float] | None": {"type": _bias, "action": "append", "metavar": "ID=BIAS"},
+    "StructuredOutputsParams | Mapping[str, Any] | None": {"type": _json_object, "metavar": "JSON"},
 }
 
 

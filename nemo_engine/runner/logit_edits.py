@@ -133,18 +133,22 @@ class LogitEdits:
             logits.index_put_((self._word_rows, self._word_ends), values, accumulate=True)
 
 
-def apply_masks_(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
-    """Set the logits of ``rows`` to -inf where ``masks`` have no bit (see ``StepPlan.masks``), with one upload.
+def mask_table(device: torch.device) -> Tensor:
+    """(256, 8) fp32: for each byte of a mask, what its bits add to eight logits."""
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+    return torch.zeros(256, 8, device=device).masked_fill_(bits == 0, -torch.inf)
 
-    logits: (R, V), changed in place.
+
+def apply_masks_(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes], table: Tensor) -> None:
+    """Add -inf to the logits of ``rows`` where ``masks`` have no bit (see ``StepPlan.masks``), with one upload.
+
+    logits: (R, V), changed in place. table: ``mask_table``.
     """
     count, vocab_size = len(rows), logits.shape[1]
     width = -(-vocab_size // 32) * 4
     fitting = [mask if len(mask) == width else bytes(width) for mask in masks]
     packed = bytearray(b"".join([array("q", rows).tobytes(), *fitting]))
     words = to_device(torch.frombuffer(packed, dtype=torch.uint8), logits.device, torch.uint8)
-    index = words[: 8 * count].view(torch.int64)
-    bits = words[8 * count :].view(count, width, 1) >> torch.arange(8, dtype=torch.uint8, device=logits.device)
-    forbidden = (bits & 1).view(count, 8 * width)[:, :vocab_size] == 0
-    kept = logits[index]
-    logits[index] = kept.masked_fill_(forbidden, -torch.inf)
+    index, data = words[: 8 * count].view(torch.int64), words[8 * count :]
+    added = table.index_select(0, data.int()).view(count, 8 * width)[:, :vocab_size]
+    logits.index_add_(0, index, added.to(logits.dtype))

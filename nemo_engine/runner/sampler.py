@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_engine.ops import Ops, sample, sampling
 from nemo_engine.ops.sample import SampleFacts, SlotParams
-from nemo_engine.runner.logit_edits import LogitEdits, SlotEdits, apply_masks_
+from nemo_engine.runner.logit_edits import LogitEdits, SlotEdits, apply_masks_, mask_table
 from nemo_engine.runner.transfer import Download, to_device
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
@@ -66,6 +66,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._ops = ops
         self._device = device
+        self._mask_table = mask_table(device)
         self._slots = SlotParams.off(num_slots, vocab_size, device)
         self._params: dict[int, SamplingParams] = {}
         self._edits: dict[int, SlotEdits] = {}
@@ -150,7 +151,7 @@ class Sampler:
             is_finite = edited.amax(dim=1) < torch.inf  # false for NaN; an edit may hide it
             if masks:
                 row_of = {slot: row for row, slot in enumerate(slots)}
-                apply_masks_(edited, [row_of[slot] for slot, _ in masks], [mask for _, mask in masks])
+                apply_masks_(edited, [row_of[slot] for slot, _ in masks], [mask for _, mask in masks], self._mask_table)
             if batch.edits is not None:
                 batch.edits.apply_(edited, slot_ids, positions, token_ids)
             tokens = self._ops.sample_(edited, slot_ids, positions, self._slots, batch.facts)

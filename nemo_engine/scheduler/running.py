@@ -106,11 +106,13 @@ class RunningSet:
         if position <= request.max_total_tokens - 2:
             self._page_due.setdefault(position - request.decode_offset, []).append((request, request.serial))
 
-    def take_page_due(self, step_id: int) -> list[Request]:
-        """The decoding requests that need a page in this step, the most urgent first."""
+    def take_page_due(self, step_id: int, ready: list[Request]) -> list[Request]:
+        """The decoding requests that need a page in this step, those of the constrained ``ready`` too, the most urgent first."""
         due = [request for request, serial in self._page_due.pop(step_id, ()) if request.serial == serial]
+        if ready:
+            due += self.constrained.outgrown(ready)
         if len(due) > 1:
-            due.sort(key=urgency)
+            due.sort(key=_urgency)
         return due
 
     def take_last_due(self, step_id: int) -> list[Request]:
@@ -133,7 +135,7 @@ class RunningSet:
 
     def least_urgent(self) -> Request:
         """Whom to preempt: of those with steps to come, the one with the largest priority number, the newest of them."""
-        return max([*self._decoding, *self.constrained.requests, *self.prefilling], key=urgency)
+        return max([*self._decoding, *self.constrained.requests, *self.prefilling], key=_urgency)
 
     def leave(self, request: Request) -> None:
         """Take back the slot. Steps in flight may still write to it: later steps run after those."""
@@ -167,6 +169,5 @@ class RunningSet:
         assert self.num_watched == sum(request.params.repetition_detection is not None for request in running)
 
 
-def urgency(request: Request) -> tuple[int, int]:
-    """Sorts requests, the most urgent first."""
+def _urgency(request: Request) -> tuple[int, int]:
     return (request.priority, request.arrival)

@@ -19,27 +19,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nemo_engine.outputs import FinishReason
-from nemo_engine.scheduler.constrained import mask_of, refusal
+from nemo_engine.scheduler.constrained import mask_of
 from nemo_engine.scheduler.decode_set import DecodeSet
+from nemo_engine.scheduler.ends import end_of, failure_of
 from nemo_engine.scheduler.kv_manager import KVManager
-from nemo_engine.scheduler.repetition import ends_in_repetition
 from nemo_engine.scheduler.request import Request, RequestStatus
-from nemo_engine.scheduler.running import RunningSet, urgency
+from nemo_engine.scheduler.running import RunningSet
 from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import (
-    TOKEN_ALL_MASKED,
-    TOKEN_NOT_FINITE,
     PrefillRow,
     SlotFill,
     StepPlan,
     StepResult,
     TokenLogprobs,
 )
-
-_ERRORS = {
-    TOKEN_NOT_FINITE: "the model's logits are not finite (NaN or infinity): the weights or the cache are damaged",
-    TOKEN_ALL_MASKED: "structured_outputs, allowed_token_ids, bad_words, min_tokens and logit_bias together leave no token to choose",
-}
 
 
 @dataclass(slots=True)
@@ -101,6 +94,16 @@ class _Step:
     prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
     fills: list[SlotFill] = field(default_factory=list)
     constrained: list[Request] = field(default_factory=list)  # that sample in this step, under a mask
+
+    def plan(self, new_pages: list[tuple[int, int, int]]) -> StepPlan:
+        """The step as the device half gets it."""
+        rows = tuple([row for _, row in self.prefills])
+        masks = tuple([(request.slot, mask_of(request)) for request in self.constrained]) if self.constrained else ()
+        return StepPlan(self.step_id, self.decodes.slots, rows, tuple(self.fills), tuple(new_pages), masks)
+
+    def counts_for(self, request: Request) -> bool:
+        """Whether what was computed for ``request`` counts: it has neither finished nor been preempted since."""
+        return request.status is RequestStatus.RUNNING and request.admitted_step <= self.step_id
 
 
 def _slot_fill(request: Request) -> SlotFill:
@@ -191,9 +194,8 @@ class Scheduler:
         running = self._running
         step_id = self._step_id + 1
         num_departures = running.num_departures
-        ready: list[Request] = []
-        if running.constrained.requests:
-            ready = running.constrained.ready(self._launched[0].step_id if self._launched else step_id)
+        oldest = self._launched[0].step_id if self._launched else step_id
+        ready = running.constrained.ready(oldest) if running.constrained.requests else []
         new_pages = self._grow(step_id, ready)
         has_preempted = running.num_departures != num_departures
         decodes = running.decode_set
@@ -204,8 +206,8 @@ class Scheduler:
             ]  # the others were just preempted
             decodes = running.constrained.join(decodes, ready)
             last += running.launch_constrained(ready, step_id)
-        budget = self._max_num_batched_tokens - len(decodes.slots)
-        step = _Step(step_id, decodes, last, running.num_departures, budget, constrained=ready[:])
+        left = self._max_num_batched_tokens - len(decodes.slots)
+        step = _Step(step_id, decodes, last, running.num_departures, left, constrained=ready[:])
         for request in running.prefilling[:]:
             if step.budget > 0:
                 self._prefill(request, step)
@@ -215,17 +217,12 @@ class Scheduler:
             return None
         self._step_id = step_id
         self._launched.append(step)
-        rows = tuple([row for _, row in step.prefills])
-        masks = tuple([(request.slot, mask_of(request)) for request in step.constrained]) if step.constrained else ()
-        return StepPlan(step_id, decodes.slots, rows, tuple(step.fills), tuple(new_pages), masks)
+        return step.plan(new_pages)
 
     def _grow(self, step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
         """Give a page to every decoding request, those of ``ready`` among them, that starts one in this step, the most urgent first."""
         new_pages: list[tuple[int, int, int]] = []
-        due = self._running.take_page_due(step_id)
-        if ready:
-            due = sorted([*due, *self._running.constrained.outgrown(ready)], key=urgency)
-        for request in due:
+        for request in self._running.take_page_due(step_id, ready):
             if request.status is not RequestStatus.RUNNING:  # preempted a moment ago
                 continue
             self.kv.cache_pages(request, min(self.num_computed_tokens(request), len(request.token_ids)))
@@ -279,7 +276,7 @@ class Scheduler:
         requests = step.decodes.requests + samplers if samplers else step.decodes.requests
         token_ids = result.token_ids
         assert len(token_ids) == len(requests), (len(token_ids), len(requests))
-        committed = Committed(prefilled=[request for request in samplers if self._is_current(request, step)])
+        committed = Committed(prefilled=[request for request in samplers if step.counts_for(request)])
         is_plain = (
             step.num_departures == self._running.num_departures
             and not step.constrained
@@ -288,9 +285,8 @@ class Scheduler:
             and (not token_ids or min(token_ids) >= 0)
         )
         if is_plain:
-            token_lists = step.decodes.token_lists
-            if samplers:
-                token_lists = token_lists + [request.token_ids for request in samplers]
+            lists = step.decodes.token_lists
+            token_lists = lists + [request.token_ids for request in samplers] if samplers else lists
             deque(map(list.append, token_lists, token_ids), maxlen=0)
             committed.requests, committed.token_ids = requests, token_ids
             committed.logprobs = dict(result.logprobs)
@@ -298,10 +294,10 @@ class Scheduler:
             self._commit_one_by_one(step, requests, result, committed)
         for index, entries in result.prompt_logprobs.items():
             request, row = step.prefills[index]
-            if self._is_current(request, step):
+            if step.counts_for(request):
                 committed.prompt_logprobs.append((request, row.start + 1, entries))
         for request in step.last:
-            if self._is_current(request, step):
+            if step.counts_for(request):
                 self._end(request, "length")
                 committed.finished.append(request)
         return committed
@@ -310,34 +306,21 @@ class Scheduler:
         self, step: _Step, requests: list[Request], result: StepResult, committed: Committed
     ) -> None:
         for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
-            if not self._is_current(request, step):
+            if not step.counts_for(request):
                 continue
-            if token_id < 0:
-                request.error = request.error or _ERRORS[token_id]
+            request.error = failure_of(request, token_id)
+            if request.error is not None:
                 self._end(request, "error")
                 committed.finished.append(request)
                 continue
-            is_stop_token = token_id in request.stop_token_ids
-            if request.grammar is not None and not is_stop_token:
-                request.error = refusal(request, token_id)
-                if request.error is not None:
-                    self._end(request, "error")
-                    committed.finished.append(request)
-                    continue
             request.token_ids.append(token_id)
             if index in result.logprobs:
                 committed.logprobs[len(committed.requests)] = result.logprobs[index]
             committed.requests.append(request)
             committed.token_ids.append(token_id)
-            rule = request.params.repetition_detection
-            if is_stop_token:
-                self._end(request, "stop", None if token_id in request.eos_token_ids else token_id)
-                committed.finished.append(request)
-            elif request.grammar is not None and not request.eos_token_ids and request.grammar.is_finished:
-                self._end(request, "stop")
-                committed.finished.append(request)
-            elif rule is not None and ends_in_repetition(request.token_ids, request.num_output_tokens, rule):
-                self._end(request, "repetition")
+            end = end_of(request, token_id)
+            if end is not None:
+                self._end(request, *end)
                 committed.finished.append(request)
 
     def fail_running(self, message: str) -> Committed:
@@ -352,11 +335,6 @@ class Scheduler:
             self._end(request, "error")
         return Committed(finished=failed)
 
-    @staticmethod
-    def _is_current(request: Request, step: _Step) -> bool:
-        """Whether what ``step`` computed for ``request`` counts: it has neither finished nor been preempted since."""
-        return request.status is RequestStatus.RUNNING and request.admitted_step <= step.step_id
-
     def _preempt(self, request: Request) -> None:
         self._leave(request)
         self._num_preemptions += 1
@@ -369,8 +347,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._leave(request, is_failed=reason == "error")
         request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
-        request.stop_reason = stop_reason
+        request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.request_id]
 
     def _leave(self, request: Request, is_failed: bool = False) -> None:

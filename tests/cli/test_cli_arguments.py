@@ -79,6 +79,7 @@ def test_engine_values(argv: list[str], expected: dict[str, object]) -> None:
         (["--top-k=-1"], {"top_k": -1}),
         (["--seed", "3"], {"seed": 3}),
         (["--ignore-eos", "--n", "2"], {"ignore_eos": True, "n": 2}),
+        (["--structured-outputs", '{"choice": ["a", "b"]}'], {"structured_outputs": {"choice": ["a", "b"]}}),
     ],
 )
 def test_sampling_values(argv: list[str], expected: dict[str, object]) -> None:
@@ -90,7 +91,7 @@ def test_sampling_values(argv: list[str], expected: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "argv",
     [["--max-tokens", "x"], ["--logit-bias", "5"], ["--logit-bias", "a=1"], ["--prefer", "rms_norm"], ["--stop-token-ids", "1,,2"],
-     ["--max-num", "3"], ["--max-model-len", "lots"]],
+     ["--max-num", "3"], ["--max-model-len", "lots"], ["--structured-outputs", "{"], ["--structured-outputs", "[]"]],
 )  # fmt: skip
 def test_ill_formed_values_end_with_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
