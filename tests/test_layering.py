@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 TORCH = {"torch", "numpy", "safetensors", "triton"}
-TOKENIZERS = {"mistral_common", "tokenizers", "sentencepiece"}
+TOKENIZERS = {"mistral_common", "tokenizers", "sentencepiece", "llguidance"}
 MAY_USE: dict[str, set[str]] = {
     "cli": {"torch"},
     "engine": {"tqdm"},
@@ -71,7 +71,7 @@ MAY_USE: dict[str, set[str]] = {
     "model": {*TORCH, "huggingface_hub", "tqdm"},
     "ops": TORCH,
     "parallel": {"torch"},
-    "text": {*TOKENIZERS, "numpy", "llguidance"},
+    "text": {*TOKENIZERS, "numpy"},
 }
 
 # ---- the size that reads like a book
