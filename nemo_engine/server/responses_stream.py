@@ -50,6 +50,7 @@ class _Events:
         self._number = 0
         self._parser = run.chat.parser() if run.chat.tools.is_on else None
         self._is_open = False
+        self._pieces: list[str] = []  # of the open item's text or arguments
         self._logprobs: list[dict[str, Any]] = []  # of tokens whose text has not come yet
         self._is_past_text = False
 
@@ -94,8 +95,7 @@ class _Events:
                 item = call_item(new_item_id("fc"), one.id, one.name, "", "in_progress")
                 events.append(self._open(item))
             elif isinstance(one, ArgumentsDelta):
-                item = self.output[-1]
-                item["arguments"] += one.text
+                self._pieces.append(one.text)
                 events.append(self._of_item("response.function_call_arguments.delta", delta=one.text))
             else:
                 assert isinstance(one, CallFinished)
@@ -113,7 +113,7 @@ class _Events:
     def failed(self, error: ApiError) -> bytes:
         """The last event when something went wrong."""
         if self._is_open:
-            self.output[-1]["status"] = "incomplete"
+            self._settle("incomplete")
         return self.event("response.failed", response=self._run.response("failed", self.output, error))
 
     def _add_text(self, text: str) -> list[bytes]:
@@ -123,10 +123,9 @@ class _Events:
             part = text_part("", [])
             self.output[-1]["content"].append(part)
             events.append(self._of_item("response.content_part.added", content_index=0, part=part))
-        part = self.output[-1]["content"][0]
         logprobs, self._logprobs = self._logprobs, []
-        part["text"] += text
-        part["logprobs"] += logprobs
+        self._pieces.append(text)
+        self.output[-1]["content"][0]["logprobs"] += logprobs
         if text:
             event = self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
             events.append(event)
@@ -134,19 +133,16 @@ class _Events:
 
     def _open(self, item: dict[str, Any]) -> bytes:
         self.output.append(item)
-        self._is_open = True
+        self._is_open, self._pieces = True, []
         return self.event("response.output_item.added", output_index=len(self.output) - 1, item=item)
 
     def _close(self, status: str) -> list[bytes]:
         if not self._is_open:
             return []
-        self._is_open = False
+        self._settle(status)
         item = self.output[-1]
-        item["status"] = status
         if item["type"] == "message":
             part = item["content"][0]
-            part["logprobs"] += self._logprobs
-            self._logprobs = []
             events = [
                 self._of_item(
                     "response.output_text.done", content_index=0, text=part["text"], logprobs=part["logprobs"]
@@ -157,6 +153,19 @@ class _Events:
             done = {"name": item["name"], "arguments": item["arguments"]}
             events = [self._of_item("response.function_call_arguments.done", **done)]
         return [*events, self.event("response.output_item.done", output_index=len(self.output) - 1, item=item)]
+
+    def _settle(self, status: str) -> None:
+        """Put together what came of the open item."""
+        self._is_open = False
+        item = self.output[-1]
+        item["status"] = status
+        if item["type"] == "message":
+            part = item["content"][0]
+            part["text"] = "".join(self._pieces)
+            part["logprobs"] += self._logprobs
+            self._logprobs = []
+        else:
+            item["arguments"] = "".join(self._pieces)
 
     def _of_item(self, kind: str, **data: Any) -> bytes:
         return self.event(kind, item_id=self.output[-1]["id"], output_index=len(self.output) - 1, **data)

@@ -32,7 +32,7 @@ class Point(BaseModel):
 
 
 def chat_model(live: LiveServer, api: str) -> ChatOpenAI:
-    options: dict[str, Any] = {"api_key": "none", "max_retries": 0, "temperature": 0, "max_tokens": 60}
+    options: dict[str, Any] = {"api_key": "none", "max_retries": 0, "temperature": 0, "max_tokens": 80}
     return ChatOpenAI(
         model=MODEL, base_url=f"{live.url}/v1", stream_usage=True, use_responses_api=api == "responses", **options
     )
@@ -66,7 +66,7 @@ def test_async(live: LiveServer) -> None:
 
 
 def test_bound_tools_go_there_and_back(model: ChatOpenAI) -> None:
-    bound = model.bind_tools([get_weather], tool_choice="any", parallel_tool_calls=False)
+    bound = model.bind_tools([get_weather], tool_choice="any", parallel_tool_calls=False, strict=True)
     answer = bound.invoke(MESSAGES)
     (call,) = answer.tool_calls
     assert call["name"] == "get_weather" and call["args"]["city"] in ("Oslo", "Rome")
@@ -90,7 +90,7 @@ def test_streamed_calls_of_the_models_own_choice(model: ChatOpenAI, engine: Asyn
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_structured_output(model: ChatOpenAI, method: Any) -> None:
-    found = model.with_structured_output(Point, method=method).invoke(MESSAGES)
+    found = model.with_structured_output(Point, method=method, strict=True).invoke(MESSAGES)
     assert isinstance(found, Point)
 
 
