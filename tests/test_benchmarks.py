@@ -262,3 +262,15 @@ def test_a_spent_budget_skips_what_is_left(gpu: ModuleType, tmp_path: Path) -> N
     outcome = gpu.run_stage(stage, 3.0, tmp_path)
     assert outcome.status == "skipped: the budget is spent" and not outcome.is_bad
     assert not list(tmp_path.iterdir())
+
+
+def test_structured_outputs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, file = ROOT / "nemo_engine" / "assets" / "nemo-tiny" / "tekken.json", tmp_path / "out.jsonl"
+    program = module("structured", monkeypatch)
+    program.main(["--tokenizer", str(tokenizer), "--rounds", "1", "--rows", "2", "--json", str(file)])
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["form"] for record in records if "form" in record] == list(program.FORMS)
+    assert all(record["mask_us"] > 0 for record in records if "form" in record) and records[-1]["rows"] == 2
+    assert "vocabulary of 6144" in capsys.readouterr().out

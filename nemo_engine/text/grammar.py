@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text.grammar_trial import (
+    UntriedError,
     matcher,
     on_large_stack,
     plain_error,
@@ -109,6 +110,8 @@ class GrammarCompiler:
         if found is None:
             try:
                 found = Grammar(self._compile(vocabulary, params), -(-self._vocab_size // 32) * 4)
+            except UntriedError as error:
+                raise ValueError(f"structured_outputs.{params.kind}: {error}") from None
             except ValueError as error:
                 found = f"structured_outputs.{params.kind}: {error}"
             with self._lock:

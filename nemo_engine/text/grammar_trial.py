@@ -30,6 +30,10 @@ _trials = threading.BoundedSemaphore(2)
 _stack_size = threading.Lock()
 
 
+class UntriedError(ValueError):
+    """A grammar of which nothing is known: the machine was too busy, or has no processes left. Another time may do."""
+
+
 def matcher(tokenizer: Any, spec: Mapping[str, Any]) -> Any:
     """An ``LLMatcher`` at the start of ``spec``; ``ValueError`` if it cannot be honoured.
 
@@ -129,8 +133,8 @@ def try_compile(spec: Mapping[str, Any]) -> None:
                 timeout=TRIAL_WALL_SECONDS, env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # arenas would reserve what the limit counts
             )  # fmt: skip
             answer = json.loads(trial.stdout) if trial.returncode == 0 else "crash"
-        except subprocess.TimeoutExpired:
-            answer = "crash"
+        except (subprocess.TimeoutExpired, OSError) as error:
+            raise UntriedError(f"it could not be tried: {error}") from None
     if answer == "crash":
         raise ValueError(
             f"it is too complex: compiling it takes more than {TRIAL_CPU_SECONDS} s, {TRIAL_MEMORY >> 20} MiB or its nesting "
@@ -140,19 +144,27 @@ def try_compile(spec: Mapping[str, Any]) -> None:
         raise ValueError(answer)
 
 
-def _main() -> None:
-    import resource
+def _limit() -> None:
+    """Give this process little more than it has, where the system knows such limits."""
+    try:
+        import resource
 
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+    except (ImportError, OSError):
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_CPU_SECONDS, TRIAL_CPU_SECONDS))
+    most = pages * resource.getpagesize() + TRIAL_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def _main() -> None:
     from llguidance import LLTokenizer
 
     spec = json.loads(sys.stdin.read())
     tokenizer = LLTokenizer("byte")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_CPU_SECONDS, TRIAL_CPU_SECONDS))
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[0])
-    most = pages * resource.getpagesize() + TRIAL_MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    _limit()
 
     def work() -> str:
         try:

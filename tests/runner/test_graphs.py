@@ -184,10 +184,11 @@ def test_graphs_equal_eager_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masks", [(), ((3, bytes([255] * 16)),)], ids=["free", "masked"])
 @pytest.mark.parametrize(
     "wants", [{}, {"logprobs": 2}, {"top_p": 0.9, "presence_penalty": 0.1}, {"logit_bias": {5: 1.0}}]
 )
-def test_a_decode_step_never_waits(tmp_path: Path, wants: dict[str, Any]) -> None:
+def test_a_decode_step_never_waits(tmp_path: Path, wants: dict[str, Any], masks: tuple[tuple[int, bytes], ...]) -> None:
     device = torch.device("cuda")
     runner = make_runner(tmp_path, device, torch.float32)
     sizes = (1, 2, 4, 7)
@@ -196,10 +197,10 @@ def test_a_decode_step_never_waits(tmp_path: Path, wants: dict[str, Any]) -> Non
     fill = SlotFill(3, [5, 6, 7], 3, 0, (9,), SamplingParams(temperature=0.9, **wants), seed=0)
     runner.launch(StepPlan(0, (), (PrefillRow(3, 0, 3, True),), (fill,))).result()
     slots = (3,)
-    runner.launch(StepPlan(1, slots)).result()  # the batch's own tensors are made
+    runner.launch(StepPlan(1, slots, masks=masks)).result()  # the batch's own tensors are made
     torch.cuda.set_sync_debug_mode("error")
     try:
-        handles = [runner.launch(StepPlan(step, slots)) for step in range(2, 8)]
+        handles = [runner.launch(StepPlan(step, slots, masks=masks)) for step in range(2, 8)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(handle.result().token_ids[0] >= 0 for handle in handles)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.structured_outputs import MAX_GRAMMAR_CHARS, MAX_JSON_NESTING, StructuredOutputsParams
-from nemo_engine.text import Tokenizer, load_tokenizer
+from nemo_engine.text import Tokenizer, grammar_trial, load_tokenizer
 from nemo_engine.text import grammar as grammar_module
 from nemo_engine.text.grammar import MAX_CACHED, Grammar, GrammarCompiler, tool_call_grammar
 from nemo_engine.text.tools import check_tools, tool_call_schema
@@ -449,6 +449,18 @@ def test_compiled_grammars_are_remembered_up_to_a_limit(tiny: Kit, monkeypatch: 
     for form in [*forms[:-1], forms[0], forms[-1], forms[0], forms[1]]:
         compiler.compile(form)
     assert compiled == [*forms, forms[1]]
+
+
+def test_what_could_not_be_tried_is_tried_again(tiny: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = {"grammar": 'start: "tried again"'}
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_trial, "TRIAL_WALL_SECONDS", 0.0)
+        with pytest.raises(ValueError, match="structured_outputs.grammar: it could not be tried: .*timed out"):
+            tiny.start(**form)
+        patch.setattr(grammar_trial.sys, "executable", "/no/such/python")
+        with pytest.raises(ValueError, match="structured_outputs.grammar: it could not be tried: .*No such file"):
+            tiny.start(**form)
+    assert tiny.matches(tiny.start(**form), "tried again")
 
 
 def test_threads_may_compile_at_once(tiny: Kit) -> None:
