@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from server.live import ENGINE_OPTIONS, MODEL, LiveServer
 
 from nemo_engine import AsyncEngine
+from tests.server.live import ENGINE_OPTIONS, MODEL, LiveServer
 
 
 @pytest.fixture(scope="session")

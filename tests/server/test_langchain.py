@@ -10,10 +10,10 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from server.live import MODEL, LiveServer
-from server.planted import CALLS, planted
 
 from nemo_engine import AsyncEngine
+from tests.server.live import MODEL, LiveServer
+from tests.server.planted import CALLS, planted
 
 MESSAGES = [SystemMessage("Be brief."), HumanMessage("What is a list?")]
 

@@ -11,10 +11,10 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from server.live import MODEL, LiveServer
-from server.planted import CALLS, planted
 
 from nemo_engine import AsyncEngine, SamplingParams
+from tests.server.live import MODEL, LiveServer
+from tests.server.planted import CALLS, planted
 
 PROMPT = "The heapq module"
 USER: list[Any] = [{"role": "user", "content": "What does os.path.join do?"}]

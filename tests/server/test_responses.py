@@ -13,10 +13,10 @@ import pytest
 from openai import OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, Field, TypeAdapter
-from server.live import MODEL, LiveServer
-from server.planted import CALLS, planted
 
 from nemo_engine import AsyncEngine
+from tests.server.live import MODEL, LiveServer
+from tests.server.planted import CALLS, planted
 
 ANY_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 WEATHER: Any = {

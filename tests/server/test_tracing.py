@@ -15,12 +15,12 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from server.live import MODEL, LiveServer
-from server.planted import planted
 
 from nemo_engine import AsyncEngine
 from nemo_engine.outputs import RequestMetrics
 from nemo_engine.server.tracing import Tracing
+from tests.server.live import MODEL, LiveServer
+from tests.server.planted import planted
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
