@@ -24,6 +24,7 @@ from nemo_engine.text.grammar_trial import (
 from nemo_engine.text.tokenizer import Tokenizer
 
 JSON_WHITE_SPACE = r" |\n {0,16}"  # where JSON may have some: nothing, one space, or a line with its indentation
+_BOUNDED = {"whitespace_pattern": JSON_WHITE_SPACE}
 MAX_CACHED = 32  # compiled grammars, and refusals
 
 # Not in the trial's hands: what costs little, whatever it says. `format` intersects expressions only beside these three.
@@ -185,8 +186,19 @@ class _Vocabulary:
 
 def tool_call_grammar(tool_calls_id: int, schema: Mapping[str, Any]) -> StructuredOutputsParams:
     """An output that is a tool call: the token [TOOL_CALLS], and after it JSON of ``schema`` (see ``tool_call_schema``)."""
-    text = json.dumps({"x-guidance": {"whitespace_pattern": JSON_WHITE_SPACE}, **schema}, ensure_ascii=False)
+    text = json.dumps({"x-guidance": _BOUNDED, **schema})
     return StructuredOutputsParams(grammar=f"start: <[{tool_calls_id}]> calls\ncalls: %json {text}\n")
+
+
+def _forced_schema(grammar: str) -> str | None:
+    """The JSON in what ``tool_call_grammar`` writes; None for any other grammar."""
+    found = re.fullmatch(r"start: <\[\d{1,7}\]> calls\ncalls: %json (\{.*\})\n", grammar)
+    if found is None:
+        return None
+    try:
+        return found[1] if json.loads(found[1]).get("x-guidance") == _BOUNDED else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _spec(params: StructuredOutputsParams) -> dict[str, Any]:
@@ -209,10 +221,12 @@ def _spec(params: StructuredOutputsParams) -> dict[str, Any]:
 def _is_harmless(spec: Mapping[str, Any]) -> bool:
     """Whether ``spec`` is known to compile at little cost."""
     kind, text = spec["kind"], spec["text"]
-    if kind == "json":
-        meets = '"format"' in text and any(word in text for word in _MEETS)
-        is_small = len(text) <= _HARMLESS_JSON_CHARS and text.count('"$ref"') <= _HARMLESS_REFS
-        return is_small and not meets and not spec["whitespace_pattern"] and not any(word in text for word in _COSTLY)
+    schema = text if kind == "json" else _forced_schema(text) if kind == "grammar" else None
+    if schema is not None:
+        meets = '"format"' in schema and any(word in schema for word in _MEETS)
+        is_small = len(schema) <= _HARMLESS_JSON_CHARS and schema.count('"$ref"') <= _HARMLESS_REFS
+        has_own_space = kind == "json" and spec["whitespace_pattern"]
+        return is_small and not meets and not has_own_space and not any(word in schema for word in _COSTLY)
     if kind == "regex":
         counts = [int(count[:9]) for count in re.findall(r"[{,]\s*(\d+)", text)]
         return len(text) <= _HARMLESS_REGEX_CHARS and len(counts) <= 16 and max(counts, default=0) <= 64

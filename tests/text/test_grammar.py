@@ -259,6 +259,21 @@ def test_a_tool_call_is_forced(kit: Kit) -> None:
     assert not kit.matches(grammar, call.replace(": ", ":  "))
 
 
+def test_a_plain_tool_call_is_compiled_without_a_trial(tiny: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(grammar_module, "try_compile", lambda spec: tried.append(spec["text"]))
+    schema = {"type": "array", "items": {"type": "object", "properties": {"plain": {"type": "string"}}}}
+    form = tool_call_grammar(9, schema)
+    tiny.compiler.compile(form)
+    assert tried == [] and form.grammar is not None
+    costly = tool_call_grammar(9, {"type": "string", "pattern": "a"}).grammar
+    more, own_space = form.grammar + 'x: "y"\n', form.grammar.replace("{0,16}", "*")
+    for grammar in (costly, more, own_space):
+        assert grammar is not None
+        tiny.start(grammar=grammar)
+    assert tried == [costly, more, own_space]
+
+
 # ---- refusals
 
 
