@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest
+from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text import Tokenizer
+from nemo_engine.text.grammar import tool_call_grammar
 from nemo_engine.text.tools import ToolChoice, check_tool_choice, check_tools, tool_call_schema
 
 
@@ -20,6 +23,7 @@ class ToolUse:
     parallel: bool
     choice: ToolChoice
     tools: tuple[Mapping[str, Any], ...]
+    trigger_id: int | None  # of [TOOL_CALLS]
 
     @classmethod
     def of(cls, request: ChatRequest, tokenizer: Tokenizer) -> ToolUse:
@@ -31,7 +35,7 @@ class ToolUse:
         if choice.mode == "required" and request.continue_final_message:
             raise ApiError(400, "tool_choice that forces a call excludes continue_final_message", param="tool_choice")
         is_on = choice.mode != "none"
-        return cls(is_on, request.parallel_tool_calls is not False, choice, tuple(tools or ()))
+        return cls(is_on, request.parallel_tool_calls is not False, choice, tuple(tools or ()), tokenizer.tool_calls_id)
 
     @property
     def is_forced(self) -> bool:
@@ -45,9 +49,17 @@ class ToolUse:
         return [dict(tool) for tool in self.tools if self.is_forced or tool["function"]["name"] in self.choice.names]
 
     def structured_outputs(self, asked: object | None) -> object | None:
-        """The form of the answer: that of the calls if calls are forced, else what the request asks for."""
-        if not self.is_forced:
+        """The form of the answer: that of the calls if calls are forced, else what the request asks for, or calls if it may make some."""
+        if self.is_forced:
+            if asked is not None:
+                raise ApiError(400, "tool_choice that forces a call excludes response_format", param="tool_choice")
+            return {"json": tool_call_schema(self.tools, self.choice.names, self.parallel)}
+        if not self.is_on or asked is None:
             return asked
-        if asked is not None:
-            raise ApiError(400, "tool_choice that forces a call excludes response_format", param="tool_choice")
-        return {"json": tool_call_schema(self.tools, self.choice.names, self.parallel)}
+        form = StructuredOutputsParams.of(asked)
+        if form.json is None and not form.json_object:
+            return form  # expressions and grammars mean the whole answer
+        assert self.trigger_id is not None
+        schema = {"type": "object"} if form.json is None else json.loads(str(form.json))
+        calls = tool_call_schema(self.tools, self.choice.names, self.parallel)
+        return tool_call_grammar(self.trigger_id, calls, schema)

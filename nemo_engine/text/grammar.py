@@ -184,10 +184,19 @@ class _Vocabulary:
         return ids
 
 
-def tool_call_grammar(tool_calls_id: int, schema: Mapping[str, Any]) -> StructuredOutputsParams:
-    """An output that is a tool call: the token [TOOL_CALLS], and after it JSON of ``schema`` (see ``tool_call_schema``)."""
-    text = json.dumps({"x-guidance": _BOUNDED, **schema})
-    return StructuredOutputsParams(grammar=f"start: <[{tool_calls_id}]> calls\ncalls: %json {text}\n")
+def tool_call_grammar(
+    tool_calls_id: int, schema: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None
+) -> StructuredOutputsParams:
+    """An output that is a tool call: the token [TOOL_CALLS], and after it JSON of ``schema`` (see ``tool_call_schema``).
+
+    With ``otherwise`` it may be JSON of that schema instead.
+    """
+    calls = f"calls: %json {json.dumps({'x-guidance': _BOUNDED, **schema})}\n"
+    if otherwise is None:
+        return StructuredOutputsParams(grammar=f"start: <[{tool_calls_id}]> calls\n{calls}")
+    _check_schema(dict(otherwise))
+    answer = f"answer: %json {json.dumps({'x-guidance': _BOUNDED, **otherwise})}\n"
+    return StructuredOutputsParams(grammar=f"start: <[{tool_calls_id}]> calls | answer\n{calls}{answer}")
 
 
 def _forced_schema(grammar: str) -> str | None:

@@ -304,6 +304,23 @@ def test_parse(client: OpenAI) -> None:
     assert isinstance(call.function.parsed_arguments, Point)
 
 
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_a_form_of_answers_leaves_calls_possible(client: OpenAI, engine: AsyncEngine, is_strict: bool) -> None:
+    assert engine.tokenizer is not None and engine.tokenizer.tool_calls_id is not None
+    asked: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": 90, "seed": 3, "tools": [WEATHER]}
+    form = {"type": "json_schema", "json_schema": {"name": "point", "schema": Point.model_json_schema()}}
+    asked["response_format"] = form if is_strict else {"type": "json_object"}
+    trigger = str(engine.tokenizer.tool_calls_id)
+    (called,) = client.chat.completions.create(**asked, logit_bias={trigger: 100}).choices
+    calls: Any = called.message.tool_calls
+    assert calls[0].function.name == "get_weather" and not called.message.content
+    (answered,) = client.chat.completions.create(**asked, logit_bias={trigger: -100}).choices
+    assert answered.message.tool_calls is None and answered.message.content is not None
+    assert answered.message.content.startswith("{")
+    if is_strict:
+        Point.model_validate_json(answered.message.content)
+
+
 def test_choices_and_logprobs_go_together(client: OpenAI) -> None:
     whole = client.chat.completions.create(
         model=MODEL, messages=USER, n=4, temperature=1, seed=1, logprobs=True, top_logprobs=1,
