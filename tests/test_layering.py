@@ -20,7 +20,19 @@ ROW_1 = CONTRACTS | {"text"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # Row 7. `chat` shows the defaults that `inputs` fills in; `info` reads a checkpoint's headers without loading it.
-    "cli": {"engine", "inputs", "quantize", "verify", "server", "model.checkpoint", "model.layout", *ROW_1},
+    "cli": {
+        "engine",
+        "inputs",
+        "quantize",
+        "verify",
+        "server",
+        "planner",
+        "simulator",
+        "workload",
+        "model.checkpoint",
+        "model.layout",
+        *ROW_1,
+    },
     "server": {"async_engine", "inputs", *ROW_1},
     "__main__": {"cli"},
     # Row 6. `quantize` and `verify` work on a model without an engine.
@@ -34,6 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "completions": {"inputs", "scheduler", *ROW_1},
     # Row 5
     "core": {"scheduler", "runner", *CONTRACTS},
+    # Row 5
+    "simulator": {"scheduler", "planner", "workload", *CONTRACTS},
     # Row 4
     "scheduler": CONTRACTS,
     "runner": {"model", "ops", "parallel", "planner.memory", *CONTRACTS},
@@ -45,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": CONTRACTS,
     # Row 1
     **{part: CONTRACTS for part in ROW_1},
+    "workload": set(),
     # The package's front door resolves its names when they are used.
     "__init__": {"engine", "async_engine", *CONTRACTS},
 }
@@ -67,6 +82,7 @@ MAY_USE: dict[str, set[str]] = {
     },
     "quantize": {"torch"},
     "verify": {"torch", "matplotlib"},
+    "simulator": {"matplotlib"},
     "runner": {"torch", "numpy"},
     "model": {*TORCH, "huggingface_hub", "tqdm"},
     "ops": TORCH,
@@ -168,6 +184,11 @@ def test_kernels_know_nothing_of_the_engine(path: Path) -> None:
         ("planner", "nemo_engine.model.layout", True),
         ("planner", "nemo_engine.model.weights", False),
         ("planner", "torch", False),
+        ("simulator", "nemo_engine.scheduler.Scheduler", True),
+        ("simulator", "nemo_engine.runner", False),
+        ("simulator", "torch", False),
+        ("scheduler", "nemo_engine.simulator", False),
+        ("workload", "nemo_engine.config", False),
         ("config", "numpy", False),
     ],
 )
@@ -196,7 +217,7 @@ def loaded_after(statement: str) -> set[str]:
         "from nemo_engine import SamplingParams, EngineConfig, ModelConfig, RequestOutput; EngineConfig(); SamplingParams()",
         "import nemo_engine.step, nemo_engine.ledger",
         "import nemo_engine.cli",
-        "import nemo_engine.planner.models, nemo_engine.planner.gpus, nemo_engine.planner.memory",
+        "import nemo_engine.planner.plan, nemo_engine.simulator, nemo_engine.workload",
     ],
 )
 def test_the_host_half_needs_no_torch(statement: str) -> None:

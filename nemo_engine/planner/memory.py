@@ -47,6 +47,14 @@ class Sizes:
     weights: int | None = None
 
 
+class DoesNotFitError(ValueError):
+    """The plan needs ``missing`` bytes more than there are. The message has the plan and what would fit."""
+
+    def __init__(self, message: str, missing: int) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Bytes of everything that a device will hold, of ``free`` ones."""
@@ -239,24 +247,28 @@ def plan_kv_cache(
         memory = plan_memory(model, config, wanted, sizes.activations, free, num_pages, sizes.weights, sizes.kv_cache)
         num_pages = memory.kv_cache // page_bytes - 1
         if memory.missing or num_pages == 0:
-            reason = f"the plan does not fit into the device's memory, by {_gib_up(memory.missing)} GiB"
-            raise ValueError(memory_message(reason, memory, model, config, wanted, sizes))
+            missing = memory.missing + (page_bytes if num_pages == 0 else 0)
+            reason = f"the plan does not fit into the device's memory, by {_gib_up(missing)} GiB"
+            raise DoesNotFitError(memory_message(reason, memory, model, config, wanted, sizes), missing)
     assert num_pages is not None
     capacity = num_pages * config.page_size
     if wanted <= capacity:
         return num_pages, wanted, memory
+    missing = (-(-wanted // config.page_size) - num_pages) * page_bytes
     arithmetic = (
         f"a context of {wanted} tokens needs {wanted * token_bytes / GIB:.2f} GiB of KV cache ({token_bytes} bytes per token), "
-        f"and {num_pages} pages of {config.page_size} tokens ({num_pages * page_bytes / GIB:.2f} GiB) hold {capacity}"
+        f"and {num_pages} pages of {config.page_size} tokens ({num_pages * page_bytes / GIB:.2f} GiB) hold {capacity}: "
+        f"{_gib_up(missing)} GiB are missing"
     )
     if isinstance(config.max_model_len, int):
         reason = (
             f"max_model_len {wanted} does not fit: {arithmetic}; set max_model_len to at most {capacity} or 'auto', "
             "or raise kv_cache_gib or num_kv_pages"
         )
-        raise ValueError(reason if memory is None else memory_message(reason, memory, model, config, wanted, sizes))
+        message = reason if memory is None else memory_message(reason, memory, model, config, wanted, sizes)
+        raise DoesNotFitError(message, missing)
     if capacity == 0:
-        raise ValueError(f"no memory for the KV cache: {arithmetic}")
+        raise DoesNotFitError(f"no memory for the KV cache: {arithmetic}", missing)
     _logger.info("max_model_len is %d: %s", capacity, arithmetic)
     return num_pages, capacity, memory
 

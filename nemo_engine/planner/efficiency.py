@@ -1,0 +1,119 @@
+"""How much of a GPU's data sheet is reached: measured where a results file has it, otherwise assumed, and each number says which."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_engine.planner.gpus import Gpu
+
+_LARGE_ROWS = 4096  # rows of a matrix product that is bound by arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number, and where it is from: "assumed: ..." or "measured: ..."."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiencies:
+    """Fractions and fixed costs that turn a data sheet into times.
+
+    memory, matmul_bf16, matmul_fp8: what a copy and a large product reach of the data sheet: the ceilings. The rest are fractions of
+    those: weights (reading them for few rows), kv_bf16 and kv_fp8 (decode attention), linear (large products inside a model), attention
+    (prefill attention, of bf16's ceiling). elementwise: of norms, activations and rotary embedding, the part that is memory traffic of its
+    own. launch_us: of one more kernel in a step. host_us, host_us_per_request: of planning and taking in a step. link_us: of one
+    reduction over several GPUs.
+    """
+
+    memory: Figure = Figure(4.3 / 4.8, "assumed: a copy on an H200 reaches 4.3 of 4.8 TB/s")
+    matmul_bf16: Figure = Figure(788 / 989, "assumed: cuBLAS on an H200 reaches 788 of 989 TFLOP/s")
+    matmul_fp8: Figure = Figure(788 / 989, "assumed: as bf16's")
+    weights: Figure = Figure(0.88, "assumed: between published kernels' 0.8 and the goal of 0.9")
+    kv_bf16: Figure = Figure(0.93, "assumed: FlashAttention 3 and TileOPs on an H200 reach 0.83 to 0.99")
+    kv_fp8: Figure = Figure(0.70, "assumed: public kernels stop at 0.70")
+    linear: Figure = Figure(0.87, "assumed: published FP8 and bf16 kernels reach 0.85 to 0.95")
+    attention: Figure = Figure(0.75, "assumed: FlashAttention 3 reaches 0.66 to 0.78, causal, at 2k to 16k")
+    elementwise: Figure = Figure(0.5, "assumed: half is fused into matrix products")
+    launch_us: Figure = Figure(1.3, "assumed: a kernel boundary inside a CUDA graph on an H100")
+    host_us: Figure = Figure(150.0, "assumed: planning, one upload and one launch")
+    host_us_per_request: Figure = Figure(0.4, "assumed: schedule() and commit() measured at 0.15 us, and output")
+    link_us: Figure = Figure(10.0, "assumed: latency of an all-reduce inside one machine")
+
+    @classmethod
+    def ideal(cls) -> Efficiencies:
+        """The ceilings alone, everything else perfect and free: the rooflines that no engine can pass."""
+        names = {field.name for field in fields(cls)} - {"memory", "matmul_bf16", "matmul_fp8"}
+        one = Figure(1.0, "ideal")
+        free = Figure(0.0, "ideal")
+        costs = {"elementwise", "launch_us", "host_us", "host_us_per_request", "link_us"}
+        return cls(**{name: free if name in costs else one for name in names})
+
+    @classmethod
+    def read(cls, gpu: Gpu, folder: Path | None) -> Efficiencies:
+        """The assumptions, with what ``folder`` holds measurements of ``gpu`` for in their place (``*.jsonl`` of gpu_ceilings, bench_engine)."""
+        found = cls()
+        if folder is None:
+            return found
+        records = list(_records(gpu, folder))
+        ceilings = [record for record in records if record.get("benchmark") == "gpu_ceilings"]
+        for name, peak, unit, rates in (
+            ("memory", gpu.bytes_per_s, 1e9, _rates(ceilings, "copy", "gb_per_s")),
+            ("matmul_bf16", gpu.bf16_flops_per_s, 1e12, _rates(ceilings, "bf16 cublas", "tflop_per_s")),
+            ("matmul_fp8", gpu.fp8_flops_per_s, 1e12, _rates(ceilings, "fp8 rowwise precise accumulation", "tflop_per_s")),
+        ):  # fmt: skip
+            if peak is not None and rates:
+                rate, file = max(rates)
+                found = replace(found, **{name: Figure(rate * unit / peak, f"measured: {file}")})
+        return _with_decode(found, records)
+
+
+def _with_decode(found: Efficiencies, records: list[dict[str, Any]]) -> Efficiencies:
+    """Whole decode steps that were measured replace what was assumed of their parts."""
+    steps = [
+        (record["fraction"], bool((record.get("options") or {}).get("kv_cache_dtype", "").startswith("fp8")), record["file"])
+        for record in records
+        if record.get("benchmark") == "bench_engine" and record.get("what") == "decode" and "fraction" in record
+    ]  # fmt: skip
+    if not steps:
+        return found
+    every = Figure(statistics.median(step[0] for step in steps), f"measured, whole decode steps: {steps[0][2]}")
+    free = Figure(0.0, "measured: contained in whole decode steps")
+    found = replace(found, weights=every, launch_us=free)
+    for name, is_fp8 in (("kv_bf16", False), ("kv_fp8", True)):
+        own = [step for step in steps if step[1] is is_fp8]
+        if own:
+            value = statistics.median(step[0] for step in own)
+            found = replace(found, **{name: Figure(value, f"measured, whole decode steps: {own[0][2]}")})
+    return found
+
+
+def _rates(records: list[dict[str, Any]], what: str, key: str) -> list[tuple[float, str]]:
+    """(rate, file) of the records of ``what``; of products only large ones."""
+    return [
+        (float(record[key]), record["file"])
+        for record in records
+        if record.get("what") == what and key in record and record.get("m", _LARGE_ROWS) >= _LARGE_ROWS
+    ]
+
+
+def _records(gpu: Gpu, folder: Path) -> Iterator[dict[str, Any]]:
+    """All records that were measured on ``gpu``, with the name of their ``file``."""
+    mark = gpu.title.removeprefix("NVIDIA ").removeprefix("GeForce ").removesuffix(" SXM")
+    for file in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}:{number}: not a line of JSON: {error}") from None
+            if isinstance(record, dict) and mark.lower() in str(record.get("gpu") or "").lower():
+                yield record | {"file": file.name}

@@ -1,0 +1,205 @@
+"""A plan: what a model needs on a GPU item by item, what fits, how fast it can be expected to be, and what load meets given limits.
+
+Times are those of ``roofline``, of requests in a steady state and without a queue; the simulator has queues.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
+from nemo_engine.planner.efficiency import Efficiencies
+from nemo_engine.planner.gpus import Gpu
+from nemo_engine.planner.memory import DoesNotFitError, MemoryPlan, Sizes, plan_kv_cache, plan_memory, weight_bytes
+from nemo_engine.planner.models import Formats, PlannedModel, formats_of
+from nemo_engine.planner.roofline import Roofline
+
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Operating:
+    """``batch`` requests of one shape, always running: what each sees and what all get. Seconds."""
+
+    batch: int
+    ttft: float  # mean, without a queue
+    itl: float  # mean, steps with other prompts in them included
+    longest_itl: float  # of a step with a whole chunk of a prompt in it
+    step: float  # of decode rows alone
+    ideal_step: float  # the roofline of that step
+    tokens_per_s: float  # output
+    requests_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The shape of the requests, and limits. Tokens and seconds; ``price_per_hour`` of one GPU in any currency."""
+
+    input_tokens: int
+    output_tokens: int
+    slo_ttft: float | None = None
+    slo_itl: float | None = None
+    price_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("input_tokens", "output_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("slo_ttft", "slo_itl", "price_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+
+    def is_met(self, point: Operating) -> bool:
+        """Whether ``point`` is within the limits."""
+        return point.ttft <= (self.slo_ttft or point.ttft) and point.itl <= (self.slo_itl or point.itl)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What came out. ``memory`` is per GPU. If ``shortage`` is set it does not fit, and says why and what would; the rest is then empty."""
+
+    model: PlannedModel
+    gpu: Gpu
+    config: EngineConfig
+    formats: Formats
+    efficiencies: Efficiencies
+    tensor_parallel_size: int
+    memory: MemoryPlan
+    kv_bytes_per_token: int  # per GPU
+    shortage: DoesNotFitError | None
+    max_model_len: int
+    num_pages: int
+    load: Load
+    largest_batch: int  # requests of the load that the cache holds at once, at most max_num_seqs
+    points: tuple[Operating, ...]
+    best: Operating | None  # the largest batch within the limits; None if none is, or there are no limits
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_pages * self.config.page_size
+
+    def cost_per_million(self, point: Operating) -> float | None:
+        """Of a million output tokens, in the currency of the price."""
+        price = self.load.price_per_hour
+        return None if price is None else price * self.tensor_parallel_size / (point.tokens_per_s * 3600) * 1e6
+
+
+def shard(model: ModelConfig, ranks: int) -> ModelConfig:
+    """What one of ``ranks`` GPUs has of ``model``. Raises ``ValueError`` if it cannot be divided so."""
+    if ranks < 1:
+        raise ValueError(f"tensor_parallel_size must be at least 1, got {ranks}")
+    for name in ("num_heads", "intermediate_size", "vocab_size"):
+        if getattr(model, name) % ranks:
+            raise ValueError(f"tensor_parallel_size must divide {name} ({getattr(model, name)}), got {ranks}")
+    kv_heads = model.num_kv_heads
+    if kv_heads % ranks and ranks % kv_heads:
+        raise ValueError(
+            f"tensor_parallel_size must divide num_kv_heads ({kv_heads}) or be a multiple of it, got {ranks}"
+        )
+    return replace(
+        model,
+        num_heads=model.num_heads // ranks,
+        num_kv_heads=max(1, kv_heads // ranks),
+        intermediate_size=model.intermediate_size // ranks,
+    )
+
+
+def make_plan(
+    model: PlannedModel,
+    gpu: Gpu,
+    config: EngineConfig,
+    load: Load,
+    efficiencies: Efficiencies | None = None,
+    tensor_parallel_size: int = 1,
+) -> Plan:
+    """Plan ``model`` on ``gpu``. Raises ``ValueError`` for options that conflict; what does not fit is a plan that says so."""
+    efficiencies = efficiencies or Efficiencies()
+    ranks = tensor_parallel_size
+    formats = formats_of(model, config)
+    own = shard(model.config, ranks)
+    roofline = Roofline.of(model.config, formats, gpu, efficiencies, ranks)
+    ideal = Roofline.of(model.config, formats, gpu, replace_costs(efficiencies), ranks)
+    sizes = formats.sizes
+    if ranks > 1:
+        tables = replace(
+            own, vocab_size=own.vocab_size // ranks
+        )  # embeddings and head are divided, logits are gathered
+        sizes = Sizes(sizes.activations, sizes.kv_cache, weight_bytes(tables, sizes.activations, formats.kind_of))
+    shortage, num_pages, max_model_len = None, 0, 0
+    try:
+        num_pages, max_model_len, found = plan_kv_cache(own, config, sizes, gpu.free_bytes)
+        assert found is not None
+        memory = found
+    except DoesNotFitError as error:
+        shortage = error
+        memory = _paper_memory(own, config, sizes, gpu)
+    total = load.input_tokens + load.output_tokens
+    if shortage is None and total > max_model_len:
+        raise ValueError(
+            f"input {load.input_tokens} and output {load.output_tokens} make {total} tokens: more than the context of {max_model_len}"
+        )
+    largest = min(config.max_num_seqs, num_pages // -(-(total - 1) // config.page_size)) if shortage is None else 0
+    points = [operating(roofline, ideal, load, batch, config) for batch in range(1, largest + 1)]
+    meeting = [point for point in points if load.is_met(point)]
+    has_limits = load.slo_ttft is not None or load.slo_itl is not None
+    return Plan(
+        model=model, gpu=gpu, config=config, formats=formats, efficiencies=efficiencies, tensor_parallel_size=ranks,
+        memory=memory, kv_bytes_per_token=own.kv_bytes_per_token(sizes.kv_cache), shortage=shortage,
+        max_model_len=max_model_len, num_pages=num_pages, load=load, largest_batch=largest,
+        points=tuple(point for point in points if point.batch in (*_BATCHES, largest)),
+        best=meeting[-1] if meeting and has_limits else None,
+    )  # fmt: skip
+
+
+def _paper_memory(model: ModelConfig, config: EngineConfig, sizes: Sizes, gpu: Gpu) -> MemoryPlan:
+    """The items of a plan that does not fit, its cache of one page or as large as was asked for."""
+    page_bytes = config.page_size * model.kv_bytes_per_token(sizes.kv_cache)
+    pages = config.num_kv_pages
+    if config.kv_cache_gib is not None:
+        pages = int(config.kv_cache_gib * (1 << 30)) // page_bytes
+    length = resolve_max_model_len(model, config)
+    if pages is None and isinstance(config.max_model_len, int):
+        pages = -(-length // config.page_size)
+    return plan_memory(
+        model, config, length, sizes.activations, gpu.free_bytes, pages, sizes.weights, sizes.kv_cache
+    )  # fmt: skip
+
+
+def replace_costs(efficiencies: Efficiencies) -> Efficiencies:
+    """The ceilings of ``efficiencies``, everything below them ideal."""
+    ideal = Efficiencies.ideal()
+    return replace(
+        ideal,
+        memory=efficiencies.memory,
+        matmul_bf16=efficiencies.matmul_bf16,
+        matmul_fp8=efficiencies.matmul_fp8,
+    )
+
+
+def operating(roofline: Roofline, ideal: Roofline, load: Load, batch: int, config: EngineConfig) -> Operating:
+    """``batch`` requests that run all the time: whoever ends is followed by another.
+
+    While one decodes, the others' prompts are computed in its steps, (batch - 1) / output of them per step on average. A new request waits
+    for half a step, then for the steps that its prompt takes. The host plans while the GPU computes, unless ``pipeline_depth`` is 1.
+    """
+    num_in, num_out = load.input_tokens, load.output_tokens
+    context = int(batch * (num_in + (num_out + 1) / 2))
+    host = roofline.host_seconds(batch)
+    device = roofline.step_seconds(batch, context, ())
+    is_serial = config.pipeline_depth == 1
+    step = device + host if is_serial else max(device, host)
+    room = config.max_num_batched_tokens - (batch - 1)
+    chunks = [(start, min(room, num_in - start)) for start in range(0, num_in, room)]
+    others = context * (batch - 1) // batch
+    mixed = [roofline.step_seconds(batch - 1, others, [chunk]) for chunk in chunks]
+    without = roofline.step_seconds(batch - 1, others, ()) if batch > 1 else 0.0
+    itl = step + (batch - 1) / num_out * sum(seconds - without for seconds in mixed)
+    ttft = host + sum(mixed) + (0.5 * step if batch > 1 else 0.0)
+    rate = batch / (ttft + (num_out - 1) * itl)
+    return Operating(
+        batch=batch, ttft=ttft, itl=itl, longest_itl=max(itl, *mixed) if batch > 1 else step, step=step,
+        ideal_step=ideal.step_seconds(batch, context, ()), tokens_per_s=rate * num_out, requests_per_s=rate,
+    )  # fmt: skip

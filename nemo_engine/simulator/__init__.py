@@ -1,0 +1,9 @@
+"""A discrete-event simulation: the real scheduler on a virtual clock, with a cost model in the runner's place. Must not know torch."""
+
+from nemo_engine.simulator.cost import CostModel, Measurement
+from nemo_engine.simulator.replica import EngineShape
+from nemo_engine.simulator.results import Limits, Results
+from nemo_engine.simulator.routing import ROUTINGS
+from nemo_engine.simulator.run import Setting, simulate
+
+__all__ = ["ROUTINGS", "CostModel", "EngineShape", "Limits", "Measurement", "Results", "Setting", "simulate"]

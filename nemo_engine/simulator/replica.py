@@ -1,0 +1,221 @@
+"""One simulated engine: the core's loop with a cost in the runner's place, and what is measured on the way."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nemo_engine.planner.roofline import StepCost
+from nemo_engine.scheduler import Request
+from nemo_engine.simulator.scheduler import SimulatedRequest, VirtualScheduler
+from nemo_engine.simulator.statistics import Sketch, Timeline
+
+_TIMELINE = ("running", "waiting", "kv_used", "decode_rows")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """What a simulated engine has: the scheduler's options, its pages, and steps in flight."""
+
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_prefix_caching: bool
+    pipeline_depth: int
+
+
+class Replica:
+    """A scheduler and a clock. ``now`` is when its host can next plan; whoever drives it never goes back in time."""
+
+    def __init__(
+        self, shape: EngineShape, cost: StepCost, on_finish: Callable[[SimulatedRequest, float], None]
+    ) -> None:
+        self.now = 0.0
+        self.scheduler = VirtualScheduler(
+            num_pages=shape.num_pages,
+            page_size=shape.page_size,
+            max_num_seqs=shape.max_num_seqs,
+            max_num_batched_tokens=shape.max_num_batched_tokens,
+            max_model_len=shape.max_model_len,
+            enable_prefix_caching=shape.enable_prefix_caching,
+            clock=lambda: self.now,
+        )
+        self.num_unfinished = 0
+        self.num_steps = 0
+        self.num_decode_tokens = 0
+        self.num_prefill_tokens = 0
+        self.busy_s = 0.0
+        self.itl = Sketch()
+        self.timeline = Timeline(_TIMELINE)
+        self._shape = shape
+        self._cost = cost
+        self._on_finish = on_finish
+        self._device_free = 0.0
+        self._in_flight: deque[tuple[float, int]] = deque()  # (end, decode rows)
+        self._lines: dict[int, tuple[float, float, float]] = {}
+        self._is_blocked = False  # the first of those that wait found no room, and nothing was freed since
+        # Behind the scheduler's own queue, so that a long queue costs no token lists: (priority, order, makes the request).
+        self._held: list[tuple[int, int, Callable[[], SimulatedRequest]]] = []
+        self._num_submitted = 0
+        self._urgency_inside = (-(1 << 62), 0)  # no request in the scheduler's queue is less urgent
+        self._room = shape.max_num_seqs + 8  # as many as one step could admit
+
+    def submit(self, arrived_s: float, priority: int, make: Callable[[], SimulatedRequest]) -> None:
+        """A request comes; ``make`` builds it when the scheduler gets to it."""
+        if not self.num_unfinished and arrived_s > self.now:
+            since = self.scheduler.last_commit_s
+            self.timeline.add(since, arrived_s - since, (0, 0, 0, 0))
+            self.now = self.scheduler.last_commit_s = arrived_s
+        self.num_unfinished += 1
+        self._num_submitted += 1
+        key = (priority, self._num_submitted)
+        if key > self._urgency_inside and (self._held or self.scheduler.num_waiting >= self._room):
+            heapq.heappush(self._held, (*key, make))
+        else:
+            self._enter(key, make)
+
+    def _enter(self, key: tuple[int, int], make: Callable[[], SimulatedRequest]) -> None:
+        self._urgency_inside = max(self._urgency_inside, key)
+        self.scheduler.add(make())
+        self._is_blocked = False
+
+    def run_until(self, limit: float, max_ends: float = float("inf")) -> None:
+        """Plan and commit steps while ``now`` is before ``limit``, until nothing is left, or until so many requests ended."""
+        scheduler, in_flight, depth = self.scheduler, self._in_flight, self._shape.pipeline_depth
+        ends = 0
+        while self.now < limit and self.num_unfinished and ends < max_ends:
+            while self._held and scheduler.num_waiting < self._room:
+                priority, order, make = heapq.heappop(self._held)
+                self._enter((priority, order), make)
+            if scheduler.num_waiting == 0 or self._is_blocked:
+                self._jump(limit)
+                if self.now >= limit:
+                    return
+            if self._launch() and len(in_flight) < depth:
+                continue
+            assert in_flight, "requests wait, and nothing runs"
+            end, num_decodes = in_flight.popleft()
+            ends += self._commit(end, num_decodes)
+
+    def _line(self, num_decodes: int) -> tuple[float, float, float]:
+        """Of a step of decode rows: seconds, seconds per token of context, seconds of the host."""
+        line = self._lines.get(num_decodes)
+        if line is None:
+            line = self._lines[num_decodes] = (
+                *self._cost.decode_line(num_decodes), self._cost.host_seconds(num_decodes)
+            )  # fmt: skip
+        return line
+
+    def _launch(self) -> bool:
+        """Plan a step and put its end on the clock; False if there is none."""
+        scheduler = self.scheduler
+        num_preemptions = scheduler.num_preemptions
+        plan = scheduler.schedule()
+        if plan is None:
+            return False
+        num_decodes = len(plan.decode_slots)
+        if plan.prefills:
+            chunks = [(row.start, row.num_tokens) for row in plan.prefills]
+            seconds = self._cost.step_seconds(num_decodes, scheduler.step_context, chunks)
+            host = self._cost.host_seconds(num_decodes + len(chunks))
+            self.num_prefill_tokens += sum([count for _, count in chunks])
+            self._is_blocked = False
+        else:
+            base, slope, host = self._line(num_decodes)
+            seconds = base + slope * scheduler.step_context
+            self._is_blocked = scheduler.num_waiting > 0 and scheduler.num_preemptions == num_preemptions
+        self.now += host
+        start = max(self._device_free, self.now)
+        self._device_free = start + seconds
+        self.busy_s += seconds
+        self._in_flight.append((self._device_free, num_decodes))
+        return True
+
+    def _commit(self, end: float, num_decodes: int) -> int:
+        """A step is done: its tokens are out. Returns how many requests ended."""
+        scheduler = self.scheduler
+        now = max(self.now, end)
+        before = scheduler.last_commit_s
+        prefilled, finished, in_vain = scheduler.commit_oldest()
+        num_decodes -= in_vain
+        if num_decodes:
+            self.itl.add(now - before, num_decodes)
+        self.num_steps += 1
+        self.num_decode_tokens += num_decodes
+        self._note(now, num_decodes)
+        self.now = scheduler.last_commit_s = now
+        for request in prefilled:
+            assert isinstance(request, SimulatedRequest)
+            if request.first_token_s is None:
+                request.first_token_s = now
+            elif request.last_token_s is not None:
+                self.itl.add(now - request.last_token_s)
+        for request in finished:
+            self._finish(request, now)
+        return len(finished)
+
+    def _finish(self, request: Request, now: float) -> None:
+        assert isinstance(request, SimulatedRequest)
+        request.last_token_s = now
+        self.num_unfinished -= 1
+        self._is_blocked = False
+        self._on_finish(request, now)
+
+    def _note(self, now: float, num_decodes: int) -> None:
+        """What the numbers were since the commit before."""
+        scheduler = self.scheduler
+        start = scheduler.last_commit_s
+        pool = scheduler.kv.pool
+        used = (pool.num_pages - pool.num_free) / pool.num_pages
+        waiting = scheduler.num_waiting + len(self._held)
+        self.timeline.add(start, now - start, (scheduler.num_running, waiting, used, num_decodes))
+
+    def _jump(self, limit: float) -> None:
+        """Go through the steps in which nothing is due, without planning any."""
+        scheduler = self.scheduler
+        if len(self._in_flight) != self._shape.pipeline_depth - 1 or not scheduler.is_steady:
+            return
+        pages, ends = scheduler.calendars
+        step = first = scheduler.next_step
+        num_decodes = scheduler.num_decoding
+        base, slope, host = self._line(num_decodes)
+        context, now, free = scheduler.context, self.now, self._device_free
+        before, add = scheduler.last_commit_s, self.itl.add
+        pending = self._in_flight[0][0] if self._in_flight else None
+        busy = 0.0
+        while now < limit and step not in pages and step not in ends:
+            step += 1
+            now += host
+            seconds = base + slope * context
+            busy += seconds
+            free = (free if free > now else now) + seconds
+            context += num_decodes
+            if pending is None:
+                end = free
+            else:
+                end, pending = pending, free
+            if end > now:
+                now = end
+            add(now - before, num_decodes)
+            before = now
+        count = step - first
+        if not count:
+            return
+        self._note(now, num_decodes)
+        scheduler.skip(count)
+        if pending is not None:
+            self._in_flight[0] = (pending, num_decodes)
+        self.now = scheduler.last_commit_s = now
+        self._device_free = free
+        self.busy_s += busy
+        self.num_steps += count
+        self.num_decode_tokens += count * num_decodes
+
+    def num_matching_pages(self, request: Request) -> int:
+        """Leading pages of ``request`` that the prefix cache has now."""
+        kv = self.scheduler.kv
+        return len(kv._match(request)) if kv.enable_prefix_caching else 0

@@ -1,0 +1,157 @@
+"""The real scheduler on a virtual clock: its decisions, page for page, without the tokens that nobody looks at.
+
+``Scheduler`` decides; nothing of that is written again here. What differs is the bookkeeping around it, for speed:
+
+* A decoding request is given its tokens when somebody will look at them (it starts a page, or leaves), not in every step.
+* The sum of all contexts is kept as requests come and go.
+* Steps in which nothing is due can be passed over at once.
+
+So this class reads and writes what ``Scheduler`` and ``RunningSet`` keep to themselves; a change there is noticed by
+``tests/simulator/test_scheduler.py``, which holds every decision against the plain scheduler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.scheduler import Request, RequestStatus, Scheduler
+from nemo_engine.step import StepPlan
+
+ANSWER = 0  # the id of every generated token
+_NEVER = -(1 << 60)  # the offset of a request that does not decode
+
+
+class SimulatedRequest(Request):
+    """A request with the times at which things happened to it, in seconds of the virtual clock."""
+
+    __slots__ = ("arrived_s", "first_token_s", "last_token_s", "origin")
+
+    def __init__(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int, arrived_s: float
+    ) -> None:
+        super().__init__(request_id, token_ids, params, priority=priority)
+        self.decode_offset = _NEVER
+        self.arrived_s = arrived_s
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self.origin: object = None
+
+
+class VirtualScheduler(Scheduler):
+    """Requests end by their ``max_tokens`` only, and nothing but ``commit_oldest`` commits."""
+
+    context = 0  # keys that the decoding requests attend to in the next step
+    step_context = 0  # the same, of the step that was planned last
+    committed_step = 0
+    last_commit_s = 0.0  # set by whoever keeps the clock
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._in_vain: dict[int, int] = {}  # decode rows of requests that were preempted since, by launched step
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait here."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._running)
+
+    @property
+    def num_decoding(self) -> int:
+        """Requests that take part in every step."""
+        return len(self._running._decoding)
+
+    @property
+    def num_preemptions(self) -> int:
+        """So far."""
+        return self._num_preemptions
+
+    def schedule(self) -> StepPlan | None:
+        """See ``Scheduler``."""
+        plan = super().schedule()
+        if plan is not None:
+            self.step_context = self.context
+            self.context += len(plan.decode_slots)
+            step = self._launched[-1]
+            for request in step.last:
+                if request.decode_offset != _NEVER:
+                    self.context -= request.num_computed_tokens + 1
+            for request, row in step.prefills:
+                if row.samples and request.decode_offset != _NEVER:
+                    self.context += row.start + row.num_tokens + 1
+        return plan
+
+    def commit_oldest(self) -> tuple[list[Request], list[Request], int]:
+        """The oldest launched step is done: (requests that it gave a token after a prefill, requests that it ended, decode rows in vain)."""
+        step = self._launched.popleft()
+        self.committed_step = step.step_id
+        prefilled = []
+        for request, row in step.prefills:
+            if row.samples and step.counts_for(request):
+                request.token_ids.append(ANSWER)
+                prefilled.append(request)
+        finished = [request for request in step.last if step.counts_for(request)]
+        for request in finished:
+            self._end(request, "length")
+        return prefilled, finished, self._in_vain.pop(step.step_id, 0)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the next step repeats the one before unless something is due in it: nobody prefills, leaves or has just begun to decode."""
+        running = self._running
+        if running.prefilling or not running._decoding:
+            return False
+        return not any(step.prefills or step.last for step in self._launched)
+
+    @property
+    def next_step(self) -> int:
+        """The number of the step that is planned next."""
+        return self._step_id + 1
+
+    @property
+    def calendars(self) -> tuple[Container[int], Container[int]]:
+        """The steps in which a request starts a page, and those that are the last of one."""
+        return self._running._page_due, self._running._last_due
+
+    def skip(self, count: int) -> None:
+        """Plan and commit ``count`` quiet steps; as many stay in flight as were."""
+        self._step_id += count
+        self.committed_step += count
+        self.context += count * len(self._running._decoding)
+        for step in self._launched:
+            step.step_id += count
+
+    def _settle(self, request: Request) -> None:
+        """Give ``request`` the tokens that committed decode steps made for it."""
+        missing = self.committed_step + request.decode_offset + 2 - len(request.token_ids)
+        if missing > 0:
+            request.token_ids += [ANSWER] * missing
+
+    def _grow(self, step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
+        for request, serial in self._running._page_due.get(step_id, ()):
+            if request.serial == serial:
+                self._settle(request)
+        return super()._grow(step_id, ready)
+
+    def _preempt(self, request: Request) -> None:
+        if self._running.is_decoding(request):
+            self._settle(request)
+            self.context -= self._step_id + request.decode_offset + 2
+            for step in self._launched:
+                if request in step.decodes.requests:
+                    self._in_vain[step.step_id] = self._in_vain.get(step.step_id, 0) + 1
+            is_prefill_out = all(request is not other for step in self._launched for other, _ in step.prefills)
+            if isinstance(request, SimulatedRequest) and is_prefill_out:
+                request.last_token_s = self.last_commit_s
+        super()._preempt(request)
+
+    def _leave(self, request: Request, is_failed: bool = False) -> None:
+        assert request.status is RequestStatus.RUNNING
+        self._settle(request)
+        super()._leave(request, is_failed)
+        request.decode_offset = _NEVER

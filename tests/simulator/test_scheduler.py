@@ -1,0 +1,202 @@
+"""Simulated decisions and times are those of the plain scheduler, driven step by step by a loop that is written here once more."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from nemo_engine.planner.roofline import Chunk
+from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.scheduler import Request, Scheduler
+from nemo_engine.simulator.replica import EngineShape, Replica
+from nemo_engine.simulator.scheduler import SimulatedRequest
+from nemo_engine.simulator.statistics import Sketch
+from nemo_engine.step import StepPlan, StepResult
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """Seconds that are exact in binary, so that equal means equal."""
+
+    host: float = 1 / 1024
+
+    def decode_line(self, num_decodes: int) -> tuple[float, float]:
+        return (4 + num_decodes) / 256, 1 / 65536
+
+    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk]) -> float:
+        rows = num_decodes + sum(count for _, count in prefills)
+        pairs = sum(start * count for start, count in prefills)
+        return (4 + rows) / 256 + sum_context / 65536 + pairs / 4194304
+
+    def host_seconds(self, num_rows: int) -> float:
+        return self.host
+
+
+@dataclass(frozen=True)
+class Arrival:
+    time: float
+    tokens: list[int]
+    num_out: int
+    priority: int
+
+
+@dataclass
+class Seen:
+    """What a run came to."""
+
+    plans: dict[int, StepPlan] = field(default_factory=dict)
+    firsts: dict[int, float] = field(default_factory=dict)
+    ends: dict[int, float] = field(default_factory=dict)
+    itl: Sketch = field(default_factory=lambda: Sketch())
+    num_steps: int = 0
+    hits: int = 0
+    preemptions: int = 0
+
+
+def workload(rng: random.Random) -> tuple[EngineShape, list[Arrival]]:
+    page_size = 16
+    shape = EngineShape(
+        num_pages=rng.choice([12, 20, 60]),
+        page_size=page_size,
+        max_num_seqs=rng.choice([1, 3, 8]),
+        max_num_batched_tokens=rng.choice([8, 24, 500]),
+        max_model_len=12 * page_size,
+        enable_prefix_caching=rng.random() < 0.7,
+        pipeline_depth=rng.choice([1, 2]),
+    )
+    heads = [[rng.randrange(9)] * rng.randrange(1, 60) for _ in range(3)]
+    now, arrivals = 0.0, []
+    for index in range(rng.randrange(1, 60)):
+        now += rng.choice([0, 0, 1, 7, 300]) / 64
+        tokens = rng.choice(heads)[:] if rng.random() < 0.5 else []
+        tokens += [1000 + index] * rng.randrange(1, 60)
+        arrivals.append(
+            Arrival(now, tokens, rng.randrange(1, 12 * page_size - len(tokens)), rng.choice([0, 0, 0, -1, 2]))
+        )
+    return shape, arrivals
+
+
+def reference(shape: EngineShape, arrivals: Sequence[Arrival], cost: LinearCost) -> Seen:
+    seen = Seen()
+    now, free = 0.0, 0.0
+    scheduler = Scheduler(
+        num_pages=shape.num_pages, page_size=shape.page_size, max_num_seqs=shape.max_num_seqs,
+        max_num_batched_tokens=shape.max_num_batched_tokens, max_model_len=shape.max_model_len,
+        enable_prefix_caching=shape.enable_prefix_caching, clock=lambda: now,
+    )  # fmt: skip
+    to_come = deque(enumerate(arrivals))
+    in_flight: deque[tuple[float, StepPlan]] = deque()
+    computed: dict[int, int] = {}  # by slot
+    token_times: dict[str, list[float]] = {}
+    while to_come or scheduler.has_unfinished():
+        if not scheduler.has_unfinished():
+            now = max(now, to_come[0][1].time)
+        while to_come and to_come[0][1].time <= now:
+            index, arrival = to_come.popleft()
+            params = SamplingParams(max_tokens=arrival.num_out, ignore_eos=True)
+            scheduler.add(Request(str(index), arrival.tokens, params, priority=arrival.priority))
+        plan = scheduler.schedule()
+        if plan is not None:
+            seen.plans[plan.step_id] = plan
+            computed |= {fill.slot: fill.num_computed_tokens for fill in plan.fills}
+            context = sum(computed[slot] + 1 for slot in plan.decode_slots)
+            for slot in plan.decode_slots:
+                computed[slot] += 1
+            for row in plan.prefills:
+                computed[row.slot] += row.num_tokens
+            now += cost.host
+            chunks = [(row.start, row.num_tokens) for row in plan.prefills]
+            free = max(free, now) + cost.step_seconds(len(plan.decode_slots), context, chunks)
+            in_flight.append((free, plan))
+            if len(in_flight) < shape.pipeline_depth:
+                continue
+        end, plan = in_flight.popleft()
+        now = max(now, end)
+        rows = len(plan.decode_slots) + sum(row.samples for row in plan.prefills)
+        committed = scheduler.commit(StepResult(plan.step_id, [0] * rows))
+        scheduler.check()
+        seen.num_steps += 1
+        for request in committed.requests:
+            token_times.setdefault(request.request_id, []).append(now)
+        for request in committed.finished:
+            times = token_times[request.request_id]
+            assert len(times) == request.num_output_tokens
+            seen.firsts[int(request.request_id)], seen.ends[int(request.request_id)] = times[0], now
+    for times in token_times.values():
+        for before, after in zip(times, times[1:]):
+            seen.itl.add(after - before)
+    stats = scheduler.stats()
+    seen.hits, seen.preemptions = stats.total_prefix_hit_tokens, stats.total_preemptions
+    assert stats.num_free_pages == shape.num_pages
+    return seen
+
+
+def simulated(shape: EngineShape, arrivals: Sequence[Arrival], cost: LinearCost) -> Seen:
+    seen = Seen()
+
+    def finished(request: SimulatedRequest, now: float) -> None:
+        index = request.origin
+        assert isinstance(index, int) and request.first_token_s is not None
+        seen.firsts[index], seen.ends[index] = request.first_token_s, now
+        assert (
+            len(request.token_ids) == request.max_total_tokens
+            and request.token_ids[: len(arrivals[index].tokens)] == arrivals[index].tokens
+        )
+
+    replica = Replica(shape, cost, finished)
+    schedule = replica.scheduler.schedule
+
+    def recorded() -> StepPlan | None:
+        plan = schedule()
+        if plan is not None:
+            seen.plans[plan.step_id] = plan
+        replica.scheduler.check()
+        return plan
+
+    replica.scheduler.schedule = recorded  # type: ignore[method-assign]
+    for index, arrival in enumerate(arrivals):
+        replica.run_until(arrival.time)
+
+        def make(index: int = index, arrival: Arrival = arrival) -> SimulatedRequest:
+            params = SamplingParams(max_tokens=arrival.num_out, ignore_eos=True)
+            request = SimulatedRequest(str(index), arrival.tokens, params, arrival.priority, arrival.time)
+            request.origin = index
+            return request
+
+        replica.submit(arrival.time, arrival.priority, make)
+    replica.run_until(float("inf"))
+    stats = replica.scheduler.stats()
+    assert stats.num_free_pages == shape.num_pages and replica.num_unfinished == 0 and replica.scheduler.context == 0
+    seen.itl, seen.num_steps = replica.itl, replica.num_steps
+    seen.hits, seen.preemptions = stats.total_prefix_hit_tokens, stats.total_preemptions
+    return seen
+
+
+@pytest.mark.parametrize("first_seed", range(0, 200, 50))
+def test_decisions_and_times_are_those_of_the_plain_scheduler(first_seed: int) -> None:
+    num_preemptions = num_hits = num_jumped = 0
+    for seed in range(first_seed, first_seed + 50):
+        shape, arrivals = workload(random.Random(seed))
+        cost = LinearCost(random.Random(seed).choice([0.0, 1 / 1024, 1 / 8]))
+        expected, got = reference(shape, arrivals, cost), simulated(shape, arrivals, cost)
+        assert got.ends == expected.ends and got.firsts == expected.firsts, seed
+        assert (got.num_steps, got.hits, got.preemptions) == (
+            expected.num_steps,
+            expected.hits,
+            expected.preemptions,
+        ), seed
+        assert got.plans == {step: expected.plans[step] for step in got.plans}, seed
+        # What was not planned was passed over, because it repeats the step before.
+        for step, plan in expected.plans.items():
+            if step not in got.plans:
+                assert not (plan.prefills or plan.fills or plan.new_pages), (seed, step)
+        assert got.itl.count == expected.itl.count and got.itl.total == pytest.approx(expected.itl.total)
+        assert got.itl.largest == expected.itl.largest and got.itl.least == expected.itl.least
+        num_preemptions += got.preemptions
+        num_hits += got.hits
+        num_jumped += len(expected.plans) - len(got.plans)
+    assert num_preemptions > 20 and num_hits > 500 and num_jumped > 1000  # or nothing was tried
