@@ -80,6 +80,10 @@ class Generation:
                 yield index, output
         finally:
             await merged.aclose()  # type: ignore[attr-defined]
+            unfinished = sum(final is None or not final.finished for final in self.finals) * self.n
+            if unfinished:  # the client has gone, the time is over, or the engine has ended
+                self._log.setdefault("finish_reasons", []).extend(["abort"] * unfinished)
+                self._service.metrics.aborted(unfinished)
             self._log["output_tokens"] = self.num_output_tokens
             if self._texts is not None:
                 self._log["prompts"] = [self._shown(prompt) for prompt in self.prompts]

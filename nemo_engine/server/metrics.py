@@ -121,6 +121,10 @@ class Metrics:
                 self._add("request_time_per_output_token_seconds", (last - first) / (each - 1))
             self.history.request_done(first - arrival, last - arrival)
 
+    def aborted(self, count: int) -> None:
+        """So many completions were given up before their end."""
+        self._finished["abort"] += count
+
     def _add(self, name: str, value: float, count: int = 1) -> None:
         self._histograms[name][1].add(value, count)
 

@@ -50,6 +50,15 @@ def wait_until_idle(server: LiveServer, seconds: float = 20) -> None:
     asyncio.run(engine.call(lambda loop: loop._core.scheduler.check()))
 
 
+def num_aborted(server: LiveServer) -> float:
+    (line,) = [
+        line
+        for line in httpx.get(server.url + "/metrics").text.splitlines()
+        if line.startswith("nemo_engine:request_success_total") and 'finished_reason="abort"' in line
+    ]
+    return float(line.rsplit(" ", 1)[1])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_client_that_vanishes_ends_its_request(server: LiveServer, stream: bool, path: str) -> None:
@@ -57,6 +66,7 @@ def test_a_client_that_vanishes_ends_its_request(server: LiveServer, stream: boo
     if "chat" in path:
         body["messages"] = [{"role": "user", "content": "count"}]
         del body["prompt"]
+    before = num_aborted(server)
     connections = [raw_request(server, body, path) for _ in range(5)]
     deadline = time.monotonic() + 20
     while server.service.engine.stats().num_running < 5:
@@ -67,6 +77,11 @@ def test_a_client_that_vanishes_ends_its_request(server: LiveServer, stream: boo
         connection.close()
     wait_until_idle(server)
     assert server.service.engine.last_step_id - steps < 800  # they did not run to their ends
+    deadline = time.monotonic() + 10
+    while num_aborted(server) < before + 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert num_aborted(server) == before + 5
 
 
 def test_a_slow_reader_holds_up_nobody_and_is_told_everything(server: LiveServer) -> None:
