@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 TORCH = {"torch", "numpy", "safetensors", "triton"}
 TOKENIZERS = {"mistral_common", "tokenizers", "sentencepiece", "llguidance"}
 MAY_USE: dict[str, set[str]] = {
-    "cli": {"torch"},
+    "cli": {"torch", "tqdm"},
     "engine": {"tqdm"},
     "server": {
         "fastapi",

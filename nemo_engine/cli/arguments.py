@@ -104,6 +104,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         _add(group, name, _ENGINE_DEST + field.name, field, helps)
 
 
+def add_some_engine_arguments(parser: argparse.ArgumentParser, names: tuple[str, ...], title: str) -> None:
+    """Add the flags of ``names``, fields of ``EngineConfig``, for a command that needs no more of them."""
+    group = parser.add_argument_group(title)
+    helps = field_helps(EngineConfig)
+    by_name = {field.name: field for field in dataclasses.fields(EngineConfig)}
+    for name in names:
+        _add(group, name, _ENGINE_DEST + name, by_name[name], helps)
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field of ``SamplingParams``, less those in ``NO_FLAGS``."""
     group = parser.add_argument_group("sampling options")

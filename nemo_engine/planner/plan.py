@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
 from nemo_engine.planner.efficiency import Efficiencies
-from nemo_engine.planner.gpus import Gpu
+from nemo_engine.planner.gpus import GPUS, Gpu
 from nemo_engine.planner.memory import DoesNotFitError, MemoryPlan, Sizes, plan_kv_cache, plan_memory, weight_bytes
 from nemo_engine.planner.models import Formats, PlannedModel, formats_of
 from nemo_engine.planner.roofline import Roofline
@@ -118,16 +118,9 @@ def make_plan(
     """Plan ``model`` on ``gpu``. Raises ``ValueError`` for options that conflict; what does not fit is a plan that says so."""
     efficiencies = efficiencies or Efficiencies()
     ranks = tensor_parallel_size
-    formats = formats_of(model, config)
-    own = shard(model.config, ranks)
+    own, formats, sizes = _per_gpu(model, config, ranks)
     roofline = Roofline.of(model.config, formats, gpu, efficiencies, ranks)
     ideal = Roofline.of(model.config, formats, gpu, replace_costs(efficiencies), ranks)
-    sizes = formats.sizes
-    if ranks > 1:
-        tables = replace(
-            own, vocab_size=own.vocab_size // ranks
-        )  # embeddings and head are divided, logits are gathered
-        sizes = Sizes(sizes.activations, sizes.kv_cache, weight_bytes(tables, sizes.activations, formats.kind_of))
     shortage, num_pages, max_model_len = None, 0, 0
     try:
         num_pages, max_model_len, found = plan_kv_cache(own, config, sizes, gpu.free_bytes)
@@ -166,6 +159,48 @@ def _paper_memory(model: ModelConfig, config: EngineConfig, sizes: Sizes, gpu: G
     return plan_memory(
         model, config, length, sizes.activations, gpu.free_bytes, pages, sizes.weights, sizes.kv_cache
     )  # fmt: skip
+
+
+def alternatives(plan: Plan) -> list[str]:
+    """Changes of one thing (FP8 or the GPU) with which a plan that does not fit does."""
+    found = []
+    changes: list[dict[str, str]] = []
+    if plan.config.quantization is None and not plan.formats.kinds:
+        changes.append({"quantization": "fp8"})
+    if not plan.formats.is_kv_fp8:
+        changes.append({"kv_cache_dtype": "fp8"})
+    if len(changes) == 2:
+        changes.append({**changes[0], **changes[1]})
+    ranks = plan.tensor_parallel_size
+    if plan.gpu.fp8_flops_per_s is not None:
+        for change in changes:
+            if _fits(plan.model, plan.gpu, replace(plan.config, **change), ranks):  # type: ignore[arg-type]
+                found.append(", ".join(f"{name}={value}" for name, value in change.items()))
+    others = [gpu for gpu in GPUS.values() if gpu.memory_gib > plan.gpu.memory_gib]
+    for gpu in sorted(others, key=lambda gpu: gpu.memory_gib):
+        usable = gpu.fp8_flops_per_s is not None or not (plan.formats.kinds or plan.formats.is_kv_fp8)
+        if usable and _fits(plan.model, gpu, plan.config, ranks):
+            found.append(gpu.title)
+    return found
+
+
+def _fits(model: PlannedModel, gpu: Gpu, config: EngineConfig, ranks: int) -> bool:
+    own, _, sizes = _per_gpu(model, config, ranks)
+    try:
+        plan_kv_cache(own, config, sizes, gpu.free_bytes)
+    except DoesNotFitError:
+        return False
+    return True
+
+
+def _per_gpu(model: PlannedModel, config: EngineConfig, ranks: int) -> tuple[ModelConfig, Formats, Sizes]:
+    """What one GPU has of the model, formats, and the bytes of its weights: embeddings and head are divided, logits are gathered."""
+    formats = formats_of(model, config)
+    own, sizes = shard(model.config, ranks), formats.sizes
+    if ranks > 1:
+        divided = replace(own, vocab_size=own.vocab_size // ranks)
+        sizes = Sizes(sizes.activations, sizes.kv_cache, weight_bytes(divided, sizes.activations, formats.kind_of))
+    return own, formats, sizes
 
 
 def replace_costs(efficiencies: Efficiencies) -> Efficiencies:

@@ -1,0 +1,82 @@
+"""What ``plan`` and ``simulate`` have in common: the model, the GPU, and values with units."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from nemo_engine.cli.arguments import add_some_engine_arguments, engine_options
+from nemo_engine.config import EngineConfig
+from nemo_engine.planner.gpus import GPUS, Gpu, find_gpu
+from nemo_engine.planner.models import BUILT_IN, PlannedModel, read_model
+
+NEMO_TINY = Path(__file__).parent.parent / "assets" / "nemo-tiny"
+OPTIONS = ("dtype", "quantization", "quantize_lm_head", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+           "page_size", "kv_cache_gib", "num_kv_pages", "pipeline_depth")  # fmt: skip
+_UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...], *, needs_gpu: bool) -> None:
+    """The model, the GPU, and the engine's options that matter on paper."""
+    names = ", ".join(BUILT_IN)
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"a checkpoint directory, a Hub repository id, nemo-tiny, or one of {names}"
+    )
+    parser.add_argument("--gpu", metavar="NAME", required=needs_gpu, help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--memory-gib", metavar="X", type=float, help="of the GPU, in place of what it has")
+    parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
+    parser.add_argument("--results", metavar="DIR", type=Path, help="measurements (*.jsonl) that replace assumptions")
+    add_some_engine_arguments(parser, options, "engine options")
+
+
+def model_of(args: argparse.Namespace) -> PlannedModel:
+    """The model that was named, by its configuration alone."""
+    name = args.model
+    found = None
+    if name == "nemo-tiny":
+        found = read_model(str(NEMO_TINY))
+        assert found is not None
+        return PlannedModel(name, found.config, found.quantization)
+    if args.revision is None:
+        found = read_model(name)
+    if found is None:
+        from nemo_engine.model.checkpoint import open_checkpoint  # brings torch in
+
+        checkpoint = open_checkpoint(name, revision=args.revision, needs_weights=Path(name).is_dir())
+        found = PlannedModel(name, checkpoint.model_config, checkpoint.quantization)
+    return found
+
+
+def gpu_of(args: argparse.Namespace) -> Gpu:
+    """The GPU that was named."""
+    if args.memory_gib is not None and not 0.6 < args.memory_gib < 1e6:
+        raise ValueError(f"--memory-gib must be from 0.6 to 1000000, got {args.memory_gib}")
+    return find_gpu(args.gpu, args.memory_gib)
+
+
+def config_of(args: argparse.Namespace) -> EngineConfig:
+    """The engine's options."""
+    return EngineConfig(**engine_options(args))
+
+
+def results_folder(args: argparse.Namespace) -> Path | None:
+    """``--results``, or the results of this checkout."""
+    if args.results is not None:
+        if not args.results.is_dir():
+            raise ValueError(f"--results must be a directory, got {str(args.results)!r}")
+        return Path(args.results)
+    here = Path(__file__).parents[2] / "benchmarks" / "results"
+    return here if here.is_dir() else None
+
+
+def seconds(text: str) -> float:
+    """``30ms``, ``1.5s``, ``0.2``."""
+    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(s|ms|us|min|)", text)
+    try:
+        value = float(match[1]) * _UNITS[match[2]] if match else -1.0
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a time above 0 such as 30ms or 1.5s is needed, got {text!r}")
+    return value
