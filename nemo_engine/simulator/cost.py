@@ -1,7 +1,7 @@
 """A cost model that is fitted from measured steps, for any machine; kept as JSON.
 
 A step takes: a curve over its decode rows, a constant per key that those attend to, a curve over its prefill tokens, constants per prefill row
-and per pair of query and key in prefills; less what a step of both kinds saves. All are at least 0.
+and per pair of query and key in prefills; less what a step of both kinds saves. All are at least 0, and the curves do not fall.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ _FORMAT = "nemo_engine cost model 1"
 _LEAST = 8  # measurements that a fit needs
 _ROUNDS = 12  # of reweighting, which makes single slow steps matter little
 _SWEEPS = 400
-_RATIO = 1.4  # between neighbouring knots of a curve
+_RATIO = 1.8  # between neighbouring knots of a curve
 
 Curve = tuple[tuple[int, float], ...]  # (count, seconds), by count
 
@@ -68,10 +69,12 @@ class CostModel:
         weights = [1 / m.seconds for m in found]
         size = len(decode_knots) + len(prefill_knots) + 4
         x = [0.0] * size
+        floor = min(m.seconds for m in found) / 2
         for _ in range(_ROUNDS):
             x = _least_squares(rows, [m.seconds for m in found], weights, x)
-            errors = [abs(_dot(row, x) - m.seconds) / m.seconds for row, m in zip(rows, found)]
-            weights = [1 / m.seconds / max(error, 0.01) ** 0.5 for error, m in zip(errors, found)]
+            guesses = [max(_dot(row, x), floor) for row in rows]
+            errors = [abs(guess - m.seconds) / guess for guess, m in zip(guesses, found)]
+            weights = [1 / guess / max(error, 0.01) ** 0.5 for guess, error in zip(guesses, errors)]
         context, row, pair, saving = x[-4:]
         d = len(decode_knots)
         errors.sort()
@@ -81,7 +84,8 @@ class CostModel:
             "p90_error": errors[int(0.9 * (len(errors) - 1))],
         }
         return cls(
-            tuple(zip(decode_knots, x[:d])), context, tuple(zip(prefill_knots, x[d:-4])), row, pair, saving,
+            tuple(zip(decode_knots, accumulate(x[:d]))), context, tuple(zip(prefill_knots, accumulate(x[d:-4]))), row, pair,
+            saving,
             {**about, **(facts or {})},
         )  # fmt: skip
 
@@ -191,8 +195,8 @@ def _features(m: Measurement, decode_knots: Sequence[int], prefill_knots: Sequen
     first = 0
     for knots, count in ((decode_knots, m.num_decodes), (prefill_knots, m.prefill_tokens)):
         if count:
-            index, part = _place(knots, count)
-            row.append((first + index, 1.0 - part))
+            index, part = _place(knots, count)  # a curve is the sum of its rises from knot to knot
+            row += [(first + before, 1.0) for before in range(index + 1)]
             if part:
                 row.append((first + index + 1, part))
         first += len(knots)
