@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -284,7 +285,10 @@ def test_peak_memory_of_quantising_while_loading(kind: str, tmp_path: Path) -> N
         intermediate_size=3072, dtype="bfloat16",
     )  # fmt: skip
     write_hf(tmp_path, config, random_state_dict(config, dtype=torch.bfloat16), shards=2)
-    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), kind], capture_output=True, text=True, check=True)
+    # What is freed goes back at once: the C library would else keep now this, now that.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", PEAK, str(tmp_path), kind]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak, num_bytes = map(int, run.stdout.split())
     tensor, layer = 2 * 1024 * 3072, 4 * 1024 * 1024 + 3 * 1024 * 3072
     copies = 20 << 20  # in fp32, of a part of a tensor; they are as large for a model of any size
