@@ -134,14 +134,17 @@ def measure_grid(driver: Driver, batches: Sequence[int], inputs: Sequence[int], 
 
 
 def compare(
-    driver: Driver, model: CostModel, name: str, items: list[Item], arrivals: Arrivals | None
+    driver: Driver, model: CostModel, name: str, items: list[Item], arrivals: Arrivals | None, repeats: int
 ) -> dict[str, Any]:
-    """One workload by the engine and by the simulator."""
+    """One workload by the engine, medians of ``repeats`` runs, and by the simulator."""
     engine = driver.engine
-    engine.reset_prefix_cache()
     times = [0.0] * len(items) if arrivals is None else [when for when, _ in zip(arrivals.times(), items)]
     timed = [Item(item.request_id, item.turns, when) for when, item in zip(times, items)]
-    measured = driver.run(list(zip(times, items)))
+    runs = []
+    for _ in range(repeats):
+        engine.reset_prefix_cache()
+        runs.append(driver.run(list(zip(times, items))))
+    measured = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     shape = EngineShape(
         engine.stats().num_pages, engine.config.page_size, engine.config.max_num_seqs,
         engine.config.max_num_batched_tokens, engine.max_model_len, engine.config.enable_prefix_caching, 1,
@@ -149,7 +152,7 @@ def compare(
     found = simulate(timed, Arrivals("file"), Setting(shape, model, limits=Limits()))
     predicted = {"tokens_per_s": found.output_tokens_per_s, "median_ttft_s": found.ttft.quantile(0.5)}
     return {
-        "workload": name, "requests": len(items), "measured": measured, "predicted": predicted,
+        "workload": name, "requests": len(items), "measured": measured, "runs": runs, "predicted": predicted,
         "throughput_error": predicted["tokens_per_s"] / measured["tokens_per_s"] - 1,
         "ttft_error": predicted["median_ttft_s"] / measured["median_ttft_s"] - 1,
     }  # fmt: skip
@@ -163,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, nargs="*", default=list(INPUTS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=150, help="of each unseen workload")
+    parser.add_argument("--repeats", type=int, default=3, help="of each by the engine")
     parser.add_argument("--load", type=float, default=0.7, help="of the Poisson arrivals, as a part of the throughput")
     parser.add_argument(
         "--save-model", type=Path, help="the fitted cost model, for `nemo-engine simulate --cost-model`"
@@ -182,10 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.save_model is not None:
             model.save(args.save_model)
         items = list(generate(WorkloadSpec.parse_text(f"requests={args.requests},{UNSEEN},seed=7", "unseen")))
-        everything = compare(driver, model, "all at once", items, None)
+        everything = compare(driver, model, "all at once", items, None, args.repeats)
         mean_out = statistics.fmean(item.output_tokens for item in items)
         rate = args.load * everything["measured"]["tokens_per_s"] / mean_out
-        poisson = compare(driver, model, f"poisson, {rate:.2f} a second", items, Arrivals("poisson", rate, seed=7))
+        poisson = compare(
+            driver, model, f"poisson, {rate:.2f} a second", items, Arrivals("poisson", rate, seed=7), args.repeats
+        )
     is_good = (
         abs(everything["throughput_error"]) <= MOST_THROUGHPUT_ERROR
         and abs(poisson["throughput_error"]) <= MOST_THROUGHPUT_ERROR
