@@ -194,7 +194,11 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(gpu: str, options: di
     assert found.shortage is not None
     text = report(found)
     missing = found.shortage.missing
-    assert missing > 0 and re.search(r"does not fit.*GiB", text) and re.search(r"what would fit instead: .*(H200|fp8)", text)
+    assert (
+        missing > 0
+        and re.search(r"does not fit.*GiB", text)
+        and re.search(r"what would fit instead: .*(H200|fp8)", text)
+    )
     data = as_json(found)
     assert data["fits"] is False and data["missing_gib"] == missing / GIB
     # With so much more memory it fits; a little less and it does not.
@@ -274,6 +278,8 @@ def test_measurements_replace_assumptions(tmp_path: Path) -> None:
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 8, "tflop_per_s": 900.0},
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA A100-SXM4-80GB", "what": "copy", "gb_per_s": 1.0},
         {"benchmark": "bench_engine", "gpu": "NVIDIA H200", "what": "decode", "fraction": 0.8, "options": {"kv_cache_dtype": "fp8"}},
+        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H100 PCIe", "what": "copy", "gb_per_s": 1.0},
+        {"benchmark": "bench_engine", "gpu": "NVIDIA H200", "what": "decode", "fraction": None, "options": None},
         {"benchmark": "bench_engine", "gpu": None, "what": "decode", "fraction": 0.1},
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -282,6 +288,8 @@ def test_measurements_replace_assumptions(tmp_path: Path) -> None:
     assert found.matmul_bf16.value == pytest.approx(700 / 989) and found.matmul_fp8 == Efficiencies().matmul_fp8
     assert found.kv_fp8.value == found.weights.value == 0.8 and found.kv_bf16 == Efficiencies().kv_bf16
     assert "measured: a.jsonl" in report(make_plan(NEMO, H200, EngineConfig(**FP8), Load(10, 10), found))
+    assert Efficiencies.read(find_gpu("a100"), tmp_path).memory.value == pytest.approx(1 / 2039)
+    assert Efficiencies.read(find_gpu("h100"), tmp_path) == Efficiencies()
     assert Efficiencies.read(find_gpu("l40s"), tmp_path) == Efficiencies.read(H200, None) == Efficiencies()
     (tmp_path / "b.jsonl").write_text("{}\n{")
     with pytest.raises(ValueError, match=r"b.jsonl:2: not a line of JSON"):

@@ -49,7 +49,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="times of steps as fitted from measurements, in place of the GPU's roofline",
     )
     group = parser.add_argument_group("workload")
-    group.add_argument("--workload", metavar="FILE", type=Path, help="JSON lines, a request each")
+    group.add_argument(
+        "--workload",
+        metavar="FILE",
+        type=Path,
+        help="JSON lines, a request each; or ShareGPT's JSON, its lengths a fourth of its characters without a tokenizer",
+    )
     group.add_argument(
         "--synthetic",
         metavar="SPEC",
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     for value, arrivals in points:
         bar = _Bar(f"{label} {value:g}")
         try:
-            runs.append((value, simulate(_items(args), arrivals, setting, encode=encode, progress=bar.update)))
+            runs.append((value, simulate(_items(args, encode), arrivals, setting, encode=encode, progress=bar.update)))
         finally:
             bar.close()
     print(
@@ -197,13 +202,23 @@ def sweep(args: argparse.Namespace) -> tuple[str, list[tuple[float, Arrivals]]]:
     return "rate", [(rate, Arrivals(kind, rate, args.burstiness, seed=seed)) for rate in args.rate]
 
 
-def _items(args: argparse.Namespace) -> Iterator[Item]:
-    from nemo_engine.workload import WorkloadSpec, generate, read_workload
+def _items(args: argparse.Namespace, encode: Any) -> Iterator[Item]:
+    from nemo_engine.workload import (
+        WorkloadSpec,
+        estimate_tokens,
+        generate,
+        is_sharegpt,
+        read_sharegpt,
+        read_workload,
+    )
 
-    if args.workload is not None:
-        items = read_workload(args.workload)
-    else:
+    if args.workload is None:
         items = generate(WorkloadSpec.parse_text(args.synthetic, "--synthetic"))
+    elif is_sharegpt(args.workload):
+        count = estimate_tokens if encode is None else lambda text: len(encode(text))
+        items = read_sharegpt(args.workload, count, is_multi_turn=True)
+    else:
+        items = read_workload(args.workload)
     return items if args.requests is None else islice(items, args.requests)
 
 

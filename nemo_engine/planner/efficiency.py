@@ -78,10 +78,10 @@ class Efficiencies:
 def _with_decode(found: Efficiencies, records: list[dict[str, Any]]) -> Efficiencies:
     """Whole decode steps that were measured replace what was assumed of their parts."""
     steps = [
-        (record["fraction"], bool((record.get("options") or {}).get("kv_cache_dtype", "").startswith("fp8")), record["file"])
+        (float(record["fraction"]), _has_fp8_kv(record), record["file"])
         for record in records
-        if record.get("benchmark") == "bench_engine" and record.get("what") == "decode" and "fraction" in record
-    ]  # fmt: skip
+        if record.get("benchmark") == "bench_engine" and record.get("what") == "decode" and record.get("fraction")
+    ]
     if not steps:
         return found
     every = Figure(statistics.median(step[0] for step in steps), f"measured, whole decode steps: {steps[0][2]}")
@@ -95,6 +95,10 @@ def _with_decode(found: Efficiencies, records: list[dict[str, Any]]) -> Efficien
     return found
 
 
+def _has_fp8_kv(record: dict[str, Any]) -> bool:
+    return str((record.get("options") or {}).get("kv_cache_dtype")).startswith("fp8")
+
+
 def _rates(records: list[dict[str, Any]], what: str, key: str) -> list[tuple[float, str]]:
     """(rate, file) of the records of ``what``; of products only large ones."""
     return [
@@ -106,7 +110,7 @@ def _rates(records: list[dict[str, Any]], what: str, key: str) -> list[tuple[flo
 
 def _records(gpu: Gpu, folder: Path) -> Iterator[dict[str, Any]]:
     """All records that were measured on ``gpu``, with the name of their ``file``."""
-    mark = gpu.title.removeprefix("NVIDIA ").removeprefix("GeForce ").removesuffix(" SXM")
+    mark = gpu.name.replace("rtx", "rtx ")
     for file in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
@@ -115,5 +119,6 @@ def _records(gpu: Gpu, folder: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{file}:{number}: not a line of JSON: {error}") from None
-            if isinstance(record, dict) and mark.lower() in str(record.get("gpu") or "").lower():
+            name = str(record.get("gpu") or "").lower() if isinstance(record, dict) else ""
+            if mark in name and "pcie" not in name:  # that of the SXM cards has less of everything
                 yield record | {"file": file.name}

@@ -9,7 +9,7 @@ from nemo_engine.workload.distributions import Distribution
 from nemo_engine.workload.files import read_workload, write_workload
 from nemo_engine.workload.generate import WorkloadSpec, generate
 from nemo_engine.workload.items import Item, Turn, as_json, parse_line
-from nemo_engine.workload.traces import read_sharegpt
+from nemo_engine.workload.traces import estimate_tokens, is_sharegpt, read_sharegpt
 
 __all__ = [
     "Arrivals",
@@ -18,7 +18,9 @@ __all__ = [
     "Turn",
     "WorkloadSpec",
     "as_json",
+    "estimate_tokens",
     "generate",
+    "is_sharegpt",
     "parse_line",
     "prompt_messages",
     "prompt_token_ids",

@@ -39,6 +39,17 @@ def read_sharegpt(
         raise ValueError(f"{path}: holds no conversation of a prompt and its answer")
 
 
+def is_sharegpt(path: Path) -> bool:
+    """Whether a file is a list of JSON, and so no workload file."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"[")
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens of ``text`` where there is no tokenizer: a fourth of its characters."""
+    return -(-len(text) // 4)
+
+
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     text = path.read_text(encoding="utf-8")
     try:

@@ -181,3 +181,31 @@ def test_a_fitted_model_and_texts(capsys: pytest.CaptureFixture[str], tmp_path: 
     workload.write_text('{"prompt_tokens": 5, "output_tokens": 3}\n{"prompt_tokens": "x", "output_tokens": 3}\n')
     assert main(["simulate", "nemo", "--gpu", "h200", "--workload", str(workload), "--rate", "1"]) == 2
     assert f"{workload}:2: prompt_tokens must be an integer from 1" in capsys.readouterr().err
+
+
+def test_a_sharegpt_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "a" * 400}, {"from": "gpt", "value": "b" * 80}] * 2
+    (tmp_path / "s.json").write_text(json.dumps([{"id": "x", "conversations": talk}] * 5))
+    file = tmp_path / "out.json"
+    for model in ("nemo", "nemo-tiny"):
+        assert (
+            main(
+                [
+                    "simulate",
+                    model,
+                    "--gpu",
+                    "h200",
+                    "--workload",
+                    str(tmp_path / "s.json"),
+                    "--concurrency",
+                    "2",
+                    "--json",
+                    str(file),
+                ]
+            )
+            == 0
+        )
+        (found,) = json.loads(file.read_text())["runs"]
+        assert found["num_finished"] == 10
+        if model == "nemo":  # 100 tokens and 220
+            assert found["prompt_tokens_per_s"] * found["duration_s"] == pytest.approx(5 * 320)
