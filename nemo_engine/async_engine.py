@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,12 +31,14 @@ class AsyncEngine:
     """Serves any number of event loops with one model, in one process and without a child.
 
     Takes what ``Engine`` takes, and loads the model before it returns: in a running loop, ``await asyncio.to_thread(AsyncEngine,
-    model, ...)``. Use it as a context manager (``with`` or ``async with``), or call ``close()``.
+    model, ...)``. Use it as a context manager (``with`` or ``async with``), or call ``close()``; one that is collected or left at the
+    interpreter's exit is closed then. It does not survive a fork.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self._loop = EngineLoop(model, **options)
         self._thread = EngineThread(self._loop)
+        weakref.finalize(self, self._thread.close)  # a daemon thread inside torch would abort the interpreter's exit
 
     # ---- facts
 
@@ -67,7 +70,7 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        return self._thread.error is None and not (self._thread.is_draining or self._thread.is_closing)
+        return self._thread.is_alive and not (self._thread.is_draining or self._thread.is_closing)
 
     @property
     def error(self) -> EngineDeadError | None:
@@ -153,19 +156,19 @@ class AsyncEngine:
         if request_id is None:
             request_id = f"req-{uuid4().hex}"
         stream = Stream(self._thread, request_id, asyncio.get_running_loop())
-        if params.structured_outputs is None:
-            self._add(stream, prompt, params, priority)
-        else:  # its grammar may have to be compiled
-            await asyncio.to_thread(self._add, stream, prompt, params, priority)
         is_finished = False
         try:
+            if params.structured_outputs is None:
+                self._add(stream, prompt, params, priority)
+            else:  # its grammar may have to be compiled
+                await asyncio.to_thread(self._add, stream, prompt, params, priority)
             while not is_finished:
                 output = await stream.next()
                 is_finished = output.finished
                 yield output
         finally:
             if not is_finished:
-                self.abort(stream.request_id)
+                self._thread.drop(stream)
 
     def _add(self, stream: Stream, prompt: EncodedPrompt, params: SamplingParams, priority: int) -> None:
         request_id = stream.request_id
@@ -183,13 +186,15 @@ class AsyncEngine:
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait until all have ended; those still there after ``timeout`` seconds are aborted.
 
-        Returns whether all ended by themselves.
+        Returns whether all ended by themselves. Raises ``EngineDeadError`` if the thread ends by an error meanwhile.
         """
+        self._thread.check_alive()
         self._thread.is_draining = True
         is_idle = await self._wait_idle(timeout)
         if not is_idle:
             self.abort(list(self._thread.streams))
             await self._wait_idle(None)
+        self._thread.check_alive()
         return is_idle
 
     async def _wait_idle(self, timeout: float | None) -> bool:

@@ -30,11 +30,12 @@ class EngineClosedError(RuntimeError):
 class Stream:
     """The outputs of one request on their way from the engine's thread to one event loop. At most one waits, merged."""
 
-    __slots__ = ("_thread", "_error", "_is_woken", "_lock", "_pending", "_waiter", "loop", "request_id")
+    __slots__ = ("_thread", "_error", "_is_woken", "_lock", "_pending", "_waiter", "is_dropped", "loop", "request_id")
 
     def __init__(self, thread: EngineThread, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
         self.request_id = request_id
         self.loop = loop
+        self.is_dropped = False  # its consumer has gone; written under the condition's lock
         self._thread = thread
         self._lock = threading.Lock()
         self._pending: RequestOutput | None = None
@@ -106,7 +107,7 @@ class EngineThread:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the thread runs, in this process."""
         return self._thread.is_alive()
 
     def check_open(self) -> None:
@@ -118,19 +119,32 @@ class EngineThread:
             raise EngineClosedError("the engine is being drained and takes no more requests")
 
     def check_alive(self) -> None:
-        """Raise ``EngineDeadError`` if the thread has ended by an error."""
+        """Raise ``EngineDeadError`` if the thread has ended by an error, ``EngineClosedError`` in a process that was forked from its own."""
         if self.error is not None:
             raise EngineDeadError(str(self.error)) from self.error.__cause__
+        if not self.is_alive and not self.is_closing:
+            raise EngineClosedError(
+                "the engine runs in the process that this one was forked from: make one after the fork"
+            )
 
     def add(self, prepared: PreparedRequest, stream: Stream) -> None:
-        """Queue a request whose outputs go to ``stream``. Raises ``ValueError`` if its id is in use. From any thread."""
+        """Queue a request whose outputs go to ``stream``, unless that was dropped. ``ValueError`` if its id is in use. From any thread."""
         request_id = stream.request_id
         with self._condition:
             self.check_open()
+            if stream.is_dropped:
+                return
             if request_id in self.streams:
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
             self.streams[request_id] = stream
             self._inbox.append(lambda: self._submit(prepared, stream))
+            self._condition.notify()
+
+    def drop(self, stream: Stream) -> None:
+        """End the request of ``stream``, whose consumer has gone, also if it is yet to be added. From any thread."""
+        with self._condition:
+            stream.is_dropped = True
+            self._inbox.append(lambda: self._abort(stream))
             self._condition.notify()
 
     def post(self, command: Callable[[], None]) -> None:
@@ -151,6 +165,9 @@ class EngineThread:
 
     def close(self) -> None:
         """End all requests ("abort"), then the thread, and give the engine's memory back. May be called twice."""
+        if not self.is_alive:  # after a fork the lock may be held for ever
+            self.is_closing = True
+            return
         with self._condition:
             self.is_closing = True
             self._condition.notify()
@@ -194,6 +211,10 @@ class EngineThread:
         except Exception as error:
             stream.fail(error)
 
+    def _abort(self, stream: Stream) -> None:
+        if self.streams.get(stream.request_id) is stream:  # not another request that has its id by now
+            self._loop.abort(stream.request_id)
+
     def wake_later(self, stream: Stream) -> None:
         """After this step, wake the consumer of ``stream``."""
         self._to_wake.setdefault(stream.loop, []).append(stream)
@@ -212,7 +233,8 @@ class EngineThread:
             to_wake, self._to_wake = self._to_wake, {}
             for loop, streams in to_wake.items():
                 if not _call_in(loop, _wake_streams, streams):  # the loop was closed with requests under way
-                    self._loop.abort([stream.request_id for stream in streams])
+                    for stream in streams:
+                        self._abort(stream)
 
     def _die(self, error: BaseException) -> None:
         dead = EngineDeadError(f"the engine's thread has ended by an error: {type(error).__name__}: {error}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -139,6 +141,84 @@ def test_a_dropped_iterator_frees_its_pages(engine: AsyncEngine, how: str) -> No
     asyncio.run(run())
 
 
+def test_a_request_that_is_cancelled_while_it_is_added_never_runs(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = engine._loop.prepare
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        has_begun.set()
+        assert may_go_on.wait(30)
+        return prepare(*args)
+
+    async def run() -> None:
+        monkeypatch.setattr(engine._loop, "prepare", slow)
+        params = seeded(3, 400, structured_outputs={"regex": "[a-z]{100,400}"})
+        task = asyncio.create_task(last(engine, prompt_ids(3), params, "victim"))
+        assert await asyncio.to_thread(has_begun.wait, 30)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        may_go_on.set()
+        await asyncio.get_running_loop().shutdown_default_executor()
+        assert engine.num_unfinished == 0
+        await idle(engine)
+
+    asyncio.run(run())
+
+
+def test_a_dropped_iterator_ends_no_other_request_of_its_id(engine: AsyncEngine) -> None:
+    async def run() -> None:
+        before = engine.generate(prompt_ids(3), seeded(3, 20), "again")
+        await anext(before)
+        while engine.num_unfinished:
+            await asyncio.sleep(0.01)
+        after = engine.generate(prompt_ids(4), seeded(4, 40), "again")
+        await anext(after)
+        await before.aclose()  # type: ignore[attr-defined]
+        outputs = [output async for output in after]
+        assert outputs[-1].outputs[0].finish_reason == "length"
+        await idle(engine)
+
+    asyncio.run(run())
+
+
+_NOT_CLOSED = """
+import asyncio, os
+from nemo_engine import AsyncEngine, EngineClosedError, SamplingParams
+
+engine = AsyncEngine("nemo-tiny", num_kv_pages=200, device="cpu")
+iterator = engine.generate("The heapq", SamplingParams(max_tokens=5000, ignore_eos=True))
+loop = asyncio.new_event_loop()
+loop.run_until_complete(anext(iterator))
+child = os.fork()
+if child == 0:
+    try:
+        asyncio.run(anext(engine.generate("The heapq")))
+    except EngineClosedError as error:
+        print("child:", error, engine.is_ready, flush=True)
+    engine.close()
+    os._exit(0)
+os.waitpid(child, 0)
+print("parent: leaving", engine.num_unfinished, flush=True)
+"""
+
+
+def test_it_can_be_left_open_and_says_that_it_was_forked() -> None:
+    done = subprocess.run([sys.executable, "-c", _NOT_CLOSED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "child: the engine runs in the process that this one was forked from" in done.stdout
+    assert "after the fork False" in done.stdout and "parent: leaving 1" in done.stdout
+
+
+def test_one_that_is_forgotten_is_closed() -> None:
+    engine = AsyncEngine("nemo-tiny", **OPTIONS)
+    thread = engine._thread
+    del engine
+    gc.collect()
+    assert not thread.is_alive
+
+
 def test_a_slow_consumer_holds_up_nobody_and_loses_nothing(engine: AsyncEngine) -> None:
     async def run() -> None:
         params = seeded(5, 200, output_kind=DELTA, logprobs=1)
@@ -251,15 +331,19 @@ def test_when_the_thread_dies_every_waiter_hears_of_it(caplog: pytest.LogCapture
         with AsyncEngine("nemo-tiny", **OPTIONS) as engine:
             tasks = [asyncio.create_task(last(engine, prompt_ids(i), seeded(i, 400))) for i in range(20)]
             await asyncio.sleep(0.1)
+            drain = asyncio.create_task(engine.drain())
+            await asyncio.sleep(0)
             with pytest.raises(EngineDeadError, match="planted"):
                 await engine.call(die)
+            with pytest.raises(EngineDeadError, match="planted"):
+                await drain
             for task in tasks:
                 with pytest.raises(EngineDeadError, match="SystemExit: planted"):
                     await task
             assert not engine.is_ready and isinstance(engine.error, EngineDeadError)
-            with pytest.raises(EngineDeadError):
-                await last(engine, prompt_ids(0))
-            assert await engine.drain() is True
+            for late in (last(engine, prompt_ids(0)), engine.drain()):
+                with pytest.raises(EngineDeadError):
+                    await late
 
     asyncio.run(run())
     assert "has ended by an error" in caplog.text

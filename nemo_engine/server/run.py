@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from nemo_engine.async_engine import AsyncEngine
+from nemo_engine.async_engine import AsyncEngine, EngineDeadError
 from nemo_engine.server.app import create_app
 from nemo_engine.server.options import ServerOptions
 from nemo_engine.server.service import Service
@@ -103,8 +104,9 @@ class _Server(uvicorn.Server):
         timeout = self._service.options.drain_timeout
         running = self._service.engine.num_unfinished
         _logger.warning("%s: %d requests may finish within %g s", name, running, timeout)
-        if not await self._service.engine.drain(timeout):
-            _logger.warning("the requests that were left after %g s were ended", timeout)
+        with contextlib.suppress(EngineDeadError):  # ``watch_engine`` sees it too
+            if not await self._service.engine.drain(timeout):
+                _logger.warning("the requests that were left after %g s were ended", timeout)
         self.should_exit = True
 
     async def watch_engine(self) -> None:
