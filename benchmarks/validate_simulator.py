@@ -1,9 +1,9 @@
 """Does the simulator tell what the engine will do? Fits a cost model on a grid of latencies, and predicts workloads that it has not seen.
 
 The engine runs here and now: first batches of equal requests over a grid of sizes, and some that join while others decode; a cost model is
-fitted to every step. Then two workloads of mixed lengths: all requests at once (throughput), and Poisson arrivals in real time (time to first
-token). Each is run by the engine and simulated with the fitted model, and the two are compared. A quiet machine is needed: what else runs
-shows in one of the two phases alone.
+fitted to every step. Two workloads of mixed lengths are not in the fit: all requests at once (throughput), and Poisson arrivals in real time (time
+to first token). Each is run by the engine and simulated with the fitted model, and the two are compared. The grid is measured before, between and
+after the workloads, so that a machine that slowly changes changes both; one on which other programs run is of no use.
 
     python benchmarks/validate_simulator.py --json benchmarks/results/NAME.jsonl --save-model cost.json
 """
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Driver:
     def run(self, timed: Sequence[tuple[float, Item]]) -> dict[str, Any]:
         """Seconds, tokens and times to first token of ``timed``, (arrival, item) by arrival."""
         engine, vocab = self.engine, self.engine.model_config.vocab_size
+        engine.reset_prefix_cache()
         prompts = [prompt_token_ids(item, 0, vocab) for _, item in timed]
         waiting, arrived, firsts = 0, {}, {}
         tokens = 0
@@ -117,45 +119,70 @@ def _num_tokens(output: RequestOutput) -> int:
     return sum(len(completion.token_ids) for completion in output.outputs)
 
 
-def measure_grid(driver: Driver, batches: Sequence[int], inputs: Sequence[int], rounds: int) -> None:
-    """Equal requests at once, and as many again that join while those decode."""
-    for repeat in range(rounds):
-        for batch in batches:
-            for length in inputs:
-                spec = WorkloadSpec.parse_text(
-                    f"requests={batch},input={length},output={OUTPUT},seed={1000 * repeat + length}", "grid"
-                )
-                driver.run([(0.0, item) for item in generate(spec)])
-        for rate in (5.0, 20.0):
-            spec = WorkloadSpec.parse_text(
-                f"requests=40,input=choice:{':'.join(map(str, inputs))},output=48,seed={repeat}", "grid"
-            )
-            driver.run(list(zip(Arrivals("poisson", rate, seed=repeat).times(), generate(spec))))
+def measure_grid(driver: Driver, batches: Sequence[int], inputs: Sequence[int], joining: int, seed: int) -> None:
+    """Equal requests at once; then ``joining`` ones that join while others decode."""
+    for batch in batches:
+        for length in inputs:
+            spec = WorkloadSpec.parse_text(f"requests={batch},input={length},output={OUTPUT}", "grid")
+            driver.run([(0.0, item) for item in generate(spec)])
+    for rate in (5.0, 20.0):
+        choice = ":".join(map(str, inputs))
+        spec = WorkloadSpec.parse_text(f"requests={joining},input=choice:{choice},output=48,seed={seed}", "grid")
+        driver.run(list(zip(Arrivals("poisson", rate, seed=seed).times(), generate(spec))))
 
 
-def compare(
-    driver: Driver, model: CostModel, name: str, items: list[Item], arrivals: Arrivals | None, repeats: int
-) -> dict[str, Any]:
-    """One workload by the engine, medians of ``repeats`` runs, and by the simulator."""
-    engine = driver.engine
-    times = [0.0] * len(items) if arrivals is None else [when for when, _ in zip(arrivals.times(), items)]
-    timed = [Item(item.request_id, item.turns, when) for when, item in zip(times, items)]
-    runs = []
-    for _ in range(repeats):
-        engine.reset_prefix_cache()
-        runs.append(driver.run(list(zip(times, items))))
-    measured = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    shape = EngineShape(
-        engine.stats().num_pages, engine.config.page_size, engine.config.max_num_seqs,
-        engine.config.max_num_batched_tokens, engine.max_model_len, engine.config.enable_prefix_caching, 1,
-    )  # fmt: skip
-    found = simulate(timed, Arrivals("file"), Setting(shape, model, limits=Limits()))
-    predicted = {"tokens_per_s": found.output_tokens_per_s, "median_ttft_s": found.ttft.quantile(0.5)}
-    return {
-        "workload": name, "requests": len(items), "measured": measured, "runs": runs, "predicted": predicted,
-        "throughput_error": predicted["tokens_per_s"] / measured["tokens_per_s"] - 1,
-        "ttft_error": predicted["median_ttft_s"] / measured["median_ttft_s"] - 1,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Unseen:
+    """A workload that is not in the fit: what the engine made of it, in each run."""
+
+    name: str
+    items: list[Item]
+    times: list[float]
+    runs: list[dict[str, Any]]
+
+    @classmethod
+    def run(cls, driver: Driver, name: str, items: list[Item], arrivals: Arrivals | None, repeats: int) -> Unseen:
+        """By the engine; its steps are not kept."""
+        times = [0.0] * len(items) if arrivals is None else [when for when, _ in zip(arrivals.times(), items)]
+        kept = driver.measurements[:]
+        runs = [driver.run(list(zip(times, items))) for _ in range(repeats)]
+        driver.measurements[:] = kept
+        return cls(name, items, times, runs)
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Medians of the runs."""
+        return {key: statistics.median(run[key] for run in self.runs) for key in self.runs[0]}
+
+    def compare(self, model: CostModel, shape: EngineShape) -> dict[str, Any]:
+        """With what the simulator makes of it."""
+        timed = [Item(item.request_id, item.turns, when) for when, item in zip(self.times, self.items)]
+        found = simulate(timed, Arrivals("file"), Setting(shape, model, limits=Limits()))
+        measured = self.measured
+        predicted = {"tokens_per_s": found.output_tokens_per_s, "median_ttft_s": found.ttft.quantile(0.5)}
+        return {
+            "workload": self.name, "requests": len(self.items), "measured": measured, "runs": self.runs, "predicted": predicted,
+            "throughput_error": predicted["tokens_per_s"] / measured["tokens_per_s"] - 1,
+            "ttft_error": predicted["median_ttft_s"] / measured["median_ttft_s"] - 1,
+        }  # fmt: skip
+
+
+def measure(driver: Driver, args: argparse.Namespace) -> tuple[Unseen, Unseen]:
+    """The grid and the workloads, in turns."""
+    grid = (driver, args.batches, args.inputs, args.joining)
+    measure_grid(driver, args.batches[:1], args.inputs[:1], 2, 0)  # warms up
+    driver.measurements.clear()
+    items = list(generate(WorkloadSpec.parse_text(f"requests={args.requests},{UNSEEN},seed=7", "unseen")))
+    measure_grid(*grid, 1)
+    everything = Unseen.run(driver, "all at once", items, None, args.repeats)
+    measure_grid(*grid, 2)
+    mean_out = statistics.fmean(item.output_tokens for item in items)
+    rate = args.load * everything.measured["tokens_per_s"] / mean_out
+    poisson = Unseen.run(
+        driver, f"poisson, {rate:.2f} a second", items, Arrivals("poisson", rate, seed=7), args.repeats
+    )
+    measure_grid(*grid, 3)
+    return everything, poisson
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="nemo-tiny")
     parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
     parser.add_argument("--inputs", type=int, nargs="*", default=list(INPUTS))
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--joining", type=int, default=40, help="requests of the grid's Poisson arrivals")
     parser.add_argument("--requests", type=int, default=150, help="of each unseen workload")
     parser.add_argument("--repeats", type=int, default=3, help="of each by the engine")
     parser.add_argument("--load", type=float, default=0.7, help="of the Poisson arrivals, as a part of the throughput")
@@ -176,22 +203,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with Engine(args.model, device="cpu", skip_tokenizer_init=True, **ENGINE) as engine:
         driver = Driver(engine)
-        measure_grid(driver, args.batches[:1], args.inputs[:1], 1)  # warms up
-        driver.measurements.clear()
-        measure_grid(driver, args.batches, args.inputs, args.rounds)
-        if args.save_steps is not None:
-            args.save_steps.write_text("".join(json.dumps(m) + "\n" for m in driver.measurements))
-        model = CostModel.fit(driver.measurements, {"model": args.model, **ENGINE, **provenance("torch")})
-        print({name: model.facts[name] for name in ("num_measurements", "median_error", "p90_error")})
-        if args.save_model is not None:
-            model.save(args.save_model)
-        items = list(generate(WorkloadSpec.parse_text(f"requests={args.requests},{UNSEEN},seed=7", "unseen")))
-        everything = compare(driver, model, "all at once", items, None, args.repeats)
-        mean_out = statistics.fmean(item.output_tokens for item in items)
-        rate = args.load * everything["measured"]["tokens_per_s"] / mean_out
-        poisson = compare(
-            driver, model, f"poisson, {rate:.2f} a second", items, Arrivals("poisson", rate, seed=7), args.repeats
-        )
+        unseen = measure(driver, args)
+        shape = EngineShape(
+            engine.stats().num_pages, engine.config.page_size, engine.config.max_num_seqs,
+            engine.config.max_num_batched_tokens, engine.max_model_len, engine.config.enable_prefix_caching, 1,
+        )  # fmt: skip
+    if args.save_steps is not None:
+        args.save_steps.write_text("".join(json.dumps(m) + "\n" for m in driver.measurements))
+    model = CostModel.fit(driver.measurements, {"model": args.model, **ENGINE, **provenance("torch")})
+    print({name: model.facts[name] for name in ("num_measurements", "median_error", "p90_error")})
+    if args.save_model is not None:
+        model.save(args.save_model)
+    everything, poisson = [one.compare(model, shape) for one in unseen]
     is_good = (
         abs(everything["throughput_error"]) <= MOST_THROUGHPUT_ERROR
         and abs(poisson["throughput_error"]) <= MOST_THROUGHPUT_ERROR
