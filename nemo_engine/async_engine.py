@@ -82,10 +82,6 @@ class AsyncEngine:
         """Requests that were taken and have not ended."""
         return len(self._thread.streams)
 
-    def is_unfinished(self, request_id: str) -> bool:
-        """Whether a request of that id was taken and has not ended."""
-        return request_id in self._thread.streams
-
     def stats(self) -> SchedulerStats:
         """Requests and pages after the last step, and totals since the start. Waits for nothing."""
         return self._thread.stats

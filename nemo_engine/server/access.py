@@ -20,6 +20,7 @@ from nemo_engine.server.options import ServerOptions
 from nemo_engine.server.service import ClientGone
 
 OPEN_PATHS = frozenset({"/health", "/v1/health/live", "/v1/health/ready", "/metrics"})  # for probes, which have no keys
+HEAD_PATHS = OPEN_PATHS | {"/", "/v1/models"}  # as probes and load balancers ask
 
 _access_log = logging.getLogger("nemo_engine.access")
 
@@ -38,6 +39,8 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD" and scope["path"] in HEAD_PATHS:
+            scope = {**scope, "method": "GET"}  # the HTTP server, which has the scope as it was, leaves the body out
         started = time.monotonic()
         log: dict[str, Any] = scope.setdefault("nemo_engine.log", {})
         status = 499  # the client closed before the answer began
@@ -85,6 +88,9 @@ class Access:
             return ApiError(400, "Content-Length must be a number")
         if int(length) > self._max_bytes:
             return self._too_large()
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            kind = headers["content-encoding"]
+            return ApiError(415, f"Content-Encoding must not be set: bodies are taken uncompressed, got {kind!r}")
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         if any([hmac.compare_digest(key, own) for own in self._keys for key in _keys_of(headers)]):

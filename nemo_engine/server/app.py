@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Coroutine
 from json import JSONDecodeError
 from typing import Any
@@ -56,6 +57,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (404, "No such model or route."),
         (408, "The request took longer than its time-out."),
         (413, "The body is too large."),
+        (415, "The body is compressed."),
         (422, "Never sent: bad input is 400."),
         (429, "Too many requests wait."),
         (500, "The server failed."),
@@ -71,7 +73,7 @@ class _JsonRequest(Request):
     async def json(self) -> Any:
         """The body."""
         if not hasattr(self, "_json"):
-            body = await self.body()
+            body = (await self.body()).removeprefix(codecs.BOM_UTF8)
             try:
                 self._json = from_json(body, allow_inf_nan=False)
             except ValueError as error:

@@ -40,7 +40,7 @@ async def create_chat_completion(service: Service, http: Request, request: ChatR
     chat = await asyncio.to_thread(prepare_chat, service, http, request)
     headers |= chat.generation.header()
     if request.stream:
-        return await EventStream(_stream(service, request, chat), headers).start()
+        return await while_connected(http, EventStream(_stream(service, request, chat), headers).start())
     finals = await while_connected(http, chat.generation.collect())
     return JSONResponse(_whole(service, request, chat, finals[0]), headers=headers)
 
@@ -85,6 +85,10 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
         raise ApiError(400, "stream_options needs stream", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
         raise ApiError(400, "prompt_logprobs is not supported in a stream", param="prompt_logprobs")
+    most = service.engine.config.max_logprobs
+    if request.top_logprobs is not None and most != -1 and not 0 <= request.top_logprobs <= most:
+        raise ApiError(400, f"top_logprobs must be in [0, {most}], got {request.top_logprobs}", param="top_logprobs")
+    service.check_admission(request.n or 1)
     tools = ToolUse.of(request, service.tokenizer)
     prompt = encode_conversation(service, request, tools)
     logprobs = None
@@ -120,7 +124,10 @@ def _whole(service: Service, request: ChatRequest, chat: Chat, final: RequestOut
             "message": message,
             "logprobs": None
             if not request.logprobs
-            else {"content": token_logprobs(request, completion.token_ids, completion.logprobs or []), "refusal": None},
+            else {
+                "content": token_logprobs(service, request, completion.token_ids, completion.logprobs or []),
+                "refusal": None,
+            },
             "finish_reason": finish_reason(completion, bool(calls)),
             "stop_reason": completion.stop_reason,
         }
@@ -148,6 +155,8 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
     begun: set[int] = set()
     async for _, output in generation.outputs():
         raise_failure(output)
+        if with_usage_each:
+            usage = {"usage": generation.usage()}
         choices = []
         for completion in output.outputs:
             index = completion.index
@@ -172,7 +181,9 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
             entry: dict[str, Any] = {
                 "index": index,
                 "delta": delta,
-                "logprobs": {"content": token_logprobs(request, completion.token_ids, completion.logprobs or [])}
+                "logprobs": {
+                    "content": token_logprobs(service, request, completion.token_ids, completion.logprobs or [])
+                }
                 if request.logprobs
                 else None,
                 "finish_reason": finish_reason(completion, has_calls),
@@ -183,8 +194,6 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
                 entry["token_ids"] = completion.token_ids
             if delta or completion.finish_reason is not None or request.logprobs or request.return_token_ids:
                 choices.append(entry)
-        if with_usage_each:
-            usage = {"usage": generation.usage()}
         if choices:
             yield event(head | {"choices": choices} | usage)
     tail: dict[str, Any] = {}
@@ -237,18 +246,19 @@ def _head(service: Service, chat: Chat, kind: str) -> dict[str, Any]:
 
 
 def token_logprobs(
-    request: ChatRequest, token_ids: list[int], entries: list[dict[int, Logprob]]
+    service: Service, request: ChatRequest, token_ids: list[int], entries: list[dict[int, Logprob]]
 ) -> list[dict[str, Any]]:
-    """OpenAI's form of the log-probabilities of generated tokens."""
+    """OpenAI's form of the log-probabilities of generated tokens. ``bytes`` are the token's own, which need not be whole characters."""
     count = request.top_logprobs or 0
+    tokenizer = service.tokenizer
 
     def shown(token_id: int, one: Logprob) -> dict[str, Any]:
-        text = token_text(request, token_id, one)
-        return {"token": text, "logprob": finite(one.logprob), "bytes": list(text.encode("utf-8", "replace"))}
+        data = tokenizer.token_bytes(token_id, skip_special_tokens=False)
+        return {"token": token_text(request, token_id, one), "logprob": finite(one.logprob), "bytes": list(data)}
 
     found = []
     for token_id, entry in zip(token_ids, entries):
         best = sorted(entry.items(), key=lambda item: item[1].rank or 0)
-        top = [shown(other, one) for other, one in best[:count]]
+        top = [shown(other, one) for other, one in best[: None if count == -1 else count]]
         found.append(shown(token_id, entry[token_id]) | {"top_logprobs": top})
     return found

@@ -28,7 +28,8 @@ async def create_completion(service: Service, http: Request, request: Completion
     service.check_model(request.model)
     run = await asyncio.to_thread(_prepare, service, http, request)
     if request.stream:
-        return await EventStream(_stream(service, request, run), headers | run.generation.header()).start()
+        events = EventStream(_stream(service, request, run), headers | run.generation.header())
+        return await while_connected(http, events.start())
     finals = await while_connected(http, run.generation.collect())
     return JSONResponse(_whole(service, request, run, finals), headers=headers | run.generation.header())
 
@@ -39,6 +40,14 @@ class _Run:
     def __init__(self, generation: Generation, drops_output: bool) -> None:
         self.generation = generation
         self.drops_output = drops_output
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far."""
+        usage = self.generation.usage()
+        if self.drops_output:
+            usage["total_tokens"] -= usage["completion_tokens"]
+            usage["completion_tokens"] = 0
+        return usage
 
 
 def _prepare(service: Service, http: Request, request: CompletionRequest) -> _Run:
@@ -84,11 +93,7 @@ def _whole(service: Service, request: CompletionRequest, run: _Run, finals: list
                 entry["token_ids"] = [] if run.drops_output else completion.token_ids
                 entry["prompt_token_ids"] = final.prompt_token_ids
             choices.append(entry)
-    usage = run.generation.usage()
-    if run.drops_output:
-        usage["total_tokens"] -= usage["completion_tokens"]
-        usage["completion_tokens"] = 0
-    answer = _head(service, run) | {"choices": choices, "usage": usage}
+    answer = _head(service, run) | {"choices": choices, "usage": run.usage()}
     if request.explain:
         answer["explain"] = run.generation.explain()
     return answer
@@ -119,20 +124,20 @@ async def _stream(service: Service, request: CompletionRequest, run: _Run) -> As
                 "logprobs": None
                 if completion.logprobs is None
                 else _logprob_lists(request, completion.token_ids, list(completion.logprobs), offset),
-                "finish_reason": completion.finish_reason,
+                "finish_reason": "length" if run.drops_output else completion.finish_reason,
                 "stop_reason": completion.stop_reason,
             }
             if request.return_token_ids:
-                entry["token_ids"] = completion.token_ids
+                entry["token_ids"] = [] if run.drops_output else completion.token_ids
             choices.append(entry)
         if len({choice["index"] for choice in choices}) == generation.n:
             echo_due.discard(index)
         if with_usage_each:
-            usage = {"usage": generation.usage()}
+            usage = {"usage": run.usage()}
         yield event(head | {"choices": choices} | usage)
     tail: dict[str, Any] = {}
     if with_usage:
-        tail["usage"] = generation.usage()
+        tail["usage"] = run.usage()
     if request.explain:
         tail["explain"] = generation.explain()
     if tail:

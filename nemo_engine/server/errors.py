@@ -27,6 +27,7 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+_MAX_MESSAGE = 2000  # characters; a message may quote what a client sent
 RETRY_AFTER = {"Retry-After": "1"}
 
 _logger = logging.getLogger("nemo_engine.server")
@@ -54,7 +55,11 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The body of the response, and of an event when the response has begun."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message = self.message
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} [...] {message[-_MAX_MESSAGE // 2 :]}"
+        param = None if self.param is None else self.param[:_MAX_MESSAGE]
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The response."""
@@ -73,7 +78,10 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(408, "the request took longer than its time-out", param="timeout", code="timeout")
     if isinstance(error, ValueError):
         message = str(error)
-        return ApiError(400, message, param=_param_of(message), code=_code_of(message))
+        if "more than max_model_len" in message:  # by these words clients know that they should send less
+            message = f"this model's maximum context length is exceeded: {message}"
+            return ApiError(400, message, code="context_length_exceeded")
+        return ApiError(400, message, param=_param_of(message))
     _logger.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
     return ApiError(500, "the server failed at this request; its log says why")
 
@@ -100,10 +108,6 @@ _PLAIN_PARAMS = {
     "logprobs",
     "priority",
 }
-
-
-def _code_of(message: str) -> str | None:
-    return "context_length_exceeded" if "more than max_model_len" in message else None
 
 
 _UNION_TAG = re.compile(r"str|int|(list|dict)\[.*\]")  # in pydantic's paths: which of several types it tried

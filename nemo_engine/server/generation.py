@@ -19,8 +19,6 @@ from nemo_engine.server.protocol import GenerationRequest
 from nemo_engine.server.service import Service
 
 _HEADER_ID = re.compile(r"[!-~]{1,200}")
-
-
 _CONTRADICTION = "leave no token to choose"  # the engine's words for what is not its failure but the request's
 
 
@@ -36,9 +34,8 @@ class Generation:
         effective: list[Effective],
         id_prefix: str,
     ) -> None:
-        service.check_admission(len(prompts) * effective[0].params.n)
-        asked_id = request.request_id or http.headers.get("x-request-id") or uuid4().hex
-        self.id = f"{id_prefix}{asked_id}"[:300]
+        self.id = id_prefix + (request.request_id or _id_of_header(http) or uuid4().hex)
+        self._may_repeat = request.request_id is None
         self.created = int(time.time())
         self.prompts = prompts
         self.effective = effective
@@ -48,7 +45,6 @@ class Generation:
         self._service = service
         self._timeout = service.timeout(request.timeout)
         self._priority = request.priority or 0
-        self._route = http.url.path
         self._trace_headers = http.headers
         self._log = http.scope.setdefault("nemo_engine.log", {})
         self._log.update(id=self.id, prompt_tokens=sum(len(p.token_ids) for p in prompts), n=self.n)
@@ -57,11 +53,11 @@ class Generation:
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(index of the prompt, output) as they come. ``TimeoutError`` when the time is over; closing it aborts what runs."""
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        self._service.check_admission(len(self.prompts) * self.n)  # again, where no other request can come between
+        request_ids = self._take_ids()
         streams = [
-            self._service.engine.generate_encoded(
-                prompt, own.params, self.id if len(self.prompts) == 1 else f"{self.id}-{index}", priority=self._priority
-            )
-            for index, (prompt, own) in enumerate(zip(self.prompts, self.effective))
+            self._service.engine.generate_encoded(prompt, own.params, request_id, priority=self._priority)
+            for prompt, own, request_id in zip(self.prompts, self.effective, request_ids)
         ]
         merged = _enumerated(streams[0]) if len(streams) == 1 else _merge(streams)
         try:
@@ -79,6 +75,7 @@ class Generation:
                 self._note(index, output)
                 yield index, output
         finally:
+            self._give_back(request_ids)
             await merged.aclose()  # type: ignore[attr-defined]
             unfinished = sum(final is None or not final.finished for final in self.finals) * self.n
             if unfinished:  # the client has gone, the time is over, or the engine has ended
@@ -88,6 +85,24 @@ class Generation:
             if self._texts is not None:
                 self._log["prompts"] = [self._shown(prompt) for prompt in self.prompts]
                 self._log["texts"] = ["".join(parts) for _, parts in sorted(self._texts.items())]
+
+    def _take_ids(self) -> list[str]:
+        """The ids of the requests in the engine. ``ValueError`` if a client's own id is in use; that of a proxy may be."""
+        running = self._service.running
+        name = self.id
+        if name in running:
+            if not self._may_repeat:
+                raise ValueError(f"request_id {name!r} is in use by an unfinished request")
+            name += f"-{uuid4().hex}"
+        ids = [name] if len(self.prompts) == 1 else [f"{name}-{index}" for index in range(len(self.prompts))]
+        running.setdefault(self.id, set()).update(ids)
+        return ids
+
+    def _give_back(self, ids: list[str]) -> None:
+        running = self._service.running
+        running[self.id].difference_update(ids)
+        if not running[self.id]:
+            del running[self.id]
 
     def _shown(self, prompt: EncodedPrompt) -> str | list[int]:
         tokenizer = self._service.engine.tokenizer
@@ -157,16 +172,10 @@ class Generation:
             self._service.tracing.request_done(output, self.id, self._service.model_name, self._trace_headers)
 
 
-def _id_of(service: Service, http: Request, request: GenerationRequest, prefix: str) -> str:
-    """The request's own id, that of the header X-Request-Id (proxies set it, and may repeat it), or a new one."""
-    if request.request_id is not None:
-        return f"{prefix}-{request.request_id}"
+def _id_of_header(http: Request) -> str | None:
+    """That of ``X-Request-Id``, which proxies set, if it is printable."""
     asked = http.headers.get("x-request-id", "")
-    if not _HEADER_ID.fullmatch(asked):
-        asked = uuid4().hex
-    elif service.engine.is_unfinished(f"{prefix}-{asked}"):
-        asked += f"-{uuid4().hex[:8]}"
-    return f"{prefix}-{asked}"
+    return asked if _HEADER_ID.fullmatch(asked) else None
 
 
 def raise_failure(output: RequestOutput) -> None:

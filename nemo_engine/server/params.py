@@ -95,8 +95,11 @@ def _set_max_tokens(
     limit = service.options.max_completion_tokens
     if asked is not None:
         values["max_tokens"], origins["max_tokens"] = asked, "request"
+        name = "max_tokens" if getattr(request, "max_completion_tokens", None) is None else "max_completion_tokens"
+        if asked < 1:
+            raise ApiError(400, f"{name} must be at least 1, got {asked}", param=name)
         if limit is not None and asked > limit:
-            raise ApiError(400, f"max_tokens must be at most {limit} on this server, got {asked}", param="max_tokens")
+            raise ApiError(400, f"{name} must be at most {limit} on this server, got {asked}", param=name)
     elif "max_tokens" not in values and isinstance(request, CompletionRequest):
         values["max_tokens"] = _DEFAULT_MAX_TOKENS
     room = service.engine.room_for(num_prompt_tokens)

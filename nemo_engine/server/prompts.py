@@ -19,6 +19,7 @@ def encode_prompts(service: Service, request: CompletionRequest) -> list[Encoded
     many: list[Any] = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
     if not many or many == [[]]:
         raise ApiError(400, "prompt must not be empty", param="prompt")
+    service.check_admission(len(many) * (request.n or 1))
     return [
         _finish(service, request, _encode(service, request, one, index, len(many))) for index, one in enumerate(many)
     ]

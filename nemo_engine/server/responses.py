@@ -31,7 +31,7 @@ async def create_response(service: Service, http: Request, request: ResponsesReq
         headers |= chat.generation.header()
         run = Run(service, request, form, chat)
         if request.stream:
-            return await EventStream(stream(run), headers).start()
+            return await while_connected(http, EventStream(stream(run), headers).start())
         finals = await while_connected(http, chat.generation.collect())
     except (ApiError, ValueError) as error:
         raise _renamed(form, error) from error

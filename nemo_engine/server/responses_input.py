@@ -67,7 +67,7 @@ class ChatForm:
             max_completion_tokens=request.max_output_tokens,
             logprobs=request.has_logprobs,
             top_logprobs=request.top_logprobs if request.has_logprobs else None,
-            tools=None if request.tools is None else [_tool(one, f"tools[{i}]") for i, one in enumerate(request.tools)],
+            tools=[_tool(one, f"tools[{i}]") for i, one in enumerate(request.tools or ())] or None,
             tool_choice=_tool_choice(request.tool_choice),
             parallel_tool_calls=request.parallel_tool_calls,
             response_format=self._response_format(request),

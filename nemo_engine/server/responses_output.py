@@ -24,7 +24,7 @@ class Run:
         self.chat = chat
         self.has_logprobs = request.has_logprobs
         self._request = request
-        self._model = service.model_name
+        self._service = service
         self._tool_calls_id = service.tokenizer.tool_calls_id
 
     def response(
@@ -47,7 +47,7 @@ class Run:
             "max_output_tokens": request.max_output_tokens,
             "max_tool_calls": None,
             "metadata": request.metadata or {},
-            "model": self._model,
+            "model": self._service.model_name,
             "output": output,
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
@@ -72,7 +72,7 @@ class Run:
             return []
         token_ids = self.text_tokens(completion.token_ids)
         entries: list[dict[int, Logprob]] = completion.logprobs or []
-        return token_logprobs(self.form.request, token_ids, entries[: len(token_ids)])
+        return token_logprobs(self._service, self.form.request, token_ids, entries[: len(token_ids)])
 
     def text_tokens(self, token_ids: list[int]) -> list[int]:
         """``token_ids`` up to [TOOL_CALLS], if calls are looked for."""

@@ -47,6 +47,7 @@ class Service:
         self.tracing = Tracing(options.otlp_endpoint)
         self.created = int(time.time())
         self.is_draining = False
+        self.running: dict[str, set[str]] = {}  # by the id of a response under way: those of its requests in the engine
         self.server_defaults = options.sampling_defaults()
         self.model_defaults = _read_model_defaults(engine)
         if self.model_defaults:

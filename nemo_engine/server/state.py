@@ -126,6 +126,6 @@ async def abort(service: Service, request: AbortRequest) -> Response:
     headers = response_headers(request)
     ids = [request.request_id] if isinstance(request.request_id, str) else request.request_id
     whole = [f"{prefix}{one}" for one in ids for prefix in ("", "cmpl-", "chatcmpl-", "resp_")]
-    found = [one for one in dict.fromkeys(whole) if service.engine.is_unfinished(one)]
-    service.engine.abort(found)
+    found = [one for one in dict.fromkeys(whole) if one in service.running]
+    service.engine.abort([request_id for one in found for request_id in service.running[one]])
     return JSONResponse({"aborted": found}, headers=headers)

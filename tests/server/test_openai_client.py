@@ -182,6 +182,33 @@ def test_chat_n_and_logprobs(client: OpenAI) -> None:
         assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
 
 
+def test_bytes_of_tokens_make_the_answer(client: OpenAI) -> None:
+    form = {"structured_outputs": {"choice": ["naïve 日本 🎉"]}}  # of tokens that are no whole characters
+    answer = client.chat.completions.create(model=MODEL, messages=USER, logprobs=True, top_logprobs=2, extra_body=form)
+    assert answer.choices[0].logprobs is not None
+    entries = answer.choices[0].logprobs.content or []
+    assert any("\ufffd" in entry.token for entry in entries)
+    data = b"".join(bytes(entry.bytes or ()) for entry in entries).removesuffix(b"</s>")
+    assert data.decode() == answer.choices[0].message.content == "naïve 日本 🎉"
+
+
+def test_usage_in_every_event(client: OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chat = list(
+        client.chat.completions.create(model=MODEL, messages=USER, max_tokens=4, stream=True, stream_options=options)
+    )
+    text = list(
+        client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=0, echo=True, stream=True, stream_options=options
+        )
+    )
+    for chunks, count in ((chat, 4), (text, 0)):
+        counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+        assert len(counts) == len(chunks) and counts == sorted(counts) and counts[-1] == count
+    assert "".join(chunk.choices[0].text for chunk in text[:-1]) == PROMPT
+    assert text[-2].choices[0].finish_reason == "length"
+
+
 def test_a_multi_turn_chat_is_cached(client: OpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": "Tell me of queues, at length. " * 10}]
     first = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=24, temperature=0)
@@ -348,6 +375,12 @@ def test_bad_requests(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="max_model_len") as caught:
         client.completions.create(model=MODEL, prompt="x " * 3000, stream=True)
     assert caught.value.code == "context_length_exceeded"
+    assert "this model's maximum context length is" in str(caught.value)  # litellm and others look for these words
+    for field, value in (("top_logprobs", 21), ("max_completion_tokens", 0)):
+        fields: Any = {field: value, "logprobs": True}
+        with pytest.raises(openai.BadRequestError, match=f"{field} must be") as caught:
+            client.chat.completions.create(model=MODEL, messages=USER, **fields)
+        assert caught.value.param == field
     with pytest.raises(openai.BadRequestError, match="suffix is not supported"):
         client.completions.create(model=MODEL, prompt="x", suffix="y")
     with pytest.raises(openai.BadRequestError) as caught:

@@ -516,6 +516,11 @@ def test_bad_input_is_named(live: LiveServer, fields: dict[str, Any], param: str
     assert "messages[" not in error["message"] and param.rsplit(".", 1)[-1] in error["message"]
 
 
+def test_no_tools_may_be_an_empty_list(client: OpenAI) -> None:
+    answer = client.responses.create(model=MODEL, input="hi", max_output_tokens=2, tools=[])  # the Agents SDK's way
+    assert answer.tools == [] and answer.output_text
+
+
 def test_values_that_ask_for_nothing_are_taken(live: LiveServer) -> None:
     nothing: dict[str, Any] = {
         "store": False, "background": False, "previous_response_id": None, "conversation": None, "reasoning": {"effort": None},
