@@ -19,6 +19,8 @@ MAX_N = 16384
 GREEDY_TEMPERATURE = 1e-5  # below: greedy
 MIN_TEMPERATURE = 1e-2  # between GREEDY_TEMPERATURE and this: raised to this, with a warning
 MAX_LOGPROB_TOKEN_IDS = 128
+MAX_STOP = 1024  # each is looked for after every token
+MAX_BAD_WORDS = 10_000
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -71,7 +73,7 @@ class SamplingParams:
     temperature: [0, 2]; 0 is greedy. None means the default of the call: 1.0, or for ``chat`` the model's own.
     top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most likely token.
     seed: 64-bit; -1 or None lets the engine choose. The same seed gives the same tokens in any batch.
-    stop: strings that end the output, cut off unless ``include_stop_str_in_output``.
+    stop: strings that end the output, at most 1024, cut off unless ``include_stop_str_in_output``.
     include_stop_str_in_output: keep the stop string, or the text of a stop token, at the end of the text.
     stop_token_ids: ids that end the output and stay in ``token_ids``.
     ignore_eos: do not end at the end-of-sequence token.
@@ -79,7 +81,7 @@ class SamplingParams:
     logprobs, prompt_logprobs: alternatives to report per position, -1 for the whole vocabulary; the chosen or prompt token
     is always added. prompt_logprobs turns off reading the prefix cache for the request.
     logprob_token_ids: report exactly these ids (at most 128) beside the chosen token.
-    logit_bias: {token id: bias}. allowed_token_ids: nothing else can be chosen. bad_words: never completed in the output.
+    logit_bias: {token id: bias}. allowed_token_ids: nothing else can be chosen. bad_words: at most 10,000, never completed in the output.
     skip_special_tokens, detokenize: leave control tokens out of the text; make text at all.
     spaces_between_special_tokens: taken for compatibility; these tokenizers never put spaces there.
     output_kind, stream_interval: what the outputs of ``step()`` carry, and how many new tokens one is worth.
@@ -198,6 +200,8 @@ class SamplingParams:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must hold non-empty strings, got {text!r}")
         put("stop", tuple(dict.fromkeys(stop)))
+        if len(stop) > MAX_STOP:
+            raise ValueError(f"stop must hold at most {MAX_STOP} strings, got {len(stop)}")
         if stop and not self.detokenize:
             raise ValueError("stop needs detokenize=True: stop strings are looked for in the text")
         put("stop_token_ids", _check_ids("stop_token_ids", self.stop_token_ids))
@@ -223,6 +227,8 @@ class SamplingParams:
             if not isinstance(word, str) or not word:
                 raise ValueError(f"bad_words must hold non-empty strings, got {word!r}")
         put("bad_words", tuple(dict.fromkeys(words)))
+        if len(words) > MAX_BAD_WORDS:
+            raise ValueError(f"bad_words must hold at most {MAX_BAD_WORDS} words, got {len(words)}")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from nemo_engine.outputs import CompletionOutput, Logprob, RequestOutput
+from nemo_engine.server.answer import respond
 from nemo_engine.server.completions import finite, prompt_logprobs, token_text
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.generation import Generation, raise_failure
@@ -42,7 +42,8 @@ async def create_chat_completion(service: Service, http: Request, request: ChatR
     if request.stream:
         return await while_connected(http, EventStream(_stream(service, request, chat), headers).start())
     finals = await while_connected(http, chat.generation.collect())
-    return JSONResponse(_whole(service, request, chat, finals[0]), headers=headers)
+    is_long = bool(request.logprobs) or request.prompt_logprobs is not None
+    return await respond(lambda: _whole(service, request, chat, finals[0]), headers, is_long=is_long)
 
 
 class Chat:

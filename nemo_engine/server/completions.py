@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from nemo_engine.inputs import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, Logprob, RequestOutput
+from nemo_engine.server.answer import respond
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
@@ -31,7 +31,9 @@ async def create_completion(service: Service, http: Request, request: Completion
         events = EventStream(_stream(service, request, run), headers | run.generation.header())
         return await while_connected(http, events.start())
     finals = await while_connected(http, run.generation.collect())
-    return JSONResponse(_whole(service, request, run, finals), headers=headers | run.generation.header())
+    is_long = request.logprobs is not None or request.prompt_logprobs is not None
+    headers |= run.generation.header()
+    return await respond(lambda: _whole(service, request, run, finals), headers, is_long=is_long)
 
 
 class _Run:

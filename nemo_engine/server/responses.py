@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from nemo_engine.server.answer import respond
 from nemo_engine.server.chat import prepare_chat
 from nemo_engine.server.errors import ApiError, api_error
 from nemo_engine.server.headers import response_headers
@@ -36,7 +36,9 @@ async def create_response(service: Service, http: Request, request: ResponsesReq
     except (ApiError, ValueError) as error:
         raise _renamed(form, error) from error
     completion = finals[0].outputs[0]
-    return JSONResponse(run.response(status_of(completion), whole_output(run, completion)), headers=headers)
+    return await respond(
+        lambda: run.response(status_of(completion), whole_output(run, completion)), headers, is_long=run.has_logprobs
+    )
 
 
 def _renamed(form: ChatForm, error: ApiError | ValueError) -> ApiError:

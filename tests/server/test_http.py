@@ -6,12 +6,16 @@ import asyncio
 import gzip
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
+from pydantic_core import to_json
 
 from nemo_engine import AsyncEngine
 from tests.server.live import LiveServer
@@ -74,6 +78,32 @@ def test_too_many_prompts_are_refused_before_they_are_read(live: LiveServer) -> 
     answer = post(live, BODY | {"prompt": ["one"] * 100_000})
     assert answer.status_code == 400 and "must be at most 128, got 100000" in answer.text
     assert time.monotonic() - began < 1.0  # 3 s if they are encoded first
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", BODY | {"logprobs": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "logprobs": True}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 2, "include": ["message.output_text.logprobs"]}),
+    ],
+)
+def test_an_answer_that_is_long_to_write_holds_up_nobody(live: LiveServer, path: str, body: dict[str, Any]) -> None:
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def long(data: Any) -> bytes:
+        has_begun.set()
+        assert may_go_on.wait(20)
+        return to_json(data)
+
+    with patch("nemo_engine.server.answer.to_json", long), ThreadPoolExecutor() as pool:
+        task = pool.submit(post, live, body, path)
+        assert has_begun.wait(20)
+        try:
+            assert httpx.get(live.url + "/health", timeout=5).status_code == 200
+        finally:
+            may_go_on.set()
+        assert task.result().status_code == 200
 
 
 def test_ids_of_proxies_may_repeat_and_clients_ids_may_not(narrow: LiveServer) -> None:
