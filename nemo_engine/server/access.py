@@ -39,7 +39,8 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD" and scope["path"] in HEAD_PATHS:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where this application is mounted in another
+        if scope["method"] == "HEAD" and path in HEAD_PATHS:
             scope = {**scope, "method": "GET"}  # the HTTP server, which has the scope as it was, leaves the body out
         started = time.monotonic()
         log: dict[str, Any] = scope.setdefault("nemo_engine.log", {})
@@ -63,7 +64,7 @@ class Access:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
+            refusal = self._refusal(scope, path)
             if refusal is not None:
                 await refusal.response()(scope, receive, noted)
             else:
@@ -76,12 +77,12 @@ class Access:
             else:
                 api_error(error)  # logs what is not the client's fault
         finally:
-            if self._logs and scope["path"] not in OPEN_PATHS:
+            if self._logs and path not in OPEN_PATHS:
                 line = {"method": scope["method"], "path": scope["path"][:200], "status": status} | log
                 line["seconds"] = round(time.monotonic() - started, 4)
                 _access_log.info("%s", json.dumps(line, ensure_ascii=True, default=str))
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
+    def _refusal(self, scope: Scope, path: str) -> ApiError | None:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
@@ -91,7 +92,7 @@ class Access:
         if headers.get("content-encoding", "identity").lower() != "identity":
             kind = headers["content-encoding"]
             return ApiError(415, f"Content-Encoding must not be set: bodies are taken uncompressed, got {kind!r}")
-        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if not self._keys or path in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         if any([hmac.compare_digest(key, own) for own in self._keys for key in _keys_of(headers)]):
             return None
@@ -101,7 +102,7 @@ class Access:
             401,
             "an API key is needed: Authorization: Bearer KEY",
             code="invalid_api_key",
-            headers=ask if scope["path"] == "/" else {"WWW-Authenticate": "Bearer"},
+            headers=ask if path == "/" else {"WWW-Authenticate": "Bearer"},
         )
 
     def _too_large(self) -> ApiError:

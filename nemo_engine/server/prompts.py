@@ -11,6 +11,9 @@ from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from nemo_engine.server.service import Service
 from nemo_engine.server.tools import ToolUse
+from nemo_engine.text.messages import refuse_unknown
+
+_SCHEMA_KEYS = {"name", "schema", "strict", "description"}
 
 
 def encode_prompts(service: Service, request: CompletionRequest) -> list[EncodedPrompt]:
@@ -84,6 +87,9 @@ def structured_outputs(request: GenerationRequest) -> object | None:
     if form is None:
         return request.structured_outputs
     kind = form.get("type")
+    known = {"type", "json_schema"} if kind == "json_schema" else {"type"}
+    if kind in ("text", "json_object", "json_schema"):
+        refuse_unknown(form, known, "response_format", f"a format of type {kind}")
     found: dict[str, Any] | None
     if kind == "text":
         found = None
@@ -92,6 +98,8 @@ def structured_outputs(request: GenerationRequest) -> object | None:
     elif kind == "json_schema":
         named = form.get("json_schema")
         schema = named.get("schema") if isinstance(named, Mapping) else None
+        if isinstance(named, Mapping):
+            refuse_unknown(named, _SCHEMA_KEYS, "response_format.json_schema", "a schema")
         if schema is None:
             raise ApiError(
                 400, "response_format.json_schema.schema is missing", param="response_format.json_schema.schema"

@@ -161,6 +161,11 @@ class GenerationRequest(SamplingRequest):
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = False
 
+    def ignored_fields(self) -> list[str]:
+        """Those of ``stream_options`` too."""
+        inner = {} if self.stream_options is None else self.stream_options.__pydantic_extra__ or {}
+        return super().ignored_fields() + [f"stream_options.{name}" for name in inner]
+
 
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
@@ -189,6 +194,11 @@ class ChatRequest(GenerationRequest):
     echo: bool | None = False
     system_placement: Literal["last", "first"] | None = None
     strict: bool | None = False
+
+    def ignored_fields(self) -> list[str]:
+        """``name`` of messages too: the prompt's format has no place for it."""
+        has_names = any(message.get("name") and message.get("role") != "tool" for message in self.messages)
+        return super().ignored_fields() + ["messages[].name"] * has_names
 
 
 class TokenizeRequest(ApiRequest):

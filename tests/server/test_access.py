@@ -11,8 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from nemo_engine import AsyncEngine
+from nemo_engine.server.app import create_app
 from nemo_engine.server.options import ServerOptions
 from tests.server.live import LiveServer
 
@@ -85,6 +88,16 @@ def test_a_browser_on_another_site_cannot_lend_its_login(guarded: LiveServer) ->
 @pytest.mark.parametrize("path", ["/health", "/v1/health/live", "/v1/health/ready", "/metrics"])
 def test_probes_need_no_key(guarded: LiveServer, path: str) -> None:
     assert httpx.get(guarded.url + path).status_code == 200
+
+
+def test_probes_need_no_key_where_the_server_is_mounted(engine: AsyncEngine) -> None:
+    app = FastAPI()
+    app.mount("/openai", create_app(engine, ServerOptions(api_key=["k"], log_requests=False)))
+    client = TestClient(app)
+    assert [client.request(method, "/openai/health").status_code for method in ("GET", "HEAD")] == [200, 200]
+    refused = [client.get(f"/openai{path}") for path in ("/", "/v1/models", "/health/")]
+    assert [answer.status_code for answer in refused] == [401, 401, 401]
+    assert [answer.headers["www-authenticate"][:6] for answer in refused] == ["Basic ", "Bearer", "Bearer"]
 
 
 def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +281,8 @@ def test_cross_origin_requests_are_off_unless_asked_for(engine: AsyncEngine, liv
         (b'{"prompt": "a", "truncate_prompt_tokens": 0}', "truncate_prompt_tokens"),
         (b'{"prompt": "a", "response_format": {"type": "xml"}}', "response_format.type must be"),
         (b'{"prompt": "a", "response_format": {"type": "json_schema"}}', "response_format.json_schema.schema is missing"),
+        (b'{"prompt": "a", "response_format": {"type": "json_object", "schema": {"type": "object"}}}', "response_format has fields that a format"),
+        (b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {}, "x": 1}}}', "take: x"),
         (b'{"prompt": "a", "cache_salt": ""}', "cache_salt"),
     ],
 )  # fmt: skip
@@ -308,6 +323,10 @@ def test_unknown_fields_are_told_and_nothing_else_changes(live: LiveServer) -> N
     assert response.json()["choices"][0]["text"] == plain.json()["choices"][0]["text"]
     told = response.headers["x-ignored-fields"]
     assert all(name in told for name in ("topp", "user", "metadata", "nknown")) and "\n" not in told
+    named = {"messages": [{"role": "user", "content": "hi", "name": "me"}], "max_tokens": 1}
+    inner = {"stream": True, "stream_options": {"include_obfuscation": True}}
+    nested = post(live, "/v1/chat/completions", named | inner)
+    assert nested.headers["x-ignored-fields"] == "stream_options.include_obfuscation, messages[].name"
     trivial = {"best_of": 1, "use_beam_search": False, "suffix": None, "store": False, "audio": None}
     quiet = post(live, body=BODY | trivial)
     assert quiet.status_code == 200 and "x-ignored-fields" not in quiet.headers
