@@ -34,8 +34,9 @@ class ToolUse:
             raise ApiError(400, "tools need a tokenizer with [TOOL_CALLS], and this model's has none", param="tools")
         if choice.mode == "required" and request.continue_final_message:
             raise ApiError(400, "tool_choice that forces a call excludes continue_final_message", param="tool_choice")
-        is_on = choice.mode != "none"
-        return cls(is_on, request.parallel_tool_calls is not False, choice, tuple(tools or ()), tokenizer.tool_calls_id)
+        is_named = isinstance(request.tool_choice, Mapping) and request.tool_choice["type"] == "function"
+        parallel = request.parallel_tool_calls is not False and not is_named  # a function by name means one call of it
+        return cls(choice.mode != "none", parallel, choice, tuple(tools or ()), tokenizer.tool_calls_id)
 
     @property
     def is_forced(self) -> bool:

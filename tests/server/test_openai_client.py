@@ -301,6 +301,15 @@ def test_forced_calls(client: OpenAI, choice: Any, is_streamed: bool) -> None:
         assert arguments["city"] in ("Oslo", "Rome") and 1 <= arguments["days"] <= 9 and len(arguments) == 2
 
 
+def test_a_function_by_name_is_called_once(client: OpenAI) -> None:
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+    asked: dict[str, Any] = {"model": MODEL, "messages": USER, "tools": [WEATHER], "max_tokens": 90, "temperature": 1}
+    for choice, is_one in ((named, True), ("required", False)):
+        answer = client.chat.completions.create(**asked, tool_choice=choice, n=8, seed=1)
+        counts = [len(one.message.tool_calls or ()) for one in answer.choices]
+        assert (max(counts) == 1) is is_one and min(counts) >= 1
+
+
 def test_a_broken_list_of_calls_is_content(client: OpenAI, engine: AsyncEngine) -> None:
     with planted(engine, ["Hm.", CALLS, '[{"name": "get_time", "arguments": {', "oops"]):
         (choice,) = client.chat.completions.create(model=MODEL, messages=USER, tools=[TIME]).choices
