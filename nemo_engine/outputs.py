@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple
 from nemo_engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+NO_TOKEN_LEFT = (  # error of a completion whose own parameters contradict each other
+    "structured_outputs, allowed_token_ids, bad_words, min_tokens and logit_bias together leave no token to choose"
+)
 CacheMiss = Literal["not_seen", "evicted", "prompt_logprobs", "disabled"]
 
 

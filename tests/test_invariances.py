@@ -17,6 +17,7 @@ import torch
 from nemo_engine.engine import Engine
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
+from tests.checked import check_every_step
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
 
 PAGE = 16
@@ -36,16 +37,7 @@ def make_engine(model: Path, **options: Any) -> Engine:
         "dtype": "float64", "device": "cpu", "page_size": PAGE, "num_kv_pages": 64, "max_num_seqs": 8,
         "max_num_batched_tokens": 256, "max_model_len": 256, "max_logprobs": 5,
     }  # fmt: skip
-    engine = Engine(model, **(defaults | options))
-    scheduler, step = engine._core.scheduler, engine._core.step
-
-    def checked_step() -> Any:
-        committed = step()
-        scheduler.check()
-        return committed
-
-    engine._core.step = checked_step  # type: ignore[method-assign]
-    return engine
+    return check_every_step(Engine(model, **(defaults | options)))
 
 
 def make_workload(seed: int, count: int = 10) -> tuple[Prompts, list[SamplingParams]]:

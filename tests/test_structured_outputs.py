@@ -16,6 +16,7 @@ from nemo_engine import Engine, SamplingParams
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.text.grammar import Grammar, tool_call_grammar
 from nemo_engine.text.tools import check_tools, tool_call_schema
+from tests.checked import check_every_step
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.text.test_grammar import PERSON
 from tests.text.test_tokenizer import TINY
@@ -55,16 +56,7 @@ def make_engine(model: Path, **options: Any) -> Engine:
         "dtype": "float64", "device": "cpu", "page_size": PAGE, "num_kv_pages": 100, "max_num_seqs": 12,
         "max_num_batched_tokens": 256, "max_model_len": 512, "tokenizer": str(TINY),
     }  # fmt: skip
-    engine = Engine(model, **(defaults | options))
-    scheduler, step = engine._core.scheduler, engine._core.step
-
-    def checked_step() -> Any:
-        committed = step()
-        scheduler.check()
-        return committed
-
-    engine._core.step = checked_step  # type: ignore[method-assign]
-    return engine
+    return check_every_step(Engine(model, **(defaults | options)))
 
 
 def make_workload(count: int = 15) -> tuple[list[dict[str, Any]], list[SamplingParams], list[dict[str, Any] | None]]:

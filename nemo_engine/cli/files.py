@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -26,3 +27,13 @@ def check_writable(flag: str, path: Path | None) -> None:
         raise ValueError(f"{flag} {path}: there is no directory {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{flag} {path} cannot be written: permission denied")
+
+
+def check_results(json_path: Path | None, plot_path: Path | None) -> None:
+    """Refuse what ``--json`` and ``--plot`` could not write in the end. ``ImportError`` if a plot needs what is not installed."""
+    if plot_path is not None and plot_path.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"--plot must end in .png or .svg, got {plot_path}")
+    if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install nemo-engine[plot]")
+    check_writable("--json", json_path)
+    check_writable("--plot", plot_path)

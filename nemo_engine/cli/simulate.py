@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_engine.cli.files import check_writable
+from nemo_engine.cli.files import check_results
 from nemo_engine.cli.planning import (
     NEMO_TINY,
     OPTIONS,
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_engine.simulator import simulate
     from nemo_engine.simulator.report import plot, report
 
-    check_outputs(args)
+    check_results(args.json, args.plot)
     if (args.workload is None) == (args.synthetic is None):
         raise ValueError("give a --workload file or a --synthetic specification, and not both")
     if args.requests is not None and args.requests < 1:
@@ -122,16 +122,6 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(label, runs, setting.limits, args.plot)
     return 0
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Refuse what could not be written in the end."""
-    if args.plot is not None and args.plot.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"--plot must end in .png or .svg, got {args.plot}")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install nemo-engine[plot]")
-    check_writable("--json", args.json)
-    check_writable("--plot", args.plot)
 
 
 def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedModel) -> tuple[dict[str, Any], Setting]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
-from nemo_engine.cli.files import check_writable, read_text
+from nemo_engine.cli.files import check_results, read_text
 
 _LIMITS = (
     ("--max-perplexity", "perplexity", "X", "percent of perplexity that FP8 weights may cost [1]"),
@@ -59,12 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_engine import __version__
     from nemo_engine.verify import Limits, as_json, plot, report, verify
 
-    if args.plot is not None and args.plot.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"--plot must end in .png or .svg, got {args.plot}")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install nemo-engine[plot]")
-    check_writable("--json", args.json)
-    check_writable("--plot", args.plot)
+    check_results(args.json, args.plot)
     limits = {name: getattr(args, name) for _, name, _, _ in _LIMITS if getattr(args, name) is not None}
     results = verify(
         args.model,

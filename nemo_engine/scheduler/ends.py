@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_engine.outputs import FinishReason
+from nemo_engine.outputs import NO_TOKEN_LEFT, FinishReason
 from nemo_engine.scheduler.constrained import refusal
 from nemo_engine.scheduler.repetition import ends_in_repetition
 from nemo_engine.scheduler.request import Request
@@ -10,7 +10,7 @@ from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 
 _ERRORS = {
     TOKEN_NOT_FINITE: "the model's logits are not finite (NaN or infinity): the weights or the cache are damaged",
-    TOKEN_ALL_MASKED: "structured_outputs, allowed_token_ids, bad_words, min_tokens and logit_bias together leave no token to choose",
+    TOKEN_ALL_MASKED: NO_TOKEN_LEFT,
 }
 
 

@@ -12,14 +12,13 @@ from uuid import uuid4
 from starlette.requests import Request
 
 from nemo_engine.inputs import EncodedPrompt
-from nemo_engine.outputs import CacheReport, RequestOutput
+from nemo_engine.outputs import NO_TOKEN_LEFT, CacheReport, RequestOutput
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.params import Effective
 from nemo_engine.server.protocol import GenerationRequest
 from nemo_engine.server.service import Service
 
 _HEADER_ID = re.compile(r"[!-~]{1,200}")
-_CONTRADICTION = "leave no token to choose"  # the engine's words for what is not its failure but the request's
 
 
 class Generation:
@@ -181,8 +180,8 @@ def _id_of_header(http: Request) -> str | None:
 def raise_failure(output: RequestOutput) -> None:
     """Raise ``ApiError`` if a completion of ``output`` failed inside the engine, or the engine was closed over it."""
     for completion in output.outputs:
-        if completion.finish_reason == "error" and _CONTRADICTION in (completion.error or ""):
-            raise ApiError(400, str(completion.error), code="no_token_left")
+        if completion.finish_reason == "error" and completion.error == NO_TOKEN_LEFT:
+            raise ApiError(400, NO_TOKEN_LEFT, code="no_token_left")
         if completion.finish_reason == "error":
             raise ApiError(500, f"the request failed: {completion.error}", code="generation_failed")
 

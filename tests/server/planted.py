@@ -12,6 +12,12 @@ from nemo_engine.inputs import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics
 from nemo_engine.sampling_params import RequestOutputKind
 
+WEATHER_PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
 CALLS = "[TOOL_CALLS]"  # a piece that stands for the token
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from nemo_engine import AsyncEngine, SamplingParams
 from tests.server.live import MODEL, LiveServer
-from tests.server.planted import CALLS, planted
+from tests.server.planted import CALLS, WEATHER_PARAMETERS, planted
 
 PROMPT = "The heapq module"
 USER: list[Any] = [{"role": "user", "content": "What does os.path.join do?"}]
@@ -23,12 +23,7 @@ WEATHER: Any = {
     "function": {
         "name": "get_weather",
         "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-            "required": ["city", "days"],
-            "additionalProperties": False,
-        },
+        "parameters": WEATHER_PARAMETERS,
     },
 }
 TIME: Any = {"type": "function", "function": {"name": "get_time"}}

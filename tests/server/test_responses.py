@@ -16,19 +16,14 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from nemo_engine import AsyncEngine
 from tests.server.live import MODEL, LiveServer
-from tests.server.planted import CALLS, planted
+from tests.server.planted import CALLS, WEATHER_PARAMETERS, planted
 
 ANY_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 WEATHER: Any = {
     "type": "function",
     "name": "get_weather",
     "description": "The weather of a city.",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-        "required": ["city", "days"],
-        "additionalProperties": False,
-    },
+    "parameters": WEATHER_PARAMETERS,
     "strict": True,
 }
 TIME: Any = {"type": "function", "name": "get_time", "parameters": {"type": "object", "properties": {}}}
