@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.emulation.library import build, open_library
 
 pytestmark = pytest.mark.emulated
 
@@ -374,3 +378,10 @@ def test_launches_that_a_gpu_would_refuse(checks: Any, threads: int) -> None:
     x = torch.zeros(2048)
     with pytest.raises(RuntimeError, match=f"launch of rotate: {threads} threads"):
         checks.rotate(x.data_ptr(), x.data_ptr(), 1, threads, 0, 0)
+
+
+def test_two_libraries_are_two_modules(emulated_library: Any, tmp_path: Path) -> None:
+    """Also where the real one is built: what is opened is what lies at the path, not what was made under a name before."""
+    copy = shutil.copy(build(), tmp_path)
+    other = open_library(Path(copy))
+    assert other is not emulated_library and other.emulator is not emulated_library.emulator

@@ -93,7 +93,7 @@ class Op:
     """An operation. ``impls`` are in order of preference; ``cost`` maps a case's arguments to (bytes moved, flops).
 
     ``is_fp8``: only models with FP8 weights or activations need it. ``composed``: of an operation that is several others in one launch, a
-    function that makes it from the chosen ones (an ``Ops``), for where no implementation of the whole serves.
+    function that makes it from the chosen ones (an ``Ops``); it is the default.
     """
 
     name: str
@@ -119,9 +119,10 @@ class Choice:
 def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
     """The first implementation that supports ``site``, or the one that ``prefer`` names.
 
-    If there is none: what the operation is composed of (the choice's function is then still the definition); or else the definition, on a CPU,
-    and on every device for what only an FP8 model needs. Raises ``ValueError`` with the reasons if the preferred one is unknown or cannot
-    serve, or if nothing can.
+    An operation that is several others in one launch is composed of those (the choice's function is then still the definition) unless
+    ``prefer`` names a kernel of the whole, for no such kernel has been measured. If nothing serves: the definition, on a CPU, and on every
+    device for what only an FP8 model needs. Raises ``ValueError`` with the reasons if the preferred one is unknown or cannot serve, or if
+    nothing can.
     """
     wanted = prefer.get(op.name)
     known = [*(impl.name for impl in op.impls), *([COMPOSED] if op.composed else []), SEMANTICS]
@@ -132,6 +133,8 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
         reason = impl.supports(site)
         if wanted not in (None, impl.name):
             rejected.append((impl.name, f"{wanted} is preferred"))
+        elif wanted is None and op.composed is not None:
+            rejected.append((impl.name, reason or "not measured yet, runs where it is preferred"))
         elif reason is None:
             return Choice(op.name, impl.name, tuple(rejected), impl.load(), op.is_fp8)
         elif wanted == impl.name:

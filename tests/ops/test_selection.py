@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -101,6 +104,22 @@ def test_a_gpu_without_fp8_serves_models_without_fp8() -> None:
     assert {choice.op for choice in ops.choices if choice.chosen == "semantics"} == {
         op.name for op in ALL_OPS if op.is_fp8 and op.composed is None
     }
+
+
+def test_where_the_cuda_library_is_built_it_runs_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what nothing else serves on a GPU."""
+    library = ModuleType("nemo_engine._C")
+    library.__spec__ = ModuleSpec("nemo_engine._C", None)
+    library.device_type = "cuda"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nemo_engine._C", library)
+    nemo = dataclasses.replace(
+        GPU, num_heads=32, num_kv_heads=8, head_dim=128, page_size=64, hidden_size=5120, intermediate_size=14336
+    )
+    alone = {op.name for op in ALL_OPS if [impl.name for impl in op.impls] == ["cuda"] and op.composed is None}
+    plain = {choice.op for choice in Ops.select(nemo, {}).choices if choice.chosen == "cuda"}
+    asked = {choice.op for choice in Ops.select(nemo, {"*": "cuda"}).choices if choice.chosen == "cuda"}
+    assert plain == alone
+    assert {"norm_linear", "silu_mul_linear", "rms_norm", "paged_attention", "sample_"} <= asked
 
 
 def test_unknown_preferences_are_refused() -> None:
