@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 import nemo_engine.server
-from nemo_engine import AsyncEngine, SamplingParams
+from nemo_engine import AsyncEngine, Engine, SamplingParams
 from nemo_engine.server.monitor import MAX_CELLS, PAGE_STATES, Monitor, page_map
 from tests.server.live import ENGINE_OPTIONS, MODEL, LiveServer
 
@@ -100,27 +100,30 @@ def test_it_lies_behind_the_key(engine: AsyncEngine) -> None:
 
 
 def snapshot(server: LiveServer) -> dict[str, Any]:
-    time.sleep(0.55)  # a younger picture is shared
     return dict(httpx.get(server.url + "/monitor", timeout=20).raise_for_status().json())
 
 
 @contextmanager
 def running(engine: AsyncEngine, *params: SamplingParams, prompt: list[int]) -> Iterator[None]:
-    """Requests that run until the end of the block."""
+    """Requests that run until the end of the block, each of which has had tokens for all of its completions."""
     ids = [f"watched-{index}" for index in range(len(params))]
+    started = {request_id: asyncio.Event() for request_id in ids}
 
-    async def run(started: asyncio.Event) -> None:
-        async def one(request_id: str, own: SamplingParams) -> None:
-            async for _ in engine.generate({"prompt_token_ids": prompt}, own, request_id):
-                started.set()
+    async def one(request_id: str, own: SamplingParams) -> None:
+        async for output in engine.generate({"prompt_token_ids": prompt}, own, request_id):
+            if all(completion.token_ids for completion in output.outputs):
+                started[request_id].set()
 
+    async def run() -> None:
         await asyncio.gather(*map(one, ids, params))
+
+    async def wait() -> None:
+        await asyncio.gather(*(event.wait() for event in started.values()))
 
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        started = asyncio.Event()
-        task = loop.create_task(run(started))
-        loop.run_until_complete(started.wait())
+        task = loop.create_task(run())
+        loop.run_until_complete(wait())
         try:
             yield
         finally:
@@ -131,6 +134,7 @@ def running(engine: AsyncEngine, *params: SamplingParams, prompt: list[int]) -> 
 def test_it_tells_what_runs(engine: AsyncEngine, live: LiveServer) -> None:
     long = SamplingParams(max_tokens=900, ignore_eos=True, seed=1, temperature=1.0)
     prompt = [1, *range(3000, 3050)]
+    time.sleep(0.6)  # a picture younger than half a second is shared
     with running(engine, long, SamplingParams(max_tokens=900, ignore_eos=True, seed=2, n=2), prompt=prompt):
         picture = snapshot(live)
     assert picture["status"] == "ready" and picture["engine"]["model"] == "nemo-tiny"
@@ -152,21 +156,21 @@ def test_it_tells_what_runs(engine: AsyncEngine, live: LiveServer) -> None:
     assert steps["decodes"][-1] == 3 and all(ms > 0 for ms in steps["milliseconds"])
     history = picture["history"]
     assert len({len(column) for column in history.values()}) == 1 and sum(history["new_tokens"]) > 0
+    time.sleep(0.6)
     after = snapshot(live)
     assert after["requests"] == [] and after["pages"]["counts"]["used"] == 0 < after["pages"]["counts"]["cached"]
 
 
-def test_running_requests_come_first_and_the_list_ends(engine: AsyncEngine) -> None:
-    params = [SamplingParams(max_tokens=900, ignore_eos=True, seed=index) for index in range(40)]  # 32 have slots
-    with running(engine, *params, prompt=[1, 2000]):
-
-        async def look(limit: int) -> list[tuple[str, str]]:
-            return await engine.call(lambda loop: [(one.request_id, one.state) for one in loop.requests(limit)])
-
-        views = asyncio.run(look(100))
-        assert [state for _, state in views] == ["decode"] * 32 + ["waiting"] * 8
-        assert len({request_id for request_id, _ in views}) == 40
-        assert asyncio.run(look(35)) == views[:35]
+def test_running_requests_come_first_and_the_list_ends() -> None:
+    with Engine(MODEL, **ENGINE_OPTIONS) as engine:
+        for index in range(40):  # 32 have slots
+            engine.add_request(
+                str(index), {"prompt_token_ids": [1, 2000]}, SamplingParams(max_tokens=9, ignore_eos=True)
+            )
+        engine.step()
+        views = [(one.request_id, one.state) for one in engine.requests(100)]
+        assert views == [(str(index), "decode" if index < 32 else "waiting") for index in range(40)]
+        assert [(one.request_id, one.state) for one in engine.requests(35)] == views[:35]
 
 
 @pytest.mark.parametrize("num_pages", [1, 7, MAX_CELLS, MAX_CELLS + 1, 100_003])
