@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import append_record, provenance
 from timing import Ceilings, measure_ceilings, timer_for
 
 from nemo_engine import Engine, SamplingParams
@@ -100,10 +100,9 @@ class Workload:
 
     def add(self, num_in: int, num_out: int) -> None:
         """Queue one request, whose output comes token by token."""
-        params = _params(num_out, RequestOutputKind.DELTA)
         self._open.append(f"bench-{self._count}")
         self._count += 1
-        self.engine.add_request(self._open[-1], self.prompt(num_in), params)
+        self.engine.add_request(self._open[-1], self.prompt(num_in), params(num_out, RequestOutputKind.DELTA))
 
     def abort_all(self) -> None:
         """End what ``add`` queued, and take what is still to come."""
@@ -113,7 +112,8 @@ class Workload:
             self.engine.step()
 
 
-def _params(num_out: int, kind: RequestOutputKind) -> SamplingParams:
+def params(num_out: int, kind: RequestOutputKind) -> SamplingParams:
+    """Greedy, of exactly ``num_out`` tokens, without text."""
     return SamplingParams(temperature=0.0, max_tokens=num_out, ignore_eos=True, detokenize=False, output_kind=kind)
 
 
@@ -164,7 +164,7 @@ def throughput(workload: Workload, count: int, num_in: int, num_out: int) -> Rec
     prompts = [workload.prompt(num_in) for _ in range(count)]
     preemptions = engine.stats().total_preemptions
     start = time.perf_counter()
-    outputs = engine.generate(prompts, _params(num_out, RequestOutputKind.FINAL_ONLY))
+    outputs = engine.generate(prompts, params(num_out, RequestOutputKind.FINAL_ONLY))
     seconds = time.perf_counter() - start
     tokens = count_tokens(outputs)
     assert tokens == count * num_out, (tokens, count, num_out)
@@ -264,9 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for record in measure(engine, args, ceilings):
                 has_failed |= "error" in record
                 print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
-                if args.json:
-                    with args.json.open("a") as file:
-                        file.write(json.dumps({"benchmark": "bench_engine", **record, **facts}) + "\n")
+                append_record(args.json, {"benchmark": "bench_engine", **record, **facts})
     return int(has_failed)
 
 

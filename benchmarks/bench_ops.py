@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_engine import CONFIGS
-from provenance import provenance
+from provenance import append_record, provenance
 from timing import HEADER, Args, Calls, Size, is_usable, measure_ceilings, measure_size, on_device, run_once, timer_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -411,9 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             print(row.format(), flush=True)
             failures += row.error is not None and not row.is_baseline
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(json.dumps({"benchmark": "bench_ops", **asdict(row), **facts}) + "\n")
+            append_record(args.json, {"benchmark": "bench_ops", **asdict(row), **facts})
         rest = [other.name for other in ops[index + 1 :]]
         if rest and not is_usable(device):
             print("the device is not usable any more in this process: another one goes on", flush=True)

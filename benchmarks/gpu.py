@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from provenance import provenance
+from provenance import append_record, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -180,8 +179,7 @@ def run_all(chosen: Sequence[Stage], minutes: float, logs: Path, results: Path, 
             "seconds": outcome.seconds,
             **facts,
         }
-        with results.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(results, record)
         if not logs.resolve().is_relative_to(results.parent.resolve()):
             shutil.copy(results, logs)
     return outcomes

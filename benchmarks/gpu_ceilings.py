@@ -10,7 +10,6 @@ back end; the cost of one more kernel in a CUDA graph; the SM clock under load. 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from provenance import provenance
+from provenance import append_record, provenance
 from timing import DeviceTimer, Timer
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -155,9 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _report(record: Record, facts: Record, path: Path | None) -> None:
     print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
-    if path is not None:
-        with path.open("a") as file:
-            file.write(json.dumps({"benchmark": "gpu_ceilings", **record, **facts}) + "\n")
+    append_record(path, {"benchmark": "gpu_ceilings", **record, **facts})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Where and how a number was measured: machine, versions, commit and command, for every line of a results file."""
+"""Lines of results files: where and how each number was measured: machine, versions, commit and command."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -31,3 +33,10 @@ def provenance(*packages: str) -> dict[str, object]:
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def append_record(path: Path | None, record: Mapping[str, object]) -> None:
+    """Add a line to the results file ``path``, if there is one."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from provenance import provenance
+from provenance import append_record, provenance
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
@@ -82,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "benchmark": "scheduler", "num_seqs": num_seqs, "page_size": page_size, "prompt_len": args.prompt_len,
                 "steps": args.steps, "median_us": median, "p90_us": p90, "p99_us": p99, **facts,
             }  # fmt: skip
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+            append_record(args.json, record)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from provenance import provenance
+from provenance import append_record, provenance
 
 from nemo_engine import AsyncEngine, SamplingParams
 from nemo_engine.sampling_params import RequestOutputKind
@@ -127,16 +127,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, values in rates.items():
         print(f"{name:11} {statistics.median(values):8.0f} tokens/s ({min(values):.0f} to {max(values):.0f})")
     print(f"over HTTP / in process: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-    if args.json:
-        line = {
-            "benchmark": "server_overhead",
-            "workload": {k: v for k, v in vars(args).items() if k != "json"},
-            "tokens_per_second": rates,
-            "ratio": ratios,
-            **provenance("torch", "uvicorn", "uvloop", "fastapi"),
-        }
-        with args.json.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    record = {
+        "benchmark": "server_overhead",
+        "workload": {k: v for k, v in vars(args).items() if k != "json"},
+        "tokens_per_second": rates,
+        "ratio": ratios,
+        **provenance("torch", "uvicorn", "uvloop", "fastapi"),
+    }
+    append_record(args.json, record)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ python benchmarks/simulator.py --json benchmarks/results/NAME.jsonl
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from provenance import provenance
+from provenance import append_record, provenance
 
 from nemo_engine.config import EngineConfig
 from nemo_engine.planner.efficiency import Efficiencies
@@ -68,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "steps": found.num_steps, "wall_s": found.wall_s, "cpu_s": cpu, "steps_per_s": steps_per_s, "requests_per_s": requests_per_s,
                 "peak_mib": mib, **facts,
             }  # fmt: skip
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+            append_record(args.json, record)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ in this process and for grammar in a process of its own before. The last rows ar
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import append_record, provenance
 
 from nemo_engine.runner.logit_edits import apply_masks_, mask_table
 from nemo_engine.structured_outputs import StructuredOutputsParams
@@ -99,9 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             times.append((time.perf_counter() - start) * 1e6)
         print(f"{rows:4d} {statistics.median(times):10.0f}")
         records.append({"rows": rows, "apply_us": statistics.median(times)})
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps({"benchmark": "structured", **record, **facts}) + "\n" for record in records)
+    for record in records:
+        append_record(args.json, {"benchmark": "structured", **record, **facts})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ reported, with the least and the greatest. Whole calls are timed, prefill includ
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from provenance import provenance
+from provenance import append_record, provenance
 
 from nemo_engine import Engine, SamplingParams
 
@@ -114,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                     seconds[name].append(time.perf_counter() - start)
     total = args.prompts * args.new_tokens
     ours, baseline = seconds["nemo_engine"], tokens["nemo_engine"]
-    records = []
     print(
         f"{args.prompts} prompts of {args.shortest} to {args.longest} tokens, {args.new_tokens} new each, {args.dtype}"
     )
@@ -130,14 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{max(times):.3f})  ours/this {statistics.median(ratios):.2f}x ({min(ratios):.2f} .. {max(ratios):.2f})  "
             f"equal outputs {equal}/{args.prompts}"
         )
-        records.append({
+        append_record(args.json, {
             "benchmark": "throughput_cpu", "engine": name, "workload": {k: v for k, v in vars(args).items() if k != "json"},
             "seconds": times, "tokens_per_second": total / median, "speedup_of_nemo_engine": ratios,
             "equal_outputs": equal, "threads": torch.get_num_threads(), **provenance("torch", "transformers"),
         })  # fmt: skip
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
+from bench_engine import count_tokens, params
+from provenance import append_record, provenance
 
-from nemo_engine import Engine, SamplingParams
-from nemo_engine.outputs import RequestOutput
+from nemo_engine import Engine
 from nemo_engine.sampling_params import RequestOutputKind
-from nemo_engine.simulator import CostModel, EngineShape, Limits, Measurement, Setting, simulate
+from nemo_engine.simulator import CostModel, EngineShape, Measurement, Setting, simulate
 from nemo_engine.step import StepPlan
 from nemo_engine.workload import Arrivals, Item, WorkloadSpec, generate, prompt_token_ids
 
@@ -92,31 +92,21 @@ class Driver:
                 self._count += 1
                 name = f"v{self._count}"
                 arrived[name] = start + when
-                engine.add_request(name, {"prompt_token_ids": prompts[waiting]}, _params(item.output_tokens))
+                engine.add_request(
+                    name, {"prompt_token_ids": prompts[waiting]}, params(item.output_tokens, RequestOutputKind.DELTA)
+                )
                 waiting += 1
             self.recorder.last = None
             outputs = engine.step()
             end = time.perf_counter()
             if self.recorder.last is not None:
                 self.measurements.append(Measurement.of(*self.recorder.last, end - begin))
+            tokens += count_tokens(outputs)
             for output in outputs:
-                tokens += _num_tokens(output)
                 firsts.setdefault(output.request_id, end - arrived[output.request_id])
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds,
                 "median_ttft_s": statistics.median(firsts.values())}  # fmt: skip
-
-
-def _params(num_out: int) -> SamplingParams:
-    kind = RequestOutputKind.DELTA
-    return SamplingParams(temperature=0.0, max_tokens=num_out, ignore_eos=True, detokenize=False, output_kind=kind)
-
-
-def _num_tokens(output: RequestOutput) -> int:
-    for completion in output.outputs:
-        if completion.finish_reason == "error":
-            raise RuntimeError(f"a request failed: {completion.error}")
-    return sum(len(completion.token_ids) for completion in output.outputs)
 
 
 def measure_grid(driver: Driver, batches: Sequence[int], inputs: Sequence[int], joining: int, seed: int) -> None:
@@ -157,7 +147,7 @@ class Unseen:
     def compare(self, model: CostModel, shape: EngineShape) -> dict[str, Any]:
         """With what the simulator makes of it."""
         timed = [Item(item.request_id, item.turns, when) for when, item in zip(self.times, self.items)]
-        found = simulate(timed, Arrivals("file"), Setting(shape, model, limits=Limits()))
+        found = simulate(timed, Arrivals("file"), Setting(shape, model))
         measured = self.measured
         predicted = {"tokens_per_s": found.output_tokens_per_s, "median_ttft_s": found.ttft.quantile(0.5)}
         return {
@@ -234,9 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"({result['ttft_error']:+.1%})"
         )
     print("within the limits" if is_good else "NOT within the limits")
-    if args.json is not None:
-        with args.json.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    append_record(args.json, record)
     return int(not is_good)
 
 

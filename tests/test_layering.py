@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Row 4
     "scheduler": CONTRACTS,
     "runner": {"model", "ops", "parallel", "planner.memory", *CONTRACTS},
-    "planner": {"model.layout", "model.quantization", *CONTRACTS},
+    "planner": {"model.layout", "model.quantization", "workload", *CONTRACTS},
     # Row 3
     "model": {"ops", "parallel", *CONTRACTS},
     # Row 2

@@ -23,6 +23,7 @@ from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of, proje
 from nemo_engine.planner.plan import Load, Plan, make_plan, shard
 from nemo_engine.planner.report import as_json, report
 from nemo_engine.planner.roofline import Roofline, num_pairs
+from nemo_engine.workload import Limits
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.fp8_checkpoints import FLAVOURS, write_fp8
 
@@ -69,7 +70,7 @@ DECODE_MS = [
 @pytest.mark.parametrize(("options", "expected"), DECODE_MS)
 def test_rooflines_of_decoding(options: dict[str, Any], expected: dict[tuple[int, int], float]) -> None:
     formats = formats_of(NEMO, EngineConfig(**options))
-    roofline = Roofline.of(NEMO.config, formats, H200, Efficiencies.ideal())
+    roofline = Roofline.of(NEMO.config, formats, H200, Efficiencies().ideal())
     for (batch, context), ms in expected.items():
         seconds = roofline.step_seconds(batch, batch * (context + 1), ())
         assert seconds * 1e3 == pytest.approx(ms, abs=0.0051)
@@ -82,9 +83,9 @@ def test_rooflines_of_decoding(options: dict[str, Any], expected: dict[tuple[int
     [({}, (34.9, 32.1, 24.2, 12.2)), ({"quantization": "fp8"}, (67.4, 57.9, 36.4, 14.6))],
 )
 def test_rooflines_of_prefill(options: dict[str, Any], expected: tuple[float, ...]) -> None:
-    roofline = Roofline.of(NEMO.config, formats_of(NEMO, EngineConfig(**options)), H200, Efficiencies.ideal())
+    roofline = Roofline.of(NEMO.config, formats_of(NEMO, EngineConfig(**options)), H200, Efficiencies().ideal())
     for tokens, rate in zip((2048, 8192, 32768, 131072), expected):
-        assert tokens / roofline.prefill_seconds(tokens, 1 << 20) / 1e3 == pytest.approx(rate, abs=0.06)
+        assert tokens / roofline.step_seconds(0, 0, [(0, tokens)]) / 1e3 == pytest.approx(rate, abs=0.06)
 
 
 def test_pairs() -> None:
@@ -226,14 +227,14 @@ def test_several_gpus_on_paper() -> None:
 
 
 def test_limits_and_cost() -> None:
-    load = Load(2000, 200, slo_ttft=1.0, slo_itl=0.03, price_per_hour=3.6)
+    load = Load(2000, 200, Limits(ttft_s=1.0, itl_s=0.03), price_per_hour=3.6)
     found = plan(load=load, **FP8)
     assert found.best is not None and found.best.itl <= 0.03 and found.best.ttft <= 1.0
     assert found.best.batch in {point.batch for point in found.points} or 1 < found.best.batch < 256
     longer = make_plan(NEMO, H200, EngineConfig(**FP8, max_num_seqs=found.best.batch + 1), load)
     assert longer.points[-1].batch == found.best.batch + 1 and longer.points[-1].itl > 0.03  # one more is too many
     assert found.cost_per_million(found.best) == pytest.approx(3.6 / 3600 / found.best.tokens_per_s * 1e6)
-    assert plan(load=dataclasses.replace(load, slo_itl=0.001), **FP8).best is None
+    assert plan(load=dataclasses.replace(load, limits=Limits(ttft_s=1.0, itl_s=0.001)), **FP8).best is None
     assert plan(load=Load(2000, 200), **FP8).best is None
     rates = [point.tokens_per_s for point in found.points]
     assert rates == sorted(rates)
@@ -255,7 +256,7 @@ def test_every_gpu_has_plausible_numbers(gpu: str) -> None:
         (lambda: find_gpu("h900"), "gpu must be one of h200, .* got 'h900'"),
         (lambda: plan("a100", **FP8), "FP8 needs compute capability 8.9"),
         (lambda: plan(load=Load(0, 5)), "input_tokens must be an integer of at least 1, got 0"),
-        (lambda: plan(load=Load(5, 5, slo_itl=-1.0)), "slo_itl must be finite and greater than 0, got -1.0"),
+        (lambda: plan(load=Load(5, 5, Limits(itl_s=-1.0))), "itl_s must be finite and greater than 0, got -1.0"),
         (
             lambda: plan(load=Load(131072, 5)),
             "input 131072 and output 5 make 131077 tokens: more than the context of 131072",

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_engine.planner.efficiency import Efficiencies
     from nemo_engine.planner.plan import Load, make_plan
     from nemo_engine.planner.report import as_json, report
+    from nemo_engine.workload import Limits
 
     check_writable("--json", args.json)
     if args.context is not None:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--context and --max-model-len are the same: give one, got {args.context} and another")
         args.engine_option_max_model_len = args.context
     config, gpu = config_of(args), gpu_of(args)
-    load = Load(args.input, args.output, args.slo_ttft, args.slo_itl, args.price_per_hour)
+    load = Load(args.input, args.output, Limits(args.slo_ttft, args.slo_itl), args.price_per_hour)
     efficiencies = Efficiencies.read(gpu, results_folder(args))
     plan = make_plan(model_of(args), gpu, config, load, efficiencies, args.tp)
     print(report(plan))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +130,8 @@ def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedMod
     from nemo_engine.planner.memory import plan_kv_cache
     from nemo_engine.planner.models import formats_of
     from nemo_engine.planner.roofline import Roofline, StepCost
-    from nemo_engine.simulator import CostModel, EngineShape, Limits, Setting
+    from nemo_engine.simulator import CostModel, EngineShape, Setting
+    from nemo_engine.workload import Limits
 
     if args.gpu is None and args.cost_model is None:
         raise ValueError("give a --gpu, a --cost-model, or both (the GPU's memory and the model's times)")
@@ -149,11 +150,7 @@ def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedMod
         assert gpu is not None
         efficiencies = Efficiencies.read(gpu, results_folder(args))
         cost = Roofline.of(model.config, formats, gpu, efficiencies)
-        figures = {name: getattr(efficiencies, name) for name in efficiencies.__slots__}
-        facts |= {
-            "machine": gpu.title,
-            "efficiencies": {name: {"value": one.value, "source": one.source} for name, one in figures.items()},
-        }
+        facts |= {"machine": gpu.title, "efficiencies": asdict(efficiencies)}
     depth = config.pipeline_depth or (1 if gpu is None else 2)
     shape = EngineShape(
         num_pages, config.page_size, config.max_num_seqs, config.max_num_batched_tokens, max_model_len,
@@ -167,8 +164,7 @@ def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedMod
         config.scheduling_policy == "priority",
         Limits(args.slo_ttft, args.slo_itl),
     )
-    shape_facts = {name: getattr(shape, name) for name in shape.__slots__}
-    return facts | {"engine": shape_facts, "replicas": args.replicas, "routing": args.routing}, setting
+    return facts | {"engine": asdict(shape), "replicas": args.replicas, "routing": args.routing}, setting
 
 
 def sweep(args: argparse.Namespace) -> tuple[str, list[tuple[float, Arrivals]]]:
@@ -251,19 +247,16 @@ class _Bar:
     """Says how far a long run is; nothing in the first two seconds, or without tqdm."""
 
     def __init__(self, text: str) -> None:
-        self._text = text
-        self._start = time.monotonic()
         self._bar: Any = None
-
-    def update(self, num_done: int, virtual_s: float) -> None:
-        if self._bar is None:
-            if time.monotonic() - self._start < _PATIENCE_S or importlib.util.find_spec("tqdm") is None:
-                return
+        if importlib.util.find_spec("tqdm") is not None:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(desc=self._text, unit="request")
-        self._bar.set_postfix_str(f"virtual {virtual_s:,.0f} s", refresh=False)
-        self._bar.update(num_done - self._bar.n)
+            self._bar = tqdm(desc=text, unit="request", delay=_PATIENCE_S)
+
+    def update(self, num_done: int, virtual_s: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"virtual {virtual_s:,.0f} s", refresh=False)
+            self._bar.update(num_done - self._bar.n)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -47,14 +47,13 @@ class Efficiencies:
     host_us_per_request: Figure = Figure(0.4, "assumed: schedule() and commit() measured at 0.15 us, and output")
     link_us: Figure = Figure(10.0, "assumed: latency of an all-reduce inside one machine")
 
-    @classmethod
-    def ideal(cls) -> Efficiencies:
-        """The ceilings alone, everything else perfect and free: the rooflines that no engine can pass."""
-        names = {field.name for field in fields(cls)} - {"memory", "matmul_bf16", "matmul_fp8"}
+    def ideal(self) -> Efficiencies:
+        """These ceilings, everything else perfect and free: the rooflines that no engine can pass."""
+        names = {field.name for field in fields(self)} - {"memory", "matmul_bf16", "matmul_fp8"}
         one = Figure(1.0, "ideal")
         free = Figure(0.0, "ideal")
         costs = {"elementwise", "launch_us", "host_us", "host_us_per_request", "link_us"}
-        return cls(**{name: free if name in costs else one for name in names})
+        return replace(self, **{name: free if name in costs else one for name in names})
 
     @classmethod
     def read(cls, gpu: Gpu, folder: Path | None) -> Efficiencies:

@@ -13,6 +13,7 @@ from nemo_engine.planner.gpus import GPUS, Gpu
 from nemo_engine.planner.memory import DoesNotFitError, MemoryPlan, Sizes, plan_kv_cache, plan_memory, weight_bytes
 from nemo_engine.planner.models import Formats, PlannedModel, formats_of
 from nemo_engine.planner.roofline import Roofline
+from nemo_engine.workload import Limits
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -37,8 +38,7 @@ class Load:
 
     input_tokens: int
     output_tokens: int
-    slo_ttft: float | None = None
-    slo_itl: float | None = None
+    limits: Limits = Limits()
     price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
@@ -46,14 +46,9 @@ class Load:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name in ("slo_ttft", "slo_itl", "price_per_hour"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be finite and greater than 0, got {value}")
-
-    def is_met(self, point: Operating) -> bool:
-        """Whether ``point`` is within the limits."""
-        return point.ttft <= (self.slo_ttft or point.ttft) and point.itl <= (self.slo_itl or point.itl)
+        price = self.price_per_hour
+        if price is not None and not 0 < price < float("inf"):
+            raise ValueError(f"price_per_hour must be finite and greater than 0, got {price}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +115,7 @@ def make_plan(
     ranks = tensor_parallel_size
     own, formats, sizes = _per_gpu(model, config, ranks)
     roofline = Roofline.of(model.config, formats, gpu, efficiencies, ranks)
-    ideal = Roofline.of(model.config, formats, gpu, replace_costs(efficiencies), ranks)
+    ideal = Roofline.of(model.config, formats, gpu, efficiencies.ideal(), ranks)
     shortage, num_pages, max_model_len = None, 0, 0
     try:
         num_pages, max_model_len, found = plan_kv_cache(own, config, sizes, gpu.free_bytes)
@@ -136,14 +131,13 @@ def make_plan(
         )
     largest = min(config.max_num_seqs, num_pages // -(-(total - 1) // config.page_size)) if shortage is None else 0
     points = [operating(roofline, ideal, load, batch, config) for batch in range(1, largest + 1)]
-    meeting = [point for point in points if load.is_met(point)]
-    has_limits = load.slo_ttft is not None or load.slo_itl is not None
+    meeting = [point for point in points if load.limits.are_kept(point.ttft, point.itl)]
     return Plan(
         model=model, gpu=gpu, config=config, formats=formats, efficiencies=efficiencies, tensor_parallel_size=ranks,
         memory=memory, kv_bytes_per_token=own.kv_bytes_per_token(sizes.kv_cache), shortage=shortage,
         max_model_len=max_model_len, num_pages=num_pages, load=load, largest_batch=largest,
         points=tuple(point for point in points if point.batch in (*_BATCHES, largest)),
-        best=meeting[-1] if meeting and has_limits else None,
+        best=meeting[-1] if meeting and load.limits != Limits() else None,
     )  # fmt: skip
 
 
@@ -201,17 +195,6 @@ def _per_gpu(model: PlannedModel, config: EngineConfig, ranks: int) -> tuple[Mod
         divided = replace(own, vocab_size=own.vocab_size // ranks)
         sizes = Sizes(sizes.activations, sizes.kv_cache, weight_bytes(divided, sizes.activations, formats.kind_of))
     return own, formats, sizes
-
-
-def replace_costs(efficiencies: Efficiencies) -> Efficiencies:
-    """The ceilings of ``efficiencies``, everything below them ideal."""
-    ideal = Efficiencies.ideal()
-    return replace(
-        ideal,
-        memory=efficiencies.memory,
-        matmul_bf16=efficiencies.matmul_bf16,
-        matmul_fp8=efficiencies.matmul_fp8,
-    )
 
 
 def operating(roofline: Roofline, ideal: Roofline, load: Load, batch: int, config: EngineConfig) -> Operating:

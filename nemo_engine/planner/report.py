@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from nemo_engine.planner.memory import GIB
@@ -68,7 +68,7 @@ def _limits(plan: Plan) -> list[str]:
     load, lines = plan.load, []
     limits = [
         f"{name} of at most {value * 1e3:g} ms"
-        for name, value in (("TTFT", load.slo_ttft), ("ITL", load.slo_itl))
+        for name, value in (("TTFT", load.limits.ttft_s), ("ITL", load.limits.itl_s))
         if value is not None
     ]
     point = plan.best
@@ -98,14 +98,14 @@ def _figures(plan: Plan) -> list[str]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Plain data, units in the names."""
-    memory = {field.name: getattr(plan.memory, field.name) for field in fields(plan.memory)}
+    load = plan.load
     data: dict[str, Any] = {
         "model": plan.model.name,
         "gpu": plan.gpu.name,
         "gpu_source": plan.gpu.source,
         "tensor_parallel_size": plan.tensor_parallel_size,
         "runs_in_this_version": plan.tensor_parallel_size == 1,
-        "memory_bytes": memory | {"total": plan.memory.total},
+        "memory_bytes": asdict(plan.memory) | {"total": plan.memory.total},
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "fits": plan.shortage is None,
         "options": {
@@ -113,11 +113,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for name in ("dtype", "quantization", "quantize_lm_head", "kv_cache_dtype", "max_model_len", "max_num_seqs",
                          "max_num_batched_tokens", "page_size", "enforce_eager", "pipeline_depth")
         },
-        "load": {field.name: getattr(plan.load, field.name) for field in fields(plan.load)},
-        "efficiencies": {
-            field.name: {"value": getattr(plan.efficiencies, field.name).value, "source": getattr(plan.efficiencies, field.name).source}
-            for field in fields(plan.efficiencies)
+        "load": {
+            "input_tokens": load.input_tokens, "output_tokens": load.output_tokens, "slo_ttft": load.limits.ttft_s,
+            "slo_itl": load.limits.itl_s, "price_per_hour": load.price_per_hour,
         },
+        "efficiencies": asdict(plan.efficiencies),
     }  # fmt: skip
     if plan.shortage is not None:
         return data | {

@@ -142,10 +142,3 @@ class Roofline:
     def host_seconds(self, num_rows: int) -> float:
         """See ``StepCost``."""
         return self.host_fixed_seconds + num_rows * self.host_seconds_per_row
-
-    def prefill_seconds(self, num_tokens: int, max_num_batched_tokens: int) -> float:
-        """Of one prompt alone, in chunks."""
-        starts = range(0, num_tokens, max_num_batched_tokens)
-        return sum(
-            self.step_seconds(0, 0, [(start, min(max_num_batched_tokens, num_tokens - start))]) for start in starts
-        )

@@ -2,8 +2,8 @@
 
 from nemo_engine.simulator.cost import CostModel, Measurement
 from nemo_engine.simulator.replica import EngineShape
-from nemo_engine.simulator.results import Limits, Results
+from nemo_engine.simulator.results import Results
 from nemo_engine.simulator.routing import ROUTINGS
 from nemo_engine.simulator.run import Setting, simulate
 
-__all__ = ["ROUTINGS", "CostModel", "EngineShape", "Limits", "Measurement", "Results", "Setting", "simulate"]
+__all__ = ["ROUTINGS", "CostModel", "EngineShape", "Measurement", "Results", "Setting", "simulate"]

@@ -95,14 +95,7 @@ class CostModel:
 
     def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk]) -> float:
         """See ``StepCost``."""
-        seconds = _value(self.decode, num_decodes) + self.context_seconds * sum_context if num_decodes else 0.0
-        if prefills:
-            pairs = sum([num_pairs(start, count) for start, count in prefills])
-            seconds += _value(self.prefill, sum([count for _, count in prefills]))
-            seconds += self.prefill_row_seconds * len(prefills) + self.prefill_pair_seconds * pairs
-            if num_decodes:
-                seconds = max(0.0, seconds - self.mixed_saving_seconds)
-        return seconds
+        return self.predict(Measurement.of(num_decodes, sum_context, prefills, 0.0))
 
     def host_seconds(self, num_rows: int) -> float:
         """See ``StepCost``: contained in the steps."""

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_engine.simulator.results import Limits, Results
+from nemo_engine.simulator.results import Results
 from nemo_engine.simulator.statistics import Sketch
+from nemo_engine.workload import Limits
 
 _HEADS = ("requests/s", "tokens/s", "good/s", "good", "TTFT p50", "p99 ms", "ITL p50", "p99 ms", "TPOT p99", "KV peak", "running",
           "prefix hits", "preempted", "busy")  # fmt: skip

@@ -9,20 +9,7 @@ from typing import Any
 from nemo_engine.simulator.replica import Replica
 from nemo_engine.simulator.scheduler import SimulatedRequest
 from nemo_engine.simulator.statistics import Sketch
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a request must see to count as good: seconds to its first token, and mean seconds from token to token after that."""
-
-    ttft_s: float | None = None
-    itl_s: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("ttft_s", "itl_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+from nemo_engine.workload import Limits
 
 
 class Tally:
@@ -65,8 +52,7 @@ class Tally:
             self.tpot.add(tpot)
         self.e2e.add(now - request.arrived_s)
         self.queue.add(max(0.0, request.scheduled_ts - request.arrived_s))
-        limits = self.limits
-        if ttft <= (limits.ttft_s or ttft) and tpot <= (limits.itl_s or tpot):
+        if self.limits.are_kept(ttft, tpot):
             self.num_good += 1
             self.good_output_tokens += num_out
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from nemo_engine.planner.roofline import StepCost
 from nemo_engine.simulator.feed import Contents, Conversation, Encode, Feed, answered
 from nemo_engine.simulator.replica import EngineShape, Replica
-from nemo_engine.simulator.results import Limits, Results, Tally
+from nemo_engine.simulator.results import Results, Tally
 from nemo_engine.simulator.routing import Router
 from nemo_engine.simulator.scheduler import SimulatedRequest
-from nemo_engine.workload import Arrivals, Item
+from nemo_engine.workload import Arrivals, Item, Limits
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,14 @@ from nemo_engine.workload.distributions import Distribution
 from nemo_engine.workload.files import read_workload, write_workload
 from nemo_engine.workload.generate import WorkloadSpec, generate
 from nemo_engine.workload.items import Item, Turn, as_json, parse_line
+from nemo_engine.workload.limits import Limits
 from nemo_engine.workload.traces import estimate_tokens, is_sharegpt, read_sharegpt
 
 __all__ = [
     "Arrivals",
     "Distribution",
     "Item",
+    "Limits",
     "Turn",
     "WorkloadSpec",
     "as_json",

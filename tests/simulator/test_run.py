@@ -16,9 +16,9 @@ from nemo_engine.planner.gpus import find_gpu
 from nemo_engine.planner.models import BUILT_IN, PlannedModel
 from nemo_engine.planner.plan import Load, make_plan
 from nemo_engine.planner.roofline import Roofline
-from nemo_engine.simulator import EngineShape, Limits, Results, Setting, simulate
+from nemo_engine.simulator import EngineShape, Results, Setting, simulate
 from nemo_engine.simulator import feed as feed_module
-from nemo_engine.workload import Arrivals, Item, Turn, WorkloadSpec, generate
+from nemo_engine.workload import Arrivals, Item, Limits, Turn, WorkloadSpec, generate
 from tests.simulator.costs import SimpleCost
 
 SHAPE = EngineShape(
