@@ -16,11 +16,11 @@ from nemo_engine.config import EngineConfig
 from nemo_engine.model.inventory import planned_inventory
 from nemo_engine.model.quantization import ONLINE
 from nemo_engine.model.weights import empty_weights
-from nemo_engine.planner.efficiency import Efficiencies
+from nemo_engine.planner.efficiency import Efficiencies, Figure
 from nemo_engine.planner.gpus import GPUS, find_gpu
-from nemo_engine.planner.memory import GIB, num_parameters, plan_kv_cache, weight_bytes
+from nemo_engine.planner.memory import GIB, DoesNotFitError, num_parameters, plan_kv_cache, plan_memory, weight_bytes
 from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of, projection_kinds, read_model
-from nemo_engine.planner.plan import Load, Plan, make_plan, shard
+from nemo_engine.planner.plan import Load, Plan, alternatives, make_plan, operating, shard
 from nemo_engine.planner.report import as_json, report
 from nemo_engine.planner.roofline import Roofline, num_pairs
 from nemo_engine.workload import Limits
@@ -179,6 +179,12 @@ def test_a_plan_fills_the_gpu() -> None:
     assert found.memory.total <= H200.free_bytes < found.memory.total + 2 * 64 * 81_920
     assert found.capacity_tokens == found.num_pages * 64 and found.largest_batch == 256
     assert plan(load=Load(100_000, 1000), **FP8).largest_batch == found.num_pages // -(-100_999 // 64)
+    # The last token of an answer needs no place in the cache.
+    assert (
+        plan(load=Load(60, 5), num_kv_pages=10).largest_batch
+        == 10
+        == 2 * plan(load=Load(60, 6), num_kv_pages=10).largest_batch
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,6 +216,24 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(gpu: str, options: di
         assert make_plan(NEMO, smaller, EngineConfig(**options), Load(10, 10)).shortage is not None
 
 
+def test_only_what_fits_is_named_instead() -> None:
+    found = plan("rtx4090", kv_cache_gib=60)
+    assert alternatives(found) == ["NVIDIA H200 SXM", "NVIDIA B200 SXM"]
+
+
+@pytest.mark.parametrize("few", [1, 12_000_000])
+def test_so_many_bytes_more_make_it_fit(few: int) -> None:
+    """Also where the weights fit and a page does not."""
+    config, model = EngineConfig(max_model_len=64), NEMO.config
+    sizes = formats_of(NEMO, config).sizes
+    enough = plan_memory(model, config, 64, 2, 1 << 40, 1, sizes.weights).total
+    assert plan_kv_cache(model, config, sizes, enough)[0] == 1
+    with pytest.raises(DoesNotFitError, match="does not fit into the device's memory") as error:
+        plan_kv_cache(model, config, sizes, enough - few)
+    assert plan_kv_cache(model, config, sizes, enough - few + error.value.missing)[0] >= 1
+    assert few <= error.value.missing <= few + 64 * model.kv_bytes_per_token(2)
+
+
 def test_several_gpus_on_paper() -> None:
     one, two, sixteen = plan(), plan(ranks=2), plan(ranks=16)
     assert (
@@ -221,9 +245,52 @@ def test_several_gpus_on_paper() -> None:
     assert "this version of the engine runs on one GPU" in report(two) and "one GPU" not in report(one)
     assert as_json(two)["runs_in_this_version"] is False
     assert two.points[0].step < one.points[0].step < 2 * two.points[0].step  # reductions cost something
+    ideal, formats = Efficiencies().ideal(), formats_of(NEMO, EngineConfig())
+    alone, half, sixteenth = (Roofline.of(NEMO.config, formats, H200, ideal, ranks) for ranks in (1, 2, 16))
+    assert alone.context_seconds / sixteenth.context_seconds == pytest.approx(8)  # it has 8 heads of keys and values
+    # 80 sums of a vector of 5120 in bf16 per token; each GPU sends 2 (n - 1) / n of it over 450 GB/s.
+    both = alone.step_seconds(0, 0, [(0, 4096)]) / 2 + 4096 * 80 * 5120 * 2 / 450e9
+    assert half.step_seconds(0, 0, [(0, 4096)]) == pytest.approx(both, rel=1e-3)
+    priced = plan(ranks=2, load=Load(1000, 200, price_per_hour=3.6))
+    point = priced.points[0]
+    assert priced.cost_per_million(point) == pytest.approx(2 * 3.6 / 3600 / point.tokens_per_s * 1e6)
     for ranks in (3, 0, -1):
         with pytest.raises(ValueError, match="tensor_parallel_size"):
             shard(NEMO.config, ranks)
+
+
+def test_what_a_request_sees_by_hand() -> None:
+    """16 requests of 1000 in and 200 out, prompts in one chunk."""
+    load, e = Load(1000, 200), Efficiencies()
+    roofline = Roofline.of(NEMO.config, formats_of(NEMO, EngineConfig()), H200, e)
+    host = 150e-6 + 16 * 0.4e-6
+    context = int(16 * 1100.5)
+    decode = roofline.step_seconds(16, context, ())
+    others = context * 15 // 16
+    mixed = roofline.step_seconds(15, others, [(0, 1000)])
+    itl = 15 / 200 * (mixed - roofline.step_seconds(15, others, ()))
+    overlapped, serial = (
+        operating(roofline, roofline, load, 16, EngineConfig(pipeline_depth=depth)) for depth in (2, 1)
+    )
+    assert overlapped.step == pytest.approx(decode) and serial.step == pytest.approx(decode + host)
+    for point in (overlapped, serial):
+        assert point.ttft == pytest.approx(host + mixed + point.step / 2)
+        assert point.itl == pytest.approx(point.step + itl) and point.longest_itl == pytest.approx(mixed)
+        assert point.tokens_per_s == pytest.approx(16 * 200 / (point.ttft + 199 * point.itl))
+
+
+def test_traffic_between_kernels_grows_with_the_rows() -> None:
+    nothing = Figure(0.0, "")
+    formats = formats_of(NEMO, EngineConfig())
+    with_it, without = (
+        Roofline.of(NEMO.config, formats, H200, dataclasses.replace(Efficiencies(), elementwise=part))
+        for part in (Figure(1.0, ""), nothing)
+    )
+    # Per layer: two norms with residual (4 H each), the gated activation (3 I), rotary embedding and the write (2 (Q + 2 K)); 2 bytes each.
+    num_bytes = 40 * 2 * (8 * 5120 + 3 * 14336 + 2 * 6144)
+    for rows in (1, 100):
+        seconds = with_it.step_seconds(rows, 0, ()) - without.step_seconds(rows, 0, ())
+        assert seconds == pytest.approx(rows * num_bytes / 4.3e12)
 
 
 def test_limits_and_cost() -> None:
@@ -276,6 +343,7 @@ def test_measurements_replace_assumptions(tmp_path: Path) -> None:
     records = [
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "copy", "gb_per_s": 4000.0},
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 8192, "tflop_per_s": 700.0},
+        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 4096, "tflop_per_s": 600.0},
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 8, "tflop_per_s": 900.0},
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA A100-SXM4-80GB", "what": "copy", "gb_per_s": 1.0},
         {"benchmark": "bench_engine", "gpu": "NVIDIA H200", "what": "decode", "fraction": 0.8, "options": {"kv_cache_dtype": "fp8"}},

@@ -209,3 +209,30 @@ def test_a_sharegpt_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         assert found["num_finished"] == 10
         if model == "nemo":  # 100 tokens and 220
             assert found["prompt_tokens_per_s"] * found["duration_s"] == pytest.approx(5 * 320)
+
+
+def test_the_scheduling_policy_is_simulated(tmp_path: Path) -> None:
+    workload, file = tmp_path / "w.jsonl", tmp_path / "out.json"
+    lines = [
+        {"prompt_tokens": 50, "output_tokens": 400 if index % 2 else 1, "priority": index % 2, "arrival_s": 0}
+        for index in range(60)
+    ]
+    workload.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = [
+        "simulate",
+        "nemo",
+        "--gpu",
+        "h200",
+        "--workload",
+        str(workload),
+        "--max-num-seqs",
+        "2",
+        "--json",
+        str(file),
+    ]
+    waits = {}
+    for policy in ("fcfs", "priority"):
+        assert main([*argv, "--scheduling-policy", policy]) == 0
+        (found,) = json.loads(file.read_text())["runs"]
+        waits[policy] = found["queue_s"]["p50"]
+    assert waits["priority"] < 0.2 * waits["fcfs"]

@@ -49,11 +49,12 @@ def test_both_ways_of_asking_agree() -> None:
         num_decodes = rng.randrange(0, 100)
         context = num_decodes * rng.randrange(1, 3000)
         prefills = [(rng.randrange(0, 2000), rng.randrange(1, 3000)) for _ in range(rng.randrange(0, 3))]
-        m = Measurement.of(num_decodes, context, prefills, 1.0)
-        assert model.step_seconds(num_decodes, context, prefills) == pytest.approx(model.predict(m))
-        if num_decodes and not prefills:
+        if num_decodes:
             base, slope = model.decode_line(num_decodes)
-            assert base + slope * context == pytest.approx(model.predict(m))
+            assert base + slope * context == pytest.approx(model.step_seconds(num_decodes, context, ()))
+            alone = model.step_seconds(0, 0, prefills)
+            saved = base + slope * context + alone - model.step_seconds(num_decodes, context, prefills)
+            assert saved == pytest.approx(model.mixed_saving_seconds if prefills else 0.0)
     assert model.host_seconds(9) == 0
 
 
@@ -92,3 +93,11 @@ def test_too_little_to_fit() -> None:
         CostModel.fit([Measurement(1, 5, 0, 0, 0, 0.0)] * 9)
     decodes = CostModel.fit([Measurement(1, 5, 0, 0, 0, 0.5)] * 9)
     assert decodes.predict(Measurement(1, 5, 0, 0, 0, 0.0)) == pytest.approx(0.5) and decodes.prefill == ()
+
+
+def test_curves_between_and_beyond_what_was_measured() -> None:
+    """Seconds that are a straight line of the decode rows come back at every count up to and past the largest."""
+    model = CostModel.fit([Measurement(n, 0, 0, 0, 0, 1e-3 + n * 1e-4) for n in (1, 2, 4, 8, 16, 24) for _ in range(3)])
+    assert [count for count, _ in model.decode] == [1, 2, 4, 8, 24]  # 24 is too near 16, and the largest
+    for n in (1, 3, 12, 24, 60):
+        assert model.step_seconds(n, 0, ()) == pytest.approx(1e-3 + n * 1e-4, rel=1e-3)
