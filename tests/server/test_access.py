@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,13 +179,23 @@ def test_a_full_queue_is_said_at_once() -> None:
     with AsyncEngine("nemo-tiny", **options) as engine, LiveServer(engine, max_queue=2, page=False) as server:
 
         async def run() -> list[httpx.Response]:
+            resume = threading.Event()
+            pause = asyncio.create_task(
+                engine.call(lambda _: resume.wait(30))
+            )  # so that none ends before all have come
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
                 body = BODY | {"max_tokens": 100, "ignore_eos": True}
-                return await asyncio.gather(*[client.post("/v1/completions", json=body) for _ in range(12)])
+                posts = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(12)]
+                deadline = time.monotonic() + 10
+                while sum(post.done() for post in posts) < 9 and time.monotonic() < deadline:
+                    await asyncio.sleep(0.01)
+                resume.set()
+                await pause
+                return await asyncio.gather(*posts)
 
         responses = asyncio.run(run())
         refused = [response for response in responses if response.status_code != 200]
-        assert 0 < len(refused) < 12
+        assert len(refused) == 9  # one runs and two wait, however many were prepared at the same time
         for response in refused:
             assert check_error(response, 429)["code"] == "queue_full"
             assert int(response.headers["retry-after"]) >= 1
@@ -327,6 +339,11 @@ def test_unknown_fields_are_told_and_nothing_else_changes(live: LiveServer) -> N
     inner = {"stream": True, "stream_options": {"include_obfuscation": True}}
     nested = post(live, "/v1/chat/completions", named | inner)
     assert nested.headers["x-ignored-fields"] == "stream_options.include_obfuscation, messages[].name"
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answered = [named["messages"][0] | {"name": None}, {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": "1"}]  # fmt: skip
+    tool = post(live, "/v1/chat/completions", {"messages": answered, "max_tokens": 1})
+    assert tool.status_code == 200 and "x-ignored-fields" not in tool.headers
     trivial = {"best_of": 1, "use_beam_search": False, "suffix": None, "store": False, "audio": None}
     quiet = post(live, body=BODY | trivial)
     assert quiet.status_code == 200 and "x-ignored-fields" not in quiet.headers

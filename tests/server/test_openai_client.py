@@ -13,7 +13,7 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
 
 from nemo_engine import AsyncEngine, SamplingParams
-from tests.server.live import MODEL, LiveServer
+from tests.server.live import ENGINE_OPTIONS, MODEL, LiveServer
 from tests.server.planted import CALLS, WEATHER_PARAMETERS, planted
 
 PROMPT = "The heapq module"
@@ -367,6 +367,24 @@ def test_a_schema_that_cannot_be_honoured_is_refused(client: OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     with pytest.raises(openai.BadRequestError, match="strange"):
         client.chat.completions.create(model=MODEL, messages=USER, response_format=form)
+    form["json_schema"]["schema"] = {"type": "object", "x-guidance": {"whitespace_flexible": False}}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    for more in ({}, {"tools": [tool]}):  # beside tools it becomes a part of a grammar
+        with pytest.raises(openai.BadRequestError, match="x-guidance is not supported"):
+            client.chat.completions.create(model=MODEL, messages=USER, response_format=form, **more)
+
+
+def test_the_whole_vocabulary_can_be_reported() -> None:
+    with (
+        AsyncEngine("nemo-tiny", **ENGINE_OPTIONS, max_logprobs=-1) as engine,
+        LiveServer(engine, page=False) as server,
+    ):
+        client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        (choice,) = client.chat.completions.create(
+            model=MODEL, messages=USER, max_tokens=1, logprobs=True, top_logprobs=-1
+        ).choices
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert len(choice.logprobs.content[0].top_logprobs) == 6144
 
 
 # ---- errors
