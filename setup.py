@@ -42,8 +42,18 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["nemo_engine", "nemo_engine.*"]), "nemo_engine.kernels"],
-    package_dir={"nemo_engine": "nemo_engine", "nemo_engine.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["nemo_engine", "nemo_engine.*"]),
+        "nemo_engine.kernels",
+        "nemo_engine.benchmarks",
+        "nemo_engine.benchmarks.peers",
+    ],
+    package_dir={
+        "nemo_engine": "nemo_engine",
+        "nemo_engine.kernels": "kernels",
+        "nemo_engine.benchmarks": "benchmarks",
+        "nemo_engine.benchmarks.peers": "benchmarks/peers",
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
 )

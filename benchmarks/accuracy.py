@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from provenance import provenance
 
+from nemo_engine.benchmarks.provenance import provenance
 from nemo_engine.verify import Limits, as_json, plot, report, verify
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import append_record, provenance
-from timing import Ceilings, measure_ceilings, timer_for
 
 from nemo_engine import Engine, SamplingParams
+from nemo_engine.benchmarks.provenance import append_record, provenance
+from nemo_engine.benchmarks.timing import Ceilings, measure_ceilings, timer_for
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind
 

@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_report import NEMO, TENSOR_PARALLEL, shard
-from machine_code import RESULTS, Facts, blocks_per_sm, count_instructions, differs, read_usage, tool
 
+from nemo_engine.benchmarks.kernel_report import NEMO, TENSOR_PARALLEL, shard
+from nemo_engine.benchmarks.machine_code import (
+    RESULTS,
+    Facts,
+    blocks_per_sm,
+    count_instructions,
+    differs,
+    read_usage,
+    tool,
+)
 from nemo_engine.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from provenance import append_record, provenance
+from nemo_engine.benchmarks.provenance import append_record, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -95,7 +95,7 @@ def stages(results: Path) -> list[Stage]:
     python, here = sys.executable, str(ROOT / "benchmarks")
     json_to = ("--json", str(results))
     sanitizer = find_sanitizer()
-    checked = ("--error-exitcode", "86", python, f"{here}/bench_ops.py", "--once")
+    checked = ("--error-exitcode", "86", python, f"{here}/ops.py", "--once")
     memcheck = (sanitizer or "", "--tool", "memcheck", *checked)
     racecheck = (sanitizer or "", "--tool", "racecheck", *checked, "--op", *_SHARING)
     not_found = None if sanitizer else "compute-sanitizer is not found"
@@ -108,7 +108,7 @@ def stages(results: Path) -> list[Stage]:
         Stage("tests", ((python, "-m", "pytest", "-q", "-m", "gpu", "tests"),), 600, {}),
         Stage("memcheck", (memcheck,), 300, uncached, not_found),
         Stage("ceilings", ((python, f"{here}/gpu_ceilings.py", *json_to),), 360, {}),
-        Stage("ops", ((python, f"{here}/bench_ops.py", *json_to),), 900, {}),
+        Stage("ops", ((python, f"{here}/ops.py", *json_to),), 900, {}),
         Stage("engine", ((python, f"{here}/bench_engine.py", *json_to),), 900, {}),
         Stage("racecheck", (racecheck,), 300, {}, not_found),
     ]

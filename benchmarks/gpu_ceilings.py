@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from provenance import append_record, provenance
-from timing import DeviceTimer, Timer
+
+from nemo_engine.benchmarks.provenance import append_record, provenance
+from nemo_engine.benchmarks.timing import DeviceTimer, Timer
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SHAPES = {  # projection: (N, K)

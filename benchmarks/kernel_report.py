@@ -19,13 +19,21 @@ from typing import Any
 
 import torch
 import triton
-from machine_code import RESULTS, Facts, blocks_per_sm, count_instructions, differs, read_usage, tool
-from nemo_engine.kernels import device
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from nemo_engine.benchmarks.machine_code import (
+    RESULTS,
+    Facts,
+    blocks_per_sm,
+    count_instructions,
+    differs,
+    read_usage,
+    tool,
+)
 from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.kernels import device
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import AttentionMeta

@@ -16,8 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from provenance import append_record, provenance
-
+from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
 from nemo_engine.step import StepResult

@@ -22,9 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from provenance import append_record, provenance
-
 from nemo_engine import AsyncEngine, SamplingParams
+from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.sampling_params import RequestOutputKind
 
 ENGINE = {"device": "cpu", "max_num_seqs": 64, "num_kv_pages": 1024, "max_model_len": 1024}

@@ -11,8 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from provenance import append_record, provenance
-
+from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.config import EngineConfig
 from nemo_engine.planner.efficiency import Efficiencies
 from nemo_engine.planner.gpus import find_gpu

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import append_record, provenance
 
+from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.runner.logit_edits import apply_masks_, mask_table
 from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text import load_tokenizer

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from provenance import append_record, provenance
 
 from nemo_engine import Engine, SamplingParams
+from nemo_engine.benchmarks.provenance import append_record, provenance
 
 TokenLists = list[list[int]]
 

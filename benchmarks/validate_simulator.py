@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_engine import count_tokens, params
-from provenance import append_record, provenance
-
 from nemo_engine import Engine
+from nemo_engine.benchmarks.bench_engine import count_tokens, params
+from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.sampling_params import RequestOutputKind
 from nemo_engine.simulator import CostModel, EngineShape, Measurement, Setting, simulate
 from nemo_engine.step import StepPlan

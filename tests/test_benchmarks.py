@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from nemo_engine.benchmarks import bench_engine, gpu, structured, timing
 from nemo_engine.ops import Op, Site
 from nemo_engine.ops.op import Impl
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
-
-
-def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A benchmark program as a module; they import each other by plain names."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module(name)
-
-
-@pytest.fixture
-def timing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return module("timing", monkeypatch)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return module("gpu", monkeypatch)
 
 
 def run(program: str, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +37,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 # ---- arithmetic
 
 
-def test_rates_and_fractions_of_known_numbers(timing: ModuleType) -> None:
+def test_rates_and_fractions_of_known_numbers() -> None:
     ceilings = timing.Ceilings(bytes_per_s=4e12, bf16_flops_per_s=8e14, fp8_flops_per_s=1.6e15)
     # 1 GB and few operations: 250 us at 4 TB/s, measured in 500.
     row = timing.Row.of("linear", "size", "name", False, 500.0, (10**9, 10**9), ceilings)
@@ -65,8 +49,8 @@ def test_rates_and_fractions_of_known_numbers(timing: ModuleType) -> None:
         assert row.tflop_per_s == pytest.approx(400.0)
 
 
-def test_roofline_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench_engine, timing = (module(name, monkeypatch) for name in ("bench_engine", "timing"))
+def test_roofline_of_the_engine() -> None:
+
     ceilings = timing.Ceilings(bytes_per_s=1e12, bf16_flops_per_s=1e15, fp8_flops_per_s=1e15)
     footprint = bench_engine.Footprint(weight_bytes=24e9, kv_bytes_per_token=160e3, flops_per_token=22e9)
     assert footprint.decode_bytes(100, 1000) == pytest.approx(40e9)
@@ -75,11 +59,10 @@ def test_roofline_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert footprint.least_total_seconds(200, 100, 500, 1000, ceilings) == pytest.approx(2.2 + 80.0)
 
 
-def test_the_footprint_of_nemo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_footprint_of_nemo() -> None:
     """The published shape has 12.25 billion weights, of which 0.67 are the embeddings."""
     from nemo_engine.config import ModelConfig
 
-    bench_engine = module("bench_engine", monkeypatch)
     model = ModelConfig.from_hf(bench_engine.CONFIGS["nemo"])
     num_bytes = {"make dummy weights": 24_495_564_800, "allocate KV cache": 11 * 64 * model.kv_bytes_per_token(2)}
     engine: Any = SimpleNamespace(
@@ -94,7 +77,7 @@ def test_the_footprint_of_nemo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert footprint.flops_per_token == pytest.approx(2 * (12_247_782_400 - 2 * 131072 * 5120), rel=1e-4)  # norms apart
 
 
-def test_relative_difference(timing: ModuleType) -> None:
+def test_relative_difference() -> None:
     x = torch.tensor([[3.0, 4.0]])
     assert timing.relative_difference(x, x) == 0.0
     assert timing.relative_difference(torch.tensor([3.0, 4.5]), x) == pytest.approx(0.1)
@@ -120,7 +103,7 @@ def broken(x: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no kernel image")
 
 
-def test_a_failure_or_a_wrong_result_is_a_row_and_the_rest_goes_on(timing: ModuleType) -> None:
+def test_a_failure_or_a_wrong_result_is_a_row_and_the_rest_goes_on() -> None:
     op = Op("double", right, (impl("broken"), impl("wrong"), impl("right")), lambda: iter(()), lambda x: (1000, 1000))
     clock = iter([0.004, 0.002, 0.001, 0.001])  # milliseconds: two baselines, then those of ours that run
     size = timing.Size(
@@ -143,7 +126,7 @@ def test_a_failure_or_a_wrong_result_is_a_row_and_the_rest_goes_on(timing: Modul
     assert "no kernel image" in failed.format() and "50" not in good.format()
 
 
-def test_without_an_implementation_the_definition_is_measured(timing: ModuleType) -> None:
+def test_without_an_implementation_the_definition_is_measured() -> None:
     def refuse(site: Site) -> str | None:
         return "not here"
 
@@ -158,7 +141,7 @@ def test_without_an_implementation_the_definition_is_measured(timing: ModuleType
 
 def test_bench_ops_on_a_cpu(tmp_path: Path) -> None:
     done = run(
-        "bench_ops.py",
+        "ops.py",
         "--device",
         "cpu",
         "--rounds",
@@ -183,13 +166,13 @@ def test_bench_ops_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_bench_ops_once_runs_the_smallest_cases(tmp_path: Path) -> None:
-    done = run("bench_ops.py", "--device", "cpu", "--once", "--op", "silu_mul", "paged_attention")
+    done = run("ops.py", "--device", "cpu", "--once", "--op", "silu_mul", "paged_attention")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[-1] for line in done.stdout.splitlines()].count("ran") >= 4
 
 
 def test_bench_ops_needs_a_gpu_unless_told_otherwise() -> None:
-    done = run("bench_ops.py", CUDA_VISIBLE_DEVICES="")
+    done = run("ops.py", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr
 
 
@@ -228,7 +211,7 @@ def test_make_gpu_refuses_without_a_gpu_before_anything_else(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_stages_do_not_stop_each_other(gpu: ModuleType, tmp_path: Path) -> None:
+def test_stages_do_not_stop_each_other(tmp_path: Path) -> None:
     def stage(name: str, code: str, missing: str | None = None) -> Any:
         return gpu.Stage(name, (("no-such-program",), (PYTHON, "-c", code)), 60.0, {"MARK": "set"}, missing)
 
@@ -257,7 +240,7 @@ def test_stages_do_not_stop_each_other(gpu: ModuleType, tmp_path: Path) -> None:
     assert records(results) == records(logs / "r.jsonl")
 
 
-def test_a_spent_budget_skips_what_is_left(gpu: ModuleType, tmp_path: Path) -> None:
+def test_a_spent_budget_skips_what_is_left(tmp_path: Path) -> None:
     stage = gpu.Stage("late", ((PYTHON, "-c", "raise SystemExit(1)"),), 600.0, {})
     outcome = gpu.run_stage(stage, 3.0, tmp_path)
     assert outcome.status == "skipped: the budget is spent" and not outcome.is_bad
@@ -268,7 +251,7 @@ def test_structured_outputs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer, file = ROOT / "nemo_engine" / "assets" / "nemo-tiny" / "tekken.json", tmp_path / "out.jsonl"
-    program = module("structured", monkeypatch)
+    program = structured
     program.main(["--tokenizer", str(tokenizer), "--rounds", "1", "--rows", "2", "--json", str(file)])
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [record["form"] for record in records if "form" in record] == list(program.FORMS)

@@ -14,8 +14,6 @@ import pytest
 from csrc import build
 from tests.test_packaging import pip, tree
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 __all__ = ["tree"]
 
 ROOT = Path(__file__).parent.parent
@@ -89,14 +87,14 @@ def test_the_wheel_holds_the_library(tree: Path, tmp_path: Path) -> None:  # noq
 @pytest.fixture(scope="session")
 def lines(library: Path) -> list[str]:
     pytest.importorskip("triton")  # which has the disassembler
-    import cuda_kernel_report
+    from nemo_engine.benchmarks import cuda_kernel_report
 
     return cuda_kernel_report.report()
 
 
 @needs_nvcc
 def test_the_machine_code_is_the_one_that_was_reviewed(lines: list[str]) -> None:
-    import cuda_kernel_report
+    from nemo_engine.benchmarks import cuda_kernel_report
 
     stored = cuda_kernel_report.STORED.read_text().splitlines()
     if stored[0] != lines[0]:
@@ -146,7 +144,7 @@ def test_as_many_blocks_share_an_sm_as_meant(lines: list[str], kernel: str, bloc
 
 def test_the_name_of_an_instance_is_read() -> None:
     pytest.importorskip("triton")
-    from cuda_kernel_report import instance
+    from nemo_engine.benchmarks.cuda_kernel_report import instance
 
     name = "void nemo::small_linear_kernel<nemo::fp8, 16, false, (nemo::Input)3>(nemo::SmallLinear, nemo::TensorMap)"
     assert instance(name) == "small_linear_kernel<fp8,16,0,3>"

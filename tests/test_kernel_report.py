@@ -6,7 +6,6 @@ import dataclasses
 import os
 import random
 import re
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-import kernel_report  # noqa: E402
 
+from nemo_engine.benchmarks import kernel_report  # noqa: E402
 from nemo_engine.config import EngineConfig  # noqa: E402
 from nemo_engine.sampling_params import SamplingParams  # noqa: E402
 from nemo_engine.step import PrefillRow, SlotFill, StepPlan  # noqa: E402

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planner",
         "simulator",
         "workload",
+        "benchmarks",
         "model.checkpoint",
         "model.layout",
         *ROW_1,

@@ -22,7 +22,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FIND_ALL = (
     "import nemo_engine, importlib.util, pathlib\n"
     "spec = importlib.util.find_spec('nemo_engine.kernels')\n"
-    "print(pathlib.Path(nemo_engine.__file__).parent, pathlib.Path(spec.origin).parent, importlib.util.find_spec('kernels'))"
+    "bench = importlib.util.find_spec('nemo_engine.benchmarks.peers')\n"
+    "print(pathlib.Path(nemo_engine.__file__).parent, pathlib.Path(spec.origin).parent, pathlib.Path(bench.origin).parents[1], importlib.util.find_spec('kernels'))"
 )
 
 
@@ -49,7 +50,7 @@ def pip(*args: str, cwd: Path, cuda: str = "0") -> str:
 
 
 def where(site: Path) -> list[str]:
-    """Where the package, its kernels and a stray top-level ``kernels`` are found, with ``site`` the only site directory."""
+    """Where the package, its kernels, its benchmarks and a stray top-level ``kernels`` are found, with ``site`` the only site directory."""
     code = f"import site; site.addsitedir({str(site)!r})\n{FIND_ALL}"
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=site, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -71,6 +72,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources = {
         *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine").rglob("*.py")),
         *(Path("nemo_engine") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")),
+        *(Path("nemo_engine") / path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob("*.py")),
         Path("nemo_engine/py.typed"),
         *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/assets").glob("*/*")),
         *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/server/page").iterdir()),
@@ -109,12 +111,17 @@ def test_the_source_distribution_holds_what_a_build_needs(tree: Path, tmp_path: 
 
 def test_the_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    assert where(tmp_path) == [f"{tmp_path}/nemo_engine", f"{tmp_path}/nemo_engine/kernels", "None"]
+    assert where(tmp_path) == [
+        f"{tmp_path}/nemo_engine",
+        f"{tmp_path}/nemo_engine/kernels",
+        f"{tmp_path}/nemo_engine/benchmarks",
+        "None",
+    ]
 
 
 def test_an_editable_install_finds_the_kernels(tree: Path, tmp_path: Path) -> None:
     pip("install", "-q", "--no-build-isolation", "--no-deps", "--target", str(tmp_path), "-e", ".", cwd=tree)
-    assert where(tmp_path) == [f"{tree}/nemo_engine", f"{tree}/kernels", "None"]
+    assert where(tmp_path) == [f"{tree}/nemo_engine", f"{tree}/kernels", f"{tree}/benchmarks", "None"]
 
 
 def test_the_command_is_installed(wheel: Path) -> None:

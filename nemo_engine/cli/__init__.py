@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from nemo_engine import __version__
-from nemo_engine.cli import chat, demo, generate, info, plan, quantize, serve, simulate, verify
+from nemo_engine.cli import bench, chat, demo, generate, info, plan, quantize, serve, simulate, verify
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # a request ended with an error
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_COMMANDS = (generate, chat, serve, info, plan, simulate, quantize, verify, demo)
+_COMMANDS = (generate, chat, serve, info, plan, simulate, bench, quantize, verify, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

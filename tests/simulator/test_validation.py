@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from nemo_engine.benchmarks import simulator, validate_simulator
 from nemo_engine.simulator import CostModel, Measurement
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-def test_validation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import validate_simulator
-
+def test_validation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps, model, out = tmp_path / "steps.jsonl", tmp_path / "model.json", tmp_path / "out.jsonl"
     argv = ["--batches", "1", "3", "--inputs", "16", "40", "--joining", "3", "--requests", "5", "--repeats", "1"]
     code = validate_simulator.main([*argv, "--save-steps", str(steps), "--save-model", str(model), "--json", str(out)])
@@ -39,11 +34,7 @@ def test_validation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "predicted" in capsys.readouterr().out
 
 
-def test_speed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "simulator", raising=False)
-    import simulator
-
+def test_speed_runs(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     simulator.main(["--concurrency", "2", "--requests", "6", "--json", str(out)])
     records = [json.loads(line) for line in out.read_text().splitlines()]

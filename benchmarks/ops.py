@@ -4,8 +4,8 @@ Device time by events with a cold L2, without CUDA graphs, median of 20. The roo
 bandwidth and its operations over the rate of large matrix products, both measured in the same run. Attention is measured as the
 second and later layers of a step run it: what a step computes once for all layers is not in its time.
 
-    python benchmarks/bench_ops.py --op paged_attention linear --json benchmarks/results/NAME.jsonl
-    compute-sanitizer python benchmarks/bench_ops.py --once
+    python benchmarks/ops.py --op paged_attention linear --json benchmarks/results/NAME.jsonl
+    compute-sanitizer python benchmarks/ops.py --once
 
 Each result is compared with the first baseline's; one that is far off is an error. Exit status 1 if any of ours failed.
 """
@@ -24,13 +24,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_engine import CONFIGS
-from provenance import append_record, provenance
-from timing import HEADER, Args, Calls, Size, is_usable, measure_ceilings, measure_size, on_device, run_once, timer_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from nemo_engine.benchmarks.bench_engine import CONFIGS
+from nemo_engine.benchmarks.provenance import append_record, provenance
+from nemo_engine.benchmarks.timing import (
+    HEADER,
+    Args,
+    Calls,
+    Size,
+    is_usable,
+    measure_ceilings,
+    measure_size,
+    on_device,
+    run_once,
+    timer_for,
+)
 from nemo_engine.config import ModelConfig
 from nemo_engine.ops import ALL_OPS, Op, Site
 from nemo_engine.ops.attention import AttentionMeta

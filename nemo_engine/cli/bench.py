@@ -1,0 +1,35 @@
+"""``nemo-engine bench``: measures engines and servers; the programs are in ``benchmarks/``."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+_BENCHMARKS = {
+    "throughput": "whole workloads offline, ours and its peers in turns",
+    "serve": "an OpenAI-compatible server under load, as its clients see it",
+}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Describe the command."""
+    parser = commands.add_parser("bench", help="measure engines and servers", allow_abbrev=False)
+    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    for name, what in _BENCHMARKS.items():
+        module = import_module(f"nemo_engine.benchmarks.{name}")
+        kind = kinds.add_parser(
+            name,
+            help=what,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(kind)
+        kind.set_defaults(benchmark=module.run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    code: int = args.benchmark(args)
+    return code
