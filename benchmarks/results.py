@@ -1,4 +1,4 @@
-"""Results: JSON lines with provenance, and what may be computed from several of them."""
+"""Results: reading lines that ``append_record`` wrote, and what may be computed from several of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-_SAME = ("cpu", "cores", "gpu", "commit")  # what two results must share to be put into one ratio
+# What two results must share to be put into one ratio.
+_SAME = ("cpu", "cores", "usable_cores", "memory_gib", "gpu", "gpu_driver", "commit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,34 +71,67 @@ def percentiles(values: Sequence[float], levels: Sequence[float] = (50, 90, 95, 
     return found
 
 
-def append(path: Path, records: Iterable[Record]) -> None:
-    """Add lines to a results file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
-
-
 def read(path: Path) -> list[Record]:
-    """The lines of a results file, or of all ``*.jsonl`` of a folder. ``ValueError`` naming file and line for what is none."""
+    """The lines of a results file, or of all ``*.jsonl`` of a folder, each with where it stands (``file``, ``line``).
+
+    ``ValueError`` naming file and line for what is no result.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder")
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     records = []
     for file in files:
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}:{number}: is not a line of JSON: {error}") from None
-            if not isinstance(record, dict) or "benchmark" not in record:
-                raise ValueError(f"{file}:{number}: is no result: it has no field benchmark")
-            records.append({**record, "file": file.name})
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: is not text in UTF-8: {error}") from None
+        for number, line in enumerate(lines, 1):
+            records.append({**_parse(line, f"{file}:{number}"), "file": file.name, "line": number})
     return records
+
+
+def _parse(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: is not a line of JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("benchmark"), str):
+        raise ValueError(f"{where}: is no result: it has no field benchmark with a name in it")
+    for name in ("cpu", "commit", "command", "date"):
+        if not isinstance(record.get(name), str):
+            raise ValueError(f"{where}: is no result: it does not say its {name}")
+    return record
+
+
+def need(record: Record, *names: str) -> None:
+    """``ValueError`` naming file and line unless a result has these fields, with something in them."""
+    for name in names:
+        if record.get(name) is None:
+            raise ValueError(
+                f"{record.get('file')}:{record.get('line')}: a result of {record['benchmark']} has no {name}"
+            )
+
+
+def same_place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two results must share to be put into one ratio: machine, GPU and commit."""
+    return tuple(record.get(name) for name in _SAME)
+
+
+def same_run(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two results of one run share: place, and the command and its time."""
+    return (*same_place(record), record.get("command"), record.get("date"))
+
+
+def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any], rounds: str) -> Ratio:
+    """How many times more ``rounds`` is in one result than in the other, round by round of one run. ``ValueError`` if they may not be compared."""
+    check_comparable(ours, theirs)
+    if same_run(ours) != same_run(theirs):
+        raise ValueError(f"rounds of two runs are not paired: {ours.get('date')} and {theirs.get('date')}")
+    return Ratio.paired(ours[rounds], theirs[rounds])
 
 
 def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     """``ValueError`` unless two results come from one machine and one commit."""
-    for name in _SAME:
-        if first.get(name) != second.get(name):
-            raise ValueError(
-                f"results of different {name} are not put into one ratio: {first.get(name)!r} and {second.get(name)!r}"
-            )
+    for name, one, other in zip(_SAME, same_place(first), same_place(second)):
+        if one != other:
+            raise ValueError(f"results of different {name} are not put into one ratio: {one!r} and {other!r}")

@@ -18,8 +18,8 @@ from typing import Any
 
 from nemo_engine.benchmarks.common import Progress, add_workload_arguments, workload_of
 from nemo_engine.benchmarks.http_stream import HttpError, post_events
-from nemo_engine.benchmarks.provenance import provenance
-from nemo_engine.benchmarks.results import Record, Spread, append, percentiles
+from nemo_engine.benchmarks.provenance import append_record, provenance
+from nemo_engine.benchmarks.results import Record, Spread, percentiles
 from nemo_engine.workload import Arrivals, Item, prompt_messages, prompt_token_ids
 
 
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     records = [_record(args, name, servers[name], found) for name, found in rounds.items()]
     for record in records:
         _print(record)
-    if args.json:
-        append(args.json, records)
+    for record in records:
+        append_record(args.json, record)
     return 1 if any(record["errors"] for record in records) else 0
 
 

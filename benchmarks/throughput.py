@@ -21,8 +21,8 @@ from nemo_engine.benchmarks.common import (
     workload_of,
 )
 from nemo_engine.benchmarks.peers import PeerError, PeerProcess, why_missing
-from nemo_engine.benchmarks.provenance import provenance
-from nemo_engine.benchmarks.results import Ratio, Record, Spread, append
+from nemo_engine.benchmarks.provenance import append_record, provenance
+from nemo_engine.benchmarks.results import Ratio, Record, Spread
 from nemo_engine.workload import Item, prompt_token_ids
 
 
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
             peer.close()
     records = _records(args, items, running, seconds, outputs, failed, total)
     _print(records)
-    if args.json:
-        append(args.json, records)
+    for record in records:
+        append_record(args.json, record)
     return 1 if any(record["status"] == "failed" for record in records) else 0
 
 
