@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 # What two results must share to be put into one ratio.
-_SAME = ("cpu", "cores", "usable_cores", "memory_gib", "gpu", "gpu_driver", "commit")
+_MACHINE = ("cpu", "cores", "usable_cores", "memory_gib", "gpu", "gpu_driver")
+_SAME = (*_MACHINE, "commit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +105,32 @@ def _parse(line: str, where: str) -> Record:
     return record
 
 
-def need(record: Record, *names: str) -> None:
-    """``ValueError`` naming file and line unless a result has these fields, with something in them."""
-    for name in names:
-        if record.get(name) is None:
-            raise ValueError(
-                f"{record.get('file')}:{record.get('line')}: a result of {record['benchmark']} has no {name}"
-            )
+class BadResult(ValueError):
+    """A line whose fields are not those of its benchmark."""
+
+
+@contextmanager
+def blaming(record: Record) -> Iterator[None]:
+    """Turns what goes wrong with a result's fields into a ``BadResult`` that names file and line."""
+    where = f"{record.get('file')}:{record.get('line')}: a result of {record['benchmark']}"
+    try:
+        yield
+    except BadResult:
+        raise
+    except KeyError as error:
+        raise BadResult(f"{where} has no field {error}") from None
+    except (TypeError, AttributeError, IndexError, ArithmeticError, ValueError) as error:
+        raise BadResult(f"{where} cannot be shown: {error}") from None
 
 
 def same_place(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two results must share to be put into one ratio: machine, GPU and commit."""
     return tuple(record.get(name) for name in _SAME)
+
+
+def same_machine(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The machine and GPU of a result."""
+    return tuple(record.get(name) for name in _MACHINE)
 
 
 def same_run(record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from importlib import import_module
 _BENCHMARKS = {
     "throughput": "whole workloads offline, ours and its peers in turns",
     "serve": "an OpenAI-compatible server under load, as its clients see it",
+    "report": "a folder of results as tables and plots, and the README's section of them",
 }
 
 

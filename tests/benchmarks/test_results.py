@@ -12,7 +12,7 @@ import pytest
 
 from nemo_engine.benchmarks import provenance as facts_of
 from nemo_engine.benchmarks.provenance import append_record, command_text, commit_of, gpu_facts, provenance
-from nemo_engine.benchmarks.results import Ratio, Record, Spread, check_comparable, need, percentiles, ratio, read
+from nemo_engine.benchmarks.results import Ratio, Record, Spread, blaming, check_comparable, percentiles, ratio, read
 
 
 def result(**fields: Any) -> Record:
@@ -168,11 +168,12 @@ def test_what_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_a_field_that_is_needed() -> None:
+def test_what_is_wrong_with_a_field_is_told_with_file_and_line() -> None:
     placed = result(file="r.jsonl", line=7)
-    need(placed, "engine", "tokens_per_second")
-    with pytest.raises(ValueError, match=r"r\.jsonl:7: a result of throughput has no ttft_s"):
-        need(placed, "engine", "ttft_s")
+    with pytest.raises(ValueError, match=r"r\.jsonl:7: a result of throughput has no field 'ttft_s'"), blaming(placed):
+        placed["ttft_s"]
+    with pytest.raises(ValueError, match=r"r\.jsonl:7: .* cannot be shown: .*float"), blaming(placed):
+        placed["engine"] + 1.0
 
 
 # ---- numbers

@@ -1,0 +1,212 @@
+"""Results as pictures, PNG and SVG, for what there is data of: one benchmark of one machine and commit in each. Needs matplotlib (extra ``plot``)."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from nemo_engine.benchmarks.results import Record, blaming
+from nemo_engine.benchmarks.tables import (
+    OURS,
+    arrivals_name,
+    engine_name,
+    model_name,
+    number,
+    runs_of,
+    workload_name,
+)
+
+matplotlib.use("Agg")
+from matplotlib import pyplot, ticker  # noqa: E402
+
+# Okabe and Ito's colours, which colour-blind people tell apart; markers and hatches tell the same in grey.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+MARKERS = "osD^vP*X"
+_STYLE = {
+    "font.size": 10, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 100,
+    "svg.fonttype": "none", "svg.hashsalt": "nemo-engine",
+}  # fmt: skip
+
+Plot = tuple[str, Any]  # a name for its file, and the figure
+
+
+def draw(benchmark: str, records: Sequence[Record], where: str, folder: Path) -> list[str]:
+    """Write the plots of one benchmark on one machine and commit, which ``where`` names; returns the names of the files without their ends."""
+    names = []
+    with pyplot.rc_context(_STYLE):
+        for name, figure in PLOTS.get(benchmark, _nothing)(records):
+            figure.text(0.005, 0.005, where, fontsize=7, color="#555555")
+            slug = re.sub(r"[^a-z0-9]+", "-", f"{name} {where}".lower()).strip("-")
+            for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+                figure.savefig(folder / f"{slug}.{kind}", dpi=150, metadata=facts)
+            pyplot.close(figure)
+            names.append(slug)
+    return names
+
+
+def _nothing(records: Sequence[Record]) -> Iterator[Plot]:
+    return iter(())
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], title: str, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure and its axes in a row; room is left below for the line that says where it was measured."""
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
+    figure.suptitle(title, fontsize=12)
+    return figure, [axis for line in axes for axis in line]
+
+
+def _shared_legend(figure: Any, axes: Sequence[Any], columns: int = 4) -> None:
+    """One legend below all axes, each label once."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    if found:
+        figure.legend(found.values(), found, loc="outside lower center", ncols=min(columns, len(found)))
+
+
+# ---- throughput
+
+
+def throughput(records: Sequence[Record]) -> Iterator[Plot]:
+    """Bars of each engine's tokens per second, a panel for each run; whiskers from the least to the greatest round."""
+    runs = runs_of(records, lambda record: (model_name(record), workload_name(record)))
+    engines = sorted(dict.fromkeys(str(record["engine"]) for record in records), key=lambda name: name != OURS)
+    names = {str(record["engine"]): engine_name(record) for record in records}
+    names |= {str(record["engine"]): engine_name(record) for record in records if record.get("versions")}
+    columns = min(3, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    size = (4.2 * columns + 1.6, (0.42 * len(engines) + 1.1) * lines + 0.9)
+    figure, axes = _figure(lines, columns, size, "Offline throughput, median and range of the rounds", sharey=True)
+    for axis, run in zip(axes, runs):
+        for record in run:
+            with blaming(record):
+                _throughput_bar(axis, record, engines.index(str(record["engine"])))
+        axis.set_title(workload_name(run[0]))
+        axis.set_xlabel("output tokens/s")
+        axis.set_yticks(range(len(engines)), [names[name] for name in engines])
+        axis.grid(visible=False, axis="y")
+        axis.margins(x=0.2)
+        axis.set_xlim(left=0)
+    for axis in axes:
+        axis.set_ylim(len(engines) - 0.4, -0.6)
+    for axis in axes[len(runs) :]:
+        axis.set_axis_off()
+    yield "throughput", figure
+
+
+def _throughput_bar(axis: Any, record: Record, place: int) -> None:
+    if record["status"] != "ok":
+        axis.text(0, place, f" {record['status']}", va="center", style="italic", color="#555555")
+        return
+    rates = record["tokens_per_second"]
+    median = statistics.median(rates)
+    axis.barh(place, median, color=COLOURS[0] if record["engine"] == OURS else "#999999", height=0.65)
+    axis.errorbar(median, place, xerr=[[median - min(rates)], [max(rates) - median]], color="black", capsize=3, lw=1)
+    axis.annotate(number(median), (max(rates), place), (6, 0), textcoords="offset points", va="center")
+
+
+# ---- servers
+
+
+def serve(records: Sequence[Record]) -> Iterator[Plot]:
+    """Output tokens per second against median TTFT and ITL: a line for each server, a point for each load; a picture for each kind of request."""
+    kinds: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        with blaming(record):
+            kinds.setdefault((workload_name(record).partition(", ")[2], record["route"]), []).append(record)
+    for index, ((lengths, route), found) in enumerate(kinds.items()):
+        figure, axes = _figure(
+            1, 2, (11, 5), f"Servers under load: {lengths}, {route}; at each point, requests at a time or a second"
+        )
+        for axis, field, title in zip(axes, ("ttft_s", "itl_s"), ("time to first token", "time between tokens")):
+            for place, server in enumerate(dict.fromkeys(str(record["server"]) for record in found)):
+                _serve_line(axis, [record for record in found if record["server"] == server], field, place)
+            axis.set(xlabel="output tokens/s", ylabel=f"median {title}, ms")
+            for low, set_low in ((axis.get_xlim()[1], axis.set_xlim), (axis.get_ylim()[1], axis.set_ylim)):
+                set_low(-0.06 * low, 1.05 * low)  # from 0, with room for the labels of low points
+        _shared_legend(figure, axes)
+        yield f"serve {index + 1}", figure
+
+
+def _serve_line(axis: Any, records: Sequence[Record], field: str, place: int) -> None:
+    points = []
+    for record in records:
+        with blaming(record):
+            if record[field]:
+                rate = statistics.median(record["output_tokens_per_second"])
+                points.append((_load(record), rate, record[field]["p50"] * 1e3, record))
+    points.sort(key=lambda point: point[0])
+    if not points:
+        return
+    style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+    axis.plot([x for _, x, _, _ in points], [y for _, _, y, _ in points], label=points[0][3]["server"], **style)
+    beside, side = ((7, -11), "left") if place % 2 == 0 else ((-7, 5), "right")
+    for _, x, y, record in points:
+        axis.annotate(
+            arrivals_name(record).removesuffix(" at a time"), (x, y), beside, textcoords="offset points", fontsize=8, ha=side,
+            color=style["color"],
+        )  # fmt: skip
+
+
+def _load(record: Record) -> float:
+    arrivals = record["arrivals"]
+    return float(arrivals.get("concurrency") or arrivals.get("rate") or 0)
+
+
+# ---- latency
+
+
+def latency(records: Sequence[Record]) -> Iterator[Plot]:
+    """Milliseconds of a decode step over its context: a line for each batch; dashed, the least by the roofline."""
+    decode: dict[str, list[Record]] = {}
+    for record in records:
+        with blaming(record):
+            if record["what"] == "decode" and record["status"] == "ok":
+                decode.setdefault(f"{model_name(record)}{_options(record)}", []).append(record)
+    for index, (name, found) in enumerate(decode.items()):
+        figure, (axis,) = _figure(1, 1, (8, 5.5), f"A decode step of {name}")
+        for place, batch in enumerate(sorted({record["batch"] for record in found})):
+            line = sorted((r for r in found if r["batch"] == batch), key=lambda record: record["context"])
+            colour = COLOURS[place % len(COLOURS)]
+            contexts = [record["context"] for record in line]
+            steps, least = [record["ms_per_step"] for record in line], [record["roofline_ms"] for record in line]
+            label = f"{batch} request{'s' if batch != 1 else ''}"
+            axis.plot(contexts, steps, color=colour, marker=MARKERS[place % len(MARKERS)], label=label)
+            axis.plot(contexts, least, color=colour, ls="--", lw=1)
+        axis.plot([], [], color="#555555", ls="--", lw=1, label="the least by the roofline")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        _plain_ticks(axis, {record["context"] for record in found})
+        axis.set(xlabel="context of each request, tokens", ylabel="decode step, ms (median)")
+        _shared_legend(figure, [axis])
+        yield f"decode {index + 1}", figure
+
+
+def _options(record: Record) -> str:
+    """Those that change what is computed."""
+    options = record.get("options", {})
+    shown = [f"{name} {options[name]}" for name in ("dtype", "quantization", "kv_cache_dtype") if options.get(name)]
+    return f" ({', '.join(shown)})" if shown else ""
+
+
+def _plain_ticks(axis: Any, values: set[float]) -> None:
+    """Ticks of a logarithmic x axis where something was measured, as plain numbers; y as plain numbers too."""
+    axis.set_xticks(
+        sorted(values), [f"{value:g}" if value < 10_000 else f"{value / 1024:g}k" for value in sorted(values)]
+    )
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+PLOTS: dict[str, Callable[[Sequence[Record]], Iterator[Plot]]] = {
+    "throughput": throughput,
+    "serve": serve,
+    "latency": latency,
+}
