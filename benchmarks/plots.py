@@ -12,21 +12,14 @@ from typing import Any
 import matplotlib
 
 from nemo_engine.benchmarks.results import Record, blaming
-from nemo_engine.benchmarks.tables import (
-    OURS,
-    arrivals_name,
-    engine_name,
-    model_name,
-    number,
-    runs_of,
-    workload_name,
-)
+from nemo_engine.benchmarks.tables import OURS, engine_name, model_name, number, requests, runs_of, workload_name
+from nemo_engine.benchmarks.tables_engines import arrivals_name, precision_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402
 
-# Okabe and Ito's colours, which colour-blind people tell apart; markers and hatches tell the same in grey.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+# Okabe and Ito's colours, wine for their yellow, which colour-blind people tell apart; markers and hatches tell the same in grey.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000")
 MARKERS = "osD^vP*X"
 _STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
@@ -168,7 +161,7 @@ def latency(records: Sequence[Record]) -> Iterator[Plot]:
     for record in records:
         with blaming(record):
             if record["what"] == "decode" and record["status"] == "ok":
-                decode.setdefault(f"{model_name(record)}{_options(record)}", []).append(record)
+                decode.setdefault(f"{model_name(record)}{precision_name(record)}", []).append(record)
     for index, (name, found) in enumerate(decode.items()):
         figure, (axis,) = _figure(1, 1, (8, 5.5), f"A decode step of {name}")
         for place, batch in enumerate(sorted({record["batch"] for record in found})):
@@ -176,7 +169,7 @@ def latency(records: Sequence[Record]) -> Iterator[Plot]:
             colour = COLOURS[place % len(COLOURS)]
             contexts = [record["context"] for record in line]
             steps, least = [record["ms_per_step"] for record in line], [record["roofline_ms"] for record in line]
-            label = f"{batch} request{'s' if batch != 1 else ''}"
+            label = requests(batch)
             axis.plot(contexts, steps, color=colour, marker=MARKERS[place % len(MARKERS)], label=label)
             axis.plot(contexts, least, color=colour, ls="--", lw=1)
         axis.plot([], [], color="#555555", ls="--", lw=1, label="the least by the roofline")
@@ -186,13 +179,6 @@ def latency(records: Sequence[Record]) -> Iterator[Plot]:
         axis.set(xlabel="context of each request, tokens", ylabel="decode step, ms (median)")
         _shared_legend(figure, [axis])
         yield f"decode {index + 1}", figure
-
-
-def _options(record: Record) -> str:
-    """Those that change what is computed."""
-    options = record.get("options", {})
-    shown = [f"{name} {options[name]}" for name in ("dtype", "quantization", "kv_cache_dtype") if options.get(name)]
-    return f" ({', '.join(shown)})" if shown else ""
 
 
 def _plain_ticks(axis: Any, values: set[float]) -> None:
@@ -205,8 +191,60 @@ def _plain_ticks(axis: Any, values: set[float]) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
+# ---- operations
+
+
+def ops(records: Sequence[Record]) -> Iterator[Plot]:
+    """The roofline: operations a second against operations for each byte, below the ceilings that were measured in the same run."""
+    by_ceilings: dict[tuple[float, ...], list[Record]] = {}
+    for record in records:
+        with blaming(record):
+            if record.get("ceilings") and record.get("tflop_per_s") and record.get("gb_per_s"):
+                ceilings = record["ceilings"]
+                key = tuple(ceilings[name] for name in ("bytes_per_s", "bf16_flops_per_s", "fp8_flops_per_s"))
+                by_ceilings.setdefault(key, []).append(record)
+    for index, (ceilings, found) in enumerate(by_ceilings.items()):
+        names = list(dict.fromkeys(str(record["op"]) for record in found))
+        figure, (axis,) = _figure(
+            1, 1, (10, max(6.0, 0.24 * len(names) + 1.6)), "Operations below the measured ceilings"
+        )
+        xs = [record["tflop_per_s"] * 1e3 / record["gb_per_s"] for record in found]
+        _ceilings(axis, ceilings, min(xs) / 2, max(max(xs) * 2, 2 * max(ceilings[1:]) / ceilings[0]))
+        for record, x in zip(found, xs):
+            place = names.index(str(record["op"]))
+            colour = COLOURS[place % len(COLOURS)]
+            marker = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
+            fill = "none" if record["is_baseline"] else colour
+            axis.scatter(
+                x,
+                record["tflop_per_s"],
+                marker=marker,
+                edgecolors=colour,
+                facecolors=fill,
+                s=34,
+                linewidths=1,
+                zorder=3,
+            )
+            axis.scatter([], [], marker=marker, color=colour, label=record["op"])
+        axis.scatter([], [], marker="o", edgecolors="#555555", facecolors="none", label="hollow: a baseline")
+        axis.set(xscale="log", yscale="log", xlabel="operations for each byte, FLOP/byte", ylabel="TFLOP/s")
+        shown = {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(shown.values(), shown, loc="outside right upper", fontsize=8)
+        yield f"roofline {index + 1}", figure
+
+
+def _ceilings(axis: Any, ceilings: tuple[float, ...], low: float, high: float) -> None:
+    bytes_per_s, *rates = ceilings
+    for rate, name, style in zip(dict.fromkeys(rates), ("bf16", "FP8"), ("-", "--")):
+        label = f"copies {number(bytes_per_s / 1e9)} GB/s,\n{name} products {number(rate / 1e12)} TFLOP/s"
+        xs, ys = (low, rate / bytes_per_s, high), (low * bytes_per_s / 1e12, rate / 1e12, rate / 1e12)
+        axis.plot(xs, ys, color="black", lw=1.2, ls=style, label=label)
+
+
 PLOTS: dict[str, Callable[[Sequence[Record]], Iterator[Plot]]] = {
     "throughput": throughput,
     "serve": serve,
     "latency": latency,
+    "ops": ops,
+    "bench_ops": ops,
 }

@@ -1,14 +1,13 @@
-"""Results as Markdown tables: what each benchmark's lines say, a row per measurement; ratios within one run only."""
+"""What tables of results are made of: a Markdown table, how numbers, engines and workloads are written, and which results are of one run."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_engine.benchmarks.results import Ratio, Record, Spread, blaming, ratio, same_run
+from nemo_engine.benchmarks.results import Ratio, Record, Spread, blaming, same_run
 from nemo_engine.workload import WorkloadSpec
 
 OURS = "nemo_engine"
@@ -85,11 +84,15 @@ def model_name(record: Record) -> str:
     return Path(str(record["model"])).name
 
 
+def requests(count: int) -> str:
+    """``1 request``, ``2 requests``."""
+    return f"{count} request{'s' if count != 1 else ''}"
+
+
 def workload_name(record: Record) -> str:
     """Requests, and tokens in and out; or the name of the workload's file."""
     workload = record["workload"]
-    source, requests = str(workload["source"]), int(workload["requests"])
-    counted = f"{requests} request{'s' if requests != 1 else ''}"
+    source, counted = str(workload["source"]), requests(int(workload["requests"]))
     try:
         spec = WorkloadSpec.parse_text(source, "")
     except ValueError:
@@ -129,177 +132,7 @@ def rows_of(records: Iterable[Record], row: Callable[[Record], tuple[str, ...]])
     return tuple(rows)
 
 
-# ---- the benchmarks
-
-
-def throughput(records: Sequence[Record]) -> list[Table]:
-    """Engines side by side, a run a row; then all of them with what else was found."""
-    runs = runs_of(records, lambda record: (model_name(record), workload_name(record)))
-    engines = list(dict.fromkeys(str(record["engine"]) for record in records))
-    engines.sort(key=lambda name: name != OURS)
-    names = {str(record["engine"]): engine_name(record) for record in records}
-    names |= {str(record["engine"]): engine_name(record) for record in records if record.get("versions")}
-    rows, details = [], []
-    notes: dict[str, list[str]] = {}
-    for run in runs:
-        by_engine = {str(record["engine"]): record for record in run}
-        ours = by_engine.get(OURS)
-        rows.append((workload_name(run[0]), *(_throughput_cell(by_engine.get(name), ours) for name in engines)))
-        details += [_throughput_row(by_engine[name], ours) for name in engines if name in by_engine]
-        for record in run:
-            if record["status"] != "ok":
-                notes.setdefault(_trouble(record), []).append(workload_name(record))
-    models = ", ".join(dict.fromkeys(model_name(record) for record in records))
-    return [
-        Table(
-            f"Offline throughput of {models}: output tokens/s, median of the rounds; in brackets, how many times faster {OURS} is, "
-            "with a 95 % interval",
-            ("workload", *(names[name] for name in engines)),
-            tuple(rows),
-            tuple(f"{text} ({'; '.join(where)})" for text, where in notes.items()),
-        ),
-        Table(
-            "The same with the spread of the rounds",
-            ("workload", "engine", "output tokens/s", f"{OURS} is faster by", "tokens equal before the first difference",
-             "options"),
-            tuple(details),
-        ),
-    ]  # fmt: skip
-
-
-def _throughput_cell(record: Record | None, ours: Record | None) -> str:
-    if record is None:
-        return "not measured"
-    with blaming(record):
-        if record["status"] != "ok":
-            return str(record["status"])
-        text = number(statistics.median(record["tokens_per_second"]))
-        if ours is None or record is ours or ours["status"] != "ok":
-            return text
-        of = ratio(ours, record, "tokens_per_second")
-        return f"{text} ({times(of).replace(' (', ': ')}"
-
-
-def _throughput_row(record: Record, ours: Record | None) -> tuple[str, ...]:
-    with blaming(record):
-        options = ", ".join(f"{name}={value}" for name, value in record.get("options", {}).items())
-        head = (workload_name(record), engine_name(record))
-        if record["status"] != "ok":
-            return (*head, str(record["status"]), "–", "–", options)
-        equal = record.get("equal_before_first_difference")
-        compared = ours is not None and record is not ours and ours["status"] == "ok"
-        return (
-            *head,
-            spread(record["tokens_per_second"]),
-            times(ratio(ours, record, "tokens_per_second")) if compared and ours is not None else "–",
-            "–" if equal is None else f"{equal:.1%}",
-            options,
-        )
-
-
-def _trouble(record: Record) -> str:
-    return f"{record['engine']} {record['status']}: {record.get('error') or 'no reason is known'}"
-
-
-def serve(records: Sequence[Record]) -> list[Table]:
-    """Servers of one run below one another; ratios are those of the first against the others."""
-    rows, notes = [], []
-    for run in runs_of(records, lambda record: (workload_name(record), arrivals_name(record), record["route"])):
-        for record in run:
-            rows += rows_of([record], lambda record, first=run[0]: _serve_row(record, first))
-            if record["errors"]:
-                first = (record.get("first_errors") or ["no reason is known"])[0]
-                notes.append(f"{record['server']} ({arrivals_name(record)}): {record['errors']} failed, first: {first}")
-    columns = (
-        "workload", "arrivals", "server", "output tokens/s", "the first has more by", "TTFT ms, p50 / p99", "ITL ms, p50 / p99",
-        "TPOT ms, p50 / p99", "goodput, requests/s", "failed",
-    )  # fmt: skip
-    title = (
-        "Servers under load, as their clients see them: output tokens/s with the spread of the rounds, and latencies"
-    )
-    return [Table(title, columns, tuple(rows), tuple(notes))]
-
-
-def arrivals_name(record: Record) -> str:
-    """``16 at a time`` or ``poisson, 8/s``."""
-    arrivals = record["arrivals"]
-    if arrivals.get("concurrency") is not None:
-        return f"{arrivals['concurrency']} at a time"
-    if arrivals.get("rate") is None:
-        return "as recorded"
-    return f"{arrivals.get('arrivals') or 'poisson'}, {arrivals['rate']:g}/s"
-
-
-def _serve_row(record: Record, first: Record) -> tuple[str, ...]:
-    slo = record["slo"]
-    limits = [f"{name} {slo[key] * 1e3:g} ms" for key, name in (("ttft_s", "TTFT"), ("itl_s", "ITL")) if slo.get(key)]
-    rates = record["output_tokens_per_second"]
-    is_compared = record is not first and all(rates) and not record["errors"] and not first["errors"]
-    return (
-        workload_name(record),
-        arrivals_name(record),
-        str(record["server"]),
-        spread(rates),
-        times(ratio(first, record, "output_tokens_per_second")) if is_compared else "–",
-        percentile_pair(record["ttft_s"]),
-        percentile_pair(record["itl_s"]),
-        percentile_pair(record["tpot_s"]),
-        f"{spread(record['goodput_requests_per_second'])} within {', '.join(limits)}" if limits else "–",
-        str(record["errors"]),
-    )
-
-
-def server_overhead(records: Sequence[Record]) -> list[Table]:
-    """The HTTP server against the engine in its process."""
-
-    def row(record: Record) -> tuple[str, ...]:
-        work, rates = record["workload"], record["tokens_per_second"]
-        return (
-            f"{work['concurrency']} at a time, {work['prompt_tokens']} in, {work['new_tokens']} out",
-            spread(rates["in process"]),
-            spread(rates["over HTTP"]),
-            spread(record["ratio"]),
-        )
-
-    columns = ("requests", "AsyncEngine in process, tokens/s", "the server over HTTP, tokens/s", "share")
-    return [Table("What streaming over HTTP costs", columns, rows_of(records, row))]
-
-
-def structured(records: Sequence[Record]) -> list[Table]:
-    """Grammars; then masks applied to logits."""
-    forms = [record for record in records if "form" in record]
-    applied = [record for record in records if "rows" in record]
-    sizes = ", ".join(dict.fromkeys(text for (text,) in rows_of(records, lambda record: (str(record["vocab_size"]),))))
-    tables = []
-    if forms:
-        rows = rows_of(forms, lambda record: (record["form"], *(number(record[name]) for name in
-                       ("mask_us", "mask_p99_us", "accept_us", "first_ms"))))  # fmt: skip
-        columns = ("form", "mask, median us", "99th percentile, us", "accept a token, us", "first compilation, ms")
-        tables.append(Table(f"Structured outputs over {sizes} tokens, on the host", columns, rows))
-    if applied:
-        rows = rows_of(applied, lambda record: (str(record["rows"]), number(record["apply_us"])))
-        tables.append(Table("Masks applied to logits by the CPU", ("rows", "median us"), rows))
-    return tables
-
-
-def validate_simulator(records: Sequence[Record]) -> list[Table]:
-    """Predicted against measured."""
-    rows, notes = [], []
-    for record in records:
-        with blaming(record):
-            for work in record["workloads"]:
-                measured, predicted = work["measured"], work["predicted"]
-                rows.append((
-                    f"{work['requests']} requests, {work['workload']}",
-                    number(measured["tokens_per_s"]), number(predicted["tokens_per_s"]), f"{work['throughput_error']:+.1%}",
-                    number(measured["median_ttft_s"] * 1e3), number(predicted["median_ttft_s"] * 1e3),
-                    f"{work['ttft_error']:+.1%}",
-                ))  # fmt: skip
-            verdict = "within" if record["is_within_limits"] else "NOT within"
-            limits = f"{record['most_throughput_error']:.0%} of throughput, {record['most_ttft_error']:.0%} of TTFT under arrivals"
-            notes.append(f"{model_name(record)}: {verdict} the limits ({limits})")
-    columns = ("unseen workload", "tokens/s", "predicted", "error", "median TTFT, ms", "predicted", "error")
-    return [Table("The simulator's predictions against the engine", columns, tuple(rows), tuple(notes))]
+# ---- what has no table of its own
 
 
 def anything(records: Sequence[Record]) -> list[Table]:
@@ -316,17 +149,3 @@ def _any_cell(value: object) -> str:
     if isinstance(value, float):
         return number(value)
     return "–" if value is None or isinstance(value, dict | list) else str(value)
-
-
-TABLES: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
-    "throughput": throughput,
-    "serve": serve,
-    "server_overhead": server_overhead,
-    "structured": structured,
-    "validate_simulator": validate_simulator,
-}
-
-
-def tables_of(benchmark: str, records: Sequence[Record]) -> list[Table]:
-    """The tables of one benchmark's results, all of one machine and commit; the first is the most telling."""
-    return TABLES.get(benchmark, anything)(records)

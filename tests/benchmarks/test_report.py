@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from nemo_engine.benchmarks import report as reports
-from nemo_engine.benchmarks.report import BEGIN, END, groups_of, readme_section, report, with_section
+from nemo_engine.benchmarks.report import BEGIN, END, TABLES, groups_of, readme_section, report, with_section
 from nemo_engine.benchmarks.results import Record, read
-from nemo_engine.benchmarks.tables import tables_of, workload_name
+from nemo_engine.benchmarks.tables import Table, anything, workload_name
 from nemo_engine.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,11 @@ def write(folder: Path, *records: Record, name: str = "r.jsonl") -> Path:
 
 
 # ---- tables
+
+
+def tables_of(benchmark: str, records: list[Record]) -> list[Table]:
+    """As the report makes them."""
+    return TABLES.get(benchmark, anything)(records)
 
 
 def test_throughput_of_known_numbers() -> None:
@@ -145,6 +150,82 @@ def test_predictions_of_known_numbers() -> None:
     assert "NOT within the limits" in table.notes[0]
 
 
+def test_latencies_of_known_numbers() -> None:
+    def summary(median: float) -> dict[str, float]:
+        return {"median": median, "low": median / 2, "high": median * 2, "p90": 9.0, "p99": 9.0}
+
+    point = {
+        "benchmark": "latency",
+        "what": "request",
+        "batch": 8,
+        "input": 16,
+        "output": 32,
+        "model": "m",
+        "options": {},
+        **PLACE,
+    }
+    times = {name: summary(0.01) for name in ("ttft_s", "tpot_s", "e2e_s")} | {
+        "tokens_per_s": summary(100.0),
+        "status": "ok",
+    }
+    ours = {
+        **point,
+        **times,
+        "engine": "nemo_engine",
+        "itl_s": summary(0.002),
+        "prefill_fraction": 0.5,
+        "fraction": 0.25,
+    }
+    faster = {"median": 2.0, "interval": [1.0, 3.0]}
+    peer = {**point, **times, "engine": "vllm", "nemo_engine_e2e_faster_by": faster}
+    failed = {**point, "engine": "sglang", "status": "failed", "error": "no memory"}
+    start = {**point, "what": "start", "engine": "llama.cpp", "status": "missing", "error": "not there"}
+    rows = [{"stage": "linear", "us_per_step": 60.0, "share": 0.6, "calls_per_step": 4.0}]
+    profiled = {**decode(1, 1024), "profile": rows, "profiled_us_per_step": 100.0, "unprofiled_us_per_step": 90.0}
+    requests, steps, profile = tables_of(
+        "latency", [ours, peer, failed, start, profiled, decode(64, 1024), decode(64, 4096)]
+    )
+    head, ms = ("m", "8", "16", "32"), "10 (5 to 20)"
+    assert requests.rows == (
+        (*head, "nemo_engine", ms, "2 (1 to 4)", ms, ms, "100 (50 to 200)", "50%, 25%", "–"),
+        (*head, "vllm", ms, "–", ms, ms, "100 (50 to 200)", "–", "–, 2.00x"),
+        (*head, "sglang", "failed", *["–"] * 6),
+    )
+    assert requests.notes == ("llama.cpp missing: not there", "sglang failed, 8 requests: no memory")
+    assert "nemo (kv_cache_dtype fp8)" in steps.title
+    assert steps.rows == (("1024", "6.01 (80%)", "6.66 (80%)"), ("4096", "–", "8.62 (80%)"))
+    assert (
+        profile.rows == (("linear", "60", "60.0%", "4"),)
+        and "100 us with the timers, 90 us without" in profile.notes[0]
+    )
+
+
+def op(name: str, implementation: str, **fields: Any) -> Record:
+    """A line of ``bench ops``: 2 FLOP for each byte."""
+    rates = {"us": 2.0, "gb_per_s": 1000.0, "tflop_per_s": 2.0, "fraction": 0.5, "speedup": 1.5}
+    ceilings = {"bytes_per_s": 4e12, "bf16_flops_per_s": 8e14, "fp8_flops_per_s": 1.5e15}
+    row = {
+        "benchmark": "ops",
+        "op": name,
+        "size": "8 rows",
+        "implementation": implementation,
+        "is_baseline": False,
+        "error": None,
+    }
+    return {**row, **rates, "ceilings": ceilings, **PLACE, **fields}
+
+
+def test_operations_of_known_numbers() -> None:
+    nothing = dict.fromkeys(("us", "gb_per_s", "tflop_per_s", "fraction", "speedup"))
+    broken = op("linear", "torch", is_baseline=True, error="RuntimeError: no kernel", **nothing)
+    first, second = tables_of("ops", [op("linear", "triton"), broken, op("norm", "cuda")])
+    assert (first.title, second.title) == ("Operation linear", "Operation norm")
+    assert first.rows == (
+        ("8 rows", "triton", "2", "1000", "2", "50%", "1.50x", ""),
+        ("8 rows", "torch *", "–", "–", "–", "–", "–", "failed: RuntimeError: no kernel"),
+    )
+
+
 def test_a_benchmark_without_a_table_of_its_own_shows_its_numbers() -> None:
     (table,) = tables_of(
         "new", [{"benchmark": "new", "a": 1.5, "b": "x", **PLACE}, {"benchmark": "new", "c": 2, **PLACE}]
@@ -198,7 +279,8 @@ def test_tables_and_plots_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     engines = [throughput("nemo_engine", [10.0, 12.0]), throughput("transformers", [4.0, 5.0]), throughput("vllm")]
     servers = [serve(name, n, [100.0 * n]) for n in (1, 16) for name in ("ours", "theirs")]
     steps = [decode(batch, context) for batch in (1, 64) for context in (1024, 131072)]
-    folder = write(tmp_path, *engines, *servers, *steps)
+    operations = [op("linear", "triton"), op("norm", "torch", is_baseline=True, tflop_per_s=0.5)]
+    folder = write(tmp_path, *engines, *servers, *steps, *operations)
     assert main(["bench", "report", str(folder), "--out", str(tmp_path / "out")]) == 0
     written = (tmp_path / "out" / "report.md").read_text()
     assert capsys.readouterr().out.startswith(report(read(folder)))
@@ -206,6 +288,7 @@ def test_tables_and_plots_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
         "throughput": ["output tokens/s", "nemo_engine", "transformers", "failed", "16 requests, 16 to 256 in, 128 out"],
         "serve-1": ["output tokens/s", "median time to first token, ms", "median time between tokens, ms", "ours", "theirs"],
         "decode-1": ["context of each request, tokens", "decode step, ms (median)", "64 requests", "128k", "roofline"],
+        "roofline-1": ["FLOP/byte", "TFLOP/s", "linear", "norm", "FP8 products 1500 TFLOP/s", "hollow: a baseline"],
     }  # fmt: skip
     for name, labels in expected.items():
         (svg,) = (tmp_path / "out").glob(f"{name}-*.svg")
