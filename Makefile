@@ -56,7 +56,7 @@ kernel-report: $(VENV)/.installed-test  ## compile every kernel for sm_90a, prin
 	@$(BIN)/python csrc/build.py --which >/dev/null && $(BIN)/python benchmarks/cuda_kernel_report.py --write
 
 bench-op: $(VENV)/.installed-base  ## time operations on an NVIDIA GPU: make bench-op OP="linear paged_attention"
-	@$(BIN)/python benchmarks/ops.py $(if $(OP),--op $(OP))
+	@$(BIN)/nemo-engine bench ops --device cuda $(if $(OP),--op $(OP))
 
 gpu: $(VENV)/.installed-test  ## on a machine with an NVIDIA GPU: tests, memory check, ceilings, benchmarks (MINUTES=45)
 	@$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),45)

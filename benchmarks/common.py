@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from nemo_engine.benchmarks.models import SHAPES, open_model
 from nemo_engine.benchmarks.peers import PEERS
+from nemo_engine.config import EngineConfig
 from nemo_engine.workload import Item, WorkloadSpec, generate, read_workload
 
 _BAR_AFTER = 2.0  # seconds
+_MAKE_WEIGHTS = {"nemo_engine", "vllm", "sglang"}  # engines with an option for random weights
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, peers, options and where results go."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, or nemo-tiny")
+    parser.add_argument(
+        "model", metavar="MODEL",
+        help=f"a checkpoint directory, nemo-tiny, or a shape with random weights: {', '.join(SHAPES)}",
+    )  # fmt: skip
     parser.add_argument(
         "--peers", nargs="*", default=[], metavar="NAME[=PYTHON]",
         help=f"what to measure against, and the Python that has it: {', '.join(name for name in PEERS if name != 'nemo_engine')}",
     )  # fmt: skip
     parser.add_argument(
         "--option", action="append", default=[], metavar="ENGINE.NAME=JSON",
-        help="an option of an engine, such as nemo_engine.max_num_seqs=64 or vllm.enforce_eager=true",
+        help="an option of an engine, such as vllm.enforce_eager=true; without its name it is nemo_engine's: max_num_seqs=64",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to FILE, a line each")
     parser.add_argument("--log", type=Path, metavar="FILE", help="what the engines print goes to FILE")
@@ -71,25 +77,34 @@ def peer_setups(args: argparse.Namespace) -> list[PeerSetup]:
     for text in args.option:
         key, equals, value = text.partition("=")
         engine, dot, option = key.rpartition(".")
-        if not (equals and dot):
-            raise ValueError(f"--option must be ENGINE.NAME=JSON, got {text!r}")
+        engine = engine if dot else "nemo_engine"
+        if not (equals and engine and option):
+            raise ValueError(f"--option must be ENGINE.NAME=JSON, or NAME=JSON for nemo_engine, got {text!r}")
         if engine not in pythons:
             raise ValueError(f"--option names {engine!r}, which does not run here: {', '.join(pythons)}")
         try:
             args.options[engine][option] = json.loads(value)
         except ValueError:
             args.options[engine][option] = value
+    if args.model in SHAPES:
+        for engine in _MAKE_WEIGHTS & args.options.keys():
+            args.options[engine].setdefault("load_format", "dummy")
     return [PeerSetup(name, python, args.options[name]) for name, python in pythons.items()]
+
+
+def engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    """The configuration of ours that ``options`` mean. ``ValueError`` for one that is wrong or unknown."""
+    known = [field.name for field in fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"--option names {name!r}, which nemo_engine does not have: it has {', '.join(known)}")
+    return EngineConfig(**options)
 
 
 def resolve_model(model: str) -> tuple[Path, int]:
     """(the checkpoint's directory, its vocabulary's size), for engines that know no bundled model."""
-    path = Path(model)
-    if model == "nemo-tiny":
-        path = Path(str(importlib.resources.files("nemo_engine") / "assets" / "nemo-tiny"))
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model must be nemo-tiny or a directory with a config.json, got {model!r}")
-    return path, int(json.loads((path / "config.json").read_text())["vocab_size"])
+    found = open_model(model)
+    return found.path, found.vocab_size
 
 
 class Progress:

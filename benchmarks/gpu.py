@@ -90,12 +90,30 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or (places[-1] if places else None)
 
 
+# Decode steps whose keys and values fit beside the weights on 80 GB: (batches, context).
+_DECODES = (("1 8 64 256", 1024), ("1 8 64", 4096), ("1 8", 32768), ("1 2", 131072))
+_FP8 = ("--option", "quantization=fp8", "--option", "kv_cache_dtype=fp8")
+# Input and output lengths that other engines publish throughput for; so many requests that the last ones do not run alone for long.
+_THROUGHPUT = ((128, 128, 2048), (1000, 1000, 1024), (2048, 128, 1024), (20000, 2000, 64))
+
+
 def stages(results: Path) -> list[Stage]:
     """What is run, the most valuable first; benchmarks append to ``results``."""
     python, here = sys.executable, str(ROOT / "benchmarks")
+    bench = (python, "-m", "nemo_engine", "bench")
     json_to = ("--json", str(results))
+
+    def decodes(*options: str) -> tuple[tuple[str, ...], ...]:
+        command = (*bench, "latency", "nemo", *json_to, *options)
+        return tuple(
+            (*command, "--batch", *batches.split(), "--context", str(context)) for batches, context in _DECODES
+        )
+
+    prefills = ("--batch", "1", "--input", "2048", "8192", "32768", "131071", "--output", "1", "--rounds", "3")
+    throughput = (*bench, "throughput", "nemo", *json_to, *_FP8, "--option", "max_num_seqs=1024", "--rounds", "2")
+    throughputs = tuple((*throughput, "--generate", f"requests={n},input={i},output={o}") for i, o, n in _THROUGHPUT)
     sanitizer = find_sanitizer()
-    checked = ("--error-exitcode", "86", python, f"{here}/ops.py", "--once")
+    checked = ("--error-exitcode", "86", *bench, "ops", "--once", "--device", "cuda")
     memcheck = (sanitizer or "", "--tool", "memcheck", *checked)
     racecheck = (sanitizer or "", "--tool", "racecheck", *checked, "--op", *_SHARING)
     not_found = None if sanitizer else "compute-sanitizer is not found"
@@ -108,8 +126,12 @@ def stages(results: Path) -> list[Stage]:
         Stage("tests", ((python, "-m", "pytest", "-q", "-m", "gpu", "tests"),), 600, {}),
         Stage("memcheck", (memcheck,), 300, uncached, not_found),
         Stage("ceilings", ((python, f"{here}/gpu_ceilings.py", *json_to),), 360, {}),
-        Stage("ops", ((python, f"{here}/ops.py", *json_to),), 900, {}),
-        Stage("engine", ((python, f"{here}/bench_engine.py", *json_to),), 900, {}),
+        Stage("ops", ((*bench, "ops", "--device", "cuda", *json_to),), 900, {}),
+        Stage("decode", decodes(), 900, {}),
+        Stage("decode-fp8", decodes(*_FP8), 900, {}),
+        Stage("prefill", ((*bench, "latency", "nemo", *json_to, *prefills),), 600, {}),
+        Stage("startup", ((*bench, "startup", "nemo", *json_to, "--rounds", "2"),), 600, {}),
+        Stage("throughput", throughputs, 1800, {}),
         Stage("racecheck", (racecheck,), 300, {}, not_found),
     ]
 

@@ -1,438 +1,178 @@
-"""Every implementation of every operation at Mistral NeMo's sizes, beside what torch and its libraries offer, and the roofline.
+"""``nemo-engine bench ops``: every implementation of every operation, beside what torch and other libraries offer, and the roofline.
 
-Device time by events with a cold L2, without CUDA graphs, median of 20. The roofline of a call is the longer of its bytes over the copy
-bandwidth and its operations over the rate of large matrix products, both measured in the same run. Attention is measured as the
-second and later layers of a step run it: what a step computes once for all layers is not in its time.
+On a GPU: device time by events with a cold L2, without CUDA graphs. On a CPU: wall-clock time, caches as they are, so that what lies in a
+cache passes the roofline. Medians of --rounds. The roofline of a call is the longer of its bytes over the copy bandwidth and its
+operations over the rate of large matrix products, both measured in the same run. Each result is compared with the first baseline's; one that
+is far off is an error. Exit status 1 if any of ours failed.
 
-    python benchmarks/ops.py --op paged_attention linear --json benchmarks/results/NAME.jsonl
-    compute-sanitizer python benchmarks/ops.py --once
-
-Each result is compared with the first baseline's; one that is far off is an error. Exit status 1 if any of ours failed.
+    nemo-engine bench ops --op paged_attention linear --json ops.jsonl
+    compute-sanitizer python -m nemo_engine bench ops --once
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-
-from nemo_engine.benchmarks.bench_engine import CONFIGS
+from nemo_engine.benchmarks.gpu_meter import GpuMeter
 from nemo_engine.benchmarks.provenance import append_record, provenance
-from nemo_engine.benchmarks.timing import (
-    HEADER,
-    Args,
-    Calls,
-    Size,
-    is_usable,
-    measure_ceilings,
-    measure_size,
-    on_device,
-    run_once,
-    timer_for,
-)
-from nemo_engine.config import ModelConfig
-from nemo_engine.ops import ALL_OPS, Op, Site
-from nemo_engine.ops.attention import AttentionMeta
-from nemo_engine.ops.rope import rope_table
 
-BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
-PAGE_SIZE = 64
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_engine.benchmarks.ops_peers import OpsPeers
+    from nemo_engine.benchmarks.ops_sizes import Scale
+    from nemo_engine.benchmarks.timing import Row
+    from nemo_engine.ops import Op, Site
+
+_SIZES = ("nemo", "nemo-tiny", "tiny")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these operations")
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="[auto: a GPU where there is one]"
+    )
+    parser.add_argument(
+        "--sizes", choices=_SIZES, help="whose sizes [nemo on a GPU, nemo-tiny on a CPU; tiny is for tests]"
+    )
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="timed calls of each measurement [20]")
+    parser.add_argument("--once", action="store_true", help="run the smallest cases once, untimed")
+    parser.add_argument(
+        "--fa3", type=Path, metavar="FILE", help="vLLM's _vllm_fa3_C.abi3.so: FlashAttention 3 as a baseline"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to FILE, a line each")
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """How large the inputs are."""
+class Bench:
+    """What is measured, where, and beside what."""
 
-    model: ModelConfig
-    rows: tuple[int, ...]
-    products: tuple[int, ...]  # rows of a linear layer's input
-    decodes: tuple[tuple[int, int], ...]  # requests, tokens of each
-    prefills: tuple[tuple[int, int], ...]  # queries, keys
-    batches: tuple[int, ...]  # requests that sample
-
-
-NEMO = Scale(
-    ModelConfig.from_hf(CONFIGS["nemo"]),
-    (1, 64, 256, 4096),
-    (1, 16, 64, 128, 256, 4096),
-    ((1, 1024), (1, 32768), (1, 131072), (32, 4096), (8, 32768), (64, 1024), (256, 1024)),
-    ((2048, 2048), (8192, 8192), (32768, 32768), (8192, 32768)),
-    (1, 64, 256),
-)
-TINY = Scale(ModelConfig.from_hf(CONFIGS["tiny"]), (1, 5), (1, 5), ((3, 128),), ((64, 64), (32, 96)), (2,))
+    ops: list[Op]
+    scale: Scale
+    site: Site
+    device: torch.device
+    peers: OpsPeers | None
 
 
-def bf16(*shape: int, device: torch.device) -> Tensor:
-    """Normal noise."""
-    return torch.randn(shape, device=device).to(BF16)
-
-
-def definition(op: Op) -> Callable[..., Calls]:
-    """The baseline of operations that torch composes of its own: the definition itself."""
-    return lambda *args: {"torch": lambda: op.semantics(*args)}
-
-
-def norm_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """With the residual, as in 80 of NeMo's 81 norms."""
-    width = scale.model.hidden_size
-
-    def make(rows: int) -> Args:
-        x, residual = (bf16(rows, width, device=device) for _ in range(2))
-        args = x, bf16(width, device=device), 1e-5, residual
-        return (*args, None) if op.name == "rms_norm_fp8" else args
-
-    for rows in scale.rows:
-        yield Size(f"{rows}x{width} residual", partial(make, rows), definition(op))
-
-
-def row_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Operations of one matrix."""
-    inner, hidden = scale.model.intermediate_size, scale.model.hidden_size
-    widths = {"silu_mul": [2 * inner], "silu_mul_fp8": [2 * inner], "quantize_channels": [hidden]}
-    tail: Args = () if op.name in ("silu_mul", "quantize_channels") else (None,)
-    for width in widths.get(op.name, [hidden, inner]):
-        for rows in [2 * inner] if op.name == "quantize_channels" else scale.rows:
-            make = partial(lambda rows, width: (bf16(rows, width, device=device), *tail), rows, width)
-            yield Size(f"{rows}x{width}", make, definition(op))
-
-
-def rope_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Decode rows write to a page each; more rows are a prompt, which fills its pages."""
-    model = scale.model
-    heads, kv_heads, dim = model.num_heads, model.num_kv_heads, model.head_dim
-
-    def make(rows: int, kv_dtype: torch.dtype) -> Args:
-        q, k, v = (bf16(rows, count, dim, device=device) for count in (heads, kv_heads, kv_heads))
-        shape = (rows + 2, kv_heads, PAGE_SIZE, dim)
-        caches = [torch.zeros(shape, dtype=kv_dtype, device=device) for _ in range(2)]
-        scales = [torch.ones(kv_heads, device=device) if kv_dtype is FP8 else None for _ in range(2)]
-        places = PAGE_SIZE + torch.arange(rows, device=device) * (1 if rows > 256 else PAGE_SIZE)
-        positions = torch.arange(rows, device=device) % model.max_position_embeddings
-        table = rope_table(dim, model.rope_theta, model.max_position_embeddings, device)
-        return q, k, v, table, positions, places, *caches, *scales
-
-    for rows in scale.rows:
-        for name, dtype in (("bf16", BF16), ("fp8", FP8)):
-            yield Size(f"{rows} tokens, {name} KV", partial(make, rows, dtype), definition(op))
-
-
-def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Decoding requests of equal lengths, then one prompt or one chunk of it. Pages are in random order."""
-    model = scale.model
-
-    def make(requests: int, queries: int, keys: int, kv_dtype: torch.dtype) -> Args:
-        width = -(-keys // PAGE_SIZE)
-        shape = (requests * width + 1, model.num_kv_heads, PAGE_SIZE, model.head_dim)
-        caches = [bf16(*shape, device=device).to(kv_dtype) for _ in range(2)]
-        scales = [torch.ones(model.num_kv_heads, device=device) if kv_dtype is FP8 else None for _ in range(2)]
-        table = torch.zeros(requests + 1, width, dtype=torch.int64, device=device)
-        table[1:] = 1 + torch.randperm(requests * width, device=device).view(requests, width)
-        meta = AttentionMeta(
-            num_decodes=requests if queries == 1 else 0,
-            query_start_loc=torch.arange(requests + 1, device=device) * queries,
-            seq_lens=torch.full((requests,), keys, device=device),
-            page_table=table,
-            slot_ids=torch.arange(1, requests + 1, device=device),
-            page_size=PAGE_SIZE,
-            num_pages=width,
-            longest=queries,
-        )
-        q = bf16(requests * queries, model.num_heads, model.head_dim, device=device)
-        return q, *caches, meta, model.head_dim**-0.5, *scales
-
-    kinds = [(f"decode {n}x{keys}", n, 1, keys) for n, keys in scale.decodes]
-    kinds += [(f"prefill {queries} of {keys}", 1, queries, keys) for queries, keys in scale.prefills]
-    for name, requests, queries, keys in kinds:
-        for label, dtype in (("bf16", BF16), ("fp8", FP8)):
-            yield Size(f"{name}, {label} KV", partial(make, requests, queries, keys, dtype), sdpa_calls)
-
-
-def sdpa_calls(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, *scales: Tensor | None
-) -> Calls:
-    """torch's SDPA over contiguous bf16 keys and values. For decodes also with a KV head's query heads as its queries."""
-    pages = meta.page_table[meta.slot_ids]
-    keys = int(meta.seq_lens[0])
-    k, v = (  # (R, Hk, L, D); gathered as bytes, because FP8 cannot be
-        x.view(torch.uint8)[pages].view(x.dtype).to(BF16).transpose(1, 2).flatten(2, 3)[:, :, :keys]
-        for x in (k_cache, v_cache)
-    )
-    requests, (heads, dim) = pages.shape[0], q.shape[1:]
-    options: dict[str, dict[str, Any]] = {}
-    if meta.num_decodes:
-        queries = {" gqa": q.view(requests, heads, 1, dim), " packed": q.view(requests, k.shape[1], -1, dim)}
-        options = {" gqa": {"enable_gqa": True}, " packed": {}}
-    else:
-        queries = {"": q.transpose(0, 1).unsqueeze(0)}
-        is_whole = q.shape[0] == keys
-        mask = {"is_causal": True} if is_whole else {"attn_mask": causal_lower_right(q.shape[0], keys)}
-        options = {"": {"enable_gqa": True, **mask}}
-    backends = {"flash": [SDPBackend.FLASH_ATTENTION], "cudnn": [SDPBackend.CUDNN_ATTENTION]}
-    if q.device.type == "cpu":
-        backends = {"any": [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]}
-
-    def call(backend: str, form: str) -> Tensor:
-        with sdpa_kernel(backends[backend]):
-            out = F.scaled_dot_product_attention(queries[form], k, v, scale=scale, **options[form])
-        return out if meta.num_decodes else out[0].transpose(0, 1)
-
-    return {f"sdpa {backend}{form}": partial(call, backend, form) for backend in backends for form in queries}
-
-
-def linear_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """The five projections. FP8 with a scale per token and per output channel."""
-    model = scale.model
-    shapes = {
-        "qkv": (model.q_size + 2 * model.kv_size, model.hidden_size),
-        "o": (model.hidden_size, model.q_size),
-        "gate_up": (2 * model.intermediate_size, model.hidden_size),
-        "down": (model.hidden_size, model.intermediate_size),
-        "lm_head": (model.vocab_size, model.hidden_size),
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, store; 1 if an implementation of ours failed."""
+    bench = make_bench(args)
+    packages = [name for name in ("torch", "triton") if find_spec(name)]
+    facts: dict[str, Any] = provenance(*packages) | {
+        "device": bench.device.type,
+        "sizes": args.sizes or default_sizes(bench.device),
     }
-    is_fp8 = op.name == "linear_fp8"
+    if bench.device.type == "cuda":
+        import torch
 
-    def make(rows: int, n: int, k: int) -> Args:
-        x, w = bf16(rows, k, device=device), bf16(n, k, device=device)
-        if not is_fp8:
-            return x, w
-        return x.to(FP8), torch.rand(rows, 1, device=device) + 0.5, w.to(FP8), torch.rand(n, 1, device=device) + 0.5
-
-    def scaled_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> Calls:
-        def call(fast: bool) -> Tensor:
-            scales = {"scale_a": x_scales, "scale_b": w_scales.t()}
-            return torch._scaled_mm(x, w.t(), **scales, out_dtype=BF16, use_fast_accum=fast)
-
-        return {"_scaled_mm": partial(call, True), "_scaled_mm precise": partial(call, False)}
-
-    for name, (n, k) in shapes.items():
-        for rows in scale.products:
-            baselines = scaled_mm if is_fp8 else lambda x, w: {"F.linear": lambda: F.linear(x, w)}
-            yield Size(f"{name} {rows}x{k}x{n}", partial(make, rows, n, k), baselines)
-
-
-def fused_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Linear layers with what comes before or after them, against the same composed in torch. FP8 with scales per token and channel."""
-    model = scale.model
-    hidden, inner = model.hidden_size, model.intermediate_size
-    qkv, gate_up, down = (model.q_size + 2 * model.kv_size, hidden), (2 * inner, hidden), (hidden, inner)
-    shapes = {
-        "norm_linear": {"qkv": qkv, "gate_up": gate_up},
-        "silu_mul_linear": {"down": down},
-        "linear_add_fp8": {"o": (hidden, model.q_size), "down": down},
-        "linear_silu_mul_fp8": {"gate_up": gate_up},
-    }
-    base, is_fp8 = op.name.removesuffix("_fp8"), op.name.endswith("_fp8")
-
-    def make(rows: int, n: int, k: int) -> Args:
-        weight = bf16(n, k, device=device)
-        weights = (weight.to(FP8), torch.rand(n, 1, device=device) + 0.5) if is_fp8 else (weight,)
-        x8 = (bf16(rows, k, device=device).to(FP8), torch.rand(rows, 1, device=device) + 0.5, *weights)
-        tail: Args = (None,) if is_fp8 else ()
-        if base == "norm_linear":
-            x, residual = (bf16(rows, k, device=device) for _ in range(2))
-            return x, residual, bf16(k, device=device), 1e-5, *weights, *tail
-        if base == "silu_mul_linear":
-            return bf16(rows, 2 * k, device=device), *weights, *tail
-        return (*x8, bf16(rows, n, device=device)) if op.name == "linear_add_fp8" else (*x8, *tail)
-
-    for name, (n, k) in (shapes.get(op.name) or shapes[base]).items():
-        for rows in scale.products:
-            yield Size(f"{name} {rows}x{k}x{n}", partial(make, rows, n, k), definition(op))
-
-
-def sample_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Batches of one kind of row, without penalties. Tokens are not comparable: each has its own noise."""
-    vocab = scale.model.vocab_size
-    kinds = {"greedy": (0.0, vocab, 1.0), "plain": (0.8, vocab, 1.0), "top_k 50, top_p 0.9": (0.8, 50, 0.9)}
-
-    def make(rows: int, temperature: float, top_k: int, top_p: float) -> Args:
-        from nemo_engine.ops.sample import SlotParams
-
-        def per_slot(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.full((rows + 1,), value, dtype=dtype, device=device)
-
-        params = SlotParams(
-            temperature=per_slot(temperature),
-            min_p=per_slot(0.0),
-            top_k=per_slot(top_k, torch.int64),
-            top_p=per_slot(top_p),
-            seed_keys=torch.randint(-(1 << 62), 1 << 62, (rows + 1,), device=device),
-            frequency=per_slot(0.0),
-            presence=per_slot(0.0),
-            repetition=per_slot(1.0),
-            output_counts=torch.zeros(rows + 1, vocab, dtype=torch.int32, device=device),
-            prompt_mask=torch.zeros(rows + 1, vocab, dtype=torch.bool, device=device),
-        )
-        slots = torch.arange(1, rows + 1, device=device)
-        return 3 * bf16(rows, vocab, device=device), slots, 1000 + slots, params, None
-
-    for rows in scale.batches:
-        for name, (temperature, top_k, top_p) in kinds.items():
-            baselines = partial(sort_calls, temperature=temperature, top_k=top_k, top_p=top_p)
-            yield Size(f"{rows}x{vocab} {name}", partial(make, rows, temperature, top_k, top_p), baselines, False)
-
-
-def sort_calls(logits: Tensor, *rest: Any, temperature: float, top_k: int, top_p: float) -> Calls:
-    """Sampling as it is composed in torch: argmax, exponential noise, a sort for the filters."""
-
-    def draw(masses: Tensor) -> Tensor:
-        return (masses / torch.empty_like(masses).exponential_()).argmax(dim=1)
-
-    def filtered() -> Tensor:
-        values, ids = (logits.float() / temperature).sort(dim=1, descending=True)
-        values[:, top_k:] = -torch.inf
-        masses = values.softmax(dim=1)
-        masses.masked_fill_(masses.cumsum(dim=1) - masses > top_p, 0.0)
-        return ids.gather(1, draw(masses).unsqueeze(1))
-
-    if temperature == 0.0:
-        return {"argmax": lambda: logits.argmax(dim=1)}
-    if top_k == logits.shape[1]:
-        return {"softmax": lambda: draw((logits.float() / temperature).softmax(dim=1))}
-    return {"sort": filtered}
-
-
-def logprob_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """The chosen token and 5 more."""
-    vocab, best = scale.model.vocab_size, 5
-
-    def make(rows: int) -> Args:
-        return 3 * bf16(rows, vocab, device=device), torch.randint(vocab, (rows,), device=device), best
-
-    def calls(logits: Tensor, chosen: Tensor, k: int) -> Calls:
-        def composed() -> tuple[Tensor, ...]:
-            values = logits.float().log_softmax(dim=1)
-            named = values.gather(1, chosen.unsqueeze(1))
-            return (*values.topk(k, dim=1), (values >= named).sum(dim=1))
-
-        return {"log_softmax, topk": composed}
-
-    for rows in scale.batches:
-        yield Size(f"{rows}x{vocab} top {best}", partial(make, rows), calls, False)
-
-
-def batch_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Decode rows, each fourth of which takes a new page."""
-    model = scale.model
-    max_len = model.max_position_embeddings
-
-    def make(rows: int) -> Args:
-        slots = 1 + torch.randperm(rows, device=device)
-        num_computed = torch.randint(1, max_len - 1, (rows + 1,), device=device)
-        return (
-            torch.randint(model.vocab_size, (rows + 1, max_len), dtype=torch.int32, device=device),
-            num_computed,
-            torch.randint(1, 1 << 20, (rows + 1, max_len // PAGE_SIZE), device=device),
-            slots,
-            torch.arange(rows + 1, device=device),
-            num_computed[slots] // PAGE_SIZE,
-            torch.where(slots % 4 == 0, slots, -1),
-            PAGE_SIZE,
-            rows,
-            1,
-        )
-
-    for rows in scale.batches:
-        yield Size(f"{rows} decodes", partial(make, rows), definition(op))
-
-
-SIZES: dict[str, Callable[[Op, Scale, torch.device], Iterator[Size]]] = {
-    "rms_norm": norm_sizes,
-    "rms_norm_fp8": norm_sizes,
-    "rope_and_append_kv_": rope_sizes,
-    "paged_attention": attention_sizes,
-    "silu_mul": row_sizes,
-    "silu_mul_fp8": row_sizes,
-    "linear": linear_sizes,
-    "linear_fp8": linear_sizes,
-    **dict.fromkeys(("norm_linear", "norm_linear_fp8", "silu_mul_linear", "silu_mul_linear_fp8"), fused_sizes),
-    **dict.fromkeys(("linear_add_fp8", "linear_silu_mul_fp8"), fused_sizes),
-    "quantize_tokens": row_sizes,
-    "quantize_channels": row_sizes,
-    "sample_": sample_sizes,
-    "top_logprobs": logprob_sizes,
-    "build_batch_": batch_sizes,
-}
-
-
-def sizes_of(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """The sizes of ``op``: those of the table, else its last case, which is the largest or most general."""
-    if op.name in SIZES:
-        yield from SIZES[op.name](op, scale, device)
+        facts["gpu"] = torch.cuda.get_device_name()
     else:
-        case = list(op.cases())[-1]
-        yield Size(f"case {case.name}", lambda: on_device(case.make(BF16), device), definition(op), False)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="*", choices=[op.name for op in ALL_OPS], help="only these operations")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny sizes, for tests")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each measurement")
-    parser.add_argument("--once", action="store_true", help="run the smallest cases once, untimed")
-    parser.add_argument("--json", type=Path, help="append a line per measurement")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, append to ``--json``. Returns 1 if an implementation of ours failed."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"needs an NVIDIA GPU; torch {torch.__version__} finds none (--device cpu runs tiny sizes)")
-    device, is_tiny = torch.device(args.device), args.device == "cpu"
-    scale = TINY if is_tiny else NEMO
-    site = Site.of(scale.model, PAGE_SIZE, BF16, device)
-    packages = [name for name in ("torch", "triton") if importlib.util.find_spec(name)]
-    facts: dict[str, object] = provenance(*packages) | {"gpu": torch.cuda.get_device_name() if not is_tiny else None}
-    if is_tiny:
-        print("on a CPU, at tiny sizes: these times mean nothing for GPUs")
-    ops = [op for op in ALL_OPS if not args.op or op.name in args.op]
-    rejected = [(op.name, impl.name, impl.supports(site)) for op in ops for impl in op.impls]
+        print("on a CPU: these times mean nothing for GPUs")
+    rejected = [(op.name, impl.name, impl.supports(bench.site)) for op in bench.ops for impl in op.impls]
     print("".join(f"{op}: not {impl}: {reason}\n" for op, impl, reason in rejected if reason), end="")
-    if not args.once:
-        timer = timer_for(device, args.rounds)
-        ceilings = measure_ceilings(timer, device)
-        facts["ceilings"] = asdict(ceilings)
-        print(
-            f"copy {ceilings.bytes_per_s / 1e9:.0f} GB/s, products in bf16 {ceilings.bf16_flops_per_s / 1e12:.1f} and in "
-            f"FP8 {ceilings.fp8_flops_per_s / 1e12:.1f} TFLOP/s; * marks baselines\n{HEADER}"
-        )
+    if bench.peers is not None:
+        print("".join(f"baselines: {line}\n" for line in bench.peers.missing()), end="")
+    return _run_once(args, bench, facts) if args.once else _run_timed(args, bench, facts)
+
+
+def default_sizes(device: torch.device) -> str:
+    """Whose sizes are measured where none are named."""
+    return "nemo" if device.type == "cuda" else "nemo-tiny"
+
+
+def make_bench(args: argparse.Namespace) -> Bench:
+    """What the options say. ``ValueError`` for an operation that is none, or a GPU that is not there."""
+    import torch
+
+    from nemo_engine.benchmarks.ops_peers import OpsPeers
+    from nemo_engine.benchmarks.ops_sizes import BF16, PAGE_SIZE, SCALES
+    from nemo_engine.ops import ALL_OPS, Site
+
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    names = [op.name for op in ALL_OPS]
+    for name in args.op or []:
+        if name not in names:
+            raise ValueError(f"--op must be among {', '.join(names)}, got {name!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda needs an NVIDIA GPU; torch {torch.__version__} finds none")
+    is_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if is_cuda else "cpu")
+    scale = SCALES[args.sizes or default_sizes(device)]
+    if args.fa3 is not None and not is_cuda:
+        raise ValueError(f"--fa3 {args.fa3} runs on a GPU only, and this is a CPU")
+    peers = OpsPeers.find(args.fa3) if is_cuda and not args.once else None
+    chosen = [op for op in ALL_OPS if not args.op or op.name in args.op]
+    return Bench(chosen, scale, Site.of(scale.model, PAGE_SIZE, BF16, device), device, peers)
+
+
+def _run_timed(args: argparse.Namespace, bench: Bench, facts: dict[str, Any]) -> int:
+    from nemo_engine.benchmarks.ops_sizes import sizes_of
+    from nemo_engine.benchmarks.timing import HEADER, measure_ceilings, measure_size, timer_for
+
+    timer, meter = timer_for(bench.device, args.rounds), GpuMeter()
+    ceilings = measure_ceilings(timer, bench.device)
+    facts["ceilings"] = asdict(ceilings)
+    print(
+        f"copy {ceilings.bytes_per_s / 1e9:.0f} GB/s, products in bf16 {ceilings.bf16_flops_per_s / 1e12:.2f} and in "
+        f"FP8 {ceilings.fp8_flops_per_s / 1e12:.2f} TFLOP/s; * marks baselines\n{HEADER}"
+    )
+
+    def rows(op: Op) -> Iterator[Row]:
+        for size in sizes_of(op, bench.scale, bench.device):
+            with_peers = size if bench.peers is None else bench.peers.added_to(op, size)
+            yield from measure_size(op, bench.site, with_peers, timer, ceilings)
+
     failures = 0
-    for index, op in enumerate(ops):
-        if args.once:
-            rows = run_once(op, site, device)
-        else:
-            sizes = sizes_of(op, scale, device)
-            rows = (row for size in sizes for row in measure_size(op, site, size, timer, ceilings))
-        for row in rows:
-            print(row.format(), flush=True)
-            failures += row.error is not None and not row.is_baseline
-            append_record(args.json, {"benchmark": "bench_ops", **asdict(row), **facts})
-        rest = [other.name for other in ops[index + 1 :]]
-        if rest and not is_usable(device):
-            print("the device is not usable any more in this process: another one goes on", flush=True)
-            options = [f"--rounds={args.rounds}", *(["--once"] if args.once else [])]
-            options += [f"--json={args.json}"] if args.json else []
-            subprocess.run([sys.executable, __file__, *options, "--op", *rest])
-            return 1
+    for index, op in enumerate(bench.ops):
+        for row in rows(op):
+            failures += _tell(row, args.json, facts | ({"gpu_state": state} if (state := meter.state()) else {}))
+        if _is_spoilt(bench, index):
+            return _go_on(args, bench, index)
     if failures:
         print(f"{failures} of ours failed")
     return int(failures > 0)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _run_once(args: argparse.Namespace, bench: Bench, facts: dict[str, Any]) -> int:
+    from nemo_engine.benchmarks.timing import run_once
+
+    failures = 0
+    for index, op in enumerate(bench.ops):
+        for row in run_once(op, bench.site, bench.device):
+            failures += _tell(row, args.json, facts)
+        if _is_spoilt(bench, index):
+            return _go_on(args, bench, index)
+    return int(failures > 0)
+
+
+def _tell(row: Row, path: Path | None, facts: dict[str, Any]) -> bool:
+    """Print and store; whether it is a failure of ours."""
+    print(row.format(), flush=True)
+    append_record(path, {"benchmark": "ops", **asdict(row), **facts})
+    return row.error is not None and not row.is_baseline
+
+
+def _is_spoilt(bench: Bench, index: int) -> bool:
+    """Whether operations are left after ``index``, and nothing can run in this process any more."""
+    from nemo_engine.benchmarks.timing import is_usable
+
+    return index + 1 < len(bench.ops) and not is_usable(bench.device)
+
+
+def _go_on(args: argparse.Namespace, bench: Bench, index: int) -> int:
+    """Measure what is left in another process; 1, because of what happened in this one."""
+    print("the device is not usable any more in this process: another one goes on", flush=True)
+    options = [f"--rounds={args.rounds}", f"--device={bench.device.type}", *(["--once"] if args.once else [])]
+    options += [f"--{name}={value}" for name in ("sizes", "fa3", "json") if (value := getattr(args, name)) is not None]
+    rest = [op.name for op in bench.ops[index + 1 :]]
+    subprocess.run([sys.executable, "-m", "nemo_engine", "bench", "ops", *options, "--op", *rest])
+    return 1

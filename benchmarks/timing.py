@@ -106,12 +106,15 @@ def copy_rate(timer: Timer, count: int, device: torch.device) -> float:
 
 
 def measure_ceilings(timer: Timer, device: torch.device) -> Ceilings:
-    """Copy 4 GiB, and multiply square matrices of 8192 in bf16 and FP8 (16 MiB and 256 on a CPU)."""
+    """Copy 2 GiB, and multiply square matrices of 8192 in bf16 and FP8. On a CPU 64 MiB and 512, and the better of bf16 and fp32."""
     is_gpu = device.type == "cuda"
-    count, n = ((1 << 29), 8192) if is_gpu else ((1 << 21), 256)
+    count, n = ((1 << 29), 8192) if is_gpu else ((1 << 24), 512)
     bytes_per_s = copy_rate(timer, count, device)
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
     bf16 = 2 * n**3 / timer(lambda: a @ b.t()) * 1e3
+    if not is_gpu:
+        wide_a, wide_b = a.float(), b.float()
+        bf16 = max(bf16, 2 * n**3 / timer(lambda: wide_a @ wide_b.t()) * 1e3)
     fp8 = bf16
     if is_gpu and torch.cuda.get_device_capability(device) >= (8, 9):
         one = torch.ones((), device=device)
@@ -156,7 +159,8 @@ class Row:
     ) -> Row:
         """The rates of a call of ``us`` microseconds that must move and compute ``cost`` (bytes, operations)."""
         num_bytes, flops = cost
-        least_us = ceilings.least_seconds(num_bytes, flops, is_fp8=op == "linear_fp8") * 1e6
+        is_fp8 = "linear" in op and op.endswith("_fp8")
+        least_us = ceilings.least_seconds(num_bytes, flops, is_fp8) * 1e6
         return cls(op, size, name, is_baseline, us, num_bytes / us / 1e3, flops / us / 1e6, least_us / us)
 
     def format(self) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_engine import Engine
-from nemo_engine.benchmarks.bench_engine import count_tokens, params
+from nemo_engine.benchmarks.driver import count_tokens, params
 from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.sampling_params import RequestOutputKind
 from nemo_engine.simulator import CostModel, EngineShape, Measurement, Setting, simulate

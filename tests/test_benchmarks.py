@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-import torch
 
-from nemo_engine.benchmarks import bench_engine, gpu, structured, timing
-from nemo_engine.ops import Op, Site
-from nemo_engine.ops.op import Impl
+from nemo_engine.benchmarks import gpu, structured
+from nemo_engine.benchmarks.common import engine_config, peer_setups
+from nemo_engine.benchmarks.latency import grid_of
+from nemo_engine.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -34,173 +32,6 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---- arithmetic
-
-
-def test_rates_and_fractions_of_known_numbers() -> None:
-    ceilings = timing.Ceilings(bytes_per_s=4e12, bf16_flops_per_s=8e14, fp8_flops_per_s=1.6e15)
-    # 1 GB and few operations: 250 us at 4 TB/s, measured in 500.
-    row = timing.Row.of("linear", "size", "name", False, 500.0, (10**9, 10**9), ceilings)
-    assert (row.gb_per_s, row.tflop_per_s, row.fraction) == pytest.approx((2000.0, 2.0, 0.5))
-    # 4e11 operations and few bytes: 500 us in bf16, 250 in FP8.
-    for op, fraction in (("linear", 0.5), ("linear_fp8", 0.25)):
-        row = timing.Row.of(op, "size", "name", False, 1000.0, (10**6, 4 * 10**11), ceilings)
-        assert row.fraction == pytest.approx(fraction)
-        assert row.tflop_per_s == pytest.approx(400.0)
-
-
-def test_roofline_of_the_engine() -> None:
-
-    ceilings = timing.Ceilings(bytes_per_s=1e12, bf16_flops_per_s=1e15, fp8_flops_per_s=1e15)
-    footprint = bench_engine.Footprint(weight_bytes=24e9, kv_bytes_per_token=160e3, flops_per_token=22e9)
-    assert footprint.decode_bytes(100, 1000) == pytest.approx(40e9)
-    assert footprint.least_decode_seconds(100, 1000, ceilings) == pytest.approx(0.040)
-    # 200 prompts of 500 tokens: 2.2 s. Then two waves of 1000 steps, each of 40 ms at the mean context of 1000.
-    assert footprint.least_total_seconds(200, 100, 500, 1000, ceilings) == pytest.approx(2.2 + 80.0)
-
-
-def test_the_footprint_of_nemo() -> None:
-    """The published shape has 12.25 billion weights, of which 0.67 are the embeddings."""
-    from nemo_engine.config import ModelConfig
-
-    model = ModelConfig.from_hf(bench_engine.CONFIGS["nemo"])
-    num_bytes = {"make dummy weights": 24_495_564_800, "allocate KV cache": 11 * 64 * model.kv_bytes_per_token(2)}
-    engine: Any = SimpleNamespace(
-        model_config=model,
-        ledger=SimpleNamespace(rows=[SimpleNamespace(name=k, num_bytes=v) for k, v in num_bytes.items()]),
-        stats=lambda: SimpleNamespace(num_pages=10),
-        config=SimpleNamespace(page_size=64, dtype="bfloat16"),
-    )
-    footprint = bench_engine.Footprint.of(engine)
-    assert footprint.weight_bytes == 24_495_564_800 - 2 * 131072 * 5120
-    assert footprint.kv_bytes_per_token == 163840
-    assert footprint.flops_per_token == pytest.approx(2 * (12_247_782_400 - 2 * 131072 * 5120), rel=1e-4)  # norms apart
-
-
-def test_relative_difference() -> None:
-    x = torch.tensor([[3.0, 4.0]])
-    assert timing.relative_difference(x, x) == 0.0
-    assert timing.relative_difference(torch.tensor([3.0, 4.5]), x) == pytest.approx(0.1)
-    assert math.isnan(timing.relative_difference(torch.tensor([3.0, math.nan]), x))
-
-
-# ---- one size
-
-
-def impl(name: str) -> Impl:
-    return Impl(name, f"tests.test_benchmarks:{name}", lambda site: None)
-
-
-def right(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x
-
-
-def wrong(x: torch.Tensor) -> torch.Tensor:
-    return 3 * x
-
-
-def broken(x: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError("no kernel image")
-
-
-def test_a_failure_or_a_wrong_result_is_a_row_and_the_rest_goes_on() -> None:
-    op = Op("double", right, (impl("broken"), impl("wrong"), impl("right")), lambda: iter(()), lambda x: (1000, 1000))
-    clock = iter([0.004, 0.002, 0.001, 0.001])  # milliseconds: two baselines, then those of ours that run
-    size = timing.Size(
-        "2",
-        lambda: (torch.ones(2),),
-        lambda x: {"none": lambda: broken(x), "slow": lambda: x + x, "fast": lambda: x + x},
-    )
-    site: Any = None
-    rows = list(timing.measure_size(op, site, size, lambda call: next(clock), timing.Ceilings(1e9, 1e12, 1e12)))
-    assert [(row.implementation, row.is_baseline) for row in rows] == [
-        ("none", True), ("slow", True), ("fast", True), ("broken", False), ("wrong", False), ("right", False),
-    ]  # fmt: skip
-    none, _, fast, failed, off, good = rows
-    assert none.error == failed.error == "RuntimeError: no kernel image"
-    assert off.error == "differs from the first baseline" and off.difference == pytest.approx(0.5)
-    assert good.error is None and good.difference == 0.0
-    assert fast.us == pytest.approx(2.0) and fast.speedup is None
-    assert good.us == pytest.approx(1.0) and good.speedup == pytest.approx(2.0)
-    assert good.fraction == pytest.approx(1.0)
-    assert "no kernel image" in failed.format() and "50" not in good.format()
-
-
-def test_without_an_implementation_the_definition_is_measured() -> None:
-    def refuse(site: Site) -> str | None:
-        return "not here"
-
-    op = Op("double", right, (Impl("never", "nowhere:f", refuse),), lambda: iter(()), lambda x: (1, 1))
-    site: Any = None
-    ((name, load),) = timing.implementations(op, site)
-    assert name == "semantics" and load() is right
-
-
-# ---- the programs on a CPU
-
-
-def test_bench_ops_on_a_cpu(tmp_path: Path) -> None:
-    done = run(
-        "ops.py",
-        "--device",
-        "cpu",
-        "--rounds",
-        2,
-        "--json",
-        tmp_path / "r",
-        "--op",
-        "rms_norm",
-        "paged_attention",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "mean nothing for GPUs" in done.stdout
-    rows = records(tmp_path / "r")
-    assert {row["op"] for row in rows} == {"rms_norm", "paged_attention"}
-    assert all(row["error"] is None and row["us"] > 0 and 0 < row["fraction"] for row in rows)
-    assert all(row["torch"] == torch.__version__ and row["ceilings"]["bytes_per_s"] > 0 for row in rows)
-    ours = [row for row in rows if not row["is_baseline"]]
-    assert all(row["difference"] < 0.02 and row["speedup"] > 0 for row in ours)
-    assert {row["size"] for row in ours} == {row["size"] for row in rows}
-    assert "rms_norm: not triton: " in done.stdout
-    assert [line.split()[0] for line in done.stdout.splitlines()[-len(rows) :]] == [row["op"] for row in rows]
-
-
-def test_bench_ops_once_runs_the_smallest_cases(tmp_path: Path) -> None:
-    done = run("ops.py", "--device", "cpu", "--once", "--op", "silu_mul", "paged_attention")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[-1] for line in done.stdout.splitlines()].count("ran") >= 4
-
-
-def test_bench_ops_needs_a_gpu_unless_told_otherwise() -> None:
-    done = run("ops.py", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr
-
-
-def test_bench_engine_on_a_cpu(tmp_path: Path) -> None:
-    done = run(
-        "bench_engine.py", "--config", "tiny", "--device", "cpu", "--batches", 1, 3, "--context", 64, "--steps", 10,
-        "--requests", 4, "--input-len", 30, "--output-len", 12, "--json", tmp_path / "r", "--option", "num_kv_pages=20",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    *decodes, total = records(tmp_path / "r")
-    assert [(row["what"], row["batch"]) for row in decodes] == [("decode", 1), ("decode", 3)]
-    for row in decodes:
-        assert row["fraction"] == pytest.approx(row["roofline_ms"] / row["ms_per_step"])
-        assert row["roofline_ms"] == pytest.approx(row["gb_per_step"] / row["copy_gb_per_s"] * 1e3)
-        assert abs(row["context"] - 64) <= 3 and row["options"]["num_kv_pages"] == 20
-    assert total["what"] == "throughput" and total["tokens_per_s"] == pytest.approx(4 * 12 / total["seconds"])
-
-
-def test_bench_engine_reports_a_batch_that_does_not_fit_and_goes_on(tmp_path: Path) -> None:
-    done = run(
-        "bench_engine.py", "--config", "tiny", "--device", "cpu", "--batches", 8, 1, "--context", 64, "--steps", 4,
-        "--requests", 0, "--json", tmp_path / "r", "--option", "num_kv_pages=4", "--option", "max_model_len=200",
-    )  # fmt: skip
-    assert done.returncode == 1, done.stdout + done.stderr
-    too_many, one = records(tmp_path / "r")
-    assert "does not hold them" in too_many["error"] and one["ms_per_step"] > 0
-
-
 # ---- make gpu
 
 
@@ -209,6 +40,19 @@ def test_make_gpu_refuses_without_a_gpu_before_anything_else(tmp_path: Path) -> 
     assert done.returncode == 2
     assert done.stderr.startswith("make gpu needs an NVIDIA GPU: torch ") and not done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_takes_every_command_of_make_gpu() -> None:
+    stages = gpu.stages(Path("out.jsonl"))
+    commands = [command for stage in stages for command in stage.commands if "bench" in command]
+    kinds = {command[command.index("bench") + 1] for command in commands}
+    assert kinds == {"ops", "latency", "startup", "throughput"} and len(commands) >= 15
+    for command in commands:
+        args = build_parser().parse_args(command[command.index("bench") :])
+        if hasattr(args, "option"):
+            engine_config(peer_setups(args)[0].options)
+        if "latency" in command:
+            assert grid_of(args)
 
 
 def test_stages_do_not_stop_each_other(tmp_path: Path) -> None:

@@ -346,10 +346,10 @@ def test_measurements_replace_assumptions(tmp_path: Path) -> None:
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 4096, "tflop_per_s": 600.0},
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 8, "tflop_per_s": 900.0},
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA A100-SXM4-80GB", "what": "copy", "gb_per_s": 1.0},
-        {"benchmark": "bench_engine", "gpu": "NVIDIA H200", "what": "decode", "fraction": 0.8, "options": {"kv_cache_dtype": "fp8"}},
+        {"benchmark": "latency", "gpu": "NVIDIA H200", "what": "decode", "fraction": 0.8, "options": {"kv_cache_dtype": "fp8"}},
         {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H100 PCIe", "what": "copy", "gb_per_s": 1.0},
-        {"benchmark": "bench_engine", "gpu": "NVIDIA H200", "what": "decode", "fraction": None, "options": None},
-        {"benchmark": "bench_engine", "gpu": None, "what": "decode", "fraction": 0.1},
+        {"benchmark": "latency", "gpu": "NVIDIA H200", "what": "decode", "fraction": None, "options": None},
+        {"benchmark": "latency", "gpu": None, "what": "decode", "fraction": 0.1},
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     found = Efficiencies.read(H200, tmp_path)

@@ -7,8 +7,12 @@ from importlib import import_module
 
 _BENCHMARKS = {
     "throughput": "whole workloads offline, ours and its peers in turns",
+    "latency": "time to first token and between tokens, over a grid of batches, inputs and outputs",
     "serve": "an OpenAI-compatible server under load, as its clients see it",
     "report": "a folder of results as tables and plots, and the README's section of them",
+    "ops": "every implementation of every operation, beside other libraries and the roofline",
+    "scheduler": "host cost of a step by number of running requests, ours beside vLLM's",
+    "startup": "each stage from a new process to the first token",
 }
 
 

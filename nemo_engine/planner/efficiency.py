@@ -57,7 +57,7 @@ class Efficiencies:
 
     @classmethod
     def read(cls, gpu: Gpu, folder: Path | None) -> Efficiencies:
-        """The assumptions, with what ``folder`` holds measurements of ``gpu`` for in their place (``*.jsonl`` of gpu_ceilings, bench_engine)."""
+        """The assumptions, with what ``folder`` holds measurements of ``gpu`` for in their place (``*.jsonl`` of gpu_ceilings, latency)."""
         found = cls()
         if folder is None:
             return found
@@ -79,7 +79,7 @@ def _with_decode(found: Efficiencies, records: list[dict[str, Any]]) -> Efficien
     steps = [
         (float(record["fraction"]), _has_fp8_kv(record), record["file"])
         for record in records
-        if record.get("benchmark") == "bench_engine" and record.get("what") == "decode" and record.get("fraction")
+        if record.get("benchmark") == "latency" and record.get("what") == "decode" and record.get("fraction")
     ]
     if not steps:
         return found

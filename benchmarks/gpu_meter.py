@@ -1,0 +1,60 @@
+"""Clocks, power and energy of the GPU that this process uses, through nvidia-ml-py; nothing where there is none."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class GpuMeter:
+    """Reads the first NVIDIA device that this process sees. ``nvml``: the library, for tests."""
+
+    def __init__(self, nvml: Any = None) -> None:
+        self._nvml: Any = None
+        try:
+            if nvml is None:
+                import pynvml as nvml
+            nvml.nvmlInit()
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+            find = nvml.nvmlDeviceGetHandleByIndex if visible.isdigit() else nvml.nvmlDeviceGetHandleByUUID
+            self._device = find(int(visible) if visible.isdigit() else visible)
+            self._nvml = nvml
+        except Exception:  # the library is missing, or the driver, or the device
+            return
+
+    def joules(self) -> float | None:
+        """Energy that the device has used since its driver was loaded, if it counts that."""
+        if self._nvml is None:
+            return None
+        try:
+            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)) / 1000
+        except Exception:
+            return None
+
+    def state(self) -> dict[str, float]:
+        """{"sm_mhz", "memory_mhz", "watts", "celsius"} at this moment, what can be read of them."""
+        nvml = self._nvml
+        if nvml is None:
+            return {}
+        readers = {
+            "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(self._device, nvml.NVML_CLOCK_SM),
+            "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(self._device, nvml.NVML_CLOCK_MEM),
+            "watts": lambda: nvml.nvmlDeviceGetPowerUsage(self._device) / 1000,
+            "celsius": lambda: nvml.nvmlDeviceGetTemperature(self._device, nvml.NVML_TEMPERATURE_GPU),
+        }
+        found: dict[str, float] = {}
+        for name, read in readers.items():
+            try:
+                found[name] = float(read())
+            except Exception:  # this device does not tell
+                continue
+        return found
+
+
+def energy_facts(meter: GpuMeter, before: float | None, num_tokens: int) -> dict[str, object]:
+    """What ``num_tokens`` tokens since ``before`` (joules) cost, and the state of the GPU right after them; {} without a GPU."""
+    state, after = meter.state(), meter.joules()
+    facts: dict[str, object] = {"gpu_state": state} if state else {}
+    if before is not None and after is not None and num_tokens:
+        facts |= {"joules": after - before, "joules_per_token": (after - before) / num_tokens}
+    return facts
