@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import matplotlib
 
 from nemo_engine.benchmarks.results import Record, blaming
 from nemo_engine.benchmarks.tables import OURS, engine_name, model_name, number, requests, runs_of, workload_name
-from nemo_engine.benchmarks.tables_engines import arrivals_name, precision_name
+from nemo_engine.benchmarks.tables_engines import arrivals_name, precision_name, stages_of
+from nemo_engine.benchmarks.tables_parts import scheduler_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402
@@ -21,7 +23,7 @@ from matplotlib import pyplot, ticker  # noqa: E402
 # Okabe and Ito's colours, wine for their yellow, which colour-blind people tell apart; markers and hatches tell the same in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000")
 MARKERS = "osD^vP*X"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 100,
     "svg.fonttype": "none", "svg.hashsalt": "nemo-engine",
@@ -35,7 +37,8 @@ def draw(benchmark: str, records: Sequence[Record], where: str, folder: Path) ->
     names = []
     with pyplot.rc_context(_STYLE):
         for name, figure in PLOTS.get(benchmark, _nothing)(records):
-            figure.text(0.005, 0.005, where, fontsize=7, color="#555555")
+            lines = textwrap.wrap(where, int(11 * figure.get_figwidth()))
+            figure.suptitle("\n".join([figure.get_suptitle(), *lines]), fontsize=11)
             slug = re.sub(r"[^a-z0-9]+", "-", f"{name} {where}".lower()).strip("-")
             for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
                 figure.savefig(folder / f"{slug}.{kind}", dpi=150, metadata=facts)
@@ -49,10 +52,9 @@ def _nothing(records: Sequence[Record]) -> Iterator[Plot]:
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], title: str, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure and its axes in a row; room is left below for the line that says where it was measured."""
+    """A figure and its axes in a row; ``draw`` adds to the title where it was measured."""
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
-    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title)
     return figure, [axis for line in axes for axis in line]
 
 
@@ -191,6 +193,59 @@ def _plain_ticks(axis: Any, values: set[float]) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
+# ---- start-up
+
+
+def startup(records: Sequence[Record]) -> Iterator[Plot]:
+    """A bar for each engine and kind of start, its stages one after another; a picture for each run."""
+    for index, run in enumerate(runs_of(records, lambda record: (model_name(record), record["prompt_len"]))):
+        figure, (axis,) = _figure(1, 1, (11, 0.6 * len(run) + 2.6), f"Start-up of {model_name(run[0])}, medians")
+        looks: dict[str, dict[str, Any]] = {}
+        for place, record in enumerate(run):
+            with blaming(record):
+                _start_bar(axis, record, place, looks)
+        axis.set_yticks(range(len(run)), [f"{engine_name(record)}, {record['kind']}" for record in run])
+        axis.set_ylim(len(run) - 0.4, -0.6)
+        axis.margins(x=0.1)
+        axis.set_xlim(left=0)
+        axis.grid(visible=False, axis="y")
+        axis.set_xlabel("seconds from a new process to the first token")
+        _shared_legend(figure, [axis])
+        yield f"startup {index + 1}", figure
+
+
+def _start_bar(axis: Any, record: Record, place: int, looks: dict[str, dict[str, Any]]) -> None:
+    if record["status"] != "ok":
+        axis.text(0, place, f" {record['status']}", va="center", style="italic", color="#555555")
+        return
+    stages, totals = stages_of(record), record["total_s"]
+    least = 0.02 * sum(stages.values())
+    shown = {name: seconds for name, seconds in stages.items() if seconds >= least}
+    rest = sum(seconds for seconds in stages.values() if 0 < seconds < least)
+    left = 0.0
+    for name, seconds in [*shown.items(), *([("stages below 2 % together", rest)] if rest else [])]:
+        kind = len(looks)
+        hatch = ("", "///", "...", "xxx")[kind // len(COLOURS) % 4]
+        look = looks.setdefault(name, {"color": COLOURS[kind % len(COLOURS)], "hatch": hatch, "edgecolor": "white"})
+        axis.barh(place, seconds, left=left, height=0.6, label=name, **look)
+        left += seconds
+    axis.errorbar(
+        left,
+        place,
+        xerr=[[max(0.0, left - min(totals))], [max(0.0, max(totals) - left)]],
+        color="black",
+        capsize=3,
+        lw=1,
+    )
+    axis.annotate(
+        f"{number(statistics.median(totals))} s",
+        (max(left, *totals), place),
+        (6, 0),
+        textcoords="offset points",
+        va="center",
+    )
+
+
 # ---- operations
 
 
@@ -241,10 +296,41 @@ def _ceilings(axis: Any, ceilings: tuple[float, ...], low: float, high: float) -
         axis.plot(xs, ys, color="black", lw=1.2, ls=style, label=label)
 
 
+# ---- the scheduler
+
+
+def scheduler(records: Sequence[Record]) -> Iterator[Plot]:
+    """Microseconds of a step over the running requests, a line for each scheduler and page size; whiskers over the rounds."""
+    lines: dict[str, dict[int, Record]] = {}
+    for record in records:
+        with blaming(record):
+            if record.get("status", "ok") == "ok":
+                lines.setdefault(scheduler_name(record), {})[record["num_seqs"]] = record  # of several runs, the last
+    if not lines:
+        return
+    figure, (axis,) = _figure(1, 1, (8, 5.5), "Host cost of a decode step")
+    for place, (name, found) in enumerate(lines.items()):
+        xs = sorted(found)
+        medians = [found[x]["median_us"] for x in xs]
+        rounds = [found[x].get("round_medians_us") or [found[x]["median_us"]] for x in xs]
+        below = [max(0.0, median - min(each)) for median, each in zip(medians, rounds)]
+        above = [max(0.0, max(each) - median) for median, each in zip(medians, rounds)]
+        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "capsize": 3}
+        axis.errorbar(xs, medians, yerr=[below, above], label=name, **style)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    _plain_ticks(axis, {x for found in lines.values() for x in found})
+    axis.set(xlabel="running requests", ylabel="schedule() and commit(), us (median)")
+    _shared_legend(figure, [axis], columns=3)
+    yield "scheduler", figure
+
+
 PLOTS: dict[str, Callable[[Sequence[Record]], Iterator[Plot]]] = {
     "throughput": throughput,
     "serve": serve,
     "latency": latency,
+    "startup": startup,
     "ops": ops,
     "bench_ops": ops,
+    "scheduler": scheduler,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -18,8 +19,8 @@ from typing import Any
 
 _HERE = Path(__file__).resolve()
 _NOT_CODE = (":(exclude,top)benchmarks/results", ":(exclude,top,glob)**/*.md")  # a change there changes no number
-# An absolute path at the start of an argument or of a value in it; not the //host of an address.
-_PATH = re.compile(r"""(^|[=,:;"'\[{( ])(/(?!/)[^\s,;"'\]})]+)""")
+# An absolute path at the start of a text or of a value in it; not the //host of an address.
+_PATH = re.compile(r"""(^|[=,:;"'\[{( ])(/(?!/)[^\s,;"'\]})/]+/[^\s,;"'\]})]*)""")
 
 
 def provenance(*packages: str) -> dict[str, object]:
@@ -35,11 +36,20 @@ def provenance(*packages: str) -> dict[str, object]:
 
 
 def append_record(path: Path | None, record: Mapping[str, object]) -> None:
-    """Add a line to the results file ``path``, if there is one; its folder is made."""
+    """Add a line to the results file ``path``, if there is one; its folder is made. Of absolute paths in the line the names are kept."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(without_folders(dict(record))) + "\n")
+
+
+def without_folders(value: Any) -> Any:
+    """A text, or all texts in a list or dictionary, with the name of each absolute path in its place: results tell no machine's folders."""
+    if isinstance(value, str):
+        return _PATH.sub(lambda found: found[1] + Path(found[2]).name, value)
+    if isinstance(value, dict):
+        return {name: without_folders(inner) for name, inner in value.items()}
+    return [without_folders(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def command_text(argv: Sequence[str]) -> str:
@@ -54,7 +64,7 @@ def command_text(argv: Sequence[str]) -> str:
             word = "KEY"
         elif word.startswith("--api-key="):
             word = "--api-key=KEY"
-        words.append(_PATH.sub(lambda found: found[1] + Path(found[2]).name, word))
+        words.append(without_folders(word))
     return shlex.join(words)
 
 
@@ -103,7 +113,7 @@ def gpu_facts(nvml: Any = None) -> dict[str, object]:
     facts: dict[str, object] = {"gpu": None, "gpu_driver": None, "gpu_clocks_mhz": None}
     try:
         if nvml is None:
-            import pynvml as nvml
+            nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
         if visible.isdigit():

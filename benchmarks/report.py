@@ -29,9 +29,11 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "throughput": tables_engines.throughput,
     "serve": tables_engines.serve,
     "latency": tables_engines.latency,
+    "startup": tables_engines.startup,
     "server_overhead": tables_engines.server_overhead,
     "ops": tables_parts.ops,
     "bench_ops": tables_parts.ops,
+    "scheduler": tables_parts.scheduler,
     "structured": tables_parts.structured,
     "validate_simulator": tables_parts.validate_simulator,
 }

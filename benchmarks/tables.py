@@ -65,6 +65,11 @@ def times(of: Ratio) -> str:
     return f"{of.median:.{digits}f}x ({of.low:.{digits}f} to {of.high:.{digits}f})"
 
 
+def with_times(text: str, of: Ratio) -> str:
+    """A number with a ratio in brackets: ``483 (4.6x: 3.8 to 5.0)``."""
+    return f"{text} ({times(of).replace(' (', ': ')}"
+
+
 def percentile_pair(values: dict[str, float], scale: float = 1e3) -> str:
     """The 50th and the 99th percentile, in milliseconds if they are seconds."""
     return f"{number(values['p50'] * scale)} / {number(values['p99'] * scale)}" if values else "–"
@@ -130,6 +135,17 @@ def rows_of(records: Iterable[Record], row: Callable[[Record], tuple[str, ...]])
         with blaming(record):
             rows.append(row(record))
     return tuple(rows)
+
+
+def profile_table(record: Record, title: str) -> Table:
+    """Where the time of a step goes."""
+    rows = tuple(
+        (str(row["stage"]), number(row["us_per_step"]), f"{row['share']:.1%}", number(row["calls_per_step"]))
+        for row in record["profile"]
+    )
+    with_timers, without = (number(record[f"{name}_us_per_step"]) for name in ("profiled", "unprofiled"))
+    note = f"A step takes {with_timers} us with the timers, {without} us without."
+    return Table(title, ("stage", "us a step", "share", "calls a step"), rows, (note,))
 
 
 # ---- what has no table of its own

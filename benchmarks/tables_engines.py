@@ -13,11 +13,13 @@ from nemo_engine.benchmarks.tables import (
     model_name,
     number,
     percentile_pair,
+    profile_table,
     requests,
     rows_of,
     runs_of,
     spread,
     times,
+    with_times,
     workload_name,
 )  # fmt: skip
 
@@ -66,8 +68,7 @@ def _throughput_cell(record: Record | None, ours: Record | None) -> str:
         text = number(statistics.median(record["tokens_per_second"]))
         if ours is None or record is ours or ours["status"] != "ok":
             return text
-        of = ratio(ours, record, "tokens_per_second")
-        return f"{text} ({times(of).replace(' (', ': ')}"
+        return with_times(text, ratio(ours, record, "tokens_per_second"))
 
 
 def _throughput_row(record: Record, ours: Record | None) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ def arrivals_name(record: Record) -> str:
         return f"{arrivals['concurrency']} at a time"
     if arrivals.get("rate") is None:
         return "as recorded"
-    return f"{arrivals.get('arrivals') or 'poisson'}, {arrivals['rate']:g}/s"
+    return f"{arrivals.get('arrivals') or 'poisson'}, {float(arrivals['rate']):g}/s"
 
 
 def _serve_row(record: Record, first: Record) -> tuple[str, ...]:
@@ -137,6 +138,60 @@ def _serve_row(record: Record, first: Record) -> tuple[str, ...]:
         f"{spread(record['goodput_requests_per_second'])} within {', '.join(limits)}" if limits else "–",
         str(record["errors"]),
     )
+
+
+_NOT_STAGES = (
+    "to the first token",
+    "second answer",
+)  # what stands among the stages and is none: their sum, and what follows
+
+
+def startup(records: Sequence[Record]) -> list[Table]:
+    """From a new process to the first token; then the stages, engines beside one another."""
+    runs = runs_of(records, lambda record: (model_name(record), record["prompt_len"]))
+    rows, notes = [], []
+    tables = []
+    for run in runs:
+        ours = next(
+            (record for record in run if (record["engine"], record["kind"], record["status"]) == (OURS, "warm", "ok")),
+            None,
+        )
+        good = [record for record in run if record["status"] == "ok"]
+        rows += rows_of(run, lambda record, ours=ours: _startup_row(record, ours))
+        notes += [f"{_trouble(record)} ({record['kind']})" for record in run if record["status"] != "ok"]
+        tables.append(_stages_table(good))
+    columns = ("model", "engine", "start", "checkpoint in the page cache", "seconds to the first token",
+               f"{OURS} is faster by", "the longest stages, seconds")  # fmt: skip
+    title = "Start-up: from a new process to the first token, medians with the least and the greatest"
+    return [Table(title, columns, tuple(rows), tuple(notes)), *(table for table in tables if table.rows)]
+
+
+def _startup_row(record: Record, ours: Record | None) -> tuple[str, ...]:
+    head = (model_name(record), engine_name(record), str(record["kind"]))
+    if record["status"] != "ok":
+        return (*head, "–", str(record["status"]), "–", "–")
+    compared = ours is not None and record["engine"] != OURS
+    longest = sorted(stages_of(record).items(), key=lambda stage: -stage[1])[:3]
+    return (
+        *head,
+        f"{statistics.median(record['checkpoint_in_page_cache']):.0%}",
+        spread(record["total_s"]),
+        times(ratio(record, ours, "total_s")) if compared and ours is not None else "–",
+        ", ".join(f"{name} {number(seconds)}" for name, seconds in longest),
+    )
+
+
+def stages_of(record: Record) -> dict[str, float]:
+    """Median seconds of each stage up to the first token, in order."""
+    return {name: statistics.median(every) for name, every in record["stages"].items() if name not in _NOT_STAGES}
+
+
+def _stages_table(records: Sequence[Record]) -> Table:
+    of = [stages_of(record) for record in records]
+    names = dict.fromkeys(name for stages in of for name in stages)
+    rows = tuple((name, *(number(stages.get(name)) for stages in of)) for name in names)
+    columns = ("stage, median seconds", *(f"{engine_name(record)}, {record['kind']}" for record in records))
+    return Table(f"Stages of a start of {model_name(records[0])}" if records else "", columns, rows)
 
 
 def server_overhead(records: Sequence[Record]) -> list[Table]:
@@ -180,7 +235,13 @@ def latency(records: Sequence[Record]) -> list[Table]:
     for record in records:
         with blaming(record):
             if record.get("profile"):
-                tables.append(_profile_table(record))
+                where = (
+                    f"at {record['context']} tokens"
+                    if record["what"] == "decode"
+                    else f"of {record['input']} in, {record['output']} out"
+                )
+                title = f"Where a decode step of {model_name(record)} goes, {requests(record['batch'])} {where}"
+                tables.append(profile_table(record, title))
     return tables
 
 
@@ -237,19 +298,3 @@ def _decode_table(name: str, records: Sequence[Record]) -> Table:
     columns = ("context, tokens", *map(requests, batches))
     title = f"A decode step of {name}: median ms (and the share of the roofline)"
     return Table(title, columns, tuple(rows), tuple(_failures(records)))
-
-
-def _profile_table(record: Record) -> Table:
-    where = (
-        f"context {record['context']}"
-        if record["what"] == "decode"
-        else f"{record['input']} in, {record['output']} out"
-    )
-    rows = tuple(
-        (str(row["stage"]), number(row["us_per_step"]), f"{row['share']:.1%}", number(row["calls_per_step"]))
-        for row in record["profile"]
-    )
-    title = f"Where a decode step of {model_name(record)} goes, {requests(record['batch'])}, {where}"
-    with_timers, without = (number(record[f"{name}_us_per_step"]) for name in ("profiled", "unprofiled"))
-    note = f"A step takes {with_timers} us with the timers, {without} us without."
-    return Table(title, ("stage", "us a step", "share", "calls a step"), rows, (note,))

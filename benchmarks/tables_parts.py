@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_engine.benchmarks.results import Record, blaming
-from nemo_engine.benchmarks.tables import Table, model_name, number, rows_of
+from nemo_engine.benchmarks.results import Record, blaming, ratio
+from nemo_engine.benchmarks.tables import (
+    OURS,
+    Table,
+    engine_name,
+    model_name,
+    number,
+    profile_table,
+    requests,
+    rows_of,
+    runs_of,
+    with_times,
+)  # fmt: skip
 
 
 def structured(records: Sequence[Record]) -> list[Table]:
@@ -65,4 +76,79 @@ def _op_row(record: Record) -> tuple[str, ...]:
         "–" if fraction is None else f"{fraction:.0%}",
         "–" if speedup is None else f"{speedup:.2f}x",
         f"failed: {record['error']}" if record.get("error") else "",
+    )
+
+
+def scheduler(records: Sequence[Record]) -> list[Table]:
+    """Running requests below one another, page sizes and vLLM's scheduler beside one another; all percentiles; profiles."""
+    kinds = list(dict.fromkeys(kind for record in records for kind in [_scheduler_kind(record)]))
+    kinds.sort(key=lambda kind: kind[0] != OURS)
+    names = {_scheduler_kind(record): scheduler_name(record) for record in records}
+    names |= {_scheduler_kind(record): scheduler_name(record) for record in records if record.get("versions")}
+    rows, notes = [], []
+    for run in runs_of(records, lambda record: (record["num_seqs"], record["prompt_len"])):
+        by_kind = {_scheduler_kind(record): record for record in run}
+        peer = next((record for kind, record in by_kind.items() if kind[0] != OURS), None)
+        rows.append((str(run[0]["num_seqs"]), *(_scheduler_cell(by_kind.get(kind), peer) for kind in kinds)))
+        notes += [
+            f"{record['engine']} {record['status']}, {requests(record['num_seqs'])}: {record.get('error')}"
+            for record in run
+            if record.get("status", "ok") != "ok"
+        ]
+    lengths = " or ".join(dict.fromkeys(str(record["prompt_len"]) for record in records))
+    is_against = any(kind[0] != OURS for kind in kinds)
+    against = "; in brackets, how many times less than vLLM's scheduler, with a 95 % interval" if is_against else ""
+    tables = [
+        Table(
+            f"Host cost of a decode step, prompts of {lengths} tokens: median us of `schedule()` and `commit()` together{against}",
+            ("running requests", *(names[kind] for kind in kinds)),
+            tuple(rows),
+            tuple(notes),
+        ),
+        Table(
+            "The same with the spread of the rounds",
+            ("running requests", "scheduler", "median us", "90th percentile", "99th percentile", "us for each request"),
+            rows_of([record for record in records if record.get("status", "ok") == "ok"], _scheduler_row),
+        ),
+    ]
+    for record in records:
+        with blaming(record):
+            if record.get("profile"):
+                title = f"Where the scheduler's time goes, {requests(record['num_seqs'])}, {scheduler_name(record)}"
+                tables.append(profile_table(record, title))
+    return tables
+
+
+def _scheduler_kind(record: Record) -> tuple[str, int]:
+    with blaming(record):
+        return str(record.get("engine", OURS)), int(record["page_size"])
+
+
+def scheduler_name(record: Record) -> str:
+    """Engine, version and page size. The oldest lines name no engine: they are ours."""
+    return f"{engine_name({'engine': OURS, **record})}, pages of {record['page_size']}"
+
+
+def _scheduler_cell(record: Record | None, peer: Record | None) -> str:
+    if record is None:
+        return "not measured"
+    with blaming(record):
+        if record.get("status", "ok") != "ok":
+            return str(record["status"])
+        text = number(record["median_us"])
+        if peer is None or record is peer or peer["status"] != "ok":
+            return text
+        return with_times(text, ratio(peer, record, "round_medians_us"))
+
+
+def _scheduler_row(record: Record) -> tuple[str, ...]:
+    rounds = record.get("round_medians_us", [])
+    between = f" ({number(min(rounds))} to {number(max(rounds))})" if len(rounds) > 1 else ""
+    return (
+        str(record["num_seqs"]),
+        scheduler_name(record),
+        number(record["median_us"]) + between,
+        number(record["p90_us"]),
+        number(record["p99_us"]),
+        number(record["median_us"] / record["num_seqs"]),
     )

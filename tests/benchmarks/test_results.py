@@ -51,6 +51,20 @@ def test_commands_hold_no_folders_of_this_machine_and_no_keys(words: list[str], 
     assert command_text(words) == text
 
 
+def test_lines_hold_no_folders_of_this_machine(tmp_path: Path) -> None:
+    told = {
+        "error": "not installed under /home/me/venv/bin/python, nor at http://host/a/b",
+        "options": {"tokenizer": "/home/me/tok"},
+    }
+    append_record(tmp_path / "r.jsonl", result(model="/home/me/nemo", rates=["1 /s", "a / b"], **told))
+    (record,) = read(tmp_path)
+    assert record["error"] == "not installed under python, nor at http://host/a/b"
+    assert (
+        record["model"] == "nemo" and record["options"] == {"tokenizer": "tok"} and record["rates"] == ["1 /s", "a / b"]
+    )
+    assert record["tokens_per_second"] == [2.0, 4.0]
+
+
 def test_the_commit_is_that_of_the_checkout_that_tracks_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
