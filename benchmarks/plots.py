@@ -331,6 +331,5 @@ PLOTS: dict[str, Callable[[Sequence[Record]], Iterator[Plot]]] = {
     "latency": latency,
     "startup": startup,
     "ops": ops,
-    "bench_ops": ops,
     "scheduler": scheduler,
 }

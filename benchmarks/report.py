@@ -32,7 +32,6 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "startup": tables_engines.startup,
     "server_overhead": tables_engines.server_overhead,
     "ops": tables_parts.ops,
-    "bench_ops": tables_parts.ops,
     "scheduler": tables_parts.scheduler,
     "structured": tables_parts.structured,
     "validate_simulator": tables_parts.validate_simulator,

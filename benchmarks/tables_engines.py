@@ -221,7 +221,7 @@ def latency(records: Sequence[Record]) -> list[Table]:
     if kinds["request"]:
         columns = (
             "model", "requests", "in", "out", "engine", "TTFT, ms", "ITL, ms", "TPOT, ms", "end to end, ms", "output tokens/s",
-            "of the roofline: prompts, steps", f"{OURS} is faster by: TTFT, end to end",
+            "of the roofline: prompts, steps", f"{OURS} is faster by: TTFT, end to end", "J a token",
         )  # fmt: skip
         title = "Latency of requests that arrive at once: medians, with the least and the greatest median of a round"
         tables.append(
@@ -265,7 +265,7 @@ def _request_row(record: Record) -> tuple[str, ...]:
         *(str(record[name]) for name in ("batch", "input", "output", "engine")),
     )
     if record["status"] != "ok":
-        return (*head, str(record["status"]), *["–"] * 6)
+        return (*head, str(record["status"]), *["–"] * 7)
     fractions = [record.get(name) for name in ("prefill_fraction", "fraction")]
     faster = [record.get(f"nemo_engine_{name}_faster_by") for name in ("ttft", "e2e")]
     return (
@@ -274,6 +274,7 @@ def _request_row(record: Record) -> tuple[str, ...]:
         _summary(record["tokens_per_s"], 1.0),
         ", ".join("–" if each is None else f"{each:.0%}" for each in fractions) if any(fractions) else "–",
         ", ".join("–" if each is None else f"{each['median']:.2f}x" for each in faster) if any(faster) else "–",
+        number(record.get("joules_per_token")),
     )
 
 

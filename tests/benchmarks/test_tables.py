@@ -114,6 +114,7 @@ def test_latencies_of_known_numbers() -> None:
         "engine": "nemo_engine",
         "itl_s": summary(0.002),
         "prefill_fraction": 0.5,
+        "joules_per_token": 1.5,
         "fraction": 0.25,
     }
     faster = {"median": 2.0, "interval": [1.0, 3.0]}
@@ -127,9 +128,9 @@ def test_latencies_of_known_numbers() -> None:
     )
     head, ms = ("m", "8", "16", "32"), "10 (5 to 20)"
     assert requests.rows == (
-        (*head, "nemo_engine", ms, "2 (1 to 4)", ms, ms, "100 (50 to 200)", "50%, 25%", "–"),
-        (*head, "vllm", ms, "–", ms, ms, "100 (50 to 200)", "–", "–, 2.00x"),
-        (*head, "sglang", "failed", *["–"] * 6),
+        (*head, "nemo_engine", ms, "2 (1 to 4)", ms, ms, "100 (50 to 200)", "50%, 25%", "–", "1.5"),
+        (*head, "vllm", ms, "–", ms, ms, "100 (50 to 200)", "–", "–, 2.00x", "–"),
+        (*head, "sglang", "failed", *["–"] * 7),
     )
     assert requests.notes == ("llama.cpp missing: not there", "sglang failed, 8 requests: no memory")
     assert "nemo (kv_cache_dtype fp8)" in steps.title
