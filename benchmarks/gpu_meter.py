@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Self
 
 
 class GpuMeter:
@@ -51,10 +51,26 @@ class GpuMeter:
         return found
 
 
-def energy_facts(meter: GpuMeter, before: float | None, num_tokens: int) -> dict[str, object]:
-    """What ``num_tokens`` tokens since ``before`` (joules) cost, and the state of the GPU right after them; {} without a GPU."""
-    state, after = meter.state(), meter.joules()
-    facts: dict[str, object] = {"gpu_state": state} if state else {}
-    if before is not None and after is not None and num_tokens:
-        facts |= {"joules": after - before, "joules_per_token": (after - before) / num_tokens}
-    return facts
+class EnergySpan:
+    """Entered and left around what is measured; then ``facts`` tells what it cost."""
+
+    def __init__(self, meter: GpuMeter) -> None:
+        self._meter = meter
+        self._before: float | None = None
+        self._after: float | None = None
+        self._state: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._before = self._meter.joules()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._state, self._after = self._meter.state(), self._meter.joules()
+
+    def facts(self, num_tokens: int) -> dict[str, object]:
+        """The state of the GPU at the end and, if it counts energy, joules in all and for each of ``num_tokens`` tokens; {} without a GPU."""
+        found: dict[str, object] = {"gpu_state": self._state} if self._state else {}
+        if self._before is not None and self._after is not None:
+            joules = self._after - self._before
+            found |= {"joules": joules, "joules_per_token": joules / num_tokens}
+        return found

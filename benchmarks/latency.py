@@ -5,7 +5,7 @@ A decode point, of --batch x --context: milliseconds of a step in which so many 
 time by the planner's roofline over ceilings that are measured in the same run; on a CPU, weights that lie in a cache may pass it.
 
 With --peers each of them computes the same prompts in the same rounds, in turns: up to the first token, and to the end. Those two calls
-are timed of this engine too, and ratios compare calls. A point that fails is reported with its error, and the others go on.
+are timed of this engine too ("calls" in its results), and ratios compare calls. A point that fails is reported with its error, and the others go on.
 
     nemo-engine bench latency nemo-tiny --batch 1 8 --input 128 --output 64 --json latency.jsonl
     nemo-engine bench latency nemo --batch 1 64 --context 1024 32768 --option kv_cache_dtype=fp8
@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
 from nemo_engine.benchmarks import rooflines
 from nemo_engine.benchmarks.common import Progress, add_common_arguments, engine_config, peer_setups
 from nemo_engine.benchmarks.driver import BatchTimes, Driver, summary
-from nemo_engine.benchmarks.gpu_meter import GpuMeter, energy_facts
+from nemo_engine.benchmarks.gpu_meter import EnergySpan, GpuMeter
 from nemo_engine.benchmarks.models import BenchModel, open_model
 from nemo_engine.benchmarks.peers import PeerError, PeerProcess, why_missing
 from nemo_engine.benchmarks.provenance import append_record, provenance
@@ -177,7 +177,7 @@ def _measure(session: Session, point: Point, args: argparse.Namespace, progress:
     """A record of ours, then one of each peer."""
     common = {"benchmark": "latency", **point.facts()}
     ours = {**common, "engine": OURS, "options": session.options[OURS]}
-    energy = session.meter.joules()
+    energy = EnergySpan(session.meter)
     rounds: list[BatchTimes] = []
     calls: Calls = {}
     failed: dict[str, str] = {}
@@ -185,18 +185,19 @@ def _measure(session: Session, point: Point, args: argparse.Namespace, progress:
         if point.context:
             own = decode_record(session, point, args.steps)
             progress.step()
-            tokens = point.batch * args.steps
         else:
             session.driver.check_fits(point.batch, point.input, point.output)
-            for number in range(args.warmup + args.rounds):
-                taken = _round(session, point, number, calls if number >= args.warmup else {}, failed)
-                rounds += [taken] if number >= args.warmup else []
-                progress.step()
+            with energy:
+                for number in range(args.warmup + args.rounds):
+                    taken = _round(session, point, number, calls if number >= args.warmup else {}, failed)
+                    rounds += [taken] if number >= args.warmup else []
+                    progress.step()
             own = request_record(session, point, rounds)
             own["rounds"], own["warmup"] = args.rounds, args.warmup
-            tokens = point.batch * point.output * (args.rounds + args.warmup)
-            if not session.peers:
-                own |= energy_facts(session.meter, energy, tokens)
+            if OURS in calls:
+                own["calls"] = call_times(point, calls[OURS])
+            if not calls and not failed:  # no peer used the GPU meanwhile
+                own |= energy.facts(point.batch * point.output * (args.rounds + args.warmup))
         if args.profile:
             own |= _profile(session, point, args.steps)
         yield {**ours, "status": "ok", **own, **session.facts}
@@ -204,12 +205,14 @@ def _measure(session: Session, point: Point, args: argparse.Namespace, progress:
         yield {**ours, "status": "failed", "error": str(error).splitlines()[0], **session.facts}
     for name in [*calls, *failed]:
         if name != OURS:
+            versions = {"versions": session.peers[name].versions} if name in session.peers else {}
             yield {
                 **common,
                 "engine": name,
                 "options": session.options[name],
                 **peer_record(point, name, calls, failed),
                 **session.facts,
+                **versions,
             }
 
 
@@ -257,19 +260,28 @@ def request_record(session: Session, point: Point, rounds: list[BatchTimes]) -> 
 
 def decode_record(session: Session, point: Point, steps: int) -> Record:
     """Milliseconds of a step, and the fraction of the roofline."""
-    energy = session.meter.joules()
-    found = session.driver.decode(point.batch, point.context, steps)
+    energy = EnergySpan(session.meter)
+    found = session.driver.decode(point.batch, point.context, steps, energy)
     milliseconds = [seconds * 1e3 for seconds in found.seconds]
     median = statistics.median(milliseconds)
     least = rooflines.decode_seconds(session.roofline, point.batch, found.context) * 1e3
-    # Prompts and settling cost energy too: it is told per step only where the power is read while decoding.
-    state = energy_facts(session.meter, energy, 0)
     return {
         "context": point.context, "mean_context": found.context, "steps": steps, "ms_per_step": median,
         "step_s": summary([found.seconds]), "tokens_per_s": point.batch * steps / sum(found.seconds),
         "gb_per_step": rooflines.decode_bytes(session.roofline, point.batch, found.context) / 1e9,
-        "roofline_ms": least, "fraction": least / median, **state,
+        "roofline_ms": least, "fraction": least / median, **energy.facts(point.batch * steps),
     }  # fmt: skip
+
+
+def call_times(point: Point, taken: Sequence[tuple[float, float]]) -> Record:
+    """Summaries of an engine's two calls: seconds to the first token of all, to the end, and for each token between; output tokens per second."""
+    record: Record = {
+        "ttft_s": summary([[first] for first, _ in taken]), "e2e_s": summary([[end] for _, end in taken]),
+        "tokens_per_s": summary([[point.batch * point.output / end] for _, end in taken]),
+    }  # fmt: skip
+    if point.output > 1:
+        record["tpot_s"] = summary([[(end - first) / (point.output - 1)] for first, end in taken])
+    return record
 
 
 def peer_record(point: Point, name: str, calls: Calls, failed: Mapping[str, str]) -> Record:
@@ -277,14 +289,7 @@ def peer_record(point: Point, name: str, calls: Calls, failed: Mapping[str, str]
     if name in failed:
         return {"status": "failed", "error": failed[name]}
     theirs, ours = calls[name], calls.get(OURS, [])
-    record: Record = {
-        "status": "ok",
-        "ttft_s": summary([[first] for first, _ in theirs]),
-        "e2e_s": summary([[end] for _, end in theirs]),
-    }
-    record["tokens_per_s"] = summary([[point.batch * point.output / end] for _, end in theirs])
-    if point.output > 1:
-        record["tpot_s"] = summary([[(end - first) / (point.output - 1)] for first, end in theirs])
+    record: Record = {"status": "ok", **call_times(point, theirs)}
     if len(ours) == len(theirs):
         for key, place in (("ttft", 0), ("e2e", 1)):
             ratio = Ratio.paired([pair[place] for pair in theirs], [pair[place] for pair in ours])

@@ -13,7 +13,7 @@ import pytest
 from nemo_engine import Engine
 from nemo_engine.benchmarks import common, latency, rooflines
 from nemo_engine.benchmarks.driver import BatchTimes, DoesNotFit, Driver, summary
-from nemo_engine.benchmarks.gpu_meter import GpuMeter, energy_facts
+from nemo_engine.benchmarks.gpu_meter import EnergySpan, GpuMeter
 from nemo_engine.benchmarks.models import SHAPES, config_json, open_model
 from nemo_engine.benchmarks.peers import PeerError
 from nemo_engine.benchmarks.stage_times import StageTimes
@@ -86,14 +86,14 @@ def test_energy_is_told_where_it_can_be_read() -> None:
         NVML_TEMPERATURE_GPU=0, nvmlDeviceGetClockInfo=lambda _, kind: (1500, 3200)[kind],
         nvmlDeviceGetPowerUsage=lambda _: 640_000, nvmlDeviceGetTotalEnergyConsumption=lambda _: next(counter),
     )  # fmt: skip
-    meter = GpuMeter(nvml)
-    before = meter.joules()
-    facts = energy_facts(meter, before, 8)
-    assert facts == {
+    with EnergySpan(GpuMeter(nvml)) as span:
+        pass
+    assert span.facts(8) == {
         "gpu_state": {"sm_mhz": 1500.0, "memory_mhz": 3200.0, "watts": 640.0}, "joules": 4.0, "joules_per_token": 0.5,
     }  # fmt: skip
-    without = GpuMeter(SimpleNamespace())
-    assert without.joules() is None and energy_facts(without, None, 8) == {}
+    with EnergySpan(GpuMeter(SimpleNamespace())) as without:
+        pass
+    assert without.facts(8) == {}
 
 
 def test_a_stage_is_charged_with_its_own_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +210,9 @@ def test_peers_take_turns_and_a_wrong_one_has_failed(
     vllm = by_engine["vllm"]
     assert vllm["ttft_s"]["median"] == 1000.0 and vllm["e2e_s"]["rounds"] == [4000.0, 4000.0]
     assert vllm["tpot_s"]["median"] == 1000.0
+    assert vllm["versions"] == {"vllm": "1"}
+    calls = next(row for row in rows if row["engine"] == "nemo_engine")["calls"]
+    assert 0 < calls["ttft_s"]["median"] < calls["e2e_s"]["median"] and len(calls["e2e_s"]["rounds"]) == 2
     faster = vllm["nemo_engine_e2e_faster_by"]
     assert 1 < faster["interval"][0] <= faster["median"] <= faster["interval"][1]
     assert turns.count(("vllm", 1)) == turns.count(("vllm", 4)) == 3  # the first round warms up
