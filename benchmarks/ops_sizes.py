@@ -118,7 +118,8 @@ def rope_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
 
     for rows in scale.rows:
         for name, dtype in (("bf16", BF16), ("fp8", FP8)):
-            yield Size(f"{rows} tokens, {name} KV", partial(make, rows, dtype), definition(op))
+            site = {"kv_dtype": FP8 if dtype is FP8 else None}
+            yield Size(f"{rows} tokens, {name} KV", partial(make, rows, dtype), definition(op), site=site)
 
 
 def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
@@ -149,7 +150,8 @@ def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size
     kinds += [(f"prefill {queries} of {keys}", 1, queries, keys) for queries, keys in scale.prefills]
     for name, requests, queries, keys in kinds:
         for label, dtype in (("bf16", BF16), ("fp8", FP8)):
-            yield Size(f"{name}, {label} KV", partial(make, requests, queries, keys, dtype), sdpa_calls)
+            site = {"kv_dtype": FP8 if dtype is FP8 else None}
+            yield Size(f"{name}, {label} KV", partial(make, requests, queries, keys, dtype), sdpa_calls, site=site)
 
 
 def sdpa_calls(
@@ -366,4 +368,4 @@ def sizes_of(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
         yield from SIZES[op.name](op, scale, device)
     else:
         case = list(op.cases())[-1]
-        yield Size(f"case {case.name}", lambda: on_device(case.make(BF16), device), definition(op), False)
+        yield Size(f"case {case.name}", lambda: on_device(case.make(BF16), device), definition(op), False, case.site)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +129,16 @@ def measure_ceilings(timer: Timer, device: torch.device) -> Ceilings:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Named arguments of an operation, made on the device, and what else computes the same from them."""
+    """Named arguments of an operation, made on the device, and what else computes the same from them.
+
+    ``site``: facts of the ``Site`` that follow from these arguments.
+    """
 
     name: str
     make: Callable[[], Args]
     baselines: Callable[..., Calls]
     is_comparable: bool = True  # by value with the first baseline
+    site: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +230,7 @@ def measure_size(op: Op, site: Site, size: Size, timer: Timer, ceilings: Ceiling
         if reference is None and size.is_comparable:
             reference = result
         yield Row.of(op.name, size.name, name, True, us, cost, ceilings)
-    for name, load in implementations(op, site):
+    for name, load in implementations(op, dataclasses.replace(site, **size.site)):
         try:
             function = load()
             result = first_tensor(function(*args))
@@ -264,7 +268,7 @@ def run_once(op: Op, site: Site, device: torch.device) -> Iterator[Row]:
         if args[0].numel() and (num_bytes := op.cost(*args)[0]):
             costs.append((num_bytes, index, case))
     for _, _, case in sorted(costs)[:_ONCE_CASES]:
-        for name, load in implementations(op, site):
+        for name, load in implementations(op, dataclasses.replace(site, **case.site)):
             try:
                 load()(*on_device(case.make(torch.bfloat16), device))
                 if device.type == "cuda":

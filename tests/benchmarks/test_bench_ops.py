@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from nemo_engine.benchmarks import ops, timing
+from nemo_engine.benchmarks.models import SHAPES
 from nemo_engine.benchmarks.ops_peers import OpsPeers, _later
 from nemo_engine.benchmarks.timing import Size
 from nemo_engine.cli import main
 from nemo_engine.ops import ALL_OPS, Op, Site
-from nemo_engine.ops.op import Impl
+from nemo_engine.ops.op import Case, Impl
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def test_a_failure_or_a_wrong_result_is_a_row_and_the_rest_goes_on() -> None:
         lambda: (torch.ones(2),),
         lambda x: {"none": lambda: broken(x), "slow": lambda: x + x, "fast": lambda: x + x},
     )
-    site: Any = None
+    site = Site.of(SHAPES["tiny"], 64, torch.bfloat16, torch.device("cpu"))
     rows = list(timing.measure_size(op, site, size, lambda call: next(clock), timing.Ceilings(1e9, 1e12, 1e12)))
     assert [(row.implementation, row.is_baseline) for row in rows] == [
         ("none", True), ("slow", True), ("fast", True), ("broken", False), ("wrong", False), ("right", False),
@@ -94,6 +95,19 @@ def test_without_an_implementation_the_definition_is_measured() -> None:
     site: Any = None
     ((name, load),) = timing.implementations(op, site)
     assert name == "semantics" and load() is right
+
+
+def test_what_does_not_serve_a_size_or_a_case_is_not_called() -> None:
+    fp8 = {"kv_dtype": torch.float8_e4m3fn}
+    picky = Impl("picky", f"{__name__}:broken", lambda site: "no FP8" if site.kv_dtype == torch.float8_e4m3fn else None)
+    case = Case("a", lambda dtype: (torch.ones(2),), fp8)
+    op = Op("double", right, (picky, impl("right")), lambda: iter([case]), lambda x: (1000, 1000))
+    site = Site.of(SHAPES["tiny"], 64, torch.bfloat16, torch.device("cpu"))
+    size = Size("2", lambda: (torch.ones(2),), lambda x: {}, site=fp8)
+    rows = list(timing.measure_size(op, site, size, lambda call: 1.0, timing.Ceilings(1e9, 1e12, 1e12)))
+    assert [(row.implementation, row.error) for row in rows] == [("right", None)]
+    rows = list(timing.run_once(op, site, torch.device("cpu")))
+    assert [(row.implementation, row.error) for row in rows] == [("right", None)]
 
 
 # ---- other makers' kernels
