@@ -13,7 +13,7 @@ PYTEST_WAYS := -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 SETUP := TORCH="$(TORCH)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" .ci/setup $(VENV)
-SETUP_FILES := pyproject.toml setup.py csrc/build.py .ci/setup .ci/missing.py
+SETUP_FILES := pyproject.toml setup.py csrc/build.py $(wildcard csrc/cpu/*) .ci/setup .ci/missing.py
 CODE := nemo_engine $(wildcard kernels) tests examples benchmarks csrc/build.py setup.py .ci/missing.py
 
 # A stamp for each set of packages: the package itself, with what the tests need, with the checking tools.

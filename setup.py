@@ -1,6 +1,8 @@
-"""What pyproject.toml cannot say: ``kernels/`` lies beside the package in the tree and inside it when installed; and how ``_C`` is built.
+"""What pyproject.toml cannot say: ``kernels/`` and ``benchmarks/`` lie beside the package in the tree and inside it when installed; and how
+the compiled kernels are built.
 
-The CUDA kernels are compiled where nvcc is found. NEMO_ENGINE_CUDA=0 leaves them out; NEMO_ENGINE_CUDA=1 makes their absence an error.
+Those for CPUs, ``nemo_engine._cpu``, are built where there is a C++ compiler; without one, torch computes. Those in CUDA, ``nemo_engine._C``,
+are compiled where nvcc is found. NEMO_ENGINE_CUDA=0 leaves them out; NEMO_ENGINE_CUDA=1 makes their absence an error.
 """
 
 import os
@@ -15,16 +17,32 @@ import build as kernels_build  # noqa: E402
 
 
 class BuildKernels(build_ext):
-    """Builds ``nemo_engine._C`` with CMake and nvcc."""
+    """Builds ``nemo_engine._C`` with CMake and nvcc, and ``nemo_engine._cpu`` as setuptools builds any extension."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile, and put the library where setuptools wants it."""
+        if ext.name != "nemo_engine._C":
+            super().build_extension(ext)
+            return
         nvcc, _ = kernels_build.find_nvcc()
         assert nvcc is not None
         kernels_build.install_gpu(nvcc, Path(self.get_ext_fullpath(ext.name)).resolve())
 
 
-def extensions() -> list[Extension]:
+# OpenMP is not linked: its symbols are found in the one that torch brings, so that there is one pool of threads and not two.
+CPU = Extension(
+    "nemo_engine._cpu",
+    sources=["csrc/cpu/kernels.cpp", "csrc/cpu/module.cpp"],
+    depends=["csrc/cpu/kernels.h", "csrc/cpu/vector.h"],
+    extra_compile_args=[
+        "-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi",
+    ],
+    language="c++",
+    optional=True,
+)  # fmt: skip
+
+
+def cuda_extensions() -> list[Extension]:
     """The CUDA kernels, or none, with a line that says why."""
     wanted = os.environ.get("NEMO_ENGINE_CUDA", "")
     if wanted not in ("", "0", "1"):
@@ -54,6 +72,6 @@ setup(
         "nemo_engine.benchmarks": "benchmarks",
         "nemo_engine.benchmarks.peers": "benchmarks/peers",
     },
-    ext_modules=extensions(),
+    ext_modules=[CPU, *cuda_extensions()],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -77,16 +77,24 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/assets").glob("*/*")),
         *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/server/page").iterdir()),
     }
-    assert {str(path) for path in sources} == {name for name in names if name.startswith("nemo_engine/")}
+    compiled = {
+        name for name in names if re.fullmatch(r"nemo_engine/_cpu\..*\.so", name)
+    }  # where there is a C++ compiler
+    assert {str(path) for path in sources} == {name for name in names if name.startswith("nemo_engine/")} - compiled
+    assert len(compiled) == (shutil.which("c++") is not None)
     assert any(name.startswith("nemo_engine/kernels/") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_wheel_without_kernels_says_so(tree: Path, tmp_path: Path) -> None:
+def test_the_wheel_without_compilers_says_so(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "no-such-compiler")
+    shutil.rmtree(tree / "build", ignore_errors=True)
     said = pip("wheel", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), ".", cwd=tree)
     assert "nemo-engine is built without its CUDA kernels: NEMO_ENGINE_CUDA=0" in said
+    assert 'building extension "nemo_engine._cpu" failed' in said
     (path,) = tmp_path.glob("*.whl")
-    assert path.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
     with pytest.raises(RuntimeError, match="NEMO_ENGINE_CUDA must be 0, 1 or not set, got 'yes'"):
         pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), ".", cwd=tree, cuda="yes")
 

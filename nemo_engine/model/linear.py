@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from nemo_engine.ops import Ops
+from nemo_engine.ops.packed import pack_weight
 
 
 class Linear(Protocol):
@@ -36,11 +37,15 @@ class Linear(Protocol):
         """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DenseLinear:
-    """A projection in the dtype of the activations, without bias: ``weight`` is (out, in), one row per output."""
+    """A projection in the dtype of the activations, without bias: ``weight`` is (out, in), one row per output, or as ``pack`` leaves it."""
 
     weight: torch.Tensor
+
+    def pack(self) -> None:
+        """Put the weight into the order that ``ops.packed.linear`` multiplies fastest; nothing else can read it then."""
+        self.weight = pack_weight(self.weight)
 
     @property
     def out_features(self) -> int:

@@ -81,6 +81,13 @@ class NemoWeights:
         head = 0 if self.lm_head.weight is self.embed_tokens else self.lm_head.num_bytes
         return self.embed_tokens.nbytes + layers + self.norm.nbytes + head
 
+    def pack(self) -> None:
+        """Pack every dense projection (``DenseLinear.pack``), one after the other; a head that is the embeddings stays as it is."""
+        projections = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        for linear in (*projections, self.lm_head):
+            if isinstance(linear, DenseLinear) and linear.weight is not self.embed_tokens:
+                linear.pack()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:

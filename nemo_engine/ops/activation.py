@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, needs_fp8, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_runs, cuda_runs, needs_fp8, triton_runs
 from nemo_engine.ops.quantize import quantize_tokens
 
 _MAX_WIDTH = 16384  # to quantise a row, one program, or one block, holds it in its registers
@@ -95,6 +95,7 @@ SILU_MUL = Op(
     (
         Impl("triton", "nemo_engine.kernels.activation:silu_mul", triton_runs),
         Impl("cuda", "nemo_engine.ops.cuda.activation:silu_mul", _cuda_supports),
+        Impl("cpu", "nemo_engine.ops.cpu:silu_mul", cpu_runs),
     ),
     _cases,
     _cost,

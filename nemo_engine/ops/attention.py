@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_only, cuda_runs, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_heads_run, cpu_only, cuda_runs, triton_runs
 
 _TRITON_MAX_HEAD_DIM = 256
 _TRITON_MAX_GROUP = 64  # of 128 rows in a prefill tile
@@ -249,6 +249,7 @@ PAGED_ATTENTION = Op(
         Impl("triton", "nemo_engine.ops.attention_gpu:paged_attention_triton", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.attention:paged_attention", _cuda_supports),
         Impl("flash_attn", "nemo_engine.ops.attention_gpu:paged_attention_flash_attn", _flash_attn_supports),
+        Impl("cpu", "nemo_engine.ops.cpu:paged_attention", cpu_heads_run),
         Impl("torch", "nemo_engine.ops.attention_cpu:paged_attention", cpu_only),
     ),
     _cases,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, needs_fp8, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_runs, cuda_runs, needs_fp8, triton_runs
 from nemo_engine.ops.quantize import quantize_tokens
 
 _MAX_WIDTH = 16384  # one program, or one block, holds a row in its registers
@@ -110,6 +110,7 @@ RMS_NORM = Op(
     (
         Impl("triton", "nemo_engine.kernels.norm:rms_norm", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.norm:rms_norm", _cuda_supports),
+        Impl("cpu", "nemo_engine.ops.cpu:rms_norm", cpu_runs),
     ),
     _cases,
     _cost,

@@ -6,11 +6,13 @@ imports everything. Selection happens once, at start-up, from static facts, and 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ import torch
 from nemo_engine.config import ModelConfig
 
 CUDA_NOT_BUILT = "nemo_engine._C is not built here (make cuda; it needs nvcc)"
+CPU_NOT_BUILT = "nemo_engine._cpu is not built here (pip install -e . builds it where there is a C++ compiler)"
+_CPU_MAX_HEAD_DIM = 256
 SEMANTICS = "semantics"  # the name under which the definition itself can be asked for
 COMPOSED = "composed"  # of an operation that is several others: these, one after the other
 
@@ -154,6 +158,33 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
 def cpu_only(site: Site) -> str | None:
     """``supports`` of implementations that are made for the CPU."""
     return None if site.device_type == "cpu" else "made for the CPU"
+
+
+@functools.cache
+def compiled_for_cpu() -> ModuleType | None:
+    """The kernels of csrc/cpu, if they were built. They take their threads from torch, whose OpenMP is loaded before them, as here."""
+    try:
+        return importlib.import_module("nemo_engine._cpu")
+    except ImportError:
+        return None
+
+
+def cpu_runs(site: Site) -> str | None:
+    """What every kernel of csrc/cpu needs: a CPU, bf16 or fp32, and the compiled library."""
+    if site.device_type != "cpu":
+        return "made for the CPU"
+    if site.dtype not in (torch.bfloat16, torch.float32):
+        return f"computes in bfloat16 or float32, the model is {str(site.dtype).removeprefix('torch.')}"
+    return None if compiled_for_cpu() is not None else CPU_NOT_BUILT
+
+
+def cpu_heads_run(site: Site) -> str | None:
+    """Of the kernels of csrc/cpu that handle heads: their size, and a cache of the model's own dtype."""
+    if site.head_dim > _CPU_MAX_HEAD_DIM or site.head_dim % 2:
+        return f"an even head_dim of at most {_CPU_MAX_HEAD_DIM}, this is {site.head_dim}"
+    if site.kv_dtype not in (None, site.dtype):
+        return f"keys and values in the model's dtype, these are {str(site.kv_dtype).removeprefix('torch.')}"
+    return cpu_runs(site)
 
 
 def triton_runs(site: Site) -> str | None:

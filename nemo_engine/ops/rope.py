@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_heads_run, cuda_runs, triton_runs
 from nemo_engine.ops.quantize import FP8, FP8_MAX
 
 _CUDA_HEAD_DIM = 128  # of the models that the CUDA kernel is made for
@@ -109,7 +109,7 @@ def _cases() -> Iterator[Case]:
 
             name = f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}{', fp8' if is_fp8 else ''}"
             site = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size}
-            yield Case(name, make, site)
+            yield Case(name, make, site | {"kv_dtype": FP8 if is_fp8 else None})
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *rest: Tensor) -> tuple[int, int]:
@@ -135,6 +135,7 @@ ROPE_AND_APPEND_KV = Op(
     (
         Impl("triton", "nemo_engine.kernels.rope:rope_and_append_kv_", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.rope:rope_and_append_kv_", _cuda_supports),
+        Impl("cpu", "nemo_engine.ops.cpu:rope_and_append_kv_", cpu_heads_run),
     ),
     _cases,
     _cost,

@@ -14,7 +14,7 @@ from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
 from nemo_engine.model.inventory import Inventory, planned_inventory, take_inventory
 from nemo_engine.model.loading import load_weights
 from nemo_engine.model.weights import NemoWeights, dummy_weights
-from nemo_engine.ops import SEMANTICS, Ops, Site
+from nemo_engine.ops import SEMANTICS, Ops, Site, packed
 from nemo_engine.ops.linear import linear_fp8
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.planner.memory import (
@@ -118,6 +118,9 @@ def _build(
             needs_kv_scales=kv_dtype == FP8,
             is_widened=precision.is_fp8 and ops.linear_fp8 is linear_fp8,
         )
+    if ops.linear is packed.linear:
+        with ledger.stage("pack weights"):
+            weights.pack()
     page_bytes = config.page_size * model_config.kv_bytes_per_token(kv_dtype.itemsize)
     with ledger.stage(_cache_stage(weights, kv_dtype), num_bytes=(num_pages + 1) * page_bytes):
         runner = Runner(

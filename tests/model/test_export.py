@@ -54,7 +54,7 @@ def our_logits(path: Path, kv_dtype: torch.dtype) -> Tensor:
     weights = load_weights(
         checkpoint, config, dtype=torch.float32, progress=False, needs_kv_scales=True, is_widened=True
     )
-    model = Nemo(config, weights, Ops.select(Site.of(config, 64, torch.float32, CPU), {}), 64)
+    model = Nemo(config, weights, Ops.select(Site.of(config, 64, torch.float32, CPU, kv_dtype), {}), 64)
     sequence = Sequence(model, 64, 64, kv_dtype)
     return sequence.logits(sequence.feed(PROMPT))
 

@@ -36,7 +36,8 @@ def nemo(path: Path, online: Quantization | None = None, *, is_kv_fp8: bool = Fa
         needs_kv_scales=is_kv_fp8,
         is_widened=is_widened,
     )
-    site = Site.of(config, PAGE, torch.float32, torch.device("cpu"))
+    kv_dtype = FP8 if is_kv_fp8 else torch.float32
+    site = Site.of(config, PAGE, torch.float32, torch.device("cpu"), kv_dtype)
     return Nemo(config, weights, Ops.select(site, {}), max_len=256)
 
 

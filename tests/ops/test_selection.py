@@ -11,11 +11,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from nemo_engine.ops import ALL_OPS, Ops, Site, select
+from nemo_engine.ops import ALL_OPS, Ops, Site, op, select
 from nemo_engine.ops.attention import paged_attention
 from nemo_engine.ops.attention_cpu import paged_attention as paged_attention_torch
 from nemo_engine.ops.norm import RMS_NORM, rms_norm
-from nemo_engine.ops.op import Impl, Op
+from nemo_engine.ops.op import Impl, Op, compiled_for_cpu
 
 CPU = Site(
     device_type="cpu",
@@ -36,7 +36,18 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_on_the_cpu_the_definition_serves_unless_something_is_made_for_the_cpu() -> None:
+def test_on_the_cpu_what_is_made_for_it_serves_else_the_definition() -> None:
+    ops = Ops.select(CPU, {})
+    has_kernels = compiled_for_cpu() is not None
+    assert {choice.op for choice in ops.choices if choice.chosen == "cpu"} == (
+        {"rms_norm", "silu_mul", "rope_and_append_kv_", "paged_attention"} if has_kernels else set()
+    )
+    for change in ({"dtype": torch.float64}, {"kv_dtype": torch.float8_e4m3fn}, {"head_dim": 272}):
+        assert Ops.select(dataclasses.replace(CPU, **change), {}).paged_attention is paged_attention_torch
+
+
+def test_without_its_library_nothing_is_chosen_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "compiled_for_cpu", lambda: None)
     ops = Ops.select(CPU, {})
     assert ops.rms_norm is rms_norm
     assert ops.paged_attention is paged_attention_torch
@@ -46,6 +57,7 @@ def test_on_the_cpu_the_definition_serves_unless_something_is_made_for_the_cpu()
         "rms_norm               semantics  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not cuda: "
         in table
     )
+    assert "not cpu: nemo_engine._cpu is not built here" in table
     assert (
         "paged_attention        torch  (not triton: Triton runs on a CPU with TRITON_INTERPRET=1 only; not cuda: "
         in table
@@ -79,7 +91,7 @@ def test_what_cannot_serve_is_refused_with_its_reason(change: dict[str, object],
     with pytest.raises(ValueError, match=rf"prefer\['rms_norm'\] = 'triton' cannot serve here: {reason}$"):
         select(RMS_NORM, site, {"rms_norm": "triton"})
     if site.device_type == "cpu":
-        assert select(RMS_NORM, site, {}).chosen == "semantics"
+        assert select(RMS_NORM, site, {}).chosen in ("cpu", "semantics")
     else:  # the definition on a GPU only if it is asked for
         with pytest.raises(ValueError, match=rf"no kernel for rms_norm here: triton: {reason}; cuda: .+ \(prefer="):
             select(RMS_NORM, site, {})
@@ -123,7 +135,9 @@ def test_where_the_cuda_library_is_built_it_runs_only_if_asked_for(monkeypatch: 
 
 
 def test_unknown_preferences_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"prefer\['rms_norm'\] must be one of triton, cuda, semantics, got 'cutlass'"):
+    with pytest.raises(
+        ValueError, match=r"prefer\['rms_norm'\] must be one of triton, cuda, cpu, semantics, got 'cutlass'"
+    ):
         Ops.select(CPU, {"rms_norm": "cutlass"})
     with pytest.raises(
         ValueError, match=r"prefer must name operations \(.*, rms_norm, .*\) or all \(\*\), got 'rmsnorm'"
@@ -133,8 +147,9 @@ def test_unknown_preferences_are_refused() -> None:
 
 def test_one_name_for_all_operations() -> None:
     """Where it serves: elsewhere, and where another is asked for, it changes nothing."""
-    plain, all_torch = Ops.select(CPU, {}), Ops.select(CPU, {"*": "torch", "rms_norm": "semantics"})
-    assert [choice.chosen for choice in all_torch.choices] == [choice.chosen for choice in plain.choices]
+    plain, all_torch = Ops.select(CPU, {}), Ops.select(CPU, {"*": "torch", "silu_mul": "semantics"})
+    other = {"paged_attention": "torch", "silu_mul": "semantics"}
+    assert [c.chosen for c in all_torch.choices] == [other.get(c.op, c.chosen) for c in plain.choices]
     chosen = {choice.op: choice.chosen for choice in Ops.select(GPU, {"*": "triton", "silu_mul": "semantics"}).choices}
     assert chosen["linear"] == "triton" and chosen["silu_mul"] == "semantics"
     with pytest.raises(ValueError, match=r"prefer\['\*'\] must be one of .*triton.*, got 'cutlass'"):

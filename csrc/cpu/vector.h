@@ -1,0 +1,140 @@
+// Sixteen fp32 numbers at a time, in the compiler's own vectors: what a machine lacks in width, it does in several steps.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+// A function marked so is compiled for each of these, and the one that the machine knows is taken when the library is loaded. What it calls
+// must be inlined into it; parallel regions are outlined before that choice, so they stand outside.
+#if defined(__x86_64__) && defined(__linux__)
+#define NEMO_HOT __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define NEMO_HOT
+#endif
+#define NEMO_INLINE inline __attribute__((always_inline))
+
+namespace nemo {
+
+constexpr int LANES = 16;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+NEMO_INLINE Floats all(float x) { return Floats{} + x; }
+
+NEMO_INLINE Floats pick(Ints mask, Floats yes, Floats no) {
+  return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
+}
+
+// The first n of 16 numbers at p, the rest zero.
+NEMO_INLINE Floats load(const float* p, int n = LANES) {
+  Floats x{};
+  if (n >= LANES)
+    std::memcpy(&x, p, sizeof x);
+  else
+    std::memcpy(&x, p, n * sizeof(float));
+  return x;
+}
+
+NEMO_INLINE Floats load(const Bf16* p, int n = LANES) {
+  Halves x{};
+  if (n >= LANES)
+    std::memcpy(&x, p, sizeof x);
+  else
+    std::memcpy(&x, p, n * sizeof(Bf16));
+  return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+NEMO_INLINE void store(float* p, Floats x, int n = LANES) {
+  if (n >= LANES)
+    std::memcpy(p, &x, sizeof x);
+  else
+    std::memcpy(p, &x, n * sizeof(float));
+}
+
+// To the nearest, ties to even; every NaN becomes the quiet one.
+NEMO_INLINE Words rounded(Floats x) {
+  Words bits = (Words)x;
+  bits += 0x7fff + ((bits >> 16) & 1);
+  Words is_nan = (Words)(x != x);
+  return ((bits >> 16) & ~is_nan) | (is_nan & 0x7fc0);
+}
+
+NEMO_INLINE void store(Bf16* p, Floats x, int n = LANES) {
+  Halves halves = __builtin_convertvector(rounded(x), Halves);
+  if (n >= LANES)
+    std::memcpy(p, &halves, sizeof halves);
+  else
+    std::memcpy(p, &halves, n * sizeof(Bf16));
+}
+
+// As if stored and loaded again.
+NEMO_INLINE Floats as_stored(Floats x, const float*) { return x; }
+NEMO_INLINE Floats as_stored(Floats x, const Bf16*) { return (Floats)(rounded(x) << 16); }
+
+typedef float Four __attribute__((vector_size(16)));
+
+NEMO_INLINE Four quarters(Floats x) {
+  Four parts[4];
+  std::memcpy(parts, &x, sizeof x);
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+NEMO_INLINE float sum(Floats x) {
+  Four y = quarters(x);
+  return (y[0] + y[1]) + (y[2] + y[3]);
+}
+
+// The sum of each.
+template <int N>
+NEMO_INLINE void sum_each(const Floats (&x)[N], float (&sums)[N]) {
+  if constexpr (N == 4) {
+    Four a = quarters(x[0]), b = quarters(x[1]), c = quarters(x[2]), d = quarters(x[3]);
+    Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    Four all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    std::memcpy(sums, &all, sizeof all);
+  } else {
+    for (int i = 0; i < N; ++i) sums[i] = sum(x[i]);
+  }
+}
+
+// NaN is passed over.
+NEMO_INLINE float largest(Floats x) {
+  float y = -std::numeric_limits<float>::infinity();
+  for (int i = 0; i < LANES; ++i) y = x[i] > y ? x[i] : y;
+  return y;
+}
+
+// e^x within 2 units of the last place; 0 below -87.3, infinity above 88.7. x = n ln 2 + r, and e^r by its series to r^7.
+NEMO_INLINE Floats exponential(Floats x) {
+  Floats limited = pick(x < 89.0f, x, all(89.0f));
+  limited = pick(limited > -88.0f, limited, all(-88.0f));
+  const Floats magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
+  Floats n = limited * 1.44269504f + magic - magic;
+  Floats r = limited - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats y = all(1.0f / 5040);
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  Ints half = __builtin_convertvector(n, Ints) >> 1;  // 2^n in two factors, for n may be 128
+  Ints rest = __builtin_convertvector(n, Ints) - half;
+  y = y * (Floats)((half + 127) << 23) * (Floats)((rest + 127) << 23);
+  y = pick(x < -87.3f, Floats{}, y);
+  y = pick(x > 88.72284f, all(std::numeric_limits<float>::infinity()), y);
+  return pick(x != x, x, y);
+}
+
+}  // namespace nemo

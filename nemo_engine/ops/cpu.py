@@ -1,0 +1,100 @@
+"""The kernels of csrc/cpu, for models in bf16 or fp32 on a CPU: their tensors are checked here and passed on as addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_engine.ops import attention_cpu
+from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.op import compiled_for_cpu
+
+_cpu: Any = compiled_for_cpu()
+
+
+def _check(dtype: torch.dtype, *others: Tensor) -> None:
+    """The kernels see addresses alone: an FP8 cache, or weights of another dtype, would be read as what they are not."""
+    for x in others:
+        if x.dtype != dtype or not x.is_contiguous():
+            raise TypeError(f"must be contiguous {dtype}, got {x.dtype} of strides {x.stride()}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``norm.rms_norm``."""
+    x = x.contiguous()
+    _check(x.dtype, weight)
+    y = torch.empty_like(x)
+    rows, width = x.shape
+    if residual is None:
+        total = x
+        addresses = (x.data_ptr(), 0, weight.data_ptr(), y.data_ptr(), 0)
+    else:
+        residual = residual.contiguous()
+        _check(x.dtype, residual)
+        total = torch.empty_like(x)
+        addresses = (x.data_ptr(), residual.data_ptr(), weight.data_ptr(), y.data_ptr(), total.data_ptr())
+    _cpu.rms_norm(x.dtype == torch.bfloat16, *addresses, rows, width, eps)
+    return y, total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See ``activation.silu_mul``."""
+    gate_up = gate_up.contiguous()
+    rows, width = gate_up.shape
+    y = gate_up.new_empty(rows, width // 2)
+    _cpu.silu_mul(gate_up.dtype == torch.bfloat16, gate_up.data_ptr(), y.data_ptr(), rows, width // 2)
+    return y
+
+
+def rope_and_append_kv_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """See ``rope.rope_and_append_kv_``; the scales are None."""
+    q, k, v = (x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
+    _check(q.dtype, k_cache, v_cache)
+    tokens, heads, dim = q.shape
+    rotated = q.new_empty(q.shape)
+    _cpu.rope_and_append_kv(
+        q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr(), rotated.data_ptr(), table.data_ptr(),
+        positions.data_ptr(), slot_mapping.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        tokens, heads, k.shape[1], dim, k_cache.shape[2], q.stride(0), k.stride(0), v.stride(0),
+    )  # fmt: skip
+    return rotated
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """See ``attention.paged_attention``; the scales are None. Prefill rows go to SDPA."""
+    return attention_cpu.attend(_decode, q, k_cache, v_cache, meta, scale)
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
+    """One query per row. q: (B, Hq, D) -> (B, Hq, D)."""
+    q = q.contiguous()
+    _check(q.dtype, k_cache, v_cache)
+    out = torch.empty_like(q)
+    rows, heads, dim = q.shape
+    _cpu.decode_attention(
+        q.dtype == torch.bfloat16, q.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        meta.page_table.data_ptr(), meta.slot_ids.data_ptr(), meta.seq_lens.data_ptr(),
+        rows, heads, k_cache.shape[1], dim, k_cache.shape[2], meta.page_table.stride(0), scale,
+    )  # fmt: skip
+    return out

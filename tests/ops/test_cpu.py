@@ -1,0 +1,139 @@
+"""The kernels of csrc/cpu and the packed products, beside the cases that test_ops holds every implementation against."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemo_engine.model.weights import dummy_weights
+from nemo_engine.ops import cpu, norm, packed
+from nemo_engine.ops.activation import silu_mul
+from nemo_engine.ops.attention import attention_inputs, paged_attention
+from nemo_engine.ops.op import compiled_for_cpu
+from tests.checkpoints import tiny_config
+
+built = pytest.mark.skipif(compiled_for_cpu() is None, reason="nemo_engine._cpu is not built: there is no C++ compiler")
+packs = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 products on this CPU"
+)
+
+
+@built
+@pytest.mark.parametrize("seed", range(40))
+def test_attention_of_random_shapes(seed: int) -> None:
+    rng = random.Random(seed)
+    kv_heads, group = rng.choice((1, 2, 3, 8)), rng.choice((1, 2, 3, 4, 5, 7, 8))
+    dim, page_size = rng.choice((2, 16, 30, 64, 128, 130, 256)), rng.choice((16, 32, 64, 128))
+    lengths = [rng.choice((1, 15, 16, 17, 63, 64, 65, rng.randrange(1, 700))) for _ in range(rng.randrange(1, 6))]
+    dtype = rng.choice((torch.float32, torch.bfloat16))
+    rows = [(1, length) for length in lengths]
+    q, k, v, meta, scale, *_ = attention_inputs(rows, group * kv_heads, kv_heads, dim, page_size, dtype)
+    expected = paged_attention(q.float(), k.float(), v.float(), meta, scale)
+    tolerance = 2e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(
+        cpu.paged_attention(q, k, v, meta, scale).float(), expected, rtol=tolerance, atol=tolerance / 4
+    )
+
+
+@built
+def test_large_and_infinite_scores() -> None:
+    q, k, v, meta, _, *_ = attention_inputs([(1, 100), (1, 40)], 4, 2, 16, 16, torch.float32)
+    torch.testing.assert_close(
+        cpu.paged_attention(q, k, v, meta, 300.0), paged_attention(q, k, v, meta, 300.0), rtol=2e-4, atol=1e-4
+    )
+    poisoned = k.clone()
+    poisoned[meta.pages[0, 0], 0, 3] = torch.nan  # a key of the first row's first KV head
+    out = cpu.paged_attention(q, poisoned, v, meta, 1.0)
+    assert out[0, :2].isnan().all() and out[0, 2:].isfinite().all() and out[1].isfinite().all()
+
+
+@built
+def test_threads_change_nothing() -> None:
+    args = attention_inputs([(1, 700), (1, 3), (1, 64), (1, 1200)], 8, 2, 128, 64, torch.bfloat16)[:5]
+    x, residual = (torch.randn(300, 256).bfloat16() for _ in range(2))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append((cpu.paged_attention(*args), *cpu.rms_norm(x, x[0], 1e-5, residual), cpu.silu_mul(x)))
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+@built
+@pytest.mark.parametrize("width", [1, 7, 15, 16, 17, 100, 2048])
+def test_rows_of_any_width(width: int) -> None:
+    x = torch.randn(5, 2 * width) * 3
+    for got, expected in (
+        (cpu.silu_mul(x), silu_mul(x)),
+        (cpu.rms_norm(x, x[1], 1e-5)[0], norm.rms_norm(x, x[1], 1e-5)[0]),
+        (cpu.rms_norm(x[:, ::2], x[1, :width], 1e-5)[0], norm.rms_norm(x[:, ::2], x[1, :width], 1e-5)[0]),
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@built
+def test_silu_of_every_bf16_number() -> None:
+    gate = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    got, expected = (f(torch.stack([gate, torch.ones_like(gate)], 1)).float() for f in (cpu.silu_mul, silu_mul))
+    assert torch.equal(got.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    assert torch.equal(got.isfinite(), finite)
+    # One unit of the last place; what is next to nothing may be nothing.
+    assert ((got - expected).abs()[finite] <= expected.abs()[finite] * 2**-7 + 1e-35).all()
+    assert (got == expected)[finite].float().mean() > 0.99
+
+
+@built
+def test_calls_with_wrong_arguments_are_refused() -> None:
+    library = compiled_for_cpu()
+    assert library is not None
+    for arguments in ((), (True, 0, 0, 1), (True, 0, 0, 1, 1, 1), (True, "0", 0, 1, 1)):
+        with pytest.raises(TypeError):
+            library.silu_mul(*arguments)
+
+
+@built
+def test_it_shares_the_threads_of_torch() -> None:
+    code = (
+        "import torch, nemo_engine._cpu\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "print(len({line.split()[-1] for line in maps.splitlines() if 'libgomp' in line or 'libiomp' in line or 'libomp' in line}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "1\n", run.stderr
+
+
+@packs
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 64, 300])
+@pytest.mark.parametrize(("outputs", "width"), [(1, 16), (5, 48), (33, 130), (256, 640), (6144, 256)])
+def test_packed_products(rows: int, outputs: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(rows + outputs)
+    x, weight = (torch.randn(n, width, generator=generator).bfloat16() for n in (rows, outputs))
+    product = packed.linear(x, packed.pack_weight(weight))
+    assert product.dtype == torch.bfloat16
+    torch.testing.assert_close(product.float(), x.float() @ weight.float().T, rtol=2**-7, atol=1e-3 * width**0.5)
+    assert torch.equal(packed.linear(x, weight), F.linear(x, weight))  # one that is not packed
+
+
+@packs
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_packing_a_model(is_tied: bool) -> None:
+    weights = dummy_weights(tiny_config(tie_word_embeddings=is_tied), torch.bfloat16)
+    before = weights.num_bytes
+    x = torch.randn(3, weights.embed_tokens.shape[1]).bfloat16()
+    expected = [F.linear(x, linear.weight) for linear in (weights.layers[-1].gate_up, weights.lm_head)]
+    weights.pack()
+    assert all(layer.qkv.weight.layout != torch.strided for layer in weights.layers)
+    assert (weights.lm_head.weight is weights.embed_tokens) == is_tied  # embeddings are looked up, so they stay
+    for linear, product in zip((weights.layers[-1].gate_up, weights.lm_head), expected, strict=True):
+        torch.testing.assert_close(packed.linear(x, linear.weight), product, rtol=2**-7, atol=1e-3)
+    assert before <= weights.num_bytes <= 1.5 * before
