@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_engine.engine import Engine
+from nemo_engine.scheduler.invariants import check
 
 
 def check_every_step(engine: Engine) -> Engine:
@@ -13,7 +14,7 @@ def check_every_step(engine: Engine) -> Engine:
 
     def checked_step() -> Any:
         committed = step()
-        scheduler.check()
+        check(scheduler)
         return committed
 
     engine._core.step = checked_step  # type: ignore[method-assign]

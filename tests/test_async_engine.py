@@ -15,6 +15,7 @@ import pytest
 
 from nemo_engine import AsyncEngine, Engine, EngineClosedError, EngineDeadError, RequestOutput, SamplingParams
 from nemo_engine.sampling_params import RequestOutputKind
+from nemo_engine.scheduler.invariants import check
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "dtype": "float64", "page_size": 16, "num_kv_pages": 200, "max_num_seqs": 16, "max_num_batched_tokens": 128,
@@ -46,7 +47,7 @@ async def last(engine: AsyncEngine, *args: Any, **options: Any) -> RequestOutput
 async def idle(engine: AsyncEngine) -> None:
     """Wait, for a bounded time, until the engine has nothing to do; every page must then be free."""
     for _ in range(500):
-        await engine.call(lambda e: e._core.scheduler.check())
+        await engine.call(lambda e: check(e._core.scheduler))
         stats = await engine.call(lambda e: e.stats())
         if stats.num_running == stats.num_waiting == engine.num_unfinished == 0:
             assert stats.num_free_pages == stats.num_pages

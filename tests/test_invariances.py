@@ -1,7 +1,7 @@
 """What must not change a request's tokens: its neighbours, chunking, preemption, caching, overlap, aborts.
 
 A tiny random model in fp64 on the CPU, random workloads, greedy and seeded, compared token for token with each request
-run alone. ``Scheduler.check()`` runs after every step.
+run alone. ``invariants.check`` runs after every step.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class ConstrainedSet:
     def join(self, decodes: DecodeSet, ready: list[Request]) -> DecodeSet:
         """``decodes`` and then ``ready``; the same object as long as both are what they were."""
         if self._joined is None or self._joined[0] is not decodes or self._joined[1] != ready:
-            self._joined = (decodes, ready, DecodeSet.of([*decodes.requests, *ready]))
+            self._joined = (decodes, ready, DecodeSet([*decodes.requests, *ready]))
         return self._joined[2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from hashlib import blake2b
 
 from nemo_engine.outputs import CacheMiss, CacheReport
@@ -39,18 +40,19 @@ class KVManager:
         page_size, num_pages = self.page_size, self.pool.num_pages
         limit = min(max_model_len, num_pages * page_size + 1)
         if max_tokens is None:
-            total, asked = max(limit, num_prompt_tokens + 1), "at least 1 output token"
+            total = max(limit, num_prompt_tokens + 1)
         else:
-            total, asked = num_prompt_tokens + max_tokens, f"max_tokens {max_tokens}"
+            total = num_prompt_tokens + max_tokens
+        if total <= limit:
+            return total
+        asked = "at least 1 output token" if max_tokens is None else f"max_tokens {max_tokens}"
         text = f"a prompt of {num_prompt_tokens} tokens and {asked} make {total} tokens"
         if total > max_model_len:
             raise ValueError(f"{text}: more than max_model_len {max_model_len}")
-        if total > limit:
-            raise ValueError(
-                f"{text} and need {self.num_pages_for(total - 1)} KV pages of {page_size} tokens: the cache has "
-                f"{num_pages} (at most {limit} tokens per request; raise kv_cache_gib or num_kv_pages)"
-            )
-        return total
+        raise ValueError(
+            f"{text} and need {self.num_pages_for(total - 1)} KV pages of {page_size} tokens: the cache has "
+            f"{num_pages} (at most {limit} tokens per request; raise kv_cache_gib or num_kv_pages)"
+        )
 
     def admit(self, request: Request) -> bool:
         """Give ``request`` pages for all its tokens, as many as possible from the cache, or change nothing.
@@ -85,22 +87,23 @@ class KVManager:
             self.num_hit_tokens += request.num_computed_tokens
         return True
 
-    def append_page(self, request: Request) -> int | None:
-        """Add one page to a request that has filled its last; None if no page is free."""
-        if self.pool.num_free == 0:
+    def append_pages(self, requests: Sequence[Request]) -> list[int] | None:
+        """Add a page to each request, all of which have filled their last; None, and nothing changes, if fewer are free."""
+        if self.pool.num_free < len(requests):
             return None
-        (page,) = self.pool.allocate(1)
-        request.pages.append(page)
-        return page
+        pages = self.pool.allocate(len(requests))
+        for request, page in zip(requests, pages):
+            request.pages.append(page)
+        return pages
 
     def cache_pages(self, request: Request, num_computed_tokens: int) -> None:
         """Offer the full pages among the first ``num_computed_tokens`` tokens, all known, to the prefix cache."""
-        num_full = num_computed_tokens // self.page_size
-        if num_full > request.num_hashed_pages and self._writes_cache(request):
-            self._extend_hashes(request, num_full)
-            for index in range(request.num_hashed_pages, num_full):
-                self.pool.remember(request.pages[index], request.page_hashes[index])
-            request.num_hashed_pages = num_full
+        first, end = request.num_hashed_pages, num_computed_tokens // self.page_size
+        if end > first and self._writes_cache(request):
+            if len(request.page_hashes) < end:
+                self._extend_hashes(request, end)
+            self.pool.remember(request.pages[first:end], request.page_hashes[first:end])
+            request.num_hashed_pages = end
 
     def free(self, request: Request) -> None:
         """Take all pages from ``request``; what they hold stays findable until they are handed out again."""

@@ -23,7 +23,9 @@ class PagePool:
         self._hash_of: list[bytes | None] = [None] * (num_pages + 1)
         self._page_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_pages + 1))
-        self._evicted: OrderedDict[bytes, None] = OrderedDict()  # the last ``num_pages`` contents that had to go
+        # Contents that had to go; with those before, the last ``num_pages`` at least.
+        self._evicted: dict[bytes, None] = {}
+        self._evicted_before: dict[bytes, None] = {}
 
     @property
     def num_free(self) -> int:
@@ -45,22 +47,28 @@ class PagePool:
 
     def allocate(self, count: int) -> list[int]:
         """Hand out ``count`` pages with one user each; their content is forgotten. ``count`` must be at most num_free."""
-        assert count <= len(self._free), (count, len(self._free))
-        pages = [self._free.popitem(last=False)[0] for _ in range(count)]
-        for page in pages:
-            self._num_users[page] = 1
-            page_hash = self._hash_of[page]
+        free, users, hashes = self._free, self._num_users, self._hash_of
+        assert count <= len(free), (count, len(free))
+        pages = []
+        for _ in range(count):
+            page, _ = free.popitem(False)
+            users[page] = 1
+            page_hash = hashes[page]
             if page_hash is not None:
-                self.forget(page)
+                hashes[page] = None
+                del self._page_of[page_hash]
                 self._evicted[page_hash] = None
-                if len(self._evicted) > self.num_pages:
-                    self._evicted.popitem(last=False)
-        self.peak_used = max(self.peak_used, self.num_pages - len(self._free))
+            pages.append(page)
+        if len(self._evicted) > self.num_pages:
+            self._evicted_before, self._evicted = self._evicted, {}
+        num_used = self.num_pages - len(free)
+        if num_used > self.peak_used:
+            self.peak_used = num_used
         return pages
 
     def was_evicted(self, page_hash: bytes) -> bool:
         """Whether this content was in the cache and lately had to make room."""
-        return page_hash in self._evicted
+        return page_hash in self._evicted or page_hash in self._evicted_before
 
     def states(self) -> bytes:
         """A byte for each page, from page 1 on: 0 free, 1 free and cached, 2 in use, 3 in use by several. O(pages)."""
@@ -85,20 +93,23 @@ class PagePool:
 
         The last pages of a prefix become evictable before the first ones, which more requests can share.
         """
+        free, counts, hashes = self._free, self._num_users, self._hash_of
         for page in reversed(pages):
-            users = self._num_users[page] - 1
+            users = counts[page] - 1
             assert users >= 0, f"page {page} released twice"
-            self._num_users[page] = users
+            counts[page] = users
             if users == 0:
-                self._free[page] = None
-                if self._hash_of[page] is None:
-                    self._free.move_to_end(page, last=False)
+                free[page] = None
+                if hashes[page] is None:
+                    free.move_to_end(page, False)
 
-    def remember(self, page: int, page_hash: bytes) -> None:
-        """Make the content of ``page`` findable. Of two pages with one content, the first is the one that is found."""
-        if page_hash not in self._page_of and self._hash_of[page] is None:
-            self._page_of[page_hash] = page
-            self._hash_of[page] = page_hash
+    def remember(self, pages: Iterable[int], page_hashes: Iterable[bytes]) -> None:
+        """Make the contents of ``pages`` findable. Of two pages with one content, the first is the one that is found."""
+        page_of, hash_of = self._page_of, self._hash_of
+        for page, page_hash in zip(pages, page_hashes):
+            if page_hash not in page_of and hash_of[page] is None:
+                page_of[page_hash] = page
+                hash_of[page] = page_hash
 
     def forget(self, page: int) -> None:
         """The content of ``page`` can no longer be found."""

@@ -7,12 +7,14 @@ nothing is due costs nothing per request. A noted event is void once the request
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import Iterable, KeysView
+from operator import attrgetter
 
 from nemo_engine.scheduler.constrained import ConstrainedSet
 from nemo_engine.scheduler.decode_set import DecodeSet
 from nemo_engine.scheduler.request import Request, RequestStatus
 
+_URGENCY = attrgetter("priority", "arrival")
 _Calendar = dict[int, list[tuple[Request, int]]]  # step id -> (request, its serial when the event was noted)
 
 
@@ -31,7 +33,7 @@ class RunningSet:
         self._page_size = page_size
         self._decoding: dict[Request, None] = {}
         self._draining: dict[Request, None] = {}
-        self._decode_set = DecodeSet.of(())
+        self._decode_set = DecodeSet(())
         self._is_decode_set_stale = False
         self._free_slots = list(range(max_num_seqs, 0, -1))
         self._page_due: _Calendar = {}
@@ -55,7 +57,7 @@ class RunningSet:
     def decode_set(self) -> DecodeSet:
         """The decoding requests; the same object while they do not change."""
         if self._is_decode_set_stale:
-            self._decode_set = DecodeSet.of(self._decoding)
+            self._decode_set = DecodeSet(self._decoding)
             self._is_decode_set_stale = False
         return self._decode_set
 
@@ -99,25 +101,36 @@ class RunningSet:
         return False
 
     def note_next_page(self, request: Request) -> None:
-        """Put the step in which ``request`` outgrows its pages on the calendar, if it ever does and no grammar may hold it up."""
-        if request.grammar is not None:
-            return
+        """Put the step in which ``request``, without a grammar, outgrows its pages on the calendar, if it ever does."""
         position = len(request.pages) * self._page_size
         if position <= request.max_total_tokens - 2:
             self._page_due.setdefault(position - request.decode_offset, []).append((request, request.serial))
 
+    def note_next_pages(self, requests: Iterable[Request], step_id: int) -> None:
+        """As ``note_next_page``, of requests that just got a page in step ``step_id``; those that a grammar may hold up are passed over."""
+        next_due = step_id + self._page_size
+        later = [
+            (request, request.serial)
+            for request in requests
+            if next_due + request.decode_offset <= request.max_total_tokens - 2 and request.grammar is None
+        ]
+        if later:
+            self._page_due.setdefault(next_due, []).extend(later)
+
     def take_page_due(self, step_id: int, ready: list[Request]) -> list[Request]:
         """The decoding requests that need a page in this step, those of the constrained ``ready`` too, the most urgent first."""
-        due = [request for request, serial in self._page_due.pop(step_id, ()) if request.serial == serial]
+        noted = self._page_due.pop(step_id, ())
+        due = [request for request, serial in noted if request.serial == serial] if noted else []
         if ready:
             due += self.constrained.outgrown(ready)
         if len(due) > 1:
-            due.sort(key=_urgency)
+            due.sort(key=_URGENCY)
         return due
 
     def take_last_due(self, step_id: int) -> list[Request]:
         """The decoding requests for which this step is the last; they drain from now on."""
-        due = [request for request, serial in self._last_due.pop(step_id, ()) if request.serial == serial]
+        noted = self._last_due.pop(step_id, ())
+        due = [request for request, serial in noted if request.serial == serial] if noted else []
         for request in due:
             del self._decoding[request]
             self._draining[request] = None
@@ -135,7 +148,7 @@ class RunningSet:
 
     def least_urgent(self) -> Request:
         """Whom to preempt: of those with steps to come, the one with the largest priority number, the newest of them."""
-        return max([*self._decoding, *self.constrained.requests, *self.prefilling], key=_urgency)
+        return max([*self._decoding, *self.constrained.requests, *self.prefilling], key=_URGENCY)
 
     def leave(self, request: Request) -> None:
         """Take back the slot. Steps in flight may still write to it: later steps run after those."""
@@ -167,7 +180,3 @@ class RunningSet:
         stop_ids = {token_id for request in running for token_id in request.stop_token_ids}
         assert stop_ids == set(self.stop_token_ids)
         assert self.num_watched == sum(request.params.repetition_detection is not None for request in running)
-
-
-def _urgency(request: Request) -> tuple[int, int]:
-    return (request.priority, request.arrival)

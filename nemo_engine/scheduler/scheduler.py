@@ -19,20 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nemo_engine.outputs import FinishReason
-from nemo_engine.scheduler.constrained import mask_of
-from nemo_engine.scheduler.decode_set import DecodeSet
 from nemo_engine.scheduler.ends import end_of, failure_of
 from nemo_engine.scheduler.kv_manager import KVManager
+from nemo_engine.scheduler.planned_step import PlannedStep
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.running import RunningSet
 from nemo_engine.scheduler.waiting import WaitingQueue
-from nemo_engine.step import (
-    PrefillRow,
-    SlotFill,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from nemo_engine.step import PrefillRow, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -82,44 +75,6 @@ class SchedulerStats:
         )
 
 
-@dataclass(slots=True)
-class _Step:
-    """A step while it is being planned, and then until it is committed."""
-
-    step_id: int
-    decodes: DecodeSet
-    last: list[Request]  # for these, the token of this step is the last that they may have
-    num_departures: int  # of the running set when the step was planned
-    budget: int  # tokens that it may still take
-    prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
-    fills: list[SlotFill] = field(default_factory=list)
-    constrained: list[Request] = field(default_factory=list)  # that sample in this step, under a mask
-
-    def plan(self, new_pages: list[tuple[int, int, int]]) -> StepPlan:
-        """The step as the device half gets it."""
-        rows = tuple([row for _, row in self.prefills])
-        masks = tuple([(request.slot, mask_of(request)) for request in self.constrained]) if self.constrained else ()
-        return StepPlan(self.step_id, self.decodes.slots, rows, tuple(self.fills), tuple(new_pages), masks)
-
-    def counts_for(self, request: Request) -> bool:
-        """Whether what was computed for ``request`` counts: it has neither finished nor been preempted since."""
-        return request.status is RequestStatus.RUNNING and request.admitted_step <= self.step_id
-
-
-def _slot_fill(request: Request) -> SlotFill:
-    return SlotFill(
-        slot=request.slot,
-        token_ids=request.token_ids[:],
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_computed_tokens=request.num_computed_tokens,
-        pages=tuple(request.pages),
-        params=request.params,
-        seed=request.seed,
-        stop_token_ids=request.stop_token_ids,
-        bad_words_token_ids=request.bad_words_token_ids,
-    )
-
-
 class Scheduler:
     """Continuous batching over ``num_pages`` pages and ``max_num_seqs`` slots.
 
@@ -147,7 +102,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
         self._running = RunningSet(max_num_seqs, page_size)
-        self._launched: deque[_Step] = deque()
+        self._launched: deque[PlannedStep] = deque()
         self._step_id = 0
         self._num_arrivals = 0
         self._num_preemptions = 0
@@ -191,55 +146,70 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
+        step = self._plan_step()
+        return None if step is None else step.plan()
+
+    def _plan_step(self) -> PlannedStep | None:
         running = self._running
         step_id = self._step_id + 1
         num_departures = running.num_departures
         oldest = self._launched[0].step_id if self._launched else step_id
         ready = running.constrained.ready(oldest) if running.constrained.requests else []
         new_pages = self._grow(step_id, ready)
-        has_preempted = running.num_departures != num_departures
         decodes = running.decode_set
         last = running.take_last_due(step_id)
         if ready:
-            ready = [
-                request for request in ready if request.status is RequestStatus.RUNNING
-            ]  # the others were just preempted
+            ready = [one for one in ready if one.status is RequestStatus.RUNNING]  # the others were just preempted
             decodes = running.constrained.join(decodes, ready)
             last += running.launch_constrained(ready, step_id)
-        left = self._max_num_batched_tokens - len(decodes.slots)
-        step = _Step(step_id, decodes, last, running.num_departures, left, constrained=ready[:])
+        left = self._max_num_batched_tokens - len(decodes.requests)
+        step = PlannedStep(step_id, decodes, last, running.num_departures, left, ready[:], new_pages)
         for request in running.prefilling[:]:
             if step.budget > 0:
                 self._prefill(request, step)
-        if self._waiting and not has_preempted:
+        if self._waiting and running.num_departures == num_departures:  # nobody was preempted
             self._admit(step)
-        if not decodes.slots and not step.prefills:
+        if not decodes.requests and not step.prefills:
             return None
         self._step_id = step_id
         self._launched.append(step)
-        return step.plan(new_pages)
+        return step
 
     def _grow(self, step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
         """Give a page to every decoding request, those of ``ready`` among them, that starts one in this step, the most urgent first."""
-        new_pages: list[tuple[int, int, int]] = []
-        for request in self._running.take_page_due(step_id, ready):
+        due = self._running.take_page_due(step_id, ready)
+        if not due:
+            return []
+        for request in due:
+            self.kv.cache_pages(request, min(len(request.pages) * self.kv.page_size, self._num_known_tokens(request)))
+        pages = self.kv.append_pages(due)
+        if pages is None:
+            due, pages = self._grow_in_turn(due)
+        self._running.note_next_pages(due, step_id)
+        return [(request.slot, len(request.pages) - 1, page) for request, page in zip(due, pages)]
+
+    def _grow_in_turn(self, due: list[Request]) -> tuple[list[Request], list[int]]:
+        """Where there are too few pages for all of ``due``: preempt. Returns those that got a page and are left, and the pages."""
+        grown: dict[Request, int] = {}
+        for request in due:
             if request.status is not RequestStatus.RUNNING:  # preempted a moment ago
                 continue
-            self.kv.cache_pages(request, min(self.num_computed_tokens(request), len(request.token_ids)))
-            page = self.kv.append_page(request)
-            while page is None:
+            pages = self.kv.append_pages([request])
+            while pages is None:
                 victim = self._running.least_urgent()
                 self._preempt(victim)
+                grown.pop(victim, None)
                 if victim is request:
                     break
-                new_pages = [entry for entry in new_pages if entry[0] != victim.slot]
-                page = self.kv.append_page(request)
+                pages = self.kv.append_pages([request])
             else:
-                new_pages.append((request.slot, len(request.pages) - 1, page))
-                self._running.note_next_page(request)
-        return new_pages
+                (grown[request],) = pages
+        return list(grown), list(grown.values())
 
-    def _admit(self, step: _Step) -> None:
+    def _num_known_tokens(self, request: Request) -> int:
+        return len(request.token_ids)
+
+    def _admit(self, step: PlannedStep) -> None:
         """Let waiting requests in, in order, as long as slots, pages and budget last."""
         while self._waiting and self._running.has_free_slot and step.budget > 0:
             request = self._waiting.first()
@@ -250,10 +220,10 @@ class Scheduler:
                 request.scheduled_ts = self._clock()
                 request.num_cached_tokens = request.num_computed_tokens
             self._running.enter(request, step.step_id)
-            step.fills.append(_slot_fill(request))
+            step.admitted.append((request, request.num_computed_tokens))
             self._prefill(request, step)
 
-    def _prefill(self, request: Request, step: _Step) -> None:
+    def _prefill(self, request: Request, step: PlannedStep) -> None:
         """Plan the next chunk of ``request``, as far as the budget goes."""
         start = request.num_computed_tokens
         count = min(step.budget, len(request.token_ids) - start)
@@ -291,7 +261,7 @@ class Scheduler:
             committed.requests, committed.token_ids = requests, token_ids
             committed.logprobs = dict(result.logprobs)
         else:
-            self._commit_one_by_one(step, requests, result, committed)
+            self._commit_each(step, requests, result, committed)
         for index, entries in result.prompt_logprobs.items():
             request, row = step.prefills[index]
             if step.counts_for(request):
@@ -302,8 +272,8 @@ class Scheduler:
                 committed.finished.append(request)
         return committed
 
-    def _commit_one_by_one(
-        self, step: _Step, requests: list[Request], result: StepResult, committed: Committed
+    def _commit_each(
+        self, step: PlannedStep, requests: list[Request], result: StepResult, committed: Committed
     ) -> None:
         for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
             if not step.counts_for(request):
@@ -356,17 +326,7 @@ class Scheduler:
             self.kv.discard(request)
         else:
             # Known tokens only, without the last: nobody has computed its key and value.
-            num_known = len(request.token_ids) - 1
+            num_known = self._num_known_tokens(request) - 1
             self.kv.cache_pages(request, min(self.num_computed_tokens(request), num_known))
             self.kv.free(request)
         self._running.leave(request)
-
-    def check(self) -> None:
-        """Assert the invariants of pages, slots and lists. O(everything); for tests."""
-        running = self._running.requests()
-        self._running.check()
-        self.kv.pool.check(request.pages for request in running)
-        for request in running:
-            assert len(request.pages) * self.kv.page_size >= self.num_computed_tokens(request)
-            assert len(request.token_ids) <= request.max_total_tokens
-        assert len(self._requests) == len(running) + len(self._waiting)

@@ -73,7 +73,9 @@ class Contents:
         if conversation.turn == 0 and item.prefix is not None:
             code = self._prefix_codes.setdefault(item.prefix, -1 - len(self._prefix_codes))
             tokens = [code] * item.prefix_tokens
-        tokens = [*tokens, *self._ids(conversation)]
+        ids = self._ids(conversation)
+        num_varied = len(tokens) if isinstance(turn.prompt, int) else None
+        tokens = [*tokens, *ids] if tokens else list(ids)
         params = self._params.get(turn.output_tokens)
         if params is None:
             if len(self._params) > 100_000:
@@ -81,7 +83,7 @@ class Contents:
             params = SamplingParams(temperature=0.0, max_tokens=turn.output_tokens, ignore_eos=True)
             self._params[turn.output_tokens] = params
         self._num_requests += 1
-        request = SimulatedRequest(str(self._num_requests), tokens, params, item.priority, arrived_s)
+        request = SimulatedRequest(str(self._num_requests), tokens, params, item.priority, arrived_s, num_varied)
         request.origin = conversation
         return request
 

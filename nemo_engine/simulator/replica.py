@@ -92,7 +92,8 @@ class Replica:
                 priority, order, make = heapq.heappop(self._held)
                 self._enter((priority, order), make)
             if scheduler.num_waiting == 0 or self._is_blocked:
-                self._jump(limit)
+                while self._jump(limit):
+                    pass
                 if self.now >= limit:
                     return
             if self._launch() and len(in_flight) < depth:
@@ -114,12 +115,12 @@ class Replica:
         """Plan a step and put its end on the clock; False if there is none."""
         scheduler = self.scheduler
         num_preemptions = scheduler.num_preemptions
-        plan = scheduler.schedule()
-        if plan is None:
+        step = scheduler.plan_step()
+        if step is None:
             return False
-        num_decodes = len(plan.decode_slots)
-        if plan.prefills:
-            chunks = [(row.start, row.num_tokens) for row in plan.prefills]
+        num_decodes = len(step.decodes.requests)
+        if step.prefills:
+            chunks = [(row.start, row.num_tokens) for _, row in step.prefills]
             seconds = self._cost.step_seconds(num_decodes, scheduler.step_context, chunks)
             host = self._cost.host_seconds(num_decodes + len(chunks))
             self.num_prefill_tokens += sum([count for _, count in chunks])
@@ -146,7 +147,7 @@ class Replica:
             self.itl.add(now - before, num_decodes)
         self.num_steps += 1
         self.num_decode_tokens += num_decodes
-        self._note(now, num_decodes)
+        self._note(before, now, num_decodes, scheduler.num_used_pages)
         self.now = scheduler.last_commit_s = now
         for request in prefilled:
             assert isinstance(request, SimulatedRequest)
@@ -165,29 +166,41 @@ class Replica:
         self._is_blocked = False
         self._on_finish(request, now)
 
-    def _note(self, now: float, num_decodes: int) -> None:
-        """What the numbers were since the commit before."""
+    def _note(self, start: float, now: float, num_decodes: int, num_used_pages: float) -> None:
+        """What the numbers were from one commit to the next."""
         scheduler = self.scheduler
-        start = scheduler.last_commit_s
-        pool = scheduler.kv.pool
-        used = (pool.num_pages - pool.num_free) / pool.num_pages
         waiting = scheduler.num_waiting + len(self._held)
+        used = num_used_pages / self._shape.num_pages
         self.timeline.add(start, now - start, (scheduler.num_running, waiting, used, num_decodes))
 
-    def _jump(self, limit: float) -> None:
-        """Go through the steps in which nothing is due, without planning any."""
+    def _jump(self, limit: float) -> bool:
+        """Go through the coming steps in which requests decode and start pages and nothing else happens, without planning any.
+
+        Returns whether there were any: up to ``limit`` at most, or to the end of an interval of the timeline.
+        """
         scheduler = self.scheduler
         if len(self._in_flight) != self._shape.pipeline_depth - 1 or not scheduler.is_steady:
-            return
+            return False
         pages, ends = scheduler.calendars
-        step = first = scheduler.next_step
+        # A page that is filled may be what a request waits for.
+        may_grow = scheduler.num_waiting == 0 or not scheduler.has_free_slot
+        step = done = first = scheduler.next_step
         num_decodes = scheduler.num_decoding
         base, slope, host = self._line(num_decodes)
         context, now, free = scheduler.context, self.now, self._device_free
-        before, add = scheduler.last_commit_s, self.itl.add
+        start = before = scheduler.last_commit_s
+        limit = min(limit, self.timeline.end_of_interval(start))
         pending = self._in_flight[0][0] if self._in_flight else None
-        busy = 0.0
-        while now < limit and step not in pages and step not in ends:
+        busy = used_s = 0.0
+        used = scheduler.num_used_pages
+        gaps = []
+        while now < limit and step not in ends:
+            if step in pages:
+                scheduler.skip(step - done)
+                done = step
+                if not may_grow or not scheduler.grow():
+                    break
+                used = scheduler.num_used_pages
             step += 1
             now += host
             seconds = base + slope * context
@@ -200,20 +213,23 @@ class Replica:
                 end, pending = pending, free
             if end > now:
                 now = end
-            add(now - before, num_decodes)
+            gap = now - before
+            gaps.append(gap)
+            used_s += gap * used
             before = now
-        count = step - first
-        if not count:
-            return
-        self._note(now, num_decodes)
-        scheduler.skip(count)
+        if not gaps:
+            return False
+        scheduler.skip(step - done)
+        self.itl.add_all(gaps, num_decodes)
+        self._note(start, now, num_decodes, used_s / (now - start) if now > start else 0.0)
         if pending is not None:
             self._in_flight[0] = (pending, num_decodes)
         self.now = scheduler.last_commit_s = now
         self._device_free = free
         self.busy_s += busy
-        self.num_steps += count
-        self.num_decode_tokens += count * num_decodes
+        self.num_steps += step - first
+        self.num_decode_tokens += (step - first) * num_decodes
+        return True
 
     def num_matching_pages(self, request: Request) -> int:
         """Leading pages of ``request`` that the prefix cache has now."""

@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
+from nemo_engine.outputs import CacheReport
 from nemo_engine.sampling_params import SamplingParams
-from nemo_engine.scheduler import Request, RequestStatus, Scheduler
+from nemo_engine.scheduler import Request, Scheduler
 from nemo_engine.scheduler.kv_manager import KVManager
-from nemo_engine.step import StepPlan
+from nemo_engine.scheduler.planned_step import PlannedStep
 
 ANSWER = 0  # the id of every generated token
+_NO_REPORT = CacheReport(1, 0, 0, None)
 _NEVER = -(1 << 60)  # the offset of a request that does not decode
 
 
@@ -29,23 +31,48 @@ class _QuickKVManager(KVManager):
     """Knows pages by Python's hash of their tokens in place of a cryptographic one."""
 
     def _extend_hashes(self, request: Request, num_pages: int) -> None:
+        assert isinstance(request, SimulatedRequest)
         hashes: list[Any] = request.page_hashes
-        size, tokens = self.page_size, request.token_ids
-        for index in range(len(hashes), num_pages):
-            parent = hashes[-1] if hashes else 0
-            hashes.append(hash((parent, *tokens[index * size : (index + 1) * size])))
+        size, tokens, num_prompt = self.page_size, request.token_ids, request.num_prompt_tokens
+        parent = hashes[-1] if hashes else 0
+        for start in range(len(hashes) * size, num_pages * size, size):
+            # Of a page of equal tokens, the token stands for all.
+            if start >= num_prompt:
+                parent = hash((parent, ANSWER))
+            elif start >= request.num_varied and start + size <= num_prompt:
+                parent = hash((parent, tokens[start]))
+            else:
+                page = tokens[start : start + size]
+                page += [ANSWER] * (size - len(page))
+                is_uniform = page.count(page[0]) == size
+                parent = hash((parent, page[0]) if is_uniform else (parent, *page))
+            hashes.append(parent)
+
+    def _report(self, request: Request, num_matched: int, reads_cache: bool) -> CacheReport:
+        return _NO_REPORT  # nobody asks
 
 
 class SimulatedRequest(Request):
-    """A request with the times at which things happened to it, in seconds of the virtual clock."""
+    """A request with the times at which things happened to it, in seconds of the virtual clock.
 
-    __slots__ = ("arrived_s", "first_token_s", "last_token_s", "origin")
+    num_varied: leading tokens of the prompt that may differ; all that follow are equal. ``token_ids`` lacks generated tokens, all of
+    which are ``ANSWER``.
+    """
+
+    __slots__ = ("arrived_s", "first_token_s", "last_token_s", "num_varied", "origin")
 
     def __init__(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int, arrived_s: float
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        arrived_s: float,
+        num_varied: int | None = None,
     ) -> None:
         super().__init__(request_id, token_ids, params, priority=priority)
         self.decode_offset = _NEVER
+        self.num_varied = self.num_prompt_tokens if num_varied is None else num_varied
         self.arrived_s = arrived_s
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
@@ -81,24 +108,33 @@ class VirtualScheduler(Scheduler):
         return len(self._running._decoding)
 
     @property
+    def has_free_slot(self) -> bool:
+        """Whether a request that waits could enter if there are pages for it."""
+        return self._running.has_free_slot
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages that requests hold."""
+        return self.kv.pool.num_pages - self.kv.pool.num_free
+
+    @property
     def num_preemptions(self) -> int:
         """So far."""
         return self._num_preemptions
 
-    def schedule(self) -> StepPlan | None:
-        """See ``Scheduler``."""
-        plan = super().schedule()
-        if plan is not None:
+    def plan_step(self) -> PlannedStep | None:
+        """As ``schedule``, without the plan for the device half."""
+        step = self._plan_step()
+        if step is not None:
             self.step_context = self.context
-            self.context += len(plan.decode_slots)
-            step = self._launched[-1]
+            self.context += len(step.decodes.requests)
             for request in step.last:
                 if request.decode_offset != _NEVER:
                     self.context -= request.num_computed_tokens + 1
             for request, row in step.prefills:
                 if row.samples and request.decode_offset != _NEVER:
                     self.context += row.start + row.num_tokens + 1
-        return plan
+        return step
 
     def commit_oldest(self) -> tuple[list[Request], list[Request], int]:
         """The oldest launched step is done: (requests that it gave a token after a prefill, requests that it ended, decode rows in vain)."""
@@ -133,12 +169,20 @@ class VirtualScheduler(Scheduler):
         return self._running._page_due, self._running._last_due
 
     def skip(self, count: int) -> None:
-        """Plan and commit ``count`` quiet steps; as many stay in flight as were."""
+        """Plan and commit ``count`` steps in which nothing is due that is not done already; as many stay in flight as were."""
         self._step_id += count
         self.committed_step += count
         self.context += count * len(self._running._decoding)
         for step in self._launched:
             step.step_id += count
+
+    def grow(self) -> bool:
+        """Give a page to every request that starts one in the next step; False, and nothing is done, if there may be too few."""
+        step_id = self._step_id + 1
+        if len(self._running._page_due.get(step_id, ())) > self.kv.pool.num_free:
+            return False
+        self._grow(step_id, [])
+        return True
 
     def _settle(self, request: Request) -> None:
         """Give ``request`` the tokens that committed decode steps made for it."""
@@ -146,11 +190,11 @@ class VirtualScheduler(Scheduler):
         if missing > 0:
             request.token_ids += [ANSWER] * missing
 
-    def _grow(self, step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
-        for request, serial in self._running._page_due.get(step_id, ()):
-            if request.serial == serial:
-                self._settle(request)
-        return super()._grow(step_id, ready)
+    def _num_known_tokens(self, request: Request) -> int:
+        if request.decode_offset == _NEVER:
+            return len(request.token_ids)
+        known = self.committed_step + request.decode_offset + 2
+        return known if known > len(request.token_ids) else len(request.token_ids)
 
     def _preempt(self, request: Request) -> None:
         if self._running.is_decoding(request):
@@ -165,7 +209,5 @@ class VirtualScheduler(Scheduler):
         super()._preempt(request)
 
     def _leave(self, request: Request, is_failed: bool = False) -> None:
-        assert request.status is RequestStatus.RUNNING
-        self._settle(request)
         super()._leave(request, is_failed)
         request.decode_offset = _NEVER

@@ -10,6 +10,11 @@ _LOG_GAMMA = math.log(_GAMMA)
 _SMALLEST = 1e-9
 
 
+def _key(value: float) -> int:
+    """The bucket of ``value``."""
+    return math.ceil(math.log(value if value > _SMALLEST else _SMALLEST) / _LOG_GAMMA)
+
+
 class Sketch:
     """Counts of positive numbers in buckets of equal ratio. Count, sum, least and largest are exact."""
 
@@ -28,8 +33,30 @@ class Sketch:
             self.least = value
         if value > self.largest:
             self.largest = value
-        key = math.ceil(math.log(value if value > _SMALLEST else _SMALLEST) / _LOG_GAMMA)
+        key = _key(value)
         self._buckets[key] = self._buckets.get(key, 0) + weight
+
+    def add_all(self, values: Sequence[float], weight: int = 1) -> None:
+        """Count each of ``values``, of which there is at least one, ``weight`` times. Quick where they are nearly equal."""
+        least, largest = min(values), max(values)
+        key = _key(least)
+        if key != _key(largest):
+            if len(values) <= 8:
+                for value in values:
+                    self.add(value, weight)
+            else:
+                middle = len(values) // 2
+                self.add_all(values[:middle], weight)
+                self.add_all(values[middle:], weight)
+            return
+        count = weight * len(values)
+        self.count += count
+        self.total += sum(values) * weight
+        if least < self.least:
+            self.least = least
+        if largest > self.largest:
+            self.largest = largest
+        self._buckets[key] = self._buckets.get(key, 0) + count
 
     def merge(self, other: Sketch) -> None:
         """Count all that ``other`` has."""
@@ -72,18 +99,12 @@ class Timeline:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.interval = 1e-3
-        self.total_seconds = 0.0
-        self.sums = [0.0] * len(self.names)  # of number * seconds, over all time
-        self._rows: list[list[float]] = []  # seconds, and a sum per name
+        self._rows: list[list[float]] = []  # seconds, and a sum of number * seconds per name
 
     def add(self, start: float, seconds: float, values: Sequence[float]) -> None:
         """The numbers were ``values`` from ``start`` on for so long."""
         if seconds <= 0:
             return
-        self.total_seconds += seconds
-        sums = self.sums
-        for index, value in enumerate(values):
-            sums[index] += value * seconds
         while start >= self.interval * self.INTERVALS:
             self._halve()
         place = int(start / self.interval)
@@ -94,6 +115,12 @@ class Timeline:
         for index, value in enumerate(values, 1):
             row[index] += value * seconds
 
+    def end_of_interval(self, start: float) -> float:
+        """Where the interval ends in which what begins at ``start`` is counted."""
+        while start >= self.interval * self.INTERVALS:
+            self._halve()
+        return (int(start / self.interval) + 1) * self.interval
+
     def _halve(self) -> None:
         rows, self.interval = self._rows, 2 * self.interval
         self._rows = [
@@ -101,9 +128,15 @@ class Timeline:
             for index in range(0, len(rows), 2)
         ]
 
+    @property
+    def total_seconds(self) -> float:
+        """All time that was added."""
+        return sum([row[0] for row in self._rows])
+
     def mean(self, name: str) -> float:
         """Over all time that was added; NaN of none."""
-        return self.sums[self.names.index(name)] / self.total_seconds if self.total_seconds else math.nan
+        column, seconds = self.names.index(name) + 1, self.total_seconds
+        return sum([row[column] for row in self._rows]) / seconds if seconds else math.nan
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(middle of the interval, mean in it) of all intervals that hold something."""

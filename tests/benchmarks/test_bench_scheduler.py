@@ -15,6 +15,7 @@ from nemo_engine.benchmarks.scheduler import DecodeLoop, VllmScheduler, longest_
 from nemo_engine.benchmarks.stage_times import StageTimes
 from nemo_engine.cli import main
 from nemo_engine.scheduler import Scheduler
+from nemo_engine.scheduler.invariants import check
 
 
 def bench(path: Path, *options: object) -> tuple[int, list[dict[str, Any]]]:
@@ -28,7 +29,7 @@ def test_no_request_ends_before_the_last_step(num_seqs: int, prompt_len: int) ->
     assert len(loop.steps(12)) == 12 and len(loop.steps(8)) == 8
     stats = loop.scheduler.stats()
     assert (stats.num_running, stats.num_waiting, stats.total_preemptions) == (num_seqs, 0, 0)
-    loop.scheduler.check()
+    check(loop.scheduler)
     assert longest_output(num_seqs, prompt_len, 20) >= 20
 
 

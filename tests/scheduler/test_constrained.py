@@ -11,6 +11,7 @@ import pytest
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
+from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import TOKEN_ALL_MASKED, StepPlan, StepResult
 from tests.scheduler.scripted import ScriptedGrammar
 from tests.scheduler.test_units import count_calls, make_scheduler, steady
@@ -57,7 +58,7 @@ def play(scheduler: Scheduler, depth: int, steps: int = 10**6, token: int = 7) -
     in_flight: deque[StepPlan] = deque()
     while (scheduler.has_unfinished() or in_flight) and len(played) < steps:
         plan = scheduler.schedule()
-        scheduler.check()
+        check(scheduler)
         if plan is not None:
             by_slot = {request.slot: request.request_id for request in scheduler._running.requests()}
             slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
@@ -75,7 +76,7 @@ def commit(scheduler: Scheduler, plan: StepPlan, token: int) -> Any:
     slots = [*plan.decode_slots, *[row.slot for row in plan.prefills if row.samples]]
     empty = {slot for slot, mask in plan.masks if not mask}
     committed = scheduler.commit(StepResult(plan.step_id, [TOKEN_ALL_MASKED if s in empty else token for s in slots]))
-    scheduler.check()
+    check(scheduler)
     return committed
 
 
@@ -225,7 +226,7 @@ def test_an_aborted_request_leaves_nothing_behind(in_flight: int) -> None:
     plans = [plan for plan in [scheduler.schedule() for _ in range(in_flight)] if plan is not None]
     assert len(plans) == in_flight
     assert scheduler.finish("a", "abort") is not None
-    scheduler.check()
+    check(scheduler)
     for plan in plans:
         assert [request.request_id for request in commit(scheduler, plan, 7).requests] == ["free"]
     play(scheduler, 1)

@@ -12,6 +12,7 @@ import pytest
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
+from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import StepPlan, StepResult
 from tests.scheduler.scripted import VOCAB, next_token
 
@@ -89,17 +90,16 @@ class Model:
     def schedule(self) -> tuple[set[str], list[tuple[str, int, int]]]:
         """Names that decode, and (name, start, count) of the prefill rows."""
         has_preempted = False
-        for known in sorted((r for r in self.requests if r.is_decoding), key=lambda r: r.urgency):
-            if not known.is_decoding or known.computed % self.size or known.computed // self.size < len(known.pages):
-                continue
+        due = [r for r in self.requests if r.is_decoding and r.computed == len(r.pages) * self.size]
+        due.sort(key=lambda r: r.urgency)
+        for known in due:  # all that is full is offered before any page is given
             self.remember(known, known.computed)
-            while not self.free:
+        for known in due:
+            while known.is_running and not self.free:
                 victim = max(self.running(), key=lambda r: r.urgency)
                 self.leave(victim)
                 self.num_preemptions += 1
                 has_preempted = True
-                if victim is known:
-                    break
             if known.is_running:
                 known.pages.append(self.take())
         decodes = [r for r in self.requests if r.is_decoding]
@@ -216,7 +216,7 @@ def test_every_plan_is_the_one_that_the_rules_ask_for(caching: bool) -> None:
                     StepResult(plan.step_id, [next_token(requests[n].token_ids, requests[n].seed) for n in rows])
                 )
             model.commit()
-            scheduler.check()
+            check(scheduler)
             assert scheduler.stats().num_free_pages == len(model.free)
             assert scheduler.stats().total_preemptions == model.num_preemptions
         total_preemptions += model.num_preemptions

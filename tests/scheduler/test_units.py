@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
+from nemo_engine.scheduler.invariants import check
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.page_pool import PagePool
 from nemo_engine.scheduler.repetition import ends_in_repetition
@@ -52,8 +53,8 @@ def step(scheduler: Scheduler, token: int = 7) -> Any:
 def test_pages_are_handed_out_unfindable_first_then_least_recently_used() -> None:
     pool = PagePool(4)
     assert pool.allocate(4) == [1, 2, 3, 4] and pool.num_free == 0
-    pool.remember(1, b"a")
-    pool.remember(3, b"c")
+    pool.remember([1], [b"a"])
+    pool.remember([3], [b"c"])
     pool.release([1, 2])
     pool.release([3, 4])
     assert (pool.num_free, pool.num_cached) == (4, 2)
@@ -66,7 +67,7 @@ def test_the_end_of_a_prefix_is_evicted_before_its_start() -> None:
     pool = PagePool(3)
     pages = pool.allocate(3)
     for page, name in zip(pages, (b"a", b"b", b"c"), strict=True):
-        pool.remember(page, name)
+        pool.remember([page], [name])
     pool.release(pages)
     pool.allocate(1)
     assert [pool.find(name) for name in (b"a", b"b", b"c")] == [1, 2, None]
@@ -75,7 +76,7 @@ def test_the_end_of_a_prefix_is_evicted_before_its_start() -> None:
 def test_shared_pages_are_free_when_their_last_user_goes() -> None:
     pool = PagePool(2)
     pages = pool.allocate(1)
-    pool.remember(1, b"a")
+    pool.remember([1], [b"a"])
     pool.share(pages)
     pool.release(pages)
     assert pool.num_free == 1 and not pool.is_free(1)
@@ -94,8 +95,8 @@ def test_shared_pages_are_free_when_their_last_user_goes() -> None:
 def test_of_two_equal_pages_the_first_is_found() -> None:
     pool = PagePool(2)
     pool.allocate(2)
-    pool.remember(1, b"a")
-    pool.remember(2, b"a")
+    pool.remember([1], [b"a"])
+    pool.remember([2], [b"a"])
     assert pool.find(b"a") == 1
     pool.forget(2)
     assert pool.find(b"a") == 1
@@ -154,7 +155,7 @@ def test_an_exact_fit_is_taken_and_finishes(prompt: int, max_tokens: int | None,
     scheduler.add(request)
     while scheduler.has_unfinished():
         step(scheduler)
-        scheduler.check()
+        check(scheduler)
     assert len(request.token_ids) == total and request.finish_reason == "length" and request.num_preemptions == 0
 
 
@@ -212,7 +213,7 @@ def test_the_newest_of_the_least_urgent_is_preempted() -> None:
     assert [request.num_preemptions for request in requests] == [1, 0, 0]
     while scheduler.has_unfinished():
         step(scheduler)
-        scheduler.check()
+        check(scheduler)
     assert all(request.num_output_tokens == 10 for request in requests)
 
 

@@ -10,6 +10,7 @@ import pytest
 from nemo_engine.core import EngineCore
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
 from nemo_engine.scheduler import Request, RequestStatus, Scheduler
+from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 from tests.scheduler.scripted import VOCAB, ScriptedGrammar, ScriptedRunner, expected_output
 
@@ -116,7 +117,7 @@ def run(workload: Workload, rng: random.Random) -> tuple[Scheduler, ScriptedRunn
             if scheduler.finish(victim.request_id, reason, "text" if reason == "stop" else None) is not None:
                 ended[victim.request_id] = reason
         committed = core.step()
-        scheduler.check()
+        check(scheduler)
         if committed is not None:
             assert len(committed.requests) == len(committed.token_ids)
             for request, token_id in zip(committed.requests, committed.token_ids, strict=True):

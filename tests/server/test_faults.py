@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from nemo_engine import AsyncEngine
+from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import TOKEN_NOT_FINITE, StepResult
 from tests.server.live import ENGINE_OPTIONS, LiveServer
 
@@ -47,7 +48,7 @@ def wait_until_idle(server: LiveServer, seconds: float = 20) -> None:
         time.sleep(0.02)
     stats = asyncio.run(engine.call(lambda loop: loop.stats()))
     assert stats.num_free_pages == stats.num_pages
-    asyncio.run(engine.call(lambda loop: loop._core.scheduler.check()))
+    asyncio.run(engine.call(lambda loop: check(loop._core.scheduler)))
 
 
 def num_aborted(server: LiveServer) -> float:

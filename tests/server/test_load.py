@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from nemo_engine import AsyncEngine, Engine, SamplingParams
+from nemo_engine.scheduler.invariants import check
 from tests.server.live import LiveServer
 
 # In fp64 a request's tokens are the same in any batch.
@@ -110,7 +111,7 @@ async def at_rest(server: LiveServer) -> None:
         if engine.num_unfinished == 0:
             break
         await asyncio.sleep(0.02)
-    await engine.call(lambda loop: loop._core.scheduler.check())
+    await engine.call(lambda loop: check(loop._core.scheduler))
     stats = await engine.call(lambda loop: loop.stats())
     assert (stats.num_running, stats.num_waiting, stats.num_free_pages) == (0, 0, stats.num_pages)
 

@@ -9,8 +9,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from nemo_engine.config import EngineConfig
+from nemo_engine.planner.efficiency import Efficiencies
+from nemo_engine.planner.gpus import find_gpu
+from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of
+from nemo_engine.planner.roofline import Roofline, StepCost
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
+from nemo_engine.scheduler.invariants import check
+from nemo_engine.scheduler.planned_step import PlannedStep
 from nemo_engine.simulator.replica import EngineShape, Replica
 from nemo_engine.simulator.scheduler import SimulatedRequest
 from nemo_engine.simulator.statistics import Sketch
@@ -31,6 +38,7 @@ class Seen:
     """What a run came to."""
 
     plans: dict[int, StepPlan] = field(default_factory=dict)
+    new_pages: dict[int, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
     firsts: dict[int, float] = field(default_factory=dict)
     ends: dict[int, float] = field(default_factory=dict)
     itl: Sketch = field(default_factory=lambda: Sketch())
@@ -100,7 +108,7 @@ def reference(shape: EngineShape, arrivals: Sequence[Arrival], cost: SimpleCost)
         now = max(now, end)
         rows = len(plan.decode_slots) + sum(row.samples for row in plan.prefills)
         committed = scheduler.commit(StepResult(plan.step_id, [0] * rows))
-        scheduler.check()
+        check(scheduler)
         seen.num_steps += 1
         for request in committed.requests:
             token_times.setdefault(request.request_id, []).append(now)
@@ -117,29 +125,38 @@ def reference(shape: EngineShape, arrivals: Sequence[Arrival], cost: SimpleCost)
     return seen
 
 
-def simulated(shape: EngineShape, arrivals: Sequence[Arrival], cost: SimpleCost) -> Seen:
+def simulated(
+    shape: EngineShape, arrivals: Sequence[Arrival], cost: StepCost, is_stepwise: bool = False
+) -> tuple[Seen, Replica]:
+    """``is_stepwise``: every step is planned, none is passed over."""
     seen = Seen()
 
     def finished(request: SimulatedRequest, now: float) -> None:
         index = request.origin
         assert isinstance(index, int) and request.first_token_s is not None
         seen.firsts[index], seen.ends[index] = request.first_token_s, now
-        assert (
-            len(request.token_ids) == request.max_total_tokens
-            and request.token_ids[: len(arrivals[index].tokens)] == arrivals[index].tokens
-        )
+        assert request.max_total_tokens == len(arrivals[index].tokens) + arrivals[index].num_out
+        assert request.token_ids[: len(arrivals[index].tokens)] == arrivals[index].tokens
 
     replica = Replica(shape, cost, finished)
-    schedule = replica.scheduler.schedule
+    scheduler = replica.scheduler
+    plan_step, grow = scheduler.plan_step, scheduler._grow
 
-    def recorded() -> StepPlan | None:
-        plan = schedule()
-        if plan is not None:
-            seen.plans[plan.step_id] = plan
-        replica.scheduler.check()
-        return plan
+    def planned() -> PlannedStep | None:
+        step = plan_step()
+        if step is not None:
+            seen.plans[step.step_id] = step.plan()
+        check(scheduler)
+        return step
 
-    replica.scheduler.schedule = recorded  # type: ignore[method-assign]
+    def grown(step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
+        pages = grow(step_id, ready)
+        seen.new_pages[step_id] = tuple(pages)
+        return pages
+
+    scheduler.plan_step, scheduler._grow = planned, grown  # type: ignore[method-assign]
+    if is_stepwise:
+        replica._jump = lambda limit: False  # type: ignore[method-assign]
     for index, arrival in enumerate(arrivals):
         replica.run_until(arrival.time)
 
@@ -155,16 +172,16 @@ def simulated(shape: EngineShape, arrivals: Sequence[Arrival], cost: SimpleCost)
     assert stats.num_free_pages == shape.num_pages and replica.num_unfinished == 0 and replica.scheduler.context == 0
     seen.itl, seen.num_steps = replica.itl, replica.num_steps
     seen.hits, seen.preemptions = stats.total_prefix_hit_tokens, stats.total_preemptions
-    return seen
+    return seen, replica
 
 
 @pytest.mark.parametrize("first_seed", range(0, 120, 40))
 def test_decisions_and_times_are_those_of_the_plain_scheduler(first_seed: int) -> None:
-    num_preemptions = num_hits = num_jumped = 0
+    num_preemptions = num_hits = num_jumped = num_grown = 0
     for seed in range(first_seed, first_seed + 40):
         shape, arrivals = workload(random.Random(seed))
         cost = SimpleCost(host=random.Random(seed).choice([0.0, 1 / 1024, 1 / 8]))
-        expected, got = reference(shape, arrivals, cost), simulated(shape, arrivals, cost)
+        expected, (got, _) = reference(shape, arrivals, cost), simulated(shape, arrivals, cost)
         assert got.ends == expected.ends and got.firsts == expected.firsts, seed
         assert (got.num_steps, got.hits, got.preemptions) == (
             expected.num_steps,
@@ -175,10 +192,44 @@ def test_decisions_and_times_are_those_of_the_plain_scheduler(first_seed: int) -
         # What was not planned was passed over, because it repeats the step before.
         for step, plan in expected.plans.items():
             if step not in got.plans:
-                assert not (plan.prefills or plan.fills or plan.new_pages), (seed, step)
+                assert not (plan.prefills or plan.fills), (seed, step)
+                assert plan.new_pages == got.new_pages.get(step, ()), (seed, step)
         assert got.itl.count == expected.itl.count and got.itl.total == pytest.approx(expected.itl.total)
         assert got.itl.largest == expected.itl.largest and got.itl.least == expected.itl.least
         num_preemptions += got.preemptions
         num_hits += got.hits
         num_jumped += len(expected.plans) - len(got.plans)
-    assert num_preemptions > 20 and num_hits > 500 and num_jumped > 1000  # or nothing was tried
+        num_grown += sum(bool(plan.new_pages) for step, plan in expected.plans.items() if step not in got.plans)
+    assert num_preemptions > 20 and num_hits > 500 and num_jumped > 1000 and num_grown > 100  # or nothing was tried
+
+
+@pytest.mark.parametrize("first_seed", (1000, 1040))
+def test_steps_that_are_passed_over_are_those_that_would_have_been_planned(first_seed: int) -> None:
+    """Times to the last bit, also with a cost whose sums round; what is summed up differs by rounding only."""
+    model, gpu = PlannedModel("nemo", BUILT_IN["nemo"]), find_gpu("h100")
+    roofline = Roofline.of(model.config, formats_of(model, EngineConfig()), gpu, Efficiencies())
+    num_planned = num_steps = num_preemptions = 0
+    for seed in range(first_seed, first_seed + 40):
+        rng = random.Random(seed)
+        shape, arrivals = workload(rng)
+        cost = rng.choice([roofline, SimpleCost(1 / 70, 1 / 300, 1 / 7000, rng.choice([0.0, 1 / 900, 1 / 9]))])
+        (got, replica), (expected, other) = simulated(shape, arrivals, cost), simulated(shape, arrivals, cost, True)
+        assert (got.ends, got.firsts, got.num_steps) == (expected.ends, expected.firsts, expected.num_steps), seed
+        assert (got.hits, got.preemptions) == (expected.hits, expected.preemptions), seed
+        pages = {step: plan.new_pages for step, plan in expected.plans.items() if plan.new_pages}
+        assert {step: new for step, new in got.new_pages.items() if new} == pages, seed
+        assert got.itl._buckets == expected.itl._buckets and got.itl.largest == expected.itl.largest
+        assert got.itl.total == pytest.approx(expected.itl.total, rel=1e-12)
+        assert (replica.num_decode_tokens, replica.num_prefill_tokens, replica.now) == (
+            other.num_decode_tokens, other.num_prefill_tokens, other.now,
+        ), seed  # fmt: skip
+        assert replica.busy_s == pytest.approx(other.busy_s, rel=1e-12)
+        for name in replica.timeline.names:
+            assert replica.timeline.mean(name) == pytest.approx(other.timeline.mean(name), rel=1e-9), (seed, name)
+            for place, place_expected in zip(replica.timeline.series(name), other.timeline.series(name), strict=True):
+                assert place == pytest.approx(place_expected, rel=1e-9), (seed, name)
+        num_planned += len(got.plans)
+        num_steps += got.num_steps
+        num_preemptions += got.preemptions
+        assert len(expected.plans) == expected.num_steps
+    assert num_preemptions > 20 and num_planned < 0.8 * num_steps  # or nothing was tried
