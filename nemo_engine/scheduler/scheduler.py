@@ -103,9 +103,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running = RunningSet(max_num_seqs, page_size)
         self._launched: deque[PlannedStep] = deque()
-        self._step_id = 0
-        self._num_arrivals = 0
-        self._num_preemptions = 0
+        self._step_id = self._num_arrivals = self._num_preemptions = 0
 
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """The largest length (prompt and output) that a request may reach; ``ValueError`` if it could never finish."""
@@ -116,8 +114,7 @@ class Scheduler:
         if request.request_id in self._requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
-        self._num_arrivals += 1
-        request.arrival = self._num_arrivals
+        request.arrival = self._num_arrivals = self._num_arrivals + 1
         self._requests[request.request_id] = request
         self._waiting.push(request)
 
@@ -272,26 +269,24 @@ class Scheduler:
                 committed.finished.append(request)
         return committed
 
-    def _commit_each(
-        self, step: PlannedStep, requests: list[Request], result: StepResult, committed: Committed
-    ) -> None:
+    def _commit_each(self, step: PlannedStep, requests: list[Request], result: StepResult, to: Committed) -> None:
         for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
             if not step.counts_for(request):
                 continue
             request.error = failure_of(request, token_id)
             if request.error is not None:
                 self._end(request, "error")
-                committed.finished.append(request)
+                to.finished.append(request)
                 continue
             request.token_ids.append(token_id)
             if index in result.logprobs:
-                committed.logprobs[len(committed.requests)] = result.logprobs[index]
-            committed.requests.append(request)
-            committed.token_ids.append(token_id)
+                to.logprobs[len(to.requests)] = result.logprobs[index]
+            to.requests.append(request)
+            to.token_ids.append(token_id)
             end = end_of(request, token_id)
             if end is not None:
                 self._end(request, *end)
-                committed.finished.append(request)
+                to.finished.append(request)
 
     def fail_running(self, message: str) -> Committed:
         """A launched step broke: end every running request with an error, and forget all launched steps.
