@@ -19,7 +19,6 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-
 _ERROR = 4  # ggml's level
 
 
@@ -134,10 +133,16 @@ class Peer:
         """Of what computes."""
         return {"llama-cpp-python": version("llama-cpp-python")}
 
+    def prepare(self, prompts: list[list[int]], max_tokens: list[int]) -> None:
+        """Have a context that is large enough."""
+        self._reserve(self._at_once(len(prompts)), max(len(p) + n for p, n in zip(prompts, max_tokens)))
+
+    def _at_once(self, count: int) -> int:
+        return min(self._n_seq or count, count, llama_cpp.llama_max_parallel_sequences())
+
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
-        """Greedy tokens of every prompt, up to ``n_seq`` at once. The first call makes the context, and so does one that needs a larger one."""
-        most = min(self._n_seq or len(prompts), len(prompts), llama_cpp.llama_max_parallel_sequences())
-        self._reserve(most, max(len(p) + n for p, n in zip(prompts, max_tokens)))
+        """Greedy tokens of every prompt, up to ``n_seq`` at once."""
+        most = self._at_once(len(prompts))
         waiting = deque(enumerate(zip(prompts, max_tokens)))
         free = list(range(most))[::-1]
         running: list[_Sequence] = []

@@ -19,11 +19,14 @@ class Peer:
         return {"nemo_engine": version("nemo-engine"), "torch": version("torch")}
 
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
-        """Greedy tokens of every prompt, all at once; nothing is kept in the prefix cache."""
+        """Greedy tokens of every prompt."""
         params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in max_tokens]
         outputs = self._engine.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-        self._engine.reset_prefix_cache()
         return [output.outputs[0].token_ids for output in outputs]
+
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Free everything."""

@@ -9,10 +9,10 @@ import sglang
 
 
 class Peer:
-    """Options are those of ``sglang.Engine``. Prefix caching is off."""
+    """Options are those of ``sglang.Engine``; its prefix cache is on, as by default, and emptied between rounds."""
 
     def __init__(self, model: str, **options: Any) -> None:
-        defaults = {"dtype": "bfloat16", "skip_tokenizer_init": True, "disable_radix_cache": True}
+        defaults = {"dtype": "bfloat16", "skip_tokenizer_init": True}
         self._engine = sglang.Engine(model_path=model, **(defaults | options))
 
     def versions(self) -> dict[str, str]:
@@ -24,6 +24,10 @@ class Peer:
         params = [{"temperature": 0.0, "max_new_tokens": n, "ignore_eos": True} for n in max_tokens]
         outputs = self._engine.generate(input_ids=prompts, sampling_params=params)
         return [list(output["output_ids"]) for output in outputs]
+
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        self._engine.flush_cache()
 
     def close(self) -> None:
         """Free everything."""

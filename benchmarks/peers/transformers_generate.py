@@ -11,18 +11,22 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 
 
-def load(model: str, dtype: str) -> torch.nn.Module:
-    """The checkpoint in transformers, with its fastest attention."""
+def load(model: str, dtype: str, attn_implementation: str) -> torch.nn.Module:
+    """The checkpoint in transformers, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = MistralForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    loaded = MistralForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+    )
     return loaded.eval().to(device)
 
 
 class Peer:
-    """dtype: of weights and computation. batch: prompts per call, None for all."""
+    """dtype: of weights and computation. batch: prompts per call, None for all. attn_implementation: "sdpa", the fastest on a CPU, "eager" and so on."""
 
-    def __init__(self, model: str, *, dtype: str = "bfloat16", batch: int | None = None) -> None:
-        self._model = load(model, dtype)
+    def __init__(
+        self, model: str, *, dtype: str = "bfloat16", batch: int | None = None, attn_implementation: str = "sdpa"
+    ) -> None:
+        self._model = load(model, dtype, attn_implementation)
         self._batch = batch
 
     def versions(self) -> dict[str, str]:

@@ -3,8 +3,12 @@
     PYTHON worker.py NAME
 
 Uses the standard library alone, since the interpreter may have nothing of nemo_engine. What an engine prints goes to stderr.
-Commands: {"do": "start", "model": DIR, "options": {...}}, {"do": "generate", "prompts": [[id, ...], ...], "max_tokens": [n, ...]},
+Commands: {"do": "start", "model": DIR, "options": {...}}, {"do": "generate", "prompts": [[id, ...], ...], "max_tokens": [n, ...], "keep": false},
 {"do": "stop"}. Each is answered by one line: {"ok": true, ...} or {"ok": false, "error": "..."}.
+
+NAME is a file here with a class ``Peer(model, **options)``: ``versions()``, ``generate(prompts, max_tokens)``, ``close()``; and, if it has something to do
+there, ``prepare(prompts, max_tokens)`` before the clock starts (what is made once in a server's life), and ``forget()`` after it has stopped, unless
+the command says "keep": empty the prefix cache.
 """
 
 from __future__ import annotations
@@ -38,9 +42,14 @@ def serve(name: str, commands: TextIO, answers: TextIO) -> None:
                     "load_seconds": time.perf_counter() - imported,
                 }
             elif command["do"] == "generate":
+                prompts, max_tokens = command["prompts"], command["max_tokens"]
+                if hasattr(engine, "prepare"):
+                    engine.prepare(prompts, max_tokens)
                 began = time.perf_counter()
-                outputs = engine.generate(command["prompts"], command["max_tokens"])
+                outputs = engine.generate(prompts, max_tokens)
                 answer |= {"seconds": time.perf_counter() - began, "outputs": outputs}
+                if not command.get("keep") and hasattr(engine, "forget"):
+                    engine.forget()
             else:
                 if engine is not None:
                     engine.close()
