@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +56,21 @@ def workload_of(args: argparse.Namespace) -> list[Item]:
     return list(generate(WorkloadSpec.parse_text(args.generate, "--generate")))
 
 
+def workload_facts(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, Any]:
+    """What a result says of its workload. ``new_tokens``: of all answers together."""
+    facts: dict[str, Any] = {
+        "source": str(args.workload or args.generate),
+        "requests": len(items),
+        "turns": sum(len(item.turns) for item in items),
+        "new_tokens": sum(item.output_tokens for item in items),
+    }
+    if all(turn.num_tokens for item in items for turn in item.turns):
+        facts["prompt_tokens"] = sum(i.prefix_tokens + sum(turn.num_tokens or 0 for turn in i.turns) for i in items)
+    if args.workload is None:
+        facts["seed"] = WorkloadSpec.parse_text(args.generate, "--generate").seed
+    return facts
+
+
 @dataclass(frozen=True, slots=True)
 class PeerSetup:
     """An engine to run: its name, its Python, its options."""
@@ -72,6 +87,8 @@ def peer_setups(args: argparse.Namespace) -> list[PeerSetup]:
         name, _, python = text.partition("=")
         if name not in PEERS or name == "nemo_engine":
             raise ValueError(f"--peers takes {', '.join(n for n in PEERS if n != 'nemo_engine')}, got {name!r}")
+        if name in pythons:
+            raise ValueError(f"--peers names {name} twice")
         pythons[name] = python or sys.executable
     args.options = {name: {} for name in pythons}
     for text in args.option:

@@ -98,6 +98,8 @@ def workload_name(record: Record) -> str:
     """Requests, and tokens in and out; or the name of the workload's file."""
     workload = record["workload"]
     source, counted = str(workload["source"]), requests(int(workload["requests"]))
+    if record.get("concurrency") is not None:  # of bench throughput
+        counted += f", {record['concurrency']} at once"
     try:
         spec = WorkloadSpec.parse_text(source, "")
     except ValueError:

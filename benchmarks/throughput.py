@@ -1,174 +1,348 @@
 """``nemo-engine bench throughput``: whole workloads offline, ours and every peer in turns: tokens per second, ratios, equal outputs.
 
 Each engine runs in a process of its own and stays loaded; in every round each computes the same workload once, in an order that changes from round
-to round. The first round warms up. Token counts must be those asked for. Greedy outputs are compared token by token; in bf16 two right engines
-part ways at near-ties, so the share of equal tokens before the first difference is told, and nothing is concluded from it.
+to round, while the others rest. The first rounds warm up. --concurrency limits how many requests run at once, for every engine alike; of several values
+each is measured for itself. Prefix caches are on where an engine has one, and emptied after every round. Conversations run turn after turn: all
+first turns, then all second ones after the engine's own answers; times to think are left out.
+
+Token counts must be those asked for. Greedy outputs are compared token by token; in bf16 two right engines part ways at near-ties, so the share of
+equal tokens before the first difference is told, and nothing is concluded from it. An engine that fails is reported with its error, and the others go on.
+
+    nemo-engine bench throughput nemo-tiny --peers transformers vllm=/opt/vllm/bin/python --concurrency 1 16 64 \\
+        --generate requests=64,input=uniform:16:256,output=128 --option vllm.enforce_eager=true --json throughput.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from nemo_engine.benchmarks.common import (
+    PeerSetup,
     Progress,
     add_common_arguments,
     add_workload_arguments,
     peer_setups,
-    resolve_model,
+    workload_facts,
     workload_of,
 )
-from nemo_engine.benchmarks.peers import PeerError, PeerProcess, why_missing
+from nemo_engine.benchmarks.gpu_meter import GpuMeter
+from nemo_engine.benchmarks.models import BenchModel, open_model
+from nemo_engine.benchmarks.peers import PEERS, PeerError, PeerProcess, why_missing
+from nemo_engine.benchmarks.prompts import TokenPrompts
 from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.benchmarks.results import Ratio, Record, Spread
-from nemo_engine.workload import Item, prompt_token_ids
+from nemo_engine.cli.files import check_writable
+from nemo_engine.workload import Item
+
+if TYPE_CHECKING:
+    from nemo_engine.config import EngineConfig
+    from nemo_engine.planner.roofline import Roofline
+
+OURS = "nemo_engine"
+Tokens = list[list[int]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     add_common_arguments(parser)
     add_workload_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds that count; one more warms up")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", metavar="N",
+        help="requests that run at once, in every engine; several are measured one after another [each engine's own limit]",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds that count [5]")
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before them, not counted [1]")
+    parser.add_argument(
+        "--timeout", type=float, default=1800.0, metavar="SECONDS", help="for an engine to start, or for a round [1800]"
+    )
+
+
+@dataclass(slots=True)
+class Work:
+    """What every engine computes in a round: turn after turn of all items."""
+
+    items: Sequence[Item]
+    prompts: TokenPrompts
+
+    @property
+    def new_tokens(self) -> int:
+        """Of a round."""
+        return sum(item.output_tokens for item in self.items)
+
+    def run(self, peer: PeerProcess) -> tuple[float, Tokens]:
+        """(seconds, all answers of each item, joined). ``PeerError`` for a wrong number of tokens."""
+        answers: list[Tokens] = [[] for _ in self.items]
+        seconds, most = 0.0, max(len(item.turns) for item in self.items)
+        for turn in range(most):
+            who = [index for index, item in enumerate(self.items) if len(item.turns) > turn]
+            asked = [self.items[index].turns[turn].output_tokens for index in who]
+            prompts = [self.prompts.prompt(self.items[index], turn, answers[index]) for index in who]
+            took, found = peer.generate(prompts, asked, keep=turn + 1 < most)
+            if len(found) != len(asked):
+                raise PeerError(f"{len(found)} answers came to {len(asked)} prompts")
+            for index, count, tokens in zip(who, asked, found):
+                if len(tokens) != count:
+                    name = self.items[index].request_id
+                    raise PeerError(f"request {name!r} has {len(tokens)} new tokens, and {count} were asked for")
+                answers[index].append(tokens)
+            seconds += took
+        return seconds, [[token for one in turns for token in one] for turns in answers]
+
+
+@dataclass(slots=True)
+class Measured:
+    """An engine of one point: its process while it works, then its rounds, or why there are none."""
+
+    setup: PeerSetup
+    peer: PeerProcess | None = None
+    seconds: list[float] = field(default_factory=list)
+    joules: list[float] = field(default_factory=list)
+    outputs: Tokens = field(default_factory=list)
+    status: str = "ok"
+    error: str = ""
+    started: Record = field(default_factory=dict)
+
+    def fail(self, status: str, error: str) -> None:
+        """No number of it counts any more."""
+        self.status, self.error = status, error
+        self.seconds.clear()
+        print(f"{self.setup.name}: {'FAILED' if status == 'failed' else status}, {error}", file=sys.stderr)
+        self.close()
+
+    def close(self) -> None:
+        """End its process."""
+        if self.peer is not None:
+            self.peer.close()
+        self.peer = None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and store; 1 if a peer failed."""
-    model, vocab_size = resolve_model(args.model)
-    items = workload_of(args)
-    prompts, max_tokens = _as_ids(items, vocab_size)
-    total = sum(max_tokens)
-    print(
-        f"{len(prompts)} prompts of {sum(map(len, prompts))} tokens together, {total} new tokens, {args.rounds} rounds"
-    )
-    running: dict[str, PeerProcess] = {}
-    failed: dict[str, str] = {}
-    seconds: dict[str, list[float]] = {}
-    outputs: dict[str, list[list[int]]] = {}
+    """Measure, print and store; 1 if an engine failed."""
+    _check(args)
+    model = open_model(args.model)
+    setups = peer_setups(args)
+    work = Work(workload_of(args), TokenPrompts(model.path, model.vocab_size))
+    work.prompts.check(work.items)
+    points = args.concurrency or [None]
+    config = _own_config(setups[0], points)
+    roofline, facts = _roofline(model, config)
+    print(f"{len(work.items)} requests, {work.new_tokens} new tokens, {args.rounds} rounds")
+    has_failed = False
+    with Progress(len(points) * (args.rounds + args.warmup), "rounds") as progress:
+        for concurrency in points:
+            found = _point(args, model, setups, work, concurrency, progress)
+            most = concurrency or config.max_num_seqs
+            for record in _records(args, work, found, concurrency, ideal_seconds(roofline, work.items, most), facts):
+                has_failed |= record["status"] == "failed"
+                print(format_record(record), flush=True)
+                append_record(args.json, record)
+    return int(has_failed)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("concurrency", 1), ("rounds", 1), ("warmup", 0)):
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout must be greater than 0 s, got {args.timeout}")
+    check_writable("--log", args.log)
+
+
+def _own_config(ours: PeerSetup, points: Sequence[int | None]) -> EngineConfig:
+    """Our options, checked before anything is started."""
+    from nemo_engine.config import EngineConfig
+
     try:
-        for setup in peer_setups(args):
-            missing = why_missing(setup.name, setup.python)
-            if missing:
-                failed[setup.name] = missing
-                print(f"{setup.name}: left out, {missing}")
-                continue
-            try:
-                running[setup.name] = PeerProcess(setup.name, str(model), setup.options, setup.python, args.log)
-            except PeerError as error:
-                failed[setup.name] = str(error)
-                print(f"{setup.name}: FAILED to start, {error}", file=sys.stderr)
-        with Progress(args.rounds + 1, "rounds") as progress:
-            for number in range(args.rounds + 1):
-                names = [*running]
-                for name in names[number % max(1, len(names)) :] + names[: number % max(1, len(names))]:
-                    _round(running, name, prompts, max_tokens, number, seconds, outputs, failed)
-                progress.step()
-    finally:
-        for peer in running.values():
-            peer.close()
-    records = _records(args, items, running, seconds, outputs, failed, total)
-    _print(records)
-    for record in records:
-        append_record(args.json, record)
-    return 1 if any(record["status"] == "failed" for record in records) else 0
+        configs = [EngineConfig(**_options(ours, one)) for one in points]
+    except TypeError as error:
+        raise ValueError(f"--option {OURS}: {str(error).partition(') ')[2] or error}") from None
+    return configs[0]
 
 
-def _as_ids(items: Sequence[Item], vocab_size: int) -> tuple[list[list[int]], list[int]]:
-    for item in items:
-        if len(item.turns) > 1:
-            raise ValueError(
-                f"workload: request {item.request_id!r} has {len(item.turns)} turns: throughput takes single ones"
-            )
-    prompts = [[1, *prompt_token_ids(item, 0, vocab_size)[1:]] for item in items]
-    return prompts, [item.turns[0].output_tokens for item in items]
+def _options(setup: PeerSetup, concurrency: int | None) -> Record:
+    """An engine's options with its limit of requests at once."""
+    if concurrency is None:
+        return setup.options
+    name = PEERS[setup.name].concurrency
+    if name in setup.options:
+        raise ValueError(f"--option {setup.name}.{name} and --concurrency say the same: give one of them")
+    return {**setup.options, name: concurrency}
 
 
-def _round(
-    running: dict[str, PeerProcess],
-    name: str,
-    prompts: list[list[int]],
-    max_tokens: list[int],
-    number: int,
-    seconds: dict[str, list[float]],
-    outputs: dict[str, list[list[int]]],
-    failed: dict[str, str],
-) -> None:
-    try:
-        took, tokens = running[name].generate(prompts, max_tokens)
-        counts = [len(ids) for ids in tokens]
-        if counts != max_tokens:
-            wrong = next(i for i, (got, asked) in enumerate(zip(counts, max_tokens)) if got != asked)
-            raise PeerError(f"request {wrong} has {counts[wrong]} new tokens, and {max_tokens[wrong]} were asked for")
-    except PeerError as error:
-        failed[name] = str(error)
-        print(f"{name}: FAILED, {error}", file=sys.stderr)
-        running.pop(name).close()
-        seconds.pop(name, None)
+def _roofline(model: BenchModel, config: EngineConfig) -> tuple[Roofline, Record]:
+    """The least times on this device, and its ceilings, measured before any engine takes memory."""
+    import torch
+
+    from nemo_engine.benchmarks import rooflines
+    from nemo_engine.benchmarks.timing import measure_ceilings, timer_for
+    from nemo_engine.model.checkpoint import open_checkpoint
+
+    is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if is_cuda else "cpu")
+    ceilings = measure_ceilings(timer_for(device), device)
+    if is_cuda:
+        torch.cuda.empty_cache()
+    shape = open_checkpoint(model.path, needs_weights=False).model_config
+    found = rooflines.measured_roofline(model.path, shape, config, ceilings)
+    return found, {"device": device.type, "ceilings": asdict(ceilings)}
+
+
+def _point(
+    args: argparse.Namespace,
+    model: BenchModel,
+    setups: Sequence[PeerSetup],
+    work: Work,
+    concurrency: int | None,
+    progress: Progress,
+) -> list[Measured]:
+    """All engines at one concurrency, in turns."""
+    found = [Measured(PeerSetup(one.name, one.python, _options(one, concurrency))) for one in setups]
+    meter = GpuMeter()
+    with ExitStack() as stack:
+        for one in found:
+            stack.callback(one.close)
+            _start(one, model, args)
+        for number in range(args.warmup + args.rounds):
+            running = [one for one in found if one.peer is not None]
+            first = number % max(1, len(running))
+            for one in running[first:] + running[:first]:
+                assert one.peer is not None
+                before = meter.joules()
+                try:
+                    seconds, outputs = work.run(one.peer)
+                except PeerError as error:
+                    one.fail("failed", str(error))
+                    continue
+                after = meter.joules()
+                one.outputs = outputs
+                if number >= args.warmup:
+                    one.seconds.append(seconds)
+                    if before is not None and after is not None:
+                        one.joules.append(after - before)
+            progress.step()
+    return found
+
+
+def _start(one: Measured, model: BenchModel, args: argparse.Namespace) -> None:
+    missing = why_missing(one.setup.name, one.setup.python)
+    if missing is not None:
+        one.fail("missing", missing)
         return
-    outputs[name] = tokens
-    if number:
-        seconds.setdefault(name, []).append(took)
+    try:
+        one.peer = PeerProcess(
+            one.setup.name, str(model.path), one.setup.options, one.setup.python, args.log, args.timeout
+        )
+    except PeerError as error:
+        one.fail("failed", str(error))
+        return
+    one.started = {name: value for name, value in one.peer.started.items() if name != "ok"}
 
 
 def _records(
     args: argparse.Namespace,
-    items: Sequence[Item],
-    running: dict[str, PeerProcess],
-    seconds: dict[str, list[float]],
-    outputs: dict[str, list[list[int]]],
-    failed: dict[str, str],
-    total: int,
+    work: Work,
+    found: Sequence[Measured],
+    concurrency: int | None,
+    ideal: float,
+    facts: Record,
 ) -> list[Record]:
-    ours = seconds.get("nemo_engine")
-    facts = provenance("nemo-engine", "torch")
+    """A result of each engine; those of others with how they compare with ours."""
+    ours = found[0]
     common: Record = {
         "benchmark": "throughput",
         "model": args.model,
-        "workload": {"source": str(args.workload or args.generate), "requests": len(items), "new_tokens": total},
+        "workload": workload_facts(args, work.items),
+        "concurrency": concurrency,
         "rounds": args.rounds,
+        "warmup": args.warmup,
     }
     records = []
-    for name in [*seconds, *failed]:
-        record: Record = {**common, "engine": name, "options": args.options.get(name, {})}
-        if name in failed:
-            missing = "is not installed" in failed[name] or "cannot be run" in failed[name]
-            record |= {"status": "missing" if missing else "failed", "error": failed[name], **facts}
+    for one in found:
+        record: Record = {**common, "engine": one.setup.name, "options": one.setup.options, "status": one.status}
+        if one.status != "ok":
+            record["error"] = one.error
         else:
-            rates = [total / one for one in seconds[name]]
-            record |= {
-                "status": "ok",
-                "tokens_per_second": rates,
-                "versions": running[name].versions,
-                "start": {k: v for k, v in running[name].started.items() if k.endswith("_seconds")},
-                **facts,
-            }
-            if ours is not None and name != "nemo_engine":
-                ratio = Ratio.paired(seconds[name], ours)
-                record["nemo_engine_faster_by"] = {"median": ratio.median, "interval": [ratio.low, ratio.high]}
-                record["equal_before_first_difference"] = _agreement(outputs["nemo_engine"], outputs[name])
-        records.append(record)
+            record["tokens_per_second"] = [work.new_tokens / seconds for seconds in one.seconds]
+            if one.joules:
+                record["joules_per_token"] = [joules / work.new_tokens for joules in one.joules]
+        if one.started:
+            record["versions"] = one.started["versions"]
+            record["start"] = {name: value for name, value in one.started.items() if name.endswith("_seconds")}
+        if one is ours and one.seconds:
+            record["roofline_seconds"] = ideal
+            record["roofline_fraction"] = ideal / statistics.median(one.seconds)
+        elif one.seconds and ours.seconds:
+            ratio = Ratio.paired(one.seconds, ours.seconds)
+            record["nemo_engine_faster_by"] = {"median": ratio.median, "interval": [ratio.low, ratio.high]}
+            record["equal_before_first_difference"] = agreement(ours.outputs, one.outputs)
+        records.append(record | facts | provenance("nemo-engine", "torch"))
     return records
 
 
-def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
+def ideal_seconds(roofline: Roofline, items: Sequence[Item], concurrency: int) -> float:
+    """The least time of a round: every step at the roofline, prefixes and earlier turns computed once, a place filled as soon as it is free."""
+    total, seen = 0.0, set[str]()
+    known = [0] * len(items)  # tokens of each conversation whose keys and values are there
+    for turn in range(max(len(item.turns) for item in items)):
+        waiting: list[tuple[int, int, int]] = []  # tokens that are known, tokens to compute, tokens to come
+        for index, item in enumerate(items):
+            if len(item.turns) <= turn:
+                continue
+            one, new = item.turns[turn], item.turns[turn].num_tokens or 0
+            if not turn and item.prefix is not None:
+                known[index] = item.prefix_tokens if item.prefix in seen else 0
+                new += item.prefix_tokens - known[index]
+                seen.add(item.prefix)
+            waiting.append((known[index], new, one.output_tokens))
+            known[index] += new + one.output_tokens
+        total += _ideal_wave(roofline, waiting[::-1], concurrency)
+    return total
+
+
+def _ideal_wave(roofline: Roofline, waiting: list[tuple[int, int, int]], concurrency: int) -> float:
+    running: list[list[int]] = []  # [context, tokens to come] of each
+    seconds = 0.0
+    while waiting or running:
+        new = [waiting.pop() for _ in range(min(concurrency - len(running), len(waiting)))]
+        context = sum(one[0] for one in running) + len(running)
+        seconds += roofline.step_seconds(len(running), context, [(start, count) for start, count, _ in new])
+        running = [[known + 1, left - 1] for known, left in running if left > 1]
+        running += [[start + count, out - 1] for start, count, out in new if out > 1]
+    return seconds
+
+
+def agreement(ours: Tokens, theirs: Tokens) -> float:
     """The share of tokens that stand before the first difference of their request."""
     equal = total = 0
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
         equal, total = equal + same, total + len(a)
     return equal / max(1, total)
 
 
-def _print(records: list[dict[str, Any]]) -> None:
-    for record in records:
-        if record["status"] != "ok":
-            print(f"{record['engine']:24} {record['status']}: {record['error']}")
-            continue
-        line = f"{record['engine']:24} {Spread.of(record['tokens_per_second'])} tokens/s"
-        if "nemo_engine_faster_by" in record:
-            faster = record["nemo_engine_faster_by"]
-            low, high = faster["interval"]
-            line += f"   nemo_engine is {faster['median']:.2f}x ({low:.2f} to {high:.2f})"
-            line += f"   {record['equal_before_first_difference']:.0%} of tokens equal before the first difference"
-        print(line)
+def format_record(record: Record) -> str:
+    """A line for people."""
+    head = f"{record['engine']:22}"
+    if record["concurrency"] is not None:
+        head += f" {record['concurrency']:4} at once"
+    if record["status"] != "ok":
+        return f"{head}  {record['status']}: {record['error']}"
+    line = f"{head}  {Spread.of(record['tokens_per_second'])} tokens/s"
+    if "roofline_fraction" in record:
+        line += f"   {record['roofline_fraction']:.1%} of the roofline"
+    if "joules_per_token" in record:
+        line += f"   {statistics.median(record['joules_per_token']):.3g} J/token"
+    if "nemo_engine_faster_by" in record:
+        faster = record["nemo_engine_faster_by"]
+        low, high = faster["interval"]
+        line += f"   nemo_engine is {faster['median']:.2f}x ({low:.2f} to {high:.2f})"
+        line += f"   {record['equal_before_first_difference']:.0%} of tokens equal before the first difference"
+    return line

@@ -207,3 +207,14 @@ def test_a_benchmark_without_a_table_of_its_own_shows_its_numbers() -> None:
 )
 def test_names_of_workloads(source: str, name: str) -> None:
     assert workload_name({"workload": {"source": source, "requests": 3}}) == name
+
+
+def test_points_of_different_concurrency_are_different_rows() -> None:
+    known = [
+        throughput(name, [rate], concurrency=at)
+        for at in (1, 16)
+        for name, rate in (("nemo_engine", 10.0 * at), ("vllm", 5.0))
+    ]
+    table, _ = tables_of("throughput", known)
+    assert [row[0] for row in table.rows] == [f"16 requests, {at} at once, 16 to 256 in, 128 out" for at in (1, 16)]
+    assert [row[1] for row in table.rows] == ["10", "160"]
