@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import fake_llama_cpp
 import psutil
 import pytest
 
-from nemo_engine.benchmarks.peers import PEERS, PeerError, PeerProcess, why_missing
+from nemo_engine.benchmarks.models import open_model
+from nemo_engine.benchmarks.peers import PEERS, PeerError, PeerProcess, make_gguf, why_missing
 
 PROMPTS, COUNTS = [[5, 6], [7]], [3, 1]
 
@@ -93,3 +97,59 @@ def test_every_peer_names_its_limit_of_requests_at_once() -> None:
     for kind in PEERS.values():
         text = (Path(sys.modules[PeerProcess.__module__].__file__ or "").parent / f"{kind.module}.py").read_text()
         assert f"{kind.concurrency}: int | None = None" in text or "**options" in text
+
+
+def toy_answer(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(sum(tokens) % fake_llama_cpp.VOCAB)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize(("n_seq", "n_batch"), [(None, 2048), (1, 2048), (3, 2048), (4, 8)])
+def test_llama_cpp_is_stepped_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_seq: int | None, n_batch: int
+) -> None:
+    """Against a toy in the library's place: prompts in parts, places filled anew, every sequence as if it were alone."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake_llama_cpp)
+    monkeypatch.delitem(sys.modules, "nemo_engine.benchmarks.peers.llama_cpp_python", raising=False)
+    adapter = importlib.import_module("nemo_engine.benchmarks.peers.llama_cpp_python")
+    (tmp_path / "one.gguf").touch()
+    rng = random.Random(0)
+    prompts = [rng.choices(range(fake_llama_cpp.VOCAB), k=rng.randrange(1, 20)) for _ in range(9)]
+    counts = [rng.randrange(1, 12) for _ in prompts]
+    peer = adapter.Peer(str(tmp_path), n_seq=n_seq, n_batch=n_batch)
+    for _ in range(2):  # the second time in the same context
+        peer.prepare(prompts, counts)
+        fake_llama_cpp.decoded.clear()
+        assert peer.generate(prompts, counts) == [toy_answer(p, n) for p, n in zip(prompts, counts)]
+        at_once = max(len({sequence for sequence, _ in step}) for step in fake_llama_cpp.decoded)
+        assert at_once <= (n_seq or 9) and max(map(len, fake_llama_cpp.decoded)) <= n_batch
+    if n_batch == 2048:  # prompts are whole, so all places are in use at some time
+        assert at_once == (n_seq or 9)
+    peer.close()
+    with pytest.raises(FileNotFoundError, match=r"there is no file /no\.gguf"):
+        adapter.Peer(str(tmp_path), gguf="/no.gguf")
+    (tmp_path / "two.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds 2 \.gguf files, and llama\.cpp\.gguf names none"):
+        adapter.Peer(str(tmp_path))
+
+
+def test_the_checkpoint_that_becomes_a_gguf_has_a_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    from nemo_engine.text import load_tokenizer
+
+    model = open_model("nemo-tiny").path
+    make_gguf.with_tokenizer(model, tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size == (model / "model.safetensors").stat().st_size
+    own = load_tokenizer(model)
+    assert own is not None
+    text = "def f(x):\n    return x + 1"
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == own.encode(text, bos=False)
+    monkeypatch.setattr(sys, "argv", ["make_gguf.py", "nemo-tiny", str(tmp_path / "x.gguf"), "--llama-cpp", "/no"])
+    with pytest.raises(SystemExit):
+        make_gguf.main()
+    assert "--llama-cpp must be a directory with convert_hf_to_gguf.py, got /no" in capsys.readouterr().err
