@@ -82,22 +82,20 @@ NEMO_INLINE void fetch(const T* p, int n) {
 // out = out * keep + scores v, of C sixteens of a head; the last of them has `last` numbers.
 template <int C, int N, class T>
 NEMO_INLINE void add_values(const T* v, const float (&scores)[N][KEYS], const float (&keep)[N], int n, int dim, int last, Floats (*out)[N]) {
-  Floats total[C][N];
-  for (int c = 0; c < C; ++c)
-    for (int h = 0; h < N; ++h) total[c][h] = out[c][h] * keep[h];
+  Floats total[C][N] = {};  // summed for itself: rounding errors of short sums are small
   for (int t = 0; t < n; ++t)
     for (int c = 0; c < C; ++c) {
       Floats value = load(v + t * dim + c * LANES, c == C - 1 ? last : LANES);
       for (int h = 0; h < N; ++h) total[c][h] += value * scores[h][t];
     }
   for (int c = 0; c < C; ++c)
-    for (int h = 0; h < N; ++h) out[c][h] = total[c][h];
+    for (int h = 0; h < N; ++h) out[c][h] = out[c][h] * keep[h] + total[c][h];
 }
 
 // Query heads `head` to `head + N - 1` of a row, which share a KV head, over all its keys: a running softmax over blocks of keys.
 // CHUNKS: sixteens of a head, where it is whole ones and their number is known to the compiler; 0 of any other head.
 template <class T, int N, int CHUNKS>
-NEMO_INLINE void attend(const Decode<T>& a, int64_t row, int64_t head) {
+NEMO_INLINE void attend(const Attention<T>& a, int64_t row, int64_t head) {
   constexpr int SPACE = CHUNKS ? CHUNKS : MAX_HEAD_DIM / LANES;
   const int dim = CHUNKS ? CHUNKS * LANES : static_cast<int>(a.dim), chunks = CHUNKS ? CHUNKS : (dim + LANES - 1) / LANES;
   const auto part = [&](int c) { return CHUNKS ? LANES : left(dim, c * LANES); };
@@ -162,7 +160,7 @@ NEMO_INLINE void attend(const Decode<T>& a, int64_t row, int64_t head) {
 }
 
 template <class T, int CHUNKS>
-NEMO_INLINE void attend_group(const Decode<T>& a, int64_t row, int64_t kv_head) {
+NEMO_INLINE void attend_group(const Attention<T>& a, int64_t row, int64_t kv_head) {
   const int64_t group = a.heads / a.kv_heads, end = (kv_head + 1) * group;
   for (int64_t head = kv_head * group; head < end;) {
     const int64_t count = end - head;
@@ -180,7 +178,8 @@ NEMO_INLINE void attend_group(const Decode<T>& a, int64_t row, int64_t kv_head) 
 }
 
 template <class T>
-NEMO_INLINE void attend_unit(const Decode<T>& a, int64_t i) {
+NEMO_INLINE void attend_unit(const Attention<T>& a, int64_t i) {
+  if (a.seq_lens[i / a.kv_heads] == 0) return;
   if (a.dim == 128)
     attend_group<T, 8>(a, i / a.kv_heads, i % a.kv_heads);
   else
@@ -194,8 +193,8 @@ NEMO_HOT void one(const Activation<float>& a, int64_t i) { activate_row(a, i); }
 NEMO_HOT void one(const Activation<Bf16>& a, int64_t i) { activate_row(a, i); }
 NEMO_HOT void one(const Rope<float>& a, int64_t i) { rope_token(a, i); }
 NEMO_HOT void one(const Rope<Bf16>& a, int64_t i) { rope_token(a, i); }
-NEMO_HOT void one(const Decode<float>& a, int64_t i) { attend_unit(a, i); }
-NEMO_HOT void one(const Decode<Bf16>& a, int64_t i) { attend_unit(a, i); }
+NEMO_HOT void one(const Attention<float>& a, int64_t i) { attend_unit(a, i); }
+NEMO_HOT void one(const Attention<Bf16>& a, int64_t i) { attend_unit(a, i); }
 
 template <class Args>
 void each(const Args& args, int64_t count, int64_t elements) {
@@ -210,7 +209,7 @@ template <class T> void silu_mul(const Activation<T>& a) { each(a, a.rows, a.row
 template <class T> void rope_and_append_kv(const Rope<T>& a) {
   each(a, a.tokens, a.tokens * (a.q_heads + 2 * a.kv_heads) * a.dim);
 }
-template <class T> void decode_attention(const Decode<T>& a) {
+template <class T> void query_attention(const Attention<T>& a) {
   int64_t keys = 0;
   for (int64_t row = 0; row < a.rows; ++row) keys += a.seq_lens[row];
   each(a, a.rows * a.kv_heads, keys * a.heads * a.dim);
@@ -222,7 +221,7 @@ template void silu_mul(const Activation<float>&);
 template void silu_mul(const Activation<Bf16>&);
 template void rope_and_append_kv(const Rope<float>&);
 template void rope_and_append_kv(const Rope<Bf16>&);
-template void decode_attention(const Decode<float>&);
-template void decode_attention(const Decode<Bf16>&);
+template void query_attention(const Attention<float>&);
+template void query_attention(const Attention<Bf16>&);
 
 }  // namespace nemo

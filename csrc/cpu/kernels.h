@@ -34,8 +34,9 @@ struct Rope {
   int64_t tokens, q_heads, kv_heads, dim, page_size, q_stride, k_stride, v_stride;
 };
 
+// A row is one query, which sees the first seq_lens[row] keys of its request; one that sees none is passed over.
 template <class T>
-struct Decode {
+struct Attention {
   const T* q;  // (rows, heads, dim), dense
   T* out;      // the same
   const T *k_cache, *v_cache;
@@ -47,6 +48,6 @@ struct Decode {
 template <class T> void rms_norm(const Norm<T>&);
 template <class T> void silu_mul(const Activation<T>&);
 template <class T> void rope_and_append_kv(const Rope<T>&);
-template <class T> void decode_attention(const Decode<T>&);
+template <class T> void query_attention(const Attention<T>&);
 
 }  // namespace nemo

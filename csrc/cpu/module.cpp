@@ -81,8 +81,8 @@ Rope<T> read(Arguments& from, Rope<T>*) {
 }
 
 template <class T>
-Decode<T> read(Arguments& from, Decode<T>*) {
-  Decode<T> a;
+Attention<T> read(Arguments& from, Attention<T>*) {
+  Attention<T> a;
   a.q = from.address<const T>();
   a.out = from.address<T>();
   a.k_cache = from.address<const T>();
@@ -123,7 +123,7 @@ PyMethodDef methods[] = {
     FUNCTION(rms_norm, Norm),
     FUNCTION(silu_mul, Activation),
     FUNCTION(rope_and_append_kv, Rope),
-    FUNCTION(decode_attention, Decode),
+    FUNCTION(query_attention, Attention),
     {nullptr, nullptr, 0, nullptr},
 };
 

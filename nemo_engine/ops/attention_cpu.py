@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,27 +55,29 @@ def paged_attention(
         q = q.to(torch.float64 if dtype == torch.float64 else torch.float32)
     if k_scale is not None:
         q = q * _per_query_head(k_scale, q)
-    out = attend(_decode, q, k_cache, v_cache, meta, scale)
+    out = torch.empty_like(q)
+    decodes = meta.num_decodes
+    if decodes:
+        out[:decodes] = _decode(q[:decodes], k_cache, v_cache, meta, scale)
+    prefill_(out, range(decodes, len(meta.seq_lens)), q, k_cache, v_cache, meta, scale)
     return (out if v_scale is None else out * _per_query_head(v_scale, q)).to(dtype)
 
 
-def attend(
-    decode: Callable[..., Tensor], q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
-) -> Tensor:
-    """``paged_attention`` whose decode rows are computed by ``decode``, and the others by SDPA, each by itself."""
-    decodes = meta.num_decodes
-    lens = meta.seq_lens
-    if decodes == len(lens):
-        return decode(q, k_cache, v_cache, meta, scale)
-    out = torch.empty_like(q)
-    if decodes:
-        out[:decodes] = decode(q[:decodes], k_cache, v_cache, meta, scale)
-    starts, lengths = meta.query_start_loc.tolist(), lens.tolist()
-    for row in range(decodes, len(lengths)):
-        k, v = (gather_row(cache, meta.pages[row], lengths[row]).to(q.dtype) for cache in (k_cache, v_cache))
+def prefill_(
+    out: Tensor,
+    rows: Iterable[int],
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+) -> None:
+    """Write the attention of ``rows`` into ``out``, each by SDPA. out, q: (T, Hq, D)."""
+    starts, lens = meta.query_start_loc.tolist(), meta.seq_lens.tolist()
+    for row in rows:
+        k, v = (gather_row(cache, meta.pages[row], lens[row]).to(q.dtype) for cache in (k_cache, v_cache))
         queries = slice(starts[row], starts[row + 1])
         out[queries] = _prefill(q[queries], k, v, scale)
-    return out
 
 
 def _per_query_head(factors: Tensor, q: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from nemo_engine.ops import attention_cpu
 from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.op import compiled_for_cpu
+
+_SDPA_FROM = 1024  # keys; where the two meet for heads of 128 in bf16
 
 _cpu: Any = compiled_for_cpu()
 
@@ -82,19 +85,38 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """See ``attention.paged_attention``; the scales are None. Prefill rows go to SDPA."""
-    return attention_cpu.attend(_decode, q, k_cache, v_cache, meta, scale)
-
-
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
-    """One query per row. q: (B, Hq, D) -> (B, Hq, D)."""
+    """See ``attention.paged_attention``; the scales are None. Every query is a row of its own to the kernel, but for long prompts."""
     q = q.contiguous()
     _check(q.dtype, k_cache, v_cache)
     out = torch.empty_like(q)
-    rows, heads, dim = q.shape
-    _cpu.decode_attention(
+    rows: QueryRows = meta.once("query rows", lambda: _query_rows(meta))
+    _, heads, dim = q.shape
+    _cpu.query_attention(
         q.dtype == torch.bfloat16, q.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        meta.page_table.data_ptr(), meta.slot_ids.data_ptr(), meta.seq_lens.data_ptr(),
-        rows, heads, k_cache.shape[1], dim, k_cache.shape[2], meta.page_table.stride(0), scale,
+        meta.page_table.data_ptr(), rows.slot_ids.data_ptr(), rows.num_keys.data_ptr(),
+        len(q), heads, k_cache.shape[1], dim, k_cache.shape[2], meta.page_table.stride(0), scale,
     )  # fmt: skip
+    attention_cpu.prefill_(out, rows.long, q, k_cache, v_cache, meta, scale)
     return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QueryRows:
+    """The queries of a step one by one; the same for all its layers."""
+
+    slot_ids: Tensor  # (T,) int64: whose pages each reads
+    num_keys: Tensor  # (T,) int64: how many keys it sees; 0 for those of ``long``
+    long: list[int]  # rows of the step that SDPA computes
+
+
+def _query_rows(meta: AttentionMeta) -> QueryRows:
+    num_prefills = len(meta.seq_lens) - meta.num_decodes
+    if num_prefills == 0:
+        return QueryRows(meta.slot_ids, meta.seq_lens, [])
+    starts, counts = meta.query_start_loc[:-1], meta.query_start_loc.diff()
+    is_long = (meta.seq_lens > _SDPA_FROM) & (counts > 1)
+    first = meta.seq_lens - counts + 1 - starts  # of a row's queries, query t sees t + first keys
+    num_keys = torch.arange(int(meta.query_start_loc[-1])) + first.repeat_interleave(counts)
+    num_keys.masked_fill_(is_long.repeat_interleave(counts), 0)
+    long = is_long.nonzero().flatten().tolist()
+    return QueryRows(meta.slot_ids.repeat_interleave(counts), num_keys, long)

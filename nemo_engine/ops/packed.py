@@ -8,6 +8,10 @@ from torch import Tensor
 
 from nemo_engine.ops.op import Site
 
+# oneDNN compiles a product for every number of rows that it sees: milliseconds, and memory. Prompts have any number, so it is rounded up.
+_EVERY_COUNT = 64
+_ROWS = 32
+
 
 def supports(site: Site) -> str | None:
     """What the packed order needs: bf16 on a CPU for which oneDNN has bf16 products."""
@@ -30,5 +34,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See ``linear.linear``; ``weight`` may be packed."""
     if weight.layout == torch.strided:
         return F.linear(x, weight)
+    rows = x.shape[0]
+    if rows > _EVERY_COUNT and rows % _ROWS:
+        x = F.pad(x, (0, 0, 0, -rows % _ROWS))
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
+    return product[:rows]
