@@ -105,6 +105,11 @@ class KVManager:
             self.pool.remember(request.pages[first:end], request.page_hashes[first:end])
             request.num_hashed_pages = end
 
+    def cache_all_pages(self, requests: Sequence[Request]) -> None:
+        """As ``cache_pages``, for requests that have computed all tokens that their pages hold; not all of these need be known."""
+        for request in requests:
+            self.cache_pages(request, min(len(request.pages) * self.page_size, len(request.token_ids)))
+
     def free(self, request: Request) -> None:
         """Take all pages from ``request``; what they hold stays findable until they are handed out again."""
         self.pool.release(request.pages)

@@ -177,8 +177,7 @@ class Scheduler:
         due = self._running.take_page_due(step_id, ready)
         if not due:
             return []
-        for request in due:
-            self.kv.cache_pages(request, min(len(request.pages) * self.kv.page_size, self._num_known_tokens(request)))
+        self.kv.cache_all_pages(due)
         pages = self.kv.append_pages(due)
         if pages is None:
             due, pages = self._grow_in_turn(due)

@@ -13,6 +13,7 @@ from nemo_engine.workload.items import Messages
 
 Encode = Callable[[str | Messages], Sequence[int]]
 
+_FIRST_PREFIX_CODE = -2  # and downwards; -1 has the same hash as -2 in Python
 _FIRST_CODE = 1 << 20  # of prompts that are only lengths: above all token ids, each prompt its own
 _CODES = (1 << 31) - 1 - _FIRST_CODE
 
@@ -71,7 +72,7 @@ class Contents:
         turn = item.turns[conversation.turn]
         tokens = conversation.history
         if conversation.turn == 0 and item.prefix is not None:
-            code = self._prefix_codes.setdefault(item.prefix, -1 - len(self._prefix_codes))
+            code = self._prefix_codes.setdefault(item.prefix, _FIRST_PREFIX_CODE - len(self._prefix_codes))
             tokens = [code] * item.prefix_tokens
         ids = self._ids(conversation)
         num_varied = len(tokens) if isinstance(turn.prompt, int) else None
@@ -97,6 +98,7 @@ class Feed:
         self._times = None if arrivals.kind in ("file", "closed") else arrivals.times()
         self._due: list[tuple[float, int, Conversation]] = []  # turns and, in a closed loop, items
         self._count = 0
+        self._latest = 0.0  # arrival of an item's own
         self._next: tuple[float, Conversation] | None = None  # of an open loop
         self.num_items = 0
         self.has_feedback = arrivals.kind == "closed"  # whether what ends may bring arrivals: known so far
@@ -127,7 +129,12 @@ class Feed:
             self._next = (next(self._times), Conversation(item))
         elif item.arrival_s is None:
             raise ValueError(f"request {item.request_id!r} has no arrival_s: give a rate or a concurrency")
+        elif item.arrival_s < self._latest:
+            raise ValueError(
+                f"request {item.request_id!r}: arrival_s must not be before that of the item before it ({self._latest}), got {item.arrival_s}"
+            )
         else:
+            self._latest = item.arrival_s
             self._next = (item.arrival_s, Conversation(item))
 
     def _push(self, when: float, conversation: Conversation) -> None:

@@ -27,6 +27,17 @@ class EngineShape:
     enable_prefix_caching: bool
     pipeline_depth: int
 
+    def __post_init__(self) -> None:
+        for name in ("num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), got {self.max_num_batched_tokens}"
+            )
+        if self.pipeline_depth not in (1, 2):
+            raise ValueError(f"pipeline_depth must be 1 or 2, got {self.pipeline_depth}")
+
 
 class Replica:
     """A scheduler and a clock. ``now`` is when its host can next plan; whoever drives it never goes back in time."""
@@ -141,13 +152,14 @@ class Replica:
         scheduler = self.scheduler
         now = max(self.now, end)
         before = scheduler.last_commit_s
+        numbers = self._numbers()  # until now: before requests leave
         prefilled, finished, in_vain = scheduler.commit_oldest()
         num_decodes -= in_vain
         if num_decodes:
             self.itl.add(now - before, num_decodes)
         self.num_steps += 1
         self.num_decode_tokens += num_decodes
-        self._note(before, now, num_decodes, scheduler.num_used_pages)
+        self.timeline.add(before, now - before, (*numbers, num_decodes))
         self.now = scheduler.last_commit_s = now
         for request in prefilled:
             assert isinstance(request, SimulatedRequest)
@@ -166,12 +178,11 @@ class Replica:
         self._is_blocked = False
         self._on_finish(request, now)
 
-    def _note(self, start: float, now: float, num_decodes: int, num_used_pages: float) -> None:
-        """What the numbers were from one commit to the next."""
+    def _numbers(self) -> tuple[int, int, float]:
+        """Requests that run and that wait, and the part of the pages in use."""
         scheduler = self.scheduler
         waiting = scheduler.num_waiting + len(self._held)
-        used = num_used_pages / self._shape.num_pages
-        self.timeline.add(start, now - start, (scheduler.num_running, waiting, used, num_decodes))
+        return scheduler.num_running, waiting, scheduler.num_used_pages / self._shape.num_pages
 
     def _jump(self, limit: float) -> bool:
         """Go through the coming steps in which requests decode and start pages and nothing else happens, without planning any.
@@ -221,7 +232,9 @@ class Replica:
             return False
         scheduler.skip(step - done)
         self.itl.add_all(gaps, num_decodes)
-        self._note(start, now, num_decodes, used_s / (now - start) if now > start else 0.0)
+        running, waiting, _ = self._numbers()
+        mean_used = used_s / (now - start) / self._shape.num_pages if now > start else 0.0
+        self.timeline.add(start, now - start, (running, waiting, mean_used, num_decodes))
         if pending is not None:
             self._in_flight[0] = (pending, num_decodes)
         self.now = scheduler.last_commit_s = now

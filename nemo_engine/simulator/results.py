@@ -80,7 +80,7 @@ class Results:
     num_preemptions: int
     recomputed_tokens: int  # computed again after preemptions
     peak_kv_used: float  # of the pages, on the fullest replica
-    mean_kv_used: float
+    mean_kv_used: float  # these means are over all replicas and all of ``duration_s``
     mean_running: float
     mean_decode_rows: float
     busy_fraction: float
@@ -96,13 +96,10 @@ class Results:
             itl.merge(replica.itl)
         duration = max(tally.last_end_s - tally.first_arrival_s, 0.0) if tally.num_finished else 0.0
         per_s = 1 / duration if duration else 0.0
-        lines = [replica.timeline for replica in replicas if replica.timeline.total_seconds]
-        all_seconds = sum(line.total_seconds for line in lines)
 
         def mean(name: str) -> float:
-            return sum(line.mean(name) * line.total_seconds for line in lines) / all_seconds if lines else 0.0
+            return sum(replica.timeline.total(name) for replica in replicas) * per_s / len(replicas)
 
-        computed = sum(replica.num_prefill_tokens for replica in replicas)
         pools = [replica.scheduler.kv.pool for replica in replicas]
         return cls(
             num_items=num_items,
@@ -122,7 +119,7 @@ class Results:
             queue=tally.queue,
             prefix_hit_rate=tally.num_cached_tokens / tally.num_prompt_tokens if tally.num_prompt_tokens else 0.0,
             num_preemptions=sum(replica.scheduler.num_preemptions for replica in replicas),
-            recomputed_tokens=computed - (tally.num_prompt_tokens - tally.num_cached_tokens),
+            recomputed_tokens=sum(replica.scheduler.num_recomputed_tokens for replica in replicas),
             peak_kv_used=max(pool.peak_used / pool.num_pages for pool in pools),
             mean_kv_used=mean("kv_used"),
             mean_running=mean("running"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -97,8 +98,8 @@ class _Simulation:
             busy[0].run_until(limit, max_ends=1)
             return True
         busy.sort(key=lambda replica: replica.now)
-        # At least one step, also where two are at the same time.
-        target = max(busy[1].now, busy[0].now + 1e-12)
+        # At least one step, also where two are at the same time, however late that is.
+        target = max(busy[1].now, math.nextafter(busy[0].now, math.inf))
         busy[0].run_until(min(limit, target), max_ends=1)
         return True
 
@@ -107,6 +108,8 @@ class _Simulation:
         scheduler = self.replicas[0].scheduler
         num_prompt = self.contents.num_prompt_tokens(conversation)
         try:
+            if num_prompt < 1:
+                raise ValueError("a prompt must have at least 1 token, got 0")
             scheduler.max_total_tokens(num_prompt, item.turns[conversation.turn].output_tokens)
         except ValueError as error:
             self.tally.refuse(item.request_id, str(error))

@@ -2,10 +2,11 @@
 
 ``Scheduler`` decides; nothing of that is written again here. What differs is the bookkeeping around it, for speed:
 
-* A decoding request is given its tokens when somebody will look at them (it starts a page, or leaves), not in every step.
+* A decoding request is given its tokens when somebody will look at them (it is preempted), not in every step.
 * The sum of all contexts is kept as requests come and go.
-* Pages are known by a quicker hash.
-* Steps in which nothing is due can be passed over at once.
+* Pages are known by a quicker hash, for which a page of equal tokens need not be looked at token by token.
+* A step is kept as it was decided; no plan for a device is made of it.
+* Steps in which requests decode and start pages, and nothing else is due, can be passed over: the pages are given as ever, by ``_grow``.
 
 So this class reads and writes what ``Scheduler`` and ``RunningSet`` keep to themselves; a change there is noticed by
 ``tests/simulator/test_scheduler.py``, which holds every decision against the plain scheduler's.
@@ -13,7 +14,7 @@ So this class reads and writes what ``Scheduler`` and ``RunningSet`` keep to the
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 from nemo_engine.outputs import CacheReport
@@ -48,6 +49,23 @@ class _QuickKVManager(KVManager):
                 parent = hash((parent, page[0]) if is_uniform else (parent, *page))
             hashes.append(parent)
 
+    def cache_all_pages(self, requests: Sequence[Request]) -> None:
+        # Only what was generated last may be unknown, so all that the pages hold is known, in or out of ``token_ids``.
+        if not self.enable_prefix_caching:
+            return
+        pages, page_hashes = [], []
+        for request in requests:
+            first, known = request.num_hashed_pages, request.page_hashes
+            end = len(request.pages)
+            if len(known) == end - 1 and first * self.page_size >= request.num_prompt_tokens:
+                known.append(hash((known[-1], ANSWER)))  # type: ignore[arg-type]
+            elif len(known) < end:
+                self._extend_hashes(request, end)
+            pages += request.pages[first:]
+            page_hashes += known[first:end]
+            request.num_hashed_pages = end
+        self.pool.remember(pages, page_hashes)
+
     def _report(self, request: Request, num_matched: int, reads_cache: bool) -> CacheReport:
         return _NO_REPORT  # nobody asks
 
@@ -59,7 +77,7 @@ class SimulatedRequest(Request):
     which are ``ANSWER``.
     """
 
-    __slots__ = ("arrived_s", "first_token_s", "last_token_s", "num_varied", "origin")
+    __slots__ = ("arrived_s", "first_token_s", "last_token_s", "num_computed_before", "num_varied", "origin")
 
     def __init__(
         self,
@@ -73,6 +91,7 @@ class SimulatedRequest(Request):
         super().__init__(request_id, token_ids, params, priority=priority)
         self.decode_offset = _NEVER
         self.num_varied = self.num_prompt_tokens if num_varied is None else num_varied
+        self.num_computed_before = 0  # the most that it had computed when it was preempted
         self.arrived_s = arrived_s
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
@@ -85,6 +104,7 @@ class VirtualScheduler(Scheduler):
     context = 0  # keys that the decoding requests attend to in the next step
     step_context = 0  # the same, of the step that was planned last
     committed_step = 0
+    num_recomputed_tokens = 0  # in prefills, of what had been computed before a preemption
     last_commit_s = 0.0  # set by whoever keeps the clock
 
     def __init__(self, **options: Any) -> None:
@@ -134,6 +154,10 @@ class VirtualScheduler(Scheduler):
             for request, row in step.prefills:
                 if row.samples and request.decode_offset != _NEVER:
                     self.context += row.start + row.num_tokens + 1
+                if request.num_preemptions:
+                    assert isinstance(request, SimulatedRequest)
+                    again = min(row.start + row.num_tokens, request.num_computed_before) - row.start
+                    self.num_recomputed_tokens += max(0, again)
         return step
 
     def commit_oldest(self) -> tuple[list[Request], list[Request], int]:
@@ -197,6 +221,8 @@ class VirtualScheduler(Scheduler):
         return known if known > len(request.token_ids) else len(request.token_ids)
 
     def _preempt(self, request: Request) -> None:
+        assert isinstance(request, SimulatedRequest)
+        request.num_computed_before = max(request.num_computed_before, self.num_computed_tokens(request))
         if self._running.is_decoding(request):
             self._settle(request)
             self.context -= self._step_id + request.decode_offset + 2
@@ -204,7 +230,7 @@ class VirtualScheduler(Scheduler):
                 if request in step.decodes.requests:
                     self._in_vain[step.step_id] = self._in_vain.get(step.step_id, 0) + 1
             is_prefill_out = all(request is not other for step in self._launched for other, _ in step.prefills)
-            if isinstance(request, SimulatedRequest) and is_prefill_out:
+            if is_prefill_out:
                 request.last_token_s = self.last_commit_s
         super()._preempt(request)
 

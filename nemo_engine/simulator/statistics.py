@@ -135,8 +135,13 @@ class Timeline:
 
     def mean(self, name: str) -> float:
         """Over all time that was added; NaN of none."""
-        column, seconds = self.names.index(name) + 1, self.total_seconds
-        return sum([row[column] for row in self._rows]) / seconds if seconds else math.nan
+        seconds = self.total_seconds
+        return self.total(name) / seconds if seconds else math.nan
+
+    def total(self, name: str) -> float:
+        """Sum of number * seconds."""
+        column = self.names.index(name) + 1
+        return sum([row[column] for row in self._rows])
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(middle of the interval, mean in it) of all intervals that hold something."""

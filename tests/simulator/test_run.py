@@ -60,6 +60,9 @@ def test_one_request_by_hand(depth: int) -> None:
     assert found.itl.count == 3 and found.itl.total == sum(decodes) + (3 / 1024 if depth == 1 else 0)
     assert found.e2e.total == found.ttft.total + found.itl.total and found.duration_s == found.e2e.total
     assert found.tpot.total == pytest.approx(found.itl.total / 3)
+    # Over the time from the arrival on, in which it runs from first to last.
+    assert found.mean_running == pytest.approx(1.0, abs=0.01)
+    assert found.mean_decode_rows == pytest.approx(sum(decodes) / found.duration_s, abs=0.02)
     assert (found.num_steps, found.num_finished, found.queue.total) == (5, 1, 0.0 if depth == 2 else 0.0)
 
 
