@@ -36,6 +36,13 @@ def test_validation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_speed_runs(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    simulator.main(["--concurrency", "2", "--requests", "6", "--json", str(out)])
+    simulator.main(["--concurrency", "1", "2", "--requests", "6", "--repeats", "2", "--json", str(out)])
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(records) == 3 and all(record["steps"] > 100 and record["steps_per_s"] > 0 for record in records)
+    assert len(records) == 6
+    for alone, pair in zip(records[::2], records[1::2]):
+        low, high = map(int, alone["workload"].rsplit(":", 2)[1:])
+        assert 6 * low <= alone["steps"] <= 6 * (high + 1) and alone["steps"] / 3 < pair["steps"] < alone["steps"]
+        for record in (alone, pair):
+            assert record["steps_per_s"] == pytest.approx(record["steps"] / record["cpu_s"])
+            assert 6 * low <= record["tokens_per_s"] * record["cpu_s"] <= 6 * high
+            assert len(record["cpu_s_of_runs"]) == 2
