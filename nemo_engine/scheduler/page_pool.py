@@ -6,7 +6,7 @@ content, findable by hash, until it is handed out again: the free list is in evi
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 
@@ -22,15 +22,14 @@ class PagePool:
         self._num_users = [0] * (num_pages + 1)
         self._hash_of: list[bytes | None] = [None] * (num_pages + 1)
         self._page_of: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_pages + 1))
-        # Contents that had to go; with those before, the last ``num_pages`` at least.
+        self.num_free = num_pages  # pages that can be handed out now, those with cached content among them
+        # The free list: pages without content, the next one last; then those released with content, the least recently used first. A page
+        # that is shared leaves its entry behind: of its entries in ``_unused``, the first ``_num_stale`` count no more.
+        self._blank = list(range(num_pages, 0, -1))
+        self._unused: deque[int] = deque()
+        self._num_stale = [0] * (num_pages + 1)
         self._evicted: dict[bytes, None] = {}
         self._evicted_before: dict[bytes, None] = {}
-
-    @property
-    def num_free(self) -> int:
-        """Pages that can be handed out now, those with cached content among them."""
-        return len(self._free)
 
     @property
     def num_cached(self) -> int:
@@ -47,24 +46,32 @@ class PagePool:
 
     def allocate(self, count: int) -> list[int]:
         """Hand out ``count`` pages with one user each; their content is forgotten. ``count`` must be at most num_free."""
-        free, users, hashes = self._free, self._num_users, self._hash_of
-        assert count <= len(free), (count, len(free))
-        pages = []
-        for _ in range(count):
-            page, _ = free.popitem(False)
-            users[page] = 1
-            page_hash = hashes[page]
+        assert count <= self.num_free, (count, self.num_free)
+        self.num_free -= count
+        blank, unused, stale, hash_of = self._blank, self._unused, self._num_stale, self._hash_of
+        pages = [blank.pop() for _ in range(min(count, len(blank)))]
+        while len(pages) < count:
+            page = unused.popleft()
+            if stale[page]:
+                stale[page] -= 1
+                continue
+            pages.append(page)
+            page_hash = hash_of[page]
             if page_hash is not None:
-                hashes[page] = None
+                hash_of[page] = None
                 del self._page_of[page_hash]
                 self._evicted[page_hash] = None
-            pages.append(page)
+        for page in pages:
+            self._num_users[page] = 1
         if len(self._evicted) > self.num_pages:
             self._evicted_before, self._evicted = self._evicted, {}
-        num_used = self.num_pages - len(free)
+        self._note_peak()
+        return pages
+
+    def _note_peak(self) -> None:
+        num_used = self.num_pages - self.num_free
         if num_used > self.peak_used:
             self.peak_used = num_used
-        return pages
 
     def was_evicted(self, page_hash: bytes) -> bool:
         """Whether this content was in the cache and lately had to make room."""
@@ -84,24 +91,37 @@ class PagePool:
         """Add one user to each page, taking it off the free list if nobody used it."""
         for page in pages:
             if self._num_users[page] == 0:
-                del self._free[page]
+                self.num_free -= 1
+                self._num_stale[page] += 1
             self._num_users[page] += 1
-        self.peak_used = max(self.peak_used, self.num_pages - len(self._free))
+        if len(self._unused) > 2 * self.num_pages:
+            self._unused = deque(self._unused_pages())
+            self._num_stale = [0] * (self.num_pages + 1)
+        self._note_peak()
+
+    def _unused_pages(self) -> list[int]:
+        """``_unused`` without stale entries."""
+        stale, pages = self._num_stale[:], []
+        for page in self._unused:
+            if stale[page]:
+                stale[page] -= 1
+            else:
+                pages.append(page)
+        return pages
 
     def release(self, pages: Sequence[int]) -> None:
         """Take one user off each page of one request, given in order of position.
 
         The last pages of a prefix become evictable before the first ones, which more requests can share.
         """
-        free, counts, hashes = self._free, self._num_users, self._hash_of
+        counts, hashes, blank, unused = self._num_users, self._hash_of, self._blank, self._unused
         for page in reversed(pages):
             users = counts[page] - 1
             assert users >= 0, f"page {page} released twice"
             counts[page] = users
             if users == 0:
-                free[page] = None
-                if hashes[page] is None:
-                    free.move_to_end(page, False)
+                self.num_free += 1
+                (blank if hashes[page] is None else unused).append(page)
 
     def remember(self, pages: Iterable[int], page_hashes: Iterable[bytes]) -> None:
         """Make the contents of ``pages`` findable. Of two pages with one content, the first is the one that is found."""
@@ -132,6 +152,8 @@ class PagePool:
                 assert 1 <= page <= self.num_pages, page
                 users[page] += 1
         assert users == self._num_users, "user counts differ from the page tables"
-        assert set(self._free) == {page for page in range(1, self.num_pages + 1) if users[page] == 0}, "free list"
+        free = sorted(self._blank + self._unused_pages())
+        assert free == [page for page in range(1, self.num_pages + 1) if users[page] == 0], "free pages"
+        assert self.num_free == len(free) and all(self._hash_of[page] is None for page in self._blank)
         assert all(self._hash_of[page] == page_hash for page_hash, page in self._page_of.items()), "hash map"
         assert len(self._page_of) == sum(page_hash is not None for page_hash in self._hash_of), "hash map size"

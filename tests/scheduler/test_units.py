@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import subprocess
 import sys
 import time
@@ -61,6 +62,50 @@ def test_pages_are_handed_out_unfindable_first_then_least_recently_used() -> Non
     assert pool.allocate(3) == [4, 2, 1]
     assert pool.find(b"a") is None and pool.find(b"c") == 3
     assert pool.peak_used == 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_free_list_is_that_of_a_plain_one(seed: int) -> None:
+    """Blank pages first, the last released first; then the least recently used, however often pages are shared and given back."""
+    rng = random.Random(seed)
+    pool, free, content = PagePool(7), list(range(1, 8)), {}
+    users: dict[int, int] = {}
+    held: list[list[int]] = []
+    for step in range(2000):
+        choice = rng.random()
+        if choice < 0.2 and free:
+            pages = [free.pop(0) for _ in range(rng.randint(1, len(free)))]
+            assert pool.allocate(len(pages)) == pages
+            for page in pages:
+                content.pop(page, None)
+                users[page] = 1
+            held.append(pages)
+        elif choice < 0.4 and held:
+            page = rng.choice(rng.choice(held))
+            if page not in content:
+                content[page] = f"{step}".encode()
+                pool.remember([page], [content[page]])
+        elif choice < 0.7 and content:
+            page = rng.choice(list(content))
+            assert pool.find(content[page]) == page
+            pool.share([page])
+            users[page] = users.get(page, 0) + 1
+            if page in free:
+                free.remove(page)
+            held.append([page])
+        elif choice < 0.99 and held:
+            pages = held.pop(rng.randrange(len(held)))
+            pool.release(pages)
+            for page in reversed(pages):
+                users[page] -= 1
+                if users[page] == 0:
+                    free.insert(len(free) if page in content else 0, page)
+        elif choice >= 0.99:
+            pool.forget_all()
+            content.clear()
+        pool.check(held)
+        assert pool.num_free == len(free) and len(pool._unused) <= 3 * 7
+    assert pool.peak_used == 7
 
 
 def test_the_end_of_a_prefix_is_evicted_before_its_start() -> None:
