@@ -71,9 +71,10 @@ def test_the_free_list_is_that_of_a_plain_one(seed: int) -> None:
     pool, free, content = PagePool(7), list(range(1, 8)), {}
     users: dict[int, int] = {}
     held: list[list[int]] = []
+    often = rng.choice([0.2, 0.01])  # seldom: shares pile up
     for step in range(2000):
         choice = rng.random()
-        if choice < 0.2 and free:
+        if choice < often and free:
             pages = [free.pop(0) for _ in range(rng.randint(1, len(free)))]
             assert pool.allocate(len(pages)) == pages
             for page in pages:
@@ -93,18 +94,18 @@ def test_the_free_list_is_that_of_a_plain_one(seed: int) -> None:
             if page in free:
                 free.remove(page)
             held.append([page])
-        elif choice < 0.99 and held:
+        elif choice < 0.999 and held:
             pages = held.pop(rng.randrange(len(held)))
             pool.release(pages)
             for page in reversed(pages):
                 users[page] -= 1
                 if users[page] == 0:
                     free.insert(len(free) if page in content else 0, page)
-        elif choice >= 0.99:
+        elif choice >= 0.999:
             pool.forget_all()
             content.clear()
         pool.check(held)
-        assert pool.num_free == len(free) and len(pool._unused) <= 3 * 7
+        assert pool.num_free == len(free) and len(pool._unused) <= 2 * 7 + 7
     assert pool.peak_used == 7
 
 
