@@ -79,7 +79,7 @@ def engine_name(record: Record) -> str:
     """With the version of what computes, where the line says it."""
     engine = str(record["engine"])
     for package, version in record.get("versions", {}).items():
-        if package != "torch":
+        if package not in ("torch", "python"):
             return engine if engine == OURS else f"{engine} {version}"
     return engine
 
