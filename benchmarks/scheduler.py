@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
-import json
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +24,7 @@ from typing import Any
 
 from nemo_engine.benchmarks.common import Progress
 from nemo_engine.benchmarks.models import open_model
-from nemo_engine.benchmarks.peers import PeerError, why_missing
+from nemo_engine.benchmarks.peers import PeerError, WorkerProcess, why_missing
 from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.benchmarks.results import Ratio, Record, percentiles
 from nemo_engine.benchmarks.stage_times import StageTimes, format_rows
@@ -45,7 +43,7 @@ _MODULES = (
     "decode_set",
     "planned_step",
 )  # whose methods a profile times
-_ADAPTER = Path(__file__).parent / "peers" / "vllm_scheduler.py"
+_ADAPTER = "vllm_scheduler.py"
 Rounds = list[list[float]]  # microseconds of each step, by round
 
 
@@ -123,43 +121,6 @@ def longest_output(num_seqs: int, prompt_len: int, num_steps: int) -> int:
     return num_steps + 2 * (num_seqs * prompt_len // _BUDGET + num_seqs // _BUDGET + 1) + 8
 
 
-class VllmScheduler:
-    """vLLM's scheduler in a process of its own. Raises ``PeerError`` with its error."""
-
-    def __init__(self, python: str, log: Path | None) -> None:
-        self._log = (log or Path("/dev/null")).open("ab")
-        self._process = subprocess.Popen(
-            [python, str(_ADAPTER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd="/"
-        )
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """The answer to ``command``, see ``peers/vllm_scheduler.py``."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise PeerError(f"its process ended with status {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if not answer["ok"]:
-            raise PeerError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()  # the end of input is the end of it
-            self._process.wait(20)
-        except (OSError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, store; 1 if vLLM's failed."""
     for name in ("num_seqs", "page_sizes", "prompt_len", "steps", "rounds", "vllm_block"):
@@ -174,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         vllm = None
         if args.vllm:
-            vllm = VllmScheduler(args.vllm, args.log)
+            vllm = WorkerProcess("vllm", args.vllm, _ADAPTER, log=args.log)
             stack.callback(vllm.close)
         print("engine       requests  page  median us (rounds)              p90 us    p99 us  us/request   goal")
         progress = stack.enter_context(Progress(len(args.num_seqs) * args.rounds, "rounds"))
@@ -187,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(
-    args: argparse.Namespace, num_seqs: int, vllm: VllmScheduler | None, progress: Progress
+    args: argparse.Namespace, num_seqs: int, vllm: WorkerProcess | None, progress: Progress
 ) -> Iterator[Record]:
     """A record for each page size of ours, then one of vLLM's."""
     total = args.steps * (args.rounds + 1)

@@ -66,49 +66,24 @@ def why_missing(name: str, python: str) -> str | None:
     return None if found.returncode == 0 else f"{package} is not installed under {python}"
 
 
-class PeerProcess:
-    """A peer with ``model`` loaded. Use it as a context manager. Raises ``PeerError`` with the peer's own error.
+class WorkerProcess:
+    """A program here in a process of its own, which answers a command by a line of JSON each. Use it as a context manager.
 
     It has a session of its own, so that the processes it starts end with it. ``timeout``: seconds that it may take to answer, None for any time.
-    ``log``: a file to which what it printed is added in the end.
+    ``log``: a file to which what it printed is added in the end. Raises ``PeerError`` with the program's own error.
     """
 
     def __init__(
-        self,
-        name: str,
-        model: str,
-        options: dict[str, Any] | None = None,
-        python: str = sys.executable,
-        log: Path | None = None,
-        timeout: float | None = None,
+        self, name: str, python: str, *program: str, log: Path | None = None, timeout: float | None = None
     ) -> None:
         self.name = name
-        self.idle_cores = 0.0  # that it still used when it was last waited for
         self._timeout, self._log_path = timeout, log
         self._log = tempfile.TemporaryFile()
-        command = [python, str(_HERE / "worker.py"), PEERS[name].module]
+        command = [python, str(_HERE / program[0]), *program[1:]]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd="/",
             start_new_session=True,
         )  # fmt: skip
-        try:
-            self.started = self._ask({"do": "start", "model": model, "options": options or {}})
-        except BaseException:
-            self.close()
-            raise
-        self.versions: dict[str, str] = self.started["versions"]
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], *, keep: bool = False
-    ) -> tuple[float, list[list[int]]]:
-        """(seconds, greedy tokens of every prompt). With ``keep`` what is in the prefix cache stays there for the next call.
-
-        Returns when the peer's processes rest: vLLM's worker looks for more work for a second, at the cost of whoever is measured next.
-        """
-        answer = self._ask({"do": "generate", "prompts": prompts, "max_tokens": max_tokens, "keep": keep})
-        if not keep:
-            self.idle_cores = self._settle()
-        return answer["seconds"], answer["outputs"]
 
     def close(self) -> None:
         """End the process and those that it started."""
@@ -139,7 +114,8 @@ class PeerProcess:
     ) -> None:
         self.close()
 
-    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """The answer to a command, a line of JSON each."""
         assert self._process.stdin is not None and self._process.stdout is not None
         is_late = threading.Event()
 
@@ -168,6 +144,54 @@ class PeerProcess:
             raise PeerError(answer["error"])
         return answer
 
+    def _last_words(self) -> str:
+        """The end of what it printed."""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - 400))
+        words = " ".join(self._log.read().decode("utf-8", "replace").split())
+        self._log.seek(0, os.SEEK_END)
+        return f", after ...{words[-300:]}" if words else ""
+
+    def _kill(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+class PeerProcess(WorkerProcess):
+    """A peer with ``model`` loaded (see ``worker.py``)."""
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        options: dict[str, Any] | None = None,
+        python: str = sys.executable,
+        log: Path | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(name, python, "worker.py", PEERS[name].module, log=log, timeout=timeout)
+        self.idle_cores = 0.0  # that it still used when it was last waited for
+        try:
+            self.started = self.ask(do="start", model=model, options=options or {})
+        except BaseException:
+            self.close()
+            raise
+        self.versions: dict[str, str] = self.started["versions"]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], *, keep: bool = False
+    ) -> tuple[float, list[list[int]]]:
+        """(seconds, greedy tokens of every prompt). With ``keep`` what is in the prefix cache stays there for the next call.
+
+        Returns when the peer's processes rest: vLLM's worker looks for more work for a second, at the cost of whoever is measured next.
+        """
+        answer = self.ask(do="generate", prompts=prompts, max_tokens=max_tokens, keep=keep)
+        if not keep:
+            self.idle_cores = self._settle()
+        return answer["seconds"], answer["outputs"]
+
     def _settle(self) -> float:
         """Wait until the peer's processes use next to nothing, for at most so long; returns how many cores they use then."""
         ticks = os.sysconf("SC_CLK_TCK")
@@ -190,17 +214,3 @@ class PeerProcess:
             if int(fields[2]) == self._process.pid:
                 total += int(fields[11]) + int(fields[12])
         return total
-
-    def _last_words(self) -> str:
-        """The end of what it printed."""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 400))
-        words = " ".join(self._log.read().decode("utf-8", "replace").split())
-        self._log.seek(0, os.SEEK_END)
-        return f", after ...{words[-300:]}" if words else ""
-
-    def _kill(self) -> None:
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nemo_engine.benchmarks import scheduler
-from nemo_engine.benchmarks.peers import PeerError
-from nemo_engine.benchmarks.scheduler import DecodeLoop, VllmScheduler, longest_output, timed_scheduler
+from nemo_engine.benchmarks.peers import PeerError, WorkerProcess
+from nemo_engine.benchmarks.scheduler import DecodeLoop, longest_output, timed_scheduler
 from nemo_engine.benchmarks.stage_times import StageTimes
 from nemo_engine.cli import main
 from nemo_engine.scheduler import Scheduler
@@ -105,10 +105,10 @@ def test_vllm_takes_turns_and_its_failure_is_told(
     assert "x as fast" in capsys.readouterr().out
 
 
-def test_a_process_that_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "adapter.py").write_text("raise SystemExit(7)")
-    monkeypatch.setattr(scheduler, "_ADAPTER", tmp_path / "adapter.py")
-    vllm = VllmScheduler(sys.executable, None)
+def test_a_process_that_ends_is_an_error(tmp_path: Path) -> None:
+    program = tmp_path / "adapter.py"
+    program.write_text("raise SystemExit(7)")
+    vllm = WorkerProcess("vllm", sys.executable, str(program))
     with pytest.raises(PeerError, match="ended with status 7"):
         vllm.ask(do="steps", count=1)
     vllm.close()
