@@ -137,3 +137,16 @@ def test_packing_a_model(is_tied: bool) -> None:
     for linear, product in zip((weights.layers[-1].gate_up, weights.lm_head), expected, strict=True):
         torch.testing.assert_close(packed.linear(x, linear.weight), product, rtol=2**-7, atol=1e-3)
     assert before <= weights.num_bytes <= 1.5 * before
+
+
+@built
+@pytest.mark.parametrize("longest", [0, 40, 100, 700])
+def test_long_prompts_go_elsewhere_and_come_out_the_same(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes, whole prompts and chunks, of which those of more keys than ``longest`` are left to SDPA."""
+    monkeypatch.setattr(cpu, "_SDPA_FROM", longest)
+    rows = [(1, 500), (1, 3), (40, 40), (41, 41), (5, 130), (100, 100), (64, 101)]
+    q, k, v, meta, scale, *_ = attention_inputs(rows, 4, 2, 32, 16, torch.float32)
+    assert cpu._query_rows(meta).long == [i for i, (n, keys) in enumerate(rows) if n > 1 and keys > longest]
+    torch.testing.assert_close(
+        cpu.paged_attention(q, k, v, meta, scale), paged_attention(q, k, v, meta, scale), rtol=2e-5, atol=5e-6
+    )
