@@ -130,7 +130,6 @@ def _start(stack: ExitStack, args: argparse.Namespace, model: BenchModel) -> Ses
     from nemo_engine.benchmarks.timing import measure_ceilings, timer_for
 
     options = {"skip_tokenizer_init": True, "max_num_seqs": max(args.batch), **args.options[OURS]}
-    options.setdefault("max_num_batched_tokens", max(8192, options["max_num_seqs"]))
     config = engine_config(options)  # what is wrong with them is told before anything is measured
     is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if is_cuda else "cpu")

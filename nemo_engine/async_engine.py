@@ -63,6 +63,11 @@ class AsyncEngine:
         return self._loop.max_model_len
 
     @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens that a step computes at most."""
+        return self._loop.max_num_batched_tokens
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, if it has one."""
         return self._loop.tokenizer

@@ -251,7 +251,8 @@ class EngineConfig:
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32" or "float64" (float64 on the CPU only).
     max_model_len: tokens of prompt and output together; "auto" takes the largest that the KV cache holds; None takes the
         checkpoint's claim, at most 131072. An explicit number may exceed 131072 but not the checkpoint's claim.
-    max_num_seqs: requests that run at once. max_num_batched_tokens: tokens a step may compute, at least max_num_seqs.
+    max_num_seqs: requests that run at once. max_num_batched_tokens: tokens a step may compute, at least max_num_seqs; None takes 2048 on
+        the CPU, where a step of more keeps the other requests waiting for long, else 8192, and max_num_seqs if that is more.
     enable_prefix_caching: reuse the pages of equal prefixes.
     page_size: tokens per KV page: a power of two from 16 to 128.
     kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at
@@ -272,7 +273,7 @@ class EngineConfig:
     dtype: str = "auto"
     max_model_len: int | Literal["auto"] | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     page_size: int = 64
     kv_cache_gib: float | None = None
@@ -311,9 +312,7 @@ class EngineConfig:
             if not isinstance(self.prefer, Mapping) or not all(
                 isinstance(text, str) and text for pair in self.prefer.items() for text in pair
             ):
-                raise ValueError(
-                    f"prefer must map names of operations to names of implementations, got {self.prefer!r}"
-                )
+                raise ValueError(f"prefer must map names of operations to implementations, got {self.prefer!r}")
             object.__setattr__(self, "prefer", dict(self.prefer))  # the caller's may change later
         if isinstance(self.tokenizer, os.PathLike):
             object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
@@ -322,16 +321,25 @@ class EngineConfig:
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name} must be a non-empty string, got {value!r}")
 
+    def tokens_per_step(self, device: str) -> int:
+        """``max_num_batched_tokens``, or what it is by default on ``device``: "cpu" or "cuda"."""
+        return self.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, self.max_num_seqs)
+
+    def steps_in_flight(self, device: str) -> int:
+        """``pipeline_depth``, or what it is by default on ``device``: on the CPU a launch computes at once, so there is nothing to overlap."""
+        return self.pipeline_depth or (1 if device == "cpu" else 2)
+
     def _check_sizes(self) -> None:
         if self.max_model_len is not None and self.max_model_len != "auto":
             _check_int("max_model_len", self.max_model_len, low=1, low_text='at least 1, or "auto"')
         _check_int("max_num_seqs", self.max_num_seqs, low=1)
-        _check_int("max_num_batched_tokens", self.max_num_batched_tokens, low=1)
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), so that a step can decode "
-                f"every running request, got {self.max_num_batched_tokens}"
-            )
+        if self.max_num_batched_tokens is not None:
+            _check_int("max_num_batched_tokens", self.max_num_batched_tokens, low=1)
+            if self.max_num_batched_tokens < self.max_num_seqs:
+                raise ValueError(
+                    f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), so that a step can decode "
+                    f"every running request, got {self.max_num_batched_tokens}"
+                )
         if _check_int("page_size", self.page_size, low=16, high=128) not in (16, 32, 64, 128):
             raise ValueError(f"page_size must be a power of two from 16 to 128, got {self.page_size}")
         if self.kv_cache_gib is not None:
@@ -364,11 +372,8 @@ def resolve_max_model_len(model: ModelConfig, config: EngineConfig) -> int:
             )
         return config.max_model_len
     if claim > DEFAULT_CONTEXT_CAP:
-        _logger.warning(
-            "the checkpoint claims a context of %d tokens; %d are served unless max_model_len asks for more",
-            claim,
-            DEFAULT_CONTEXT_CAP,
-        )
+        message = "the checkpoint claims a context of %d tokens; %d are served unless max_model_len asks for more"
+        _logger.warning(message, claim, DEFAULT_CONTEXT_CAP)
     return min(claim, DEFAULT_CONTEXT_CAP)
 
 

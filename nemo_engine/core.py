@@ -132,7 +132,7 @@ def start_core(model: str | Path, config: EngineConfig, ledger: Ledger) -> Start
         num_pages=half.num_pages,
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=half.max_num_batched_tokens,
         max_model_len=half.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
     )

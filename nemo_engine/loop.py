@@ -49,6 +49,7 @@ class EngineLoop:
         self.model_config: ModelConfig = started.model_config
         self.model_path: Path = started.model_path
         self.max_model_len: int = self._core.scheduler.max_model_len
+        self.max_num_batched_tokens: int = self._core.scheduler.max_num_batched_tokens
         self.tokenizer: Tokenizer | None = None
         if not self.config.skip_tokenizer_init:
             with self.ledger.stage("load tokenizer"):

@@ -204,6 +204,22 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
         EngineConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "on_cpu", "on_cuda"),
+    [
+        ({}, (2048, 1), (8192, 2)),
+        ({"max_num_seqs": 5000}, (5000, 1), (8192, 2)),
+        ({"max_num_seqs": 10_000}, (10_000, 1), (10_000, 2)),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 8, "pipeline_depth": 2}, (8, 2), (8, 2)),
+        ({"max_num_batched_tokens": 100_000, "pipeline_depth": 1}, (100_000, 1), (100_000, 1)),
+    ],
+)
+def test_defaults_of_the_device(options: dict[str, Any], on_cpu: tuple[int, int], on_cuda: tuple[int, int]) -> None:
+    config = EngineConfig(**options)
+    assert (config.tokens_per_step("cpu"), config.steps_in_flight("cpu")) == on_cpu
+    assert (config.tokens_per_step("cuda"), config.steps_in_flight("cuda")) == on_cuda
+
+
 def test_unknown_options_and_changes() -> None:
     with pytest.raises(TypeError, match="gpu_memory_utilization"):
         EngineConfig(gpu_memory_utilization=0.9)  # type: ignore[call-arg]

@@ -151,10 +151,10 @@ def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedMod
         efficiencies = Efficiencies.read(gpu, results_folder(args))
         cost = Roofline.of(model.config, formats, gpu, efficiencies)
         facts |= {"machine": gpu.title, "efficiencies": asdict(efficiencies)}
-    depth = config.pipeline_depth or (1 if gpu is None else 2)
+    device = "cpu" if gpu is None else "cuda"
     shape = EngineShape(
-        num_pages, config.page_size, config.max_num_seqs, config.max_num_batched_tokens, max_model_len,
-        config.enable_prefix_caching, depth,
+        num_pages, config.page_size, config.max_num_seqs, config.tokens_per_step(device), max_model_len,
+        config.enable_prefix_caching, config.steps_in_flight(device),
     )  # fmt: skip
     setting = Setting(
         shape,

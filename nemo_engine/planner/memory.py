@@ -110,7 +110,7 @@ def plan_memory(
     kv_pages: as many as are wanted, or None for all that the other items leave. weight_bytes: None for unquantised weights. kv_itemsize: of
     the KV cache, None for ``itemsize``.
     """
-    hidden, inner, tokens = model.hidden_size, model.intermediate_size, config.max_num_batched_tokens
+    hidden, inner, tokens = model.hidden_size, model.intermediate_size, config.tokens_per_step("cuda")
     vocab, seqs = model.vocab_size, config.max_num_seqs
     if weight_bytes is None:
         weight_bytes = itemsize * num_parameters(model)
@@ -189,7 +189,7 @@ def what_would_fit(
     """
 
     def fits(length: int, seqs: int) -> bool:
-        tokens = max(seqs, min(config.max_num_batched_tokens, length))
+        tokens = max(seqs, min(config.tokens_per_step("cuda"), length))
         smaller = replace(
             config, max_num_seqs=seqs, max_num_batched_tokens=tokens, num_kv_pages=None, kv_cache_gib=None
         )

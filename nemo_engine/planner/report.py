@@ -111,7 +111,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "options": {
             name: getattr(plan.config, name)
             for name in ("dtype", "quantization", "quantize_lm_head", "kv_cache_dtype", "max_model_len", "max_num_seqs",
-                         "max_num_batched_tokens", "page_size", "enforce_eager", "pipeline_depth")
+                         "page_size", "enforce_eager")
+        } | {
+            "max_num_batched_tokens": plan.config.tokens_per_step("cuda"),
+            "pipeline_depth": plan.config.steps_in_flight("cuda"),
         },
         "load": {
             "input_tokens": load.input_tokens, "output_tokens": load.output_tokens, "slo_ttft": load.limits.ttft_s,

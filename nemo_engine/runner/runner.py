@@ -123,7 +123,7 @@ class Runner:
         self._ops = ops
         self._page_size = config.page_size
         self._max_num_seqs = config.max_num_seqs
-        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._max_num_batched_tokens = config.tokens_per_step(device.type)
         self._max_model_len = max_model_len
         self._model = Nemo(model_config, weights, ops, max_model_len)
         self._kv_cache = KVCache(model_config, num_pages, config.page_size, kv_dtype, device)

@@ -42,7 +42,8 @@ class DeviceHalf:
     model_path: Path
     num_pages: int
     max_model_len: int
-    pipeline_depth: int  # steps in flight: on the CPU a launch computes at once, so there is nothing to overlap
+    max_num_batched_tokens: int
+    pipeline_depth: int
 
 
 def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -> DeviceHalf:
@@ -74,8 +75,10 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
     if memory is not None:
         _logger.info("memory as planned:\n%s", memory.format())
         _verify(memory, device)
-    depth = config.pipeline_depth or (1 if device.type == "cpu" else 2)
-    return DeviceHalf(runner, model_config, checkpoint.path, num_pages, max_model_len, depth)
+    return DeviceHalf(
+        runner, model_config, checkpoint.path, num_pages, max_model_len, config.tokens_per_step(device.type),
+        config.steps_in_flight(device.type),
+    )  # fmt: skip
 
 
 def check_capturable(ops: Ops) -> None:

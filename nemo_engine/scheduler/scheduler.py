@@ -97,7 +97,7 @@ class Scheduler:
         assert max_num_batched_tokens >= max_num_seqs >= 1
         self.kv = KVManager(num_pages, page_size, enable_prefix_caching)
         self.max_model_len = max_model_len
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
@@ -159,7 +159,7 @@ class Scheduler:
             ready = [one for one in ready if one.status is RequestStatus.RUNNING]  # the others were just preempted
             decodes = running.constrained.join(decodes, ready)
             last += running.launch_constrained(ready, step_id)
-        left = self._max_num_batched_tokens - len(decodes.requests)
+        left = self.max_num_batched_tokens - len(decodes.requests)
         step = PlannedStep(step_id, decodes, last, running.num_departures, left, ready[:], new_pages)
         for request in running.prefilling[:]:
             if step.budget > 0:

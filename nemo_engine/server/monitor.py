@@ -134,7 +134,7 @@ class Monitor:
                 "version": __version__,
                 "max_model_len": engine.max_model_len,
                 "max_num_seqs": config.max_num_seqs,
-                "max_num_batched_tokens": config.max_num_batched_tokens,
+                "max_num_batched_tokens": engine.max_num_batched_tokens,
                 "page_size": config.page_size,
                 "prefix_caching": config.enable_prefix_caching,
             },
