@@ -1,8 +1,9 @@
 """What other people's load generators measured of a server, as lines of results: vLLM's ``bench serve`` and guidellm.
 
-    python benchmarks/outside_clients.py --server ours --json benchmarks/results/NAME.jsonl out/vllm-ours-16.json out/guidellm-ours-16.json
+    python benchmarks/outside_clients.py --server ours ours-1.json ours-2.json --server vllm==0.26 vllm-1.json vllm-2.json --json NAME.jsonl
 
-The files are the generators' own: ``vllm bench serve --save-result``, ``guidellm --output kind=json``. Times in seconds.
+The files are the generators' own: ``vllm bench serve --save-result``, ``guidellm --output kind=json``. Give several, measured in turns: those
+of one generator and one number of requests at a time are the runs whose medians and spread count. Times in seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_engine.benchmarks import tables_engines
 from nemo_engine.benchmarks.provenance import append_record, provenance
 
 Record = dict[str, Any]
@@ -65,25 +67,53 @@ def _of_guidellm(found: Record) -> Record:
     }  # fmt: skip
 
 
+def fold(servers: Sequence[Sequence[str]]) -> list[Record]:
+    """A result for each server, generator and number of requests at a time: a list with an entry per file, in the order of the files.
+
+    servers: for each ``NAME`` or ``NAME==VERSION``, then its files. ``ValueError`` naming a file that is no result, or a server without any.
+    """
+    folded = []
+    for name, *files in servers:
+        if not files:
+            raise ValueError(f"--server {name}: no file follows it")
+        server, _, version = name.partition("==")
+        groups: dict[tuple[str, int], list[Record]] = {}
+        for path in map(Path, files):
+            for record in read(path):
+                groups.setdefault((record.pop("tool"), record.pop("concurrency")), []).append(record)
+        for (tool, concurrency), runs in sorted(groups.items()):
+            facts = {"server": server, "server_version": version or None, "tool": tool, "concurrency": concurrency}
+            folded.append(facts | _per_run(runs))
+    return folded
+
+
+def _per_run(runs: Sequence[Any]) -> Any:
+    """Lists in the place of numbers, inside of dictionaries too."""
+    if isinstance(runs[0], dict):
+        return {key: _per_run([run[key] for run in runs]) for key in runs[0]}
+    return list(runs)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a line per measurement, and append it to ``--json``; 2 for a file that is none."""
+    """Print a line per result, and append it to ``--json``; 2 for a file that is none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--server", required=True, metavar="NAME", help="whose server was measured")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to FILE, a line each")
+    parser.add_argument(
+        "--server", required=True, action="append", nargs="+", metavar=("NAME[==VERSION]", "FILE"),
+        help="whose server was measured, and what was measured of it; several times, the first is compared with the others",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="OUT", help="add the results to OUT, a line each")
     args = parser.parse_args(argv)
     facts = provenance("nemo-engine")
     try:
-        records = [record for path in args.files for record in read(path)]
+        records = fold(args.server)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    records = [{"benchmark": "outside_clients", **record, **facts} for record in records]
     for record in records:
-        print(
-            f"{record['tool']:18} {args.server:8} {record['concurrency']:>4} at once  {record['output_tokens_per_second']:.0f} tokens/s"
-            f"   TTFT {record['ttft_s']['p50'] * 1e3:.1f} ms   ITL {record['itl_s']['p50'] * 1e3:.2f} ms   {record['failed']} failed"
-        )
-        append_record(args.json, {"benchmark": "outside_clients", "server": args.server, **record, **facts})
+        append_record(args.json, record)
+    for table in tables_engines.outside_clients(records):
+        print(table.markdown())
     return 0
 
 

@@ -22,12 +22,13 @@ from nemo_engine.benchmarks.tables import Table, anything
 BEGIN = "<!-- measured: begin; made by `nemo-engine bench report --readme README.md` from benchmarks/results -->"
 END = "<!-- measured: end -->"
 # What the README shows, in this order: the first table of each, of the newest commit on each machine.
-README_SHOWS = ("throughput", "serve", "scheduler", "startup", "structured", "validate_simulator")
+README_SHOWS = ("throughput", "serve", "outside_clients", "scheduler", "startup", "structured", "validate_simulator")
 
 
 TABLES: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "throughput": tables_engines.throughput,
     "serve": tables_engines.serve,
+    "outside_clients": tables_engines.outside_clients,
     "latency": tables_engines.latency,
     "startup": tables_engines.startup,
     "server_overhead": tables_engines.server_overhead,

@@ -111,6 +111,34 @@ def serve(records: Sequence[Record]) -> list[Table]:
     return [Table(title, columns, tuple(rows), tuple(notes))]
 
 
+def outside_clients(records: Sequence[Record]) -> list[Table]:
+    """Servers of one run below one another, as other people's load generators saw them; ratios are those of the first against the others."""
+    rows: list[tuple[str, ...]] = []
+    for run in runs_of(records, lambda record: (record["tool"], record["concurrency"])):
+        rows += rows_of(run, lambda record, first=run[0]: _outside_row(record, first))
+    columns = (
+        "load generator", "requests", "server", "output tokens/s", "the first has more by", "TTFT ms, p50", "TTFT ms, p99", "ITL ms, p50",
+        "ITL ms, p99", "failed",
+    )  # fmt: skip
+    title = "Servers under other people's load generators: medians with the least and the greatest of the runs"
+    return [Table(title, columns, tuple(rows), ())]
+
+
+def _outside_row(record: Record, first: Record) -> tuple[str, ...]:
+    per_request = sum(record["output_tokens"]) / sum(record["requests"])
+    is_comparable = record is not first and not sum(record["failed"]) and not sum(first["failed"])
+    version = record.get("server_version")
+    return (
+        str(record["tool"]),
+        f"{record['concurrency']} at a time, {sum(record['input_tokens']) / sum(record['requests']):.0f} in, {per_request:.0f} out",
+        str(record["server"]) + (f" {version}" if version else ""),
+        spread(record["output_tokens_per_second"]),
+        times(ratio(first, record, "output_tokens_per_second")) if is_comparable else "–",
+        *(spread(1e3 * s for s in record[name][level]) for name in ("ttft_s", "itl_s") for level in ("p50", "p99")),
+        str(sum(record["failed"])),
+    )
+
+
 def arrivals_name(record: Record) -> str:
     """``16 at a time`` or ``poisson, 8/s``."""
     arrivals = record["arrivals"]
