@@ -34,6 +34,21 @@ def test_validation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "predicted" in capsys.readouterr().out
 
 
+def test_the_stored_model_is_that_of_the_stored_steps() -> None:
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    stored = sorted(results.glob("cost-model-*.json"))
+    assert stored
+    for path in stored:
+        steps = path.with_name(path.name.replace("cost-model-", "steps-")).with_suffix(".ndjson")
+        found = CostModel.load(path)
+        again = CostModel.fit([Measurement(*json.loads(line)) for line in steps.read_text().splitlines()], found.facts)
+        for name in ("context_seconds", "prefill_row_seconds", "prefill_pair_seconds"):
+            assert getattr(again, name) == pytest.approx(getattr(found, name), rel=1e-6), name
+        for name in ("decode", "prefill"):
+            for point, stored_point in zip(getattr(again, name), getattr(found, name), strict=True):
+                assert point == pytest.approx(stored_point, rel=1e-6)
+
+
 def test_speed_runs(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     simulator.main(["--concurrency", "1", "2", "--requests", "6", "--repeats", "2", "--json", str(out)])
