@@ -1,6 +1,7 @@
 // The Python module nemo_engine._cpu: kernels called with the addresses of tensors, whose shapes nemo_engine/ops/cpu.py has checked.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <omp.h>
 
 #include <initializer_list>
 
@@ -116,6 +117,15 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// How many threads the calling thread's loops take from now on, those of torch and oneDNN too. Other threads keep theirs.
+PyObject* set_num_threads(PyObject*, PyObject* count) {
+  const long wanted = PyLong_AsLong(count);
+  if (PyErr_Occurred()) return nullptr;
+  if (wanted < 1 || wanted > 4096) return PyErr_Format(PyExc_ValueError, "threads must be from 1 to 4096, got %ld", wanted);
+  omp_set_num_threads(static_cast<int>(wanted));
+  Py_RETURN_NONE;
+}
+
 #define FUNCTION(name, Args) \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<Args, name<Bf16>, name<float>>)), METH_FASTCALL, nullptr}
 
@@ -124,6 +134,7 @@ PyMethodDef methods[] = {
     FUNCTION(silu_mul, Activation),
     FUNCTION(rope_and_append_kv, Rope),
     FUNCTION(query_attention, Attention),
+    {"set_num_threads", set_num_threads, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

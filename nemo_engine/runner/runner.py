@@ -22,6 +22,7 @@ from nemo_engine.runner.graphs import Capture, DecodeGraph
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import Masks, Report, Sampler
+from nemo_engine.runner.threads import SharedCores
 from nemo_engine.runner.transfer import Download, staged, to_device
 from nemo_engine.step import StepPlan, StepResult
 
@@ -126,6 +127,8 @@ class Runner:
         self._max_num_batched_tokens = config.tokens_per_step(device.type)
         self._max_model_len = max_model_len
         self._model = Nemo(model_config, weights, ops, max_model_len)
+        self._weight_bytes = weights.num_bytes
+        self._cores: SharedCores | None = None
         self._kv_cache = KVCache(model_config, num_pages, config.page_size, kv_dtype, device)
         self._table = RequestTable(
             config.max_num_seqs, max_model_len, config.page_size, num_pages, model_config.vocab_size, device
@@ -140,6 +143,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
         """Compute ``plan``; see ``step`` for what a plan means."""
+        if self._cores is not None:
+            self._cores.take(plan.num_tokens)
         for fill in plan.fills:
             self._table.fill(fill)
             self._sampler.fill(fill)
@@ -253,6 +258,11 @@ class Runner:
         return found
 
     # ---- start-up and end
+
+    def share_cores(self) -> None:
+        """From now on others compute beside the steps, which all run in one thread: on a CPU, leave them the cores that small steps gain little by."""
+        if self._device.type == "cpu":
+            self._cores = SharedCores(self._weight_bytes)
 
     @torch.inference_mode()
     def warm_up(self, sizes: Sequence[int]) -> None:
