@@ -143,8 +143,6 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
         """Compute ``plan``; see ``step`` for what a plan means."""
-        if self._cores is not None:
-            self._cores.take(plan.num_tokens)
         for fill in plan.fills:
             self._table.fill(fill)
             self._sampler.fill(fill)
@@ -152,6 +150,12 @@ class Runner:
             if fill.params.prompt_logprobs is not None:
                 self._prompt_lens[fill.slot] = fill.num_prompt_tokens
         new_pages = self._table.take_new_pages(plan)
+        if self._cores is not None:
+            pages = self._table.num_pages
+            attended = sum([pages[slot] for slot in plan.decode_slots]) + sum(
+                [pages[row.slot] for row in plan.prefills]
+            )
+            self._cores.take(plan.num_tokens, attended)
         if not plan.prefills:
             return self._launch_decodes(plan, new_pages)
         slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
@@ -262,7 +266,7 @@ class Runner:
     def share_cores(self) -> None:
         """From now on others compute beside the steps, which all run in one thread: on a CPU, leave them the cores that small steps gain little by."""
         if self._device.type == "cpu":
-            self._cores = SharedCores(self._weight_bytes)
+            self._cores = SharedCores(self._weight_bytes, self._kv_cache.num_bytes // (self._kv_cache.num_pages + 1))
 
     @torch.inference_mode()
     def warm_up(self, sizes: Sequence[int]) -> None:

@@ -6,7 +6,9 @@ import torch
 
 from nemo_engine.ops.op import compiled_for_cpu
 
-_ALONE = 256 << 20  # bytes of weights times tokens: what one core does in some two milliseconds
+# What one core does in some two milliseconds: bytes that it reads once, and bytes of weights, in a cache by then, times the tokens that they meet.
+_READ = 32 << 20
+_MULTIPLIED = 256 << 20
 
 
 class SharedCores:
@@ -14,20 +16,30 @@ class SharedCores:
 
     Every operation of a step waits for the slowest of its threads. One that shares its core with another program comes late by that program's
     turn, a hundred times what its share of a small operation takes.
+
+    weight_bytes, page_bytes: of all layers.
     """
 
-    def __init__(self, weight_bytes: int) -> None:
-        self._most_tokens = _ALONE // max(weight_bytes, 1)
+    def __init__(self, weight_bytes: int, page_bytes: int) -> None:
+        self._weight_bytes = weight_bytes
+        self._page_bytes = page_bytes
         self._all = 0  # of the thread that runs the steps: what torch takes there, once it has been asked
         self._now = 0
         self._cpu = compiled_for_cpu()
 
-    def take(self, num_tokens: int) -> None:
-        """Before a step of ``num_tokens``, in the thread that runs it: its threads, and no other's, become as many as are worth it."""
+    def take(self, num_tokens: int, num_pages: int) -> None:
+        """Before a step of ``num_tokens`` that attends to ``num_pages``, in the thread that runs it: its threads become as many as are worth it.
+
+        Those of other threads stay.
+        """
         if self._cpu is None:  # torch could only change them for the whole process
             return
         self._all = self._all or torch.get_num_threads()
-        wanted = 1 if num_tokens <= self._most_tokens else self._all
+        is_small = (
+            self._weight_bytes * num_tokens <= _MULTIPLIED
+            and self._weight_bytes + self._page_bytes * num_pages <= _READ
+        )
+        wanted = 1 if is_small else self._all
         if wanted != self._now:
             self._cpu.set_num_threads(wanted)
             self._now = wanted

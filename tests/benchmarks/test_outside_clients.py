@@ -56,15 +56,21 @@ def test_runs_of_two_servers_stand_side_by_side(tmp_path: Path, capsys: pytest.C
         (tmp_path / name).write_text(json.dumps(of_vllm() | changed))
         return str(tmp_path / name)
 
-    ours = [written(f"ours{i}", *run) for i, run in enumerate([(4, 400.0, 0), (8, 900.0, 0), (4, 500.0, 0)])]
-    theirs = [written(f"theirs{i}", *run) for i, run in enumerate([(4, 200.0, 0), (8, 300.0, 2), (4, 250.0, 0)])]
+    ours = [
+        written(f"ours{i}", *run) for i, run in enumerate([(4, 400.0, 0), (8, 900.0, 0), (4, 500.0, 0), (9, 90.0, 1)])
+    ]
+    theirs = [
+        written(f"theirs{i}", *run) for i, run in enumerate([(4, 200.0, 0), (8, 300.0, 2), (4, 250.0, 0), (9, 30.0, 0)])
+    ]
     out = tmp_path / "out.jsonl"
     assert outside_clients.main(["--server", "ours", *ours, "--server", "vllm==0.26", *theirs, "--json", str(out)]) == 0
     lines = {(line["server"], line["concurrency"]): line for line in map(json.loads, out.read_text().splitlines())}
     assert lines["ours", 4]["output_tokens_per_second"] == [400.0, 500.0]
     assert lines["vllm", 4]["server_version"] == "0.26" and lines["vllm", 8]["failed"] == [2]
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| vllm bench serve")]
-    assert [row.count("2.00x (2.00 to 2.00)") for row in rows] == [0, 1, 0, 0]  # none where requests failed
+    assert [row.count("x (") for row in rows] == [0, 1, 0, 0, 0, 0] and "2.00x (2.00 to 2.00)" in rows[
+        1
+    ]  # none where requests failed
     assert "| 450 (400 to 500) |" in rows[0] and "4 at a time, 133 in, 60 out" in rows[0] and "vllm 0.26" in rows[1]
 
 
