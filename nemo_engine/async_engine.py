@@ -37,7 +37,6 @@ class AsyncEngine:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self._loop = EngineLoop(model, **options)
-        self._loop.share_cores()
         self._thread = EngineThread(self._loop)
         weakref.finalize(self, self._thread.close)  # a daemon thread inside torch would abort the interpreter's exit
 

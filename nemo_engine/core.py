@@ -36,8 +36,8 @@ class StepRunner(Protocol):
     def launch(self, plan: StepPlan) -> Handle:
         """Start computing ``plan`` after all steps launched before."""
 
-    def share_cores(self) -> None:
-        """Leave others on this machine the cores that small steps gain little by; all steps will run in one thread."""
+    def settle(self) -> None:
+        """Make this thread the one that runs all steps, beside others that compute."""
 
     def count_saturated(self) -> tuple[int, int]:
         """Entries of an FP8 KV cache at its largest number, and entries that are not 0."""

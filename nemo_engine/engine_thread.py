@@ -102,8 +102,15 @@ class EngineThread:
         self._inbox: list[Callable[[], None]] = []
         self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # the thread's own
         self._idle: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._is_ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nemo-engine", daemon=True)
         self._thread.start()
+        try:
+            self._is_ready.wait()
+        except BaseException:  # an interrupt
+            self.close()
+            raise
+        self.check_alive()
 
     @property
     def is_alive(self) -> bool:
@@ -179,6 +186,8 @@ class EngineThread:
     def _run(self) -> None:
         loop = self._loop
         try:
+            loop.settle()
+            self._is_ready.set()
             while True:
                 with self._condition:
                     while not (self._inbox or self.is_closing or loop.has_unfinished_requests()):
@@ -241,6 +250,7 @@ class EngineThread:
         dead.__cause__ = error
         with self._condition:
             self.error = dead
+            self._is_ready.set()
             streams = list(self.streams.values())
         for stream in streams:
             stream.fail(dead)

@@ -117,9 +117,9 @@ class EngineLoop:
             for one in [request_id] if isinstance(request_id, str) else request_id:
                 self._outputs.abort(one)
 
-    def share_cores(self) -> None:
-        """``advance`` will be called by one thread, beside others that serve its outputs: they are left cores (``runner.threads``)."""
-        self._core.runner.share_cores()
+    def settle(self) -> None:
+        """Make this thread the one that calls ``advance``, beside others that serve its outputs; call it there, before the first step."""
+        self._core.runner.settle()
 
     def has_unfinished_requests(self) -> bool:
         """Whether a request has not ended, or its last output is still to come."""

@@ -26,6 +26,11 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._frozen: tuple[Tensor, ...] = ()
+
+    def freeze(self) -> None:
+        """Keep the memory of all buffers from now on: captured graphs write to it. One that grows later is a new one beside it."""
+        self._frozen = tuple(self._buffers.values())
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor; the one taken before under this name is overwritten."""

@@ -16,8 +16,12 @@ GIB = 1 << 30
 CPU_KV_GIB = 1.0  # by default; more if one request of the whole context needs it, up to CPU_KV_GIB_MOST
 CPU_KV_GIB_MOST = 4.0
 SCALE_BLOCK = 128  # rows and columns of a weight that share a scale in the block scheme
-_RESERVE = 2 * GIB  # fragments, library workspaces, and what other processes take while this one runs
-_GRAPH_BYTES = 24 << 20  # of one captured step beside its outputs: its nodes and their parameters
+_RESERVE = 2 * GIB  # fragments, libraries' code, and what other processes take while this one runs
+_GRAPH_BYTES = 24 << 20  # of one captured step beside its tensors: its nodes and their parameters
+_GRAPH_FRAGMENTS = 192 << 20  # segments of the graphs' memory pool that are not full, and its split-K parts
+# torch gives each pair of a cuBLAS handle and a stream 32 MiB on Hopper (8 MiB before). A thread has a handle of its own: there are the pairs
+# of start-up's thread with its stream and with the captures', and that of the thread that serves.
+_CUBLAS_WORKSPACES = 3 * (32 << 20)
 _SAMPLING_BYTES_PER_LOGIT = 16  # the logits, their fp32 copy where they are edited, and the candidates of a cut
 
 _logger = logging.getLogger("nemo_engine")
@@ -64,13 +68,14 @@ class MemoryPlan:
     activations: int  # of the largest step
     tables: int  # requests, sampling parameters, token counts, rotary table
     graphs: int
+    cublas: int  # its workspaces
     reserve: int
     kv_cache: int
 
     @property
     def total(self) -> int:
         """Bytes of all items."""
-        return self.weights + self.activations + self.tables + self.graphs + self.reserve + self.kv_cache
+        return self.weights + self.activations + self.tables + self.graphs + self.cublas + self.reserve + self.kv_cache
 
     @property
     def missing(self) -> int:
@@ -84,6 +89,7 @@ class MemoryPlan:
             ("activations of the largest step", self.activations),
             ("request tables", self.tables),
             ("CUDA graphs", self.graphs),
+            ("cuBLAS workspaces", self.cublas),
             ("reserve", self.reserve),
             ("KV cache", self.kv_cache),
             ("together", self.total),
@@ -115,20 +121,22 @@ def plan_memory(
     if weight_bytes is None:
         weight_bytes = itemsize * num_parameters(model)
     # At the MLP: residual, x and the norm's result, gate_up and its product. The logits come when that is freed.
-    layer = tokens * itemsize * (3 * hidden + 3 * inner + 2 * model.q_size + 2 * model.kv_size)
+    token_bytes = itemsize * (3 * hidden + 3 * inner + 2 * model.q_size + 2 * model.kv_size)
     sampling = max(seqs, 256) * vocab * _SAMPLING_BYTES_PER_LOGIT
     pages_per_row = -(-max_model_len // config.page_size)
     tables = (seqs + 1) * (4 * max_model_len + 8 * pages_per_row + 5 * vocab) + max_model_len * model.head_dim * 4
     graphs = 0
     if not config.enforce_eager:
+        # Each size keeps its logits. What a step needs meanwhile is used again by all others: that of the largest is enough.
         sizes = graph_sizes(seqs)
-        graphs = sum(sizes) * vocab * itemsize + 2 * _GRAPH_BYTES * len(sizes)
+        graphs = sum(sizes) * vocab * itemsize + seqs * token_bytes + _GRAPH_FRAGMENTS + 2 * _GRAPH_BYTES * len(sizes)
     plan = MemoryPlan(
         free=free,
         weights=weight_bytes,
-        activations=max(layer, sampling),
+        activations=max(tokens * token_bytes, sampling),
         tables=tables,
         graphs=graphs,
+        cublas=_CUBLAS_WORKSPACES,
         reserve=_RESERVE,
         kv_cache=0,
     )

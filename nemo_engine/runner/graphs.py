@@ -1,13 +1,14 @@
 """Decode steps as CUDA graphs: one launch for a whole step, for a short list of batch sizes.
 
 A captured function reads its inputs from tensors at fixed addresses, and what it returns lies at fixed addresses too, overwritten by the
-next replay. All captures share one memory pool: they never run at the same time.
+next replay. The captures of an engine share one memory pool: they never run at the same time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,18 +28,29 @@ class Captured(Generic[T]):
 Capture = Callable[[Callable[[], Any]], Captured[Any]]
 
 
+@cache
+def _capture_stream(device_index: int) -> torch.cuda.Stream:
+    """The stream of all captures of this process on a device.
+
+    torch's allocator gives a block again only to the stream that it was first given to, so captures on streams of their own would share
+    no memory; and cuBLAS keeps a workspace for each stream that it was ever used on.
+    """
+    return torch.cuda.Stream(device_index)
+
+
 def cuda_capture(device: torch.device) -> Capture:
     """Captures into CUDA graphs. The function runs once before, so that libraries and kernels are loaded."""
     pool = torch.cuda.graph_pool_handle()
+    stream = _capture_stream(torch.cuda.current_device() if device.index is None else device.index)
 
     def capture(function: Callable[[], T]) -> Captured[T]:
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             function()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        # "thread_local": in the mode "global", any other thread of the process that allocates device memory breaks the capture.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = function()
         return Captured(outputs, graph.replay)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from nemo_engine.config import ModelConfig
 from nemo_engine.ops.quantize import FP8
 
-_PAGES_AT_ONCE = 256  # whose bytes are looked at together
+_PAGES_AT_ONCE = 64  # whose bytes are looked at together
 
 
 class KVCache:
@@ -42,17 +42,19 @@ class KVCache:
             else:
                 cache[pages] = torch.nan
 
-    def count_saturated(self, highest_page: int) -> tuple[int, int]:
-        """Of an FP8 cache: (entries at its largest number, 448; entries that are not 0), of all that was ever written and not overwritten.
+    def count_saturated(self, highest_page: int, max_pages: int | None = None) -> tuple[int, int]:
+        """Count the entries of an FP8 cache at its largest number, 448, and those that are not 0: (saturated, written).
 
-        What was larger is stored as 448, so this tells whether the scales are too small. (0, 0) of other caches. Reads the pages up to
-        ``highest_page`` once: on the CPU, those beyond would be taken from the system for it.
+        What was larger is stored as 448, so this tells whether the scales are too small. (0, 0) of other caches. Reads the pages from 1 to
+        ``highest_page`` once (on the CPU, those beyond would be taken from the system for it), or ``max_pages`` of them, evenly spread.
+        The device is waited for once.
         """
-        saturated = written = 0
+        stride = 1 if max_pages is None else -(-highest_page // max_pages)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.layers[0][0].device)
         for cache in (cache for layer in self.layers for cache in layer):
             if cache.dtype == FP8:
-                for pages in cache[1 : highest_page + 1].view(torch.uint8).split(_PAGES_AT_ONCE):
-                    codes = torch.bincount(pages.flatten(), minlength=256)
-                    saturated += int(codes[0x7E] + codes[0xFE])
-                    written += pages.numel() - int(codes[0x00] + codes[0x80])
+                for pages in cache[1 : highest_page + 1 : max(stride, 1)].view(torch.uint8).split(_PAGES_AT_ONCE):
+                    magnitude = pages & 0x7F
+                    counts += torch.stack(((magnitude == 0x7E).sum(), magnitude.count_nonzero()))
+        saturated, written = counts.tolist()
         return saturated, written

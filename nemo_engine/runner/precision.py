@@ -37,6 +37,15 @@ def resolve_precision(config: EngineConfig, checkpoint: Checkpoint, device: torc
     return Precision(dtype, _resolve_kv_dtype(config.kv_cache_dtype, stored, dtype), online, is_fp8)
 
 
+def use_wide_reductions() -> None:
+    """Have cuBLAS add the parts of a split product in fp32, in this process; torch lets it add them in the activations' dtype by default.
+
+    Otherwise the rounding of a bf16 product would depend on the algorithm that its number of rows selects.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
     """The dtype of dense weights and activations; "auto" is the checkpoint's."""
     dtype = getattr(torch, checkpoint_dtype if name == "auto" else name)

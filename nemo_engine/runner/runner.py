@@ -28,6 +28,8 @@ from nemo_engine.step import StepPlan, StepResult
 
 PROMPT_LOGPROB_ROWS = 256  # logits computed at once for prompt log-probabilities: bounds their memory
 _TOLERATED_SATURATION = 1e-4  # of an FP8 cache's entries; scales from calibration saturate a few outliers of other text
+_SAMPLED_PAGES = 64  # of a cache that is closed: 4,096 tokens by default, and some 0.3 GiB to read for NeMo
+_SETTLING_TOKENS = 64  # of a step that reaches all cores and libraries
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -263,8 +265,17 @@ class Runner:
 
     # ---- start-up and end
 
-    def share_cores(self) -> None:
-        """From now on others compute beside the steps, which all run in one thread: on a CPU, leave them the cores that small steps gain little by."""
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Make this thread the one that runs all steps, beside others that compute: call it there, before the first step.
+
+        Libraries keep some things per thread (cuBLAS its handle and workspace, OpenMP its pool): a step of padding makes them now. On a
+        CPU, small steps will leave the others the cores that they gain little by.
+        """
+        for counts in (self._padding_rows(min(_SETTLING_TOKENS, self._max_num_batched_tokens)), [1]):
+            self._run_padding(counts)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         if self._device.type == "cpu":
             self._cores = SharedCores(self._weight_bytes, self._kv_cache.num_bytes // (self._kv_cache.num_pages + 1))
 
@@ -320,14 +331,15 @@ class Runner:
 
             graphs.append(DecodeGraph(size, words, capture(whole), capture(forward)))
         self._graphs = tuple(sorted(graphs, key=lambda graph: graph.size))
+        self._workspace.freeze()
 
-    def count_saturated(self) -> tuple[int, int]:
-        """See ``KVCache.count_saturated``."""
-        return self._kv_cache.count_saturated(self._table.highest_page)
+    def count_saturated(self, max_pages: int | None = None) -> tuple[int, int]:
+        """See ``KVCache.count_saturated``; of the pages that requests have had."""
+        return self._kv_cache.count_saturated(self._table.highest_page, max_pages)
 
     def close(self) -> None:
-        """Drop all tensors and graphs; says so if an FP8 cache was too small for what was written into it."""
-        saturated, written = self.count_saturated()
+        """Drop all tensors and graphs; says so if an FP8 cache was too small for what was written into a sample of its pages."""
+        saturated, written = self.count_saturated(_SAMPLED_PAGES)
         if saturated > _TOLERATED_SATURATION * written:
             _logger.warning(
                 "%.2g %% of the FP8 KV cache's entries are saturated: its scales are too small; calibrate them (nemo-engine quantize "

@@ -27,7 +27,7 @@ from nemo_engine.planner.memory import (
     weight_bytes,
 )
 from nemo_engine.runner.graphs import cuda_capture
-from nemo_engine.runner.precision import Precision, resolve_precision
+from nemo_engine.runner.precision import Precision, resolve_precision, use_wide_reductions
 from nemo_engine.runner.runner import Runner
 
 _logger = logging.getLogger("nemo_engine")
@@ -55,8 +55,10 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
     precision = resolve_precision(config, checkpoint, device)
     site = Site.of(model_config, config.page_size, precision.dtype, device, precision.kv_dtype)
     ops = Ops.select(site, config.prefer or {})
-    if device.type == "cuda" and not config.enforce_eager:
-        check_capturable(ops)
+    if device.type == "cuda":
+        use_wide_reductions()
+        if not config.enforce_eager:
+            check_capturable(ops)
     with ledger.stage("check tensors"):
         if config.load_format == "dummy":
             inventory = planned_inventory(model_config, checkpoint.quantization, precision.online)
