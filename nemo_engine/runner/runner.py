@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.model.linear import Fp8Linear
 from nemo_engine.model.nemo import ModelInputs, Nemo
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import Ops
@@ -22,7 +23,7 @@ from nemo_engine.runner.graphs import Capture, DecodeGraph
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import Masks, Report, Sampler
-from nemo_engine.runner.threads import SharedCores
+from nemo_engine.runner.threads import Cores
 from nemo_engine.runner.transfer import Download, staged, to_device
 from nemo_engine.step import StepPlan, StepResult
 
@@ -129,12 +130,16 @@ class Runner:
         self._max_num_batched_tokens = config.tokens_per_step(device.type)
         self._max_model_len = max_model_len
         self._model = Nemo(model_config, weights, ops, max_model_len)
-        self._weight_bytes = weights.num_bytes
-        self._cores: SharedCores | None = None
         self._kv_cache = KVCache(model_config, num_pages, config.page_size, kv_dtype, device)
         self._table = RequestTable(
             config.max_num_seqs, max_model_len, config.page_size, num_pages, model_config.vocab_size, device
         )
+        page_bytes = self._kv_cache.num_bytes // (num_pages + 1)
+        self._cores: Cores | None = None
+        if device.type == "cpu":
+            # Only sums of fp32 products are split by the number of threads. FP8 is computed in fp32 there.
+            is_fp32 = weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear)
+            self._cores = Cores(weights.num_bytes, page_bytes, adapts=not is_fp32)
         self._sampler = Sampler(config.max_num_seqs, model_config.vocab_size, ops, device)
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._workspace = Workspace()
@@ -152,14 +157,14 @@ class Runner:
             if fill.params.prompt_logprobs is not None:
                 self._prompt_lens[fill.slot] = fill.num_prompt_tokens
         new_pages = self._table.take_new_pages(plan)
-        if self._cores is not None:
-            pages = self._table.num_pages
-            attended = sum([pages[slot] for slot in plan.decode_slots]) + sum(
-                [pages[row.slot] for row in plan.prefills]
-            )
-            self._cores.take(plan.num_tokens, attended)
-        if not plan.prefills:
-            return self._launch_decodes(plan, new_pages)
+        launch = self._launch_rows if plan.prefills else self._launch_decodes
+        if self._cores is None:
+            return launch(plan, new_pages)
+        slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
+        with self._cores.step(plan.num_tokens, sum([self._table.num_pages[slot] for slot in slots])):
+            return launch(plan, new_pages)
+
+    def _launch_rows(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> Handle:
         slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
         counts = [1] * len(plan.decode_slots) + [row.num_tokens for row in plan.prefills]
         num_decodes = len(plan.decode_slots)
@@ -269,15 +274,12 @@ class Runner:
     def settle(self) -> None:
         """Make this thread the one that runs all steps, beside others that compute: call it there, before the first step.
 
-        Libraries keep some things per thread (cuBLAS its handle and workspace, OpenMP its pool): a step of padding makes them now. On a
-        CPU, small steps will leave the others the cores that they gain little by.
+        Libraries keep some things per thread (cuBLAS its handle and workspace, OpenMP its pool): a step of padding makes them now.
         """
         for counts in (self._padding_rows(min(_SETTLING_TOKENS, self._max_num_batched_tokens)), [1]):
             self._run_padding(counts)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        if self._device.type == "cpu":
-            self._cores = SharedCores(self._weight_bytes, self._kv_cache.num_bytes // (self._kv_cache.num_pages + 1))
 
     @torch.inference_mode()
     def warm_up(self, sizes: Sequence[int]) -> None:

@@ -1,6 +1,13 @@
-"""How many of a CPU's cores a step takes while an event loop and its clients need some too."""
+"""How many of a CPU's cores a step takes: one or all that this process may use, by what steps of its kind took of late."""
 
 from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -9,37 +16,152 @@ from nemo_engine.ops.op import compiled_for_cpu
 # What one core does in some two milliseconds: bytes that it reads once, and bytes of weights, in a cache by then, times the tokens that they meet.
 _READ = 32 << 20
 _MULTIPLIED = 256 << 20
+_REMEMBERED = 8  # steps of a kind
+_TRIED = 3  # steps of a kind in a row of trials: older ones say nothing of now
+_BETWEEN_TRIALS = 32  # steps of a kind
+_TRIALS_SHARE = 0.02  # of the time that steps take, what trials may cost more than the choice that they try to better
 
 
-class SharedCores:
-    """Gives small steps to one core, large ones to all.
+class Cores:
+    """Gives each step one core or all, whichever took less time of late.
 
-    Every operation of a step waits for the slowest of its threads. One that shares its core with another program comes late by that program's
-    turn, a hundred times what its share of a small operation takes.
+    Every operation of a step waits for the slowest of its threads. One whose core is taken by another program comes late by that program's
+    turn, a hundred times what its share of a small operation takes; on a quiet machine all cores are faster for most steps. No file of the
+    system tells which of the two holds here (a container sees neither its neighbours nor the host), but the steps' own times do. So steps of
+    a kind, which are those of like numbers of tokens and pages, begin with what ``is_small`` says; now and then one of them tries the
+    other number, as often as trials cost 2 % of the time at most.
 
-    weight_bytes, page_bytes: of all layers.
+    weight_bytes, page_bytes: of all layers. adapts: False if the bits of a step depend on the number of threads, as those of MKL's fp32
+    products do: a clock must not choose them, so what ``is_small`` says stays. clock: seconds.
     """
 
-    def __init__(self, weight_bytes: int, page_bytes: int) -> None:
+    def __init__(
+        self, weight_bytes: int, page_bytes: int, *, adapts: bool, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._weight_bytes = weight_bytes
         self._page_bytes = page_bytes
-        self._all = 0  # of the thread that runs the steps: what torch takes there, once it has been asked
-        self._now = 0
+        self._adapts = adapts
+        self._clock = clock
+        self._allowed = allowed_cores()
+        self._credit = 0.0  # seconds that trials may still cost
+        self._kinds: dict[tuple[int, int], _Kind] = {}
         self._cpu = compiled_for_cpu()
 
-    def take(self, num_tokens: int, num_pages: int) -> None:
-        """Before a step of ``num_tokens`` that attends to ``num_pages``, in the thread that runs it: its threads become as many as are worth it.
-
-        Those of other threads stay.
-        """
-        if self._cpu is None:  # torch could only change them for the whole process
+    @contextmanager
+    def step(self, num_tokens: int, num_pages: int) -> Iterator[None]:
+        """Run a step of ``num_tokens`` that attends to ``num_pages`` inside; this thread's number of threads is what it was afterwards."""
+        before = torch.get_num_threads()
+        most = min(before, self._allowed)
+        if (
+            self._cpu is None or most == 1 == before
+        ):  # without csrc/cpu, torch could only change it for the whole process
+            yield
             return
-        self._all = self._all or torch.get_num_threads()
-        is_small = (
+        key = num_tokens.bit_length(), num_pages.bit_length()
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind(takes_all=not self.is_small(num_tokens, num_pages))
+        is_trial = most > 1 and self._adapts and kind.may_try(self._credit)
+        takes_all = most > 1 and kind.takes_all is not is_trial
+        count = most if takes_all else 1
+        if count != before:
+            self._cpu.set_num_threads(count)
+        began = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - began
+            if count != before:
+                self._cpu.set_num_threads(before)
+        if most > 1 and self._adapts:
+            self._credit = min(1.0, self._credit + _TRIALS_SHARE * seconds)
+            if is_trial:
+                self._credit -= max(0.0, seconds - kind.seconds(kind.takes_all))
+            kind.note(takes_all, is_trial, seconds)
+
+    def is_small(self, num_tokens: int, num_pages: int) -> bool:
+        """Whether one core does such a step in some two milliseconds, so that others gain little."""
+        return (
             self._weight_bytes * num_tokens <= _MULTIPLIED
             and self._weight_bytes + self._page_bytes * num_pages <= _READ
         )
-        wanted = 1 if is_small else self._all
-        if wanted != self._now:
-            self._cpu.set_num_threads(wanted)
-            self._now = wanted
+
+
+class _Kind:
+    """The last steps of one kind: their seconds with one core and with all, and which of the two is chosen."""
+
+    def __init__(self, takes_all: bool) -> None:
+        self.takes_all = takes_all
+        self._times: dict[bool, deque[float]] = {choice: deque(maxlen=_REMEMBERED) for choice in (False, True)}
+        self._since_trial = 0
+
+    def seconds(self, takes_all: bool) -> float:
+        """The mean of what is remembered, but for the slowest step if there are several: a single late thread is no load."""
+        times = sorted(self._times[takes_all])
+        return sum(times[:-1]) / (len(times) - 1) if len(times) > _TRIED else sum(times) / len(times)
+
+    def may_try(self, credit: float) -> bool:
+        """Whether the other choice is due, and its likely cost is within ``credit`` seconds."""
+        if self._since_trial < _BETWEEN_TRIALS:
+            return False
+        if not self._times[not self.takes_all]:
+            return self.seconds(self.takes_all) <= credit
+        return self.seconds(not self.takes_all) - self.seconds(self.takes_all) <= credit
+
+    def note(self, takes_all: bool, is_trial: bool, seconds: float) -> None:
+        """A step with one core, or all, took ``seconds``."""
+        times = self._times[takes_all]
+        if is_trial:
+            self._since_trial = 0
+            while len(times) >= _TRIED:
+                times.popleft()
+        else:
+            self._since_trial += 1
+        times.append(seconds)
+        other = self._times[not self.takes_all]
+        if other and len(self._times[self.takes_all]) >= _TRIED:
+            if self.seconds(not self.takes_all) < self.seconds(self.takes_all):
+                self.takes_all = not self.takes_all
+                self._since_trial = 0
+
+
+def allowed_cores(system: Path = Path("/")) -> int:
+    """Cores that this process may use at once: those of its affinity, and no more than whole ones of its cgroups' quotas.
+
+    system: the root under which proc/ and sys/ lie.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, int(min(_quotas(system), default=affinity))))
+
+
+def _quotas(system: Path) -> Iterator[float]:
+    """The quotas, in cores, of the cgroup of this process and of those around it: of version 2 (cpu.max) or 1 (cpu.cfs_quota_us)."""
+    try:
+        lines = (system / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = system / "sys/fs/cgroup" / (controllers and "cpu")
+        # In a container, the path may be that of the host, of which only the root is to be seen.
+        for folder in {root, *(root / part for part in _and_parents(path.strip("/")))}:
+            if controllers:
+                quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+            else:
+                quota, _, period = _read(folder / "cpu.max").partition(" ")
+            if quota.isdigit() and period.isdigit() and int(quota) and int(period):
+                yield int(quota) / int(period)
+
+
+def _and_parents(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
