@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, TypeAlias
 
+from nemo_engine.checks import check_unicode
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request
@@ -216,6 +217,7 @@ class InputProcessor:
             raise ValueError(f'{name} is text, and this engine has no tokenizer: pass {{"prompt_token_ids": [...]}}')
         if not text:
             raise ValueError(f"{name} must not be empty")
+        check_unicode(name, text)
         return EncodedPrompt(text, self.check_ids(self._tokenizer.encode(text), name))
 
 
@@ -225,4 +227,5 @@ def check_cache_salt(salt: object, name: str) -> str:
         return ""
     if not isinstance(salt, str) or not 1 <= len(salt) <= _MAX_SALT:
         raise ValueError(f"{name} must be a string of 1 to {_MAX_SALT} characters, got {salt!r}")
+    check_unicode(name, salt)
     return salt

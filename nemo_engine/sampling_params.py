@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from nemo_engine.checks import check_unicode
 from nemo_engine.structured_outputs import StructuredOutputsParams
 
 MAX_N = 16384
@@ -199,6 +200,7 @@ class SamplingParams:
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must hold non-empty strings, got {text!r}")
+            check_unicode("stop", text)
         put("stop", tuple(dict.fromkeys(stop)))
         if len(stop) > MAX_STOP:
             raise ValueError(f"stop must hold at most {MAX_STOP} strings, got {len(stop)}")

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "nemo_engine"
 
 # ---- the table: what each part may import of nemo_engine, and of other distributions
 
-CONTRACTS = {"config", "sampling_params", "structured_outputs", "outputs", "step", "ledger"}
+CONTRACTS = {"checks", "config", "sampling_params", "structured_outputs", "outputs", "step", "ledger"}
 ROW_1 = CONTRACTS | {"text"}
 
 MAY_IMPORT: dict[str, set[str]] = {

@@ -44,6 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = build_parser().parse_args(argv)
+    # A stream is None if it was closed by whoever started the command.
+    sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")
+    if sys.stdout is None:
+        if args.run is not serve.run:
+            print("nemo-engine: error: standard output is closed", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused where the text is taken
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows "?"
     with warnings.catch_warnings():

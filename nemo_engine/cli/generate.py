@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_engine.checks import check_unicode
 from nemo_engine.cli import arguments
+from nemo_engine.cli.files import read_text
 from nemo_engine.cli.report import as_json, summary
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
@@ -63,13 +65,19 @@ def run(args: argparse.Namespace) -> int:
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts in the order: ``--prompt``, ``--prompt-file``; without both, the lines of stdin."""
     prompts = list(args.prompt)
+    for prompt in prompts:
+        check_unicode("--prompt", prompt)
     for name in args.prompt_file:
-        text = sys.stdin.read() if name == "-" else _read_file(name)
+        text = sys.stdin.read() if name == "-" else read_text("--prompt-file", Path(name))
+        check_unicode("standard input", text)
         prompts.append(text.removesuffix("\n").removesuffix("\r"))
     if not args.prompt and not args.prompt_file:
-        if sys.stdin is None or sys.stdin.isatty():
+        if sys.stdin.isatty():
             raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe lines in")
-        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        for number, line in enumerate(lines, 1):
+            check_unicode(f"line {number} of standard input", line)
+        prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise ValueError("no prompt: stdin holds no line of text")
     return prompts
@@ -105,10 +113,3 @@ def print_in_order(outputs: Iterator[RequestOutput], num_prompts: int, n: int) -
                 yield done[key]
             turn += 1
             is_head_due = has_heads
-
-
-def _read_file(name: str) -> str:
-    try:
-        return Path(name).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {name} is not UTF-8 text: {error.reason} at byte {error.start}") from None

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_engine.checks import check_unicode
 from nemo_engine.text.tool_calls import hashed_id
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -104,7 +105,10 @@ def check_messages(messages: object) -> list[ChatMessage]:
 
 def check_content(content: object, name: str, *, part_types: Sequence[str] = ("text",)) -> str | None:
     """A string, or the texts of a list of text parts with blank lines between them; None for None."""
-    if content is None or isinstance(content, str):
+    if content is None:
+        return None
+    if isinstance(content, str):
+        check_unicode(name, content)
         return content
     if not isinstance(content, Sequence):
         raise ValueError(f"{name} must be a string or a list of text parts, got {content!r}")
@@ -116,6 +120,7 @@ def check_content(content: object, name: str, *, part_types: Sequence[str] = ("t
             raise ValueError(
                 f'{name}[{index}] must be {{"type": "text", "text": ...}}: the model reads text only, got {what}'
             )
+        check_unicode(f"{name}[{index}].{kind}", part[kind])
         texts.append(part[kind])
     return "\n\n".join(text for text in texts if text)
 
@@ -161,6 +166,7 @@ def _check_assistant(message: Mapping[str, Any], name: str, ids: CallIds) -> Cha
     refusal = message.get("refusal")
     if refusal is not None and not isinstance(refusal, str):
         raise ValueError(f"{name}.refusal must be a string, got {refusal!r}")
+    check_unicode(f"{name}.refusal", refusal or "")
     calls: object = message.get("tool_calls")
     if calls is None:
         calls = []
@@ -201,10 +207,12 @@ def _check_id(call_id: object, name: str) -> str:
 
 
 def _check_json(text: str, name: str) -> None:
-    """What is no JSON is rendered as a string; what Python cannot read at all is refused."""
+    """What is no JSON is rendered as a string; what Python cannot read at all, or a tokenizer, is refused."""
+    check_unicode(name, text)
     try:
-        json.loads(text)
+        written = json.dumps(json.loads(text), ensure_ascii=False)  # as it is rendered
     except json.JSONDecodeError:
-        pass
+        return
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} cannot be read as JSON: {error}") from None
+    check_unicode(name, written)

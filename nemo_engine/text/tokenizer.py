@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_engine.checks import check_unicode
+
 FILE_NAMES = ("tekken.json", "tokenizer.model.v3", "tokenizer.model")
 
 _logger = logging.getLogger("nemo_engine")
@@ -77,6 +79,7 @@ class Tokenizer:
         """
         if bos and text.startswith("<s>"):
             text = text[3:]
+        check_unicode("text", text)
         ids: list[int] = self._raw.encode(text, bos=bos, eos=False)
         return ids
 
@@ -88,6 +91,7 @@ class Tokenizer:
         """
         found: list[tuple[int, ...]] = []
         for word in words:
+            check_unicode("bad_words", word)
             plain, spaced = (tuple(self.encode(prefix + word.lstrip(), bos=False)) for prefix in ("", " "))
             if not plain:
                 raise ValueError(f"bad_words must hold words with at least one token, got {word!r}")

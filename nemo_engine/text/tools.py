@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nemo_engine.checks import check_unicode
 from nemo_engine.text.messages import FUNCTION_NAME, refuse_unknown
 
 MAX_SCHEMA_DEPTH = 64
@@ -49,6 +51,8 @@ def check_tools(tools: object) -> list[dict[str, Any]]:
             validate_json_schema_by_draft7(function["parameters"])
         except ValueError as error:
             raise ValueError(f"{name}.function.parameters is not a valid JSON schema: {error}") from None
+        for field in ("description", "parameters"):
+            check_unicode(f"{name}.function.{field}", json.dumps(function[field], ensure_ascii=False, default=str))
         checked.append({"type": "function", "function": function})
     return checked
 

@@ -126,7 +126,51 @@ def test_a_prompt_file_that_is_not_text(
     path = tmp_path / "binary"
     path.write_bytes(b"ok\xff")
     assert main(["generate", "m", "--prompt-file", str(path)]) == 2
-    assert "is not UTF-8 text: invalid start byte at byte 2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--prompt-file must be text in UTF-8" in error and "invalid start byte" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "data", "place"),
+    [
+        (["--prompt", "ok", "--prompt", "a\udcffb"], b"", "--prompt must be Unicode text: character 1"),
+        ([], b"ok\n\nab\xff\n", "line 3 of standard input must be Unicode text: character 2"),
+        (["--prompt-file", "-"], b"ok\xff", "standard input must be Unicode text: character 2"),
+        (["--prompt", "ok", "--stop", "\ud800"], b"", "stop must be Unicode text: character 0"),
+    ],
+)
+def test_text_that_is_not_text_is_refused_by_its_place(
+    fake: type[FakeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    data: bytes,
+    place: str,
+) -> None:
+    for errors in ("strict", "surrogateescape"):  # of the locale
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8", errors))
+        assert main(["generate", "m", *argv]) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and place in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("redirections", "status", "message"),
+    [
+        ("generate nemo-tiny --prompt a >&-", 2, "error: standard output is closed"),
+        ("info nemo-tiny >&-", 2, "error: standard output is closed"),
+        ("generate nemo-tiny <&-", 2, "error: no prompt: stdin holds no line of text"),
+        ("chat nemo-tiny --device cpu --num-kv-pages 4 --max-model-len 64 <&-", 0, None),
+        ("info nemo-tiny >/dev/full", 2, "error: [Errno 28] No space left on device"),
+    ],
+)
+def test_closed_streams_end_in_one_line(redirections: str, status: int, message: str | None) -> None:
+    run = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m nemo_engine {redirections}"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert run.returncode == status and run.stdout == ""
+    assert run.stderr == ("" if message is None else f"nemo-engine: {message}\n")
 
 
 def test_warnings_are_one_line(fake: type[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
