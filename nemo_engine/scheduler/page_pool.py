@@ -117,7 +117,13 @@ class PagePool:
 
         The last pages of a prefix become evictable before the first ones, which more requests can share.
         """
-        counts, hashes, in_doubt, blank, unused = self._num_users, self._hash_of, self._in_doubt, self._blank, self._unused
+        counts, hashes, in_doubt, blank, unused = (
+            self._num_users,
+            self._hash_of,
+            self._in_doubt,
+            self._blank,
+            self._unused,
+        )
         for page in reversed(pages):
             users = counts[page] - 1
             assert users >= 0, f"page {page} released twice"
@@ -173,7 +179,9 @@ class PagePool:
         assert users == self._num_users, "user counts differ from the page tables"
         free = sorted(self._blank + self._unused_pages())
         assert free == [page for page in range(1, self.num_pages + 1) if users[page] == 0], "free pages"
-        assert all(users[page] or not self._in_doubt[page] for page in self._page_of.values()), "free, findable, and in doubt"
+        assert all(users[page] or not self._in_doubt[page] for page in self._page_of.values()), (
+            "free, findable, and in doubt"
+        )
         assert self.num_free == len(free) and all(self._hash_of[page] is None for page in self._blank)
         assert all(self._hash_of[page] == page_hash for page_hash, page in self._page_of.items()), "hash map"
         assert len(self._page_of) == sum(page_hash is not None for page_hash in self._hash_of), "hash map size"

@@ -170,7 +170,7 @@ class Scheduler:
             last += running.launch_constrained(ready, step_id)
         left = self.max_num_batched_tokens - len(decodes.requests)
         step = PlannedStep(step_id, decodes, last, running.num_departures, left, ready[:], new_pages)
-        self._plan_prompts(step, may_admit=running.num_departures == num_departures)  # not where somebody was just preempted
+        self._plan_prompts(step, may_admit=running.num_departures == num_departures)  # nobody was preempted
         if not decodes.requests and not step.prefills:
             return None
         self._step_id = step_id
@@ -327,11 +327,12 @@ class Scheduler:
                     self._preempt(request)
                     is_spread = True
 
-    def fail_running(self, message: str) -> Committed:
+    def fail_running(self, message: str, or_first: bool = False) -> Committed:
         """A step broke, or a change of the books was cut short, wherever it was: end every running request with an error.
 
         What waits goes on waiting. Launched steps are forgotten, and so is all that was noted of pages and slots: it may be half done, and
-        the step may have written anywhere. May be called again if it is cut short itself.
+        the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if nobody runs, the first of those
+        that wait ends instead.
         """
         waiting, failed = WaitingQueue(), []
         requests = {}
@@ -346,6 +347,13 @@ class Scheduler:
                 request.finish_reason, request.stop_reason, request.error = "error", None, message
                 request.status = RequestStatus.FINISHED
             failed.append(request)
+        if or_first and not failed and waiting:
+            request = waiting.first()
+            request.finish_reason, request.error = "error", message
+            request.status = RequestStatus.FINISHED
+            failed.append(request)
+            waiting.remove(request)
+            del requests[request.request_id]
         self._launched.clear()
         self.kv.reset()
         self._running = RunningSet(self._max_num_seqs, self.kv.page_size)

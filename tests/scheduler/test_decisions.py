@@ -114,7 +114,9 @@ class Model:
         is_blocked = has_preempted
         for known in sorted((r for r in self.requests if not r.is_decoding), key=lambda r: r.urgency):
             if not known.is_running:
-                is_blocked = is_blocked or left == 0 or len(self.running()) == self.max_num_seqs or not self.admit(known)
+                is_blocked = (
+                    is_blocked or left == 0 or len(self.running()) == self.max_num_seqs or not self.admit(known)
+                )
             if known.is_running:
                 left = self.prefill(known, left, prefills)
         for known in decodes:
