@@ -54,7 +54,7 @@ class EngineLoop:
         if not self.config.skip_tokenizer_init:
             with self.ledger.stage("load tokenizer"):
                 self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self.model_path))
-        self.inputs = InputProcessor(self.model_config, self.config, self.tokenizer)
+        self.inputs = InputProcessor(self.model_config, self.config, self.tokenizer, self.max_model_len)
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
 
@@ -82,15 +82,16 @@ class EngineLoop:
         kind: RequestOutputKind,
         sink: Sink,
         priority: int = 0,
+        client: str = "",
     ) -> PreparedRequest:
         """Check a request and make it ready for ``submit``; for those who run the loop themselves.
 
-        ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile. Outputs will
+        Waiting requests of equal ``priority`` are taken from each ``client`` in turn. ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile. Outputs will
         be appended to ``sink`` by the thread that calls ``advance``.
         """
         self.check_fits(prompt, params)
         user = UserRequest(request_id, prompt, params, kind, sink)
-        return PreparedRequest(user, self.inputs.requests(request_id, prompt, params, priority))
+        return PreparedRequest(user, self.inputs.requests(request_id, prompt, params, priority, client))
 
     def submit(self, prepared: PreparedRequest) -> None:
         """Queue a prepared request. Raises ``ValueError`` if its id is in use."""
@@ -125,6 +126,10 @@ class EngineLoop:
         """Whether a request has not ended, or its last output is still to come."""
         with self._lock:
             return len(self._outputs) > 0
+
+    def num_waiting_of(self, client: str) -> int:
+        """Completions of ``client`` that wait. Takes no lock."""
+        return self._core.scheduler.num_waiting_of(client)
 
     def stats(self) -> SchedulerStats:
         """Requests and pages at this moment, and totals since the start."""

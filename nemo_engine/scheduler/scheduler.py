@@ -123,9 +123,13 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None:
             if request.status is RequestStatus.WAITING:
-                self._waiting.discard()
+                self._waiting.remove(request)
             self._end(request, reason, stop_reason)
         return request
+
+    def num_waiting_of(self, client: str) -> int:
+        """Requests of ``client`` that wait and have not run yet. From any thread."""
+        return self._waiting.count_of(client)
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
