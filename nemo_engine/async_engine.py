@@ -23,6 +23,9 @@ from nemo_engine.text import Tokenizer
 __all__ = ["AsyncEngine", "EngineClosedError", "EngineDeadError"]
 
 _LONG_TEXT = 10_000  # characters; longer prompts are encoded outside the event loop
+_MANY_IDS = (
+    100_000  # of all completions of a request, each of which gets its own; more are copied outside the event loop
+)
 
 _T = TypeVar("_T")
 
@@ -97,6 +100,10 @@ class AsyncEngine:
         """The last step that was committed; 0 before the first. Waits for nothing."""
         return self._thread.last_step_id
 
+    def num_waiting_of(self, client: str) -> int:
+        """Completions of ``client`` that wait for a place in the batch. Waits for nothing."""
+        return self._thread.num_waiting_of(client)
+
     def room_for(self, num_prompt_tokens: int) -> int:
         """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for one."""
         return self._loop.room_for(num_prompt_tokens)
@@ -152,18 +159,27 @@ class AsyncEngine:
             yield output
 
     async def generate_encoded(
-        self, prompt: EncodedPrompt, params: SamplingParams, request_id: str | None = None, *, priority: int = 0
+        self,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        client: str = "",
     ) -> AsyncIterator[RequestOutput]:
-        """As ``generate``, for a prompt and parameters that have been through ``inputs`` already."""
+        """As ``generate``, for a prompt and parameters that have been through ``inputs`` already.
+
+        While they wait, requests of equal priority are taken from each ``client`` in turn.
+        """
         if request_id is None:
             request_id = f"req-{uuid4().hex}"
         stream = Stream(self._thread, request_id, asyncio.get_running_loop())
         is_finished = False
         try:
-            if params.structured_outputs is None:
-                self._add(stream, prompt, params, priority)
-            else:  # its grammar may have to be compiled
-                await asyncio.to_thread(self._add, stream, prompt, params, priority)
+            if params.structured_outputs or params.bad_words or params.n * len(prompt.token_ids) > _MANY_IDS:
+                await asyncio.to_thread(self._add, stream, prompt, params, priority, client)
+            else:
+                self._add(stream, prompt, params, priority, client)
             while not is_finished:
                 output = await stream.next()
                 is_finished = output.finished
@@ -172,12 +188,12 @@ class AsyncEngine:
             if not is_finished:
                 self._thread.drop(stream)
 
-    def _add(self, stream: Stream, prompt: EncodedPrompt, params: SamplingParams, priority: int) -> None:
+    def _add(self, stream: Stream, prompt: EncodedPrompt, params: SamplingParams, priority: int, client: str) -> None:
         request_id = stream.request_id
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
         self._thread.check_open()
-        prepared = self._loop.prepare(request_id, prompt, params, params.output_kind, stream, priority)
+        prepared = self._loop.prepare(request_id, prompt, params, params.output_kind, stream, priority, client=client)
         self._thread.add(prepared, stream)
 
     def abort(self, request_id: str | Iterable[str]) -> None:

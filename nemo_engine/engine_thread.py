@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,7 @@ class EngineThread:
         self._loop = loop
         self._condition = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
+        self._num_arriving: Counter[str] = Counter()  # completions in the inbox, by client
         self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # the thread's own
         self._idle: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._is_ready = threading.Event()
@@ -144,8 +146,14 @@ class EngineThread:
             if request_id in self.streams:
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
             self.streams[request_id] = stream
+            client, count = _client_of(prepared)
+            self._num_arriving[client] += count
             self._inbox.append(lambda: self._submit(prepared, stream))
             self._condition.notify()
+
+    def num_waiting_of(self, client: str) -> int:
+        """Completions of ``client`` that wait for a place in the batch. From any thread."""
+        return self._num_arriving[client] + self._loop.num_waiting_of(client)
 
     def drop(self, stream: Stream) -> None:
         """End the request of ``stream``, whose consumer has gone, also if it is yet to be added. From any thread."""
@@ -227,10 +235,15 @@ class EngineThread:
             command()
 
     def _submit(self, prepared: PreparedRequest, stream: Stream) -> None:
+        client, count = _client_of(prepared)
         try:
             self._loop.submit(prepared)
         except Exception as error:
             stream.fail(error)
+        with self._condition:
+            self._num_arriving[client] -= count
+            if not self._num_arriving[client]:
+                del self._num_arriving[client]
 
     def _abort(self, stream: Stream) -> None:
         if self.streams.get(stream.request_id) is stream:  # not another request that has its id by now
@@ -266,6 +279,12 @@ class EngineThread:
             streams = list(self.streams.values())
         for stream in streams:
             stream.fail(dead)
+
+
+def _client_of(prepared: PreparedRequest) -> tuple[str, int]:
+    """Whose request it is, and how many completions."""
+    completions = prepared.user.completions
+    return completions[0].request.client, len(completions)
 
 
 def _merged(before: RequestOutput, after: RequestOutput) -> RequestOutput:

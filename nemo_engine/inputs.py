@@ -26,6 +26,7 @@ Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 CHAT_TEMPERATURE = 0.3  # recommended by the makers of NeMo
 _MAX_SALT = 1024
+_MAX_BAD_WORD_TOKENS = 1 << 20  # compared in every step
 CHAT_MAX_TOKENS = 1024  # of ``chat`` without sampling parameters
 
 
@@ -41,7 +42,10 @@ class EncodedPrompt:
 class InputProcessor:
     """Checks and encodes, in any thread. Stateless but for the count of requests, from which unseeded ones get their noise."""
 
-    def __init__(self, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None, max_model_len: int
+    ) -> None:
+        self._max_model_len = max_model_len
         self._vocab_size = model_config.vocab_size
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._config = config
@@ -142,7 +146,10 @@ class InputProcessor:
         is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
         return [
-            EncodedPrompt(None, render_chat(self._tokenizer, conversation, **options)) for conversation in conversations
+            EncodedPrompt(
+                None, render_chat(self._tokenizer, conversation, **{"max_tokens": self._max_model_len} | options)
+            )
+            for conversation in conversations
         ]
 
     def params_per_prompt(self, params: Params, count: int, *, is_chat: bool) -> list[SamplingParams]:
@@ -156,7 +163,7 @@ class InputProcessor:
         return [self.effective_params(one, is_chat=is_chat) for one in params]
 
     def requests(
-        self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0
+        self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0, client: str = ""
     ) -> list[Request]:
         """The ``n`` scheduler requests of one user request; ``params`` are effective ones. ``request_id`` is a label: each gets a number too.
 
@@ -170,6 +177,13 @@ class InputProcessor:
         if params.bad_words:
             assert self._tokenizer is not None
             bad_words = self._tokenizer.encode_bad_words(params.bad_words)
+            longest = max(map(len, bad_words))
+            size = len(bad_words) * longest * params.n
+            if size > _MAX_BAD_WORD_TOKENS:
+                raise ValueError(
+                    f"bad_words must be at most {_MAX_BAD_WORD_TOKENS} tokens in all, each counted as long as the longest and n times, "
+                    f"got {size}"
+                )
         unseeded = next(self._unseeded) if params.seed is None else 0
         salt = prompt.cache_salt.encode() if self._config.enable_prefix_caching else b""
         if params.n > 1 and not self._config.enable_prefix_caching:
@@ -191,6 +205,7 @@ class InputProcessor:
                     eos_token_ids=self._eos_token_ids,
                     bad_words_token_ids=tuple(bad_words),
                     priority=priority,
+                    client=client,
                     cache_salt=salt,
                     grammar=self._grammar(params),
                 )
@@ -219,7 +234,21 @@ class InputProcessor:
         if not text:
             raise ValueError(f"{name} must not be empty")
         check_unicode(name, text)
+        self.check_length(text, name)
         return EncodedPrompt(text, self.check_ids(self._tokenizer.encode(text), name))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether prompts may be text."""
+        return self._tokenizer is not None
+
+    def check_length(self, text: str, name: str) -> None:
+        """Refuse, with a ``ValueError``, a text of more tokens than the context holds, before it is encoded as a whole."""
+        assert self._tokenizer is not None
+        most = self._max_model_len
+        if self._tokenizer.exceeds(text, most):
+            least = max(most + 1, self._tokenizer.min_tokens(text))
+            raise ValueError(f"{name} has at least {least} tokens: more than max_model_len {most}")
 
 
 def check_cache_salt(salt: object, name: str) -> str:

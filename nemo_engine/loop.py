@@ -56,7 +56,7 @@ class EngineLoop:
         if not self.config.skip_tokenizer_init:
             with self.ledger.stage("load tokenizer"):
                 self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self.model_path))
-        self.inputs = InputProcessor(self.model_config, self.config, self.tokenizer)
+        self.inputs = InputProcessor(self.model_config, self.config, self.tokenizer, self.max_model_len)
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
 
@@ -85,16 +85,17 @@ class EngineLoop:
         sink: Sink,
         priority: int = 0,
         is_named: bool = True,
+        client: str = "",
     ) -> PreparedRequest:
         """Check a request and make it ready for ``submit``; for those who run the loop themselves.
 
         ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile. Outputs will
         be appended to ``sink`` by the thread that calls ``advance``. ``request_id`` is a label; only if ``is_named`` must it be unique, and
-        can ``abort`` find the request by it.
+        can ``abort`` find the request by it. Waiting requests of equal ``priority`` are taken from each ``client`` in turn.
         """
         self.check_fits(prompt, params)
         user = UserRequest(request_id, prompt, params, kind, sink, is_named)
-        self._outputs.complete(user, self.inputs.requests(request_id, prompt, params, priority))
+        self._outputs.complete(user, self.inputs.requests(request_id, prompt, params, priority, client))
         return PreparedRequest(user)
 
     def submit(self, prepared: PreparedRequest) -> None:
@@ -154,6 +155,10 @@ class EngineLoop:
     def settle(self) -> None:
         """Make this thread the one that calls ``advance``, beside others that serve its outputs; call it there, before the first step."""
         self._core.runner.settle()
+
+    def num_waiting_of(self, client: str) -> int:
+        """Completions of ``client`` that wait. Takes no lock."""
+        return self._core.scheduler.num_waiting_of(client)
 
     def stats(self) -> SchedulerStats:
         """Requests and pages at this moment, and totals since the start."""

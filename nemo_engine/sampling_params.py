@@ -21,6 +21,8 @@ GREEDY_TEMPERATURE = 1e-5  # below: greedy
 MIN_TEMPERATURE = 1e-2  # between GREEDY_TEMPERATURE and this: raised to this, with a warning
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_STOP = 1024  # each is looked for after every token
+MAX_STOP_LENGTH = 10_000  # characters, so many of which are held back
+MAX_STOP_OF_ALL = 16_384  # stop strings times completions
 MAX_BAD_WORDS = 10_000
 DEFAULT_MAX_TOKENS = 16
 
@@ -74,7 +76,7 @@ class SamplingParams:
     temperature: [0, 2]; 0 is greedy. None means the default of the call: 1.0, or for ``chat`` the model's own.
     top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most likely token.
     seed: 64-bit; -1 or None lets the engine choose. The same seed gives the same tokens in any batch.
-    stop: strings that end the output, at most 1024, cut off unless ``include_stop_str_in_output``.
+    stop: strings that end the output, at most 1024 of at most 10,000 characters, cut off unless ``include_stop_str_in_output``.
     include_stop_str_in_output: keep the stop string, or the text of a stop token, at the end of the text.
     stop_token_ids: ids that end the output and stay in ``token_ids``.
     ignore_eos: do not end at the end-of-sequence token.
@@ -204,6 +206,13 @@ class SamplingParams:
         put("stop", tuple(dict.fromkeys(stop)))
         if len(stop) > MAX_STOP:
             raise ValueError(f"stop must hold at most {MAX_STOP} strings, got {len(stop)}")
+        longest = max(map(len, stop), default=0)
+        if longest > MAX_STOP_LENGTH:
+            raise ValueError(f"stop must hold strings of at most {MAX_STOP_LENGTH} characters, got one of {longest}")
+        if len(stop) * self.n > MAX_STOP_OF_ALL:
+            raise ValueError(
+                f"stop must hold at most {MAX_STOP_OF_ALL // self.n} strings with n {self.n}, got {len(stop)}"
+            )
         if stop and not self.detokenize:
             raise ValueError("stop needs detokenize=True: stop strings are looked for in the text")
         put("stop_token_ids", _check_ids("stop_token_ids", self.stop_token_ids))

@@ -38,7 +38,7 @@ class Request:
     ``token_ids`` is the prompt followed by what has been generated. ``stop_token_ids`` end the request, the
     end-of-sequence tokens among them (``eos_token_ids``), which leave ``stop_reason`` None.
     ``cache_salt`` keeps pages apart: prefixes match only between requests of equal salt.
-    A larger ``priority`` is less urgent; ``max_total_tokens`` (prompt and output) is set when the scheduler takes the request.
+    A larger ``priority`` is less urgent; those of equal priority are taken from each ``client`` in turn; ``max_total_tokens`` (prompt and output) is set when the scheduler takes the request.
     """
 
     __slots__ = (
@@ -47,6 +47,7 @@ class Request:
         "bad_words_token_ids",
         "cache_report",
         "cache_salt",
+        "client",
         "decode_offset",
         "eos_token_ids",
         "error",
@@ -88,6 +89,7 @@ class Request:
         eos_token_ids: frozenset[int] = frozenset(),
         bad_words_token_ids: tuple[tuple[int, ...], ...] = (),
         priority: int = 0,
+        client: str = "",
         cache_salt: bytes = b"",
         grammar: Grammar | None = None,
     ) -> None:
@@ -100,6 +102,7 @@ class Request:
         self.stop_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
         self.bad_words_token_ids = bad_words_token_ids
         self.priority = priority
+        self.client = client
         self.cache_salt = cache_salt
         self.grammar = grammar  # stands behind the last of token_ids, also while the request waits again
         self.max_total_tokens = 0

@@ -132,6 +132,10 @@ class Scheduler:
             self._end(request, reason, stop_reason)
         return request
 
+    def num_waiting_of(self, client: str) -> int:
+        """Requests of ``client`` that wait and have not run yet. From any thread."""
+        return self._waiting.count_of(client)
+
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._requests)
@@ -231,7 +235,7 @@ class Scheduler:
                 return True
             if not self.kv.admit(request):
                 return False
-            self._waiting.remove(request)
+            self._waiting.pop()
             if request.scheduled_ts is None:
                 request.scheduled_ts = self._clock()
                 request.num_cached_tokens = request.num_computed_tokens

@@ -1,44 +1,98 @@
-"""The requests that wait for a slot and pages, the most urgent first."""
+"""The requests that wait for a slot and pages, the most urgent first, and among equals one of each client in turn."""
 
 from __future__ import annotations
 
 import heapq
+from bisect import insort
+from operator import attrgetter
 
 from nemo_engine.scheduler.request import Request
 
-_FEW = 16  # keys of requests that have gone, that may stay whatever the number of requests
-
 
 class WaitingQueue:
-    """Ordered by priority, then arrival, so a preempted request goes ahead of all that came after it.
+    """Ordered by priority, then by turns of the clients, then by arrival.
 
-    The heap holds keys alone. That of a request which has gone is dropped when it surfaces, or with others once they are the larger part.
+    A preempted request goes ahead of all of its priority that have not run yet, so what is computed anew is the least.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int]] = []
-        self._requests: dict[tuple[int, int], Request] = {}
+        self._levels: dict[int, _Level] = {}  # by priority; none is empty
+        self._priorities: list[int] = []  # a heap of these, and of some that are no longer
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return self._count
 
     def push(self, request: Request) -> None:
         """Add ``request``."""
-        key = (request.priority, request.arrival)
-        self._requests[key] = request
-        heapq.heappush(self._heap, key)
+        level = self._levels.get(request.priority)
+        if level is None:
+            level = self._levels[request.priority] = _Level()
+            heapq.heappush(self._priorities, request.priority)
+        level.push(request)
+        self._count += 1
 
     def first(self) -> Request:
         """The most urgent request; the queue must not be empty."""
-        while self._heap[0] not in self._requests:
-            heapq.heappop(self._heap)
-        return self._requests[self._heap[0]]
+        while self._priorities[0] not in self._levels:
+            heapq.heappop(self._priorities)
+        return self._levels[self._priorities[0]].first()
+
+    def pop(self) -> None:
+        """Take the first request out; it is the next client's turn."""
+        request = self.first()
+        self._levels[request.priority].end_turn(request)
+        self.remove(request)
 
     def remove(self, request: Request) -> None:
-        """Take ``request``, which waits, out. O(1) on average; the first costs O(log n)."""
-        key = (request.priority, request.arrival)
-        del self._requests[key]
-        if self._heap[0] == key:
-            heapq.heappop(self._heap)
-        elif len(self._heap) > 2 * len(self._requests) + _FEW:
-            self._heap = sorted(self._requests)
+        """Take out a request that waits."""
+        level = self._levels[request.priority]
+        level.remove(request)
+        if not level:
+            del self._levels[request.priority]
+        self._count -= 1
+
+    def count_of(self, client: str) -> int:
+        """How many requests of ``client`` wait that have not run yet. From any thread."""
+        return sum(level.count_of(client) for level in list(self._levels.values()))
+
+
+class _Level:
+    """The waiting requests of one priority."""
+
+    def __init__(self) -> None:
+        self._preempted: list[Request] = []  # by arrival
+        self._clients: dict[
+            str, dict[int, Request]
+        ] = {}  # in the order of their turns; each by arrival, and none empty
+
+    def __bool__(self) -> bool:
+        return bool(self._preempted or self._clients)
+
+    def push(self, request: Request) -> None:
+        if request.num_preemptions:
+            insort(self._preempted, request, key=attrgetter("arrival"))
+        else:
+            self._clients.setdefault(request.client, {})[request.arrival] = request
+
+    def first(self) -> Request:
+        if self._preempted:
+            return self._preempted[0]
+        return next(iter(next(iter(self._clients.values())).values()))
+
+    def end_turn(self, request: Request) -> None:
+        """``request`` is about to leave by its turn: those of its client that stay go behind the other clients'."""
+        if not request.num_preemptions:
+            self._clients[request.client] = self._clients.pop(request.client)
+
+    def remove(self, request: Request) -> None:
+        if request.num_preemptions:
+            self._preempted.remove(request)
+            return
+        own = self._clients[request.client]
+        del own[request.arrival]
+        if not own:
+            del self._clients[request.client]
+
+    def count_of(self, client: str) -> int:
+        return len(self._clients.get(client, ()))

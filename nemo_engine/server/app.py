@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Coroutine
-from json import JSONDecodeError
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.responses import PlainTextResponse, Response
 
 from nemo_engine import __version__
@@ -21,6 +18,7 @@ from nemo_engine.server.chat import create_chat_completion
 from nemo_engine.server.completions import create_completion
 from nemo_engine.server.monitor import monitor_routes
 from nemo_engine.server.options import ServerOptions
+from nemo_engine.server.parsing import Workers
 from nemo_engine.server.protocol import (
     IGNORED_FIELDS_HEADER,
     AbortRequest,
@@ -54,41 +52,36 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in (
         (400, "The request is not valid; `param` names the field."),
         (401, "An API key is needed."),
+        (403, "The host, or the page that asks, is not allowed."),
         (404, "No such model or route."),
         (408, "The request took longer than its time-out."),
-        (413, "The body is too large."),
+        (413, "The body is too large, or has too many values."),
         (415, "The body is compressed."),
         (422, "Never sent: bad input is 400."),
         (429, "Too many requests wait."),
         (500, "The server failed."),
-        (503, "The server is shutting down."),
+        (503, "The server is shutting down, or receives too much at once."),
     )
     if status != 422
 }
 
 
-class _JsonRequest(Request):
-    """Reads bodies strictly: UTF-8, no lone surrogates, no NaN, bounded depth."""
-
-    async def json(self) -> Any:
-        """The body."""
-        if not hasattr(self, "_json"):
-            body = (await self.body()).removeprefix(codecs.BOM_UTF8)
-            try:
-                self._json = from_json(body, allow_inf_nan=False)
-            except ValueError as error:
-                raise JSONDecodeError(str(error), "", 0) from None
-        return self._json
-
-
 class _Route(APIRoute):
+    """A route whose function takes a checked body, ``request``, and the request as it came, ``http``; without a body, as FastAPI has it."""
+
+    workers: Workers
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        if self.body_field is None:
+            return super().get_route_handler()
+        model = get_type_hints(self.endpoint)["request"]
 
-        async def handle_json(request: Request) -> Response:
-            return await handle(_JsonRequest(request.scope, request.receive))
+        async def handle(request: Request) -> Response:
+            body = await self.workers.read(request, model)
+            response: Response = await self.endpoint(request=body, http=request)
+            return response
 
-        return handle_json
+        return handle
 
 
 def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, model: str = "model") -> FastAPI:
@@ -109,7 +102,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
     errors.install(app)
     app.include_router(_routes(service))
     app.include_router(monitor_routes(service), responses=_ERRORS)
-    app.add_middleware(Access, options=options)
+    app.add_middleware(Access, service=service)
     if options.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -122,7 +115,8 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
 
 
 def _routes(service: Service) -> APIRouter:
-    router = APIRouter(route_class=_Route, responses=_ERRORS)
+    route = type("_RouteOfService", (_Route,), {"workers": service.workers})
+    router = APIRouter(route_class=route, responses=_ERRORS)
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -149,16 +143,16 @@ def _routes(service: Service) -> APIRouter:
         return await create_response(service, http, request)
 
     @router.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> Response:
-        return await state.tokenize(service, request)
+    async def tokenize(request: TokenizeRequest, http: Request) -> Response:
+        return await state.tokenize(service, http, request)
 
     @router.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> Response:
-        return await state.detokenize(service, request)
+    async def detokenize(request: DetokenizeRequest, http: Request) -> Response:
+        return await state.detokenize(service, http, request)
 
     @router.post("/abort")
-    async def abort(request: AbortRequest) -> Response:
-        return await state.abort(service, request)
+    async def abort(request: AbortRequest, http: Request) -> Response:
+        return await state.abort(service, http, request)
 
     @router.get("/health")
     @router.get("/v1/health/ready")

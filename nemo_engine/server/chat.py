@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from starlette.responses import Response
 
 from nemo_engine.outputs import CompletionOutput, Logprob, RequestOutput
 from nemo_engine.server.answer import respond
-from nemo_engine.server.completions import finite, prompt_logprobs, token_text
+from nemo_engine.server.completions import finite, is_answer_long, prompt_logprobs, token_text
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
@@ -37,12 +36,12 @@ async def create_chat_completion(service: Service, http: Request, request: ChatR
     """Answer one request."""
     headers = response_headers(request)
     service.check_model(request.model)
-    chat = await asyncio.to_thread(prepare_chat, service, http, request)
+    chat = await service.workers.run(http, prepare_chat, service, http, request)
     headers |= chat.generation.header()
     if request.stream:
         return await while_connected(http, EventStream(_stream(service, request, chat), headers).start())
     finals = await while_connected(http, chat.generation.collect())
-    is_long = bool(request.logprobs) or request.prompt_logprobs is not None
+    is_long = is_answer_long(request, request.logprobs)
     return await respond(lambda: _whole(service, request, chat, finals[0]), headers, is_long=is_long)
 
 
@@ -89,7 +88,7 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
     most = service.engine.config.max_logprobs
     if request.top_logprobs is not None and most != -1 and not 0 <= request.top_logprobs <= most:
         raise ApiError(400, f"top_logprobs must be in [0, {most}], got {request.top_logprobs}", param="top_logprobs")
-    service.check_admission(request.n or 1)
+    service.check_admission(request.n or 1, service.turn_of(http))
     tools = ToolUse.of(request, service.tokenizer)
     prompt = encode_conversation(service, request, tools)
     logprobs = None

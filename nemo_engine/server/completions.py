@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
 from nemo_engine.server.params import effective
 from nemo_engine.server.prompts import encode_prompts, structured_outputs
-from nemo_engine.server.protocol import CompletionRequest
+from nemo_engine.server.protocol import CompletionRequest, GenerationRequest
 from nemo_engine.server.service import Service, while_connected
 from nemo_engine.server.sse import DONE, EventStream, event
 
@@ -26,12 +25,12 @@ async def create_completion(service: Service, http: Request, request: Completion
     """Answer one request."""
     headers = response_headers(request)
     service.check_model(request.model)
-    run = await asyncio.to_thread(_prepare, service, http, request)
+    run = await service.workers.run(http, _prepare, service, http, request)
     if request.stream:
         events = EventStream(_stream(service, request, run), headers | run.generation.header())
         return await while_connected(http, events.start())
     finals = await while_connected(http, run.generation.collect())
-    is_long = request.logprobs is not None or request.prompt_logprobs is not None
+    is_long = is_answer_long(request, request.logprobs)
     headers |= run.generation.header()
     return await respond(lambda: _whole(service, request, run, finals), headers, is_long=is_long)
 
@@ -60,7 +59,7 @@ def _prepare(service: Service, http: Request, request: CompletionRequest) -> _Ru
         raise ApiError(400, "prompt_logprobs is not supported in a stream", param="prompt_logprobs")
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options needs stream", param="stream_options")
-    prompts = encode_prompts(service, request)
+    prompts = encode_prompts(service, http, request)
     if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
         request.prompt_logprobs = request.logprobs
     own = [
@@ -145,6 +144,12 @@ async def _stream(service: Service, request: CompletionRequest, run: _Run) -> As
     if tail:
         yield event(head | {"choices": []} | tail)
     yield DONE
+
+
+def is_answer_long(request: GenerationRequest, logprobs: int | bool | None) -> bool:
+    """Whether the answer may take long to write."""
+    fields = (request.prompt_logprobs is not None, request.return_token_ids, request.explain)
+    return logprobs not in (None, False) or any(fields)
 
 
 def _head(service: Service, run: _Run) -> dict[str, Any]:

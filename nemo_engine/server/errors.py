@@ -10,7 +10,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from nemo_engine.async_engine import EngineClosedError, EngineDeadError
 
@@ -22,12 +24,15 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    414: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     500: "server_error",
     503: "service_unavailable_error",
 }
 _MAX_MESSAGE = 2000  # characters; a message may quote what a client sent
+_MAX_LOGGED = 200
 RETRY_AFTER = {"Retry-After": "1"}
 
 _logger = logging.getLogger("nemo_engine.server")
@@ -55,15 +60,29 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The body of the response, and of an event when the response has begun."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = self.message
-        if len(message) > _MAX_MESSAGE:
-            message = f"{message[: _MAX_MESSAGE // 2]} [...] {message[-_MAX_MESSAGE // 2 :]}"
+        message = _shortened(self.message)
         param = None if self.param is None else self.param[:_MAX_MESSAGE]
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The response."""
         return JSONResponse(self.body(), self.status, self.headers)
+
+    def note(self, scope: Scope) -> None:
+        """Have it logged with the request: why it was refused, without what the client sent."""
+        reason = self.message.partition(", got ")[0][:_MAX_LOGGED]
+        log_of(scope)["error"] = {"code": self.code, "param": self.param and self.param[:_MAX_LOGGED], "reason": reason}
+
+
+def _shortened(message: str) -> str:
+    half = _MAX_MESSAGE // 2
+    return message if len(message) <= _MAX_MESSAGE + 5 else f"{message[:half]} [...] {message[-half:]}"
+
+
+def log_of(scope: Scope) -> dict[str, Any]:
+    """What will be logged of a request."""
+    log: dict[str, Any] = scope.setdefault("nemo_engine.log", {})
+    return log
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -77,7 +96,7 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, TimeoutError):
         return ApiError(408, "the request took longer than its time-out", param="timeout", code="timeout")
     if isinstance(error, ValueError):
-        message = str(error)
+        message = _shortened(str(error))
         if "more than max_model_len" in message:  # by these words clients know that they should send less
             message = f"this model's maximum context length is exceeded: {message}"
             return ApiError(400, message, code="context_length_exceeded")
@@ -121,7 +140,7 @@ def _path_of(loc: Sequence[int | str]) -> str:
     return path
 
 
-def validation_error(error: RequestValidationError) -> ApiError:
+def validation_error(error: ValidationError | RequestValidationError) -> ApiError:
     """Names the field, as a path, of the first thing wrong; where several types were tried, of what came nearest to one."""
     errors = error.errors()
     paths = [_path_of(one["loc"]) for one in errors]
@@ -129,17 +148,14 @@ def validation_error(error: RequestValidationError) -> ApiError:
     nearest = max(tried, key=lambda index: len(errors[index]["loc"]))
     first, path = errors[nearest], paths[nearest]
     kind = first["type"]
-    if kind == "json_invalid":
-        detail = first.get("ctx", {}).get("error", "")
-        return ApiError(400, f"the body is not valid JSON: {detail}", code="invalid_json")
-    if kind == "missing" and not path:
-        return ApiError(400, "the body must be a JSON object, and it is empty", code="invalid_json")
-    if not path and kind in ("model_attributes_type", "dict_type"):
-        return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
+    if not path and kind in ("model_type", "model_attributes_type", "dict_type"):
+        return ApiError(400, "the body must be a JSON object", code="invalid_json")
     if kind == "missing":
         return ApiError(400, f"{path} is missing", param=path, code="missing_required_parameter")
     same = dict.fromkeys(str(errors[index]["msg"]) for index in tried if paths[index] == path)
     given = first.get("input")
+    if isinstance(given, str):
+        given = given[:_MAX_MESSAGE]
     shown = repr(given)[:200] if given is None or isinstance(given, (str, int, float)) else type(given).__name__
     message = ", or: ".join(same).removeprefix("Value error, ") + f", got {shown}"
     return ApiError(400, f"{path}: {message}" if path else message, param=path or None, code="invalid_value")
@@ -148,17 +164,21 @@ def validation_error(error: RequestValidationError) -> ApiError:
 def install(app: FastAPI) -> None:
     """Let every error of ``app`` leave in OpenAI's shape."""
 
+    def answer(request: Request, error: ApiError) -> JSONResponse:
+        error.note(request.scope)
+        return error.response()
+
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return validation_error(error).response()
+        return answer(request, validation_error(error))
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers) if error.headers else None
-        return ApiError(error.status_code, str(error.detail), headers=headers).response()
+        return answer(request, ApiError(error.status_code, str(error.detail), headers=headers))
 
     async def on_any(request: Request, error: Exception) -> JSONResponse:
-        return api_error(error).response()
+        return answer(request, api_error(error))
 
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)

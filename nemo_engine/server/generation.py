@@ -44,6 +44,8 @@ class Generation:
         self._service = service
         self._timeout = service.timeout(request.timeout)
         self._priority = request.priority or 0
+        self._client = service.client_of(http)
+        self._turn = service.turn_of(http)
         self._trace_headers = http.headers
         self._log = http.scope.setdefault("nemo_engine.log", {})
         self._log.update(id=self.id, prompt_tokens=sum(len(p.token_ids) for p in prompts), n=self.n)
@@ -52,10 +54,14 @@ class Generation:
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(index of the prompt, output) as they come. ``TimeoutError`` when the time is over; closing it aborts what runs."""
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
-        self._service.check_admission(len(self.prompts) * self.n)  # again, where no other request can come between
+        self._service.check_admission(
+            len(self.prompts) * self.n, self._turn
+        )  # again, where no other request can come between
         request_ids = self._take_ids()
         streams = [
-            self._service.engine.generate_encoded(prompt, own.params, request_id, priority=self._priority)
+            self._service.engine.generate_encoded(
+                prompt, own.params, request_id, priority=self._priority, client=self._turn
+            )
             for prompt, own, request_id in zip(self.prompts, self.effective, request_ids)
         ]
         merged = _enumerated(streams[0]) if len(streams) == 1 else _merge(streams)
@@ -86,22 +92,28 @@ class Generation:
                 self._log["texts"] = ["".join(parts) for _, parts in sorted(self._texts.items())]
 
     def _take_ids(self) -> list[str]:
-        """The ids of the requests in the engine. ``ValueError`` if a client's own id is in use; that of a proxy may be."""
-        running = self._service.running
-        name = self.id
-        if name in running:
-            if not self._may_repeat:
-                raise ValueError(f"request_id {name!r} is in use by an unfinished request")
-            name += f"-{uuid4().hex}"
-        ids = [name] if len(self.prompts) == 1 else [f"{name}-{index}" for index in range(len(self.prompts))]
-        running.setdefault(self.id, set()).update(ids)
+        """The ids of the requests in the engine. ``ValueError`` if the client's own id is in use by it; that of a proxy may be."""
+        running, owners = self._service.running, self._service.owners
+        key = (self._client, self.id)
+        if key in running and not self._may_repeat:
+            raise ValueError(f"request_id {self.id!r} is in use by an unfinished request")
+        ids = self._ids(self.id)
+        if any(one in owners for one in ids):
+            ids = self._ids(f"{self.id}-{uuid4().hex}")
+        running.setdefault(key, set()).update(ids)
+        owners.update(dict.fromkeys(ids, self._client))
         return ids
 
+    def _ids(self, name: str) -> list[str]:
+        return [name] if len(self.prompts) == 1 else [f"{name}-{index}" for index in range(len(self.prompts))]
+
     def _give_back(self, ids: list[str]) -> None:
-        running = self._service.running
-        running[self.id].difference_update(ids)
-        if not running[self.id]:
-            del running[self.id]
+        running, key = self._service.running, (self._client, self.id)
+        running[key].difference_update(ids)
+        if not running[key]:
+            del running[key]
+        for one in ids:
+            del self._service.owners[one]
 
     def _shown(self, prompt: EncodedPrompt) -> str | list[int]:
         tokenizer = self._service.engine.tokenizer
@@ -167,7 +179,7 @@ class Generation:
             reasons = [completion.finish_reason for completion in output.outputs]
             self._log.setdefault("finish_reasons", []).extend(reasons)
             self._log["cached_tokens"] = self._log.get("cached_tokens", 0) + output.num_cached_tokens
-            self._service.metrics.request_done(output, self.effective[index].params)
+            self._service.metrics.request_done(output, self.effective[index].params, self._client.name)
             self._service.tracing.request_done(output, self.id, self._service.model_name, self._trace_headers)
 
 

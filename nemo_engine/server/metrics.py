@@ -69,6 +69,9 @@ class Metrics:
         self._last_step = 0
         self._last_time: float | None = None
         self._finished: Counter[str] = Counter()
+        self._answered: Counter[tuple[str, int]] = Counter()
+        self._key_prompt_tokens: Counter[str] = Counter()
+        self._key_generation_tokens: Counter[str] = Counter()
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._updating = asyncio.Lock()
@@ -92,9 +95,16 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
-    def request_done(self, output: RequestOutput, params: SamplingParams) -> None:
+    def key_answered(self, name: str, status: int) -> None:
+        """An HTTP request of the key of that name was answered."""
+        self._answered[name, status] += 1
+
+    def request_done(self, output: RequestOutput, params: SamplingParams, key_name: str = "") -> None:
         """A request has ended; ``output`` is its last."""
         metrics = output.metrics
+        if key_name:
+            self._key_prompt_tokens[key_name] += len(output.prompt_token_ids)
+            self._key_generation_tokens[key_name] += 0 if metrics is None else metrics.num_generation_tokens
         for completion in output.outputs:
             self._finished[completion.finish_reason or "abort"] += 1
         if metrics is None:
@@ -183,10 +193,31 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error", "repetition"):
             success.add_metric([*self._labels.values(), reason], self._finished[reason])
         yield success
+        yield from self._of_keys()
         for name, (text, histogram) in self._histograms.items():
             yield histogram.family(f"{self._prefix}:{name}", text, self._labels)
         for name, text, is_counter, value in self._gpu.read(self._num_generation_tokens):
             yield self._one(CounterMetricFamily if is_counter else GaugeMetricFamily, name, text, value)
+
+    def _of_keys(self) -> Iterator[Metric]:
+        """What was done for each key, by its name."""
+        labels = [*self._labels, "key"]
+        if self._answered:
+            family = CounterMetricFamily(
+                f"{self._prefix}:key_requests", "HTTP requests, by key and status.", labels=[*labels, "status"]
+            )
+            for (name, status), count in self._answered.items():
+                family.add_metric([*self._labels.values(), name, str(status)], count)
+            yield family
+        for metric, text, counts in (
+            ("key_prompt_tokens", "Prompt tokens of requests that ended, by key.", self._key_prompt_tokens),
+            ("key_generation_tokens", "Tokens generated for requests that ended, by key.", self._key_generation_tokens),
+        ):
+            if counts:
+                family = CounterMetricFamily(f"{self._prefix}:{metric}", text, labels=labels)
+                for name, count in counts.items():
+                    family.add_metric([*self._labels.values(), name], count)
+                yield family
 
     def _one(self, kind: type[Any], name: str, text: str, value: float) -> Metric:
         family = kind(f"{self._prefix}:{name}", text, labels=list(self._labels))

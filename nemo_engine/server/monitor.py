@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from nemo_engine import __version__
 from nemo_engine.outputs import RequestView, StepRecord
+from nemo_engine.server.clients import ANYONE, Client
 from nemo_engine.server.service import Service
 from nemo_engine.server.sse import EventStream, event
 
@@ -65,12 +66,12 @@ def monitor_routes(service: Service) -> APIRouter:
         router.add_api_route(f"/page/{name}", page[name].response, methods=["GET"], include_in_schema=False)
 
     @router.get("/monitor")
-    async def snapshot() -> dict[str, Any]:
-        return await monitor.snapshot()
+    async def snapshot(http: Request) -> dict[str, Any]:
+        return await monitor.snapshot(service.client_of(http))
 
     @router.get("/monitor/stream", include_in_schema=False)
-    async def stream() -> Response:
-        return await EventStream(monitor.events()).start()
+    async def stream(http: Request) -> Response:
+        return await EventStream(monitor.events(service.client_of(http))).start()
 
     return router
 
@@ -100,20 +101,22 @@ class Monitor:
         self._lock = asyncio.Lock()
         self._taken = -INTERVAL
         self._last: dict[str, Any] = {}
+        self._requests: list[tuple[RequestView, Client]] = []
 
-    async def snapshot(self) -> dict[str, Any]:
-        """The picture of now, at most half an ``INTERVAL`` old."""
+    async def snapshot(self, client: Client = ANYONE) -> dict[str, Any]:
+        """The picture of now, at most half an ``INTERVAL`` old, with the requests of ``client`` alone."""
         async with self._lock:
             if time.monotonic() - self._taken >= INTERVAL / 2:
                 self._last = await self._take()
                 self._taken = time.monotonic()
-            return self._last
+            own = [_request(view) for view, owner in self._requests if owner == client]
+            return self._last | {"requests": own[:MAX_REQUESTS]}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self, client: Client = ANYONE) -> AsyncIterator[bytes]:
         """Pictures as server-sent events, until the server has nothing more to do."""
         engine = self._service.engine
         while True:
-            yield event(await self.snapshot())
+            yield event(await self.snapshot(client))
             if not engine.is_ready and engine.num_unfinished == 0:
                 return
             await asyncio.sleep(INTERVAL)
@@ -122,10 +125,12 @@ class Monitor:
         service, engine = self._service, self._service.engine
         await service.metrics.update()
         since = max(0, engine.last_step_id - MAX_STEPS)
+        limit = MAX_REQUESTS * (10 if service.keys else 1)  # among others' there may be few of whoever looks
         states, requests, steps, stats = await engine.call(
-            lambda e: (e.page_states(), e.requests(MAX_REQUESTS), e.steps_since(since)[-MAX_STEPS:], e.stats())
+            lambda e: (e.page_states(), e.requests(limit), e.steps_since(since)[-MAX_STEPS:], e.stats())
         )
         config = engine.config
+        self._requests = [(view, service.owners.get(view.request_id, ANYONE)) for view in requests]
         return {
             "status": "draining" if service.is_draining or not engine.is_ready else "ready",
             "uptime": round(time.monotonic() - self._started, 1),
@@ -140,7 +145,6 @@ class Monitor:
             },
             "stats": dataclasses.asdict(stats),
             "pages": page_map(states),
-            "requests": [_request(view) for view in requests],
             "steps": _steps(steps),
             "history": _columns(service.metrics.history.view()),
         }

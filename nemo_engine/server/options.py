@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from nemo_engine.sampling_params import SamplingParams
 API_KEY_VARIABLE = "NEMO_ENGINE_API_KEY"
 DEFAULTS_THAT_MAY_BE_SET = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
                             "frequency_penalty", "max_tokens")  # fmt: skip
+_SIZES_AND_TIMES = ("max_request_mib", "max_bodies_mib", "header_timeout", "body_timeout", "keep_alive_timeout", "send_timeout",
+                    "request_timeout", "drain_timeout")  # fmt: skip
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +25,17 @@ class ServerOptions:
     """The options of ``nemo-engine serve``.
 
     host: address to listen on; 0.0.0.0 for all. port: to listen on; 0 takes a free one. served_model_name: names that requests may
-    use for the model; the first is the one in responses; None takes the name that was given. api_key: accepted keys; without
-    this, api_key_file and the variable NEMO_ENGINE_API_KEY, anyone may ask. api_key_file: a file with one key a line. cors_origin:
-    origins whose pages may call the server from a browser, or "*". max_request_mib: largest body of a request, in MiB.
-    max_queue: requests that may wait for a place in the batch; more get status 429. max_prompt_tokens: longest prompt that is
+    use for the model; the first is the one in responses; None takes the name that was given. api_key: accepted keys, each as KEY or
+    as NAME:KEY, whose name stands in logs and metrics; without this, api_key_file and the variable NEMO_ENGINE_API_KEY, anyone may
+    ask. api_key_file: a file with one key a line, read again on SIGHUP. allowed_hosts: names that the header Host may have, "*.NAME"
+    for all below a name, "*" for any; None takes the names of this machine's loopback if the server listens there and has no keys,
+    and any otherwise. cors_origin: origins whose pages may call the server from a browser, or "*". max_request_mib: largest body of
+    a request, in MiB. max_bodies_mib: largest size of all bodies together that are being received, in MiB. max_connections: open
+    connections; more get status 503. header_timeout: seconds in which the head of a request must arrive, and in which a new
+    connection must begin one. body_timeout: seconds in which the body must arrive. keep_alive_timeout: seconds that a connection
+    may stay without a request after an answer. send_timeout: seconds after which a client that reads nothing of its answer is cut
+    off. max_queue: requests that may wait for a place in the batch; more get status 429. max_queue_per_key: completions of one key
+    that may wait. fairness_header: a header, set by a proxy, whose values take turns as keys do. max_prompt_tokens: longest prompt that is
     taken. max_completion_tokens: most tokens that a request may generate. max_completions: most completions per request, ``n``
     times the number of prompts. request_timeout: seconds after which a request is ended; a request may ask for less with
     ``timeout``. drain_timeout: seconds that running requests get to finish after SIGTERM. ssl_certfile: TLS certificate.
@@ -40,9 +51,18 @@ class ServerOptions:
     served_model_name: Sequence[str] | None = None
     api_key: Sequence[str] | None = None
     api_key_file: str | None = None
+    allowed_hosts: Sequence[str] | None = None
     cors_origin: Sequence[str] | None = None
-    max_request_mib: float = 32.0
+    max_request_mib: float = 16.0
+    max_bodies_mib: float = 256.0
+    max_connections: int = 4096
+    header_timeout: float = 10.0
+    body_timeout: float = 60.0
+    keep_alive_timeout: float = 75.0
+    send_timeout: float = 60.0
     max_queue: int = 1024
+    max_queue_per_key: int | None = None
+    fairness_header: str | None = None
     max_prompt_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_completions: int = 128
@@ -60,12 +80,12 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         _check_int("port", self.port, 0, 65535)
-        for name in ("max_queue", "max_completions"):
+        for name in ("max_connections", "max_queue", "max_completions"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("max_prompt_tokens", "max_completion_tokens"):
+        for name in ("max_queue_per_key", "max_prompt_tokens", "max_completion_tokens"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
-        for name in ("max_request_mib", "request_timeout", "drain_timeout"):
+        for name in _SIZES_AND_TIMES:
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and (not is_number or value < 0 or (value == 0 and name != "drain_timeout")):
@@ -82,13 +102,16 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and not Path(value).is_file():
                 raise ValueError(f"{name} must be a file that exists, got {value!r}")
-        for key in (*(self.api_key or ()), *(self.served_model_name or ())):
-            if not isinstance(key, str) or not key.strip():
-                raise ValueError(f"api_key and served_model_name must not be empty, got {key!r}")
+        for name in ("api_key", "served_model_name", "allowed_hosts"):
+            for value in getattr(self, name) or ():
+                if not isinstance(value, str) or not value.strip():
+                    raise ValueError(f"{name} must not be empty, got {value!r}")
+        if self.fairness_header is not None and not _HEADER_NAME.fullmatch(self.fairness_header):
+            raise ValueError(f"fairness_header must be the name of a header, got {self.fairness_header!r}")
         self.sampling_defaults()
 
     def keys(self) -> tuple[bytes, ...]:
-        """All accepted API keys: of the options, the file and the environment. Empty: the server is open."""
+        """All accepted API keys, with their names: of the options, the file and the environment. Empty: the server is open."""
         found = list(self.api_key or ())
         if self.api_key_file is not None:
             lines = Path(self.api_key_file).read_text().splitlines()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fastapi import Request
+
 from nemo_engine.inputs import EncodedPrompt
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
@@ -16,13 +18,13 @@ from nemo_engine.text.messages import refuse_unknown
 _SCHEMA_KEYS = {"name", "schema", "strict", "description"}
 
 
-def encode_prompts(service: Service, request: CompletionRequest) -> list[EncodedPrompt]:
+def encode_prompts(service: Service, http: Request, request: CompletionRequest) -> list[EncodedPrompt]:
     """The prompts of a completion request, one or several."""
     prompt = request.prompt
     many: list[Any] = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
     if not many or many == [[]]:
         raise ApiError(400, "prompt must not be empty", param="prompt")
-    service.check_admission(len(many) * (request.n or 1))
+    service.check_admission(len(many) * (request.n or 1), service.turn_of(http))
     return [
         _finish(service, request, _encode(service, request, one, index, len(many))) for index, one in enumerate(many)
     ]
@@ -35,8 +37,10 @@ def _encode(
     inputs = service.engine.inputs
     if not isinstance(prompt, str):
         return EncodedPrompt(None, inputs.check_ids(prompt, name))
-    if request.add_special_tokens is False and prompt:
-        ids = service.tokenizer.encode(prompt, bos=False)
+    if prompt and request.truncate_prompt_tokens is None and inputs.has_tokenizer:
+        inputs.check_length(prompt, name)
+    if prompt and (request.add_special_tokens is False or request.truncate_prompt_tokens is not None):
+        ids = service.tokenizer.encode(prompt, bos=request.add_special_tokens is not False)
         return EncodedPrompt(prompt, inputs.check_ids(ids, name))
     return inputs.encode(prompt, name)
 

@@ -7,6 +7,7 @@ listed in the response's header ``X-Ignored-Fields``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nemo_engine.server.errors import ApiError
 
 IGNORED_FIELDS_HEADER = "X-Ignored-Fields"
+MAX_IGNORED = 32  # names that it lists
 
 _NOTHING: tuple[Any, ...] = (None,)
 # Known fields that are not supported, each with the values that ask for nothing.
@@ -82,18 +84,20 @@ class ApiRequest(BaseModel):
 
     def ignored_fields(self) -> list[str]:
         """Fields that had no effect. Raises ``ApiError`` for a known one that is not supported."""
-        ignored = []
-        for name, value in (self.__pydantic_extra__ or {}).items():
-            if name in self.unsupported:
-                harmless = self.unsupported[name]
-                if not any(value == nothing and type(value) is type(nothing) for nothing in harmless) and not (
-                    isinstance(value, (int, float)) and value in harmless and value is not True
-                ):
-                    hint = f"; use {self.instead[name]}" if name in self.instead else ""
-                    raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
-            elif value is not None or name not in _WITHOUT_EFFECT:
-                ignored.append(name)
-        return ignored
+        extra = self.__pydantic_extra__ or {}
+        for name in self.unsupported.keys() & extra.keys():
+            value, harmless = extra[name], self.unsupported[name]
+            if not any(value == nothing and type(value) is type(nothing) for nothing in harmless) and not (
+                isinstance(value, (int, float)) and value in harmless and value is not True
+            ):
+                hint = f"; use {self.instead[name]}" if name in self.instead else ""
+                raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
+        told = (
+            name
+            for name, value in extra.items()
+            if name not in self.unsupported and (value is not None or name not in _WITHOUT_EFFECT)
+        )
+        return list(islice(told, MAX_IGNORED))  # a hostile body may hold any number
 
 
 class StreamOptions(ApiRequest):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import Request
 from starlette.responses import Response
 
@@ -25,9 +23,9 @@ async def create_response(service: Service, http: Request, request: ResponsesReq
     """Answer one request."""
     headers = response_headers(request)
     service.check_model(request.model)
-    form = await asyncio.to_thread(ChatForm, request)
+    form = await service.workers.run(http, ChatForm, request)
     try:
-        chat = await asyncio.to_thread(prepare_chat, service, http, form.request, _PREFIX)
+        chat = await service.workers.run(http, prepare_chat, service, http, form.request, _PREFIX)
         headers |= chat.generation.header()
         run = Run(service, request, form, chat)
         if request.stream:

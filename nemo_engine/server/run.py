@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import ipaddress
 import logging
 import resource
 import signal
 import socket
+import ssl
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +22,9 @@ from fastapi import FastAPI
 
 from nemo_engine.async_engine import AsyncEngine, EngineDeadError
 from nemo_engine.server.app import create_app
-from nemo_engine.server.options import ServerOptions
+from nemo_engine.server.clients import LOOPBACK_NAMES
+from nemo_engine.server.http_protocol import Connections
+from nemo_engine.server.options import API_KEY_VARIABLE, ServerOptions
 from nemo_engine.server.service import Service
 from nemo_engine.server.tracing import Tracing
 
@@ -27,6 +33,8 @@ EXIT_FAILED = 1  # the engine's thread ended by an error
 
 _LOOK_AT_ENGINE = 0.5  # seconds
 _CLOSE_CONNECTIONS = 3  # seconds that connections get after their requests have ended
+_SPARE_FILES = 128  # that connections leave to the rest of the process
+_SWITCH_INTERVAL = 0.0005  # seconds after which a thread that encodes or writes lets the engine's and the loop go on
 
 _logger = logging.getLogger("nemo_engine.server")
 
@@ -37,13 +45,18 @@ def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, A
     On the first signal /health fails at once and no request is taken; those that run may finish until ``drain_timeout``, which ends
     them. A second signal ends everything.
     """
-    options.keys()  # what is wrong should not cost a load
+    keys = options.keys()  # what is wrong should not cost a load
     Tracing(options.otlp_endpoint).close()
+    _check_tls(options)
     _log_requests()
     listener = _listen(options)
+    options = _for_address(options, listener.getsockname()[0], is_open=not keys)
     try:
         with AsyncEngine(model, **engine_options) as engine:
             app = create_app(engine, options, model=str(model))
+            gc.collect()
+            gc.freeze()  # what stays for good is not looked at in every full collection, which nothing can interrupt
+            sys.setswitchinterval(_SWITCH_INTERVAL)
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 return runner.run(_serve(app, listener, options))
     finally:
@@ -52,18 +65,7 @@ def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, A
 
 async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) -> int:
     service: Service = app.state.service
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_graceful_shutdown=_CLOSE_CONNECTIONS,
-        ssl_certfile=options.ssl_certfile,
-        ssl_keyfile=options.ssl_keyfile,
-        backlog=4096,
-    )
-    server = _Server(config, service)
+    server = _Server(uvicorn_config(app, options), service)
     address = listener.getsockname()
     scheme = "https" if options.ssl_certfile else "http"
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -79,6 +81,24 @@ async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) 
     return EXIT_FAILED if service.engine.error is not None else EXIT_OK
 
 
+def uvicorn_config(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
+    """How uvicorn serves ``app``."""
+    return uvicorn.Config(
+        app,
+        http=Connections(options).protocol,  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=options.keep_alive_timeout,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=_CLOSE_CONNECTIONS,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+        backlog=4096,
+    )
+
+
 class _Server(uvicorn.Server):
     """Drains before it stops."""
 
@@ -89,9 +109,10 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: the first begins the drain, the second ends everything."""
+        """A signal: the first begins the drain, the second ends the requests, a third does not wait for their clients."""
         if self._service.is_draining:
-            self.force_exit = self.should_exit = True
+            self.force_exit = self.should_exit
+            self.should_exit = True
             return
         self._service.is_draining = True
         name = signal.Signals(sig).name
@@ -118,12 +139,50 @@ class _Server(uvicorn.Server):
 
 def _log_requests() -> None:
     """Requests are logged as lines of JSON and nothing else, whatever else is logged."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of tracebacks; ``Access`` sees every error before
     logger = logging.getLogger("nemo_engine.access")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def _check_tls(options: ServerOptions) -> None:
+    """Raise ``ValueError``, naming the file, for a certificate or a key that cannot be used."""
+    if options.ssl_certfile is None or options.ssl_keyfile is None:
+        return
+
+    def no_password() -> str:
+        raise ValueError(f"ssl_keyfile {options.ssl_keyfile!r} must not need a password")
+
+    try:
+        ssl.create_default_context().load_verify_locations(options.ssl_certfile)
+    except (ssl.SSLError, OSError) as error:
+        raise ValueError(f"ssl_certfile {options.ssl_certfile!r} holds no certificate: {error}") from None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.ssl_certfile, options.ssl_keyfile, no_password)
+    except (ssl.SSLError, OSError) as error:
+        raise ValueError(
+            f"ssl_keyfile {options.ssl_keyfile!r} holds no key, or not that of ssl_certfile: {error}"
+        ) from None
+
+
+def _for_address(options: ServerOptions, address: str, *, is_open: bool) -> ServerOptions:
+    """What follows from where the server listens and whether it has keys: the names that it answers to, and a warning."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
+    options = replace(options, max_connections=max(1, min(options.max_connections, most)))
+    if not is_open:
+        return options
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        _logger.warning(
+            "anyone who reaches %s may use this server: it has no API keys (--api-key, --api-key-file, %s)",
+            address,
+            API_KEY_VARIABLE,
+        )
+    elif options.allowed_hosts is None:
+        return replace(options, allowed_hosts=(*LOOPBACK_NAMES, options.host))
+    return options
 
 
 def _listen(options: ServerOptions) -> socket.socket:

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from nemo_engine.async_engine import AsyncEngine
+from nemo_engine.server.clients import ANYONE, Client, KeyRing
 from nemo_engine.server.errors import RETRY_AFTER, ApiError
 from nemo_engine.server.metrics import Metrics
 from nemo_engine.server.options import ServerOptions
+from nemo_engine.server.parsing import Workers
 from nemo_engine.server.tracing import Tracing
 from nemo_engine.text import Tokenizer
 
@@ -43,11 +45,16 @@ class Service:
         self.engine = engine
         self.options = options
         self.model_names = tuple(options.served_model_name or (model,))
+        self.model_root = model
+        self.keys = KeyRing(options)
+        self.workers = Workers(engine.max_model_len)
         self.metrics = Metrics(engine, options.metrics_prefix, self.model_name)
         self.tracing = Tracing(options.otlp_endpoint)
         self.created = int(time.time())
         self.is_draining = False
-        self.running: dict[str, set[str]] = {}  # by the id of a response under way: those of its requests in the engine
+        # By client and the id of a response under way: the ids of its requests in the engine; and by these, whose they are.
+        self.running: dict[tuple[Client, str], set[str]] = {}
+        self.owners: dict[str, Client] = {}
         self.server_defaults = options.sampling_defaults()
         self.model_defaults = _read_model_defaults(engine)
         if self.model_defaults:
@@ -76,12 +83,22 @@ class Service:
         if name is not None and name not in self.model_names:
             raise ApiError(
                 404,
-                f"the model {name!r} does not exist; this server has {', '.join(self.model_names)}",
+                f"the model {name[:200]!r} does not exist; this server has {', '.join(self.model_names)}",
                 param="model",
                 code="model_not_found",
             )
 
-    def check_admission(self, num_completions: int) -> None:
+    def client_of(self, http: Request) -> Client:
+        """Who asks; nobody in particular where there are no keys."""
+        client: Client = http.scope.get("nemo_engine.client", ANYONE)
+        return client
+
+    def turn_of(self, http: Request) -> str:
+        """With whom the requests of ``http`` take turns: the client, or who the proxy's header names."""
+        header = self.options.fairness_header
+        return (http.headers.get(header) if header else None) or self.client_of(http).name
+
+    def check_admission(self, num_completions: int, turn: str = "") -> None:
         """503 while the server shuts down, 429 when too many requests wait, 400 for too many completions in one request."""
         if self.engine.error is not None:
             raise self.engine.error
@@ -97,6 +114,14 @@ class Service:
             raise ApiError(
                 429,
                 f"{self.num_waiting} requests wait already, and at most {self.options.max_queue} may",
+                code="queue_full",
+                headers=RETRY_AFTER,
+            )
+        most = self.options.max_queue_per_key
+        if most is not None and (num_waiting := self.engine.num_waiting_of(turn)) >= most:
+            raise ApiError(
+                429,
+                f"{num_waiting} completions of this key wait already, and at most {most} may",
                 code="queue_full",
                 headers=RETRY_AFTER,
             )

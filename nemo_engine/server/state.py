@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from typing import Any
 
@@ -11,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from nemo_engine import __version__
+from nemo_engine.server.answer import written
 from nemo_engine.server.errors import RETRY_AFTER, ApiError
 from nemo_engine.server.headers import response_headers
 from nemo_engine.server.prompts import encode_conversation
@@ -31,7 +31,7 @@ def model(service: Service, name: str) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "nemo_engine",
-        "root": service.model_names[-1],
+        "root": service.model_root,
         "parent": None,
         "max_model_len": service.engine.max_model_len,
     }
@@ -75,10 +75,14 @@ def load(service: Service) -> dict[str, Any]:
     return {"server_load": service.engine.num_unfinished} | dataclasses.asdict(stats)
 
 
-async def tokenize(service: Service, request: TokenizeRequest) -> Response:
+async def tokenize(service: Service, http: Request, request: TokenizeRequest) -> Response:
     """``/tokenize``: the ids of a prompt or a conversation."""
     headers = response_headers(request)
     service.check_model(request.model)
+    return await service.workers.run(http, _tokenized, service, request, headers)
+
+
+def _tokenized(service: Service, request: TokenizeRequest, headers: dict[str, str]) -> Response:
     tokenizer = service.tokenizer
     if (request.prompt is None) == (request.messages is None):
         raise ApiError(400, "prompt or messages is needed, and not both", param="prompt")
@@ -90,42 +94,49 @@ async def tokenize(service: Service, request: TokenizeRequest) -> Response:
             continue_final_message=request.continue_final_message,
             system_placement=request.system_placement,
         )
-        ids = (await asyncio.to_thread(encode_conversation, service, chat)).token_ids
+        ids = encode_conversation(service, chat).token_ids
     else:
         assert request.prompt is not None
-        bos = request.add_special_tokens is not False
-        ids = await asyncio.to_thread(tokenizer.encode, request.prompt, bos=bos)
+        ids = tokenizer.encode(request.prompt, bos=request.add_special_tokens is not False)
     body: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
     body["token_strs"] = [tokenizer.decode_token(i) for i in ids] if request.return_token_strs else None
-    return JSONResponse(body, headers=headers)
+    return Response(written(body), headers=headers, media_type="application/json")
 
 
-async def detokenize(service: Service, request: DetokenizeRequest) -> Response:
+async def detokenize(service: Service, http: Request, request: DetokenizeRequest) -> Response:
     """``/detokenize``: the text of ids, control tokens by name."""
     headers = response_headers(request)
     service.check_model(request.model)
+    return await service.workers.run(http, _detokenized, service, request, headers)
+
+
+def _detokenized(service: Service, request: DetokenizeRequest, headers: dict[str, str]) -> Response:
     tokenizer = service.tokenizer
     ids = service.engine.inputs.check_ids(request.tokens, "tokens") if request.tokens else []
-    text = await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=False)
-    return JSONResponse({"prompt": text}, headers=headers)
+    return JSONResponse({"prompt": tokenizer.decode(ids, skip_special_tokens=False)}, headers=headers)
 
 
 async def render(service: Service, http: Request, request: ChatRequest) -> Response:
     """``/v1/chat/completions/render``: the prompt that a chat request would become, as ids and as text."""
     headers = response_headers(request)
     service.check_model(request.model)
-    prompt = await asyncio.to_thread(encode_conversation, service, request)
+    return await service.workers.run(http, _rendered, service, request, headers)
+
+
+def _rendered(service: Service, request: ChatRequest, headers: dict[str, str]) -> Response:
+    prompt = encode_conversation(service, request)
     text = service.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
     body = {"object": "chat.completion.render", "model": service.model_name, "token_ids": prompt.token_ids,
             "prompt": text, "count": len(prompt.token_ids)}  # fmt: skip
-    return JSONResponse(body, headers=headers)
+    return Response(written(body), headers=headers, media_type="application/json")
 
 
-async def abort(service: Service, request: AbortRequest) -> Response:
-    """``/abort``: end requests by the ids of their responses. Unknown ids are passed over."""
+async def abort(service: Service, http: Request, request: AbortRequest) -> Response:
+    """``/abort``: end requests by the ids of their responses. Unknown ids, and those of other clients, are passed over."""
     headers = response_headers(request)
     ids = [request.request_id] if isinstance(request.request_id, str) else request.request_id
     whole = [f"{prefix}{one}" for one in ids for prefix in ("", "cmpl-", "chatcmpl-", "resp_")]
-    found = [one for one in dict.fromkeys(whole) if one in service.running]
-    service.engine.abort([request_id for one in found for request_id in service.running[one]])
+    client, running = service.client_of(http), service.running
+    found = [one for one in dict.fromkeys(whole) if (client, one) in running]
+    service.engine.abort([request_id for one in found for request_id in running[client, one]])
     return JSONResponse({"aborted": found}, headers=headers)

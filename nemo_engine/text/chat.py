@@ -25,6 +25,7 @@ def render_chat(
     continue_final_message: bool = False,
     system_placement: SystemPlacement = "last",
     start_tool_calls: bool = False,
+    max_tokens: int | None = None,
 ) -> list[int]:
     """The ids that ask the model for the next assistant message: one BOS, no EOS at the end.
 
@@ -42,7 +43,7 @@ def render_chat(
     ``system_placement`` "last" is the format's own rule: system text and tool list stand in front of the last user message, so they
     move from turn to turn, and what follows is computed anew. "first" puts them in front of the first user message, where they
     stay: the ids of a turn then begin with those of the turn before. ``start_tool_calls`` ends the prompt with the token
-    [TOOL_CALLS], so that the answer is a list of calls.
+    [TOOL_CALLS], so that the answer is a list of calls. Texts that make far more than ``max_tokens`` are refused before they are encoded.
     """
     from mistral_common.exceptions import MistralCommonException
 
@@ -58,6 +59,8 @@ def render_chat(
         _check_alternation(checked)
     merged = _merge(checked)
     system = _join(*[message.content for message in checked if message.role == "system"])
+    if max_tokens is not None:
+        _check_length(tokenizer, [system, *(message.content for message in merged)], max_tokens)
     try:
         ids = _encode(tokenizer, merged, system, tools or (), system_placement, continue_final_message)
     except (MistralCommonException, ValueError, AssertionError, KeyError, TypeError, RecursionError) as error:
@@ -128,6 +131,14 @@ def _tool_calls_start(tokenizer: Tokenizer, last: ChatMessage, tools: Sequence[M
     return [tokenizer.tool_calls_id]
 
 
+def _check_length(tokenizer: Tokenizer, texts: list[str], most: int) -> None:
+    left = most
+    for text in texts:
+        if left < 0 or tokenizer.exceeds(text, left):
+            raise ValueError(f"messages have at least {most + 1} tokens: more than max_model_len {most}")
+        left -= tokenizer.min_tokens(text)
+
+
 def _check_end(last: ChatMessage, index: int, add_generation_prompt: bool, continue_final_message: bool) -> None:
     if continue_final_message and (last.role != "assistant" or last.calls):
         raise ValueError(f"continue_final_message needs an assistant message with content last, got messages[{index}]")
@@ -159,6 +170,7 @@ def _check_alternation(messages: list[ChatMessage]) -> None:
 def _merge(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Neighbours of one role made one, less system messages and empty ones of the assistant; a user message first of all."""
     merged: list[ChatMessage] = []
+    texts: list[list[str]] = []  # of each
     for message in messages:
         before = merged[-1] if merged else None
         if message.role == "system" or (message.role == "assistant" and not message.content and not message.calls):
@@ -166,10 +178,13 @@ def _merge(messages: list[ChatMessage]) -> list[ChatMessage]:
         # Text after calls would stand in front of them, so it remains a turn of its own.
         is_same = before is not None and before.role == message.role in ("user", "assistant")
         if before is not None and is_same and not (before.calls and message.content):
-            before.content = _join(before.content, message.content)
+            texts[-1].append(message.content)
             before.calls += message.calls
         else:
-            merged.append(ChatMessage(message.role, message.content, list(message.calls), message.call_id))
+            merged.append(ChatMessage(message.role, "", list(message.calls), message.call_id))
+            texts.append([message.content])
+    for message, parts in zip(merged, texts):
+        message.content = _join(*parts)
     if not merged or merged[0].role != "user":
         merged.insert(0, ChatMessage("user", ""))
     return merged

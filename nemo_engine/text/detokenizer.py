@@ -31,6 +31,9 @@ class Detokenizer:
         self.num_tokens = 0  # consumed, the one that completed a stop string included
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._stop_by_end: dict[str, list[str]] = {}  # by their last character
+        for text in self._stop:
+            self._stop_by_end.setdefault(text[-1], []).append(text)
         self._keeps_stop = include_stop_str_in_output
         self._skips_special = skip_special_tokens
         self._min_tokens = min_tokens
@@ -126,15 +129,14 @@ class Detokenizer:
 
     def _find_stop(self, new: str) -> tuple[str, int] | None:
         """The stop string that ``new`` completes, and where it ends in the held tail with ``new``."""
-        if not new:
-            return None
-        text = self._tail + new
-        best: tuple[str, int] | None = None
-        for stop in self._stop:
-            start = text.find(stop, max(0, len(self._tail) - len(stop) + 1))
-            if start >= 0 and (best is None or start + len(stop) < best[1]):
-                best = (stop, start + len(stop))
-        return best
+        text = ""
+        for index, last in enumerate(new):
+            for stop in self._stop_by_end.get(last, ()):
+                text = text or self._tail + new
+                end = len(self._tail) + index + 1
+                if text.endswith(stop, 0, end):
+                    return stop, end
+        return None
 
     def _release(self, text: str) -> None:
         if text:

@@ -17,6 +17,7 @@ from nemo_engine.checks import check_unicode
 from nemo_engine.text.tool_calls import hashed_id
 
 ROLES = ("system", "user", "assistant", "tool")
+MAX_JSON_VALUES = 100_000
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 _KEYS = {
@@ -207,7 +208,10 @@ def _check_id(call_id: object, name: str) -> str:
 
 
 def _check_json(text: str, name: str) -> None:
-    """What is no JSON is rendered as a string; what Python cannot read at all, or a tokenizer, is refused."""
+    """What is no JSON is rendered as a string; what Python cannot read at all or not in some tens of milliseconds, or a
+    tokenizer cannot, is refused."""
+    if text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES:
+        raise ValueError(f"{name} cannot be read as JSON: it has more than {MAX_JSON_VALUES} values")
     check_unicode(name, text)
     try:
         written = json.dumps(json.loads(text), ensure_ascii=False)  # as it is rendered

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from typing import Any
 from nemo_engine.checks import check_unicode
 
 FILE_NAMES = ("tekken.json", "tokenizer.model.v3", "tokenizer.model")
+
+_USUAL_LENGTH = 8  # characters of a token, and more
+_PIECE = 1 << 16  # characters that are encoded at a time where only their number of tokens is wanted
+_WORD_END = re.compile(r"(?<=[^\W\d_]) ")  # no token goes from a letter to a space
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -62,6 +67,7 @@ class Tokenizer:
             raise
         except Exception as error:
             raise ValueError(f"tokenizer file {path} cannot be read: {type(error).__name__}: {error}") from error
+        self._longest = max(1, *map(len, self._bytes))
         self.path = path
         self.vocab_size: int = self._raw.n_words
         self.bos_id: int = self._raw.bos_id
@@ -82,6 +88,27 @@ class Tokenizer:
         check_unicode("text", text)
         ids: list[int] = self._raw.encode(text, bos=bos, eos=False)
         return ids
+
+    def min_tokens(self, text: str) -> int:
+        """The least number of tokens that ``text`` can have: as if all were of the longest."""
+        return -(-(len(text) if text.isascii() else len(text.encode())) // self._longest)
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Whether ``text`` is far too long for ``limit`` tokens: False may also mean that only encoding it will tell.
+
+        Encodes little more than ``limit`` tokens, and nothing if the length of the text tells.
+        """
+        if self.min_tokens(text) > limit:
+            return True
+        if len(text) <= _USUAL_LENGTH * limit:
+            return False
+        start = count = 0
+        while start < len(text) and count <= limit:
+            found = _WORD_END.search(text, start + _PIECE)
+            end = len(text) if found is None else found.start()
+            count += len(self._raw.encode(text[start:end], bos=False, eos=False))
+            start = end
+        return count > limit
 
     def encode_bad_words(self, words: Iterable[str]) -> list[tuple[int, ...]]:
         """Id sequences of each word, as it begins a text and as it follows a space, by vLLM's rule.

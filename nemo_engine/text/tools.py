@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,15 +62,15 @@ def check_tool_choice(choice: object, tools: Sequence[Mapping[str, Any]] | None)
 
     Without a choice it is "auto" if there are tools. "any" is "required". Raises ``ValueError``.
     """
-    known = tuple(tool["function"]["name"] for tool in tools or ())
+    known = dict.fromkeys(tool["function"]["name"] for tool in tools or ())
     if choice is None or choice == "auto":
-        return ToolChoice("auto" if known else "none", known)
+        return ToolChoice("auto" if known else "none", tuple(known))
     if choice == "none":
         return ToolChoice("none", ())
     if not known:
         raise ValueError(f"tool_choice {choice!r} needs tools")
     if choice in ("required", "any"):
-        return ToolChoice("required", known)
+        return ToolChoice("required", tuple(known))
     kind = choice.get("type") if isinstance(choice, Mapping) else None
     if isinstance(choice, Mapping) and kind == "function":
         return ToolChoice("required", (_chosen_name(choice, "tool_choice", known),))
@@ -111,8 +111,9 @@ def tool_call_schema(
             raise ValueError(f"names must be among the tools' ({', '.join(functions)}), got {name!r}")
     definitions: dict[str, Any] = {}
     calls = []
+    called = None if names is None else frozenset(names)
     for index, (name, function) in enumerate(functions.items()):
-        if names is None or name in names:
+        if called is None or name in called:
             arguments = _reroot(function["parameters"], name, definitions, f"tools[{index}].function.parameters")
             calls.append(
                 {
@@ -158,7 +159,7 @@ def _check_function(tool: object, name: str) -> dict[str, Any]:
     return checked if strict is None else {**checked, "strict": strict}
 
 
-def _chosen_name(choice: object, name: str, known: Sequence[str]) -> str:
+def _chosen_name(choice: object, name: str, known: Collection[str]) -> str:
     function = choice.get("function") if isinstance(choice, Mapping) else None
     chosen = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(chosen, str) or chosen not in known:

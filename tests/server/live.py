@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from nemo_engine import AsyncEngine
 from nemo_engine.server.app import create_app
 from nemo_engine.server.options import ServerOptions
+from nemo_engine.server.run import uvicorn_config
 from nemo_engine.server.service import Service
 
 MODEL = "nemo-tiny"
@@ -28,12 +29,12 @@ class LiveServer:
 
     def __init__(self, engine: AsyncEngine, **options: Any) -> None:
         options.setdefault("log_requests", False)
-        self.app: FastAPI = create_app(engine, ServerOptions(**options), model=MODEL)
+        server_options = ServerOptions(**options)
+        self.app: FastAPI = create_app(engine, server_options, model=MODEL)
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(self.app, log_config=None, lifespan="off", timeout_graceful_shutdown=3)
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(uvicorn_config(self.app, server_options))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 
     @property
