@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from nemo_engine.inputs import EncodedPrompt
@@ -138,7 +139,7 @@ class UserRequest:
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=requests[0].num_cached_tokens,
             cache_report=requests[0].cache_report,
-            metrics=self.metrics,
+            metrics=replace(self.metrics),  # an output does not change once it is given
             sampling_params=self.params,
         )
 

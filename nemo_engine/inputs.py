@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, TypeAlias
 
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.sampling_params import DEFAULT_TEMPERATURE, SamplingParams
 from nemo_engine.scheduler import Request
 from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text import Tokenizer, render_chat
@@ -99,8 +99,8 @@ class InputProcessor:
             params = SamplingParams(max_tokens=CHAT_MAX_TOKENS) if is_chat else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, got {params!r}")
-        if is_chat and params.is_temperature_default:
-            params = dataclasses.replace(params, temperature=CHAT_TEMPERATURE)
+        if params.temperature is None:
+            params = dataclasses.replace(params, temperature=CHAT_TEMPERATURE if is_chat else DEFAULT_TEMPERATURE)
         limit = self._config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)

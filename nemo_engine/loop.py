@@ -72,7 +72,7 @@ class EngineLoop:
         if params is not None:
             return own
         room = [min(CHAT_MAX_TOKENS, self.room_for(len(prompt.token_ids))) for prompt in prompts]
-        return [replace(one, temperature=one.temperature, max_tokens=most) for one, most in zip(own, room, strict=True)]
+        return [replace(one, max_tokens=most) for one, most in zip(own, room, strict=True)]
 
     def prepare(
         self,

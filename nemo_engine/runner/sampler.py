@@ -19,7 +19,7 @@ from nemo_engine.ops import Ops, sample, sampling
 from nemo_engine.ops.sample import SampleFacts, SlotParams
 from nemo_engine.runner.logit_edits import LogitEdits, SlotEdits, apply_masks_, mask_table
 from nemo_engine.runner.transfer import Download, to_device
-from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.sampling_params import DEFAULT_TEMPERATURE, SamplingParams
 from nemo_engine.step import TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
 
 _What = int | tuple[int, ...]  # that many of the best tokens (-1: all), or exactly these tokens
@@ -80,10 +80,11 @@ class Sampler:
         self._batch = None
         self._only_tokens = ((), True)
         self._params[slot] = params
-        table.temperature[slot] = 0.0 if params.is_greedy or params.temperature is None else params.temperature
-        table.min_p[slot] = params.min_p
-        table.top_k[slot] = self._top_k_of(params) or self._vocab_size
-        table.top_p[slot] = params.top_p
+        table.temperature[slot] = DEFAULT_TEMPERATURE if params.temperature is None else params.temperature
+        is_cut = not params.is_greedy
+        table.min_p[slot] = params.min_p if is_cut else 0.0
+        table.top_k[slot] = (self._top_k_of(params) if is_cut else 0) or self._vocab_size
+        table.top_p[slot] = params.top_p if is_cut else 1.0
         table.seed_keys[slot] = sampling.seed_key(fill.seed)
         table.frequency[slot] = params.frequency_penalty
         table.presence[slot] = params.presence_penalty
