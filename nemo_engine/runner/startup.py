@@ -26,6 +26,7 @@ from nemo_engine.planner.memory import (
     plan_kv_cache,
     weight_bytes,
 )
+from nemo_engine.runner.forks import check_threads
 from nemo_engine.runner.graphs import cuda_capture
 from nemo_engine.runner.precision import Precision, resolve_precision
 from nemo_engine.runner.runner import Runner
@@ -47,7 +48,10 @@ class DeviceHalf:
 
 
 def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -> DeviceHalf:
-    """Bring up ``model`` as ``config`` says. Raises ``ValueError`` for what cannot work, before anything is allocated."""
+    """Bring up ``model`` as ``config`` says. Raises ``ValueError`` for what cannot work, before anything is allocated, and ``RuntimeError`` in
+    a forked process that cannot compute.
+    """
+    check_threads()
     device = resolve_device(config.device)
     with ledger.stage("open checkpoint"):
         checkpoint = open_checkpoint(model, revision=config.revision, needs_weights=config.load_format != "dummy")
