@@ -14,6 +14,8 @@ from typing import Any
 
 FILE_NAMES = ("tekken.json", "tokenizer.model.v3", "tokenizer.model")
 
+MAX_SPECIAL_TOKENS = 1 << 16  # those that a file does not name are made up
+
 _logger = logging.getLogger("nemo_engine")
 
 
@@ -39,6 +41,27 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
     return None
 
 
+def _check_sizes(path: Path) -> None:
+    """Refuse a Tekken file whose numbers of tokens are not backed by its content, before anything of that size is made."""
+    if path.suffix != ".json":
+        return
+    try:
+        data = json.loads(path.read_bytes())
+        config, count = data["config"], len(data["vocab"])
+        num_special, size = config["default_num_special_tokens"], config["default_vocab_size"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"tokenizer file {path} cannot be read: {type(error).__name__}: {error}") from None
+    if type(num_special) is not int or not 0 <= num_special <= MAX_SPECIAL_TOKENS:
+        raise ValueError(
+            f"tokenizer file {path}: config.default_num_special_tokens must be an integer from 0 to {MAX_SPECIAL_TOKENS}, got {num_special!r}"
+        )
+    if type(size) is not int or not num_special < size <= num_special + count:
+        raise ValueError(
+            f"tokenizer file {path}: config.default_vocab_size must be an integer from {num_special + 1} to {num_special + count}, as there are "
+            f"{num_special} special tokens and {count} in vocab, got {size!r}"
+        )
+
+
 class Tokenizer:
     """One tokenizer file, Tekken (``tekken.json``) or SentencePiece v3.
 
@@ -50,6 +73,7 @@ class Tokenizer:
             from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
         except ImportError as error:
             raise ImportError("text needs mistral-common: pip install mistral-common") from error
+        _check_sizes(path)
         try:
             self.mistral: Any = MistralTokenizer.from_file(str(path))
             self._raw: Any = self.mistral.instruct_tokenizer.tokenizer
