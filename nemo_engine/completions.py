@@ -6,6 +6,7 @@ looked at when they finish.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,8 @@ from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
 from nemo_engine.step import TokenLogprobs
 from nemo_engine.text import Detokenizer, Tokenizer
+
+_logger = logging.getLogger("nemo_engine")
 
 
 class Sink(Protocol):
@@ -31,7 +34,7 @@ class Completion:
 
     __slots__ = (
         "cumulative_logprob", "detokenizer", "index", "logprobs", "num_emitted_tokens", "num_read_tokens", "owner",
-        "request", "stop_string",
+        "is_broken", "request", "stop_string",
     )  # fmt: skip
 
     def __init__(self, owner: UserRequest, index: int, request: Request, detokenizer: Detokenizer | None) -> None:
@@ -44,6 +47,7 @@ class Completion:
         self.num_read_tokens = 0  # output tokens that the detokenizer has seen
         self.num_emitted_tokens = 0
         self.stop_string: str | None = None
+        self.is_broken = False  # its tokens could not be read: it has ended by that
 
     @property
     def is_finished(self) -> bool:
@@ -55,7 +59,7 @@ class Completion:
         request = self.request
         new = request.token_ids[request.num_prompt_tokens + self.num_read_tokens :]
         self.num_read_tokens += len(new)
-        if self.detokenizer is None or not new or self.stop_string is not None:
+        if self.detokenizer is None or not new or self.stop_string is not None or self.is_broken:
             return None
         ends_at_stop_token = request.finish_reason == "stop" and new[-1] in request.stop_token_ids
         self.stop_string = self.detokenizer.append(new, last_is_stop_token=ends_at_stop_token)
@@ -220,25 +224,30 @@ class OutputProcessor:
             metrics = self._completions[request].owner.metrics
             if metrics.first_token_ts is None and request.num_output_tokens:
                 metrics.first_token_ts = now
-        for request, first, entries in committed.prompt_logprobs:
-            prompt_logprobs = self._completions[request].owner.prompt_logprobs
-            assert prompt_logprobs is not None
-            for position, entry in enumerate(entries, first):
-                prompt_logprobs[position] = self._logprob_dict(entry)
         changed: dict[UserRequest, None] = {}
+        for request, first, entries in committed.prompt_logprobs:
+            completion = self._completions[request]
+            prompt_logprobs = completion.owner.prompt_logprobs
+            assert prompt_logprobs is not None
+            try:
+                for position, entry in enumerate(entries, first):
+                    prompt_logprobs[position] = self._logprob_dict(entry)
+            except Exception as error:
+                self._fail(completion, error)
+                changed[completion.owner] = None
         if self._attended:
             for index, request in enumerate(committed.requests):
-                completion = self._attended.get(request)
-                if completion is not None:
-                    self._attend(completion, committed.logprobs.get(index))
-                    changed[completion.owner] = None
+                attended = self._attended.get(request)
+                if attended is not None:
+                    self._attend(attended, committed.logprobs.get(index))
+                    changed[attended.owner] = None
         for request in committed.finished:
             ended = self._completions.get(request)
             if ended is None:  # aborted since: an interrupted step reports late
                 continue
             changed[ended.owner] = None
-            if request not in self._attended and ended.read() is not None:
-                self._end_at_stop_string(ended)
+            if request not in self._attended:
+                self._attend(ended, None)
         for user in changed:
             self._emit(user, now)
 
@@ -249,17 +258,32 @@ class OutputProcessor:
             return False
         for completion in user.completions:
             self._scheduler.finish(completion.request.request_id, "abort")
-            completion.read()
+            try:
+                completion.read()
+            except Exception as error:
+                self._fail(completion, error)
         self._emit(user, time.monotonic())
         return True
 
     def _attend(self, completion: Completion, logprobs: TokenLogprobs | None) -> None:
-        if logprobs is not None:
-            assert completion.logprobs is not None
-            completion.logprobs.append(self._logprob_dict(logprobs))
-            completion.cumulative_logprob += logprobs.logprobs[0]
-        if completion.read() is not None:
-            self._end_at_stop_string(completion)
+        try:
+            if logprobs is not None:
+                assert completion.logprobs is not None
+                completion.logprobs.append(self._logprob_dict(logprobs))
+                completion.cumulative_logprob += logprobs.logprobs[0]
+            if completion.read() is not None:
+                self._end_at_stop_string(completion)
+        except Exception as error:
+            self._fail(completion, error)
+
+    def _fail(self, completion: Completion, error: Exception) -> None:
+        """What cannot be made into text or log-probabilities ends its own request, with what it had."""
+        request = completion.request
+        _logger.error("request %s: its output cannot be made", request.request_id, exc_info=error)
+        completion.is_broken = True
+        self._scheduler.finish(request.request_id, "error")
+        request.finish_reason, request.stop_reason = "error", None
+        request.error = f"the output cannot be made: {type(error).__name__}: {error}"
 
     def _end_at_stop_string(self, completion: Completion) -> None:
         request = completion.request
@@ -272,8 +296,11 @@ class OutputProcessor:
         is_finished = user.is_finished
         if is_finished:
             for completion in user.completions:
-                if completion.detokenizer is not None and completion.stop_string is None:
-                    completion.detokenizer.finish()
+                if completion.detokenizer is not None and completion.stop_string is None and not completion.is_broken:
+                    try:
+                        completion.detokenizer.finish()
+                    except Exception as error:
+                        self._fail(completion, error)
                 self._completions.pop(completion.request)
                 self._attended.pop(completion.request, None)
             del self._users[user.request_id]

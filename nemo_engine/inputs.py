@@ -139,9 +139,8 @@ class InputProcessor:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
         is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
-        return [
-            EncodedPrompt(None, render_chat(self._tokenizer, conversation, **options)) for conversation in conversations
-        ]
+        rendered = [render_chat(self._tokenizer, conversation, **options) for conversation in conversations]
+        return [EncodedPrompt(None, self.check_ids(ids, "messages")) for ids in rendered]
 
     def params_per_prompt(self, params: Params, count: int, *, is_chat: bool) -> list[SamplingParams]:
         """The effective parameters of each of ``count`` prompts, given one for all or one for each."""
@@ -167,7 +166,10 @@ class InputProcessor:
         bad_words: Sequence[tuple[int, ...]] = ()
         if params.bad_words:
             assert self._tokenizer is not None
-            bad_words = self._tokenizer.encode_bad_words(params.bad_words)
+            # What the model has no ids for it cannot say.
+            bad_words = [
+                ids for ids in self._tokenizer.encode_bad_words(params.bad_words) if max(ids) < self._vocab_size
+            ]
         unseeded = next(self._unseeded) if params.seed is None else 0
         salt = prompt.cache_salt.encode() if self._config.enable_prefix_caching else b""
         if params.n > 1 and not self._config.enable_prefix_caching:

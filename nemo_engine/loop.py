@@ -5,6 +5,7 @@ Puts together input checking, the core and output processing; knows neither mode
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from nemo_engine.outputs import RequestView, StepRecord
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Request, SchedulerStats
 from nemo_engine.text import Tokenizer, load_tokenizer
+
+_logger = logging.getLogger("nemo_engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ class EngineLoop:
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.config = EngineConfig(**options)
         self.ledger = Ledger()
-        started = start_core(model, self.config, self.ledger)
+        self.tokenizer: Tokenizer | None = None
+        started = start_core(model, self.config, self.ledger, self._load_tokenizer)
         self._core = started.core
         self._is_closed = False
         self._lock = _Lock()
@@ -82,13 +86,20 @@ class EngineLoop:
         self.model_path: Path = started.model_path
         self.max_model_len: int = self._core.scheduler.max_model_len
         self.max_num_batched_tokens: int = self._core.scheduler.max_num_batched_tokens
-        self.tokenizer: Tokenizer | None = None
-        if not self.config.skip_tokenizer_init:
-            with self.ledger.stage("load tokenizer"):
-                self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self.model_path))
+        difference = None if self.tokenizer is None else self.tokenizer.differs_from(self.model_config.vocab_size)
+        if difference is not None:
+            _logger.warning("%s", difference)
         self._inputs = InputProcessor(self.model_config, self.config, self.tokenizer)
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
+
+    def _load_tokenizer(self, checkpoint: Path) -> int | None:
+        """Load the tokenizer before the weights; returns its number of ids, None if there is none."""
+        if self.config.skip_tokenizer_init:
+            return None
+        with self.ledger.stage("load tokenizer"):
+            self.tokenizer = load_tokenizer(Path(self.config.tokenizer or checkpoint))
+        return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     @property
     def inputs(self) -> InputProcessor:

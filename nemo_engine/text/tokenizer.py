@@ -136,10 +136,26 @@ class Tokenizer:
         return data if self._is_tekken else data.removeprefix(b" ")
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
-        """The bytes that ``token_id`` adds to a text; those of a control token are its name, or none."""
+        """The bytes that ``token_id`` adds to a text; those of a control token are its name, or none.
+
+        A model may have more ids than its tokenizer: those above add nothing. ``ValueError`` for a negative one.
+        """
         if token_id in self._special:
             return b"" if skip_special_tokens else self._special[token_id].encode()
-        return self._bytes[token_id]
+        if token_id < 0:
+            raise ValueError(f"a token id must be at least 0, got {token_id}")
+        return self._bytes[token_id] if token_id < self.vocab_size else b""
+
+    def differs_from(self, vocab_size: int) -> str | None:
+        """What it means that a model has ``vocab_size`` ids, if the tokenizer has another number of them."""
+        if vocab_size == self.vocab_size:
+            return None
+        sizes = f"the model has {vocab_size} token ids, its tokenizer {self.vocab_size}"
+        if vocab_size > self.vocab_size:
+            return (
+                f"{sizes}: those from {self.vocab_size} on have no text, and are chosen only where a request names them"
+            )
+        return f"{sizes}: text that takes one from {vocab_size} on is refused"
 
     def is_special(self, token_id: int) -> bool:
         """Whether ``token_id`` is a control token."""
