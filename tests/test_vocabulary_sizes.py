@@ -79,9 +79,6 @@ def test_ids_that_a_request_names_are_chosen_and_have_no_text(engine: Engine) ->
     named = ids_of(engine, logit_bias={6150: 100.0, 9: 1.0}, logprobs=1, stop=["zzzz"])
     assert set(named) == {6150}
     assert not {*range(TOKENS, ROWS)} - {6150} & set(ids_of(engine, logit_bias={6150: 0.0}, temperature=2.0))
-    grammar = {"grammar": "start: /a/ <[6160]> /bc/"}
-    (output,) = engine.generate("Hello", SamplingParams(structured_outputs=grammar, seed=1))
-    assert output.outputs[0].text == "abc" and 6160 in output.outputs[0].token_ids
 
 
 def test_log_probabilities_are_those_of_the_whole_vocabulary(engine: Engine) -> None:
