@@ -111,6 +111,7 @@ class AsyncEngine:
     @property
     def inputs(self) -> InputProcessor:
         """Encodes prompts and conversations and checks parameters, in any thread, for ``generate_encoded``."""
+        self._thread.check_alive()
         return self._loop.inputs
 
     # ---- requests

@@ -6,8 +6,10 @@ looked at when they finish.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from nemo_engine.inputs import EncodedPrompt
@@ -16,6 +18,8 @@ from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
 from nemo_engine.step import TokenLogprobs
 from nemo_engine.text import Detokenizer, Tokenizer
+
+_logger = logging.getLogger("nemo_engine")
 
 
 class Sink(Protocol):
@@ -146,7 +150,7 @@ class UserRequest:
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=requests[0].num_cached_tokens,
             cache_report=requests[0].cache_report,
-            metrics=self.metrics,
+            metrics=replace(self.metrics),  # an output does not change once it is given
             sampling_params=self.params,
         )
 
@@ -311,7 +315,7 @@ class OutputProcessor:
                 completion.cumulative_logprob += logprobs.logprobs[0]
             stop_string = completion.read()
         except Exception as error:
-            self._fail(completion, f"its tokens could not be turned into text: {type(error).__name__}: {error}")
+            self._fail(completion, "its tokens could not be turned into text", error)
             return
         if stop_string is not None and request.finish_reason not in ("abort", "error"):
             self._scheduler.finish(request.request_id, "stop", stop_string)
@@ -325,12 +329,16 @@ class OutputProcessor:
         try:
             prompt_logprobs[first : first + len(entries)] = [self._logprob_dict(entry) for entry in entries]
         except Exception as error:
-            self._fail(completion, f"its prompt could not be turned into text: {type(error).__name__}: {error}")
+            self._fail(completion, "its prompt could not be turned into text", error)
             return False
         return True
 
-    def _fail(self, completion: Completion, message: str) -> None:
+    def _fail(self, completion: Completion, message: str, error: Exception | None = None) -> None:
+        """End one completion alone, with what it had."""
         request = completion.request
+        if error is not None:
+            _logger.error("request %s: %s", completion.owner.request_id, message, exc_info=error)
+            message = f"{message}: {type(error).__name__}: {error}"
         self._scheduler.finish(request.request_id, "error")
         request.finish_reason, request.stop_reason, request.error = "error", None, message
 
@@ -339,7 +347,10 @@ class OutputProcessor:
         if user.is_finished:
             for completion in user.completions:
                 if completion.detokenizer is not None and completion.stop_string is None and not completion.is_reading:
-                    completion.detokenizer.finish()
+                    try:
+                        completion.detokenizer.finish()
+                    except Exception as error:
+                        self._fail(completion, "its tokens could not be turned into text", error)
             user.sink.append(user.output())
             self._forget(user)
             return

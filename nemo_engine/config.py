@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 DEFAULT_CONTEXT_CAP = 131072  # tokens; NeMo was trained for this, whatever its config claims
 
-# What both layouts mean where they are silent: transformers' MistralConfig and every tokenizer of Mistral's have these.
-DEFAULT_BOS_TOKEN_ID = 1
-DEFAULT_EOS_TOKEN_ID = 2
+# Where both layouts are silent: transformers' MistralConfig and every tokenizer of Mistral's have these.
+DEFAULT_BOS_TOKEN_ID, DEFAULT_EOS_TOKEN_ID = 1, 2
+
+# No model comes near these. The sampler's sums have room for as many ids.
+MAX_LAYERS, MAX_VOCAB, MAX_WIDTH = 4096, 1 << 22, 1 << 20
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -48,9 +50,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                     "intermediate_size", "max_position_embeddings"):  # fmt: skip
-            _check_int(name, getattr(self, name), low=1)
+        _check_int("vocab_size", self.vocab_size, low=1, high=MAX_VOCAB)
+        _check_int("num_layers", self.num_layers, low=1, high=MAX_LAYERS)
+        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+            _check_int(name, getattr(self, name), low=1, high=MAX_WIDTH)
+        _check_int("max_position_embeddings", self.max_position_embeddings, low=1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads ({self.num_kv_heads}), got {self.num_heads}"
@@ -60,11 +64,9 @@ class ModelConfig:
         _check_positive("rope_theta", self.rope_theta)
         _check_positive("rms_norm_eps", self.rms_norm_eps)
         _check_choice("dtype", self.dtype, DTYPES)
-        for name, token_id in (
-            *[("eos_token_ids", token_id) for token_id in self.eos_token_ids],
-            *([] if self.bos_token_id is None else [("bos_token_id", self.bos_token_id)]),
-        ):
-            _check_int(name, token_id, low=0, high=self.vocab_size - 1)
+        for name, ids in (("eos_token_ids", self.eos_token_ids), ("bos_token_id", (self.bos_token_id,))):
+            for token_id in ids:
+                _check_int(name, 0 if token_id is None else token_id, low=0, high=self.vocab_size - 1)
 
     @property
     def q_size(self) -> int:
@@ -88,15 +90,16 @@ class ModelConfig:
         """
         read = _Reader(data, "config.json")
         _refuse_other_architecture(read)
-        eos_ids = read.token_ids("eos_token_id", DEFAULT_EOS_TOKEN_ID)
+        vocab_size = read.integer("vocab_size", high=MAX_VOCAB)
+        eos_ids = read.token_ids("eos_token_id", DEFAULT_EOS_TOKEN_ID, vocab_size)
         if generation_config is not None:
-            eos_ids += _Reader(generation_config, "generation_config.json").token_ids("eos_token_id", None)
-        bos_ids = read.token_ids("bos_token_id", DEFAULT_BOS_TOKEN_ID)
+            eos_ids += _Reader(generation_config, "generation_config.json").token_ids("eos_token_id", None, vocab_size)
+        bos_ids = read.token_ids("bos_token_id", DEFAULT_BOS_TOKEN_ID, vocab_size)
         return read.build(
             cls,
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=read.integer("hidden_size"),
-            num_layers=read.integer("num_hidden_layers"),
+            num_layers=read.integer("num_hidden_layers", high=MAX_LAYERS),
             num_heads=read.integer("num_attention_heads"),
             num_kv_heads=read.integer("num_key_value_heads"),
             head_dim=read.integer("head_dim", 'it is never derived; add "head_dim" to the file'),
@@ -123,9 +126,9 @@ class ModelConfig:
             read.refuse(key)
         return read.build(
             cls,
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=read.integer("vocab_size", high=MAX_VOCAB),
             hidden_size=read.integer("dim"),
-            num_layers=read.integer("n_layers"),
+            num_layers=read.integer("n_layers", high=MAX_LAYERS),
             num_heads=read.integer("n_heads"),
             num_kv_heads=read.integer("n_kv_heads"),
             head_dim=read.integer("head_dim", 'it is never derived; add "head_dim" to the file'),
@@ -146,17 +149,17 @@ class _Reader:
     def __init__(self, data: Mapping[str, Any], source: str) -> None:
         if not isinstance(data, Mapping):
             raise ValueError(f"{source} must hold a JSON object, got {type(data).__name__}")
-        self.data = data
-        self.source = source
+        self.data, self.source = data, source
 
     def first(self, *keys: str, default: Any = None) -> Any:
         return next((self.data[key] for key in keys if self.data.get(key) is not None), default)
 
-    def integer(self, key: str, hint: str = "") -> int:
+    def integer(self, key: str, hint: str = "", *, high: int = MAX_WIDTH) -> int:
         value = self.data.get(key)
         if value is None:
             raise ValueError(f"{self.source} has no {key}" + (f": {hint}" if hint else ""))
-        return _check_int(f"{self.source}: {key}", value, low=1)
+        _check_int(f"{self.source}: {key}", value, low=1)
+        return _check_int(f"{self.source}: {key}", value, low=1, high=high)
 
     def number(self, key: str) -> float:
         value = self.data.get(key)
@@ -166,7 +169,7 @@ class _Reader:
 
     def context(self, *keys: str) -> int:
         key = next((key for key in keys if self.data.get(key) is not None), None)
-        return DEFAULT_CONTEXT_CAP if key is None else self.integer(key)
+        return DEFAULT_CONTEXT_CAP if key is None else _check_int(f"{self.source}: {key}", self.data[key], low=1)
 
     def boolean(self, key: str) -> bool:
         value = self.first(key, default=False)
@@ -178,12 +181,12 @@ class _Reader:
         value = self.first(*keys, default="bfloat16")
         return value.removeprefix("torch.") if isinstance(value, str) else value
 
-    def token_ids(self, key: str, default: int | None) -> list[int]:
-        """Zero, one or several ids; only an absent key means ``default``, a null means none."""
+    def token_ids(self, key: str, default: int | None, vocab_size: int) -> list[int]:
+        """Zero, one or several ids of the vocabulary; only an absent key means ``default``, a null means none."""
         value = self.data.get(key, default)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in ids:
-            _check_int(f"{self.source}: {key}", token_id, low=0)
+            _check_int(f"{self.source}: {key}", token_id, low=0, high=vocab_size - 1)
         return list(ids)
 
     def refuse(self, key: str, *, unless: tuple[Any, ...] = (False,), because: str = "is not supported") -> None:
@@ -336,10 +339,8 @@ class EngineConfig:
         if self.max_num_batched_tokens is not None:
             _check_int("max_num_batched_tokens", self.max_num_batched_tokens, low=1)
             if self.max_num_batched_tokens < self.max_num_seqs:
-                raise ValueError(
-                    f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), so that a step can decode "
-                    f"every running request, got {self.max_num_batched_tokens}"
-                )
+                least = f"max_num_seqs ({self.max_num_seqs}), so that a step can decode every running request"
+                raise ValueError(f"max_num_batched_tokens must be at least {least}, got {self.max_num_batched_tokens}")
         if _check_int("page_size", self.page_size, low=16, high=128) not in (16, 32, 64, 128):
             raise ValueError(f"page_size must be a power of two from 16 to 128, got {self.page_size}")
         if self.kv_cache_gib is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,11 +183,16 @@ class StartedCore:
     model_path: Path
 
 
-def start_core(model: str | Path, config: EngineConfig, ledger: Ledger) -> StartedCore:
-    """Load ``model`` and build runner, scheduler and core as ``config`` says."""
+def start_core(
+    model: str | Path, config: EngineConfig, ledger: Ledger, count_tokens: Callable[[Path], int | None]
+) -> StartedCore:
+    """Load ``model`` and build runner, scheduler and core as ``config`` says.
+
+    ``count_tokens`` is asked, before the weights are read, how many ids the tokenizer of the checkpoint in that directory has.
+    """
     from nemo_engine.runner.startup import start_device_half  # brings torch in
 
-    half = start_device_half(model, config, ledger)
+    half = start_device_half(model, config, ledger, count_tokens)
     scheduler = Scheduler(
         num_pages=half.num_pages,
         page_size=config.page_size,

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from nemo_engine.loop import EngineLoop, PreparedRequest
+from nemo_engine.loop import FORKED, EngineLoop, PreparedRequest
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind
 
@@ -132,9 +132,7 @@ class EngineThread:
         if self.error is not None:
             raise EngineDeadError(str(self.error)) from self.error.__cause__
         if not self.is_alive and not self.is_closing:
-            raise EngineClosedError(
-                "the engine runs in the process that this one was forked from: make one after the fork"
-            )
+            raise EngineClosedError(FORKED)
 
     def add(self, prepared: PreparedRequest, stream: Stream) -> None:
         """Queue a request whose outputs go to ``stream``, unless that was dropped. ``ValueError`` if its id is in use. From any thread."""

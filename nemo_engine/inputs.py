@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from nemo_engine.checks import check_unicode
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.sampling_params import DEFAULT_TEMPERATURE, SamplingParams
 from nemo_engine.scheduler import Request
 from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text import Tokenizer, render_chat
@@ -105,8 +105,8 @@ class InputProcessor:
             params = SamplingParams(max_tokens=CHAT_MAX_TOKENS) if is_chat else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, got {params!r}")
-        if is_chat and params.is_temperature_default:
-            params = dataclasses.replace(params, temperature=CHAT_TEMPERATURE)
+        if params.temperature is None:
+            params = dataclasses.replace(params, temperature=CHAT_TEMPERATURE if is_chat else DEFAULT_TEMPERATURE)
         limit = self._config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
@@ -145,12 +145,9 @@ class InputProcessor:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
         is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
-        return [
-            EncodedPrompt(
-                None, render_chat(self._tokenizer, conversation, **{"max_tokens": self._max_model_len} | options)
-            )
-            for conversation in conversations
-        ]
+        options = {"max_tokens": self._max_model_len} | options
+        rendered = [render_chat(self._tokenizer, conversation, **options) for conversation in conversations]
+        return [EncodedPrompt(None, self.check_ids(ids, "messages")) for ids in rendered]
 
     def params_per_prompt(self, params: Params, count: int, *, is_chat: bool) -> list[SamplingParams]:
         """The effective parameters of each of ``count`` prompts, given one for all or one for each."""
@@ -176,8 +173,11 @@ class InputProcessor:
         bad_words: Sequence[tuple[int, ...]] = ()
         if params.bad_words:
             assert self._tokenizer is not None
-            bad_words = self._tokenizer.encode_bad_words(params.bad_words)
-            longest = max(map(len, bad_words))
+            # What the model has no ids for it cannot say.
+            bad_words = [
+                ids for ids in self._tokenizer.encode_bad_words(params.bad_words) if max(ids) < self._vocab_size
+            ]
+            longest = max(map(len, bad_words), default=0)
             size = len(bad_words) * longest * params.n
             if size > _MAX_BAD_WORD_TOKENS:
                 raise ValueError(

@@ -6,6 +6,7 @@ Puts together input checking, the core and output processing; knows neither mode
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -34,31 +35,76 @@ class PreparedRequest:
     user: UserRequest
 
 
+FORKED = (
+    "the engine runs in the process that this one was forked from, whose threads a fork does not copy: start processes by 'spawn', as "
+    "multiprocessing.get_context('spawn') does, or make the engine after the fork, where the parent has used neither engine nor torch"
+)
+
+
+class _Lock:
+    """A reentrant lock that cannot be entered in a forked process, where another thread's hold on it would never end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is another process than that which made the lock."""
+        return os.getpid() != self._process
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` in a forked process."""
+        if self.is_forked:
+            raise RuntimeError(FORKED)
+
+    def __enter__(self) -> None:
+        self.check()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class EngineLoop:
     """Takes prepared requests and advances all of them step by step; outputs go to each request's own sink.
 
     ``options`` are the fields of ``EngineConfig``; an unknown one is a ``TypeError``. Methods may be called from any thread. Use it as a
-    context manager, or call ``close()``, to give all memory back.
+    context manager, or call ``close()``, to give all memory back. In a process that is forked from this one, they raise ``RuntimeError``.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.config = EngineConfig(**options)
         self.ledger = Ledger()
-        started = start_core(model, self.config, self.ledger)
+        self.tokenizer: Tokenizer | None = None
+        started = start_core(model, self.config, self.ledger, self._load_tokenizer)
         self._core = started.core
         self._is_closed = False
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self.model_config: ModelConfig = started.model_config
         self.model_path: Path = started.model_path
         self.max_model_len: int = self._core.scheduler.max_model_len
         self.max_num_batched_tokens: int = self._core.scheduler.max_num_batched_tokens
-        self.tokenizer: Tokenizer | None = None
-        if not self.config.skip_tokenizer_init:
-            with self.ledger.stage("load tokenizer"):
-                self.tokenizer = load_tokenizer(Path(self.config.tokenizer or self.model_path))
-        self.inputs = InputProcessor(self.model_config, self.config, self.tokenizer, self.max_model_len)
+        difference = None if self.tokenizer is None else self.tokenizer.differs_from(self.model_config.vocab_size)
+        if difference is not None:
+            _logger.warning("%s", difference)
+        self._inputs = InputProcessor(self.model_config, self.config, self.tokenizer, self.max_model_len)
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
+
+    def _load_tokenizer(self, checkpoint: Path) -> int | None:
+        """Load the tokenizer before the weights; returns its number of ids, None if there is none."""
+        if self.config.skip_tokenizer_init:
+            return None
+        with self.ledger.stage("load tokenizer"):
+            self.tokenizer = load_tokenizer(Path(self.config.tokenizer or checkpoint))
+        return None if self.tokenizer is None else self.tokenizer.vocab_size
+
+    @property
+    def inputs(self) -> InputProcessor:
+        """Encodes prompts and conversations and checks parameters, in any thread."""
+        self._lock.check()
+        return self._inputs
 
     def check_fits(self, prompt: EncodedPrompt, params: SamplingParams) -> None:
         """Refuse, with a ``ValueError``, what could never finish in this context and this cache."""
@@ -74,7 +120,7 @@ class EngineLoop:
         if params is not None:
             return own
         room = [min(CHAT_MAX_TOKENS, self.room_for(len(prompt.token_ids))) for prompt in prompts]
-        return [replace(one, temperature=one.temperature, max_tokens=most) for one, most in zip(own, room, strict=True)]
+        return [replace(one, max_tokens=most) for one, most in zip(own, room, strict=True)]
 
     def prepare(
         self,
@@ -199,7 +245,12 @@ class EngineLoop:
             self._core.scheduler.kv.pool.forget_all()
 
     def close(self) -> None:
-        """End all requests and give all memory back. May be called twice; any other call then raises RuntimeError."""
+        """End all requests and give all memory back. May be called twice; any other call then raises RuntimeError.
+
+        In a forked process it does nothing: the engine is the parent's.
+        """
+        if self._lock.is_forked:
+            return
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True

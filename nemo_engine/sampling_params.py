@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -25,6 +25,7 @@ MAX_STOP_LENGTH = 10_000  # characters, so many of which are held back
 MAX_STOP_OF_ALL = 16_384  # stop strings times completions
 MAX_BAD_WORDS = 10_000
 DEFAULT_MAX_TOKENS = 16
+DEFAULT_TEMPERATURE = 1.0
 
 
 class RequestOutputKind(Enum):
@@ -73,7 +74,8 @@ class SamplingParams:
     n: completions per prompt, sharing the prompt's pages; above 1 needs sampling.
     presence_penalty, frequency_penalty: [-2, 2], over generated tokens only.
     repetition_penalty: finite, > 0, over prompt and generated tokens; above 1 discourages.
-    temperature: [0, 2]; 0 is greedy. None means the default of the call: 1.0, or for ``chat`` the model's own.
+    temperature: [0, 2]; 0 is greedy, and top_p, top_k and min_p then mean nothing. None means the default of the call, which fills it in: 1.0,
+    or for ``chat`` the model's own. A copy or ``dataclasses.replace`` keeps what was given.
     top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most likely token.
     seed: 64-bit; -1 or None lets the engine choose. The same seed gives the same tokens in any batch.
     stop: strings that end the output, at most 1024 of at most 10,000 characters, cut off unless ``include_stop_str_in_output``.
@@ -124,13 +126,9 @@ class SamplingParams:
     repetition_detection: RepetitionDetection | None = None
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     extra_args: Mapping[str, Any] | None = None
-    is_temperature_default: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         put = _Setter(self)
-        put("is_temperature_default", self.temperature is None)
-        if self.temperature is None:
-            put("temperature", 1.0)
         self._check_counts(put)
         self._check_distribution(put)
         self._check_ends(put)
@@ -139,7 +137,7 @@ class SamplingParams:
             put("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
         if self.extra_args:
             raise ValueError(f"extra_args is not supported, got {dict(self.extra_args)!r}")
-        if self.n > 1 and self.is_greedy and not self.is_temperature_default:
+        if self.n > 1 and self.is_greedy:
             raise ValueError(f"n must be 1 with greedy sampling (temperature 0), got {self.n}")
 
     def _check_counts(self, put: _Setter) -> None:
@@ -172,23 +170,21 @@ class SamplingParams:
         put("repetition_penalty", _check_float("repetition_penalty", self.repetition_penalty))
         if self.repetition_penalty <= 0.0:
             raise ValueError(f"repetition_penalty must be greater than 0, got {self.repetition_penalty}")
-        temperature = _check_float("temperature", self.temperature, low=0.0, high=2.0)
         put("top_p", _check_float("top_p", self.top_p))
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         _check_int("top_k", self.top_k, low=-1, low_text="0 or -1 (off), or at least 1")
         put("min_p", _check_float("min_p", self.min_p, low=0.0, high=1.0))
-        if temperature < GREEDY_TEMPERATURE:
-            temperature = 0.0
-            put("top_p", 1.0)
-            put("top_k", 0)
-            put("min_p", 0.0)
-        elif temperature < MIN_TEMPERATURE:
-            warnings.warn(
-                f"temperature {temperature} is raised to {MIN_TEMPERATURE}: below it logits overflow", stacklevel=4
-            )
-            temperature = MIN_TEMPERATURE
-        put("temperature", temperature)
+        if self.temperature is not None:
+            temperature = _check_float("temperature", self.temperature, low=0.0, high=2.0)
+            if temperature < GREEDY_TEMPERATURE:
+                temperature = 0.0
+            elif temperature < MIN_TEMPERATURE:
+                warnings.warn(
+                    f"temperature {temperature} is raised to {MIN_TEMPERATURE}: below it logits overflow", stacklevel=4
+                )
+                temperature = MIN_TEMPERATURE
+            put("temperature", temperature)
         put("top_k", max(self.top_k, 0))
         if self.seed is not None:
             _check_int(
@@ -253,8 +249,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether every token is the most likely one that the masks leave."""
-        assert self.temperature is not None
-        return self.temperature < GREEDY_TEMPERATURE
+        return self.temperature is not None and self.temperature < GREEDY_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:

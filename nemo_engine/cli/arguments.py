@@ -20,7 +20,7 @@ from nemo_engine.server.options import ServerOptions
 
 # Not on the command line: objects, and what only matters to a program that reads the outputs.
 NO_FLAGS = {
-    "detokenize", "extra_args", "is_temperature_default", "output_kind", "repetition_detection",
+    "detokenize", "extra_args", "output_kind", "repetition_detection",
     "spaces_between_special_tokens", "stream_interval",
 }  # fmt: skip
 

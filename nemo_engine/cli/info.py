@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
         rows.append(
             ("tokenizer", f"{tokenizer.version}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
         )
+        difference = tokenizer.differs_from(checkpoint.model_config.vocab_size)
+        if difference is not None:
+            rows.append(("", difference))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
     print("\n" + "\n".join(fits(checkpoint.model_config, sizes.num_bytes, args.gib or _MEMORY_GIB)))

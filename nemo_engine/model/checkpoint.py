@@ -17,7 +17,7 @@ import torch
 
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.hub import download, weight_sets_of
-from nemo_engine.model.layout import Layout, tensor_name
+from nemo_engine.model.layout import Layout, check_num_layers, tensor_name
 from nemo_engine.model.quantization import Quantization, quantization_of
 from nemo_engine.model.safetensors_files import TensorInfo, read_into, read_json, read_weight_set
 
@@ -118,7 +118,12 @@ def _open_directory(path: Path, needs_weights: bool) -> Checkpoint:
         return Checkpoint(path, layout, _model_config(path, layout, data, {}), {}, quantization)
     tensors = read_weight_set(path, stem)
     unused_files = tuple(file for unused in weight_sets[1:] for file in unused.files)
-    return Checkpoint(path, layout, _model_config(path, layout, data, tensors), tensors, quantization, unused_files)
+    config = _model_config(path, layout, data, tensors)
+    try:
+        check_num_layers(config, layout, len(tensors))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Checkpoint(path, layout, config, tensors, quantization, unused_files)
 
 
 def _no_weights_message(path: Path, files: list[str]) -> str:

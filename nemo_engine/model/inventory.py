@@ -11,7 +11,15 @@ import torch
 
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.layout import PARTS, ExpectedTensor, attention_module, expected_tensors, is_ignored, tensor_name
+from nemo_engine.model.layout import (
+    PARTS,
+    ExpectedTensor,
+    attention_module,
+    expected_tensors,
+    is_ignored,
+    size_fields,
+    tensor_name,
+)
 from nemo_engine.model.quantization import (
     BLOCK,
     INPUT_SCALES,
@@ -108,7 +116,9 @@ class _Taker:
             used.add(tensor.name)
             if tensor.name not in self.tensors:
                 self.faults.append(f"{tensor.name}: expected {list(tensor.shape)}, not found")
-            elif self._has_shape(tensor.name, tensor.shape) and self._is_fp8(tensor):
+            elif not self._has_shape(tensor.name, tensor.shape):
+                self.faults[-1] += f"; expected is {size_fields(layout, tensor.part)}"
+            elif self._is_fp8(tensor):
                 stored = self._scales_of(tensor)
                 if stored is not None:
                     scales[tensor.name] = stored

@@ -39,6 +39,19 @@ _OUTER_NAMES = {
     "lm_head": ("lm_head", "output"),
 }
 
+# What a part's shape follows from, by the names of (Hugging Face's configuration, Mistral's).
+_SIZE_FIELDS = {
+    "embed_tokens": ("vocab_size, hidden_size", "vocab_size, dim"),
+    "lm_head": ("vocab_size, hidden_size", "vocab_size, dim"),
+    "q_proj": ("num_attention_heads * head_dim, hidden_size", "n_heads * head_dim, dim"),
+    "k_proj": ("num_key_value_heads * head_dim, hidden_size", "n_kv_heads * head_dim, dim"),
+    "v_proj": ("num_key_value_heads * head_dim, hidden_size", "n_kv_heads * head_dim, dim"),
+    "o_proj": ("hidden_size, num_attention_heads * head_dim", "dim, n_heads * head_dim"),
+    "gate_proj": ("intermediate_size, hidden_size", "hidden_dim, dim"),
+    "up_proj": ("intermediate_size, hidden_size", "hidden_dim, dim"),
+    "down_proj": ("hidden_size, intermediate_size", "dim, hidden_dim"),
+}
+
 # Buffers that old checkpoints carry and that follow from rope_theta.
 _IGNORED = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope\.freqs")
 
@@ -62,6 +75,19 @@ def tensor_name(layout: Layout, part: str, layer: int | None = None) -> str:
     """What ``part`` is called in a checkpoint."""
     names = _OUTER_NAMES[part] if layer is None else _LAYER_NAMES[part]
     return names[0 if layout == "hf" else 1].format(layer) + ".weight"
+
+
+def size_fields(layout: Layout, part: str) -> str:
+    """The fields of config.json, or params.json, that give ``part`` its shape."""
+    fields = _SIZE_FIELDS.get(part, ("hidden_size", "dim"))[0 if layout == "hf" else 1]
+    return f"[{fields}] of {'config.json' if layout == 'hf' else 'params.json'}"
+
+
+def check_num_layers(config: ModelConfig, layout: Layout, num_tensors: int) -> None:
+    """Raise ``ValueError`` if a checkpoint of so many tensors cannot have the layers of ``config``, before they are listed one by one."""
+    if config.num_layers > num_tensors:
+        name = "config.json: num_hidden_layers" if layout == "hf" else "params.json: n_layers"
+        raise ValueError(f"{name} is {config.num_layers}, and all weight files together hold {num_tensors} tensors")
 
 
 def expected_tensors(config: ModelConfig, layout: Layout) -> list[ExpectedTensor]:

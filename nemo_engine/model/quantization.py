@@ -108,6 +108,7 @@ def quantization_of(
     if block is None:
         block = config.get("compression_config")  # what early compressed-tensors called it
     if block is None and modelopt is not None:
+        modelopt = _object("hf_quant_config.json", modelopt)
         return _of_modelopt(_object("hf_quant_config.json: quantization", modelopt.get("quantization", modelopt)))
     if block is None:
         return None
@@ -172,7 +173,7 @@ def _scheme_of_group(name: str, group: Mapping[str, Any], file_format: Any) -> t
             f"compressed-tensors {_bits_of(weights)} weights (format {group.get('format') or file_format!r})"
         )
     strategy = weights.get("strategy", "tensor")
-    if strategy == "block" and list(weights.get("block_structure") or ()) != [BLOCK, BLOCK]:
+    if strategy == "block" and not _is_block(weights.get("block_structure")):
         raise _unsupported(f"weights in blocks of {weights.get('block_structure')}")
     if strategy not in ("tensor", "channel", "block") or weights.get("dynamic") or weights.get("symmetric") is False:
         raise _unsupported(
@@ -202,7 +203,7 @@ def _of_plain_fp8(block: Mapping[str, Any]) -> Quantization:
     shape = block.get("weight_block_size")
     if scheme not in ("static", "dynamic") or (shape is not None and scheme == "static"):
         raise _unsupported(f"quant_method 'fp8' with activation_scheme {scheme!r} and weight_block_size {shape}")
-    if shape is not None and list(shape) != [BLOCK, BLOCK]:
+    if shape is not None and not _is_block(shape):
         raise _unsupported(f"quant_method 'fp8' with weight_block_size {shape}")
     if block.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise _unsupported(f"quant_method 'fp8' with fmt {block['fmt']!r}")
@@ -247,6 +248,10 @@ def _of_mistral(block: Mapping[str, Any]) -> Quantization:
     if scheme not in ("TENSOR", "NO_SCALES", "DYNAMIC"):
         raise _unsupported(f"Mistral's qscheme_act {scheme!r}")
     return Quantization("mistral", "tensor", "static" if scheme == "TENSOR" else "dynamic")
+
+
+def _is_block(shape: Any) -> bool:
+    return isinstance(shape, (list, tuple)) and list(shape) == [BLOCK, BLOCK]
 
 
 def _bits_of(block: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ decided on the device: the host does not know the tokens there yet.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +39,10 @@ class SlotEdits:
     word_from: Tensor
 
     @staticmethod
-    def of(fill: SlotFill, vocab_size: int, device: torch.device) -> SlotEdits | None:
-        """What ``fill`` asks for, None if nothing. Bad words count where they lie wholly in the output, as in vLLM."""
+    def of(fill: SlotFill, vocab_size: int, device: torch.device, hidden: Iterable[int] = ()) -> SlotEdits | None:
+        """What ``fill`` asks for, None if nothing. Bad words count where they lie wholly in the output, as in vLLM. ``hidden`` ids are masked."""
         params = fill.params
-        added: list[tuple[int, float, int]] = []
+        added: list[tuple[int, float, int]] = [(token_id, -torch.inf, _ALWAYS) for token_id in hidden]
         words = []
         for word in fill.bad_words_token_ids:
             if len(word) == 1:

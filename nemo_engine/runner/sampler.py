@@ -19,7 +19,7 @@ from nemo_engine.ops import Ops, sample, sampling
 from nemo_engine.ops.sample import SampleFacts, SlotParams
 from nemo_engine.runner.logit_edits import LogitEdits, SlotEdits, apply_masks_, mask_table
 from nemo_engine.runner.transfer import Download, to_device
-from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.sampling_params import DEFAULT_TEMPERATURE, SamplingParams
 from nemo_engine.step import TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
 
 _What = int | tuple[int, ...]  # that many of the best tokens (-1: all), or exactly these tokens
@@ -60,7 +60,10 @@ class Sampler:
     for a slot belongs to its request until ``fill`` is called for the slot again, with the request's whole history.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, ops: Ops, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, ops: Ops, device: torch.device, without_token: Sequence[int] = ()
+    ) -> None:
+        """without_token: ids that only a request chooses that names them, in ``allowed_token_ids``, ``logit_bias`` or its grammar."""
         assert 1 <= vocab_size <= 1 << 22, vocab_size
         self._num_slots = num_slots
         self._vocab_size = vocab_size
@@ -68,6 +71,12 @@ class Sampler:
         self._device = device
         self._mask_table = mask_table(device)
         self._slots = SlotParams.off(num_slots, vocab_size, device)
+        self._without_token = frozenset(without_token)
+        self._is_hidden: Tensor | None = None  # (V,) and by slot, whether it applies there
+        self._hides = torch.zeros(num_slots + 1, dtype=torch.bool, device=device)
+        if without_token:
+            self._is_hidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._is_hidden[list(without_token)] = True
         self._params: dict[int, SamplingParams] = {}
         self._edits: dict[int, SlotEdits] = {}
         self._batch: _Batch | None = None
@@ -80,10 +89,11 @@ class Sampler:
         self._batch = None
         self._only_tokens = ((), True)
         self._params[slot] = params
-        table.temperature[slot] = 0.0 if params.is_greedy or params.temperature is None else params.temperature
-        table.min_p[slot] = params.min_p
-        table.top_k[slot] = self._top_k_of(params) or self._vocab_size
-        table.top_p[slot] = params.top_p
+        table.temperature[slot] = DEFAULT_TEMPERATURE if params.temperature is None else params.temperature
+        is_cut = not params.is_greedy
+        table.min_p[slot] = params.min_p if is_cut else 0.0
+        table.top_k[slot] = (self._top_k_of(params) if is_cut else 0) or self._vocab_size
+        table.top_p[slot] = params.top_p if is_cut else 1.0
         table.seed_keys[slot] = sampling.seed_key(fill.seed)
         table.frequency[slot] = params.frequency_penalty
         table.presence[slot] = params.presence_penalty
@@ -91,13 +101,23 @@ class Sampler:
         if params.has_penalties:
             self._count_history(fill)
         self._edits.pop(slot, None)
-        edits = SlotEdits.of(fill, self._vocab_size, self._device)
+        named = self._without_token.intersection(params.logit_bias or ())
+        has_own_mask = params.allowed_token_ids is not None or params.structured_outputs is not None
+        self._hides[slot] = not (named or has_own_mask)
+        hidden = self._without_token - named if named and not has_own_mask else ()
+        edits = SlotEdits.of(fill, self._vocab_size, self._device, hidden)
         if edits is not None:
             self._edits[slot] = edits
 
     def _top_k_of(self, params: SamplingParams) -> int:
         """``params.top_k``, 0 where it cuts nothing."""
         return params.top_k if params.top_k < self._vocab_size else 0
+
+    def _hidden(self, logits: Tensor, slot_ids: Tensor) -> Tensor:
+        """``logits`` with -inf for the ids without a token, in rows of slots that name none."""
+        if self._is_hidden is None:
+            return logits
+        return logits.masked_fill(self._hides[slot_ids].unsqueeze(1) & self._is_hidden, -torch.inf)
 
     def _count_history(self, fill: SlotFill) -> None:
         token_ids = to_device(fill.token_ids, self._device)
@@ -119,7 +139,7 @@ class Sampler:
 
     def sample_any(self, logits: Tensor, slot_ids: Tensor, positions: Tensor) -> Tensor:
         """Choose a token for each row, of whatever slots: the host need not know them. It is what a graph captures."""
-        tokens: Tensor = self._ops.sample_(logits, slot_ids, positions, self._slots)
+        tokens: Tensor = self._ops.sample_(self._hidden(logits, slot_ids), slot_ids, positions, self._slots)
         return tokens
 
     def sample(
@@ -144,10 +164,11 @@ class Sampler:
         batch = self._batch
         if batch is None or batch.slots is not slots:
             batch = self._batch = self._make_batch(slots)
+        shown = self._hidden(logits, slot_ids)
         if batch.edits is None and not masks:
-            tokens = self._ops.sample_(logits, slot_ids, positions, self._slots, batch.facts)
+            tokens = self._ops.sample_(shown, slot_ids, positions, self._slots, batch.facts)
         else:
-            edited = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
+            edited = shown.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
             is_finite = edited.amax(dim=1) < torch.inf  # false for NaN; an edit may hide it
             if masks:
                 row_of = {slot: row for row, slot in enumerate(slots)}

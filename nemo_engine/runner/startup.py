@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from nemo_engine.planner.memory import (
     plan_kv_cache,
     weight_bytes,
 )
+from nemo_engine.runner.forks import check_threads
 from nemo_engine.runner.graphs import cuda_capture
 from nemo_engine.runner.precision import Precision, resolve_precision, use_wide_reductions
 from nemo_engine.runner.runner import Runner
@@ -46,12 +48,21 @@ class DeviceHalf:
     pipeline_depth: int
 
 
-def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -> DeviceHalf:
-    """Bring up ``model`` as ``config`` says. Raises ``ValueError`` for what cannot work, before anything is allocated."""
+def start_device_half(
+    model: str | Path,
+    config: EngineConfig,
+    ledger: Ledger,
+    count_tokens: Callable[[Path], int | None] = lambda _: None,
+) -> DeviceHalf:
+    """Bring up ``model`` as ``config`` says. Raises ``ValueError`` for what cannot work, before anything is allocated, and ``RuntimeError`` in
+    a forked process that cannot compute.
+    """
+    check_threads()
     device = resolve_device(config.device)
     with ledger.stage("open checkpoint"):
         checkpoint = open_checkpoint(model, revision=config.revision, needs_weights=config.load_format != "dummy")
     model_config = checkpoint.model_config
+    num_tokens = count_tokens(checkpoint.path)
     precision = resolve_precision(config, checkpoint, device)
     site = Site.of(model_config, config.page_size, precision.dtype, device, precision.kv_dtype)
     ops = Ops.select(site, config.prefer or {})
@@ -69,7 +80,9 @@ def start_device_half(model: str | Path, config: EngineConfig, ledger: Ledger) -
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     num_pages, max_model_len, memory = plan_kv_cache(model_config, config, sizes, free)
     try:
-        runner = _build(checkpoint, config, inventory, precision, ops, ledger, num_pages, max_model_len, device)
+        runner = _build(
+            checkpoint, config, inventory, precision, ops, ledger, num_pages, max_model_len, device, num_tokens
+        )
     except torch.OutOfMemoryError as error:
         assert memory is not None and free is not None
         reason = f"out of device memory at start-up: {str(error).splitlines()[0]}"
@@ -103,6 +116,7 @@ def _build(
     num_pages: int,
     max_model_len: int,
     device: torch.device,
+    num_tokens: int | None,
 ) -> Runner:
     """Load the weights and make a runner that is ready: on CUDA, nothing is compiled or captured later."""
     model_config, kv_dtype = checkpoint.model_config, precision.kv_dtype
@@ -137,6 +151,7 @@ def _build(
             max_model_len=max_model_len,
             device=device,
             kv_dtype=kv_dtype,
+            num_tokens=num_tokens,
         )
     if device.type == "cuda":
         sizes = () if config.enforce_eager else graph_sizes(config.max_num_seqs)

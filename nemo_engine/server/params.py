@@ -34,7 +34,7 @@ class Effective:
         """``{name: {"value", "origin"}}`` of all parameters."""
         shown = {}
         for field in dataclasses.fields(self.params):
-            if field.name not in ("is_temperature_default", "output_kind", "extra_args"):
+            if field.name not in ("output_kind", "extra_args"):
                 value = getattr(self.params, field.name)
                 if dataclasses.is_dataclass(value) and not isinstance(value, type):
                     value = dataclasses.asdict(value)

@@ -132,12 +132,16 @@ class GrammarCompiler:
     def _load(self) -> Any:
         with self._loading:
             if self._vocabulary is None:
+                if self._eos[0] >= self._vocab_size:
+                    raise ValueError(
+                        f"structured_outputs needs an end-of-sequence token that the model has: it has {self._vocab_size} ids, and none is named"
+                    )
                 if find_spec("llguidance") is None:
                     raise ValueError('structured_outputs needs llguidance: pip install "nemo-engine[structured]"')
                 from llguidance import LLTokenizer, TokenizerWrapper
 
                 words = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._eos))
-                self._vocabulary = LLTokenizer(words, eos_token=self._eos)
+                self._vocabulary = _guarded(lambda: LLTokenizer(words, eos_token=self._eos))
             return self._vocabulary
 
 

@@ -17,6 +17,7 @@ from nemo_engine.checks import check_unicode
 
 FILE_NAMES = ("tekken.json", "tokenizer.model.v3", "tokenizer.model")
 
+MAX_SPECIAL_TOKENS = 1 << 16  # those that a file does not name are made up
 _USUAL_LENGTH = 8  # characters of a token, and more
 _PIECE = 1 << 16  # characters that are encoded at a time where only their number of tokens is wanted
 _WORD_END = re.compile(r"(?<=[^\W\d_]) ")  # no token goes from a letter to a space
@@ -46,6 +47,27 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
     return None
 
 
+def _check_sizes(path: Path) -> None:
+    """Refuse a Tekken file whose numbers of tokens are not backed by its content, before anything of that size is made."""
+    if path.suffix != ".json":
+        return
+    try:
+        data = json.loads(path.read_bytes())
+        config, count = data["config"], len(data["vocab"])
+        num_special, size = config["default_num_special_tokens"], config["default_vocab_size"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"tokenizer file {path} cannot be read: {type(error).__name__}: {error}") from None
+    if type(num_special) is not int or not 0 <= num_special <= MAX_SPECIAL_TOKENS:
+        raise ValueError(
+            f"tokenizer file {path}: config.default_num_special_tokens must be an integer from 0 to {MAX_SPECIAL_TOKENS}, got {num_special!r}"
+        )
+    if type(size) is not int or not num_special < size <= num_special + count:
+        raise ValueError(
+            f"tokenizer file {path}: config.default_vocab_size must be an integer from {num_special + 1} to {num_special + count}, as there are "
+            f"{num_special} special tokens and {count} in vocab, got {size!r}"
+        )
+
+
 class Tokenizer:
     """One tokenizer file, Tekken (``tekken.json``) or SentencePiece v3.
 
@@ -57,6 +79,7 @@ class Tokenizer:
             from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
         except ImportError as error:
             raise ImportError("text needs mistral-common: pip install mistral-common") from error
+        _check_sizes(path)
         try:
             self.mistral: Any = MistralTokenizer.from_file(str(path))
             self._raw: Any = self.mistral.instruct_tokenizer.tokenizer
@@ -143,10 +166,26 @@ class Tokenizer:
         return data if self._is_tekken else data.removeprefix(b" ")
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
-        """The bytes that ``token_id`` adds to a text; those of a control token are its name, or none."""
+        """The bytes that ``token_id`` adds to a text; those of a control token are its name, or none.
+
+        A model may have more ids than its tokenizer: those above add nothing. ``ValueError`` for a negative one.
+        """
         if token_id in self._special:
             return b"" if skip_special_tokens else self._special[token_id].encode()
-        return self._bytes[token_id]
+        if token_id < 0:
+            raise ValueError(f"a token id must be at least 0, got {token_id}")
+        return self._bytes[token_id] if token_id < self.vocab_size else b""
+
+    def differs_from(self, vocab_size: int) -> str | None:
+        """What it means that a model has ``vocab_size`` ids, if the tokenizer has another number of them."""
+        if vocab_size == self.vocab_size:
+            return None
+        sizes = f"the model has {vocab_size} token ids, its tokenizer {self.vocab_size}"
+        if vocab_size > self.vocab_size:
+            return (
+                f"{sizes}: those from {self.vocab_size} on have no text, and are chosen only where a request names them"
+            )
+        return f"{sizes}: text that takes one from {vocab_size} on is refused"
 
     def is_special(self, token_id: int) -> bool:
         """Whether ``token_id`` is a control token."""

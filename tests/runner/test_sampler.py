@@ -74,7 +74,7 @@ def reference_scores(logits: np.ndarray, request: Request, position: int) -> np.
         scores[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
     if params.is_greedy or np.all(scores == -np.inf):
         return scores
-    scores = scores / params.temperature
+    scores = scores / (1.0 if params.temperature is None else params.temperature)
     weights = np.exp(scores - scores.max())
     if params.min_p > 0:
         scores = np.where(weights >= params.min_p, scores, -np.inf)
