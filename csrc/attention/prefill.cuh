@@ -301,7 +301,8 @@ struct PrefillComputer {
         keep_in_registers(r.s);
         release(&shared->k_empty[stage_now]);
         soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, p.score_scale);
-        keep_in_registers(r.s);  // the weights are computed before the wait, not after it
+        compute_before(r.mass[0], &shared->q);  // the weights, while the products run
+        compute_before(r.mass[1], &shared->q);
         wgmma_wait<0>();
         keep_in_registers(r.o);
         release(&shared->v_empty[stage_before]);

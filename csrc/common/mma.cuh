@@ -89,6 +89,14 @@ __device__ __forceinline__ void keep_in_registers(float (&d)[COUNT]) {
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// x, which is not negative, is computed before what follows in the program, such as a wait for products. The assembler sees
+// nothing in an empty asm and would compute x after the wait; a store that never happens needs x first.
+__device__ __forceinline__ void compute_before(float x, void* shared) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x),
+                 "r"(shared_address(shared))
+                 : "memory");
+}
+
 template <int N>
 struct Wgmma;
 

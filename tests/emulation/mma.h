@@ -89,6 +89,7 @@ void wgmma_wait() {
 }
 template <int COUNT>
 void keep_in_registers(float (&)[COUNT]) {}
+inline void compute_before(float, void*) {}
 
 template <int N>
 struct Wgmma {
