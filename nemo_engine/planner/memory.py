@@ -18,6 +18,7 @@ CPU_KV_GIB_MOST = 4.0
 SCALE_BLOCK = 128  # rows and columns of a weight that share a scale in the block scheme
 _RESERVE = 2 * GIB  # fragments, library workspaces, and what other processes take while this one runs
 _GRAPH_BYTES = 24 << 20  # of one captured step beside its outputs: its nodes and their parameters
+_WIDENED_BYTES = 256 << 20  # what prefill attention in CUDA widens of an FP8 cache at once: ops/cuda/prefill.py
 _SAMPLING_BYTES_PER_LOGIT = 16  # the logits, their fp32 copy where they are edited, and the candidates of a cut
 
 _logger = logging.getLogger("nemo_engine")
@@ -126,7 +127,7 @@ def plan_memory(
     plan = MemoryPlan(
         free=free,
         weights=weight_bytes,
-        activations=max(layer, sampling),
+        activations=max(layer, sampling) + widened_bytes(model, seqs + 1, pages_per_row, config.page_size, kv_itemsize),
         tables=tables,
         graphs=graphs,
         reserve=_RESERVE,
@@ -136,6 +137,17 @@ def plan_memory(
     if kv_pages is None:
         kv_pages = max(0, (free - plan.total) // page_bytes - 1)
     return replace(plan, kv_cache=(kv_pages + 1) * page_bytes)  # and the page of padding
+
+
+def widened_bytes(model: ModelConfig, slots: int, pages_per_row: int, page_size: int, kv_itemsize: int | None) -> int:
+    """Bytes in which prefill attention in CUDA widens pages of an FP8 cache to bf16, kept from the first prompt on; 0 of another cache.
+
+    At most ``_WIDENED_BYTES``, or one KV head of one row if that is more.
+    """
+    if kv_itemsize != 1:
+        return 0
+    head = 2 * 2 * page_size * model.head_dim  # of a page, K and V
+    return max(pages_per_row * head, min(_WIDENED_BYTES, slots * pages_per_row * model.num_kv_heads * head))
 
 
 def num_parameters(model: ModelConfig) -> int:
