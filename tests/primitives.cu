@@ -156,7 +156,7 @@ GROUP_PRODUCTS(192)
 GROUP_PRODUCTS(224)
 GROUP_PRODUCTS(256)
 
-// The exponential comes before the wait for the product, where the store that never happens needs it.
+// The exponentials come before the wait for the product: the store that never happens needs them.
 extern "C" __global__ void __launch_bounds__(128, 1) overlapped(const Memory m) {
     auto* shared = shared_memory<unsigned char>();
     float d[8], x = exp2_fast(load(m.floats));
@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(128, 1) overlapped(const Memory m) 
     Wgmma<16>::fp8(d, matrix_k_major(shared), matrix_k_major(shared), 0);
     wgmma_commit();
     x = exp2_fast(multiply(x, 2.0f));
-    compute_before(x, shared + 8192);
+    compute_before(x, reinterpret_cast<float*>(shared + 8192));
     wgmma_wait<0>();
     keep_in_registers(d);
     for (int i = 0; i < 8; i++) store(m.floats + i * 128 + threadIdx.x, d[i] * x);

@@ -45,6 +45,7 @@ struct PrefillShared {
     PrefillMatrix k[PREFILL_STAGES], v[PREFILL_STAGES];
     Mbarrier k_full[PREFILL_STAGES], v_full[PREFILL_STAGES];
     Mbarrier k_empty[PREFILL_STAGES], v_empty[PREFILL_STAGES];
+    float nowhere;
 };
 
 struct Prefill {
@@ -301,8 +302,8 @@ struct PrefillComputer {
         keep_in_registers(r.s);
         release(&shared->k_empty[stage_now]);
         soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, score_scale);
-        compute_before(r.mass[0], &shared->q);  // the weights, while the products run
-        compute_before(r.mass[1], &shared->q);
+        compute_before(r.mass[0], &shared->nowhere);  // the weights, while the products run
+        compute_before(r.mass[1], &shared->nowhere);
         wgmma_wait<0>();
         keep_in_registers(r.o);
         release(&shared->v_empty[stage_before]);
