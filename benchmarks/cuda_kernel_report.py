@@ -1,8 +1,14 @@
 """The machine code of every CUDA kernel, as nvcc compiles it for sm_90a, and how it is launched for Mistral NeMo 12B.
 
 Works without a GPU. How a kernel is launched (threads, shared memory) is asked of the same sources compiled for the CPU, which launch every
-operation at NeMo's sizes and run nothing. Prints, per kernel and number of threads: registers, shared memory (the most), spills, the instructions that matter, and how
-many blocks an SM holds at once.
+operation at NeMo's sizes and run nothing. Prints, per kernel and number of threads: registers, shared memory (the most), spills, how many blocks an SM holds
+at once, the instructions that matter, and what ``machine_flow`` reads:
+
+    waits     for products of a warpgroup (WARPGROUP.DEPBAR)
+    exps      between products and each wait for all of them: what they overlap with (MUFU.EX2)
+    early     accesses to global memory that may come before the kernel before has ended (ACQBULK)
+    roles     registers that are used after each setmaxnreg, of those that there are then
+    barriers  of a block; 16 where their numbers are computed
 
     python benchmarks/cuda_kernel_report.py --write         # updates benchmarks/results/kernels-sm90-cuda.txt
 """
@@ -10,12 +16,13 @@ many blocks an SM holds at once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +38,7 @@ from nemo_engine.benchmarks.machine_code import (
     read_usage,
     tool,
 )
+from nemo_engine.benchmarks.machine_flow import barriers, read_flow
 from nemo_engine.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -166,22 +174,36 @@ def instance(demangled: str) -> str:
     return re.sub(r"(?<=\d)u\b", "", name).replace(", ", ",").replace("true", "1").replace("false", "0")
 
 
-def compiled(nvcc: Path) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
-    """Of every kernel in the library: what it uses, and its instructions."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel in the library."""
+
+    usage: Mapping[str, int]
+    code: str  # its part of the listing
+    barriers: int
+
+
+def compiled(nvcc: Path) -> dict[str, Compiled]:
+    """Every kernel in the library."""
     path = build.build_gpu(nvcc)
-    found: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
+    found: dict[str, Compiled] = {}
     with tempfile.TemporaryDirectory() as folder:
         tool("cuobjdump", "--extract-elf", "all", str(path.resolve()), cwd=Path(folder))
         for cubin in Path(folder).glob("*.cubin"):
-            usage = tool("cuobjdump", "--dump-resource-usage", str(cubin))
-            mangled = re.findall(r"Function (\w+):\n(.*)", usage)
-            code = dict(
-                re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\s*\.section|\Z)", tool("nvdisasm", str(cubin)), re.DOTALL)
-            )
-            names = demangle([name for name, _ in mangled])
-            for name, (symbol, facts) in zip(names, mangled, strict=True):
-                found[name] = (read_usage(facts), count_instructions(code[symbol]))
+            found |= kernels_of(cubin)
     return found
+
+
+def kernels_of(cubin: Path) -> dict[str, Compiled]:
+    """Every kernel in a cubin."""
+    mangled = re.findall(r"Function (\w+):\n(.*)", tool("cuobjdump", "--dump-resource-usage", str(cubin)))
+    listing = tool("nvdisasm", str(cubin))
+    code = dict(re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\s*\.section|\Z)", listing, re.DOTALL))
+    names = demangle([name for name, _ in mangled])
+    return {
+        name: Compiled(read_usage(facts), code[symbol], barriers(listing, symbol))
+        for name, (symbol, facts) in zip(names, mangled, strict=True)
+    }
 
 
 def demangle(symbols: Sequence[str]) -> list[str]:
@@ -201,7 +223,8 @@ def report() -> list[str]:
     unknown = set(ways) - set(kernels)
     assert not unknown, f"launched, but not in the library: {unknown}"
     lines = []
-    for name, (usage, instructions) in kernels.items():
+    for name, kernel in kernels.items():
+        usage, flow = kernel.usage, f"{read_flow(kernel.code).words()}  barriers {kernel.barriers}"
         for threads, dynamic in ways.get(name, {0: 0}).items():
             shared = max(0, usage["SHARED"] - RESERVED_SHARED) + dynamic
             facts: dict[str, Any] = {
@@ -209,15 +232,16 @@ def report() -> list[str]:
                 "shared": shared,
                 "spills": usage["STACK"] + usage["LOCAL"],
                 "blocks": blocks_per_sm(usage["REG"], shared, threads // 32) if threads else 0,
-                "instructions": instructions,
+                "instructions": count_instructions(kernel.code),
+                "flow": flow,
             }
-            kernel, _, arguments = name.partition("<")
+            family, _, arguments = name.partition("<")
             variant = (
                 f"{arguments.removesuffix('>')} threads={threads}"
                 if threads
                 else f"{arguments.removesuffix('>')} other sizes"
             )
-            lines.append(Facts(kernel=kernel, variant=variant.strip(), **facts).line())
+            lines.append(Facts(kernel=family, variant=variant.strip(), **facts).line())
     version = ".".join(map(str, build.version_of(nvcc)))
     return [f"nvcc {version}, sm_90a", *sorted(lines)]
 

@@ -31,12 +31,13 @@ class Facts:
     spills: int  # bytes of stack
     blocks: int  # that an SM of sm_90 holds at once
     instructions: Mapping[str, int]
+    flow: str = ""  # what ``machine_flow`` reads, in words
 
     def line(self) -> str:
         counts = " ".join(f"{name}:{count}" for name, count in self.instructions.items())
         return (
             f"{self.kernel:<24} regs {self.registers:>3}  shared {self.shared:>6}  spills {self.spills}  "
-            f"blocks/SM {self.blocks:>2}  {counts}  | {self.variant}"
+            f"blocks/SM {self.blocks:>2}  {counts}  {self.flow + '  ' if self.flow else ''}| {self.variant}"
         )
 
 

@@ -2,6 +2,7 @@
 
     python csrc/build.py            # builds nemo_engine/_C for this interpreter, in this checkout
     python csrc/build.py --which    # prints the nvcc that would be used
+    python csrc/build.py --compile NVCC ARGUMENTS...    # how CMake calls the compiler: fails where ptxas gives up what the code asks for
 
 Works without a GPU and without torch.
 """
@@ -16,12 +17,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_NVCC = (12, 8)  # the first that knows all that is used; 13.0 and 13.5 are tested
 USUAL = "/usr/local/cuda/bin/nvcc"
 TOOLS = ("cmake", "ninja", "pybind11")
+# What ptxas says when it serialises wgmma or puts waits of its own between them: the code is right and slow, and nvcc succeeds.
+GIVEN_UP = re.compile(r"\(C75\d\d\)")
 
 
 def nvcc_candidates() -> list[Path]:
@@ -94,6 +98,16 @@ def cmake_build(folder: Path, *options: str, source: Path = ROOT) -> None:
                 raise RuntimeError(f"$ {' '.join(command)}\n{run.stdout[-8000:]}")
 
 
+def compile_strictly(command: Sequence[str]) -> int:
+    """Run a compiler, whose output is passed on; its exit status, or 1 if its output has a message C75xx of ptxas."""
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    sys.stdout.write(run.stdout)
+    if run.returncode == 0 and GIVEN_UP.search(run.stdout):
+        print("error: ptxas gives up the overlap of products (messages C75xx above)")
+        return 1
+    return run.returncode
+
+
 def build_gpu(nvcc: Path, folder: Path | None = None) -> Path:
     """Compile the kernels for sm_90a with ``nvcc``; returns the library. ``folder``: build/cuda-... of this interpreter if None."""
     folder = folder or ROOT / "build" / f"cuda-{sysconfig.get_config_var('SOABI')}"
@@ -114,6 +128,8 @@ def install_gpu(nvcc: Path, to: Path) -> None:
 
 def main() -> int:
     """Build in this checkout."""
+    if sys.argv[1:2] == ["--compile"]:
+        return compile_strictly(sys.argv[2:])
     nvcc, reason = find_nvcc()
     if nvcc is None:
         print(reason, file=sys.stderr)

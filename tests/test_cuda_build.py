@@ -135,6 +135,74 @@ def test_instructions_are_those_meant(lines: list[str], kernel: str, wanted: lis
             assert (" QGMMA:" in line) == ("| fp8," in line) and (" HGMMA:" in line) == ("| bf16," in line), line
 
 
+def word(line: str, name: str) -> str:
+    """What stands after a name in a line of the report."""
+    found = re.search(rf"\b{name} +(\S+)", line)
+    assert found, (name, line)
+    return found[1]
+
+
+@needs_nvcc
+def test_weights_of_prefill_are_computed_while_products_run(lines: list[str]) -> None:
+    """Of a tile's 66 exponentials, 64 weights and two decays, none is left for after the wait. The first and last waits have none before them."""
+    (line,) = (line for line in lines if line.split()[0] == "prefill_kernel")
+    assert word(line, "exps") == "0,66,66,0" and word(line, "waits") == "6"
+
+
+# What a kernel may ask for before the kernel before has ended: weights, and constants of the cache.
+EARLY = {
+    "small_linear_kernel": {"UTMALDG"},
+    "gemm_kernel": {"UTMALDG"},
+    "rms_norm_kernel": {"LDG"},
+    "rope_kernel": {"LDG"},
+}
+
+
+@needs_nvcc
+def test_only_weights_are_read_before_the_kernel_before_has_ended(lines: list[str]) -> None:
+    for line in lines[1:]:
+        kernel, early = line.split()[0], word(line, "early")
+        names = set() if early == "-" else {access.split(":")[0] for access in early.split(",")}
+        assert names <= EARLY.get(kernel, set()), line
+        if (
+            kernel in ("rms_norm_kernel", "rope_kernel") and names
+        ):  # a vector of the norm's weight each; a head's two scales
+            assert int(early.split(":")[1]) <= 4, line
+        if kernel == "gemm_kernel":  # one stage of weights; the second is what x's copy has in common with it
+            assert early == "UTMALDG:2", line
+
+
+@needs_nvcc
+def test_every_role_keeps_to_its_registers(lines: list[str]) -> None:
+    has_roles = [line for line in lines[1:] if word(line, "roles") != "-"]
+    assert {line.split()[0] for line in has_roles} == {"gemm_kernel", "prefill_kernel"}
+    for line in has_roles:
+        roles = [tuple(map(int, role.split("/"))) for role in word(line, "roles").split(",")]
+        assert [had for _, had in roles] == [40, 232] and all(used <= had for used, had in roles), line
+
+
+@needs_nvcc
+def test_a_loop_waits_once_for_its_products(lines: list[str]) -> None:
+    for line in lines[1:]:
+        if line.split()[0] in ("gemm_kernel", "small_linear_kernel"):
+            assert word(line, "waits") == "1", line
+        assert int(word(line, "barriers")) <= 16, line
+
+
+@needs_nvcc
+def test_registers_are_read_from_the_code(library: Path) -> None:
+    """As many as the assembler says, which keeps two for itself, of every kernel whose registers do not change on the way."""
+    pytest.importorskip("triton")
+    from nemo_engine.benchmarks import cuda_kernel_report
+    from nemo_engine.benchmarks.machine_flow import highest_register
+
+    assert NVCC is not None
+    kernels = cuda_kernel_report.compiled(NVCC)
+    for name, kernel in kernels.items():
+        if "USETMAXREG" not in kernel.code:
+            assert kernel.usage["REG"] - highest_register(kernel.code) in (0, 2), name
+
+
 @needs_nvcc
 @pytest.mark.parametrize(("kernel", "blocks"), [("decode_kernel", 2), ("sample_kernel", 2), ("rope_kernel", 8)])
 def test_as_many_blocks_share_an_sm_as_meant(lines: list[str], kernel: str, blocks: int) -> None:
@@ -150,6 +218,62 @@ def test_the_name_of_an_instance_is_read() -> None:
     assert instance(name) == "small_linear_kernel<fp8,16,0,3>"
     assert instance("nemo::plan_decode_kernel(nemo::MakePlan) [clone .cold]") == "plan_decode_kernel"
     assert instance("void nemo::(anonymous namespace)::f<(int)4, true, 2u>(int)") == "f<4,1,2>"
+
+
+# ---- what ptxas gives up
+
+SERIALISED = """
+#include "common/mma.cuh"
+namespace nemo {
+__global__ void touches_a_sum_too_early(float* out) {
+    auto* shared = shared_memory<unsigned char>();
+    float d[8] = {};
+    wgmma_fence();
+    Wgmma<16>::fp8(d, matrix_k_major(shared), matrix_k_major(shared), 0);
+    wgmma_commit();
+    d[0] += 1.0f;
+    wgmma_wait<0>();
+    store(out + threadIdx.x, d[0]);
+}
+}
+"""
+
+
+@needs_nvcc
+def test_products_that_ptxas_serialises_fail_the_build(library: Path, tmp_path: Path) -> None:
+    source = tmp_path / "serialised.cu"
+    source.write_text(SERIALISED)
+    compiler = [NVCC, "-std=c++20", "-arch=sm_90a", f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "out.o"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "csrc" / "build.py", "--compile", *compiler], capture_output=True, text=True
+    )
+    assert run.returncode == 1 and re.search(r"\(C75\d\d\).*touches_a_sum_too_early", run.stdout), run.stdout
+    # And this is how CMake compiles: every kernel of the library.
+    rules = (library.parent / "build.ninja").read_text() + "".join(
+        path.read_text() for path in library.parent.glob("CMakeFiles/rules.ninja")
+    )
+    commands = [line for line in rules.splitlines() if "command = " in line and "nvcc" in line and " -c " in line]
+    assert commands and all("csrc/build.py --compile" in line for line in commands), commands
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "expected"),
+    [
+        ("ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized", 0, 1),
+        ("ptxas info    : (C7517) warpgroup.wait is injected", 0, 1),
+        ("ptxas info    : (C7500) something", 3, 3),
+        ("ptxas info    : Used 40 registers", 0, 0),
+        ("ptxas info    : (C7610) another", 0, 0),
+    ],
+)
+def test_the_compiler_s_words_decide(tmp_path: Path, said: str, status: int, expected: int) -> None:
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit {status}\n")
+    compiler.chmod(0o755)
+    run = subprocess.run(
+        [sys.executable, ROOT / "csrc" / "build.py", "--compile", compiler], capture_output=True, text=True
+    )
+    assert run.returncode == expected and said in run.stdout
 
 
 # ---- finding nvcc

@@ -14,10 +14,13 @@ void check(const PrefillInputs& in) {
     CHECK_POINTER(in.q);
     CHECK_POINTER(in.k_cache);
     CHECK_POINTER(in.v_cache);
+    CHECK_OPTIONAL(in.k_scale, 4);
+    CHECK_OPTIONAL(in.v_scale, 4);
     CHECK_ALIGNED(in.page_table, 8);
     CHECK_ALIGNED(in.slot_ids, 8);
     CHECK_ALIGNED(in.starts, 8);
     CHECK_ALIGNED(in.seq_lens, 8);
+    CHECK_STRIDE(in.out_stride, VECTOR);
     CHECK_STRIDE(in.q_stride, VECTOR);
     CHECK_STRIDE(in.q_head_stride, VECTOR);
     CHECK_STRIDE(in.table_stride, 1);
@@ -30,7 +33,6 @@ void check(const PrefillInputs& in) {
           "page_size must be 16, 32, 64 or 128, got ", in.page_size);
     // Coordinates of the copy engine and items of work are 32-bit.
     CHECK_RANGE(in.num_pages, 1, 0x7FFFFFFF / (in.num_kv_heads * in.page_size));
-    CHECK_RANGE(in.first_row, 0, 1 << 30);
     CHECK_RANGE(in.num_rows, 1, 1 << 22);
     CHECK_RANGE(in.num_queries, 1, 1 << 24);
 }

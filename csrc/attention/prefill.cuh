@@ -45,6 +45,7 @@ struct PrefillShared {
     PrefillMatrix k[PREFILL_STAGES], v[PREFILL_STAGES];
     Mbarrier k_full[PREFILL_STAGES], v_full[PREFILL_STAGES];
     Mbarrier k_empty[PREFILL_STAGES], v_empty[PREFILL_STAGES];
+    float nowhere;
 };
 
 struct Prefill {
@@ -59,7 +60,7 @@ struct Prefill {
 
 // 128 / group queries of one row, and one KV head.
 struct PrefillItem {
-    int row;             // in all rows of the step
+    int row;
     int head;            // KV head
     int start;           // of the row's queries in q
     int count;           // of the row's queries
@@ -75,11 +76,11 @@ __device__ __forceinline__ int prefill_item_of(int round) {
     return round * blocks + (round & 1 ? blocks - 1 - block : block);
 }
 
-// By a whole warp. Row i (of those served) starts at tile starts[i] / queries + i; some tiles are therefore empty.
+// By a whole warp. Row i starts at tile starts[i] / queries + i; some tiles are therefore empty.
 __device__ __forceinline__ PrefillItem find_prefill_item(const Prefill& p, int index) {
     int shift = 7 - p.group_shift, lane = lane_index();  // queries of a tile, as a shift
     int tile = (p.num_items - 1 - index) / p.in.num_kv_heads;  // the last tiles see the most keys: they go first
-    const int64_t* starts = p.in.starts + p.in.first_row;
+    const int64_t* starts = p.in.starts;
     int base = int(load(starts)), low = 0, high = p.in.num_rows;
     while (high - low > 1) {  // the last row whose first tile is not after this one, 32 at a time
         int step = ceil_div(high - low, 32), probe = low + lane * step;
@@ -88,7 +89,7 @@ __device__ __forceinline__ PrefillItem find_prefill_item(const Prefill& p, int i
         high = minimum(low + step, high);
     }
     PrefillItem item;
-    item.row = p.in.first_row + low;
+    item.row = low;
     item.head = index % p.in.num_kv_heads;
     item.start = int(load(starts + low));
     item.count = int(load(starts + low + 1)) - item.start;
@@ -180,7 +181,7 @@ __device__ __forceinline__ void store_results(
         int query = item.first_query + (row >> p.group_shift);
         int head = (item.head << p.group_shift) + (row & ((1 << p.group_shift) - 1));
         Pairs value = *reinterpret_cast<const Pairs*>(staging->chunk(row, chunk));
-        int64_t at = (int64_t(item.start + query) * p.in.num_heads + head) * PREFILL_DIM;
+        int64_t at = (item.start + query) * p.in.out_stride + head * PREFILL_DIM;
         if (query < item.count) store(vector_at(p.in.out + at, chunk), value);
     }
     warp_sync();  // the next queries come to the same place
@@ -288,7 +289,7 @@ struct PrefillComputer {
 
     // The scores of this tile while the values of the tile before are added.
     template <bool IS_MASKED>
-    __device__ __forceinline__ void step(PrefillRows& r, int tile) {
+    __device__ __forceinline__ void step(PrefillRows& r, int tile, float score_scale) {
         int before = tiles_done - 1, stage_now = stage(tiles_done), stage_before = stage(before);
         float decay[2];
         mbarrier_wait(&shared->k_full[stage_now], parity(tiles_done));
@@ -300,8 +301,9 @@ struct PrefillComputer {
         wgmma_wait<1>();
         keep_in_registers(r.s);
         release(&shared->k_empty[stage_now]);
-        soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, p.score_scale);
-        keep_in_registers(r.s);  // the weights are computed before the wait, not after it
+        soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, score_scale);
+        compute_before(r.mass[0], &shared->nowhere);  // the weights, while the products run
+        compute_before(r.mass[1], &shared->nowhere);
         wgmma_wait<0>();
         keep_in_registers(r.o);
         release(&shared->v_empty[stage_before]);
@@ -311,7 +313,7 @@ struct PrefillComputer {
         tiles_done++;
     }
 
-    __device__ __forceinline__ void first_step(PrefillRows& r, int tile, int end) {
+    __device__ __forceinline__ void first_step(PrefillRows& r, int tile, int end, float score_scale) {
         float decay[2];
         mbarrier_wait(&shared->k_full[stage(tiles_done)], parity(tiles_done));
         take_turn();
@@ -320,7 +322,7 @@ struct PrefillComputer {
         wgmma_wait<0>();
         keep_in_registers(r.s);
         release(&shared->k_empty[stage(tiles_done)]);
-        soften<true>(r, decay, tile * PREFILL_KEYS, p.score_scale);
+        soften<true>(r, decay, tile * PREFILL_KEYS, score_scale);
         pack_weights(r);
         if (end % PREFILL_KEYS != 0) clear_past_end(end % PREFILL_KEYS);
         tiles_done++;
@@ -352,13 +354,14 @@ struct PrefillComputer {
         }
         int tile = ceil_div(item.end, PREFILL_KEYS) - 1;
         int seen_by_all = (item.first_position + ((group * 64) >> p.group_shift) + 1) / PREFILL_KEYS;  // tiles
-        first_step(r, tile--, item.end);
-        for (; tile >= seen_by_all; tile--) step<true>(r, tile);
-        for (; tile >= 0; tile--) step<false>(r, tile);
+        float score_scale = p.in.k_scale == nullptr ? p.score_scale : p.score_scale * load(p.in.k_scale + item.head);
+        first_step(r, tile--, item.end, score_scale);
+        for (; tile >= seen_by_all; tile--) step<true>(r, tile, score_scale);
+        for (; tile >= 0; tile--) step<false>(r, tile, score_scale);
         last_step(r);
-        float factors[2];
+        float factors[2], value_scale = p.in.v_scale == nullptr ? 1.0f : load(p.in.v_scale + item.head);
 #pragma unroll
-        for (int h = 0; h < 2; h++) factors[h] = divide(1.0f, warp_sum<4>(r.mass[h]));
+        for (int h = 0; h < 2; h++) factors[h] = divide(value_scale, warp_sum<4>(r.mass[h]));
         named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);  // all its products have read the queries
         store_results(&shared->q, p, item, first, r.o, factors);
     }

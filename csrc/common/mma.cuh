@@ -4,8 +4,6 @@
 //   c, d (fp32): d[0], d[1] = row g, columns 2t, 2t + 1; d[2], d[3] = row g + 8, the same columns
 //   a, 16-bit elements (k = 16): a[0] = row g, k 2t, 2t + 1; a[1] = row g + 8; a[2] = row g, k 2t + 8, + 9; a[3] = row g + 8
 //   b, 16-bit elements: b[0] = k 2t, 2t + 1 of column g; b[1] = k 2t + 8, 2t + 9
-//   a, 8-bit elements (k = 32): a[0] = row g, k 4t .. 4t + 3; a[1] = row g + 8; a[2] = row g, k 4t + 16 ..; a[3] = row g + 8
-//   b, 8-bit elements: b[0] = k 4t .. 4t + 3 of column g; b[1] = k 4t + 16 ..
 // the lowest index in the lowest bits. Accumulators of wgmma (m64): warp w of the four holds rows 16 w .. 16 w + 15, and
 // d[4 j .. 4 j + 3] are the fragment above of columns 8 j .. 8 j + 7. Its A from registers: as a of mma_16x8, per warp.
 #pragma once
@@ -65,10 +63,9 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t r) {
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                \
     }
-// d += a b
+// d += a b. There is none of FP8: sm_90 would make two of fp16 of it, beside the conversions; only wgmma has FP8 products.
 NEMO_MMA(mma_16x8x16_bf16, "m16n8k16", "bf16.bf16")
 NEMO_MMA(mma_16x8x16_fp16, "m16n8k16", "f16.f16")
-NEMO_MMA(mma_16x8x32_fp8, "m16n8k32", "e4m3.e4m3")
 #undef NEMO_MMA
 
 // ---- wgmma
@@ -87,6 +84,15 @@ template <int COUNT>
 __device__ __forceinline__ void keep_in_registers(float (&d)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// x is computed before what follows in the program, such as a wait for products. The assembler sees nothing in an empty asm
+// and would compute x after the wait; a store to `nowhere`, shared memory that nobody reads, needs x first. It happens for one
+// NaN only, which arithmetic does not make; a comparison of numbers the assembler decides itself where it knows that x >= 0.
+__device__ __forceinline__ void compute_before(float x, float* nowhere) {
+    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, %0, 0xFFFFFFFF;\n@p st.shared.b32 [%1], %0;\n}" ::"r"(bits_of_float(x)),
+                 "r"(shared_address(nowhere))
+                 : "memory");
 }
 
 template <int N>

@@ -14,13 +14,13 @@ struct SmallPlan {
 
 // Tiles of the height (a multiple of the swizzle's 8 rows) that all multiprocessors finish first: time is the rounds of
 // tiles times the larger of a tile's bytes from memory and, at some 1.7 times the rate, its bytes and those of x from
-// L2. Of equals the highest, which reads x least often.
+// L2, and as much as one row more for what a tile costs besides. Of equals the highest, which reads x least often.
 inline int choose_tile_rows(int outputs, int streamed_tokens, int num_sms) {
     int best = 8;
     int64_t least = INT64_MAX;
     for (int rows = 8; rows <= MAX_TILE_ROWS; rows += 8) {
         int rounds = ceil_div(ceil_div(outputs, rows), num_sms);
-        int64_t time = int64_t(rounds) * std::max(10 * rows, 6 * (rows + streamed_tokens));
+        int64_t time = int64_t(rounds) * (std::max(10 * rows, 6 * (rows + streamed_tokens)) + 10);
         if (time <= least) {
             least = time;
             best = rows;

@@ -60,6 +60,7 @@ class AttentionMeta:
     num_pages: int  # of the row that has the most, or more
     longest: int  # row, in queries
     workspace: Workspace = field(default_factory=Workspace)
+    prefill_pages: tuple[int, ...] | None = None  # of each row from num_decodes on, or more; None: num_pages each
     _kept: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:

@@ -22,6 +22,7 @@ _GRAPH_FRAGMENTS = 192 << 20  # segments of the graphs' memory pool that are not
 # torch gives each pair of a cuBLAS handle and a stream 32 MiB on Hopper (8 MiB before). A thread has a handle of its own: there are the pairs
 # of start-up's thread with its stream and with the captures', and that of the thread that serves.
 _CUBLAS_WORKSPACES = 3 * (32 << 20)
+_WIDENED_BYTES = 256 << 20  # what prefill attention in CUDA widens of an FP8 cache at once: ops/cuda/prefill.py
 _SAMPLING_BYTES_PER_LOGIT = 16  # the logits, their fp32 copy where they are edited, and the candidates of a cut
 
 _logger = logging.getLogger("nemo_engine")
@@ -133,7 +134,8 @@ def plan_memory(
     plan = MemoryPlan(
         free=free,
         weights=weight_bytes,
-        activations=max(tokens * token_bytes, sampling),
+        activations=max(tokens * token_bytes, sampling)
+        + widened_bytes(model, seqs + 1, pages_per_row, config.page_size, kv_itemsize),
         tables=tables,
         graphs=graphs,
         cublas=_CUBLAS_WORKSPACES,
@@ -144,6 +146,17 @@ def plan_memory(
     if kv_pages is None:
         kv_pages = max(0, (free - plan.total) // page_bytes - 1)
     return replace(plan, kv_cache=(kv_pages + 1) * page_bytes)  # and the page of padding
+
+
+def widened_bytes(model: ModelConfig, slots: int, pages_per_row: int, page_size: int, kv_itemsize: int | None) -> int:
+    """Bytes in which prefill attention in CUDA widens pages of an FP8 cache to bf16, kept from the first prompt on; 0 of another cache.
+
+    At most ``_WIDENED_BYTES``, or one KV head of one row if that is more.
+    """
+    if kv_itemsize != 1:
+        return 0
+    head = 2 * 2 * page_size * model.head_dim  # of a page, K and V
+    return max(pages_per_row * head, min(_WIDENED_BYTES, slots * pages_per_row * model.num_kv_heads * head))
 
 
 def num_parameters(model: ModelConfig) -> int:

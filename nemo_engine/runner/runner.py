@@ -48,10 +48,18 @@ class StepRows:
     new_index: Tensor  # (R,) int64: where in its page table a row gets a new page
     new_page: Tensor  # (R,) int64: that page, negative for none
     sampled: Tensor  # (N,) int64: the rows that sample
+    prefill_pages: tuple[int, ...] | None = None  # of each row after the decodes; None: num_pages each, or less
 
     @classmethod
     def of(
-        cls, words: Tensor, num_rows: int, num_decodes: int, num_tokens: int, longest: int, num_pages: int
+        cls,
+        words: Tensor,
+        num_rows: int,
+        num_decodes: int,
+        num_tokens: int,
+        longest: int,
+        num_pages: int,
+        prefill_pages: tuple[int, ...] | None = None,
     ) -> StepRows:
         """Slice ``words``, laid out as ``pack`` does: each part begins at a multiple of 16 bytes, or kernels would be compiled anew."""
         whole = num_rows + num_rows % 2
@@ -67,6 +75,7 @@ class StepRows:
             new_index=words[new_index : new_index + num_rows],
             new_page=words[new_page : new_page + num_rows],
             sampled=words[sampled:],
+            prefill_pages=prefill_pages,
         )
 
     @staticmethod
@@ -179,7 +188,8 @@ class Runner:
         sampled += [num_decodes + index for index, row in enumerate(plan.prefills) if row.samples]
         words = to_device(StepRows.pack(slots, counts, new_pages, sampled), self._device)
         num_pages = max(self._table.num_pages[slot] for slot in slots)
-        rows = StepRows.of(words, len(slots), num_decodes, sum(counts), max(counts), num_pages)
+        prefill_pages = tuple([self._table.num_pages[row.slot] for row in plan.prefills])
+        rows = StepRows.of(words, len(slots), num_decodes, sum(counts), max(counts), num_pages, prefill_pages)
         x, residual, seq_lens = self._forward(rows)
         prompt_reports = self._prompt_reports(plan, x, residual) if self._prompt_lens else {}
         last = rows.starts[1:][rows.sampled] - 1
@@ -237,7 +247,7 @@ class Runner:
         )  # fmt: skip
         meta = AttentionMeta(
             rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self._page_size, rows.num_pages,
-            rows.longest, self._workspace,
+            rows.longest, self._workspace, rows.prefill_pages,
         )  # fmt: skip
         x, residual = self._model.forward(ModelInputs(ids, positions, mapping, meta), self._kv_cache.layers)
         return x, residual, seq_lens

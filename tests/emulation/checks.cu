@@ -10,7 +10,7 @@ namespace {
 
 // ---- matrix products of one warp: a (32, 4), b (32, 2), d (32, 4) as the lanes hold them
 
-enum class Kind { BF16, FP16, FP8 };
+enum class Kind { BF16, FP16 };
 
 template <Kind KIND>
 __global__ void warp_product(float* d, const uint32_t* a, const uint32_t* b) {
@@ -21,7 +21,6 @@ __global__ void warp_product(float* d, const uint32_t* a, const uint32_t* b) {
     for (int i = 0; i < 2; i++) b_mine[i] = load(b + lane * 2 + i);
     if constexpr (KIND == Kind::BF16) mma_16x8x16_bf16(d_mine, a_mine, b_mine);
     if constexpr (KIND == Kind::FP16) mma_16x8x16_fp16(d_mine, a_mine, b_mine);
-    if constexpr (KIND == Kind::FP8) mma_16x8x32_fp8(d_mine, a_mine, b_mine);
     for (int i = 0; i < 4; i++) store(d + lane * 4 + i, d_mine[i]);
 }
 
@@ -239,7 +238,6 @@ void register_emulation_checks(pybind11::module_& parent) {
         };
         if (kind == 0) run(warp_product<Kind::BF16>);
         if (kind == 1) run(warp_product<Kind::FP16>);
-        if (kind == 2) run(warp_product<Kind::FP8>);
     });
     m.def("move_matrices", [](uintptr_t registers, uintptr_t bytes, uintptr_t offsets, int how) {
         launch({.name = "move_matrices", .grid = 1, .threads = 32, .shared_bytes = 512, .is_dependent = false}, move_matrices,

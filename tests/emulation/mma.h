@@ -68,9 +68,6 @@ inline void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32
 inline void mma_16x8x16_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated::warp_product("mma_16x8x16_fp16", emulated::Format::FP16, {d, a, b});
 }
-inline void mma_16x8x32_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulated::warp_product("mma_16x8x32_fp8", emulated::Format::FP8, {d, a, b});
-}
 
 void wgmma_fence();
 void wgmma_commit();
@@ -89,6 +86,7 @@ void wgmma_wait() {
 }
 template <int COUNT>
 void keep_in_registers(float (&)[COUNT]) {}
+inline void compute_before(float, float*) {}
 
 template <int N>
 struct Wgmma {

@@ -13,11 +13,14 @@ from nemo_engine.ops import attention, cuda, fused
 from nemo_engine.ops.attention import attention_inputs
 from nemo_engine.ops.cuda import activation, gemm, linear, norm, rope
 from nemo_engine.ops.cuda import attention as cuda_attention
+from nemo_engine.ops.op import Op
 from nemo_engine.ops.quantize import FP8, quantize_channels, quantize_tokens
 from nemo_engine.ops.rope import rope_and_append_kv_, rope_table
-from tests.emulation.library import emulated
+from tests.emulation.library import emulated, watched
+from tests.ops.proofs import prove
 from tests.ops.test_ops import site
 
+ALL_ROWS = dict.fromkeys(linear._FUSED_ROWS, 8)  # for which a launch can make its input
 AT = 1 << 20  # an address that may be anything's
 NORM = {"sum": AT, "x": AT, "residual": AT, "weight": AT, "rows": 4, "width": 64, "x_stride": 64, "residual_stride": 64}
 SMALL = {
@@ -55,8 +58,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "gemm_fp8": GEMM,
     "gemm_fp8 ": {**GEMM, "epilogue": 3},
     "prefill_attention": {
-        **PAGED, "slot_ids": AT, "starts": AT, "seq_lens": AT, "num_pages": 9, "first_row": 0, "num_rows": 2,
+        **PAGED, **SCALES, "slot_ids": AT, "starts": AT, "seq_lens": AT, "out_stride": 1024, "num_pages": 9, "num_rows": 2,
         "num_queries": 9,
+    },
+    "gather_pages": {
+        "k_out": AT, "v_out": AT, "k_cache": AT, "v_cache": AT, "page_table": AT, "slot_ids": AT, "bounds": AT, "table_stride": 8,
+        "num_rows": 2, "out_pages": 9, "num_kv_heads": 8, "first_head": 4, "num_heads": 4, "page_size": 16, "stream": 0,
     },
     "decode_attention": {
         **PAGED, **SCALES, "is_fp8": True, "plan": AT, "scratch": AT, "counters": AT, "num_items": 3, "num_units": 30,
@@ -132,6 +139,7 @@ def test_a_bad_argument_is_named(dry: Any, function: str, arguments: dict[str, A
         ("decode_attention", {"page_size": 24}, "page_size must be a power of two, at least 16, got 24"),
         ("prefill_attention", {"num_heads": 6}, "num_heads must be 1, 2, 4 or 8 times num_kv_heads, got 6 and 2"),
         ("prefill_attention", {"num_pages": 1 << 30}, "num_pages must be 1 to 67108863, got 1073741824"),
+        ("gather_pages", {"first_head": 5}, "first_head must be 0 to 4, got 5"),
         ("rms_norm", {"width": 16392}, "width must be 8 to 16384, got 16392"),
         ("rms_norm", {"eps": float("nan")}, "eps must not be negative, got nan"),
         ("rope_and_append_kv", {"page_size": 0}, "page_size must be a power of two, got 0"),
@@ -174,15 +182,27 @@ def test_attention_says_what_it_does_not_serve(dry: Any, facts: dict[str, Any], 
 # ---- launches at true sizes
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "is_fp8", "count"),
+    [
+        (1, False, 6),
+        (1, True, 6),
+        (2, True, 7),
+        (3, False, 9),
+        (8, False, 9),
+        (8, True, 9),
+        (9, False, 9),
+        (9, True, 10),
+    ],
+)
 @pytest.mark.parametrize(
     ("hidden", "inner"), [(5120, 14336), (4096, 14336), (4096, 11520)], ids=["NeMo", "7B", "Minitron"]
 )
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_a_decode_layer_at_true_size_is_six_launches(
-    dry: Any, rows: int, is_fp8: bool, hidden: int, inner: int, ranks: int
+def test_launches_of_a_decode_layer_at_true_size(
+    dry: Any, rows: int, is_fp8: bool, count: int, hidden: int, inner: int, ranks: int
 ) -> None:
+    """Six at one row; from two rows on SiLU, from three on the norms, from nine on FP8's quantisation are launches of their own."""
     heads, kv_heads, inner = 32 // ranks, 8 // ranks, inner // ranks
 
     def weight(outputs: int, width: int) -> tuple[Tensor, ...]:
@@ -206,7 +226,7 @@ def test_a_decode_layer_at_true_size_is_six_launches(
     norm_linear(x, residual, norm_weight, 1e-5, *weight(2 * inner, hidden))
     activated(empty(rows, 2 * inner), *weight(hidden, inner))
     names = [launch["name"] for launch in dry.emulator.launches()]
-    assert len([name for name in names if name != "plan_decode"]) == 6, names  # the plan is made once a step
+    assert len([name for name in names if name != "plan_decode"]) == count, names  # the plan is made once a step
     assert all(launch["is_dependent"] for launch in dry.emulator.launches())
 
 
@@ -275,9 +295,10 @@ def test_one_head_of_any_stride(emulated_library: Any) -> None:
     ("rows", "outputs", "width", "num_sms"), [(1, 256, 10008, 1), (3, 16, 14336, 132), (8, 8, 14336, 132)]
 )
 def test_an_activation_too_wide_for_shared_memory_is_made_in_parts(
-    emulated_library: Any, rows: int, outputs: int, width: int, num_sms: int
+    emulated_library: Any, monkeypatch: pytest.MonkeyPatch, rows: int, outputs: int, width: int, num_sms: int
 ) -> None:
     """Also with two tiles to a block, and with a last part that is shorter."""
+    monkeypatch.setattr(linear, "_FUSED_ROWS", ALL_ROWS)
     torch.manual_seed(rows)
     gate_up, weight = torch.randn(rows, 2 * width).bfloat16(), (torch.randn(outputs, width) * width**-0.5).bfloat16()
     emulator = emulated_library.emulator
@@ -296,9 +317,26 @@ def test_an_activation_too_wide_for_shared_memory_is_made_in_parts(
     assert launches == 3 * [("small_linear", True)]
 
 
+@pytest.mark.parametrize(
+    "op",
+    [fused.NORM_LINEAR, fused.NORM_LINEAR_FP8, fused.SILU_MUL_LINEAR, fused.SILU_MUL_LINEAR_FP8],
+    ids=lambda op: op.name,
+)
+def test_inputs_are_made_for_more_rows_than_pay(emulated_library: Any, monkeypatch: pytest.MonkeyPatch, op: Op) -> None:
+    """A launch can do so for up to 8 rows: how many are served is a matter of speed."""
+    monkeypatch.setattr(linear, "_FUSED_ROWS", ALL_ROWS)
+    function = watched(emulated_library, op, getattr(linear, op.name))
+    emulated_library.emulator.clear_launches()
+    with emulated(emulated_library):
+        for case in op.cases():
+            if 1 < case.make(torch.bfloat16)[0].shape[0] <= 8:
+                prove(op, function, case, torch.bfloat16)
+    assert {launch["name"] for launch in emulated_library.emulator.launches()} == {"small_linear"}
+
+
 @pytest.mark.parametrize("is_fp8", [False, True])
 def test_more_queries_than_a_launch_takes(emulated_library: Any, monkeypatch: pytest.MonkeyPatch, is_fp8: bool) -> None:
-    """Both of decodes and, in FP8, of prefills; the last part with fewer queries than there are rows."""
+    """Of decodes; the last part with fewer queries than there are rows."""
     rows = [(1, 5), (1, 17), (1, 130), (3, 40), (2, 2), (2, 33)]
     args = attention_inputs(rows, 4, 2, 128, 16, torch.bfloat16, is_fp8)
     emulated_library.emulator.set_num_sms(2)

@@ -24,8 +24,7 @@ def paged_attention(
 ) -> Tensor:
     """As ``nemo_engine.ops.attention.paged_attention``: q bf16, caches bf16 or FP8, heads of 128.
 
-    FP8 caches are read by the decode kernel for every query. A query's last bits depend on the others of its step, since these
-    decide how its keys are split.
+    A decode row's last bits depend on the other decode rows of its step, since these decide how its keys are split.
     """
     _check(q, k_cache, v_cache, meta, k_scale, v_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -34,12 +33,8 @@ def paged_attention(
     for first in range(0, decodes, size):
         queries = (first, min(size, decodes - first))
         _decode(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale, queries, queries)
-    if decodes < rows and k_cache.dtype != _FP8:
-        prefill(out, q, k_cache, v_cache, meta, scale)
-    elif decodes < rows:
-        for first in range(decodes, q.shape[0], size):
-            queries = (first, min(size, q.shape[0] - first))
-            _decode(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale, queries, (decodes, rows - decodes))
+    if decodes < rows:
+        prefill(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale)
     return out
 
 

@@ -33,6 +33,15 @@ class _Input(IntEnum):
     QUANTIZE = 3
 
 
+# Up to how many rows a launch makes its input itself. Every block makes all of it, which costs nothing while the ring of weights
+# (88 KiB a block, 132 blocks: 2.7 us at 4.3 TB/s) fills for the first time, and holds memory up after that. Instructions of a warp
+# for 32 x 8 elements, all passes, from the machine code (FP8 and bf16), at 4 a cycle of 1.755 GHz:
+#   SiLU      272 and 107, 14,336 elements: 2.2 and 0.9 us a row (and two MUFU an element and pass, 16 a cycle: 2.0 and 1.0)
+#   norm      387 and 250,  5,120 elements: 1.1 and 0.7 us a row
+#   quantise  103,          4,096 elements: 0.23 us a row
+_FUSED_ROWS = {_Input.SILU_MUL: 1, _Input.NORM: 2, _Input.QUANTIZE: 8}
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """As ``nemo_engine.ops.linear.linear``; bf16, K a multiple of 8. More rows than 64 go to cuBLAS."""
     rows = x.shape[0]
@@ -64,7 +73,7 @@ def linear_fp8(
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As ``nemo_engine.ops.fused.norm_linear``: one launch for up to 8 rows."""
+    """As ``nemo_engine.ops.fused.norm_linear``: one launch for 1 or 2 rows."""
     if not _fits(_Input.NORM, x.shape[0], x.shape[1], weight):
         return compose_norm_linear(rms_norm, linear)(x, residual, norm_weight, eps, weight)
     return _norm(x, residual, norm_weight, eps, weight)
@@ -79,7 +88,7 @@ def norm_linear_fp8(
     w_scales: Tensor,
     x_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``nemo_engine.ops.fused.norm_linear_fp8``: one launch for up to 8 rows, of weights without blocks."""
+    """As ``nemo_engine.ops.fused.norm_linear_fp8``: one launch for 1 or 2 rows, of weights without blocks."""
     if has_blocks(w8, w_scales) or not _fits(_Input.NORM, x.shape[0], x.shape[1], w8):
         composed = compose_norm_linear_fp8(rms_norm, rms_norm_fp8, quantize_token_blocks, linear_fp8)
         return composed(x, residual, norm_weight, eps, w8, w_scales, x_scale)
@@ -87,14 +96,14 @@ def norm_linear_fp8(
 
 
 def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for up to 8 rows."""
+    """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for one row."""
     if not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, weight):
         return compose_silu_mul_linear(silu_mul, linear)(gate_up, weight)
     return _made(_Input.SILU_MUL, gate_up, weight)
 
 
 def silu_mul_linear_fp8(gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
-    """As ``nemo_engine.ops.fused.silu_mul_linear_fp8``: one launch for up to 8 rows, of weights without blocks."""
+    """As ``nemo_engine.ops.fused.silu_mul_linear_fp8``: one launch for one row, of weights without blocks."""
     if has_blocks(w8, w_scales) or not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, w8):
         composed = compose_silu_mul_linear_fp8(silu_mul, silu_mul_fp8, quantize_token_blocks, linear_fp8)
         return composed(gate_up, w8, w_scales, x_scale)
@@ -110,6 +119,8 @@ def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor
 
 
 def _fits(kind: _Input, rows: int, width: int, weight: Tensor) -> bool:
+    if rows > _FUSED_ROWS[kind]:
+        return False
     fits: bool = library().small_linear_fits(int(kind), weight.itemsize == 1, rows, weight.shape[0], width)
     return fits
 
