@@ -329,7 +329,7 @@ def _stepped(step: Fraction, low: Bound | None, high: Bound | None) -> tuple[str
         if not places:
             parts = [f"/{_integers(low, high)}/"]
         else:
-            parts = [rf"/-?(?:0|[1-9][0-9]{{0,{_MORE_DIGITS}}})\.[0-9]{{{places}}}/"]
+            parts = [rf"/-?(?:0|[1-9][0-9]{{0,{_EXACT_DIGITS - places - 1}}})\.[0-9]{{{places}}}/"]
             if low is not None or high is not None:
                 parts.append(f"/{_decimals(low, high)}/")
         factor = here * 10**places

@@ -110,15 +110,15 @@ _TURKISH_AND_SIGNS = _of("\u017f\u212a\u0130\u0131")  # what upper and lower cas
 ANY = Repeat(Chars(ALL), 0, None)
 
 
+_NARROW = {"d": _DIGITS, "w": _WORD, "s": _SPACE}
+
+
 @cache
 def _unicode(name: str) -> Ranges:
     """What Python's ``re``, and ECMA 262 somewhere else, count among ``name`` (d, w or s)."""
-    is_in = {"d": str.isdecimal, "w": str.isalnum, "s": str.isspace}[name]
-    more = {"d": (), "w": _WORD, "s": (*_SPACE, (0x1C, 0x1F), (0xFEFF, 0xFEFF))}[name]
-    return _ranges([*more, *((code, code) for code in range(sys.maxunicode + 1) if is_in(chr(code)))])
-
-
-_NARROW = {"d": _DIGITS, "w": _WORD, "s": _SPACE}
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    spans = [(found.start(), found.end() - 1) for found in re.finditer(rf"\{name}+", every)]
+    return _ranges([*_NARROW[name], *spans, *([(0xFEFF, 0xFEFF)] if name == "s" else [])])
 
 
 def _named(letter: str, wide: bool) -> Ranges:

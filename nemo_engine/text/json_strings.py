@@ -10,8 +10,8 @@ from nemo_engine.text.json_pattern import ANY, Alt, Cat, Chars, Node, Pattern, R
 _SHORT = {0x08: "b", 0x09: "t", 0x0A: "n", 0x0C: "f", 0x0D: "r"}  # control characters with an escape of their own
 _RAW = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0xD800, 0xDFFF))  # what may not stand in a string as it is
 _CONTROLS = "|".join(f"0{code:x}" if code < 16 else f"{code:02x}" for code in range(32) if code not in _SHORT)
-# One character of a free string, with the tokenizer's view in mind: llguidance has a fast path for this class.
-_CHAR = rf'[^"\\\x00-\x1F\x7F]|\\(?:["\\bfnrt]|u00(?:{_CONTROLS}))'
+# One character of a free string.
+_CHAR = rf'[^"\\\x00-\x1F]|\\(?:["\\bfnrt]|u00(?:{_CONTROLS}))'
 FREE = f'/"(?:{_CHAR})*"/'
 
 _HEX = "[0-9a-fA-F]"
@@ -111,8 +111,8 @@ def length_terminal(least: int, most: int | None) -> str:
 
 
 def literal(text: str) -> str:
-    """``text`` as a literal of Lark."""
-    return json.dumps(text, ensure_ascii=False)
+    """``text`` as a literal of Lark, which may hold no character that could be taken for a control."""
+    return json.dumps(text).replace("\x7f", "\\u007f")
 
 
 def literal_json(value: object) -> str:
