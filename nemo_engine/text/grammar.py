@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from nemo_engine.outputs import GRAMMAR_TOO_COMPLEX
 from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text.grammar_trial import (
     UntriedError,
@@ -27,6 +28,7 @@ from nemo_engine.text.json_pattern import is_small
 from nemo_engine.text.tokenizer import Tokenizer
 
 JSON_WHITE_SPACE = r" |\n {0,16}"  # where JSON may have some: nothing, one space, or a line with its indentation
+_TOO_COMPLEX = re.compile("too (many|large|complex)|TooComplex|fuel")  # llguidance's words for its limits
 MAX_CACHED = 32  # compiled grammars, and refusals
 
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that map names to schemas
@@ -69,7 +71,8 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(plain_error(self._matcher.get_error()))
+            message = plain_error(self._matcher.get_error())
+            raise ValueError(f"{GRAMMAR_TOO_COMPLEX} ({message})" if _TOO_COMPLEX.search(message) else message)
 
 
 def _guarded(function: Any, *args: Any) -> Any:

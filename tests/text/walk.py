@@ -25,6 +25,7 @@ from unittest import mock
 import jsonschema
 import numpy as np
 
+from nemo_engine.outputs import GRAMMAR_TOO_COMPLEX
 from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text import grammar as grammar_module
 from nemo_engine.text.grammar import Grammar, GrammarCompiler
@@ -67,12 +68,7 @@ def walk(tokenizer: Bytes, grammar: Grammar, rng: random.Random) -> str | None:
     """A text of ``grammar`` by random tokens, biased to come to an end; None if it does not."""
     grammar, data, haste = grammar.copy(), b"", rng.choice([0.05, 0.3, 0.6])
     for _ in range(_LONGEST):
-        try:
-            mask = grammar.mask()
-        except ValueError as error:
-            if "too complex" in str(error).lower() or "toocomplex" in str(error).lower():
-                return None
-            raise DeadEnd(f"after {data!r}: {error}") from None
+        mask = grammar.mask()
         allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[: tokenizer.vocab_size]
         ends = (allowed & tokenizer.ends).nonzero()[0]
         fitting = ends if len(ends) and rng.random() < haste else allowed.nonzero()[0]
@@ -377,10 +373,19 @@ class Walker:
                     continue
                 self.counts["texts"] += 1
                 check(text)
+            except ValueError as error:
+                if not str(error).startswith(GRAMMAR_TOO_COMPLEX):
+                    raise self._fault(form, text, error) from error
+                self.counts["outgrown"] += 1
             except RecursionError:  # the checker follows references that lead to themselves
                 self.counts["not checked"] += 1
-            except (AssertionError, ValueError, jsonschema.ValidationError) as error:
-                raise AssertionError(f"{json.dumps(form, ensure_ascii=False)}\ngave {text!r}\n{type(error).__name__}: {str(error)[:400]}") from error
+            except (AssertionError, jsonschema.ValidationError) as error:
+                raise self._fault(form, text, error) from error
+
+    @staticmethod
+    def _fault(form: dict[str, Any], text: str | None, error: Exception) -> AssertionError:
+        shown = json.dumps(form, ensure_ascii=False)
+        return AssertionError(f"{shown}\ngave {text!r}\n{type(error).__name__}: {str(error)[:400]}")
 
 
 def _hold(value: object) -> None:
