@@ -11,6 +11,9 @@ FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 NO_TOKEN_LEFT = (  # error of a completion whose own parameters contradict each other
     "structured_outputs, allowed_token_ids, bad_words, min_tokens and logit_bias together leave no token to choose"
 )
+GRAMMAR_TOO_COMPLEX = (  # error of a completion whose grammar outgrew its limits on the way
+    "the grammar of structured_outputs became too complex: following it needs more states than a request may have"
+)
 CacheMiss = Literal["not_seen", "evicted", "prompt_logprobs", "disabled"]
 
 

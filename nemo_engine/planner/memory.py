@@ -269,7 +269,7 @@ def plan_kv_cache(
         num_pages = memory.kv_cache // page_bytes - 1
         if memory.missing or num_pages == 0:
             missing = memory.missing + (page_bytes if num_pages == 0 else 0)
-            reason = f"the plan does not fit into the device's memory, by {_gib_up(missing)} GiB"
+            reason = f"the plan does not fit into the device's memory, by {_size_up(missing)}"
             raise DoesNotFitError(memory_message(reason, memory, model, config, wanted, sizes), missing)
     assert num_pages is not None
     capacity = num_pages * config.page_size
@@ -277,9 +277,9 @@ def plan_kv_cache(
         return num_pages, wanted, memory
     missing = (-(-wanted // config.page_size) - num_pages) * page_bytes
     arithmetic = (
-        f"a context of {wanted} tokens needs {wanted * token_bytes / GIB:.2f} GiB of KV cache ({token_bytes} bytes per token), "
-        f"and {num_pages} pages of {config.page_size} tokens ({num_pages * page_bytes / GIB:.2f} GiB) hold {capacity}: "
-        f"{_gib_up(missing)} GiB are missing"
+        f"a context of {wanted} tokens needs {_size_up(wanted * token_bytes)} of KV cache ({token_bytes} bytes per token), "
+        f"and {num_pages} pages of {config.page_size} tokens ({_size_up(num_pages * page_bytes)}) hold {capacity}: "
+        f"{_size_up(missing)} are missing"
     )
     if isinstance(config.max_model_len, int):
         reason = (
@@ -304,6 +304,7 @@ def memory_message(
     return f"{reason}\n{memory.format()}\n{fitting}"
 
 
-def _gib_up(num_bytes: int) -> str:
-    """GiB with two digits, rounded up: with so many more it fits."""
-    return f"{-(-num_bytes * 100 // GIB) / 100:.2f}"
+def _size_up(num_bytes: int) -> str:
+    """A size with two digits behind the point, rounded up: with so many more it fits. Below a tenth of a GiB in MiB, then KiB."""
+    unit, name = next(((1 << b, n) for b, n in ((30, "GiB"), (20, "MiB")) if num_bytes * 10 >= 1 << b), (1 << 10, "KiB"))
+    return f"{-(-num_bytes * 100 // unit) / 100:.2f} {name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from nemo_engine.outputs import GRAMMAR_TOO_COMPLEX
 from nemo_engine.scheduler.decode_set import DecodeSet
 from nemo_engine.scheduler.request import Request
 
@@ -85,4 +86,6 @@ def refusal(request: Request, token_id: int) -> str | None:
 
 
 def _failure(error: Exception) -> str:
+    if str(error).startswith(GRAMMAR_TOO_COMPLEX):
+        return str(error)
     return f"the grammar of structured_outputs failed: {type(error).__name__}: {error}"

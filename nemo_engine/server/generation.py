@@ -12,7 +12,7 @@ from uuid import uuid4
 from starlette.requests import Request
 
 from nemo_engine.inputs import EncodedPrompt
-from nemo_engine.outputs import NO_TOKEN_LEFT, CacheReport, RequestOutput
+from nemo_engine.outputs import GRAMMAR_TOO_COMPLEX, NO_TOKEN_LEFT, CacheReport, RequestOutput
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.params import Effective
 from nemo_engine.server.protocol import GenerationRequest
@@ -194,6 +194,8 @@ def raise_failure(output: RequestOutput) -> None:
     for completion in output.outputs:
         if completion.finish_reason == "error" and completion.error == NO_TOKEN_LEFT:
             raise ApiError(400, NO_TOKEN_LEFT, code="no_token_left")
+        if completion.finish_reason == "error" and (completion.error or "").startswith(GRAMMAR_TOO_COMPLEX):
+            raise ApiError(400, completion.error or "", param="structured_outputs", code="grammar_too_complex")
         if completion.finish_reason == "error":
             raise ApiError(500, f"the request failed: {completion.error}", code="generation_failed")
 

@@ -13,28 +13,30 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from nemo_engine.outputs import GRAMMAR_TOO_COMPLEX
 from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text.grammar_trial import (
     UntriedError,
+    find_empty,
     matcher,
     on_large_stack,
     plain_error,
     try_compile,
 )
+from nemo_engine.text.json_grammar import SchemaGrammar
+from nemo_engine.text.json_pattern import is_small
 from nemo_engine.text.tokenizer import Tokenizer
 
 JSON_WHITE_SPACE = r" |\n {0,16}"  # where JSON may have some: nothing, one space, or a line with its indentation
-_BOUNDED = {"whitespace_pattern": JSON_WHITE_SPACE}
+_TOO_COMPLEX = re.compile("too (many|large|complex)|TooComplex|fuel")  # llguidance's words for its limits
 MAX_CACHED = 32  # compiled grammars, and refusals
 
-# Not in the trial's hands: what costs little, whatever it says. `format` intersects expressions only beside these three.
-_HARMLESS_JSON_CHARS = 32 * 1024
-_HARMLESS_REGEX_CHARS = 256
-_HARMLESS_REFS = 64
-_COSTLY = ('"pattern"', '"patternProperties"', '"allOf"', '"multipleOf"')
-_MEETS = ('"anyOf"', '"oneOf"', '"$ref"')
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that map names to schemas
 _VALUES = ("enum", "const", "default", "examples")  # keywords with values, not schemas
+_HARMLESS_CHARS = 32 * 1024  # of a choice or a schema's grammar, that is not compiled by way of trial
+# What may stand in front of a %json in a grammar, so that one in a string is not taken for it.
+_BEFORE_JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|%json(?=\s*\{)')
+_CALLS = re.compile(r"start: <\[\d{1,7}\]> calls( \| answer)?\ncalls: %json\n(answer: %json\n)?")
 
 
 class Grammar:
@@ -69,7 +71,8 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(plain_error(self._matcher.get_error()))
+            message = plain_error(self._matcher.get_error())
+            raise ValueError(f"{GRAMMAR_TOO_COMPLEX} ({message})" if _TOO_COMPLEX.search(message) else message)
 
 
 def _guarded(function: Any, *args: Any) -> Any:
@@ -124,8 +127,8 @@ class GrammarCompiler:
         return found.copy()
 
     def _compile(self, vocabulary: Any, params: StructuredOutputsParams) -> Any:
-        spec = _spec(params)
-        if not _is_harmless(spec):
+        spec, is_harmless = _spec(params)
+        if not is_harmless:
             try_compile(spec)
         return on_large_stack(lambda: _guarded(matcher, vocabulary, spec))
 
@@ -195,86 +198,83 @@ def tool_call_grammar(
 
     With ``otherwise`` it may be JSON of that schema instead.
     """
-    calls = f"calls: %json {json.dumps({'x-guidance': _BOUNDED, **schema})}\n"
+    calls = f"calls: %json {json.dumps(schema)}\n"
     if otherwise is None:
         return StructuredOutputsParams(grammar=f"start: <[{tool_calls_id}]> calls\n{calls}")
-    _check_schema(dict(otherwise))
-    answer = f"answer: %json {json.dumps({'x-guidance': _BOUNDED, **otherwise})}\n"
+    answer = f"answer: %json {json.dumps(otherwise)}\n"
     return StructuredOutputsParams(grammar=f"start: <[{tool_calls_id}]> calls | answer\n{calls}{answer}")
 
 
-def _forced_schema(grammar: str) -> str | None:
-    """The JSON in what ``tool_call_grammar`` writes; None for any other grammar."""
-    found = re.fullmatch(r"start: <\[\d{1,7}\]> calls\ncalls: %json (\{.*\})\n", grammar)
-    if found is None:
-        return None
-    try:
-        return found[1] if json.loads(found[1]).get("x-guidance") == _BOUNDED else None
-    except (ValueError, RecursionError):
-        return None
-
-
-def _spec(params: StructuredOutputsParams) -> dict[str, Any]:
-    """What ``grammar_trial.matcher`` takes."""
-    if params.json is None and not params.json_object:
-        text = json.dumps(params.choice) if params.choice is not None else params.regex or params.grammar
-        return {"kind": params.kind, "text": text}
-    text = '{"type":"object"}'
+def _spec(params: StructuredOutputsParams) -> tuple[dict[str, Any], bool]:
+    """What ``grammar_trial.matcher`` takes, and whether it is known to compile at little cost."""
+    if params.choice is not None:
+        text = json.dumps(params.choice)
+        return {"kind": "choice", "text": text}, len(text) <= _HARMLESS_CHARS
+    if params.regex is not None:
+        return {"kind": "regex", "text": params.regex}, is_small(params.regex)
+    if params.grammar is not None:
+        return _grammar_spec(params.grammar)
+    schema: dict[str, Any] = {"type": "object"}
     if params.json is not None:
         assert isinstance(params.json, str)
         schema = json.loads(params.json)
-        _check_schema(schema)
         if params.disable_additional_properties:
             _close_objects(schema)
-        text = json.dumps(schema, ensure_ascii=False)
-    space = "" if params.disable_any_whitespace else params.whitespace_pattern or JSON_WHITE_SPACE
-    return {"kind": "json", "text": text, "whitespace": space, "whitespace_pattern": params.whitespace_pattern}
+    white_space = "" if params.disable_any_whitespace else JSON_WHITE_SPACE
+    if params.whitespace_pattern is not None:
+        from llguidance import regex_to_lark
+
+        white_space = regex_to_lark(params.whitespace_pattern)
+    text, is_harmless = _schema_lark(schema, white_space)
+    spec = {"kind": "lark", "text": text, "whitespace_pattern": params.whitespace_pattern}
+    return spec, is_harmless and not params.whitespace_pattern
 
 
-def _is_harmless(spec: Mapping[str, Any]) -> bool:
-    """Whether ``spec`` is known to compile at little cost."""
-    kind, text = spec["kind"], spec["text"]
-    schema = text if kind == "json" else _forced_schema(text) if kind == "grammar" else None
-    if schema is not None:
-        meets = '"format"' in schema and any(word in schema for word in _MEETS)
-        is_small = len(schema) <= _HARMLESS_JSON_CHARS and schema.count('"$ref"') <= _HARMLESS_REFS
-        has_own_space = kind == "json" and spec["whitespace_pattern"]
-        return is_small and not meets and not has_own_space and not any(word in schema for word in _COSTLY)
-    if kind == "regex":
-        counts = [int(count[:9]) for count in re.findall(r"[{,]\s*(\d+)", text)]
-        return len(text) <= _HARMLESS_REGEX_CHARS and len(counts) <= 16 and max(counts, default=0) <= 64
-    return kind == "choice" and len(text) <= _HARMLESS_JSON_CHARS
+def _schema_lark(schema: dict[str, Any], white_space: str) -> tuple[str, bool]:
+    made = SchemaGrammar(schema)
+    doubtful = made.doubtful
+    text = made.lark(white_space, find_empty(doubtful) if doubtful else ())
+    return text, made.is_harmless and len(text) <= _HARMLESS_CHARS
 
 
-def _subschemas(schema: Any) -> Iterable[dict[str, Any]]:
-    """Every schema in ``schema``, itself first; what an ``enum`` or a ``const`` holds is none."""
+def _grammar_spec(grammar: str) -> tuple[dict[str, Any], bool]:
+    """As ``_spec``, of a grammar in which each ``%json {...}`` becomes a grammar of its own."""
+    parts, around, at, is_harmless = [], [], 0, True
+    while (found := _BEFORE_JSON.search(grammar, at)) is not None:
+        if found[0] != "%json":
+            parts.append(grammar[at : found.end()])
+            around.append(parts[-1])
+            at = found.end()
+            continue
+        start = grammar.index("{", found.end())
+        try:
+            schema, end = json.JSONDecoder().raw_decode(grammar, start)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"what follows %json is not JSON: {error}") from None
+        text, is_small_one = _schema_lark(schema, JSON_WHITE_SPACE)
+        parts += [grammar[at : found.start()], f"%lark {{\n{text}}}"]
+        around += [grammar[at : found.end()]]
+        is_harmless &= is_small_one
+        at = end
+    parts.append(grammar[at:])
+    around.append(grammar[at:])
+    is_call = _CALLS.fullmatch("".join(around)) is not None
+    return {"kind": "lark" if is_call else "grammar", "text": "".join(parts)}, is_harmless and is_call
+
+
+def _close_objects(schema: Any) -> None:
+    """Objects that name properties have no others, in ``schema`` and all that it holds."""
     open_values = [schema]
     while open_values:
         value = open_values.pop()
         if isinstance(value, list):
             open_values += value
         elif isinstance(value, dict):
-            yield value
+            if isinstance(value.get("properties"), dict):
+                if not {"additionalProperties", "patternProperties"} & set(value):
+                    value["additionalProperties"] = False
             for key, child in value.items():
                 if key in _NAMED and isinstance(child, dict):
                     open_values += child.values()
                 elif key not in _VALUES:
                     open_values.append(child)
-
-
-def _check_schema(schema: dict[str, Any]) -> None:
-    """Refuse what llguidance would take and not honour."""
-    if "x-guidance" in schema:
-        raise ValueError("x-guidance is not supported: use whitespace_pattern or disable_any_whitespace")
-    for one in _subschemas(schema):
-        least = one.get("minProperties")
-        required = one.get("required")
-        num_required = len(required) if isinstance(required, list) else 0
-        if isinstance(least, (int, float)) and least > max(1, num_required):
-            raise ValueError(f"minProperties {least} is more than the required properties: names of others may repeat")
-
-
-def _close_objects(schema: dict[str, Any]) -> None:
-    for one in _subschemas(schema):
-        if isinstance(one.get("properties"), dict) and not {"additionalProperties", "patternProperties"} & set(one):
-            one["additionalProperties"] = False

@@ -37,21 +37,17 @@ class UntriedError(ValueError):
 def matcher(tokenizer: Any, spec: Mapping[str, Any]) -> Any:
     """An ``LLMatcher`` at the start of ``spec``; ``ValueError`` if it cannot be honoured.
 
-    spec: ``kind`` (json, regex, choice or grammar), ``text``, and for JSON ``whitespace`` (a regular expression, "" for none).
+    spec: ``kind`` (regex, choice, grammar, or lark for one that is surely Lark) and ``text``.
     """
     from llguidance import LLMatcher, LLParserLimits
 
     kind, text = spec["kind"], spec["text"]
-    if kind == "json":
-        space = spec["whitespace"]
-        options: Any = {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
-        grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
-    elif kind == "regex":
+    if kind == "regex":
         grammar = LLMatcher.grammar_from_regex(text)
     elif kind == "choice":
         grammar = LLMatcher.grammar_from_regex(_one_of(json.loads(text)))
     else:
-        grammar = LLMatcher.grammar_from_lark(_lark(text))
+        grammar = LLMatcher.grammar_from_lark(text if kind == "lark" else _lark(text))
     limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
     made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not made.is_error():
@@ -87,17 +83,22 @@ def _lark(text: str) -> str:
         raise ValueError(f"it has no rule `start:`, and is not GBNF either: {error}") from None
 
 
+def matches_nothing(tokenizer: Any, lark: str) -> bool:
+    """Whether no text fits the grammar ``lark``; ``ValueError`` if it is none."""
+    try:
+        matcher(tokenizer, {"kind": "lark", "text": lark})
+    except ValueError as error:
+        if str(error) == NOTHING:
+            return True
+        raise
+    return False
+
+
 def allows_more_than_white_space(tokenizer: Any, pattern: str) -> bool:
     """Whether the regular expression ``pattern`` matches a text that is not JSON white space; ``ValueError`` if it is none."""
     from llguidance import regex_to_lark
 
-    try:
-        matcher(tokenizer, {"kind": "grammar", "text": f"start: W\nW: /{regex_to_lark(pattern)}/ & ~/[ \\t\\r\\n]*/"})
-    except ValueError as error:
-        if str(error) == NOTHING:
-            return False
-        raise
-    return True
+    return not matches_nothing(tokenizer, f"start: W\nW: /{regex_to_lark(pattern)}/ & ~/[ \\t\\r\\n]*/")
 
 
 def on_large_stack(function: Callable[[], T], size: int = COMPILE_STACK) -> T:
@@ -126,6 +127,15 @@ def on_large_stack(function: Callable[[], T], size: int = COMPILE_STACK) -> T:
 
 def try_compile(spec: Mapping[str, Any]) -> None:
     """Compile ``spec`` in a process of its own; ``ValueError`` if it is refused or costs too much."""
+    _try(spec)
+
+
+def find_empty(grammars: Mapping[str, str]) -> list[str]:
+    """The names of those ``grammars``, Lark by name, that match nothing; ``ValueError`` if finding out costs too much."""
+    return _try({"grammars": grammars})
+
+
+def _try(spec: Mapping[str, Any]) -> list[str]:
     with _trials:
         try:
             trial = subprocess.run(
@@ -140,8 +150,10 @@ def try_compile(spec: Mapping[str, Any]) -> None:
             f"it is too complex: compiling it takes more than {TRIAL_CPU_SECONDS} s, {TRIAL_MEMORY >> 20} MiB or its nesting "
             f"{_TRIAL_STACK >> 20} MiB of stack"
         )
-    if answer:
-        raise ValueError(answer)
+    if answer["error"]:
+        raise ValueError(answer["error"])
+    empty: list[str] = answer["empty"]
+    return empty
 
 
 def _limit() -> None:
@@ -166,16 +178,22 @@ def _main() -> None:
     tokenizer = LLTokenizer("byte")
     _limit()
 
+    empty: list[str] = []
+
     def work() -> str:
         try:
-            if spec.get("whitespace_pattern") and allows_more_than_white_space(tokenizer, spec["whitespace_pattern"]):
-                return "whitespace_pattern: it must match nothing but white space"
-            matcher(tokenizer, spec)
+            for name, text in spec.get("grammars", {}).items():
+                if matches_nothing(tokenizer, text):
+                    empty.append(name)
+            if "grammars" not in spec:
+                if spec.get("whitespace_pattern") and allows_more_than_white_space(tokenizer, spec["whitespace_pattern"]):
+                    return "whitespace_pattern: it must match nothing but white space"
+                matcher(tokenizer, spec)
         except ValueError as error:
             return str(error)
         return ""
 
-    print(json.dumps(on_large_stack(work, _TRIAL_STACK)))
+    print(json.dumps({"error": on_large_stack(work, _TRIAL_STACK), "empty": empty}))
 
 
 if __name__ == "__main__":

@@ -136,12 +136,16 @@ class Tokenizer:
     def encode_bad_words(self, words: Iterable[str]) -> list[tuple[int, ...]]:
         """Id sequences of each word, as it begins a text and as it follows a space, by vLLM's rule.
 
+        White space in front of a word does not count, but for a word that is nothing else: that is taken as it is.
         The second is kept if it has as many tokens as the first and starts differently. Raises ``ValueError`` for a word
         that has no tokens.
         """
         found: list[tuple[int, ...]] = []
         for word in words:
             check_unicode("bad_words", word)
+            if word and not word.strip():
+                found.append(self._encode_space(word))
+                continue
             plain, spaced = (tuple(self.encode(prefix + word.lstrip(), bos=False)) for prefix in ("", " "))
             if not plain:
                 raise ValueError(f"bad_words must hold words with at least one token, got {word!r}")
@@ -149,6 +153,11 @@ class Tokenizer:
             if spaced and len(spaced) == len(plain) and spaced[0] != plain[0]:
                 found.append(spaced)
         return found
+
+    def _encode_space(self, text: str) -> tuple[int, ...]:
+        """Ids of white space as it follows a letter: at the start of a text SentencePiece puts a space before it."""
+        letter, ids = self.encode("x", bos=False), self.encode("x" + text, bos=False)
+        return tuple(ids[len(letter) :] if ids[: len(letter)] == letter else self.encode(text, bos=False))
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -134,8 +134,15 @@ def test_bad_words_follow_the_rule_of_vllm(tiny: Tokenizer) -> None:
     assert tuple(tiny.encode("the", bos=False)) in found
     assert tuple(tiny.encode(" the", bos=False)) in found
     assert tuple(tiny.encode("return", bos=False)) in found
-    with pytest.raises(ValueError, match="bad_words must hold words with at least one token"):
-        tiny.encode_bad_words(["  "])
+
+
+@pytest.mark.parametrize("path", [TINY, SENTENCEPIECE])
+@pytest.mark.parametrize("space", ["\n", " ", "\t", "\n\n", "\r\n"])
+def test_white_space_may_be_a_bad_word(path: Path, space: str) -> None:
+    tokenizer = load_tokenizer(path)
+    assert tokenizer is not None
+    (ids,) = tokenizer.encode_bad_words([space])
+    assert b"".join(map(tokenizer.token_bytes, ids)) == space.encode()
 
 
 def test_what_cannot_be_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

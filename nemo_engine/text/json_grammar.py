@@ -1,0 +1,448 @@
+"""``SchemaGrammar``: a JSON schema as a Lark grammar for llguidance, which keeps to every keyword of the schema.
+
+llguidance has a compiler of its own for JSON schemas, which rounds integers to doubles, lets escapes through patterns and takes
+patterns of names that leave nothing; so it gets the parts that it is good at, rules and terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nemo_engine.text.grammar_trial import NOTHING
+from nemo_engine.text.json_pattern import Pattern, Terms
+from nemo_engine.text.json_refs import MAX_COUNT, Schema
+from nemo_engine.text.json_schema import Flat, SchemaTerms, Term, item_schemas
+from nemo_engine.text.json_strings import (
+    FREE,
+    holds,
+    length_terminal,
+    lengths,
+    literal,
+    literal_json,
+    pattern_terminal,
+    with_length,
+)
+
+MAX_RULES = 20_000
+_MAX_PATTERNS = 4  # of names in one object
+_UNBOUNDED = 1_000_000  # items: more than any output has
+_LONGEST_CHECKED = 256  # characters up to which lengths of a pattern are compared with bounds
+_PROBES = ("a", "name", "0", "x1", "_", "A", "zz zz", "é", "a-b.c", "-", "qqqqqqqqqqqqqqqqqqqqqqqqq", "")
+
+# A symbol of a rule: a literal, the name of a rule or a terminal, or symbols that repeat.
+Symbol = str | tuple[tuple["Symbol", ...], int, int | None]
+Row = tuple[Symbol, ...]
+
+
+class SchemaGrammar:
+    """The rules for one schema. What cannot be kept raises ``ValueError`` with the keyword and its place."""
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self._schema = SchemaTerms(schema)
+        self._rules: dict[str, list[Row]] = {}
+        self._names: dict[tuple[int, ...], str] = {}
+        self._shared: dict[tuple[Row, ...], str] = {}
+        self._waiting: list[tuple[str, tuple[Schema, ...]]] = []
+        self._terminals: dict[str, str] = {}  # names by expression
+        self._definitions: dict[str, None] = {}
+        self._doubtful: set[str] = set()  # terminals that perhaps match nothing
+        self._is_costly = False
+        self._start = self._value((schema,))
+        while self._waiting:
+            name, schemas = self._waiting.pop()
+            self._rules[name] = self._rows(schemas)
+
+    @property
+    def doubtful(self) -> dict[str, str]:
+        """Terminals of which it is not known whether they match anything, with grammars that say it."""
+        definitions = "\n".join(self._definitions)
+        used = self._doubtful.intersection(*[[symbol for rows in self._rules.values() for symbol in _flat(rows)]])
+        return {
+            name: f"start: T\nT: {expression}\n{definitions}\n"
+            for expression, name in self._terminals.items()
+            if name in used
+        }
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether it is known to compile at little cost."""
+        return not self._is_costly and not self._doubtful and len(self._rules) <= MAX_RULES // 10
+
+    def lark(self, white_space: str, empty: Iterable[str] = ()) -> str:
+        """The grammar; ``white_space`` is a regular expression, "" for none. ``empty``: those doubtful terminals that match nothing."""
+        productive = self._productive(set(empty))
+        if self._start not in productive:
+            raise ValueError(NOTHING)
+        lines = [f'%llguidance {{"ignore_once": true}}\n%ignore /{white_space}/'] if white_space else []
+        lines.append(f"start: {self._start}")
+        reached, used, open_rules = {self._start}, dict[str, None](), [self._start]
+        while open_rules:
+            name = open_rules.pop()
+            rows = [_without_empty(row, productive) for row in self._rules[name] if _makes(row, productive)]
+            lines.append(f"{name}: {' | '.join(map(_text, rows))}")
+            for symbol in _flat(rows):
+                if symbol in self._rules and symbol not in reached:
+                    reached.add(symbol)
+                    open_rules.append(symbol)
+                elif symbol[0] == "T":
+                    used[symbol] = None
+        expressions = {name: expression for expression, name in self._terminals.items()}
+        lines += [f"{name}: {expressions[name]}" for name in used]
+        return "\n".join([*lines, *self._definitions, ""])
+
+    def _productive(self, empty: set[str]) -> set[str]:
+        """The rules and terminals that match something."""
+        found = {name for name in self._terminals.values() if name not in empty}
+        users: dict[str, list[str]] = {}
+        for name, rows in self._rules.items():
+            for symbol in _flat(rows):
+                users.setdefault(symbol, []).append(name)
+        waiting = list(self._rules)
+        while waiting:
+            name = waiting.pop()
+            if name not in found and any(_makes(row, found) for row in self._rules[name]):
+                found.add(name)
+                waiting += users.get(name, [])
+        return found
+
+    # ---- values
+
+    def _rule(self, rows: list[Row]) -> str:
+        name = f"r{len(self._rules)}"
+        self._rules[name] = rows
+        if len(self._rules) > MAX_RULES:
+            raise ValueError(f"it is too complex: it needs more than {MAX_RULES} rules")
+        self._schema.spend()
+        return name
+
+    def _value(self, schemas: Iterable[Schema]) -> str:
+        """The rule of a value for which all of ``schemas`` hold."""
+        parts = tuple({id(one): one for one in schemas if one is not True}.values())
+        key = (-1,) if False in parts else tuple(map(id, parts))
+        if key not in self._names:
+            self._names[key] = self._rule([])
+            if key != (-1,):
+                self._waiting.append((self._names[key], parts))
+        return self._names[key]
+
+    def _rows(self, schemas: tuple[Schema, ...]) -> list[Row]:
+        rows: dict[Row, None] = {}
+        scalars: dict[str, None] = {}
+        for term in self._schema.terms(schemas):
+            values = self._schema.values(term)
+            if values is not None:
+                for value in values:
+                    self._schema.spend()
+                    if isinstance(value, (list, dict)):
+                        rows[self._constant(value)] = None
+                    else:
+                        scalars[literal_json(value)] = None
+                continue
+            types = self._schema.types(term)
+            for kind, words in (("null", ('"null"',)), ("boolean", ('"true"', '"false"'))):
+                if kind in types:
+                    scalars |= dict.fromkeys(words)
+            if "number" in types:
+                scalars |= dict.fromkeys(self._number(term, types["number"]))
+            if "string" in types:
+                scalars |= dict.fromkeys(self._string(term))
+            if "array" in types:
+                rows |= dict.fromkeys(self._array(term))
+            if "object" in types:
+                rows |= dict.fromkeys(self._object(term))
+        if scalars:
+            rows[self._union(list(scalars)),] = None
+        return list(rows)
+
+    def _union(self, options: list[str]) -> str:
+        """The terminal that is any of ``options``, which are expressions; those in doubt must be terminals of their own."""
+        if len(options) == 1 and options[0] in self._terminals:
+            return self._terminals[options[0]]
+        return self._terminal(" | ".join(options), all(self._terminals.get(one) in self._doubtful for one in options))
+
+    def _terminal(self, expression: str, is_doubtful: bool = False) -> str:
+        name = self._terminals.setdefault(expression, f"T{len(self._terminals)}")
+        if is_doubtful:
+            self._doubtful.add(name)
+        return name
+
+    def _constant(self, value: Any) -> Row:
+        if isinstance(value, list):
+            items = [self._constant(item) for item in value]
+            return (literal("["), *_joined(items), literal("]"))
+        if isinstance(value, dict):
+            members = [(literal_json(name), literal(":"), *self._constant(one)) for name, one in value.items()]
+            return (literal("{"), *_joined(members), literal("}"))
+        return (literal_json(value),)
+
+    # ---- numbers and strings
+
+    def _number(self, term: Term, is_integer: bool) -> list[str]:
+        try:
+            found = self._schema.numbers(term, is_integer).terminal()
+        except ValueError as error:
+            named = [
+                self._schema.index.place(flat, keyword)
+                for flat in term
+                for keyword in ("multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+                if keyword in flat
+            ]
+            raise ValueError(f"{', '.join(named)}: {error}") from None
+        if found is None:
+            return []
+        self._definitions |= dict.fromkeys(found[1])
+        return [found[0]]
+
+    def _string(self, flats: Sequence[Flat]) -> list[str]:
+        """An expression for the strings that ``flats`` allow, none if there are none."""
+        least = max([int(flat.get("minLength", 0)) for flat in flats], default=0)
+        most = min([int(flat["maxLength"]) for flat in flats if "maxLength" in flat], default=None)
+        if most is not None and least > most:
+            return []
+        patterns = self._schema.patterns(flats)
+        if not patterns:
+            return [FREE if least == 0 and most is None else length_terminal(least, most)]
+        self._is_costly |= len(patterns) > 1 or any(pattern.is_costly for pattern in patterns)
+        wanted = tuple({node: None for pattern in patterns for node in pattern.sure.wanted})
+        unwanted = tuple(node for pattern in patterns for node in pattern.sure.unwanted)
+        if len(wanted) > 1 or unwanted:
+            expression = pattern_terminal(Terms(wanted, unwanted))
+            if least or most is not None:
+                expression += " & " + length_terminal(least, most)
+            self._terminal(expression, not self._is_probed([Terms(wanted, unwanted)], least, most))
+            return [expression]
+        (node,) = wanted
+        if least == 0 and most is None:
+            expression = pattern_terminal(Terms((node,)))
+            self._terminal(expression, not lengths(node, _LONGEST_CHECKED))
+            return [expression]
+        cut = with_length(node, least, most)
+        if cut is not None:
+            return [pattern_terminal(Terms((cut,)))] if cut.most is None or cut.least <= cut.most else []
+        bound = most if most is not None else least
+        fits = lengths(node, min(bound, _LONGEST_CHECKED)) >> least if bound <= _LONGEST_CHECKED else 0
+        expression = pattern_terminal(Terms((node,))) + " & " + length_terminal(least, most)
+        self._terminal(expression, not fits)
+        return [expression]
+
+    @staticmethod
+    def _is_probed(terms: Iterable[Terms], least: int = 0, most: int | None = None, taken: Iterable[str] = ()) -> bool:
+        """Whether some short text is known to match."""
+        taken = set(taken)
+        return any(
+            least <= len(text) <= (len(text) if most is None else most)
+            and text not in taken
+            and all(holds(one, text) for one in terms)
+            for text in _PROBES
+        )
+
+    # ---- arrays
+
+    def _array(self, term: Term) -> list[Row]:
+        least = max([int(flat.get("minItems", 0)) for flat in term], default=0)
+        most = min([int(flat["maxItems"]) for flat in term if "maxItems" in flat], default=_UNBOUNDED)
+        if least > most and most < _UNBOUNDED:
+            return []
+        limit = None if most >= _UNBOUNDED else most
+        parts = [item_schemas(flat) for flat in term]
+        count = max([len(first) for first, _ in parts], default=0)
+        if limit is not None:
+            count = min(count, limit)
+        items = [
+            self._value([first[index] if index < len(first) else rest for first, rest in parts]) for index in range(count)
+        ]
+        rows: list[Row] = [(literal("["), literal("]"))] if least == 0 else []
+        if limit == 0:
+            return rows
+        tail: Row = ()
+        if limit is None or limit > count:
+            other = self._value([rest for _, rest in parts])
+            more = None if limit is None else limit - max(count, 1)
+            tail = (((literal(","), other), max(0, least - max(count, 1)), more),)
+            if not items:
+                return [*rows, (literal("["), other, *tail, literal("]"))]
+        for index in range(count - 1, 0, -1):
+            options: list[Row] = [(literal(","), items[index], *tail)]
+            tail = (self._rule([*options, ()] if index >= least else options),)
+        return [*rows, (literal("["), items[0], *tail, literal("]"))]
+
+    # ---- objects
+
+    def _object(self, term: Term) -> list[Row]:
+        required = {name for flat in term for name in flat.get("required", ())}
+        names = list(
+            dict.fromkeys(
+                [name for flat in term for name in flat.get("properties", ())]
+                + [name for flat in term for name in flat.get("required", ())]
+            )
+        )
+        self._schema.spend(len(names) * (1 + len(term)))
+        allowed = [flat["propertyNames"] for flat in term if "propertyNames" in flat]
+        least = max([int(flat.get("minProperties", 0)) for flat in term], default=0)
+        most = min([int(flat["maxProperties"]) for flat in term if "maxProperties" in flat], default=MAX_COUNT)
+        members: list[tuple[Row, bool]] = []
+        for name in names:
+            parts = [part for flat in term for part in self._schema.property_schemas(flat, name)]
+            is_allowed = all(self._schema.is_valid(name, one) for one in allowed)
+            value = self._value(parts if is_allowed else [False])
+            members.append(((literal_json(name), literal(":"), value), name in required))
+        others = self._others(term, names, allowed)
+        if least > len(names) + bool(others) and others:
+            places = [self._schema.index.place(flat, "minProperties") for flat in term if "minProperties" in flat]
+            raise ValueError(
+                f"{', '.join(places)}: {least} is more than the required properties and those that are named: names of others may repeat"
+            )
+        other = self._rule(others) if others else None
+        num_required = len(required)
+        if least <= num_required:
+            least = 0
+        inside = self._members(members, other, least, None if most >= MAX_COUNT else most)
+        return [(literal("{"), *row, literal("}")) for row in inside]
+
+    def _members(self, members: list[tuple[Row, bool]], other: str | None, least: int, most: int | None) -> list[Row]:
+        """The rows of what stands between braces. ``least`` and ``most`` are counted only where they matter."""
+        counts = range(len(members) + 1) if least or most is not None else range(1)
+        if len(members) * len(counts) > MAX_RULES:
+            raise ValueError(f"it is too complex: counting properties needs more than {MAX_RULES} rules")
+        comma = literal(",")
+        after: dict[tuple[bool, int], list[Row]] = {}  # by whether a member precedes, and how many
+        for is_first in (True, False):
+            for count in counts:
+                after[is_first, count] = self._ends(other, is_first, max(0, least - count), None if most is None else most - count)
+        for position in range(len(members) - 1, -1, -1):
+            member, is_required = members[position]
+            before: dict[tuple[bool, int], list[Row]] = {}
+            reachable = counts if len(counts) == 1 else range(position + 1)
+            for count in reachable:
+                following = self._one(after[False, count if len(counts) == 1 else count + 1])
+                for is_first in (True, False):
+                    rows: list[Row] = []
+                    if following is not None and (most is None or count < most):
+                        rows.append((*(() if is_first else (comma,)), *member, *following))
+                    if not is_required:
+                        passed = self._one(after[is_first, count])
+                        rows += [] if passed is None else [passed]
+                    before[is_first, count] = rows
+            after = before
+        return after[True, 0]
+
+    def _one(self, rows: list[Row]) -> Row | None:
+        """``rows`` as one: itself, or a rule."""
+        if not rows:
+            return None
+        if len(rows) == 1 and len(rows[0]) <= 8:
+            return rows[0]
+        key = tuple(rows)
+        if key not in self._shared:
+            self._shared[key] = self._rule(rows)
+        return (self._shared[key],)
+
+    @staticmethod
+    def _ends(other: str | None, is_first: bool, least: int, most: int | None) -> list[Row]:
+        """What may follow the last named member: ``least`` to ``most`` others, of which any number counts as one."""
+        rows: list[Row] = [()] if least == 0 and (most is None or most >= 0) else []
+        if other is None or least > 1 or most is not None and most < 1:
+            return rows
+        more = None if most is None else most - 1
+        repeated: Symbol = ((literal(","), other), 0, more)
+        return [*rows, (other, repeated) if is_first else (literal(","), other, repeated)]
+
+    def _others(self, term: Term, names: list[str], allowed: list[Schema]) -> list[Row]:
+        """Members whose names are none of ``names``: for each set of patterns, names that match these and no other."""
+        texts = {text: flat for flat in term for text in flat.get("patternProperties", ())}
+        if len(texts) > _MAX_PATTERNS:
+            raise ValueError(
+                f"{self._schema.index.place(list(texts.values())[-1], 'patternProperties')}: at most {_MAX_PATTERNS} patterns are "
+                "supported in one object"
+            )
+        patterns = {text: self._schema.pattern(flat, text, "patternProperties") for text, flat in texts.items()}
+        rows: list[Row] = []
+        for bits in range(1 << len(texts)):
+            matched = {text for index, text in enumerate(texts) if bits >> index & 1}
+            parts: list[Schema] = []
+            for flat in term:
+                here = [one for text, one in flat.get("patternProperties", {}).items() if text in matched]
+                parts += here or [flat.get("additionalProperties", True)]
+            if False in parts:
+                continue
+            value = self._value(parts)
+            rows += [(name, literal(":"), value) for name in self._other_names(matched, patterns, names, allowed)]
+        return rows
+
+    def _other_names(
+        self, matched: set[str], patterns: dict[str, Pattern], names: list[str], allowed: list[Schema]
+    ) -> list[str]:
+        """Terminals of names that match all patterns of ``matched``, no others, and are none of ``names``."""
+        found = []
+        wanted = [patterns[text].sure for text in matched]
+        unwanted = [pattern.maybe for text, pattern in patterns.items() if text not in matched]
+        taken = [name for name in names if all(holds(patterns[text].maybe, name) for text in matched)]
+        exclusions = [f"~({pattern_terminal(one)})" for one in unwanted]
+        if taken:
+            exclusions.append(f"~({' | '.join(map(literal_json, taken))})")
+        for term in self._schema.terms(allowed) if allowed else [()]:
+            listed = self._schema.values(term)
+            if listed is not None:
+                fitting = [
+                    name for name in listed
+                    if isinstance(name, str) and name not in names and all(holds(one, name) for one in wanted)
+                    and not any(holds(one, name) for one in unwanted)
+                ]  # fmt: skip
+                found += [self._union([literal_json(name) for name in fitting])] if fitting else []
+                continue
+            if "string" not in self._schema.types(term):
+                continue
+            for expression in self._string(term):
+                parts = [expression] if expression != FREE or not (wanted or exclusions) else []
+                parts = parts + [pattern_terminal(one) for one in wanted]
+                parts = (parts or [FREE]) + exclusions
+                if len(parts) > 1 and (wanted or unwanted):
+                    self._is_costly = True
+                is_known = len(parts) == 1 and self._terminals.get(parts[0]) not in self._doubtful
+                if expression == FREE:
+                    is_known = is_known or not (wanted or unwanted) or any(
+                        all(holds(one, text) for one in wanted) and not any(holds(one, text) for one in unwanted)
+                        for text in _PROBES if text not in taken
+                    )  # fmt: skip
+                found.append(self._terminal(" & ".join(parts), not is_known))
+        return found
+
+
+def _joined(rows: list[Row]) -> Row:
+    joined: list[Symbol] = []
+    for index, row in enumerate(rows):
+        joined += row if index == 0 else (literal(","), *row)
+    return tuple(joined)
+
+
+def _flat(rows: Iterable[Row]) -> list[str]:
+    found: list[str] = []
+    for row in rows:
+        for symbol in row:
+            found += [symbol] if isinstance(symbol, str) else _flat([symbol[0]])
+    return found
+
+
+def _makes(row: Row, productive: set[str]) -> bool:
+    """Whether ``row`` matches something."""
+    return all(
+        symbol[0] == '"' or symbol in productive if isinstance(symbol, str) else symbol[1] == 0 or _makes(symbol[0], productive)
+        for symbol in row
+    )
+
+
+def _without_empty(row: Row, productive: set[str]) -> Row:
+    return tuple(symbol for symbol in row if isinstance(symbol, str) or _makes(symbol[0], productive))
+
+
+def _text(row: Row) -> str:
+    parts = []
+    for symbol in row:
+        if isinstance(symbol, str):
+            parts.append(symbol)
+        elif symbol[2] != 0:
+            inside, least, most = _text(symbol[0]), symbol[1], symbol[2]
+            counts = "*" if (least, most) == (0, None) else f"{{{least},{'' if most is None else most}}}"
+            parts.append(f"({inside}){counts}")
+    return " ".join(parts) or '""'
