@@ -151,19 +151,29 @@ def _plan_kernel(
     share = tl.maximum((total + num_units - 1) // num_units, MIN_SHARE)
     # Start and row in one number, so that one maximum finds both. Rows of no keys lie where the next row starts, before it.
     starts = (tl.cumsum(line, 0) - line).to(tl.int64) * ROWS + row
-    tl.store(plan_ptr, share)
-    tl.store(plan_ptr + 1, tl.sum(((length <= 0) & (row < num_rows)).to(tl.int32), 0))
-    tl.store(plan_ptr + 2, 0)
-    tl.store(plan_ptr + 3, 0)
+    cut_ptr = plan_ptr + 4
+    cut_row_ptr = plan_ptr + 6 + 2 * num_units
+    for word in range(4):  # without any keys, the first unit has no rows
+        tl.store(cut_ptr + word, 0)
     place = tl.zeros((), tl.int32)
-    for unit in range(1, num_units + 1):
+    unit = tl.zeros((), tl.int32)
+    num_cut_rows = tl.zeros((), tl.int32)
+    while place < total:
         reached = place + share + PART_COST
         held = tl.max(tl.where(starts < (reached + 1).to(tl.int64) * ROWS, starts, 0), 0)
         start = (held // ROWS).to(tl.int32)
         is_end = reached >= total
         place = tl.where(is_end, total, tl.maximum(start, reached - PART_COST))
-        tl.store(plan_ptr + 2 + 2 * unit, tl.where(is_end, num_rows, (held % ROWS).to(tl.int32)))
-        tl.store(plan_ptr + 3 + 2 * unit, tl.where(is_end, 0, place - start))
+        tile = tl.where(is_end, 0, place - start)
+        tl.store(cut_row_ptr + num_cut_rows, unit)
+        num_cut_rows += ((tile > 0) & (tile <= share)).to(tl.int32)  # the row's first cut: later ones are a share apart
+        unit += 1
+        tl.store(cut_ptr + 2 * unit, tl.where(is_end, num_rows, (held % ROWS).to(tl.int32)))
+        tl.store(cut_ptr + 2 * unit + 1, tile)
+    tl.store(plan_ptr, share)
+    tl.store(plan_ptr + 1, tl.sum(((length <= 0) & (row < num_rows)).to(tl.int32), 0))
+    tl.store(plan_ptr + 2, tl.maximum(unit, 1))
+    tl.store(plan_ptr + 3, num_cut_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -176,6 +186,9 @@ def _decode_kernel(
     """One unit of the rows' keys, for one KV head: a row's result itself if the unit has the whole row, else a part and its log-sum-exp."""
     unit = tl.program_id(0)
     head = tl.program_id(1)
+    num_units = tl.load(plan_ptr + 2)
+    if unit >= num_units:
+        return
     m = tl.arange(0, M)
     d = tl.arange(0, D)
     q_head = head * GROUP + m
@@ -183,21 +196,22 @@ def _decode_kernel(
     score_scale = scale * LOG2_E
     if HAS_SCALES:
         score_scale *= tl.load(k_scale_ptr + head)
+    wide = tl.zeros((), tl.int64)
     if tl.load(plan_ptr + 1) > 0:  # rows of no keys are zeros
-        for row in range(unit, num_rows, tl.num_programs(0)):
+        for row in range(unit, num_rows, num_units):
             if tl.load(seq_lens_ptr + row) <= 0:
-                places = (row.to(tl.int64) * num_heads + q_head)[:, None] * DIM + d[None, :]
+                places = ((wide + row) * num_heads + q_head)[:, None] * DIM + d[None, :]
                 tl.store(out_ptr + places, tl.zeros((M, D), out_ptr.dtype.element_ty), mask=mask)
-    first_row = tl.load(plan_ptr + 2 + 2 * unit)
-    first_tile = tl.load(plan_ptr + 3 + 2 * unit)
-    last_row = tl.load(plan_ptr + 4 + 2 * unit)
-    last_tile = tl.load(plan_ptr + 5 + 2 * unit)
+    first_row = tl.load(plan_ptr + 4 + 2 * unit)
+    first_tile = tl.load(plan_ptr + 5 + 2 * unit)
+    last_row = tl.load(plan_ptr + 6 + 2 * unit)
+    last_tile = tl.load(plan_ptr + 7 + 2 * unit)
     for row in range(first_row, last_row + (last_tile > 0).to(tl.int32)):
         length = tl.load(seq_lens_ptr + row).to(tl.int32)
         begin = tl.where(row == first_row, first_tile * N, 0)
         end = tl.where(row == last_row, tl.minimum(last_tile * N, length), length)
         table = page_table_ptr + tl.load(slot_ids_ptr + row).to(tl.int64) * table_stride
-        q_rows = row.to(tl.int64) * q_stride + q_head * q_head_stride
+        q_rows = (wide + row) * q_stride + q_head * q_head_stride
         q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.zeros((M, D), tl.float32)
         mass = tl.zeros((M,), tl.float32)
@@ -213,7 +227,7 @@ def _decode_kernel(
         if HAS_SCALES:
             acc *= tl.load(v_scale_ptr + head)
         if (begin == 0) & (end == length):
-            out_rows = (row.to(tl.int64) * num_heads + q_head) * DIM
+            out_rows = ((wide + row) * num_heads + q_head) * DIM
             tl.store(out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask & (length > 0))
         else:  # a unit has at most one part with the end of a row or its middle, and one with its beginning
             part_rows = (2 * unit + (begin == 0).to(tl.int32)) * num_heads + q_head
@@ -221,19 +235,20 @@ def _decode_kernel(
             tl.store(lse_ptr + part_rows, best + tl.log2(mass), mask=m < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_units"])
 def _combine_kernel(
-    out_ptr, part_ptr, lse_ptr, seq_lens_ptr, plan_ptr, num_heads,
+    out_ptr, part_ptr, lse_ptr, seq_lens_ptr, plan_ptr, num_units, num_heads,
     TILE: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of the row that begins in a unit and ends in a later one, for one query head: SPLITS at a time, in order."""
-    unit = tl.program_id(0)
+    """Merge the parts of a row that is cut, for one query head: SPLITS at a time, in order."""
+    index = tl.program_id(0)
     head = tl.program_id(1)
-    row = tl.load(plan_ptr + 4 + 2 * unit)
-    tile = tl.load(plan_ptr + 5 + 2 * unit)
-    share = tl.load(plan_ptr)
-    if (tile == 0) | (tile > share):  # no row is cut where the unit ends, or it has begun in an earlier unit
+    if index >= tl.load(plan_ptr + 3):
         return
+    unit = tl.load(plan_ptr + 6 + 2 * num_units + index)  # in which the row begins
+    row = tl.load(plan_ptr + 6 + 2 * unit)
+    tile = tl.load(plan_ptr + 7 + 2 * unit)
+    share = tl.load(plan_ptr)
     tiles = (tl.load(seq_lens_ptr + row).to(tl.int32) + TILE - 1) // TILE
     end = 1 + (tiles - tile + share - 1) // share  # parts: each but the first and the last is a share
     d = tl.arange(0, D)
@@ -269,11 +284,11 @@ def _stages(wanted: int, tile_bytes: int, other_bytes: int, shared: int) -> int:
 def plan_decode(seq_lens: torch.Tensor, num_units: int) -> torch.Tensor:
     """How decode attention splits its rows into units of work; computed on the device, so that a graph serves all lengths.
 
-    seq_lens: (B,) int64. Returns (4 + 2 num_units,) int32: the tiles of a share, the number of rows without keys, and
-    ``nemo_engine.kernels.decode_split.cuts``.
+    seq_lens: (B,) int64. Returns (6 + 3 num_units,) int32: the tiles of a share; the numbers of rows without keys, of units with
+    work, and of rows that are cut; ``nemo_engine.kernels.decode_split.cuts``; and in which units the rows begin that are cut.
     """
     rows = seq_lens.shape[0]
-    plan = torch.empty(4 + 2 * num_units, dtype=torch.int32, device=seq_lens.device)
+    plan = torch.empty(6 + 3 * num_units, dtype=torch.int32, device=seq_lens.device)
     padded = triton.next_power_of_2(rows)
     _plan_kernel[(1,)](
         plan, seq_lens, rows, num_units, TILE=split.TILE, PART_COST=split.PART_COST, MIN_SHARE=split.MIN_SHARE,
@@ -303,7 +318,7 @@ def decode(
     rows, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = heads // kv_heads
-    units = plan.shape[0] // 2 - 2
+    units = plan.shape[0] // 3 - 2
     part = torch.empty(2 * units, heads, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(2 * units, heads, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
@@ -315,8 +330,8 @@ def decode(
         HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, PAGE_SIZE=page_size, M=max(16, triton.next_power_of_2(group)),
         N=split.TILE, D=padded, num_warps=4, num_stages=stages,
     )  # fmt: skip
-    _combine_kernel[(units, heads)](
-        out, part, lse, seq_lens, plan, heads, TILE=split.TILE, DIM=dim, SPLITS=16, D=padded, num_warps=4
+    _combine_kernel[(min(rows, units), heads)](
+        out, part, lse, seq_lens, plan, units, heads, TILE=split.TILE, DIM=dim, SPLITS=16, D=padded, num_warps=4
     )
 
 

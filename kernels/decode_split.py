@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 TILE = 64  # keys; rows are cut between tiles
 PART_COST = 2
@@ -29,28 +29,27 @@ def share_of(lengths: Sequence[int], units: int) -> int:
 
 
 def cuts(lengths: Sequence[int], units: int) -> list[tuple[int, int]]:
-    """Where units begin and end: ``units + 1`` pairs (row, tile); unit u has the keys from cut u to cut u + 1.
+    """Where units begin and end, as (row, tile): unit u has the keys from cut u to cut u + 1. There are at most ``units`` + 1.
 
-    lengths: keys of each row; a row of none belongs to no unit. The end of all work is (rows, 0).
+    lengths: keys of each row; a row of none belongs to no unit. The last cut is (rows, 0).
     """
-    ends = list(accumulate(map(_line_tiles, lengths), initial=0))
+    starts = list(accumulate(map(_line_tiles, lengths), initial=0))
     share, place, made = share_of(lengths, units), 0, [(0, 0)]
-    for _ in range(units):
+    while place < starts[-1]:
         reached = place + share + PART_COST
-        row = bisect_right(ends, reached) - 1
-        place = max(ends[row], reached - PART_COST) if row < len(lengths) else ends[-1]
-        made.append((min(row, len(lengths)), place - ends[row]))
+        row = bisect_right(starts, reached) - 1  # that holds it; the end of the line counts as one more
+        place = max(starts[row], reached - PART_COST) if row < len(lengths) else starts[-1]
+        made.append((row, place - starts[row]))
     return made
 
 
 def parts(lengths: Sequence[int], units: int) -> list[list[tuple[int, int, int]]]:
     """What each unit reads: (row, first key, end) in the order in which it does."""
-    made = cuts(lengths, units)
     split = []
-    for (row, tile), (last, last_tile) in zip(made, made[1:], strict=False):
-        begins = {row: tile * TILE}
-        ends = {last: last_tile * TILE}
-        spans = [(at, begins.get(at, 0), ends.get(at, lengths[at])) for at in range(row, min(last + 1, len(lengths)))]
+    for (row, tile), (last, last_tile) in pairwise(cuts(lengths, units)):
+        begins, ends = {row: tile * TILE}, {last: last_tile * TILE}
+        rows = range(row, min(last + 1, len(lengths)))
+        spans = [(at, begins.get(at, 0), ends.get(at, lengths[at])) for at in rows]
         split.append([span for span in spans if span[1] < span[2]])
     return split
 
