@@ -10,11 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
+from . import decode_split as split
+
 from .device import facts
 
-BLOCK_N = 64  # keys of one tile
-_PREFILL_ROWS = 128  # queries times heads of one prefill tile
-_CTAS_PER_SM = 2  # of the decode kernel, which has some 70 KiB of tiles in flight
+_PREFILL_KEYS = 64  # of one tile
+_PREFILL_ROWS = 128  # queries times heads of one tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -138,27 +139,41 @@ def _prefill_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_units"])
-def _plan_kernel(plan_ptr, seq_lens_ptr, num_rows, num_units, N: tl.constexpr, ROWS: tl.constexpr):
-    """The fewest keys per unit of work such that all rows together make at most ``num_units`` units. See ``plan_decode``."""
+def _plan_kernel(
+    plan_ptr, seq_lens_ptr, num_rows, num_units,
+    TILE: tl.constexpr, PART_COST: tl.constexpr, MIN_SHARE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """``plan_decode``: one cut after the other, each from the row that holds the place on the line where the unit before it ends."""
     row = tl.arange(0, ROWS)
-    is_row = row < num_rows
-    tiles = (tl.load(seq_lens_ptr + row, mask=is_row, other=0).to(tl.int32) + N - 1) // N
-    low = 0  # too few tiles per unit
-    high = tl.maximum(tl.max(tiles, 0), 1)  # enough: one unit a row
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.sum((tiles + middle - 1) // middle, 0) <= num_units:
-            high = middle
-        else:
-            low = middle
-    splits = (tiles + high - 1) // high
-    first = tl.cumsum(splits, 0) - splits
-    tl.store(plan_ptr, high * N)
-    tl.store(plan_ptr + 1 + row, first, mask=is_row)
-    tl.store(plan_ptr + 1 + num_rows, tl.sum(splits, 0))
-    unit_ptr = plan_ptr + 2 + num_rows
-    for split in range(0, tl.max(splits, 0)):
-        tl.store(unit_ptr + first + split, row, mask=is_row & (split < splits))
+    length = tl.load(seq_lens_ptr + row, mask=row < num_rows, other=0).to(tl.int32)
+    line = tl.where(length > 0, (length + TILE - 1) // TILE + PART_COST, 0)
+    total = tl.sum(line, 0)
+    share = tl.maximum((total + num_units - 1) // num_units, MIN_SHARE)
+    # Start and row in one number, so that one maximum finds both. Rows of no keys lie where the next row starts, before it.
+    starts = (tl.cumsum(line, 0) - line).to(tl.int64) * ROWS + row
+    cut_ptr = plan_ptr + 4
+    cut_row_ptr = plan_ptr + 6 + 2 * num_units
+    for word in range(4):  # without any keys, the first unit has no rows
+        tl.store(cut_ptr + word, 0)
+    place = tl.zeros((), tl.int32)
+    unit = tl.zeros((), tl.int32)
+    num_cut_rows = tl.zeros((), tl.int32)
+    while place < total:
+        reached = place + share + PART_COST
+        held = tl.max(tl.where(starts < (reached + 1).to(tl.int64) * ROWS, starts, 0), 0)
+        start = (held // ROWS).to(tl.int32)
+        is_end = reached >= total
+        place = tl.where(is_end, total, tl.maximum(start, reached - PART_COST))
+        tile = tl.where(is_end, 0, place - start)
+        tl.store(cut_row_ptr + num_cut_rows, unit)
+        num_cut_rows += ((tile > 0) & (tile <= share)).to(tl.int32)  # the row's first cut: later ones are a share apart
+        unit += 1
+        tl.store(cut_ptr + 2 * unit, tl.where(is_end, num_rows, (held % ROWS).to(tl.int32)))
+        tl.store(cut_ptr + 2 * unit + 1, tile)
+    tl.store(plan_ptr, share)
+    tl.store(plan_ptr + 1, tl.sum(((length <= 0) & (row < num_rows)).to(tl.int32), 0))
+    tl.store(plan_ptr + 2, tl.maximum(unit, 1))
+    tl.store(plan_ptr + 3, num_cut_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -168,72 +183,84 @@ def _decode_kernel(
     num_heads, HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One unit of a row's keys, for one KV head: the result itself if the row is one unit, else a part and its log-sum-exp."""
+    """One unit of the rows' keys, for one KV head: a row's result itself if the unit has the whole row, else a part and its log-sum-exp."""
     unit = tl.program_id(0)
     head = tl.program_id(1)
-    if unit >= tl.load(plan_ptr + 1 + num_rows):
+    num_units = tl.load(plan_ptr + 2)
+    if unit >= num_units:
         return
-    row = tl.load(plan_ptr + 2 + num_rows + unit)
-    first_unit = tl.load(plan_ptr + 1 + row)
-    is_whole = tl.load(plan_ptr + 2 + row) - first_unit == 1
-    chunk = tl.load(plan_ptr)
-    length = tl.load(seq_lens_ptr + row).to(tl.int32)
-    begin = (unit - first_unit) * chunk
-    end = tl.minimum(begin + chunk, length)
-    slot = tl.load(slot_ids_ptr + row).to(tl.int64)
-    table = page_table_ptr + slot * table_stride
     m = tl.arange(0, M)
     d = tl.arange(0, D)
     q_head = head * GROUP + m
     mask = (m < GROUP)[:, None] & (d < DIM)[None, :]
-    q_rows = row.to(tl.int64) * q_stride + q_head * q_head_stride
-    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=mask, other=0.0)
     score_scale = scale * LOG2_E
     if HAS_SCALES:
         score_scale *= tl.load(k_scale_ptr + head)
-    acc = tl.zeros((M, D), tl.float32)
-    mass = tl.zeros((M,), tl.float32)
-    best = tl.full((M,), float("-inf"), tl.float32)
-    last_key = tl.zeros((M,), tl.int32) + (end - 1)
-    rows = _tile_rows(table, begin, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
-    for key in tl.range(begin, end, N):
-        acc, mass, best = _attend_tile(
-            acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, score_scale, True, DIM, N, D
-        )
-        rows = _tile_rows(table, key + N, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
-    acc = acc / mass[:, None]
-    if HAS_SCALES:
-        acc *= tl.load(v_scale_ptr + head)
-    if is_whole:
-        out_rows = (row.to(tl.int64) * num_heads + q_head) * DIM
-        tl.store(out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        part_rows = unit * num_heads + q_head
-        tl.store(part_ptr + part_rows[:, None] * DIM + d[None, :], acc, mask=mask)
-        tl.store(lse_ptr + part_rows, best + tl.log2(mass), mask=m < GROUP)
+    wide = tl.zeros((), tl.int64)
+    if tl.load(plan_ptr + 1) > 0:  # rows of no keys are zeros
+        for row in range(unit, num_rows, num_units):
+            if tl.load(seq_lens_ptr + row) <= 0:
+                places = ((wide + row) * num_heads + q_head)[:, None] * DIM + d[None, :]
+                tl.store(out_ptr + places, tl.zeros((M, D), out_ptr.dtype.element_ty), mask=mask)
+    first_row = tl.load(plan_ptr + 4 + 2 * unit)
+    first_tile = tl.load(plan_ptr + 5 + 2 * unit)
+    last_row = tl.load(plan_ptr + 6 + 2 * unit)
+    last_tile = tl.load(plan_ptr + 7 + 2 * unit)
+    for row in range(first_row, last_row + (last_tile > 0).to(tl.int32)):
+        length = tl.load(seq_lens_ptr + row).to(tl.int32)
+        begin = tl.where(row == first_row, first_tile * N, 0)
+        end = tl.where(row == last_row, tl.minimum(last_tile * N, length), length)
+        table = page_table_ptr + tl.load(slot_ids_ptr + row).to(tl.int64) * table_stride
+        q_rows = (wide + row) * q_stride + q_head * q_head_stride
+        q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=mask, other=0.0)
+        acc = tl.zeros((M, D), tl.float32)
+        mass = tl.zeros((M,), tl.float32)
+        best = tl.full((M,), float("-inf"), tl.float32)
+        last_key = tl.zeros((M,), tl.int32) + (end - 1)
+        rows = _tile_rows(table, begin, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
+        for key in tl.range(begin, end, N):
+            acc, mass, best = _attend_tile(
+                acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, score_scale, True, DIM, N, D
+            )
+            rows = _tile_rows(table, key + N, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
+        acc = acc / mass[:, None]
+        if HAS_SCALES:
+            acc *= tl.load(v_scale_ptr + head)
+        if (begin == 0) & (end == length):
+            out_rows = ((wide + row) * num_heads + q_head) * DIM
+            tl.store(out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask & (length > 0))
+        else:  # a unit has at most one part with the end of a row or its middle, and one with its beginning
+            part_rows = (2 * unit + (begin == 0).to(tl.int32)) * num_heads + q_head
+            tl.store(part_ptr + part_rows[:, None] * DIM + d[None, :], acc, mask=mask)
+            tl.store(lse_ptr + part_rows, best + tl.log2(mass), mask=m < GROUP)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_units"])
 def _combine_kernel(
-    out_ptr, part_ptr, lse_ptr, plan_ptr, num_rows, num_heads, DIM: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr
-):
-    """Merge the parts of one row and query head, SPLITS at a time, in order."""
-    row = tl.program_id(0)
+    out_ptr, part_ptr, lse_ptr, seq_lens_ptr, plan_ptr, num_units, num_heads,
+    TILE: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of a row that is cut, for one query head: SPLITS at a time, in order."""
+    index = tl.program_id(0)
     head = tl.program_id(1)
-    first = tl.load(plan_ptr + 1 + row)
-    end = tl.load(plan_ptr + 2 + row)
-    if end - first <= 1:
+    if index >= tl.load(plan_ptr + 3):
         return
+    unit = tl.load(plan_ptr + 6 + 2 * num_units + index)  # in which the row begins
+    row = tl.load(plan_ptr + 6 + 2 * unit)
+    tile = tl.load(plan_ptr + 7 + 2 * unit)
+    share = tl.load(plan_ptr)
+    tiles = (tl.load(seq_lens_ptr + row).to(tl.int32) + TILE - 1) // TILE
+    end = 1 + (tiles - tile + share - 1) // share  # parts: each but the first and the last is a share
     d = tl.arange(0, D)
     best = float("-inf")
     mass = 0.0
     acc = tl.zeros((D,), tl.float32)
-    for block in range(first, end, SPLITS):
-        unit = block + tl.arange(0, SPLITS)
-        is_unit = unit < end
-        lse = tl.load(lse_ptr + unit * num_heads + head, mask=is_unit, other=float("-inf"))
-        places = (unit * num_heads + head)[:, None] * DIM + d[None, :]
-        part = tl.load(part_ptr + places, mask=is_unit[:, None] & (d < DIM)[None, :], other=0.0)
+    for block in range(0, end, SPLITS):
+        number = block + tl.arange(0, SPLITS)
+        is_part = number < end
+        place = (2 * (unit + number) + (number == 0).to(tl.int32)) * num_heads + head
+        lse = tl.load(lse_ptr + place, mask=is_part, other=float("-inf"))
+        part = tl.load(part_ptr + place[:, None] * DIM + d[None, :], mask=is_part[:, None] & (d < DIM)[None, :], other=0.0)
         new_best = tl.maximum(best, tl.max(lse, 0))
         weights = tl.exp2(lse - new_best)
         decay = tl.exp2(best - new_best)
@@ -244,25 +271,29 @@ def _combine_kernel(
     tl.store(out_ptr + place, (acc / mass).to(out_ptr.dtype.element_ty), mask=d < DIM)
 
 
-def num_decode_units(num_rows: int, kv_heads: int, device: torch.device) -> int:
-    """Units of work per KV head that fill the device once, and at least one a row: the decode kernel's fixed grid."""
-    return max(num_rows, facts(device).sms * _CTAS_PER_SM // kv_heads)
+def num_decode_units(kv_heads: int, device: torch.device) -> int:
+    """Units of work per KV head: the decode kernel's fixed grid, see ``nemo_engine.kernels.decode_split``."""
+    return split.num_units(facts(device).sms, kv_heads)
 
 
-def _stages(wanted: int, tile_bytes: int, other_bytes: int, device: torch.device) -> int:
-    """How many tiles of keys and values may be in flight, one less than Triton's stages, in a block's shared memory."""
-    return max(2, min(wanted, (facts(device).shared - other_bytes) // tile_bytes + 1))
+def _stages(wanted: int, tile_bytes: int, other_bytes: int, shared: int) -> int:
+    """How many tiles of keys and values may be in flight, one less than Triton's stages, in ``shared`` bytes."""
+    return max(2, min(wanted, (shared - other_bytes) // tile_bytes + 1))
 
 
 def plan_decode(seq_lens: torch.Tensor, num_units: int) -> torch.Tensor:
     """How decode attention splits its rows into units of work; computed on the device, so that a graph serves all lengths.
 
-    seq_lens: (B,) int64, each at least 1; num_units >= B. Returns (2 + B + num_units,) int32: the keys per unit, a multiple of
-    ``BLOCK_N``; the first unit of each row and the number of units in all; the row of each unit.
+    seq_lens: (B,) int64. Returns (6 + 3 num_units,) int32: the tiles of a share; the numbers of rows without keys, of units with
+    work, and of rows that are cut; ``nemo_engine.kernels.decode_split.cuts``; and in which units the rows begin that are cut.
     """
     rows = seq_lens.shape[0]
-    plan = torch.empty(2 + rows + num_units, dtype=torch.int32, device=seq_lens.device)
-    _plan_kernel[(1,)](plan, seq_lens, rows, num_units, N=BLOCK_N, ROWS=triton.next_power_of_2(rows), num_warps=4)
+    plan = torch.empty(6 + 3 * num_units, dtype=torch.int32, device=seq_lens.device)
+    padded = triton.next_power_of_2(rows)
+    _plan_kernel[(1,)](
+        plan, seq_lens, rows, num_units, TILE=split.TILE, PART_COST=split.PART_COST, MIN_SHARE=split.MIN_SHARE,
+        ROWS=padded, num_warps=1 if padded <= 256 else 4,
+    )  # fmt: skip
     return plan
 
 
@@ -281,24 +312,27 @@ def decode(
 ) -> None:
     """One query per row. out, q: (B, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), dense; page_table: (slots, P).
 
-    Row i reads the pages ``page_table[slot_ids[i]]``; slot_ids, seq_lens: (B,). plan: see ``plan_decode``. k_scale, v_scale: (Hk,) fp32
-    of an FP8 cache. How a row is split, and so the last bits of its result, depends on the other rows.
+    Row i reads the pages ``page_table[slot_ids[i]]``; slot_ids, seq_lens: (B,). A row of no keys gives zeros. plan: see ``plan_decode``.
+    k_scale, v_scale: (Hk,) fp32 of an FP8 cache. How a row is split, and so the last bits of its result, depends on the other rows.
     """
     rows, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = heads // kv_heads
-    units = plan.shape[0] - 2 - rows
-    part = torch.empty(units, heads, dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(units, heads, dtype=torch.float32, device=q.device)
+    units = plan.shape[0] // 3 - 2
+    part = torch.empty(2 * units, heads, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(2 * units, heads, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
-    stages = _stages(4, 2 * BLOCK_N * padded * k_cache.itemsize, 8 << 10, q.device)
+    shared = facts(q.device).shared // split.BLOCKS_PER_SM
+    stages = _stages(4, 2 * split.TILE * padded * k_cache.itemsize, 8 << 10, shared)
     _decode_kernel[(units, kv_heads)](
         out, part, lse, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, seq_lens, plan, scale, rows,
         q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
         HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, PAGE_SIZE=page_size, M=max(16, triton.next_power_of_2(group)),
-        N=BLOCK_N, D=padded, num_warps=4, num_stages=stages,
+        N=split.TILE, D=padded, num_warps=4, num_stages=stages,
     )  # fmt: skip
-    _combine_kernel[(rows, heads)](out, part, lse, plan, rows, heads, DIM=dim, SPLITS=16, D=padded, num_warps=4)
+    _combine_kernel[(min(rows, units), heads)](
+        out, part, lse, seq_lens, plan, units, heads, TILE=split.TILE, DIM=dim, SPLITS=16, D=padded, num_warps=4
+    )
 
 
 def prefill(
@@ -329,10 +363,10 @@ def prefill(
     tiles = num_queries // (_PREFILL_ROWS // group_pad) + rows
     padded = max(16, triton.next_power_of_2(dim))
     in_use = _PREFILL_ROWS * padded * q.itemsize
-    stages = _stages(3, 2 * BLOCK_N * padded * k_cache.itemsize, in_use, q.device)
+    stages = _stages(3, 2 * _PREFILL_KEYS * padded * k_cache.itemsize, in_use, facts(q.device).shared)
     _prefill_kernel[(tiles, kv_heads)](
         out, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, starts, seq_lens, scale, rows, first_row,
         q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
         HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, GROUP_PAD=group_pad, PAGE_SIZE=page_size, M=_PREFILL_ROWS,
-        N=BLOCK_N, D=padded, num_warps=8, num_stages=stages,
+        N=_PREFILL_KEYS, D=padded, num_warps=8, num_stages=stages,
     )  # fmt: skip

@@ -5,15 +5,14 @@
 namespace nemo {
 
 void register_attention_decode(pybind11::module_& m) {
-    define(m, "decode_plan_words", {"num_items"}, decode_plan_words);
-    define(m, "decode_units", {"num_items", "num_kv_heads"}, decode_units);
-    define(m, "decode_scratch_words", {"num_items", "num_units", "num_heads"}, decode_scratch_words);
-    define(m, "decode_keys_per_tile", {"is_fp8"}, decode_keys_per_tile);
+    define(m, "decode_units", {"num_kv_heads"}, decode_units);
+    define(m, "decode_plan_words", {"num_items", "num_units"}, decode_plan_words);
+    define(m, "decode_scratch_words", {"num_units", "num_heads"}, decode_scratch_words);
     define(m, "plan_decode",
            {"plan", "starts", "seq_lens", "slot_ids", "first_query", "num_items", "first_row", "num_rows", "num_units",
-            "keys_per_tile", "stream"},
+            "stream"},
            [](uintptr_t plan, uintptr_t starts, uintptr_t seq_lens, uintptr_t slot_ids, int first_query, int num_items,
-              int first_row, int num_rows, int num_units, int keys_per_tile, Stream stream) {
+              int first_row, int num_rows, int num_units, Stream stream) {
                plan_decode({.plan = pointer<int32_t>(plan),
                             .starts = pointer<int64_t>(starts),
                             .seq_lens = pointer<int64_t>(seq_lens),
@@ -22,8 +21,7 @@ void register_attention_decode(pybind11::module_& m) {
                             .num_items = num_items,
                             .first_row = first_row,
                             .num_rows = num_rows,
-                            .num_units = num_units,
-                            .keys_per_tile = keys_per_tile},
+                            .num_units = num_units},
                            stream);
            });
     define(m, "decode_attention",

@@ -5,31 +5,21 @@
 
 namespace nemo {
 
-constexpr int MOST_ITEMS = 1 << 24;
-
-int64_t decode_plan_words(int num_items) {
-    CHECK_RANGE(num_items, 0, MOST_ITEMS);
-    return 2 + 4 * int64_t(num_items);
-}
-
-int decode_units(int num_items, int num_kv_heads) {
-    CHECK_RANGE(num_items, 0, MOST_ITEMS);
+int decode_units(int num_kv_heads) {
     CHECK_RANGE(num_kv_heads, 1, MOST_HEADS);
-    // Two blocks share a multiprocessor. Split rows have at most twice the extra units as parts.
-    return num_items + ceil_div(2 * num_sms(), num_kv_heads);
+    return maximum(1, 2 * num_sms() / num_kv_heads);  // two blocks share a multiprocessor
 }
 
-int decode_shared_parts(int num_items, int num_units) { return 2 * (num_units - num_items); }
-
-int64_t decode_scratch_words(int num_items, int num_units, int num_heads) {
+int64_t decode_plan_words(int num_items, int num_units) {
     CHECK_RANGE(num_items, 0, MOST_ITEMS);
-    CHECK_RANGE(num_units, num_items, MOST_UNITS);
-    CHECK_RANGE(num_heads, 1, MOST_HEADS);
-    return int64_t(decode_shared_parts(num_items, num_units)) * num_heads * MERGE_PITCH;
+    CHECK_RANGE(num_units, 1, MOST_UNITS);
+    return 3 + 2 * (num_units + 1) + 3 * int64_t(num_items);
 }
 
-int decode_keys_per_tile(bool is_fp8) {
-    return is_fp8 ? DecodeTile<fp8>::BLOCK_KEYS : DecodeTile<bf16>::BLOCK_KEYS;
+int64_t decode_scratch_words(int num_units, int num_heads) {
+    CHECK_RANGE(num_units, 1, MOST_UNITS);
+    CHECK_RANGE(num_heads, 1, MOST_HEADS);
+    return 2 * int64_t(num_units) * num_heads * MERGE_PITCH;
 }
 
 void plan_decode(const DecodePlanInputs& in, Stream stream) {
@@ -41,10 +31,8 @@ void plan_decode(const DecodePlanInputs& in, Stream stream) {
     CHECK_RANGE(in.num_items, 1, MOST_ITEMS);
     CHECK_RANGE(in.first_row, 0, 0x7FFFFFFF - MOST_ITEMS);
     CHECK_RANGE(in.num_rows, 1, MOST_ITEMS);
-    CHECK_RANGE(in.num_units, in.num_items, MOST_UNITS);
-    CHECK(in.keys_per_tile == decode_keys_per_tile(false) || in.keys_per_tile == decode_keys_per_tile(true),
-          "keys_per_tile must be decode_keys_per_tile of the cache, got ", in.keys_per_tile);
-    launch({.name = "plan_decode", .grid = dim3(1), .threads = PLAN_THREADS, .shared_bytes = 33 * 4, .stream = stream},
+    CHECK_RANGE(in.num_units, 1, MOST_UNITS);
+    launch({.name = "plan_decode", .grid = dim3(1), .threads = PLAN_THREADS, .shared_bytes = PLAN_THREADS / 32 * 4, .stream = stream},
            plan_decode_kernel, MakePlan{in});
 }
 
@@ -67,7 +55,7 @@ void launch_decode(const DecodeInputs& in, Stream stream) {
 
 void decode_attention(const DecodeInputs& in, Stream stream) {
     CHECK_RANGE(in.num_items, 1, MOST_ITEMS);
-    CHECK_RANGE(in.num_units, in.num_items, MOST_UNITS);
+    CHECK_RANGE(in.num_units, 1, MOST_UNITS);
     CHECK_RANGE(in.num_heads, 1, MOST_HEADS);
     CHECK_RANGE(in.num_kv_heads, 1, in.num_heads);
     CHECK_MULTIPLE(in.num_heads, in.num_kv_heads);

@@ -1,5 +1,5 @@
-// Attention of single queries over paged keys and values, GQA-packed, with the keys of long rows split over blocks and
-// the parts combined by the last of them.
+// Attention of single queries over paged keys and values, GQA-packed, with all keys split evenly over the blocks and the
+// parts of a row combined by the last of them.
 //
 // Operands are swapped: keys, and then dimensions, are the 16 rows of a product, and the query heads of one KV head its
 // 8 columns, so that up to 8 query heads cost what one does. Each warp streams keys of its own through its own ring of
@@ -40,15 +40,28 @@ constexpr int DECODE_WARP_BYTES = DECODE_STAGES * 8192;
 constexpr int DECODE_SHARED_BYTES = DECODE_WARPS * DECODE_WARP_BYTES + 16;
 constexpr int MERGE_PITCH = DECODE_DIM + 4;  // floats between query heads, when the warps' results are merged
 
-// ---- the plan: tiles in a part, then of each item: its first unit (and the end), keys, slot, first shared part
+// ---- the plan: which keys a unit has. kernels/decode_split.py states the rule, and is what tests compare with.
 
-struct DecodePlan {
-    const int32_t *tiles_of_part, *starts, *lengths, *slots, *shared;
+constexpr int SPLIT_TILE = 64;  // keys; rows are cut between tiles
+constexpr int PART_COST = 2;    // tiles that a block would read in the time in which it starts and ends a part
+constexpr int MIN_SHARE = 2;    // tiles
+
+struct DecodeCut {
+    int32_t item, tile;
 };
-__host__ __device__ __forceinline__ DecodePlan view_plan(const int32_t* words, int num_items) {
-    const int32_t* starts = words + 1;
-    const int32_t* lengths = starts + num_items + 1;
-    return {words, starts, lengths, lengths + num_items, lengths + 2 * int64_t(num_items)};
+
+// A header (tiles of a share, items without keys, units with work); where these units begin, and the end; of each item its
+// length, its slot and its place on the line.
+struct DecodePlan {
+    int32_t *header, *cuts, *lengths, *slots, *places;
+
+    __device__ __forceinline__ DecodeCut cut(int unit) const {
+        return {load(cuts + 2 * unit), load(cuts + 2 * unit + 1)};
+    }
+};
+__host__ __device__ __forceinline__ DecodePlan view_plan(int32_t* words, int num_items, int num_units) {
+    int32_t *cuts = words + 3, *lengths = cuts + 2 * (num_units + 1);
+    return {words, cuts, lengths, lengths + num_items, lengths + 2 * int64_t(num_items)};
 }
 
 constexpr int PLAN_THREADS = 1024;
@@ -70,73 +83,86 @@ __device__ __forceinline__ int row_holding(const int64_t* values, int first, int
     return first;
 }
 
-// Sum over the block of what each thread brings; `scratch`: 33 ints.
-__device__ __forceinline__ int block_total(int x, int* scratch) {
-    x = warp_sum(x);
-    block_sync();  // the scratch may still be read
-    if (lane_index() == 0) scratch[warp_index()] = x;
-    block_sync();
-    return warp_sum(lane_index() < int(blockDim.x) / 32 ? scratch[lane_index()] : 0);
+// Sum of what the lanes up to this one bring.
+__device__ __forceinline__ int sum_up_to(int x) {
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+        int more = shuffle_up(x, by);
+        if (lane_index() >= by) x += more;
+    }
+    return x;
+}
+
+__device__ __forceinline__ int tiles_of(int length) { return length > 0 ? ceil_div(length, SPLIT_TILE) : 0; }
+
+// One cut after the other, by one warp, each from the item that holds the place on the line where the unit before it ends.
+__device__ __forceinline__ int make_cuts(const DecodePlan& plan, int num_items, int total, int share) {
+    int first = 0, unit = 0, place = 0, lane = lane_index();
+    auto look = [&] { return first + lane < num_items ? load(plan.places + first + lane) : total; };
+    auto note = [&](int item, int tile) {
+        if (lane == 0) store(plan.cuts + 2 * unit, item), store(plan.cuts + 2 * unit + 1, tile);
+    };
+    note(0, 0);
+    int here = look();  // where the item begins that this lane looks at
+    while (place < total) {
+        int reached = place + share + PART_COST;
+        unit++;
+        if (reached >= total) {
+            place = total;
+            note(num_items, 0);
+            break;
+        }
+        uint32_t before = ballot(here <= reached);
+        while (before == 0xFFFFFFFF) {
+            first += 31;
+            here = look();
+            before = ballot(here <= reached);
+        }
+        int last = count_bits(before) - 1, start = shuffle(here, last);
+        place = maximum(start, reached - PART_COST);
+        note(first + last, place - start);
+    }
+    if (unit == 0) unit = 1, note(0, 0);
+    return unit;
 }
 
 __global__ void __launch_bounds__(PLAN_THREADS) plan_decode_kernel(const MakePlan p) {
     let_next_kernel_start();
     wait_for_previous_kernel();
     const DecodePlanInputs& in = p.in;
-    DecodePlan plan = view_plan(in.plan, in.num_items);
-    auto* lengths = const_cast<int32_t*>(plan.lengths);
-    auto* slots = const_cast<int32_t*>(plan.slots);
+    DecodePlan plan = view_plan(in.plan, in.num_items, in.num_units);
     int* scratch = shared_memory<int>();
-    int longest = 0;
-    for (int item = threadIdx.x; item < in.num_items; item += PLAN_THREADS) {
-        int64_t query = in.first_query + item;
-        int row = row_holding(in.starts, in.first_row, in.first_row + in.num_rows, query);
-        int length = int(load(in.seq_lens + row) - (load(in.starts + row + 1) - 1 - query));
-        store(lengths + item, length);
-        store(slots + item, int32_t(load(in.slot_ids + row)));
-        longest = maximum(longest, length);
-    }
-    longest = warp_max(longest);
-    if (lane_index() == 0) scratch[warp_index()] = longest;
-    block_sync();
-    longest = warp_max(lane_index() < PLAN_THREADS / 32 ? scratch[lane_index()] : 0);
-
-    // The fewest tiles a part can have with no more parts than units.
-    int low = 1, high = maximum(1, ceil_div(longest, in.keys_per_tile));
-    while (low < high) {
-        int tiles = (low + high) / 2, parts = 0;
-        for (int item = threadIdx.x; item < in.num_items; item += PLAN_THREADS)
-            parts += maximum(1, ceil_div(load(lengths + item), tiles * in.keys_per_tile));
-        if (block_total(parts, scratch) <= in.num_units) {
-            high = tiles;
-        } else {
-            low = tiles + 1;
-        }
-    }
-
-    // First units and first shared parts: running sums, by one warp.
-    if (warp_index() != 0) return;
-    int units = 0, shared = 0, lane = lane_index();
-    for (int first = 0; first < in.num_items; first += 32) {
-        int item = first + lane;
-        int parts = item < in.num_items ? maximum(1, ceil_div(load(lengths + item), low * in.keys_per_tile)) : 0;
-        int split = parts > 1 ? parts : 0, parts_up_to = parts, split_up_to = split;
-#pragma unroll
-        for (int by = 1; by < 32; by *= 2) {
-            int more = shuffle_up(parts_up_to, by), more_split = shuffle_up(split_up_to, by);
-            if (lane >= by) parts_up_to += more, split_up_to += more_split;
-        }
+    int total = 0, num_empty = 0, lane = lane_index(), warp = warp_index();
+    for (int first = 0; first < in.num_items; first += PLAN_THREADS) {
+        int item = first + int(threadIdx.x), tiles = 0;
         if (item < in.num_items) {
-            store(const_cast<int32_t*>(plan.starts) + item, units + parts_up_to - parts);
-            store(const_cast<int32_t*>(plan.shared) + item, shared + split_up_to - split);
+            int64_t query = in.first_query + item;
+            int row = row_holding(in.starts, in.first_row, in.first_row + in.num_rows, query);
+            int length = int(load(in.seq_lens + row) - (load(in.starts + row + 1) - 1 - query));
+            store(plan.lengths + item, length);
+            store(plan.slots + item, int32_t(load(in.slot_ids + row)));
+            tiles = tiles_of(length);
+            num_empty += tiles == 0;
         }
-        units += shuffle(parts_up_to, 31);
-        shared += shuffle(split_up_to, 31);
+        // Places on the line: sums over warps, then over the block.
+        int line = tiles > 0 ? tiles + PART_COST : 0, up_to = sum_up_to(line);
+        block_sync();  // the scratch may still be read
+        if (lane == 31) scratch[warp] = up_to;
+        block_sync();
+        int warps_up_to = sum_up_to(scratch[lane]);
+        if (item < in.num_items)
+            store(plan.places + item, total + (warp > 0 ? shuffle(warps_up_to, warp - 1) : 0) + up_to - line);
+        total += shuffle(warps_up_to, 31);
     }
-    if (lane == 0) {
-        store(const_cast<int32_t*>(plan.starts) + in.num_items, units);
-        store(in.plan, low);
-    }
+    num_empty = warp_sum(num_empty);
+    block_sync();
+    if (lane == 0) scratch[warp] = num_empty;
+    block_sync();
+    if (warp != 0) return;
+    num_empty = warp_sum(scratch[lane]);
+    int share = maximum(MIN_SHARE, ceil_div(total, in.num_units));
+    int units = make_cuts(plan, in.num_items, total, share);
+    if (lane == 0) store(plan.header, share), store(plan.header + 1, num_empty), store(plan.header + 2, units);
 }
 
 // ---- the kernel
@@ -151,24 +177,23 @@ struct Decode {
 // One part of one item, as a block sees it.
 struct Part {
     int item, number, count;  // `number` of `count` parts
+    int first_unit;           // that has the first of them; the others follow
     int begin, end;           // keys
     int64_t slot;
 };
 
-__device__ __forceinline__ Part find_part(const DecodePlan& plan, int num_items, int unit, int keys_per_tile) {
-    int item = -1;  // as many first units are not beyond this one, less one
-    for (int first = 0; first < num_items; first += 32) {
-        int at = first + lane_index();
-        item += count_bits(ballot(at < num_items && load(plan.starts + at) <= unit));
-    }
-    int start = load(plan.starts + item), next = load(plan.starts + item + 1);
-    Part part{.item = item, .number = unit - start, .count = next - start, .begin = 0, .end = 0, .slot = 0};
-    if (part.number >= part.count) return part;  // beyond the last item's
-    int size = load(plan.tiles_of_part) * keys_per_tile;
-    part.begin = part.number * size;
-    part.end = minimum(part.begin + size, load(plan.lengths + item));
-    part.slot = load(plan.slots + item);
-    return part;
+__device__ __forceinline__ Part find_part(const DecodePlan& plan, int share, int unit, DecodeCut from, DecodeCut to, int item) {
+    int length = load(plan.lengths + item), tiles = tiles_of(length);
+    int begin = item == from.item ? from.tile : 0, end = item == to.item ? to.tile : tiles;
+    // Cuts of an item lie a share apart, and the first of them at most a share from its beginning.
+    int number = ceil_div(begin, share), first_cut = begin == 0 ? end : (begin - 1) % share + 1;
+    return {.item = item,
+            .number = number,
+            .count = 1 + ceil_div(tiles - first_cut, share),
+            .first_unit = unit - number,
+            .begin = begin * SPLIT_TILE,
+            .end = minimum(end * SPLIT_TILE, length),
+            .slot = load(plan.slots + item)};
 }
 
 // The warp's keys of tile `tile`: where they lie, a page for each 16.
@@ -427,12 +452,12 @@ struct Share {
     float value, mass, most;
 };
 
-// Of `count` parts, `pitch` floats apart, in their order. get(address) reads a float.
-template <class Get>
-__device__ __forceinline__ Share merge(const float* parts, int64_t pitch, int count, int dim, Get get) {
+// Of `count` parts, in their order. at(i): the address of part i; get(address): the float there.
+template <class At, class Get>
+__device__ __forceinline__ Share merge(int count, int dim, At at, Get get) {
     Share all{0.0f, 0.0f, LOWEST_SCORE};
     for (int i = 0; i < count; i++) {
-        const float* row = parts + i * pitch;
+        const float* row = at(i);
         float most = maximum(all.most, get(row + DECODE_DIM));
         float ours = exp2_fast(all.most - most), theirs = exp2_fast(get(row + DECODE_DIM) - most);
         all.value = all.value * ours + get(row + dim) * theirs;
@@ -447,16 +472,7 @@ __device__ __forceinline__ void store_result(bf16* to, const Share& all, float v
 }
 
 template <class T>
-__global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const Decode<T> p) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
-    int head = blockIdx.x, dim = threadIdx.x;
-    DecodePlan plan = view_plan(p.in.plan, p.in.num_items);
-    Part part = find_part(plan, p.in.num_items, blockIdx.y, DecodeTile<T>::BLOCK_KEYS);
-    if (part.number >= part.count) return;
-    auto* shared = shared_memory<unsigned char>();
-    float k_scale = p.in.k_scale == nullptr ? 1.0f : load(p.in.k_scale + head);
-    float v_scale = p.in.v_scale == nullptr ? 1.0f : load(p.in.v_scale + head);
+__device__ __forceinline__ void attend_part(const Decode<T>& p, const Part& part, int head, unsigned char* ring, float k_scale) {
     uint32_t q[8][2];
     load_queries(p, part, head, q);
     Running run;
@@ -467,41 +483,79 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const Decode<
 #pragma unroll
         for (int i = 0; i < 4; i++) run.o[step][i] = 0.0f;
     }
-    unsigned char* ring = shared + warp_index() * DECODE_WARP_BYTES;
     stream_keys(p, part, head, q, p.log2_scale * k_scale, ring, run);
     publish<T>(run, reinterpret_cast<float*>(ring));
-    block_sync();
+}
 
+// Zeros for the items without keys: a share of them, of one KV head.
+template <class T>
+__device__ __forceinline__ void clear_empty(const Decode<T>& p, const DecodePlan& plan, int units, int head) {
+    for (int item = blockIdx.y; item < p.in.num_items; item += units) {
+        if (load(plan.lengths + item) > 0) continue;
+        bf16* out = p.in.out + (int64_t(item) * p.in.num_heads + head * p.group) * DECODE_DIM + threadIdx.x;
+        for (int i = 0; i < p.group; i++) store(out + i * DECODE_DIM, bf16{0});
+    }
+}
+
+// What the block's warps have of a part: merged, and the result if it is all of its item. Else it is left in the scratch, and
+// the last part to come combines all of them, in their order.
+template <class T>
+__device__ __forceinline__ void finish_part(const Decode<T>& p, const Part& part, int head, unsigned char* shared, float v_scale) {
+    int dim = threadIdx.x;
     bf16* out = p.in.out + (int64_t(part.item) * p.in.num_heads + head * p.group) * DECODE_DIM + dim;
-    auto in_shared = [](const float* from) { return *from; };
-    int64_t pitch = int64_t(p.in.num_kv_heads) * p.group * MERGE_PITCH;  // between parts
-    float* scratch = p.in.scratch + load(plan.shared + part.item) * pitch + int64_t(head) * p.group * MERGE_PITCH;
+    // A unit has at most one part that begins its item and is not all of it, and one that goes on with an item.
+    int64_t pitch = int64_t(p.in.num_heads) * MERGE_PITCH;  // between parts
+    float* scratch = p.in.scratch + 2 * part.first_unit * pitch + int64_t(head) * p.group * MERGE_PITCH;
+    auto place = [&](int number) { return scratch + (2 * number + (number == 0)) * pitch; };
     for (int i = 0; i < p.group; i++) {
-        Share all = merge(reinterpret_cast<const float*>(shared) + i * MERGE_PITCH, DECODE_WARP_BYTES / 4, DECODE_WARPS,
-                          dim, in_shared);
+        auto warp = [&](int w) { return reinterpret_cast<const float*>(shared + w * DECODE_WARP_BYTES) + i * MERGE_PITCH; };
+        Share all = merge(DECODE_WARPS, dim, warp, [](const float* from) { return *from; });
         if (part.count == 1) {
             store_result(out + i * DECODE_DIM, all, v_scale);
             continue;
         }
-        float* row = scratch + part.number * pitch + i * MERGE_PITCH;
+        float* row = place(part.number) + i * MERGE_PITCH;
         store(row + dim, all.value);
         if (dim == 0) store(row + DECODE_DIM, all.most), store(row + DECODE_DIM + 1, all.mass);
     }
     if (part.count == 1) return;
 
-    // The last part to come combines all, in their order.
     int* is_last = reinterpret_cast<int*>(shared + DECODE_WARPS * DECODE_WARP_BYTES);
-    int32_t* counter = p.in.counters + int64_t(part.item) * p.in.num_kv_heads + head;
+    int32_t* counter = p.in.counters + part.first_unit * p.in.num_kv_heads + head;
     block_sync();
     if (threadIdx.x == 0) *is_last = atomic_add_ordered(counter, 1) == part.count - 1;
     block_sync();
     if (!*is_last) return;
-    auto in_global = [](const float* from) { return load(from); };
     for (int i = 0; i < p.group; i++) {
-        Share all = merge(scratch + i * MERGE_PITCH, pitch, part.count, dim, in_global);
+        auto row = [&](int number) { return place(number) + i * MERGE_PITCH; };
+        Share all = merge(part.count, dim, row, [](const float* from) { return load(from); });
         store_result(out + i * DECODE_DIM, all, v_scale);
     }
     if (threadIdx.x == 0) store(counter, 0);
+}
+
+template <class T>
+__global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const Decode<T> p) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    int head = blockIdx.x, unit = blockIdx.y;
+    DecodePlan plan = view_plan(p.in.plan, p.in.num_items, p.in.num_units);
+    int units = load(plan.header + 2);
+    if (unit >= units) return;
+    DecodeCut from = plan.cut(unit), to = plan.cut(unit + 1);
+    int share = load(plan.header);
+    auto* shared = shared_memory<unsigned char>();
+    float k_scale = p.in.k_scale == nullptr ? 1.0f : load(p.in.k_scale + head);
+    float v_scale = p.in.v_scale == nullptr ? 1.0f : load(p.in.v_scale + head);
+    if (load(plan.header + 1) > 0) clear_empty(p, plan, units, head);
+    for (int item = from.item; item < to.item + (to.tile > 0); item++) {
+        Part part = find_part(plan, share, unit, from, to, item);
+        if (part.begin >= part.end) continue;
+        attend_part(p, part, head, shared + warp_index() * DECODE_WARP_BYTES, k_scale);
+        block_sync();
+        finish_part(p, part, head, shared, v_scale);
+        block_sync();  // the warps' results are read: the next part's keys may come
+    }
 }
 
 }  // namespace nemo

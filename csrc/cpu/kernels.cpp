@@ -179,8 +179,10 @@ NEMO_INLINE void attend_group(const Attention<T>& a, int64_t row, int64_t kv_hea
 
 template <class T>
 NEMO_INLINE void attend_unit(const Attention<T>& a, int64_t i) {
-  if (a.seq_lens[i / a.kv_heads] == 0) return;
-  if (a.dim == 128)
+  if (a.seq_lens[i / a.kv_heads] == 0) {
+    const int64_t count = a.heads / a.kv_heads * a.dim;
+    std::fill_n(a.out + i * count, count, T{});
+  } else if (a.dim == 128)
     attend_group<T, 8>(a, i / a.kv_heads, i % a.kv_heads);
   else
     attend_group<T, 0>(a, i / a.kv_heads, i % a.kv_heads);

@@ -32,7 +32,7 @@ def _decode_pages(meta: AttentionMeta) -> DecodePages:
     pages = meta.pages[: meta.num_decodes][row, index]
     num_valid = (lens[row] - index * meta.page_size).clamp_(max=meta.page_size)
     is_past_end = torch.arange(meta.page_size, device=lens.device) >= num_valid.unsqueeze(1)
-    last = num_pages.cumsum(0) - 1
+    last = (num_pages.cumsum(0) - 1)[num_pages > 0]
     tails = [pair for pair in zip(last.tolist(), num_valid[last].tolist(), strict=True) if pair[1] < meta.page_size]
     return DecodePages(pages, row, is_past_end, tails)
 
@@ -117,6 +117,7 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, sc
         torch.bmm(weights[block].flatten(0, 1), v.flatten(0, 1), out=partial[block].flatten(0, 1))
     total = partial.new_zeros(num_rows, kv_heads, group, dim).index_add_(0, row, partial)
     mass = partial.new_zeros(num_rows, kv_heads, group).index_add_(0, row, weights.sum(-1))
+    mass.masked_fill_(mass == 0, 1.0)  # of a row of no keys
     return (total / mass.unsqueeze(-1)).view(num_rows, num_heads, dim).to(q.dtype)
 
 

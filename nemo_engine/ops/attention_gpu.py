@@ -29,7 +29,7 @@ def paged_attention_triton(
     decodes = meta.num_decodes
     if decodes:
         lens = meta.seq_lens[:decodes]
-        units = kernels.num_decode_units(decodes, k_cache.shape[1], q.device)
+        units = kernels.num_decode_units(k_cache.shape[1], q.device)
         plan = meta.once("decode plan", lambda: kernels.plan_decode(lens, units))
         kernels.decode(
             out[:decodes],

@@ -10,7 +10,6 @@ from nemo_engine.ops.cuda import counters, library, row_stride, stream_of
 from nemo_engine.ops.cuda.prefill import prefill
 
 _FP8 = torch.float8_e4m3fn
-_MOST_UNITS = 65535  # of a launch; more queries than that take several
 
 
 def paged_attention(
@@ -29,10 +28,8 @@ def paged_attention(
     _check(q, k_cache, v_cache, meta, k_scale, v_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     decodes, rows = meta.num_decodes, meta.seq_lens.shape[0]
-    size = _MOST_UNITS - library().decode_units(0, k_cache.shape[1])
-    for first in range(0, decodes, size):
-        queries = (first, min(size, decodes - first))
-        _decode(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale, queries, queries)
+    if decodes:
+        _decode(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale, (0, decodes), (0, decodes))
     if decodes < rows:
         prefill(out, q, k_cache, v_cache, meta, scale, k_scale, v_scale)
     return out
@@ -55,19 +52,19 @@ def _decode(
     is_fp8 = k_cache.dtype == _FP8
     heads, kv_heads, page_size = q.shape[1], *k_cache.shape[1:3]
     first, items = queries
-    units = kernels.decode_units(items, kv_heads)
+    units = kernels.decode_units(kv_heads)
 
     def make_plan() -> Tensor:
-        plan = torch.empty(kernels.decode_plan_words(items), dtype=torch.int32, device=q.device)
+        plan = torch.empty(kernels.decode_plan_words(items, units), dtype=torch.int32, device=q.device)
         kernels.plan_decode(
             plan.data_ptr(), meta.query_start_loc.data_ptr(), meta.seq_lens.data_ptr(), meta.slot_ids.data_ptr(),
-            *queries, *rows, units, kernels.decode_keys_per_tile(is_fp8), stream,
+            *queries, *rows, units, stream,
         )  # fmt: skip
         return plan
 
     plan = meta.once(f"CUDA decode plan of {first}", make_plan)
-    words = kernels.decode_scratch_words(items, units, heads)
-    counts = counters(q.device, items * kv_heads, meta.page_table.data_ptr())
+    words = kernels.decode_scratch_words(units, heads)
+    counts = counters(q.device, units * kv_heads, meta.page_table.data_ptr())
     scratch = meta.workspace.take("CUDA decode parts", (words,), torch.float32, q.device)
     kernels.decode_attention(
         is_fp8, out[first:].data_ptr(), q[first:].data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),

@@ -1,0 +1,155 @@
+"""How decode attention splits its rows: the rule, how well it fills a GPU, and that the kernels follow it."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_engine.benchmarks.decode_split import KV_HEADS, SMS, fill, mixes, rule_fill
+from nemo_engine.kernels.decode_split import MIN_SHARE, PART_COST, TILE, cuts, num_units, parts, share_of
+from nemo_engine.ops import attention
+from nemo_engine.ops.attention import attention_inputs
+from nemo_engine.ops.cuda import attention as cuda_attention
+from tests.emulation.library import emulated
+
+
+def batches() -> Iterator[tuple[list[int], int]]:
+    """Lengths with what lies at the edges of tiles and shares, and units."""
+    rng = random.Random(5)
+    for units in (1, 2, 5, 33, 264):
+        yield [0, 0], units
+        yield [1] * (units + 2), units
+        yield [TILE * MIN_SHARE * units + edge for edge in (-1, 0, 1)], units
+        yield [units * 40 * TILE - PART_COST * TILE], units
+        for rows in (1, 7, 70):
+            kinds = (0, 1, TILE - 1, TILE, TILE + 1, rng.randint(1, 2000), rng.randint(1, 50_000))
+            yield [rng.choice(kinds) for _ in range(rows)], units
+    yield [rng.choice((0, 5, 700)) for _ in range(1500)], 33  # more than the threads that plan
+
+
+def tiles(begin: int, end: int) -> int:
+    return -(-(end - begin) // TILE)
+
+
+def test_every_key_is_read_once_and_units_end_together() -> None:
+    for lengths, units in batches():
+        split, share = parts(lengths, units), share_of(lengths, units)
+        read = sorted((row, begin, end) for unit in split for row, begin, end in unit)
+        assert len(split) <= units
+        for row, length in enumerate(lengths):
+            mine = [(begin, end) for at, begin, end in read if at == row]
+            assert [begin for begin, _ in mine] + [length] == [0] * (length > 0) + [end for _, end in mine][:0] + [
+                end for _, end in mine
+            ] if length else mine == []
+        for index, unit in enumerate(split):
+            costs = [tiles(begin, end) + PART_COST for _, begin, end in unit]
+            assert sum(costs) <= share + PART_COST
+            assert sum(costs) >= share or index == len(split) - 1
+            assert sum(begin > 0 for _, begin, _ in unit) <= 1
+            assert sum(begin == 0 and end < lengths[row] for row, begin, end in unit) <= 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 64, 66])
+def test_rows_are_whole_where_that_is_as_fast(rows: int) -> None:
+    """Equal rows that the units divide among themselves, and one unit for each row if there are as many or one more."""
+    units = 33
+    split = parts([4096] * rows, units)
+    if rows in (32, 33, 66):
+        assert all(end - begin == 4096 for unit in split for _, begin, end in unit)
+    else:
+        assert len(split) == units and len({begin for unit in split for _, begin, _ in unit}) > 1
+
+
+def test_the_rule_fills_the_gpu() -> None:
+    """NeMo's heads on an H200: at least 0.95 of the least time wherever the work is 256k keys or more, 0.93 from 64k keys on."""
+    units = num_units(SMS, KV_HEADS)
+    assert units * KV_HEADS == 264
+    seen = {name: rule_fill(lengths, units) for name, lengths in mixes().items()}
+    large = {name for name, lengths in mixes().items() if sum(lengths) >= 256 * 1024}
+    assert len(large) >= 10
+    assert {name: share for name, share in seen.items() if name in large and not 0.95 <= share <= 1} == {}
+    named = ("1 x 130,560", "17 x 8,192", "1 x 131,072 in 64 x 1,024", "8 x 8,192")
+    assert min(seen[name] for name in named) >= 0.93
+
+
+def test_the_model_sees_a_second_wave_and_a_lone_row() -> None:
+    """What earlier rules did: 40 equal blocks on 33 places, and a long row that one block reads."""
+    assert fill([130560], [[3264]] * 40, 33) < 0.75
+    assert fill([1024] * 64 + [131072], [[1024]] * 64 + [[131072]], 33) < 0.1
+    assert fill([130560], [[130560]], 1) > 0.99
+
+
+@pytest.mark.interpreted
+def test_triton_cuts_as_the_rule_says() -> None:
+    kernels: Any = importlib.import_module("nemo_engine.kernels.attention")
+    for lengths, units in batches():
+        expected, split = cuts(lengths, units), parts(lengths, units)
+        share, empty, used, cut_rows, *words = kernels.plan_decode(torch.tensor(lengths), units).tolist()
+        assert (share, empty, used) == (share_of(lengths, units), lengths.count(0), max(1, len(split)))
+        assert list(zip(words[::2], words[1::2], strict=False))[: len(expected)] == expected
+        begun = [unit for unit, held in enumerate(split) for row, begin, end in held if begin == 0 and end < lengths[row]]
+        assert words[2 * units + 2 :][:cut_rows] == begun
+
+
+def test_cuda_cuts_as_the_rule_says(emulated_library: Any) -> None:
+    with emulated(emulated_library):
+        for lengths, units in batches():
+            rows = len(lengths)
+            plan = torch.full((emulated_library.decode_plan_words(rows, units),), -1, dtype=torch.int32)
+            starts, lens, slots = torch.arange(rows + 1), torch.tensor(lengths), 3 + torch.arange(rows)
+            emulated_library.plan_decode(
+                plan.data_ptr(), starts.data_ptr(), lens.data_ptr(), slots.data_ptr(), 0, rows, 0, rows, units, 0
+            )
+            expected = cuts(lengths, units)
+            share, empty, used, *words = plan.tolist()
+            assert (share, empty, used) == (share_of(lengths, units), lengths.count(0), max(1, len(expected) - 1))
+            assert list(zip(words[::2], words[1::2], strict=False))[: len(expected)] == expected
+            assert words[2 * units + 2 :][: 2 * rows] == [*lengths, *slots.tolist()]
+
+
+def test_units_are_as_many_as_the_blocks_that_run_at_once(emulated_library: Any) -> None:
+    with emulated(emulated_library):
+        for kv_heads in (1, 2, 3, 8, 100, 1000):
+            assert emulated_library.decode_units(kv_heads) == num_units(132, kv_heads)
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("sms", [1, 5])
+def test_cuda_in_few_units(emulated_library: Any, is_fp8: bool, sms: int) -> None:
+    """More rows than units, units of many rows, rows of many units, edges of pages and tiles, and rows without keys."""
+    rng = random.Random(sms)
+    lengths = [0, 1, 63, 64, 65, 900, 0, 16, 129, 300, 17, 5, 0, 0]
+    rng.shuffle(lengths)
+    rows = [(1, length) for length in lengths] + [(3, 70), (2, 2)]
+    args = attention_inputs(rows, 4, 2, 128, 16, torch.bfloat16, is_fp8)
+    emulated_library.emulator.set_num_sms(sms)
+    try:
+        with emulated(emulated_library):
+            for seed in range(2):
+                emulated_library.emulator.seed(seed)
+                got = cuda_attention.paged_attention(*args)
+    finally:
+        emulated_library.emulator.set_num_sms(132)
+    torch.testing.assert_close(got, attention.paged_attention(*args), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("sms", [1, 5])
+def test_triton_in_few_units(monkeypatch: pytest.MonkeyPatch, is_fp8: bool, sms: int) -> None:
+    from nemo_engine.kernels import device
+    from nemo_engine.ops.attention_gpu import paged_attention_triton
+
+    monkeypatch.setattr(device, "elsewhere", device.Facts(sms, 227 << 10))
+    rng = random.Random(sms)
+    lengths = [0, 1, 63, 64, 65, 900, 0, 16, 129, 300, 17, 5, 0, 0]
+    rng.shuffle(lengths)
+    args = attention_inputs([(1, length) for length in lengths], 4, 2, 16, 16, torch.bfloat16, is_fp8)
+    torch.testing.assert_close(
+        paged_attention_triton(*args), attention.paged_attention(*args), rtol=0.02, atol=0.02
+    )
