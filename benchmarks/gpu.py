@@ -40,7 +40,11 @@ _TICK = 0.05
 _COLD = 1.8  # times as long as with a pack may a stage take
 _HANG_S = 5.0  # limit of a stage with a planted hang
 _TEST_SECONDS = {True: 20, False: 60}  # of a test; more where kernels are compiled first
-_ASSUMED = {"bytes_per_s": 4.3e12, "bf16_flops_per_s": 7.88e14, "fp8_flops_per_s": 1.5e15}  # of an H200, if its own are not known
+_ASSUMED = {
+    "bytes_per_s": 4.3e12,
+    "bf16_flops_per_s": 7.88e14,
+    "fp8_flops_per_s": 1.5e15,
+}  # of an H200, if its own are not known
 _PROBE = """
 import json, platform, torch
 facts = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None, "triton": None}
@@ -107,12 +111,14 @@ class Run:
         self.is_warm = self.args.dry_run or key is not None and key == (manifest or {}).get("triton_key")
         if self.is_warm and not self.args.dry_run:
             cache = self.scratch / "triton"
-            notes.append(f"{gpu_setup.unpack_cache(self.pack / gpu_setup.CACHE, cache)} files of Triton's cache unpacked")
+            notes.append(
+                f"{gpu_setup.unpack_cache(self.pack / gpu_setup.CACHE, cache)} files of Triton's cache unpacked"
+            )
             environment["TRITON_CACHE_DIR"] = str(cache)
         elif not self.args.dry_run:
             packed = (manifest or {}).get("triton_key", "no pack")
             notes.append(f"kernels are compiled here: triton_key() is {key}, the pack was made for {packed}")
-        environment["GPU_TEST_SECONDS"] = str(_TEST_SECONDS[self.is_warm])
+        environment["GPU_TEST_SECONDS"] = str(_TEST_SECONDS[self.is_warm] * self.args.patience)
         self.environment = environment
         self.facts = {"gpu": probe.get("gpu"), "commit": environment[COMMIT]}
         if self.args.dry_run:
@@ -133,7 +139,9 @@ class Run:
         if self.ready is not None and self.ready[0] is stage:
             groups, self.ready = self.ready[1], None
             return groups
-        command = [sys.executable, "-m", "nemo_engine.benchmarks.gpu_worker", stage.worker] if stage.worker else stage.command
+        command = (
+            [sys.executable, "-m", "nemo_engine.benchmarks.gpu_worker", stage.worker] if stage.worker else stage.command
+        )
         environment = {**self.environment, **stage.environment}
         return [Group(command, environment, self.log, self.guard) for _ in stage.told or ((),)]
 
@@ -170,7 +178,7 @@ class Run:
 
     def run_stage(self, stage: Stage, following: Stage | None) -> str:
         """Run it within its limit; "passed", or what went wrong."""
-        limit = min(stage.seconds * (1.0 if self.is_warm else _COLD), self.seconds_left)
+        limit = min(stage.seconds * self.args.patience * (1.0 if self.is_warm else _COLD), self.seconds_left)
         if self.args.plant.get(stage.name) == "hang":
             limit = min(limit, _HANG_S)
         start = time.monotonic()
@@ -236,14 +244,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=510.0, help="for everything together [510]")
     parser.add_argument("--out", type=Path, help="folder of the results; $OUT if that is set [gpu-out]")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="results of a run before: what it has is not measured again")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="results of a run before: what it has is not measured again"
+    )
     names = [stage.name for stage in stages(NEMO, Path(), Path(), False)]
     parser.add_argument("--stages", nargs="+", choices=names, help="only these")
-    parser.add_argument("--pack", type=Path, default=gpu_setup.PACK, help="folder that `make gpu-pack` made [build/gpu-pack]")
+    parser.add_argument(
+        "--pack", type=Path, default=gpu_setup.PACK, help="folder that `make gpu-pack` made [build/gpu-pack]"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="N", help="a stage may take N times as long as on an H200 [1]"
+    )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at a toy's size")
-    parser.add_argument("--plant", nargs="+", default=[], metavar="STAGE=FAULT", help="of a dry run: crash, hang or oom")
+    parser.add_argument(
+        "--plant", nargs="+", default=[], metavar="STAGE=FAULT", help="of a dry run: crash, hang or oom"
+    )
     parser.add_argument("--summary", type=Path, metavar="FILE", help="tell what results say, and measure nothing")
-    parser.add_argument("--store", type=Path, metavar="FILE", help="put results into benchmarks/results/, and measure nothing")
+    parser.add_argument(
+        "--store", type=Path, metavar="FILE", help="put results into benchmarks/results/, and measure nothing"
+    )
     args = parser.parse_args(argv)
     args.out = args.out or Path(os.environ.get("OUT") or "gpu-out")
     args.plant = dict(text.split("=", 1) for text in args.plant if "=" in text)
@@ -251,6 +270,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--plant is for a --dry-run")
     if not args.seconds > 0:
         parser.error(f"--seconds must be greater than 0, got {args.seconds:g}")
+    if not args.patience > 0:
+        parser.error(f"--patience must be greater than 0, got {args.patience:g}")
     for name in ("resume", "summary", "store"):
         if (given := getattr(args, name)) is not None and not given.is_file():
             parser.error(f"--{name} {given}: there is no such file")
@@ -281,7 +302,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             links = run.prepare()
             if run.facts["gpu"] is None and not args.dry_run:
-                print("an NVIDIA GPU is needed, and torch finds none (--dry-run tries everything on the CPU)", file=sys.stderr)
+                print(
+                    "an NVIDIA GPU is needed, and torch finds none (--dry-run tries everything on the CPU)",
+                    file=sys.stderr,
+                )
                 return 2
             chosen = choose(args, found, read_records(results))
             run.run(chosen)
@@ -297,7 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run.say("\n".join(lines))
     if junit.exists() and junit.stat().st_size > MOST_BYTES:
         junit.unlink()
-    known = {key for key, record in last_by_key(read_records(results)).items() if record.get("status") in ("ok", "passed")}
+    known = {
+        key for key, record in last_by_key(read_records(results)).items() if record.get("status") in ("ok", "passed")
+    }
     wanted = {f"stage {stage.name}" for stage in chosen if not stage.missing}
     return int(not chosen or not wanted <= known)
 

@@ -108,7 +108,9 @@ def imports(library: Path) -> str:
 def make(pack: Path) -> dict[str, Any]:
     """Fill the folder ``pack``; returns its manifest."""
     start = time.monotonic()
-    versions = json.loads(subprocess.run([sys.executable, "-c", _VERSIONS], capture_output=True, text=True, check=True).stdout)
+    versions = json.loads(
+        subprocess.run([sys.executable, "-c", _VERSIONS], capture_output=True, text=True, check=True).stdout
+    )
     key = gpu_setup.triton_hash(versions.pop("key"))
     shutil.rmtree(pack, ignore_errors=True)
     pack.mkdir(parents=True)
@@ -124,7 +126,10 @@ def make(pack: Path) -> dict[str, Any]:
         files = gpu_setup.unpack_cache(pack / gpu_setup.CACHE, work / "unpacked")
         other = variants(work / "other" / "tree", work / "unpacked", stub, ("--check",))
         finish([other])
-        print(f"another copy of the tree found all of it in the {files} files of the pack, {time.monotonic() - start:.0f} s", flush=True)
+        print(
+            f"another copy of the tree found all of it in the {files} files of the pack, {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
     library = pack / f"_C{gpu_setup.library_suffix()}"
     compiler = build_library(library)
     manifest = {

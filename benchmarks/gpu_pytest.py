@@ -19,7 +19,7 @@ import pytest
 
 from nemo_engine.benchmarks.provenance import append_record, read_records
 
-_SPOILT_MOST = 3  # tests of one implementation that may spoil the device; the others of it are not run
+_LOST_MOST = 3  # tests of one implementation that may hang or spoil the device; the others of it are not run
 _ID = re.compile(r"\[(?P<op>\w+)-(?P<impl>\w+)-")
 
 
@@ -32,8 +32,9 @@ def of_test(nodeid: str) -> dict[str, str]:
 class Outcomes:
     """In the process that reports: a line for each test."""
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: Path, lost: Path) -> None:
         self.results = results
+        self.lost = lost  # a line for each test that ended its process
         self.counts: dict[str, int] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -49,6 +50,8 @@ class Outcomes:
                 record["error"] = errors[0][:300]
                 if "worker" in text[0] and "crashed" in text[0]:
                     record["status"] = "crashed"
+                    with self.lost.open("a") as file:
+                        file.write(" ".join(of_test(report.nodeid).values()) + "\n")
             append_record(self.results, record)
 
     def pytest_sessionfinish(self, session: Any, exitstatus: int) -> None:
@@ -61,10 +64,10 @@ class Outcomes:
 class Guard:
     """In the process that tests: a limit for each test, and an end where the device is spoilt."""
 
-    def __init__(self, results: Path, seconds: float, spoilt: Path) -> None:
+    def __init__(self, results: Path, seconds: float, lost: Path) -> None:
         self.results = results
         self.seconds = seconds
-        self.spoilt = spoilt  # a line for each test that spoilt the device, of all workers
+        self.lost = lost
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         if os.environ.get("GPU_RESUME"):
@@ -73,10 +76,10 @@ class Guard:
 
     def pytest_runtest_setup(self, item: Any) -> None:
         name = of_test(item.nodeid)
-        if name and self.spoilt.exists():
-            times = self.spoilt.read_text().splitlines().count(f"{name['op']} {name['impl']}")
-            if times >= _SPOILT_MOST:
-                pytest.skip(f"{times} other tests of this implementation spoilt the device")
+        if name and self.lost.exists():
+            times = self.lost.read_text().splitlines().count(f"{name['op']} {name['impl']}")
+            if times >= _LOST_MOST:
+                pytest.skip(f"{times} other tests of this implementation ended their processes")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
@@ -88,29 +91,20 @@ class Guard:
             faulthandler.cancel_dump_traceback_later()
 
     def pytest_runtest_teardown(self, item: Any) -> None:
-        import torch
-
-        if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        torch = sys.modules.get("torch")
+        if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
             return
         try:
             torch.zeros(1, device="cuda").item()
         except RuntimeError:
-            self.note(item.nodeid)
             time.sleep(0.2)  # what the test reported is on its way
             os._exit(1)
 
-    def note(self, nodeid: str) -> None:
-        """Remember what spoilt the device."""
-        name = of_test(nodeid)
-        with self.spoilt.open("a") as file:
-            file.write(f"{name.get('op', nodeid)} {name.get('impl', '')}\n")
-
 
 def pytest_configure(config: Any) -> None:
-    results = Path(os.environ["GPU_RESULTS"])
+    results, lost = Path(os.environ["GPU_RESULTS"]), Path(os.environ["GPU_SCRATCH"]) / "lost"
     is_worker = hasattr(config, "workerinput")
     if not is_worker:
-        config.pluginmanager.register(Outcomes(results))
+        config.pluginmanager.register(Outcomes(results, lost))
     if is_worker or not config.getoption("numprocesses", None):
-        spoilt = Path(os.environ["GPU_SCRATCH"]) / "spoilt"
-        config.pluginmanager.register(Guard(results, float(os.environ["GPU_TEST_SECONDS"]), spoilt))
+        config.pluginmanager.register(Guard(results, float(os.environ["GPU_TEST_SECONDS"]), lost))

@@ -117,7 +117,13 @@ def points(sizes: Sizes, is_first: bool) -> tuple[dict[str, Any], ...]:
     if is_first:
         tokens = sizes.long - 4
         found.append(
-            {"key": f"prefill {sizes.long}", "what": "prefill", "tokens": tokens, "rounds": 1, "seconds": sizes.long_prefill_s}
+            {
+                "key": f"prefill {sizes.long}",
+                "what": "prefill",
+                "tokens": tokens,
+                "rounds": 1,
+                "seconds": sizes.long_prefill_s,
+            }
         )
     return tuple(found)
 
@@ -152,7 +158,7 @@ def stages(sizes: Sizes, results: Path, junit: Path, is_dry: bool) -> list[Stage
     ]  # fmt: skip
     test_paths = ("tests/runner/test_graphs.py", "-k", "test_graph_sizes") if is_dry else (*TEST_PATHS, "-m", "gpu")
     tests = (
-        python, "-m", "pytest", "-q", "--tb=short", "-p", "nemo_engine.benchmarks.gpu_pytest", "-p", "no:cacheprovider",
+        python, "-m", "pytest", "-q", "--tb=short", "-p", "xdist.plugin", "-p", "nemo_engine.benchmarks.gpu_pytest", "-p", "no:cacheprovider",
         "-n", "1" if is_dry else "8", "--max-worker-restart", "64", f"--junitxml={junit}", "-o", "junit_logging=no",
         *test_paths,
     )  # fmt: skip
@@ -160,7 +166,8 @@ def stages(sizes: Sizes, results: Path, junit: Path, is_dry: bool) -> list[Stage
         Stage("device", 25, "device", ({},), expects=("ceilings",)),
         Stage("smoke", 45, "smoke", tuple({"key": key, "engine": options} for key, options in smokes.items()),
               expects=tuple(smokes)),
-        Stage("tests", 90, command=tests, expects=("tests end",)),
+        # Other plugins that are installed cost a worker seconds, and a spoilt worker is replaced.
+        Stage("tests", 90, command=tests, expects=("tests end",), environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}),
         engine("fp8-triton", 80, "triton", _FP8, True),
         engine("bf16-triton", 90, "triton", {}, True),
         engine("fp8-cuda", 55, "cuda", {**_FP8, **cuda}, False),
@@ -199,4 +206,3 @@ def extra_stages(results: Path) -> list[Stage]:
         Stage("all-ceilings", 360, command=(python, f"{here}/gpu_ceilings.py", *json_to), needs_seconds=60),
         Stage("startup", 300, command=(*bench, "startup", "nemo", *json_to, "--rounds", "2"), needs_seconds=90),
     ]  # fmt: skip
-

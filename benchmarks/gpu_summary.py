@@ -15,7 +15,16 @@ from benchmarks.gpu_stages import Stage, stage_of_op
 from benchmarks.provenance import append_record, read_records
 
 Record = Mapping[str, Any]
-_SHOWN = ("ms_per_step", "fraction", "tokens_per_s", "output_tokens_per_s", "prefill_fraction", "seconds", "gb_per_s", "tflop_per_s")
+_SHOWN = (
+    "kernels_us_per_step",
+    "ms_per_step",
+    "fraction",
+    "tokens_per_s",
+    "output_tokens_per_s",
+    "prefill_fraction",
+    "gb_per_s",
+    "tflop_per_s",
+)
 _GOOD = ("ok", "passed")
 
 
@@ -59,8 +68,8 @@ def summary_lines(records: Sequence[Record], stages: Sequence[Stage]) -> list[st
                 unknown.append(f"  {key}  ({why})")
     lines += ["", "known:"]
     for key, record in last.items():
-        if record.get("status") in _GOOD and record.get("benchmark") in ("latency", "throughput", "gpu_ceilings"):
-            shown = [f"{name} {record[name]:.4g}" for name in _SHOWN if isinstance(record.get(name), int | float)]
+        shown = [f"{name} {record[name]:.4g}" for name in _SHOWN if isinstance(record.get(name), int | float)]
+        if record.get("status") in _GOOD and shown and record.get("what") not in ("stage", "run", "start", None):
             lines.append(f"  {key:48s}  {'  '.join(shown)}")
     lines += test_lines(last)
     measured = Counter(str(record.get("op")) for record in records if record.get("benchmark") == "ops")

@@ -21,7 +21,7 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.runtime.jit import JITFunction
 
-from nemo_engine.benchmarks.kernel_report import META, NEMO, compile_only, select_ops
+from nemo_engine.benchmarks.kernel_report import META, NEMO, compile_only
 from nemo_engine.benchmarks.ops_sizes import PAGE_SIZE, SCALES, read_shape, sizes_of
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.inventory import planned_inventory
@@ -65,7 +65,11 @@ def tiny() -> None:
     for dtype, is_fp8, options in (
         (torch.bfloat16, False, {"max_num_seqs": 8, "max_model_len": 256}),
         (torch.bfloat16, True, {"max_num_seqs": 8, "max_model_len": 256}),
-        (torch.float32, False, {"max_num_seqs": 4, "max_model_len": 128, "page_size": 16, "max_num_batched_tokens": 16}),
+        (
+            torch.float32,
+            False,
+            {"max_num_seqs": 4, "max_model_len": 128, "page_size": 16, "max_num_batched_tokens": 16},
+        ),
     ):
         config = EngineConfig(device="cpu", **{"max_num_batched_tokens": 8192, **options})
         meta_runner(model, config, dtype, is_fp8).warm_up(graph_sizes(config.max_num_seqs))
@@ -155,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--check", action="store_true", help="fail if anything had to be compiled")
     args = parser.parse_args(argv)
-    logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)  # it warns of each launcher that does not load here
+    logging.getLogger("triton.runtime.build").setLevel(
+        logging.ERROR
+    )  # it warns of each launcher that does not load here
     fresh: list[str] = []
     seconds: dict[str, float] = {}
 

@@ -40,6 +40,7 @@ DEPTH = 2  # steps in flight, as in the engine
 SETTLE = 5  # steps before the timed ones
 _CACHE_SPREAD = 0.3  # of the random keys and values
 _PAGES_AT_ONCE = 64
+_OURS = ("cublas", "triton", "cuda")  # implementations for GPUs that need nothing else installed
 _REPORT_S = 5.0  # between two lines of a workload that runs
 
 
@@ -118,7 +119,7 @@ def swapped(engine: Mapping[str, Any], wants: str, failing: Mapping[str, Sequenc
     options = dict(engine)
     prefer = dict(options.get("prefer", {}))
     for op in ALL_OPS:
-        names = [impl.name for impl in op.impls if impl.name != "cpu"]
+        names = [impl.name for impl in op.impls if impl.name in _OURS]
         names = [COMPOSED, *names] if op.composed is not None else names
         used = wants if wants == "cuda" and wants in names else next(iter(names), "")
         bad = failing.get(op.name, ())
@@ -296,7 +297,9 @@ class Half:
 def check(tokens: Sequence[int]) -> None:
     """``RuntimeError`` if a row failed: its time would mean nothing."""
     if min(tokens, default=0) < 0:
-        raise RuntimeError(f"{sum(token < 0 for token in tokens)} of {len(tokens)} rows have logits that are not finite")
+        raise RuntimeError(
+            f"{sum(token < 0 for token in tokens)} of {len(tokens)} rows have logits that are not finite"
+        )
 
 
 def measure_engine(task: Task) -> None:
@@ -318,7 +321,12 @@ def measure_engine(task: Task) -> None:
     assert half is not None
     ceilings = Ceilings(**task.options["ceilings"])
     roofline = rooflines.measured_roofline(half.model.path, half.half.model_config, half.config, ceilings)
-    task.facts |= {"model": half.model.name, "engine": "nemo_engine", "options": half.options, "ceilings": asdict(ceilings)}
+    task.facts |= {
+        "model": half.model.name,
+        "engine": "nemo_engine",
+        "options": half.options,
+        "ceilings": asdict(ceilings),
+    }
     task.facts["warm_up"] = SETTLE
     failed = 0
     for point in task.options["points"]:
@@ -341,7 +349,7 @@ def decode_point(half: Half, roofline: Any, point: dict[str, Any]) -> dict[str, 
     least = rooflines.decode_seconds(roofline, batch, mean) * 1e3
     is_even = len(set(contexts)) == 1
     return {
-        "benchmark": "latency", "what": "decode" if is_even else "decode mixed lengths", "batch": batch,
+        "benchmark": "latency" if is_even else "gpu", "what": "decode" if is_even else "decode mixed lengths", "batch": batch,
         "context": contexts[0] if is_even else None, "longest": max(contexts), "mean_context": mean, "steps": steps,
         "ms_per_step": median, "step_s": summary([seconds]), "tokens_per_s": batch * steps / sum(seconds),
         "gb_per_step": rooflines.decode_bytes(roofline, batch, mean) / 1e9, "roofline_ms": least,
@@ -357,7 +365,7 @@ def prefill_point(half: Half, roofline: Any, point: dict[str, Any]) -> dict[str,
     seconds = [half.prefill(tokens) for _ in range(point["rounds"])]
     least = rooflines.prefill_seconds(roofline, 1, tokens)
     return {
-        "benchmark": "latency", "what": "prefill", "batch": 1, "input": tokens, "output": 1,
+        "benchmark": "gpu", "what": "prefill", "batch": 1, "input": tokens, "output": 1,
         "ttft_s": summary([[one] for one in seconds]), "tokens_per_s": tokens / statistics.median(seconds),
         "prefill_roofline_s": least, "prefill_fraction": least / statistics.median(seconds),
     }  # fmt: skip
@@ -369,7 +377,7 @@ def mixed_point(half: Half, roofline: Any, point: dict[str, Any]) -> dict[str, A
     seconds = half.mixed(contexts, chunk, point["rounds"])
     least = roofline.step_seconds(len(contexts), sum(contexts), [(chunk, chunk)])
     return {
-        "benchmark": "latency", "what": "mixed step", "batch": len(contexts), "context": contexts[0], "chunk": chunk,
+        "benchmark": "gpu", "what": "mixed step", "batch": len(contexts), "context": contexts[0], "chunk": chunk,
         "ms_per_step": statistics.median(seconds) * 1e3, "step_s": summary([seconds]), "roofline_ms": least * 1e3,
         "fraction": least / statistics.median(seconds),
     }  # fmt: skip
@@ -424,7 +432,10 @@ def throughput(task: Task) -> None:
         engine.add_request(str(index), {"prompt_token_ids": ids}, wanted)
     start = last = time.perf_counter()
     new = 0
-    common = {"benchmark": "throughput", "engine": "nemo_engine", "model": model.name, "options": options, "workload": work}
+    source = ",".join(f"{key}={value}" for key, value in work.items())
+    workload = {"source": source, "requests": work["requests"], "new_tokens": work["requests"] * work["output"]}
+    common = {"benchmark": "throughput", "engine": "nemo_engine", "model": model.name, "options": options, "workload": workload,
+              "rounds": 1, "warmup": 0, "what": "throughput"}  # fmt: skip
 
     def rates() -> dict[str, Any]:
         seconds = time.perf_counter() - start

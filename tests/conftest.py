@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if importlib.util.find_spec("hypothesis") is not None:  # a machine with a GPU may lack it, and the tests for GPUs do without
+if (
+    importlib.util.find_spec("hypothesis") is not None
+):  # a machine with a GPU may lack it, and the tests for GPUs do without
     from hypothesis import settings
 
     settings.register_profile("shared-machine", deadline=None)
