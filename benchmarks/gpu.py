@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +36,7 @@ from benchmarks import gpu_setup  # noqa: E402
 from benchmarks.gpu_processes import MOST_BYTES, Group, Guard, Log  # noqa: E402
 from benchmarks.gpu_stages import DRY, NEMO, Sizes, Stage, stages  # noqa: E402
 from benchmarks.gpu_summary import failing_implementations, last_by_key, store, summary_lines  # noqa: E402
-from benchmarks.provenance import COMMIT, append_record, read_records  # noqa: E402
+from benchmarks.provenance import COMMIT, append_record, provenance, read_records  # noqa: E402
 
 _TICK = 0.05
 _COLD = 1.8  # times as long as with a pack may a stage take
@@ -120,12 +122,17 @@ class Run:
             notes.append(f"kernels are compiled here: triton_key() is {key}, the pack was made for {packed}")
         environment["GPU_TEST_SECONDS"] = str(_TEST_SECONDS[self.is_warm] * self.args.patience)
         self.environment = environment
-        self.facts = {"gpu": probe.get("gpu"), "commit": environment[COMMIT]}
+        os.environ[COMMIT] = environment[COMMIT]  # for this process too
+        self.facts = provenance() | {"gpu": probe.get("gpu"), "commit": environment[COMMIT]}
         if self.args.dry_run:
             self.facts["gpu"] = None
         self.say(f"{probe}  commit {environment[COMMIT]}  triton_key {key}")
         for note in notes:
             self.say(f"note: {note}")
+        if shutil.which("nvidia-smi") and not self.args.dry_run:
+            self.log.write(
+                subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30).stdout
+            )
         self.write(
             what="run", status="ok", key="run", triton_key=key, is_warm=self.is_warm, notes=notes, versions=probe,
             seconds=self.args.seconds, dry=self.args.dry_run, pack=manifest and manifest.get("commit"),

@@ -101,6 +101,7 @@ def points(sizes: Sizes, is_first: bool) -> tuple[dict[str, Any], ...]:
     """The headline numbers of one precision and implementation; the most asked for first."""
     one, some, many = sizes.batches
     short, long = sizes.short, sizes.long
+    spread = [(short // 4) << (index * 8 // some) for index in range(some)]
 
     def decode(name: str, contexts: list[int]) -> dict[str, Any]:
         return {"key": f"decode {name}", "what": "decode", "contexts": contexts, "steps": sizes.steps}
@@ -109,7 +110,7 @@ def points(sizes: Sizes, is_first: bool) -> tuple[dict[str, Any], ...]:
         decode(f"{one}x{short}", [short] * one), decode(f"{some}x{short}", [short] * some),
         decode(f"{many}x{short}", [short] * many), decode(f"{one}x{long}", [long] * one),
         decode(f"mixed {some - 1}x{short} and 1x{long}", [long] + [short] * (some - 1)),
-        decode(f"mixed {some} of {short // 4} to {short * 32}", [(short // 4) << (index * 8 // some) for index in range(some)]),
+        decode(f"mixed {some} of {spread[0]} to {spread[-1]}", spread),
         {"key": f"prefill {2 * short}", "what": "prefill", "tokens": 2 * short, "rounds": 5},
         {"key": f"step {some}x{short} and a chunk of {sizes.chunk}", "what": "mixed", "contexts": [short] * some,
          "chunk": sizes.chunk, "rounds": 10},

@@ -25,6 +25,8 @@ _SHOWN = (
     "gb_per_s",
     "tflop_per_s",
 )
+# What every line of a stored file says of the machine; those of the tests and of the stages leave it to the run's line.
+PLACE = ("cpu", "cores", "usable_cores", "memory_gib", "gpu", "gpu_driver", "python", "commit", "command", "date")
 _GOOD = ("ok", "passed")
 
 
@@ -105,7 +107,10 @@ def store(file: Path, folder: Path) -> int:
         return 1
     name = re.sub("[^a-z0-9]+", "-", gpus.pop().lower().replace("nvidia", "")).strip("-")
     counts: Counter[str] = Counter()
+    run = next((record for record in records if record.get("key") == "run"), {})
+    place = {field: run.get(field) for field in PLACE}
     for record in records:
+        record = {**place, **record}
         kind = str(record.get("benchmark", "gpu")).replace("_", "-")
         if record.get("status", "ok") != "partial":
             append_record(folder / f"{kind}-{name}.jsonl", record)

@@ -1,17 +1,16 @@
 """What all tests share: one torch thread (set before torch is first imported), and GPU tests only where there is a GPU."""
 
-import importlib.util
 import os
 from typing import Any
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if (
-    importlib.util.find_spec("hypothesis") is not None
-):  # a machine with a GPU may lack it, and the tests for GPUs do without
+try:
     from hypothesis import settings
-
+except ImportError:  # a machine with a GPU may lack it, and the tests for GPUs do without
+    pass
+else:
     settings.register_profile("shared-machine", deadline=None)
     settings.load_profile("shared-machine")
 
