@@ -7,6 +7,9 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 PYTHON ?=
+# For gpu-pack: an interpreter of the version that the machine with the GPU has, and what is installed into its environment.
+GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python) python3.12)
+GPU_PACKAGES ?= torch==2.11.0 triton==3.6.0 numpy safetensors pytest pytest-xdist cmake ninja pybind11
 PYTEST_ARGS ?=
 # In two processes, each file in one of them.
 PYTEST_WAYS := -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
@@ -18,7 +21,7 @@ CODE := nemo_engine $(wildcard kernels) tests examples benchmarks csrc/build.py 
 
 # A stamp for each set of packages: the package itself, with what the tests need, with the checking tools.
 .PRECIOUS: $(VENV)/.installed-%
-.PHONY: help demo test check test-op cuda kernel-report bench-op gpu format clean
+.PHONY: help demo test check test-op cuda kernel-report bench-op gpu gpu-pack format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -58,8 +61,16 @@ kernel-report: $(VENV)/.installed-test  ## compile every kernel for sm_90a, prin
 bench-op: $(VENV)/.installed-base  ## time operations on an NVIDIA GPU: make bench-op OP="linear paged_attention"
 	@$(BIN)/nemo-engine bench ops --device cuda $(if $(OP),--op $(OP))
 
-gpu: $(VENV)/.installed-test  ## on a machine with an NVIDIA GPU: tests, memory check, ceilings, benchmarks (MINUTES=45)
-	@$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),45)
+gpu:  ## on a machine with an NVIDIA GPU: tests, headline numbers, operations, a profile (SECONDS=510), with python3's packages or .venv's
+	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || echo python3); \
+	$$python csrc/build.py || echo "[gpu] the CUDA kernels are not measured"; \
+	$$python benchmarks/gpu.py --seconds $(or $(SECONDS),510) $(GPU_ARGS)
+
+gpu-pack:  ## without a GPU: build/gpu-pack, with all that `make gpu` would compile on a machine of other versions (GPU_PYTHON, GPU_PACKAGES)
+	@python=$(GPU_PYTHON); $$python -c "import torch, triton" 2>/dev/null || { \
+	python=$(VENV)-gpu/bin/python; test -e $(VENV)-gpu/.installed || { \
+	$(GPU_PYTHON) -m venv $(VENV)-gpu && $$python -m pip install -q $(GPU_PACKAGES) && touch $(VENV)-gpu/.installed; }; } && \
+	$$python benchmarks/gpu_pack.py
 
 format: $(VENV)/.installed-dev  ## rewrite the code in the project's format, and fix what lint can fix
 	@$(BIN)/ruff format $(CODE)

@@ -1,235 +1,342 @@
-"""All that a machine with an NVIDIA GPU is needed for, in one command: environment, CUDA kernels, tests, memory and race checks, ceilings,
-benchmarks.
+"""Everything that a machine with an NVIDIA GPU is needed for, in one command of some minutes: correctness, headline numbers, operations, a profile.
 
-Stages run one after the other, each in processes of its own with a time limit and a log; none stops the others. Logs go to the folder that
-the environment variable OUT names, else to benchmarks/results/gpu-logs; results to benchmarks/results/gpu-NAME.jsonl, and a copy to OUT.
-Exit status 0 if every stage that ran passed, 1 if not, 2 without a GPU.
+    python benchmarks/gpu.py --seconds 510 --out DIR                   # on a machine with a GPU; with a pack of `make gpu-pack` nothing is compiled
+    python benchmarks/gpu.py --seconds 300 --out DIR2 --resume DIR/results.jsonl     # again what failed or is missing
+    python benchmarks/gpu.py --dry-run --out DIR                       # the same on a CPU, at a toy's size
+    python benchmarks/gpu.py --summary DIR/results.jsonl               # what is known, after a run that was cut off
+    python benchmarks/gpu.py --store DIR/results.jsonl                 # into benchmarks/results/, a file for each kind
 
-    python benchmarks/gpu.py --minutes 30
-    python benchmarks/gpu.py --stages tests ops
+Stages run one after the other, each in process groups of its own with a limit; one that crashes, hangs or has no memory costs itself alone. Every
+number is in DIR/results.jsonl, on the disk, the moment it is there; DIR/log.txt has all output, DIR/junit.xml the tests. Nothing needs the
+package installed, git or a network. Exit status: 0 if all that was wanted is known, 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
+import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-from nemo_engine.benchmarks.provenance import append_record, provenance
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "benchmarks":
+    del sys.path[0]  # modules of this folder have common names
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
-from csrc import build  # noqa: E402
+from benchmarks import gpu_setup  # noqa: E402
+from benchmarks.gpu_processes import MOST_BYTES, Group, Guard, Log  # noqa: E402
+from benchmarks.gpu_stages import DRY, NEMO, Sizes, Stage, stages  # noqa: E402
+from benchmarks.gpu_summary import failing_implementations, last_by_key, store, summary_lines  # noqa: E402
+from benchmarks.provenance import COMMIT, append_record, provenance, read_records  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
-# Operations whose kernels hand data from thread to thread through shared memory.
-_SHARING = (
-    "rms_norm_fp8", "silu_mul_fp8", "linear", "linear_fp8", "norm_linear_fp8", "silu_mul_linear", "linear_silu_mul_fp8",
-    "paged_attention", "sample_",
-)  # fmt: skip
-_LEAST_SECONDS = 20.0  # a stage is not started with less of the budget left
-_SHOWN_LINES = 15  # of the log of a stage that did not pass
-
-_NAME_OF_GPU = (
-    "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "
-    "f'torch {torch.__version__} finds none', end=''); raise SystemExit(not torch.cuda.is_available())"
-)
-_ENVIRONMENT = """
-import importlib.util, platform, torch
-print("python", platform.python_version(), " torch", torch.__version__, " CUDA", torch.version.cuda,
-      " cuDNN", torch.backends.cudnn.version())
-print(torch.cuda.get_device_properties(0))
-print("triton", __import__("triton").__version__ if importlib.util.find_spec("triton") else "is not installed")
-if importlib.util.find_spec("nemo_engine.kernels") is None:
-    raise SystemExit("nemo_engine.kernels is not installed (pip install -e .): no kernel of ours would run")
+_TICK = 0.05
+_COLD = 1.8  # times as long as with a pack may a stage take
+_HANG_S = 5.0  # limit of a stage with a planted hang
+_TEST_SECONDS = {True: 20, False: 60}  # of a test; more where kernels are compiled first
+_ASSUMED = {
+    "bytes_per_s": 4.3e12,
+    "bf16_flops_per_s": 7.88e14,
+    "fp8_flops_per_s": 1.5e15,
+}  # of an H200, if its own are not known
+_PROBE = """
+import json, platform, torch
+facts = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None, "triton": None}
+if torch.cuda.is_available():
+    facts["gpu"] = torch.cuda.get_device_name()
+try:
+    import triton, triton.runtime.cache
+    facts["triton"], facts["triton_key"] = triton.__version__, triton.runtime.cache.triton_key()
+except Exception as error:
+    facts["triton_error"] = repr(error)
+print(json.dumps(facts))
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Commands that run in order with ``limit_s`` seconds for all; the first that fails ends the stage.
+class Run:
+    """One run: where its files are, how much time is left, and the stages."""
 
-    ``missing``: why it cannot run here. A command whose program is not found is passed over, with a line in the log.
-    """
-
-    name: str
-    commands: tuple[tuple[str, ...], ...]
-    limit_s: float
-    environment: Mapping[str, str]
-    missing: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a stage ended: "passed", "failed (exit status)", "timed out", or "skipped: why"."""
-
-    stage: str
-    status: str
-    seconds: float
-    log: str
+    def __init__(self, args: argparse.Namespace, log: Log, guard: Guard, scratch: Path) -> None:
+        self.ends = time.monotonic() + args.seconds
+        self.args, self.log, self.guard, self.scratch = args, log, guard, scratch
+        self.results: Path = args.out / "results.jsonl"
+        self.sizes: Sizes = DRY if args.dry_run else NEMO
+        self.pack: Path = args.pack
+        self.environment: dict[str, str] = {}
+        self.facts: dict[str, Any] = {}
+        self.is_warm = False
+        self.ready: tuple[Stage, list[Group]] | None = None
 
     @property
-    def is_bad(self) -> bool:
-        """Whether it ran and did not pass."""
-        return not self.status.startswith(("passed", "skipped"))
+    def seconds_left(self) -> float:
+        return self.ends - time.monotonic()
 
+    def say(self, text: str) -> None:
+        """To the terminal and the log."""
+        print(text, flush=True)
+        self.log.write(f"{text}\n".encode())
 
-def find_sanitizer() -> str | None:
-    """The path of compute-sanitizer, which is often beside nvcc and not on the PATH."""
-    places = sorted(glob.glob("/usr/local/cuda*/bin/compute-sanitizer"))
-    return shutil.which("compute-sanitizer") or (places[-1] if places else None)
+    def write(self, **record: Any) -> None:
+        append_record(self.results, {"benchmark": "gpu", **record, **self.facts})
 
+    # ---- before the stages
 
-# Decode steps whose keys and values fit beside the weights on 80 GB: (batches, context).
-_DECODES = (("1 8 64 256", 1024), ("1 8 64", 4096), ("1 8", 32768), ("1 2", 131072))
-_FP8 = ("--option", "quantization=fp8", "--option", "kv_cache_dtype=fp8")
-# Input and output lengths that other engines publish throughput for; so many requests that the last ones do not run alone for long.
-_THROUGHPUT = ((128, 128, 2048), (1000, 1000, 1024), (2048, 128, 1024), (20000, 2000, 64))
+    def prepare(self) -> list[Path]:
+        """Make the package importable and fill Triton's cache; returns the links that were made in the tree."""
+        manifest = gpu_setup.read_manifest(self.pack)
+        library = gpu_setup.library_of(self.pack)
+        notes = []
+        if library is not None and (manifest or {}).get("sources", {}).get("csrc") != gpu_setup.sources()["csrc"]:
+            notes.append("the pack's CUDA library is of other sources than this tree, and is not used")
+            library = None
+        links = [] if gpu_setup.is_installed() else gpu_setup.link_packages(ROOT, library)
+        gpu_setup.write_metadata(ROOT, self.scratch / "site")
+        environment = gpu_setup.child_environment(ROOT, self.scratch, {
+            "GPU_RESULTS": str(self.results), "GPU_SCRATCH": str(self.scratch),
+            "GPU_RESUME": "1" if self.args.resume else "",
+            COMMIT: (manifest or {}).get("commit") or gpu_setup.commit_text(ROOT),
+        })  # fmt: skip
+        said = gpu_setup.run_python(_PROBE, environment, 60.0)
+        try:
+            probe = json.loads(said)
+        except ValueError:
+            probe = {"error": said, "gpu": None}
+        key = gpu_setup.triton_hash(probe.pop("triton_key")) if "triton_key" in probe else None
+        self.is_warm = self.args.dry_run or key is not None and key == (manifest or {}).get("triton_key")
+        if self.is_warm and not self.args.dry_run:
+            cache = self.scratch / "triton"
+            notes.append(
+                f"{gpu_setup.unpack_cache(self.pack / gpu_setup.CACHE, cache)} files of Triton's cache unpacked"
+            )
+            environment["TRITON_CACHE_DIR"] = str(cache)
+        elif not self.args.dry_run:
+            packed = (manifest or {}).get("triton_key", "no pack")
+            notes.append(f"kernels are compiled here: triton_key() is {key}, the pack was made for {packed}")
+        environment["GPU_TEST_SECONDS"] = str(_TEST_SECONDS[self.is_warm] * self.args.patience)
+        self.environment = environment
+        os.environ[COMMIT] = environment[COMMIT]  # for this process too
+        self.facts = provenance() | {"gpu": probe.get("gpu"), "commit": environment[COMMIT]}
+        if self.args.dry_run:
+            self.facts["gpu"] = None
+        self.say(f"{probe}  commit {environment[COMMIT]}  triton_key {key}")
+        for note in notes:
+            self.say(f"note: {note}")
+        if shutil.which("nvidia-smi") and not self.args.dry_run:
+            self.log.write(
+                subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30).stdout
+            )
+        self.write(
+            what="run", status="ok", key="run", triton_key=key, is_warm=self.is_warm, notes=notes, versions=probe,
+            seconds=self.args.seconds, dry=self.args.dry_run, pack=manifest and manifest.get("commit"),
+        )  # fmt: skip
+        return links
 
+    # ---- stages
 
-def stages(results: Path) -> list[Stage]:
-    """What is run, the most valuable first; benchmarks append to ``results``."""
-    python, here = sys.executable, str(ROOT / "benchmarks")
-    bench = (python, "-m", "nemo_engine", "bench")
-    json_to = ("--json", str(results))
-
-    def decodes(*options: str) -> tuple[tuple[str, ...], ...]:
-        command = (*bench, "latency", "nemo", *json_to, *options)
-        return tuple(
-            (*command, "--batch", *batches.split(), "--context", str(context)) for batches, context in _DECODES
+    def started(self, stage: Stage) -> list[Group]:
+        """Its processes: those that import and wait, or new ones. ``FileNotFoundError`` for a command that is none."""
+        if self.ready is not None and self.ready[0] is stage:
+            groups, self.ready = self.ready[1], None
+            return groups
+        command = (
+            [sys.executable, "-m", "nemo_engine.benchmarks.gpu_worker", stage.worker] if stage.worker else stage.command
         )
+        environment = {**self.environment, **stage.environment}
+        return [Group(command, environment, self.log, self.guard) for _ in stage.told or ((),)]
 
-    prefills = ("--batch", "1", "--input", "2048", "8192", "32768", "131071", "--output", "1", "--rounds", "3")
-    throughput = (*bench, "throughput", "nemo", *json_to, *_FP8, "--option", "max_num_seqs=1024", "--rounds", "2")
-    throughputs = tuple((*throughput, "--generate", f"requests={n},input={i},output={o}") for i, o, n in _THROUGHPUT)
-    sanitizer = find_sanitizer()
-    checked = ("--error-exitcode", "86", *bench, "ops", "--once", "--device", "cuda")
-    memcheck = (sanitizer or "", "--tool", "memcheck", *checked)
-    racecheck = (sanitizer or "", "--tool", "racecheck", *checked, "--op", *_SHARING)
-    not_found = None if sanitizer else "compute-sanitizer is not found"
-    nvcc, no_nvcc = build.find_nvcc()
-    # torch's cache of memory would hide an access beyond the end of a tensor.
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
-        Stage("environment", (("nvidia-smi",), ("nvcc", "--version"), (python, "-c", _ENVIRONMENT)), 120, {}),
-        Stage("build", ((python, "csrc/build.py"),), 300, {}, None if nvcc else no_nvcc),
-        Stage("tests", ((python, "-m", "pytest", "-q", "-m", "gpu", "tests"),), 600, {}),
-        Stage("memcheck", (memcheck,), 300, uncached, not_found),
-        Stage("ceilings", ((python, f"{here}/gpu_ceilings.py", *json_to),), 360, {}),
-        Stage("ops", ((*bench, "ops", "--device", "cuda", *json_to),), 900, {}),
-        Stage("decode", decodes(), 900, {}),
-        Stage("decode-fp8", decodes(*_FP8), 900, {}),
-        Stage("prefill", ((*bench, "latency", "nemo", *json_to, *prefills),), 600, {}),
-        Stage("startup", ((*bench, "startup", "nemo", *json_to, "--rounds", "2"),), 600, {}),
-        Stage("throughput", throughputs, 1800, {}),
-        Stage("racecheck", (racecheck,), 300, {}, not_found),
-    ]
+    def get_ready(self, stage: Stage | None) -> None:
+        """Start the next stage's processes while this one measures: they import torch and wait."""
+        if stage is not None and stage.worker and self.ready is None:
+            self.ready = (stage, self.started(stage))
 
+    def drop_ready(self) -> None:
+        """End processes that wait for work that will not come."""
+        if self.ready is not None:
+            for group in self.ready[1]:
+                group.kill()
+        self.ready = None
 
-def run_stage(stage: Stage, seconds_left: float, logs: Path) -> Outcome:
-    """Run ``stage`` in what is left of the budget."""
-    log = logs / f"{stage.name}.log"
-    if stage.missing is not None:
-        return Outcome(stage.name, f"skipped: {stage.missing}", 0.0, "")
-    if seconds_left < min(_LEAST_SECONDS, stage.limit_s):
-        return Outcome(stage.name, "skipped: the budget is spent", 0.0, "")
-    start = time.monotonic()
-    deadline = start + min(stage.limit_s, seconds_left)
-    status = "passed"
-    with log.open("wb") as file:
-        for command in stage.commands:
-            file.write(f"$ {' '.join(command)}\n".encode())
-            file.flush()
-            if shutil.which(command[0]) is None:
-                file.write(f"{command[0]} is not found\n".encode())
+    def tell(self, stage: Stage, groups: list[Group], seconds: float) -> None:
+        """Send each process what it is to do, as far as is known by now."""
+        records = read_records(self.results)
+        ceilings = last_by_key(records).get("ceilings", {}).get("ceilings") or _ASSUMED
+        failing = failing_implementations(records, all_failures=self.args.resume is not None)
+        smokes = {key: one["status"] for key, one in last_by_key(records).items() if key.startswith("smoke ")}
+        is_eager = smokes.get("smoke triton") == "failed" and smokes.get("smoke triton eager") == "ok"
+        is_cuda = stage.falls_back and smokes.get("smoke triton eager") == "failed" and smokes.get("smoke cuda") == "ok"
+        for group, told in zip(groups, stage.told, strict=True):
+            line = {
+                **told, "stage": stage.name, "results": str(self.results), "seconds": seconds - 1,
+                "device": self.sizes.device, "ceilings": ceilings, "facts": {"commit": self.facts["commit"]},
+                "plant": self.args.plant.get(stage.name), "failing": failing, "eager": is_eager,
+                "wants": "cuda" if is_cuda else stage.wants,
+            }  # fmt: skip
+            if is_cuda:
+                line["engine"] = {"prefer": {"*": "cuda"}, **told["engine"]}
+            group.send(json.dumps(line))
+
+    def run_stage(self, stage: Stage, following: Stage | None) -> str:
+        """Run it within its limit; "passed", or what went wrong."""
+        limit = min(stage.seconds * self.args.patience * (1.0 if self.is_warm else _COLD), self.seconds_left)
+        if self.args.plant.get(stage.name) == "hang":
+            limit = min(limit, _HANG_S)
+        start = time.monotonic()
+        status = "passed"
+        groups: list[Group] = []
+        try:
+            groups = self.started(stage)
+            if stage.worker:
+                self.tell(stage, groups, limit)
+            self.get_ready(following)
+            while any(group.is_running for group in groups) and time.monotonic() - start < limit:
+                time.sleep(_TICK)
+            codes = [group.end() for group in groups]
+            if any(code is None for code in codes):
+                status = f"ended after {limit:.0f} s"
+            elif any(codes):
+                status = "failed: " + ", ".join(exit_text(code) for code in codes if code)
+        except OSError as error:
+            status = f"failed: {error}"
+        finally:
+            for group in groups:
+                group.kill()
+        self.write(what="stage", key=f"stage {stage.name}", stage=stage.name, status=status,
+                   seconds=round(time.monotonic() - start, 2))  # fmt: skip
+        return status
+
+    def run(self, chosen: Sequence[Stage]) -> None:
+        """All of ``chosen``, as far as the time goes."""
+        for index, stage in enumerate(chosen):
+            reason = stage.missing
+            if self.seconds_left < stage.needs_seconds and not self.args.dry_run:
+                reason = reason or f"{self.seconds_left:.0f} s are left"
+            if reason:
+                self.say(f"== {stage.name}: not run, {reason}")
+                self.write(what="stage", key=f"stage {stage.name}", stage=stage.name, status=f"not run: {reason}")
                 continue
-            code = _run(command, stage.environment, file.fileno(), deadline - time.monotonic())
-            if code != 0:
-                status = "timed out" if code is None else f"failed ({code})"
-                break
-    return Outcome(stage.name, status, time.monotonic() - start, str(log))
+            self.say(f"== {stage.name}, {self.seconds_left:.0f} s are left")
+            following = next((one for one in chosen[index + 1 :] if not one.missing), None)
+            before = time.monotonic()
+            self.say(f"   {self.run_stage(stage, following)}, {time.monotonic() - before:.1f} s")
+        self.drop_ready()
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], output: int, seconds: float) -> int | None:
-    """The exit status, or None if it was ended, with all processes that it started, after ``seconds``."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **environment},
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+def exit_text(code: int) -> str:
+    """An exit status as people know it."""
+    return signal.Signals(-code).name if code < 0 else f"exit {code}"
+
+
+def choose(args: argparse.Namespace, found: list[Stage], records: Sequence[Mapping[str, Any]]) -> list[Stage]:
+    """The stages that ``args`` name; on --resume those of which something is not known yet."""
+    chosen = [stage for stage in found if not args.stages or stage.name in args.stages]
+    if args.resume is None:
+        return chosen
+    known = {key for key, record in last_by_key(records).items() if record.get("status") in ("ok", "passed")}
+    return [
+        stage for stage in chosen
+        if f"stage {stage.name}" not in known or not set(stage.expects) <= known
+    ]  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. What is wrong with it ends the process with a message."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=510.0, help="for everything together [510]")
+    parser.add_argument("--out", type=Path, help="folder of the results; $OUT if that is set [gpu-out]")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="results of a run before: what it has is not measured again"
     )
-    try:
-        return process.wait(max(0.0, seconds))
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            return None
-        raise
-
-
-def run_all(chosen: Sequence[Stage], minutes: float, logs: Path, results: Path, gpu: str) -> list[Outcome]:
-    """Run the stages within the budget; each leaves a line in ``results``, and in a copy if the logs are elsewhere."""
-    end = time.monotonic() + 60 * minutes
-    facts = provenance("torch") | {"gpu": gpu}
-    outcomes = []
-    for stage in chosen:
-        print(f"== {stage.name}", flush=True)
-        outcome = run_stage(stage, end - time.monotonic(), logs)
-        outcomes.append(outcome)
-        print(f"   {outcome.status}, {outcome.seconds:.0f} s  {outcome.log}", flush=True)
-        if outcome.is_bad:
-            lines = Path(outcome.log).read_text(errors="replace").splitlines()
-            print(*(f"   | {line}" for line in lines[-_SHOWN_LINES:]), sep="\n", flush=True)
-        record = {
-            "benchmark": "gpu",
-            "stage": stage.name,
-            "status": outcome.status,
-            "seconds": outcome.seconds,
-            **facts,
-        }
-        append_record(results, record)
-        if not logs.resolve().is_relative_to(results.parent.resolve()):
-            shutil.copy(results, logs)
-    return outcomes
+    names = [stage.name for stage in stages(NEMO, Path(), Path(), False)]
+    parser.add_argument("--stages", nargs="+", choices=names, help="only these")
+    parser.add_argument(
+        "--pack", type=Path, default=gpu_setup.PACK, help="folder that `make gpu-pack` made [build/gpu-pack]"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="N", help="a stage may take N times as long as on an H200 [1]"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at a toy's size")
+    parser.add_argument(
+        "--plant", nargs="+", default=[], metavar="STAGE=FAULT", help="of a dry run: crash, hang or oom"
+    )
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="tell what results say, and measure nothing")
+    parser.add_argument(
+        "--store", type=Path, metavar="FILE", help="put results into benchmarks/results/, and measure nothing"
+    )
+    args = parser.parse_args(argv)
+    args.out = args.out or Path(os.environ.get("OUT") or "gpu-out")
+    args.plant = dict(text.split("=", 1) for text in args.plant if "=" in text)
+    if args.plant and not args.dry_run:
+        parser.error("--plant is for a --dry-run")
+    if not args.seconds > 0:
+        parser.error(f"--seconds must be greater than 0, got {args.seconds:g}")
+    if not args.patience > 0:
+        parser.error(f"--patience must be greater than 0, got {args.patience:g}")
+    for name in ("resume", "summary", "store"):
+        if (given := getattr(args, name)) is not None and not given.is_file():
+            parser.error(f"--{name} {given}: there is no such file")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all stages and print a table of how they ended."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [stage.name for stage in stages(RESULTS)]
-    parser.add_argument("--minutes", type=float, default=45.0, help="budget of all stages together")
-    parser.add_argument("--stages", nargs="*", choices=names, help="only these")
-    args = parser.parse_args(argv)
-    probe = subprocess.run([sys.executable, "-c", _NAME_OF_GPU], capture_output=True, text=True)
-    if probe.returncode != 0:
-        reason = probe.stdout or (probe.stderr.splitlines() or ["python failed"])[-1]
-        print(f"make gpu needs an NVIDIA GPU: {reason}", file=sys.stderr)
-        return 2
-    gpu = probe.stdout
-    logs = Path(os.environ.get("OUT") or RESULTS / "gpu-logs")
-    logs.mkdir(parents=True, exist_ok=True)
-    results = RESULTS / f"gpu-{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.jsonl"
-    chosen = [stage for stage in stages(results) if not args.stages or stage.name in args.stages]
-    print(f"{gpu}; {args.minutes:g} minutes; results in {results}")
-    outcomes = run_all(chosen, args.minutes, logs, results, gpu)
-    print(f"\n{'stage':12s}  {'seconds':>7s}  result")
-    for outcome in outcomes:
-        print(f"{outcome.stage:12s}  {outcome.seconds:7.0f}  {outcome.status}")
-    return int(any(outcome.is_bad for outcome in outcomes))
+    """Run the stages; print what is known and what is not, also after SIGTERM."""
+    args = parse(argv)
+    junit = args.out / "junit.xml"
+    if args.store is not None:
+        return store(args.store, ROOT / "benchmarks" / "results")
+    found = stages(DRY if args.dry_run else NEMO, args.out.resolve() / "results.jsonl", junit.resolve(), args.dry_run)
+    if args.summary is not None:
+        print(*summary_lines(read_records(args.summary), found), sep="\n")
+        return 0
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / "results.jsonl"
+    if args.resume is not None and args.resume.resolve() != results:
+        for record in read_records(args.resume):
+            append_record(results, record)
+    signal.signal(signal.SIGTERM, _stop)
+    links: list[Path] = []
+    with tempfile.TemporaryDirectory(prefix="nemo-gpu-") as scratch, Log(args.out / "log.txt") as log, Guard() as guard:
+        run = Run(args, log, guard, Path(scratch))
+        chosen: list[Stage] = []
+        try:
+            links = run.prepare()
+            if run.facts["gpu"] is None and not args.dry_run:
+                print(
+                    "an NVIDIA GPU is needed, and torch finds none (--dry-run tries everything on the CPU)",
+                    file=sys.stderr,
+                )
+                return 2
+            chosen = choose(args, found, read_records(results))
+            run.run(chosen)
+        except (KeyboardInterrupt, SystemExit):
+            run.say("stopped")
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            run.drop_ready()
+            for link in links:
+                link.unlink(missing_ok=True)
+            lines = summary_lines(read_records(results), chosen or found)
+            if run.facts.get("gpu") or args.dry_run:
+                run.say("\n".join(lines))
+    if junit.exists() and junit.stat().st_size > MOST_BYTES:
+        junit.unlink()
+    known = {
+        key for key, record in last_by_key(read_records(results)).items() if record.get("status") in ("ok", "passed")
+    }
+    wanted = {f"stage {stage.name}" for stage in chosen if not stage.missing}
+    return int(not chosen or not wanted <= known)
+
+
+def _stop(*_: Any) -> None:
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+COMMIT = "NEMO_ENGINE_COMMIT"  # in the environment: the commit of a copy of the tree that has no git
 _HERE = Path(__file__).resolve()
 _NOT_CODE = (":(exclude,top)benchmarks/results", ":(exclude,top,glob)**/*.md")  # a change there changes no number
 # An absolute path at the start of a text or of a value in it; not the //host of an address.
@@ -36,11 +37,32 @@ def provenance(*packages: str) -> dict[str, object]:
 
 
 def append_record(path: Path | None, record: Mapping[str, object]) -> None:
-    """Add a line to the results file ``path``, if there is one; its folder is made. Of absolute paths in the line the names are kept."""
+    """Add a line to the results file ``path``, if there is one; its folder is made. Of absolute paths in the line the names are kept.
+
+    The line is on the disk when this returns, and is written at once: a process that is killed leaves at most one torn line, the last.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(without_folders(dict(record))) + "\n")
+        with path.open("ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            is_torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+            file.write(b"\n" * is_torn + json.dumps(without_folders(dict(record))).encode() + b"\n")
+            os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a results file; lines that a killed process left torn are passed over. None if there is no such file."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
 def without_folders(value: Any) -> Any:
@@ -74,11 +96,11 @@ def commit_of(file: Path) -> str:
     try:
         # A package installed inside another project's checkout is not tracked there.
         if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
-            return "not a git checkout"
+            return os.environ.get(COMMIT, "not a git checkout")
         commit = _git(file.parent, "describe", "--always")
         changes = _git(file.parent, "status", "--porcelain", "--untracked-files=no", "--", ":/", *_NOT_CODE)
     except FileNotFoundError:
-        return "git is not installed"
+        return os.environ.get(COMMIT, "git is not installed")
     return f"{commit}-dirty" if changes else str(commit)
 
 

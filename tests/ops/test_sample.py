@@ -244,6 +244,14 @@ def test_top_logprobs_of_a_large_vocabulary() -> None:
 
 
 @pytest.mark.gpu
+def test_noise_has_the_same_bits_on_a_gpu() -> None:
+    seeds = [0, 1, 2, 12345, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
+    keys = sampling.row_keys(torch.tensor([sampling.seed_key(seed) for seed in seeds]), torch.arange(len(seeds)))
+    assert torch.equal(sampling.noise_bits(keys.cuda(), 131072).cpu(), sampling.noise_bits(keys, 131072))
+    assert torch.equal(sampling.row_keys(keys.cuda(), keys.cuda()).cpu(), sampling.row_keys(keys, keys))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("impl", SAMPLE.impls, ids=lambda impl: impl.name)
 def test_kernels_on_a_gpu(impl: Impl) -> None:
     """A GPU's exponentials and logarithms end in other bits, so that in one row of thousands another token may win."""

@@ -344,13 +344,6 @@ def test_every_implementation_draws_tokens_that_the_filters_keep(case: Case, dty
     assert num_bytes == logits.nbytes and flops > 0
 
 
-@pytest.mark.gpu
-def test_noise_has_the_same_bits_on_a_gpu() -> None:
-    keys = make_keys(SEEDS, list(range(len(SEEDS))))
-    assert torch.equal(sampling.noise_bits(keys.cuda(), 131072).cpu(), sampling.noise_bits(keys, 131072))
-    assert torch.equal(sampling.row_keys(keys.cuda(), keys.cuda()).cpu(), sampling.row_keys(keys, keys))
-
-
 def test_the_token_that_crosses_top_p_is_kept_and_so_are_its_ties() -> None:
     logits = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1]).log()
     assert kept_tokens(logits, 1.0, 0.0, 0, 0.41) == {0, 1}
