@@ -53,7 +53,9 @@ _SIZE_FIELDS = {
 }
 
 # Buffers that old checkpoints carry and that follow from rope_theta.
-_IGNORED = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope\.freqs")
+_IGNORED = re.compile(
+    r"([\w.]+\.)?(rotary_emb|rotary_pos_emb|rope)\.((original_)?inv_freq|freqs(_cis)?|(cos|sin)(_cached)?)|([\w.]+\.)?freqs_cis"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,5 +115,5 @@ def expected_tensors(config: ModelConfig, layout: Layout) -> list[ExpectedTensor
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a tensor may be in a checkpoint without being read: a rotary buffer of old exports."""
+    """Whether a tensor may be in a checkpoint without being read: a rotary buffer, which follows from the config."""
     return _IGNORED.fullmatch(name) is not None

@@ -8,18 +8,20 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from nemo_engine.outputs import CompletionOutput, Logprob, RequestOutput
+from nemo_engine.outputs import CompletionOutput, RequestOutput
 from nemo_engine.server.answer import respond
-from nemo_engine.server.completions import finite, is_answer_long, prompt_logprobs, token_text
+from nemo_engine.server.completions import is_answer_long
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
+from nemo_engine.server.logprobs import chat_logprobs, prompt_logprobs
 from nemo_engine.server.params import effective
 from nemo_engine.server.prompts import encode_conversation, structured_outputs
 from nemo_engine.server.protocol import ChatRequest
 from nemo_engine.server.service import Service, while_connected
 from nemo_engine.server.sse import DONE, EventStream, event
 from nemo_engine.server.tools import ToolUse
+from nemo_engine.text.messages import check_content
 from nemo_engine.text.tool_calls import (
     AnswerParser,
     ArgumentsDelta,
@@ -105,8 +107,7 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
     )
     echo = ""
     if request.echo and request.messages[-1].get("role") == "assistant":
-        content = request.messages[-1].get("content")
-        echo = content if isinstance(content, str) else ""
+        echo = check_content(request.messages[-1].get("content"), "messages[-1].content") or ""
     generation = Generation(service, http, request, [prompt], [own], id_prefix)
     return Chat(generation, tools, echo, request.skip_special_tokens is False)
 
@@ -125,7 +126,7 @@ def _whole(service: Service, request: ChatRequest, chat: Chat, final: RequestOut
             "logprobs": None
             if not request.logprobs
             else {
-                "content": token_logprobs(service, request, completion.token_ids, completion.logprobs or []),
+                "content": chat_logprobs(request, service.tokenizer, completion.token_ids, completion.logprobs or []),
                 "refusal": None,
             },
             "finish_reason": finish_reason(completion, bool(calls)),
@@ -182,7 +183,9 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
                 "index": index,
                 "delta": delta,
                 "logprobs": {
-                    "content": token_logprobs(service, request, completion.token_ids, completion.logprobs or [])
+                    "content": chat_logprobs(
+                        request, service.tokenizer, completion.token_ids, completion.logprobs or []
+                    )
                 }
                 if request.logprobs
                 else None,
@@ -243,22 +246,3 @@ def _call(call: ToolCall) -> dict[str, Any]:
 def _head(service: Service, chat: Chat, kind: str) -> dict[str, Any]:
     generation = chat.generation
     return {"id": generation.id, "object": kind, "created": generation.created, "model": service.model_name}
-
-
-def token_logprobs(
-    service: Service, request: ChatRequest, token_ids: list[int], entries: list[dict[int, Logprob]]
-) -> list[dict[str, Any]]:
-    """OpenAI's form of the log-probabilities of generated tokens. ``bytes`` are the token's own, which need not be whole characters."""
-    count = request.top_logprobs or 0
-    tokenizer = service.tokenizer
-
-    def shown(token_id: int, one: Logprob) -> dict[str, Any]:
-        data = tokenizer.token_bytes(token_id, skip_special_tokens=False)
-        return {"token": token_text(request, token_id, one), "logprob": finite(one.logprob), "bytes": list(data)}
-
-    found = []
-    for token_id, entry in zip(token_ids, entries):
-        best = sorted(entry.items(), key=lambda item: item[1].rank or 0)
-        top = [shown(other, one) for other, one in best[: None if count == -1 else count]]
-        found.append(shown(token_id, entry[token_id]) | {"top_logprobs": top})
-    return found

@@ -10,10 +10,12 @@ from starlette.responses import Response
 
 from nemo_engine.inputs import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, Logprob, RequestOutput
+from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.server.answer import respond
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
+from nemo_engine.server.logprobs import TextOffsets, completion_logprobs, prompt_logprobs
 from nemo_engine.server.params import effective
 from nemo_engine.server.prompts import encode_prompts, structured_outputs
 from nemo_engine.server.protocol import CompletionRequest, GenerationRequest
@@ -79,12 +81,15 @@ def _prepare(service: Service, http: Request, request: CompletionRequest) -> _Ru
 def _whole(service: Service, request: CompletionRequest, run: _Run, finals: list[RequestOutput]) -> dict[str, Any]:
     choices = []
     for index, (prompt, final) in enumerate(zip(run.generation.prompts, finals)):
-        echo = _prompt_text(service, prompt) if request.echo else ""
+        echo = _prompt_text(service, prompt) if request.echo else None
+        own = run.generation.effective[index].params
         for completion in final.outputs:
             entry: dict[str, Any] = {
                 "index": index * run.generation.n + completion.index,
-                "text": echo if run.drops_output else echo + completion.text,
-                "logprobs": _logprobs(service, request, final, completion, run.drops_output),
+                "text": (echo or "") + ("" if run.drops_output else completion.text),
+                "logprobs": None
+                if request.logprobs is None
+                else _logprobs(service, request, echo, final, own, None if run.drops_output else completion),
                 "finish_reason": "length" if run.drops_output else completion.finish_reason,
                 "stop_reason": completion.stop_reason,
             }
@@ -101,13 +106,13 @@ def _whole(service: Service, request: CompletionRequest, run: _Run, finals: list
 
 
 async def _stream(service: Service, request: CompletionRequest, run: _Run) -> AsyncIterator[bytes]:
-    generation = run.generation
+    generation, tokenizer = run.generation, service.engine.tokenizer
     head = _head(service, run)
     options = request.stream_options
     with_usage = options is not None and bool(options.include_usage or options.continuous_usage_stats)
     with_usage_each = options is not None and bool(options.continuous_usage_stats)
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
-    offsets: dict[int, int] = {}
+    places: dict[int, TextOffsets] = {}
     echo_due = set(range(len(generation.prompts))) if request.echo else set()
     async for index, output in generation.outputs():
         raise_failure(output)
@@ -117,14 +122,17 @@ async def _stream(service: Service, request: CompletionRequest, run: _Run) -> As
             text = "" if run.drops_output else completion.text
             if index in echo_due:
                 text = _prompt_text(service, generation.prompts[index]) + text
-            offset = offsets.get(number, 0)
-            offsets[number] = offset + len(text)
+            logprobs = None
+            if completion.logprobs is not None:
+                if number not in places:
+                    skips = generation.effective[index].params.skip_special_tokens
+                    places[number] = TextOffsets(tokenizer, skips_special=skips)
+                offsets = [places[number].take(token_id) for token_id in completion.token_ids]
+                logprobs = completion_logprobs(request, tokenizer, completion.token_ids, completion.logprobs, offsets)
             entry: dict[str, Any] = {
                 "index": number,
                 "text": text,
-                "logprobs": None
-                if completion.logprobs is None
-                else _logprob_lists(request, completion.token_ids, list(completion.logprobs), offset),
+                "logprobs": logprobs,
                 "finish_reason": "length" if run.drops_output else completion.finish_reason,
                 "stop_reason": completion.stop_reason,
             }
@@ -168,74 +176,29 @@ def _prompt_text(service: Service, prompt: EncodedPrompt) -> str:
     return service.tokenizer.decode(prompt.token_ids)
 
 
-def prompt_logprobs(final: RequestOutput) -> list[dict[str, Any] | None] | None:
-    """vLLM's form: for each prompt token None or ``{token id: {logprob, rank, decoded_token}}``."""
-    if final.prompt_logprobs is None:
-        return None
-    return [
-        None
-        if entry is None
-        else {
-            str(token_id): {"logprob": finite(one.logprob), "rank": one.rank, "decoded_token": one.decoded_token}
-            for token_id, one in entry.items()
-        }
-        for entry in final.prompt_logprobs
-    ]
-
-
-def finite(value: float) -> float:
-    """A log-probability that JSON can hold."""
-    return max(value, -9999.0)
-
-
-def token_text(request: CompletionRequest | Any, token_id: int, one: Logprob) -> str:
-    """How a token is named beside its log-probability."""
-    if request.return_tokens_as_token_ids or one.decoded_token is None:
-        return f"token_id:{token_id}"
-    return one.decoded_token
-
-
 def _logprobs(
-    service: Service, request: CompletionRequest, final: RequestOutput, completion: CompletionOutput, drops: bool
+    service: Service,
+    request: CompletionRequest,
+    echo: str | None,
+    final: RequestOutput,
+    own: SamplingParams,
+    completion: CompletionOutput | None,
 ) -> dict[str, Any] | None:
-    if request.logprobs is None or completion.logprobs is None:
-        return None
+    """Of one choice: the prompt's tokens if ``echo`` is its text, then those of ``completion``."""
+    tokenizer = service.engine.tokenizer
     token_ids: list[int] = []
     entries: list[dict[int, Logprob] | None] = []
-    if request.echo:
+    offsets: list[int] = []
+    if echo is not None:
         token_ids += final.prompt_token_ids
         entries += final.prompt_logprobs or []
-    if not drops:
+        # The text of a prompt may begin with the name of its BOS.
+        shift = 0 if tokenizer is None else max(0, len(echo) - len(tokenizer.decode(token_ids)))
+        places = TextOffsets(tokenizer, start=shift)
+        offsets += [places.take(token_id) for token_id in token_ids]
+    if completion is not None:
+        places = TextOffsets(tokenizer, start=len(echo or ""), skips_special=own.skip_special_tokens)
         token_ids += completion.token_ids
-        entries += completion.logprobs
-    first = service.tokenizer.decode_token(token_ids[0]) if request.echo and service.engine.tokenizer else ""
-    return _logprob_lists(request, token_ids, entries, 0, first)
-
-
-def _logprob_lists(
-    request: CompletionRequest,
-    token_ids: list[int],
-    entries: list[dict[int, Logprob] | None],
-    offset: int,
-    first_text: str = "",
-) -> dict[str, Any]:
-    """OpenAI's lists. The first token of an echoed prompt has no log-probability."""
-    tokens: list[str] = []
-    values: list[float | None] = []
-    top: list[dict[str, float] | None] = []
-    offsets: list[int] = []
-    for token_id, entry in zip(token_ids, entries):
-        offsets.append(offset)
-        if entry is None:
-            text = f"token_id:{token_id}" if request.return_tokens_as_token_ids else first_text
-            tokens.append(text)
-            values.append(None)
-            top.append(None)
-        else:
-            text = token_text(request, token_id, entry[token_id])
-            tokens.append(text)
-            values.append(finite(entry[token_id].logprob))
-            best = list(entry.items())[: max(request.logprobs or 0, 1) + 1]
-            top.append({token_text(request, other, one): finite(one.logprob) for other, one in best})
-        offset += len(text)
-    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": top}
+        entries += completion.logprobs or []
+        offsets += [places.take(token_id) for token_id in completion.token_ids]
+    return completion_logprobs(request, tokenizer, token_ids, entries, offsets)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nemo_engine.server.protocol import IGNORED_FIELDS_HEADER, MAX_IGNORED, ApiRequest
+from nemo_engine.server.fields import MAX_IGNORED
+from nemo_engine.server.protocol import IGNORED_FIELDS_HEADER, ApiRequest
 
 
 def response_headers(request: ApiRequest) -> dict[str, str]:

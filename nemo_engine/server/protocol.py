@@ -1,60 +1,60 @@
 """What requests may hold: OpenAI's fields and vLLM's extras, by the same names. Values are checked by the engine's own rules.
 
-A field that is known and cannot be honoured is refused by name, unless its value asks for nothing; a field that nobody knows is
-listed in the response's header ``X-Ignored-Fields``.
+The rule for values that ask for nothing and for fields that are not declared is that of ``fields``, for objects inside a body too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Strict
 
 from nemo_engine.server.errors import ApiError
+from nemo_engine.server.fields import MESSAGE, RESPONSE_FORMAT, TOOL, Ignored
+from nemo_engine.text.messages import asks_nothing
 
 IGNORED_FIELDS_HEADER = "X-Ignored-Fields"
-MAX_IGNORED = 32  # names that it lists
 
-_NOTHING: tuple[Any, ...] = (None,)
-# Known fields that are not supported, each with the values that ask for nothing.
+TokenId = Annotated[int, Strict()]  # neither true nor 1.0 is one
+
+# Known fields that are not supported, each with values that ask for nothing beside those that always do.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": _NOTHING,
-    "best_of": (None, 1),
-    "chat_template": _NOTHING,
-    "chat_template_kwargs": (None, {}),
-    "documents": (None, []),
-    "early_stopping": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "guided_choice": _NOTHING,
-    "guided_decoding_backend": _NOTHING,
-    "guided_grammar": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_whitespace_pattern": _NOTHING,
-    "kv_transfer_params": _NOTHING,
-    "length_penalty": (None, 1.0),
-    "logits_processors": (None, []),
-    "lora_request": _NOTHING,
-    "media_io_kwargs": _NOTHING,
-    "mm_processor_kwargs": _NOTHING,
-    "modalities": (None, ["text"]),
-    "prediction": _NOTHING,
-    "prompt_embeds": _NOTHING,
-    "reasoning": _NOTHING,
-    "reasoning_effort": (None, "none"),
-    "return_token_offsets": (None, False),
-    "return_weight_versions": (None, False),
-    "session_id": _NOTHING,
-    "store": (None, False),
-    "suffix": (None, ""),
-    "thinking_token_budget": _NOTHING,
-    "use_beam_search": (None, False),
-    "verbosity": (None, "medium"),
-    "vllm_xargs": (None, {}),
-    "web_search_options": _NOTHING,
+    "audio": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": (),
+    "documents": (),
+    "early_stopping": (),
+    "function_call": ("none",),
+    "functions": (),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "logits_processors": (),
+    "lora_request": (),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_embeds": (),
+    "reasoning": (),
+    "reasoning_effort": ("none",),
+    "return_token_offsets": (),
+    "return_weight_versions": (),
+    "session_id": (),
+    "store": (),
+    "suffix": (),
+    "thinking_token_budget": (),
+    "use_beam_search": (),
+    "verbosity": ("medium",),
+    "vllm_xargs": (),
+    "web_search_options": (),
 }
 INSTEAD = {
     "guided_json": "structured_outputs",
@@ -63,15 +63,6 @@ INSTEAD = {
     "guided_grammar": "structured_outputs",
     "functions": "tools",
     "function_call": "tool_choice",
-}
-# Taken by OpenAI for its own bookkeeping; here they have no effect, and the header says so.
-_WITHOUT_EFFECT = {
-    "metadata",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "user",
 }
 
 
@@ -82,26 +73,35 @@ class ApiRequest(BaseModel):
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
     instead: ClassVar[Mapping[str, str]] = INSTEAD
 
+    inside: ClassVar[Mapping[str, Any]] = {}  # the names in objects of declared fields that are not models themselves
+
+    _ignored: Ignored = PrivateAttr(default_factory=Ignored)
+
+    def model_post_init(self, _: Any) -> None:
+        """Leave out of objects what this server does not know. Raises ``ApiError`` for what is refused there."""
+        for name, names in self.inside.items():
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, self._ignored.known_part(value, names, name))
+
     def ignored_fields(self) -> list[str]:
         """Fields that had no effect. Raises ``ApiError`` for a known one that is not supported."""
-        extra = self.__pydantic_extra__ or {}
-        for name in self.unsupported.keys() & extra.keys():
-            value, harmless = extra[name], self.unsupported[name]
-            if not any(value == nothing and type(value) is type(nothing) for nothing in harmless) and not (
-                isinstance(value, (int, float)) and value in harmless and value is not True
+        for name, value in (self.__pydantic_extra__ or {}).items():
+            if name not in self.unsupported:
+                if not asks_nothing(value):
+                    self._ignored.add(name)
+            elif not asks_nothing(value) and not any(
+                value == harmless and not isinstance(value, bool) for harmless in self.unsupported[name]
             ):
                 hint = f"; use {self.instead[name]}" if name in self.instead else ""
                 raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
-        told = (
-            name
-            for name, value in extra.items()
-            if name not in self.unsupported and (value is not None or name not in _WITHOUT_EFFECT)
-        )
-        return list(islice(told, MAX_IGNORED))  # a hostile body may hold any number
+        return list(self._ignored.paths)
 
 
 class StreamOptions(ApiRequest):
     """Options of a stream: a last event with the usage, or the usage in every event."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
@@ -133,14 +133,14 @@ class SamplingRequest(ApiRequest):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[TokenId] | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     repetition_detection: RepetitionDetectionFields | None = None
@@ -158,23 +158,25 @@ class SamplingRequest(ApiRequest):
 class GenerationRequest(SamplingRequest):
     """What requests for completions and for chat share."""
 
+    inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT}
+
     stream_options: StreamOptions | None = None
     n: int | None = None
     response_format: dict[str, Any] | None = None
-    logprob_token_ids: list[int] | None = None
+    logprob_token_ids: list[TokenId] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = False
 
     def ignored_fields(self) -> list[str]:
         """Those of ``stream_options`` too."""
-        inner = {} if self.stream_options is None else self.stream_options.__pydantic_extra__ or {}
+        inner = [] if self.stream_options is None else self.stream_options.ignored_fields()
         return super().ignored_fields() + [f"stream_options.{name}" for name in inner]
 
 
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(union_mode="left_to_right")
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(union_mode="left_to_right")
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool | None = False
@@ -183,6 +185,8 @@ class CompletionRequest(GenerationRequest):
 
 class ChatRequest(GenerationRequest):
     """The body of ``/v1/chat/completions`` and its ``render``."""
+
+    inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT, "messages": [MESSAGE], "tools": [TOOL]}
 
     messages: list[dict[str, Any]]
     max_tokens: int | None = None
@@ -208,6 +212,8 @@ class ChatRequest(GenerationRequest):
 class TokenizeRequest(ApiRequest):
     """The body of ``/tokenize``: a prompt, or messages as in chat."""
 
+    inside: ClassVar[Mapping[str, Any]] = {"messages": [MESSAGE], "tools": [TOOL]}
+
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -223,7 +229,7 @@ class DetokenizeRequest(ApiRequest):
     """The body of ``/detokenize``."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 class AbortRequest(ApiRequest):

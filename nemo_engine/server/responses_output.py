@@ -9,8 +9,9 @@ from typing import Any
 from uuid import uuid4
 
 from nemo_engine.outputs import CompletionOutput, Logprob
-from nemo_engine.server.chat import Chat, token_logprobs
+from nemo_engine.server.chat import Chat
 from nemo_engine.server.errors import ApiError
+from nemo_engine.server.logprobs import chat_logprobs
 from nemo_engine.server.responses_input import ChatForm
 from nemo_engine.server.responses_protocol import ResponsesRequest
 from nemo_engine.server.service import Service
@@ -72,7 +73,7 @@ class Run:
             return []
         token_ids = self.text_tokens(completion.token_ids)
         entries: list[dict[int, Logprob]] = completion.logprobs or []
-        return token_logprobs(self._service, self.form.request, token_ids, entries[: len(token_ids)])
+        return chat_logprobs(self.form.request, self._service.tokenizer, token_ids, entries[: len(token_ids)])
 
     def text_tokens(self, token_ids: list[int]) -> list[int]:
         """``token_ids`` up to [TOOL_CALLS], if calls are looked for."""

@@ -12,38 +12,49 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from nemo_engine.server.errors import ApiError
+from nemo_engine.server.fields import INPUT_ITEM, INPUT_TOOL, TEXT_FORMAT
 from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, SamplingRequest
+from nemo_engine.text.messages import asks_nothing
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
+# What answers of other models and of built-in tools have: there is nothing of the kind to include.
+_NOTHING_TO_INCLUDE = {
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+}
 MAX_TOP_LOGPROBS = 20
 _MAX_METADATA = 16  # pairs
 _MAX_METADATA_KEY = 64  # characters
 _MAX_METADATA_VALUE = 512
 
-_NOTHING: tuple[Any, ...] = (None,)
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = UNSUPPORTED | {
-    "access_programs": _NOTHING,
-    "background": (None, False),
-    "background_options": (None, {}),
-    "context_management": (None, []),
-    "conversation": _NOTHING,
-    "enable_response_messages": (None, False),
-    "image": _NOTHING,
-    "logprob_token_ids": _NOTHING,
-    "logprobs": (None, False),
-    "max_completion_tokens": _NOTHING,
-    "max_tokens": _NOTHING,
-    "max_tool_calls": _NOTHING,
-    "messages": _NOTHING,
-    "moderation": _NOTHING,
-    "n": (None, 1),
-    "previous_input_messages": (None, []),
-    "previous_response_id": _NOTHING,
-    "prompt": _NOTHING,
-    "prompt_logprobs": _NOTHING,
-    "reasoning_effort": (None, "none"),
-    "response_format": _NOTHING,
-    "return_token_ids": (None, False),
+    "access_programs": (),
+    "background": (),
+    "background_options": (),
+    "context_management": (),
+    "conversation": (),
+    "enable_response_messages": (),
+    "image": (),
+    "logprob_token_ids": (),
+    "logprobs": (),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+    "max_tool_calls": (),
+    "messages": (),
+    "moderation": (),
+    "n": (1,),
+    "previous_input_messages": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "response_format": (),
+    "return_token_ids": (),
 }
 _INSTEAD = INSTEAD | {
     "conversation": "input",
@@ -61,12 +72,17 @@ _INSTEAD = INSTEAD | {
 class TextOptions(ApiRequest):
     """The field ``text``: the form of the answer."""
 
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    inside: ClassVar[Mapping[str, Any]] = {"format": TEXT_FORMAT}
+
     format: dict[str, Any] | None = None
     verbosity: str | None = None
 
 
 class ResponseStreamOptions(ApiRequest):
     """Options of a stream."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     include_obfuscation: bool | None = False
 
@@ -76,6 +92,7 @@ class ResponsesRequest(SamplingRequest):
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED
     instead: ClassVar[Mapping[str, str]] = _INSTEAD
+    inside: ClassVar[Mapping[str, Any]] = {"input": [INPUT_ITEM], "tools": [INPUT_TOOL]}
 
     input: str | list[dict[str, Any]] = Field(union_mode="left_to_right")
     instructions: str | None = None
@@ -98,9 +115,12 @@ class ResponsesRequest(SamplingRequest):
         for name in ("text", "stream_options"):
             inner: ApiRequest | None = getattr(self, name)
             if inner is not None:
-                ignored += [f"{name}.{one}" for one in inner.__pydantic_extra__ or {}]
+                ignored += [f"{name}.{one}" for one in inner.ignored_fields()]
         self._refuse_unsupported()
-        return ignored
+        ignored += [f"reasoning.{one}" for one, value in (self.reasoning or {}).items() if one != "effort" and value]
+        return ignored + [
+            f"include[{index}]" for index, one in enumerate(self.include or ()) if one in _NOTHING_TO_INCLUDE
+        ]
 
     @property
     def has_logprobs(self) -> bool:
@@ -127,13 +147,13 @@ class ResponsesRequest(SamplingRequest):
     def _refuse_unsupported(self) -> None:
         refused = ""
         for index, one in enumerate(self.include or ()):
-            if one != INCLUDE_LOGPROBS:
+            if one != INCLUDE_LOGPROBS and one not in _NOTHING_TO_INCLUDE:
                 refused, detail = f"include[{index}]", f"{one!r}; it takes {INCLUDE_LOGPROBS!r}"
         if self.truncation == "auto":
             refused, detail = "truncation", '"auto"; send less, or use truncate_prompt_tokens'
-        asked = {key: value for key, value in (self.reasoning or {}).items() if value is not None}
-        if asked and asked != {"effort": "none"}:
-            refused, detail = "reasoning", f"{asked!r}: this model does not reason"
+        effort = (self.reasoning or {}).get("effort")
+        if not asks_nothing(effort) and effort != "none":
+            refused, detail = "reasoning.effort", f"{effort!r}: this model does not reason"
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             refused, detail = "text.verbosity", f"{self.text.verbosity!r}"
         if self.stream_options is not None and self.stream_options.include_obfuscation:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from nemo_engine.async_engine import AsyncEngine
+from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.server.clients import ANYONE, Client, KeyRing
 from nemo_engine.server.errors import RETRY_AFTER, ApiError
 from nemo_engine.server.metrics import Metrics
@@ -154,8 +155,23 @@ async def _disconnected(request: Request) -> None:
 
 
 def _read_model_defaults(engine: AsyncEngine) -> dict[str, Any]:
+    """What the checkpoint's own file says of sampling. ``ValueError`` naming file and field for a value that no request could have."""
     path = engine.model_path / "generation_config.json"
     if not path.is_file():
         return {}
     stored = json.loads(path.read_text())
-    return {ours: stored[theirs] for theirs, ours in _MODEL_DEFAULTS.items() if stored.get(theirs) is not None}
+    defaults: dict[str, Any] = {}
+    for theirs, ours in _MODEL_DEFAULTS.items():
+        value = stored.get(theirs)
+        if value is None:
+            continue
+        if ours in ("top_k", "max_tokens") and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        try:
+            SamplingParams(**{ours: value})
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {theirs} is no default that requests could have: {error}; correct or remove it"
+            ) from None
+        defaults[ours] = value
+    return defaults

@@ -50,10 +50,11 @@ class ToolUse:
         return [dict(tool) for tool in self.tools if self.is_forced or tool["function"]["name"] in self.choice.names]
 
     def structured_outputs(self, asked: object | None) -> object | None:
-        """The form of the answer: that of the calls if calls are forced, else what the request asks for, or calls if it may make some."""
+        """The form of the answer: that of the calls if calls are forced, else what the request asks for, or calls if it may make some.
+
+        ``asked`` is the form of text, of which an answer of forced calls has none.
+        """
         if self.is_forced:
-            if asked is not None:
-                raise ApiError(400, "tool_choice that forces a call excludes response_format", param="tool_choice")
             return {"json": tool_call_schema(self.tools, self.choice.names, self.parallel)}
         if not self.is_on or asked is None:
             return asked

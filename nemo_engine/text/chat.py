@@ -34,8 +34,8 @@ def render_chat(
     ``messages`` and ``tools`` are OpenAI's; see ``check_messages`` and ``check_tools`` for what is taken. Neighbouring messages of
     one role are merged with a blank line between them, several system messages are joined and stand before the last user
     message, an empty user message is put first if another role begins, and an assistant message with nothing in it is
-    left out; with ``strict`` what the official template refuses is refused. ``continue_final_message`` leaves the last
-    message, an assistant's, open to be continued. Raises ``ValueError`` naming the message.
+    left out; with ``strict`` what the official template refuses is refused. ``continue_final_message``, or ``"prefix": true`` in it,
+    leaves the last message, an assistant's, open to be continued. Raises ``ValueError`` naming the message.
 
     The format gives an assistant's turn either text or tool calls. One with both is rendered as the model writes it when it does:
     the text, then the token [TOOL_CALLS] and the calls.
@@ -54,6 +54,10 @@ def render_chat(
         raise ValueError(f'system_placement must be "last" or "first", got {system_placement!r}')
     # System text moves to the front, so the last message is the last that is not the system's.
     end = max((index for index, message in enumerate(checked) if message.role != "system"), default=0)
+    for index, message in enumerate(checked):
+        if message.is_prefix and index != end:
+            raise ValueError(f"messages[{index}].prefix may be true in the last message only")
+    continue_final_message = continue_final_message or checked[end].is_prefix
     _check_end(checked[end], end, add_generation_prompt, continue_final_message)
     if strict:
         _check_alternation(checked)

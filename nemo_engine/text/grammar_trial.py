@@ -186,7 +186,9 @@ def _main() -> None:
                 if matches_nothing(tokenizer, text):
                     empty.append(name)
             if "grammars" not in spec:
-                if spec.get("whitespace_pattern") and allows_more_than_white_space(tokenizer, spec["whitespace_pattern"]):
+                if spec.get("whitespace_pattern") and allows_more_than_white_space(
+                    tokenizer, spec["whitespace_pattern"]
+                ):
                     return "whitespace_pattern: it must match nothing but white space"
                 matcher(tokenizer, spec)
         except ValueError as error:

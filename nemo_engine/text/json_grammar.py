@@ -250,7 +250,8 @@ class SchemaGrammar:
         if limit is not None:
             count = min(count, limit)
         items = [
-            self._value([first[index] if index < len(first) else rest for first, rest in parts]) for index in range(count)
+            self._value([first[index] if index < len(first) else rest for first, rest in parts])
+            for index in range(count)
         ]
         rows: list[Row] = [(literal("["), literal("]"))] if least == 0 else []
         if limit == 0:
@@ -309,7 +310,9 @@ class SchemaGrammar:
         after: dict[tuple[bool, int], list[Row]] = {}  # by whether a member precedes, and how many
         for is_first in (True, False):
             for count in counts:
-                after[is_first, count] = self._ends(other, is_first, max(0, least - count), None if most is None else most - count)
+                after[is_first, count] = self._ends(
+                    other, is_first, max(0, least - count), None if most is None else most - count
+                )
         for position in range(len(members) - 1, -1, -1):
             member, is_required = members[position]
             before: dict[tuple[bool, int], list[Row]] = {}
@@ -427,7 +430,9 @@ def _flat(rows: Iterable[Row]) -> list[str]:
 def _makes(row: Row, productive: set[str]) -> bool:
     """Whether ``row`` matches something."""
     return all(
-        symbol[0] == '"' or symbol in productive if isinstance(symbol, str) else symbol[1] == 0 or _makes(symbol[0], productive)
+        symbol[0] == '"' or symbol in productive
+        if isinstance(symbol, str)
+        else symbol[1] == 0 or _makes(symbol[0], productive)
         for symbol in row
     )
 

@@ -115,7 +115,9 @@ def _integers(low: Bound | None, high: Bound | None) -> str | None:
     if last is None or last >= 0:
         options.append(_naturals(max(first or 0, 0) if first is not None else 0, last))
     if first is None or first < 0:
-        options.append(_negated(_naturals(1 if last is None or last >= 0 else -last, None if first is None else -first)))
+        options.append(
+            _negated(_naturals(1 if last is None or last >= 0 else -last, None if first is None else -first))
+        )
     return _any_of(options)
 
 
@@ -203,7 +205,9 @@ def _split(value: Fraction) -> tuple[int, str]:
 
 def _positive(low: Bound, high: Bound | None, places: int) -> str | None:
     """Decimals from ``low``, which is not negative; up to ``places`` places, or as many as a bound has."""
-    if high is not None and (low.value > high.value or low.value == high.value and (low.is_exclusive or high.is_exclusive)):
+    if high is not None and (
+        low.value > high.value or low.value == high.value and (low.is_exclusive or high.is_exclusive)
+    ):
         return None
     whole, start = _split(low.value)
     least = rf"{whole}{_after(start, low.is_exclusive, places)}"
@@ -411,4 +415,3 @@ def _remainders(factor: int) -> tuple[str, list[str]]:
                     shorter[start, end] = name
         ways = shorter
     return f'("-"? ({ways[0, 0]})+)', definitions
-

@@ -205,7 +205,11 @@ class _Reader:
             return None
         inside, closed, _ = self._text[self._at + 1 :].partition("}")
         low, comma, high = inside.partition(",")
-        if not closed or not (low or comma) or not all(part == "" or part.isascii() and part.isdigit() for part in (low, high)):
+        if (
+            not closed
+            or not (low or comma)
+            or not all(part == "" or part.isascii() and part.isdigit() for part in (low, high))
+        ):
             return None  # a brace that is a character
         if not low:
             raise self._error("{,n} means different things to different readers")

@@ -175,7 +175,9 @@ def with_length(node: Node, least: int, most: int | None) -> Node | None:
 
 def holds(terms: Terms, text: str) -> bool:
     """Whether ``terms`` hold ``text``. No time beyond the product of both sizes is spent."""
-    return all(_matches(node, text) for node in terms.wanted) and not any(_matches(node, text) for node in terms.unwanted)
+    return all(_matches(node, text) for node in terms.wanted) and not any(
+        _matches(node, text) for node in terms.unwanted
+    )
 
 
 def _matches(node: Node, text: str) -> bool:

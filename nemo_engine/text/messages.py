@@ -23,7 +23,7 @@ FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _KEYS = {
     "system": {"role", "content", "name"},
     "user": {"role", "content", "name"},
-    "assistant": {"role", "content", "name", "tool_calls", "refusal", "annotations", "parsed"},
+    "assistant": {"role", "content", "name", "tool_calls", "refusal", "annotations", "parsed", "prefix"},
     "tool": {"role", "content", "name", "tool_call_id"},
 }
 
@@ -39,12 +39,16 @@ class ChatCall:
 
 @dataclass(slots=True)
 class ChatMessage:
-    """One checked message. A developer's is a system message; ``call_id`` is of a tool's, as the prompt has it."""
+    """One checked message. A developer's is a system message; ``call_id`` is of a tool's, as the prompt has it.
+
+    ``is_prefix``: an assistant's message is the beginning of the answer.
+    """
 
     role: str
     content: str
     calls: list[ChatCall] = field(default_factory=list)
     call_id: str = ""
+    is_prefix: bool = False
 
 
 def tool_call_id_for_prompt(call_id: str) -> str:
@@ -121,6 +125,7 @@ def check_content(content: object, name: str, *, part_types: Sequence[str] = ("t
             raise ValueError(
                 f'{name}[{index}] must be {{"type": "text", "text": ...}}: the model reads text only, got {what}'
             )
+        refuse_unknown(part, {"type", str(kind)}, f"{name}[{index}]", f"a part of type {kind}")
         check_unicode(f"{name}[{index}].{kind}", part[kind])
         texts.append(part[kind])
     return "\n\n".join(text for text in texts if text)
@@ -128,16 +133,17 @@ def check_content(content: object, name: str, *, part_types: Sequence[str] = ("t
 
 def refuse_unknown(given: Mapping[Any, Any], known: set[str], name: str, what: str) -> None:
     """Raise ``ValueError`` for keys that are not ``known`` and hold something."""
-    unknown = sorted(str(key) for key, value in given.items() if key not in known and not _is_empty(value))
+    unknown = sorted(str(key) for key, value in given.items() if key not in known and not asks_nothing(value))
     if unknown:
         raise ValueError(f"{name} has fields that {what} does not take: {', '.join(unknown)}")
 
 
-def _is_empty(value: object) -> bool:
-    """None, an empty list, or an object whose fields are all None."""
-    if isinstance(value, Mapping):
-        return all(inner is None for inner in value.values())
-    return value is None or (isinstance(value, (list, tuple)) and not value)
+def asks_nothing(value: object, depth: int = 8) -> bool:
+    """Whether a field with ``value`` asks for nothing: None, false, "", or an object or list of such alone."""
+    if isinstance(value, (Mapping, list, tuple)):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return not value or (depth > 0 and len(value) <= 64 and all(asks_nothing(one, depth - 1) for one in inner))
+    return value is None or value is False or (isinstance(value, str) and not value)
 
 
 def _check_message(message: object, name: str, ids: CallIds) -> ChatMessage:
@@ -174,7 +180,10 @@ def _check_assistant(message: Mapping[str, Any], name: str, ids: CallIds) -> Cha
     if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
         raise ValueError(f"{name}.tool_calls must be a list, got {calls!r}")
     checked = [_check_call(call, f"{name}.tool_calls[{index}]", ids) for index, call in enumerate(calls)]
-    return ChatMessage("assistant", content or refusal or "", checked)
+    prefix = message.get("prefix")
+    if prefix is not None and not isinstance(prefix, bool):
+        raise ValueError(f"{name}.prefix must be true or false, got {prefix!r}")
+    return ChatMessage("assistant", content or refusal or "", checked, is_prefix=bool(prefix))
 
 
 def _check_call(call: object, name: str, ids: CallIds) -> ChatCall:

@@ -34,8 +34,6 @@ def check_tools(tools: object) -> list[dict[str, Any]]:
 
     if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
         raise ValueError(f"tools must be a list of tool definitions, got {tools!r}")
-    if not tools:
-        raise ValueError("tools must not be an empty list; leave it out")
     checked: list[dict[str, Any]] = []
     places: dict[str, int] = {}
     for index, tool in enumerate(tools):

@@ -127,7 +127,6 @@ for _ in range(100):
     ("tools", "message"),
     [
         ("f", "tools must be a list"),
-        ([], "tools must not be an empty list"),
         ([5], r"tools\[0\] must be .* got 5"),
         ([{"type": "retrieval"}], r"tools\[0\] must be"),
         ([tool("f"), {"type": "function"}], r"tools\[1\] must be"),

@@ -1,0 +1,107 @@
+"""One rule for what a request's fields hold, at every level of every route.
+
+1. ``null`` is a field left out. So is any value that asks for nothing (false, "", [], {}, or an object or list of such alone) of a field
+   that a route gives no meaning to.
+2. A field that would change the answer, and that this server cannot honour, is refused by its path.
+3. Any other field that a route does not know has no effect, and its path is listed in the header ``X-Ignored-Fields``.
+
+What a route gives a meaning to is checked there; here stand the names that the objects inside a body may have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from nemo_engine.server.errors import ApiError
+from nemo_engine.text.messages import asks_nothing
+
+MAX_IGNORED = 32  # paths that are listed
+
+REFUSED: Final = object()  # a field of rule 2
+# What an object may hold: of each name None (a value that is not looked into), REFUSED, the names of an object, or [those of a list's].
+Names = Mapping[str, Any]
+
+_PART: Names = {"type": None, "text": None, "refusal": None, "image_url": None, "input_audio": None, "file": None}
+_CALL: Names = {
+    "id": None, "type": None, "index": None, "function": {"name": None, "arguments": None, "parsed_arguments": None},
+}  # fmt: skip
+MESSAGE: Names = {
+    "role": None, "content": [_PART], "name": None, "tool_calls": [_CALL], "tool_call_id": None, "refusal": None,
+    "annotations": None, "parsed": None, "prefix": None,
+    **dict.fromkeys(
+        ("audio", "function_call", "images", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks"),
+        REFUSED,
+    ),
+}  # fmt: skip
+TOOL: Names = {"type": None, "function": {"name": None, "description": None, "parameters": None, "strict": None}}
+RESPONSE_FORMAT: Names = {
+    "type": None, "json_schema": {"name": None, "schema": None, "strict": None, "description": None},
+    # Other servers' ways to ask for a form: what does not go with the type is refused where it is read.
+    "schema": None, "grammar": None, "regex": None, "structures": None, "triggers": None,
+}  # fmt: skip
+
+# Of /v1/responses
+_INPUT_PART: Names = dict.fromkeys(
+    (
+        "type",
+        "text",
+        "refusal",
+        "annotations",
+        "logprobs",
+        "parsed",
+        "prompt_cache_breakpoint",
+        "image_url",
+        "file_id",
+        "detail",
+    )
+)
+INPUT_ITEM: Names = {
+    **dict.fromkeys(("type", "role", "id", "status", "phase", "call_id", "name", "arguments", "parsed_arguments")),
+    "content": [_INPUT_PART], "output": [_INPUT_PART],
+}  # fmt: skip
+INPUT_TOOL: Names = dict.fromkeys(
+    ("type", "name", "description", "parameters", "strict", "allowed_callers", "defer_loading", "async")
+)
+TEXT_FORMAT: Names = dict.fromkeys(("type", "name", "schema", "strict", "description"))
+
+
+class Ignored:
+    """The paths of fields that had no effect, each once, and no more than are listed."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, None] = {}
+
+    def add(self, path: str) -> None:
+        """Note one."""
+        if len(self.paths) < MAX_IGNORED:
+            self.paths[path] = None
+
+    def known_part(self, value: Any, names: Any, path: str, place: str | None = None) -> Any:
+        """``value`` without the fields that ``names`` does not have. Values of other types stay, for those who read them.
+
+        path: as it is listed, with "[]" for any index. place: the same with its indices, for errors. Raises ``ApiError``.
+        """
+        place = path if place is None else place
+        if isinstance(names, list):
+            if not isinstance(value, list):
+                return value
+            return [
+                self.known_part(item, names[0], f"{path}[]", f"{place}[{index}]") for index, item in enumerate(value)
+            ]
+        if not isinstance(names, Mapping) or not isinstance(value, Mapping):
+            return value
+        kept = {}
+        for name, inner in value.items():
+            known = names.get(name, self)
+            if known is self or known is REFUSED:
+                if asks_nothing(inner):
+                    continue
+                if known is REFUSED:
+                    raise ApiError(
+                        400, f"{place}.{name} is not supported", param=f"{place}.{name}", code="unsupported_parameter"
+                    )
+                self.add(f"{path}.{name}")
+            else:
+                kept[name] = self.known_part(inner, known, f"{path}.{name}", f"{place}.{name}")
+        return kept
