@@ -83,7 +83,7 @@ BODIES: dict[str, tuple[str, bytes]] = {
     "allowed ids, not numbers/400": completion(allowed_token_ids=["x"] * 240_000),
     "long model/404": completion(model="m" * 15 * M),
     "long salt/400": completion(cache_salt="m" * 15 * M),
-    "many completions/200": completion(prompt=[2000] * 800, n=128),
+    "many completions/200": completion(prompt=[2000] * 100, n=128),
     "many completions with stop strings/400": completion(n=128, stop=[f"s{i}" for i in range(1024)]),
     "messages/400": chat(messages=[MESSAGE] * 24_000),
     "too many messages/413": chat(messages=[MESSAGE] * 100_000),
@@ -136,7 +136,7 @@ class Stream:
         self._thread.start()
 
     def _read(self) -> None:
-        body = json.dumps({"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True})
+        body = json.dumps({"prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True})
         last = None
         while not self._is_over:
             self._connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -163,7 +163,7 @@ class Stream:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with serving("--max-num-seqs=32", "--no-log-requests") as (_, url, _lines):
+    with serving("--num-kv-pages=2000", "--max-model-len=8192", "--max-num-batched-tokens=64", "--max-num-seqs=16", "--no-log-requests") as (_, url, _lines):
         yield url
 
 
