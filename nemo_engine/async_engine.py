@@ -23,7 +23,9 @@ from nemo_engine.text import Tokenizer
 __all__ = ["AsyncEngine", "EngineClosedError", "EngineDeadError"]
 
 _LONG_TEXT = 10_000  # characters; longer prompts are encoded outside the event loop
-_MANY_IDS = 100_000  # of all completions of a request, each of which gets its own; more are copied outside the event loop
+_MANY_IDS = (
+    100_000  # of all completions of a request, each of which gets its own; more are copied outside the event loop
+)
 
 _T = TypeVar("_T")
 
@@ -186,9 +188,7 @@ class AsyncEngine:
             if not is_finished:
                 self._thread.drop(stream)
 
-    def _add(
-        self, stream: Stream, prompt: EncodedPrompt, params: SamplingParams, priority: int, client: str
-    ) -> None:
+    def _add(self, stream: Stream, prompt: EncodedPrompt, params: SamplingParams, priority: int, client: str) -> None:
         request_id = stream.request_id
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")

@@ -146,7 +146,9 @@ class InputProcessor:
         is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
         return [
-            EncodedPrompt(None, render_chat(self._tokenizer, conversation, **{"max_tokens": self._max_model_len} | options))
+            EncodedPrompt(
+                None, render_chat(self._tokenizer, conversation, **{"max_tokens": self._max_model_len} | options)
+            )
             for conversation in conversations
         ]
 

@@ -209,7 +209,9 @@ class SamplingParams:
         if longest > MAX_STOP_LENGTH:
             raise ValueError(f"stop must hold strings of at most {MAX_STOP_LENGTH} characters, got one of {longest}")
         if len(stop) * self.n > MAX_STOP_OF_ALL:
-            raise ValueError(f"stop must hold at most {MAX_STOP_OF_ALL // self.n} strings with n {self.n}, got {len(stop)}")
+            raise ValueError(
+                f"stop must hold at most {MAX_STOP_OF_ALL // self.n} strings with n {self.n}, got {len(stop)}"
+            )
         if stop and not self.detokenize:
             raise ValueError("stop needs detokenize=True: stop strings are looked for in the text")
         put("stop_token_ids", _check_ids("stop_token_ids", self.stop_token_ids))

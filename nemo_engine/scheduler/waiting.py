@@ -62,7 +62,9 @@ class _Level:
 
     def __init__(self) -> None:
         self._preempted: list[Request] = []  # by arrival
-        self._clients: dict[str, dict[int, Request]] = {}  # in the order of their turns; each by arrival, and none empty
+        self._clients: dict[
+            str, dict[int, Request]
+        ] = {}  # in the order of their turns; each by arrival, and none empty
 
     def __bool__(self) -> bool:
         return bool(self._preempted or self._clients)

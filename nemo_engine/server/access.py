@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import time
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -62,7 +61,9 @@ class Access:
         except (ClientGone, ClientDisconnect):
             log["client_gone"] = True
         except asyncio.CancelledError:
-            log["cancelled"] = True  # the server ends; nobody waits for this task but the HTTP server, which logs it with a traceback
+            log["cancelled"] = (
+                True  # the server ends; nobody waits for this task but the HTTP server, which logs it with a traceback
+            )
         except Exception as raised:
             error = api_error(raised)  # logs what is not the client's fault
             error.note(scope)

@@ -39,7 +39,9 @@ def _pieces(value: Any, depth: int) -> Iterator[bytes]:
         for start in range(0, len(value), _MANY):
             yield (b"," if start else b"") + to_json(value[start : start + _MANY])[1:-1]
         yield b"]"
-    elif depth < _MAX_DEPTH and isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]:
+    elif (
+        depth < _MAX_DEPTH and isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]
+    ):
         yield b"["  # of choices, each of which may be long
         for index, inner in enumerate(value):
             yield b"," if index else b""

@@ -54,7 +54,9 @@ class Generation:
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(index of the prompt, output) as they come. ``TimeoutError`` when the time is over; closing it aborts what runs."""
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
-        self._service.check_admission(len(self.prompts) * self.n, self._turn)  # again, where no other request can come between
+        self._service.check_admission(
+            len(self.prompts) * self.n, self._turn
+        )  # again, where no other request can come between
         request_ids = self._take_ids()
         streams = [
             self._service.engine.generate_encoded(

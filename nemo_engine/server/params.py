@@ -93,7 +93,11 @@ def _in_words_of(request: GenerationRequest, message: str) -> str:
         return message
     whole, kind = "response_format", request.response_format.get("type")
     schema = "response_format.json_schema.schema" if kind == "json_schema" else whole
-    for ours, theirs in (("structured_outputs.json_object", whole), ("structured_outputs.json", schema), ("structured_outputs", whole)):
+    for ours, theirs in (
+        ("structured_outputs.json_object", whole),
+        ("structured_outputs.json", schema),
+        ("structured_outputs", whole),
+    ):
         if message.startswith(ours):
             return theirs + message.removeprefix(ours)
     return message

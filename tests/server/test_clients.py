@@ -28,7 +28,13 @@ ALICE, BOB, CAROL = ({"Authorization": f"Bearer {key}"} for key in ("alices", "b
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[AsyncEngine]:
     """One request runs, the others wait."""
-    options: dict[str, Any] = {"device": "cpu", "max_num_seqs": 1, "num_kv_pages": 100, "page_size": 16, "max_model_len": 1024}
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "max_num_seqs": 1,
+        "num_kv_pages": 100,
+        "page_size": 16,
+        "max_model_len": 1024,
+    }
     with AsyncEngine("nemo-tiny", **options) as engine:
         yield engine
 
@@ -39,7 +45,9 @@ def server(narrow: AsyncEngine) -> Iterator[LiveServer]:
         yield server
 
 
-def post(server: LiveServer, body: dict[str, Any], headers: dict[str, str], path: str = "/v1/completions") -> httpx.Response:
+def post(
+    server: LiveServer, body: dict[str, Any], headers: dict[str, str], path: str = "/v1/completions"
+) -> httpx.Response:
     return httpx.post(server.url + path, json=body, headers=headers, timeout=60)
 
 
@@ -98,7 +106,9 @@ def test_names_stand_in_logs_and_metrics(narrow: AsyncEngine, caplog: pytest.Log
     lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "nemo_engine.access"]
     assert [line.get("key", "")[:4] for line in lines] == ["dora", "dora", "key-", "", "dora"]
     assert [line.get("error", {}).get("code") for line in lines] == [None, None, None, "invalid_api_key", None]
-    assert lines[1]["error"]["param"] == "temperature" and lines[1]["error"]["reason"].startswith("temperature must be in")
+    assert lines[1]["error"]["param"] == "temperature" and lines[1]["error"]["reason"].startswith(
+        "temperature must be in"
+    )
     assert "error" not in lines[0] and lines[4]["error"]["reason"]
     assert "secret" not in caplog.text and "unnamed" not in caplog.text
     labels = 'engine="0",key="dora",model_name="nemo-tiny"'
@@ -203,6 +213,8 @@ def test_pages_of_other_sites_are_refused_where_there_are_no_keys(narrow: AsyncE
         assert post(open_server, {"request_id": "x"}, allowed, "/abort").status_code == 200
         assert post(open_server, {"request_id": "x"}, {"Sec-Fetch-Site": "same-origin"}, "/abort").status_code == 200
         # What a page may send without asking first is not read as JSON.
-        plain = httpx.post(open_server.url + "/abort", content=b'{"request_id": "x"}', headers={"Content-Type": "text/plain"})
+        plain = httpx.post(
+            open_server.url + "/abort", content=b'{"request_id": "x"}', headers={"Content-Type": "text/plain"}
+        )
         assert plain.status_code == 400
     assert post(server, {"request_id": "x"}, cross | ALICE, "/abort").status_code == 200

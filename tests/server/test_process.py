@@ -124,7 +124,9 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def _swallow(url: str, stream: bool) -> None:
     try:
-        httpx.post(url + "/v1/completions", json=LONG | {"max_tokens": 1000, "timeout": 100, "stream": stream}, timeout=60)
+        httpx.post(
+            url + "/v1/completions", json=LONG | {"max_tokens": 1000, "timeout": 100, "stream": stream}, timeout=60
+        )
     except httpx.TransportError:
         pass
 

@@ -23,7 +23,13 @@ GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 @pytest.fixture(scope="module")
 def hasty(engine: AsyncEngine) -> Iterator[LiveServer]:
     """A server whose deadlines are short."""
-    options = {"header_timeout": 0.4, "body_timeout": 0.6, "keep_alive_timeout": 0.4, "send_timeout": 0.5, "page": False}
+    options = {
+        "header_timeout": 0.4,
+        "body_timeout": 0.6,
+        "keep_alive_timeout": 0.4,
+        "send_timeout": 0.5,
+        "page": False,
+    }
     with LiveServer(engine, **options, max_request_mib=1.0) as server:
         yield server
 
@@ -69,7 +75,9 @@ def check_refused(answer: bytes, status: int, code: str) -> None:
 
 
 @pytest.mark.parametrize("piece", [1000, 2**20])
-@pytest.mark.parametrize("where", [b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: ", b"GET /health HTTP/1.1\r\nHost: x\r\nX-"])
+@pytest.mark.parametrize(
+    "where", [b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: ", b"GET /health HTTP/1.1\r\nHost: x\r\nX-"]
+)
 def test_a_head_without_end_is_refused_early(live: LiveServer, where: bytes, piece: int) -> None:
     count = 4 * http_protocol.MAX_HEAD_BYTES // piece + 1
     check_refused(ask(live, where, *[b"a" * piece] * count), 431, "headers_too_large")
@@ -252,7 +260,12 @@ def test_half_a_body_is_not_waited_for(hasty: LiveServer) -> None:
         answer = ask(hasty, POST + head, b'{"p"')
         assert statuses(answer) == [408]
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
-    assert httpx.post(hasty.url + "/v1/completions", content=BODY, headers={"content-type": "application/json"}).status_code == 200
+    assert (
+        httpx.post(
+            hasty.url + "/v1/completions", content=BODY, headers={"content-type": "application/json"}
+        ).status_code
+        == 200
+    )
 
 
 def test_a_client_that_reads_nothing_is_cut_off(hasty: LiveServer) -> None:

@@ -163,7 +163,13 @@ class Stream:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with serving("--num-kv-pages=2000", "--max-model-len=8192", "--max-num-batched-tokens=64", "--max-num-seqs=16", "--no-log-requests") as (_, url, _lines):
+    with serving(
+        "--num-kv-pages=2000",
+        "--max-model-len=8192",
+        "--max-num-batched-tokens=64",
+        "--max-num-seqs=16",
+        "--no-log-requests",
+    ) as (_, url, _lines):
         yield url
 
 
