@@ -26,6 +26,8 @@ Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 CHAT_TEMPERATURE = 0.3  # recommended by the makers of NeMo
 _MAX_SALT = 1024
+_LEAST_MAX_TEXT = 1 << 20  # characters that may be encoded beyond the context: to be counted, or to be cut
+_MAX_TEXT_PER_TOKEN = 16  # and so many for each token of the context
 _MAX_BAD_WORD_TOKENS = 1 << 20  # compared in every step
 CHAT_MAX_TOKENS = 1024  # of ``chat`` without sampling parameters
 
@@ -241,6 +243,12 @@ class InputProcessor:
     def has_tokenizer(self) -> bool:
         """Whether prompts may be text."""
         return self._tokenizer is not None
+
+    def check_size(self, text: str, name: str) -> None:
+        """Refuse, with a ``ValueError``, a text that would take long to encode where any number of its tokens may be wanted."""
+        most = max(_LEAST_MAX_TEXT, _MAX_TEXT_PER_TOKEN * self._max_model_len)
+        if len(text) > most:
+            raise ValueError(f"{name} must have at most {most} characters here, got {len(text)}")
 
     def check_length(self, text: str, name: str) -> None:
         """Refuse, with a ``ValueError``, a text of more tokens than the context holds, before it is encoded as a whole."""

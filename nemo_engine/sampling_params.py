@@ -24,6 +24,7 @@ MAX_STOP = 1024  # each is looked for after every token
 MAX_STOP_LENGTH = 10_000  # characters, so many of which are held back
 MAX_STOP_OF_ALL = 16_384  # stop strings times completions
 MAX_BAD_WORDS = 10_000
+MAX_BAD_WORD_LENGTH = 1000  # characters
 DEFAULT_MAX_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
 
@@ -86,7 +87,7 @@ class SamplingParams:
     logprobs, prompt_logprobs: alternatives to report per position, -1 for the whole vocabulary; the chosen or prompt token
     is always added. prompt_logprobs turns off reading the prefix cache for the request.
     logprob_token_ids: report exactly these ids (at most 128) beside the chosen token.
-    logit_bias: {token id: bias}. allowed_token_ids: nothing else can be chosen. bad_words: at most 10,000, never completed in the output.
+    logit_bias: {token id: bias}. allowed_token_ids: nothing else can be chosen. bad_words: at most 10,000 of at most 1000 characters, never completed in the output.
     skip_special_tokens, detokenize: leave control tokens out of the text; make text at all.
     spaces_between_special_tokens: taken for compatibility; these tokenizers never put spaces there.
     output_kind, stream_interval: what the outputs of ``step()`` carry, and how many new tokens one is worth.
@@ -233,6 +234,10 @@ class SamplingParams:
         for word in words:
             if not isinstance(word, str) or not word:
                 raise ValueError(f"bad_words must hold non-empty strings, got {word!r}")
+            if len(word) > MAX_BAD_WORD_LENGTH:
+                raise ValueError(
+                    f"bad_words must hold words of at most {MAX_BAD_WORD_LENGTH} characters, got one of {len(word)}"
+                )
         put("bad_words", tuple(dict.fromkeys(words)))
         if len(words) > MAX_BAD_WORDS:
             raise ValueError(f"bad_words must hold at most {MAX_BAD_WORDS} words, got {len(words)}")
@@ -241,7 +246,8 @@ class SamplingParams:
                 raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
             bias: dict[int, float] = {}
             for key, value in self.logit_bias.items():
-                token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+                is_number = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 20
+                token_id = int(key) if is_number else key
                 _check_int("logit_bias key", token_id, low=0)
                 bias[token_id] = min(100.0, max(-100.0, _check_float(f"logit_bias[{token_id}]", value)))
             put("logit_bias", bias)

@@ -75,7 +75,7 @@ MAY_USE: dict[str, set[str]] = {
         "starlette",
         "pydantic",
         "pydantic_core",
-        "uvicorn",
+        "uvicorn", "httptools",
         "uvloop",
         "prometheus_client",
         "pynvml",

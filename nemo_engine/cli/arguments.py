@@ -24,6 +24,8 @@ NO_FLAGS = {
     "spaces_between_special_tokens", "stream_interval",
 }  # fmt: skip
 
+_SEVERAL_AT_ONCE = {"served_model_name", "allowed_hosts"}  # --served-model-name a b
+
 _ENGINE_DEST = "engine_option_"
 _SAMPLING_DEST = "sampling_option_"
 _SERVER_DEST = "server_option_"
@@ -192,6 +194,8 @@ def _add(
     group: argparse._ArgumentGroup, name: str, dest: str, field: dataclasses.Field[Any], helps: dict[str, str]
 ) -> None:
     form = _FORMS[str(field.type).replace('"', "'")]
+    if field.name in _SEVERAL_AT_ONCE:
+        form = form | {"action": "extend", "nargs": "+"}
     default = "" if field.default is None else f" [{str(field.default).lower()}]"
     text = (helps.get(field.name, "") + default).replace("%", "%%")
     flag = "--" + name.replace("_", "-")

@@ -195,9 +195,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self._head_since = time.monotonic()
             self._num_unparsed += len(piece)
             try:
-                self.parser.feed_data(piece)
-            except httptools.HttpParserUpgrade:
-                pass  # answered as if it had not been asked for, after which the connection is closed
+                self._parse(piece)
             except httptools.HttpParserError:
                 self._refuse(self._refusal or ApiError(400, "this is no valid HTTP request", code="invalid_http"))
             if self._refusal is not None or self.transport.is_closing():
@@ -205,6 +203,18 @@ class HttpProtocol(HttpToolsProtocol):
             if self._num_unparsed > MAX_HEAD_BYTES + _PIECE:
                 self._refuse(_head_too_large())
                 return
+
+    def _parse(self, piece: bytes) -> None:
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            # No other protocol is spoken here, and the body is the request's, which this parser would leave: so it reads the
+            # head again, without the header that asks.
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            lines = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.feed_data(b"\r\n".join([method + b" " + self.url + b" HTTP/" + version, *lines, b"", b""]))
+            self._parse(piece[upgrade.args[0] :])
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -236,12 +246,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._stop(ApiError(400, f"Host must be sent once, got {num_hosts} of them", code="invalid_http"))
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop(ApiError(429, f"more than {MAX_PIPELINED} requests were sent ahead", code="too_many_pipelined"))
+        if self.parser.get_method() == b"CONNECT":
+            self._stop(ApiError(400, "this is no proxy", code="invalid_http"))
+        if self.parser.should_upgrade():
+            return  # see ``_parse``
         super().on_headers_complete()
         self._is_in_head, self._head_since, self._num_unparsed = False, None, 0
         if not self.pipeline:
             self._active = self.cycle
-        if self.parser.should_upgrade():
-            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
@@ -250,6 +262,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request is whole."""
+        if self.parser.should_upgrade():
+            return
         self._num_unparsed = 0
         self._is_received, self._done_since = True, None
         super().on_message_complete()

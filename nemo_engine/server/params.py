@@ -80,8 +80,27 @@ def effective(
         origins["temperature"] = "model"
     _set_max_tokens(service, request, num_prompt_tokens, asked_tokens, values, origins)
     values["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
-    params = SamplingParams(**values)
-    return Effective(service.engine.inputs.effective_params(params), origins)
+    try:
+        params = service.engine.inputs.effective_params(SamplingParams(**values))
+    except ValueError as error:
+        raise ValueError(_in_words_of(request, str(error))) from None
+    return Effective(params, origins)
+
+
+def _in_words_of(request: GenerationRequest, message: str) -> str:
+    """``message`` with the field that the client sent: what ``response_format`` asks is ``structured_outputs`` to the engine."""
+    if request.response_format is None:
+        return message
+    whole, kind = "response_format", request.response_format.get("type")
+    schema = "response_format.json_schema.schema" if kind == "json_schema" else whole
+    for ours, theirs in (
+        ("structured_outputs.json_object", whole),
+        ("structured_outputs.json", schema),
+        ("structured_outputs", whole),
+    ):
+        if message.startswith(ours):
+            return theirs + message.removeprefix(ours)
+    return message
 
 
 def _set_max_tokens(

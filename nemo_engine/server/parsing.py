@@ -20,6 +20,7 @@ from nemo_engine.server.errors import ApiError, validation_error
 from nemo_engine.server.protocol import ApiRequest
 
 MAX_KEYS = 50_000
+MAX_CONTAINERS = 50_000  # lists and objects
 MAX_VALUES = 250_000  # or two for each token of the context, if that is more
 MAX_ESCAPES = 1_000_000
 
@@ -86,16 +87,20 @@ def check_complexity(data: bytes, max_values: int = MAX_VALUES) -> None:
     if num_escapes > MAX_ESCAPES:
         raise _too_complex("escapes in its strings", MAX_ESCAPES)
     # In strings too: an upper bound.
-    if _count(data, b":") <= MAX_KEYS and _count(data, b",") + _count(data, b"[") + _count(data, b"{") <= max_values:
+    num_containers = _count(data, b"[") + _count(data, b"{")
+    if _count(data, b":") <= MAX_KEYS and num_containers <= MAX_CONTAINERS and _count(data, b",") <= max_values:
         return
-    num_keys = num_values = 0
+    num_keys = num_values = num_containers = 0
     for start, end in _outside_strings(data):
         for at in range(start, end, _STRETCH):
             to = min(at + _STRETCH, end)
             num_keys += data.count(b":", at, to)
-            num_values += data.count(b",", at, to) + data.count(b"[", at, to) + data.count(b"{", at, to)
+            num_values += data.count(b",", at, to)
+            num_containers += data.count(b"[", at, to) + data.count(b"{", at, to)
         if num_keys > MAX_KEYS:
             raise _too_complex("keys", MAX_KEYS)
+        if num_containers > MAX_CONTAINERS:
+            raise _too_complex("lists and objects", MAX_CONTAINERS)
         if num_values > max_values:
             raise _too_complex("values", max_values)
 

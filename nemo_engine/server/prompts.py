@@ -39,6 +39,8 @@ def _encode(
         return EncodedPrompt(None, inputs.check_ids(prompt, name))
     if prompt and request.truncate_prompt_tokens is None and inputs.has_tokenizer:
         inputs.check_length(prompt, name)
+    elif prompt:
+        inputs.check_size(prompt, name)
     if prompt and (request.add_special_tokens is False or request.truncate_prompt_tokens is not None):
         ids = service.tokenizer.encode(prompt, bos=request.add_special_tokens is not False)
         return EncodedPrompt(prompt, inputs.check_ids(ids, name))

@@ -6,10 +6,11 @@ The rule for values that ask for nothing and for fields that are not declared is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Strict
+from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr, Strict, WithJsonSchema
 
+from nemo_engine.sampling_params import MAX_BAD_WORDS, MAX_N, MAX_STOP
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.fields import MESSAGE, RESPONSE_FORMAT, TOOL, Ignored
 from nemo_engine.text.messages import asks_nothing
@@ -66,10 +67,40 @@ INSTEAD = {
 }
 
 
+class _Limits:
+    """What the OpenAPI document says of a field that the engine checks, in its own words."""
+
+    def __init__(self, **limits: Any) -> None:
+        self._limits = limits
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema: dict[str, Any] = handler(core)
+        for one in schema.get("anyOf", [schema]):
+            if one.get("type") != "null":
+                one.update(self._limits)
+        return schema
+
+
+class _First(FailFast):
+    __hash__ = object.__hash__  # so that it can be part of a union
+
+
+_T = TypeVar("_T")
+Items = Annotated[list[_T], _First()]  # what is wrong is told of the first such element: there may be very many
+_Text = Annotated[str, _Limits(minLength=1)]
+_LOGIT_BIAS = WithJsonSchema(
+    {
+        "type": "object",
+        "propertyNames": {"pattern": "^[0-9]+$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    }
+)
+
+
 class ApiRequest(BaseModel):
     """What all requests share: the treatment of fields that are not declared."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), strict=True)
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
     instead: ClassVar[Mapping[str, str]] = INSTEAD
 
@@ -120,32 +151,32 @@ class RepetitionDetectionFields(BaseModel):
 class SamplingRequest(ApiRequest):
     """What all requests that generate share."""
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=1024)] | None = None
     stream: bool | None = False
-    stop: str | list[str] | None = None
+    stop: _Text | Annotated[Items[_Text], _Limits(maxItems=MAX_STOP)] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), le=2**64 - 1)
-    temperature: float | None = None
-    top_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    temperature: Annotated[float | None, _Limits(minimum=0, maximum=2)] = None
+    top_p: Annotated[float | None, _Limits(exclusiveMinimum=0, maximum=1)] = None
+    frequency_penalty: Annotated[float | None, _Limits(minimum=-2, maximum=2)] = None
+    presence_penalty: Annotated[float | None, _Limits(minimum=-2, maximum=2)] = None
+    logit_bias: Annotated[dict[str, Any], _LOGIT_BIAS] | None = None
     # vLLM's extras
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    stop_token_ids: list[TokenId] | None = None
+    top_k: Annotated[int | None, _Limits(minimum=-1)] = None
+    min_p: Annotated[float | None, _Limits(minimum=0, maximum=1)] = None
+    repetition_penalty: Annotated[float | None, _Limits(exclusiveMinimum=0)] = None
+    stop_token_ids: Items[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Annotated[int | None, _Limits(minimum=0)] = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[TokenId] | None = None
+    bad_words: Annotated[Items[_Text] | None, _Limits(maxItems=MAX_BAD_WORDS)] = None
+    allowed_token_ids: Items[TokenId] | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     repetition_detection: RepetitionDetectionFields | None = None
     structured_outputs: dict[str, Any] | None = None
-    stream_interval: int | None = None
+    stream_interval: Annotated[int | None, _Limits(minimum=1)] = None
     priority: int | None = None
     request_id: str | None = Field(default=None, min_length=1, max_length=256)
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
@@ -161,9 +192,9 @@ class GenerationRequest(SamplingRequest):
     inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT}
 
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: Annotated[int | None, _Limits(minimum=1, maximum=MAX_N)] = None
     response_format: dict[str, Any] | None = None
-    logprob_token_ids: list[TokenId] | None = None
+    logprob_token_ids: Items[TokenId] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = False
 
@@ -176,8 +207,8 @@ class GenerationRequest(SamplingRequest):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(union_mode="left_to_right")
-    max_tokens: int | None = None
+    prompt: str | Items[str] | Items[TokenId] | Items[Items[TokenId]] = Field(union_mode="left_to_right")
+    max_tokens: Annotated[int | None, _Limits(minimum=1)] = None
     logprobs: int | None = None
     echo: bool | None = False
     add_special_tokens: bool | None = True
@@ -188,12 +219,12 @@ class ChatRequest(GenerationRequest):
 
     inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT, "messages": [MESSAGE], "tools": [TOOL]}
 
-    messages: list[dict[str, Any]]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    messages: Items[dict[str, Any]]
+    max_tokens: Annotated[int | None, _Limits(minimum=1)] = None
+    max_completion_tokens: Annotated[int | None, _Limits(minimum=1)] = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     add_generation_prompt: bool | None = True
@@ -214,10 +245,10 @@ class TokenizeRequest(ApiRequest):
 
     inside: ClassVar[Mapping[str, Any]] = {"messages": [MESSAGE], "tools": [TOOL]}
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=1024)] | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
@@ -228,11 +259,11 @@ class TokenizeRequest(ApiRequest):
 class DetokenizeRequest(ApiRequest):
     """The body of ``/detokenize``."""
 
-    model: str | None = None
-    tokens: list[TokenId]
+    model: Annotated[str, Field(max_length=1024)] | None = None
+    tokens: Items[TokenId]
 
 
 class AbortRequest(ApiRequest):
     """The body of ``/abort``: the ids of responses, or ``request_id`` as it was sent."""
 
-    request_id: str | list[str]
+    request_id: Annotated[str, Field(max_length=1024)] | Annotated[Items[str], Field(max_length=4096)]

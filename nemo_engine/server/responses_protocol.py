@@ -7,13 +7,13 @@ refers to an earlier response are refused: the conversation is sent as ``input``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.fields import INPUT_ITEM, INPUT_TOOL, TEXT_FORMAT
-from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, SamplingRequest
+from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, Items, SamplingRequest
 from nemo_engine.text.messages import asks_nothing
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
@@ -31,6 +31,14 @@ MAX_TOP_LOGPROBS = 20
 _MAX_METADATA = 16  # pairs
 _MAX_METADATA_KEY = 64  # characters
 _MAX_METADATA_VALUE = 512
+_METADATA = WithJsonSchema(
+    {
+        "type": "object",
+        "maxProperties": _MAX_METADATA,
+        "propertyNames": {"maxLength": _MAX_METADATA_KEY},
+        "additionalProperties": {"type": "string", "maxLength": _MAX_METADATA_VALUE},
+    }
+)
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = UNSUPPORTED | {
     "access_programs": (),
@@ -94,17 +102,17 @@ class ResponsesRequest(SamplingRequest):
     instead: ClassVar[Mapping[str, str]] = _INSTEAD
     inside: ClassVar[Mapping[str, Any]] = {"input": [INPUT_ITEM], "tools": [INPUT_TOOL]}
 
-    input: str | list[dict[str, Any]] = Field(union_mode="left_to_right")
+    input: str | Items[dict[str, Any]] = Field(union_mode="left_to_right")
     instructions: str | None = None
     max_output_tokens: int | None = None
     text: TextOptions | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     top_logprobs: int | None = None
-    include: list[str] | None = None
+    include: Annotated[Items[str], Field(max_length=16)] | None = None
     truncation: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, Any], _METADATA] | None = None
     reasoning: dict[str, Any] | None = None
     stream_options: ResponseStreamOptions | None = None
     system_placement: Literal["last", "first"] | None = None
@@ -166,6 +174,8 @@ class ResponsesRequest(SamplingRequest):
         if len(pairs) > _MAX_METADATA:
             raise ApiError(400, f"metadata must have at most {_MAX_METADATA} pairs, got {len(pairs)}", param="metadata")
         for key, value in pairs.items():
+            if not isinstance(value, str):
+                raise ApiError(400, f"metadata must have strings as values, got {value!r}", param="metadata")
             for what, text, most in (("key", key, _MAX_METADATA_KEY), ("value", value, _MAX_METADATA_VALUE)):
                 if len(text) > most:
                     raise ApiError(

@@ -70,6 +70,8 @@ async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) 
     scheme = "https" if options.ssl_certfile else "http"
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     print(f"nemo-engine: {service.model_name} at {scheme}://{host}:{address[1]}", file=sys.stderr, flush=True)
+    if options.api_key_file is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_keys_again, service)
     watcher = asyncio.create_task(server.watch_engine())
     metrics = asyncio.create_task(service.metrics.follow())
     try:
@@ -79,6 +81,15 @@ async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) 
         metrics.cancel()
         await asyncio.to_thread(service.tracing.close)
     return EXIT_FAILED if service.engine.error is not None else EXIT_OK
+
+
+def _read_keys_again(service: Service) -> None:
+    try:
+        service.keys.reload()
+    except (ValueError, OSError) as error:
+        _logger.error("SIGHUP: the keys stay as they were: %s", error)
+    else:
+        _logger.warning("SIGHUP: %d keys are accepted", len(service.keys))
 
 
 def uvicorn_config(app: FastAPI, options: ServerOptions) -> uvicorn.Config:

@@ -97,6 +97,7 @@ def _tokenized(service: Service, request: TokenizeRequest, headers: dict[str, st
         ids = encode_conversation(service, chat).token_ids
     else:
         assert request.prompt is not None
+        service.engine.inputs.check_size(request.prompt, "prompt")
         ids = tokenizer.encode(request.prompt, bos=request.add_special_tokens is not False)
     body: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
     body["token_strs"] = [tokenizer.decode_token(i) for i in ids] if request.return_token_strs else None

@@ -43,6 +43,11 @@ class LiveServer:
         service: Service = self.app.state.service
         return service
 
+    @property
+    def num_connections(self) -> int:
+        """Connections that are open."""
+        return len(self._server.server_state.connections)
+
     def __enter__(self) -> LiveServer:
         self._thread.start()
         deadline = time.monotonic() + 20

@@ -18,6 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
+from nemo_engine.server.options import ServerOptions
+from nemo_engine.server.run import serve
+
 OPTIONS = ["--device=cpu", "--max-model-len=1024", "--num-kv-pages=400", "--page-size=16"]
 LONG = {"prompt": [1, 2000, 2001], "max_tokens": 600, "ignore_eos": True}
 
@@ -104,20 +107,26 @@ def test_the_deadline_of_the_drain_ends_what_is_left() -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    with serving("--drain-timeout=300") as (process, url, _):
-        thread = threading.Thread(target=_swallow, args=(url,), daemon=True)
-        thread.start()
-        wait_for_running(url, 1)
+    with serving("--drain-timeout=300") as (process, url, lines):
+        for stream in (False, True):
+            threading.Thread(target=_swallow, args=(url, stream), daemon=True).start()
+        silent = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        silent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+        wait_for_running(url, 2)
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
+        time.sleep(0.2)
+        assert not any("Traceback" in line or "Error" in line for line in lines), lines
 
 
-def _swallow(url: str) -> None:
+def _swallow(url: str, stream: bool) -> None:
     try:
-        httpx.post(url + "/v1/completions", json=LONG | {"max_tokens": 1000, "timeout": 100}, timeout=60)
+        httpx.post(
+            url + "/v1/completions", json=LONG | {"max_tokens": 1000, "timeout": 100, "stream": stream}, timeout=60
+        )
     except httpx.TransportError:
         pass
 
@@ -183,6 +192,57 @@ def test_tls(tmp_path: Path) -> None:
     with serving(*options) as (_, url, _lines):
         assert url.startswith("https://")
         assert httpx.get(url + "/v1/models", verify=False).json()["data"][0]["id"] == "nemo-tiny"
+
+
+def test_keys_are_read_again_on_sighup(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("eve:old\n")
+    with serving(f"--api-key-file={path}") as (process, url, lines):
+        for text, accepted in (("eve:new\n", "new"), ("", "new"), ("frank:franks\n", "franks")):
+            path.write_text(text)
+            count = sum("SIGHUP" in line for line in lines)
+            process.send_signal(signal.SIGHUP)
+            deadline = time.monotonic() + 20
+            while sum("SIGHUP" in line for line in lines) == count:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            for key in ("old", "new", "franks"):
+                status = httpx.get(url + "/v1/models", headers={"X-API-Key": key}).status_code
+                assert status == (200 if key == accepted else 401), (text, key)
+
+
+def test_hosts_and_names_of_a_server_without_keys() -> None:
+    with serving("--served-model-name", "a", "b") as (_, url, lines):
+        models = httpx.get(url + "/v1/models").json()["data"]
+        assert [(model["id"], model["root"]) for model in models] == [("a", "nemo-tiny"), ("b", "nemo-tiny")]
+        assert httpx.get(url + "/v1/models", headers={"Host": "evil.example"}).status_code == 403
+        assert httpx.get(url + "/v1/models", headers={"Host": "localhost"}).status_code == 200
+        assert not any("no API keys" in line for line in lines)
+    with serving("--host=0.0.0.0") as (_, url, lines):
+        assert any("0.0.0.0" in line and "no API keys" in line for line in lines)
+        assert httpx.get(url + "/health", headers={"Host": "any.example"}).status_code == 200
+
+
+def test_bad_tls_files_are_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+             "-keyout", str(tmp_path / f"{name}.key"), "-out", str(tmp_path / f"{name}.pem")],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    (tmp_path / "empty").write_text("")
+    for certificate, key, named in (
+        ("empty", "a.key", "ssl_certfile"), ("a.key", "a.key", "ssl_certfile"), ("a.pem", "empty", "ssl_keyfile"),
+        ("a.pem", "b.key", "ssl_keyfile"), ("a.pem", "a.pem", "ssl_keyfile"),
+    ):  # fmt: skip
+        options = ServerOptions(
+            ssl_certfile=str(tmp_path / certificate), ssl_keyfile=str(tmp_path / key), log_requests=False
+        )
+        with pytest.raises(ValueError, match=f"^{named} "):
+            serve("no such model", options, {})
+    good = ServerOptions(ssl_certfile=str(tmp_path / "a.pem"), ssl_keyfile=str(tmp_path / "a.key"), port=0)
+    with pytest.raises((ValueError, FileNotFoundError), match="no such model"):
+        serve("no such model", good, {})
 
 
 def refused(*options: str) -> str:
