@@ -6,6 +6,7 @@ import base64
 import codecs
 import gc
 import json
+import os
 import random
 import re
 import sys
@@ -133,6 +134,7 @@ class Player:
         self.aborted: set[int] = set()
         self.num_steps = 0
         self.is_dead = False
+        self._is_armed = False  # what was planted has yet to happen
         self._undo: Callable[[], None] | None = None
 
     # ---- playing
@@ -199,8 +201,10 @@ class Player:
 
     def _step(self) -> None:
         if self.case.fault is not None and self.case.fault[1] == self.num_steps:
-            self.may_fail |= {one.index for one in self.active.values()}
+            self._is_armed = True
             self._plant(self.case.fault[0])
+        if self._is_armed:
+            self.may_fail |= {one.index for one in self.active.values()}
         try:
             outputs = self.engine.step()
         except (PlantedError, PlantedInterrupt):
@@ -250,6 +254,7 @@ class Player:
 
             def broken_launch(plan: Any) -> Any:
                 core.runner.launch = launch  # type: ignore[method-assign]
+                self._is_armed = False
                 launch(plan)
                 return Handle()
 
@@ -270,6 +275,7 @@ class Player:
 
         def broken(*args: Any, **options: Any) -> Any:
             setattr(owner, name, original)
+            self._is_armed = False
             if is_after:
                 original(*args, **options)
             raise error
@@ -279,7 +285,7 @@ class Player:
     def _restore(self) -> None:
         if self._undo is not None:
             self._undo()
-            self._undo = None
+            self._undo, self._is_armed = None, False
 
     # ---- checking
 
@@ -422,22 +428,30 @@ class Player:
         if completion.logprobs is not None and len(completion.logprobs) != len(output):
             raise Wrong(f"{len(completion.logprobs)} log-probabilities of {len(output)} tokens")
         total = 0.0
+        sequence.extend(output)
         end: tuple[str, Any] | None = None
         grammar_text = b""
         for index, token in enumerate(output):
             if end is not None:
                 raise Wrong(f"it goes on after token {index - 1}, though it ends there by {end}")
+            logits = sequence.logits[len(one.prompt) - 1 + index]
             scores, allowed = self._scores(
-                params, one, output[:index], sequence, stop_ids, bad_words, without, grammar_text
+                params, one, output[:index], logits, stop_ids, bad_words, without, grammar_text
             )
-            slack = self._slack(sequence.logits[-1])
+            slack = self._slack(logits)
             wrong = complaint(scores, token, params, seed, len(one.prompt) + index, slack)
+            if (
+                wrong and allowed is not None
+            ):  # where the text is forced, a grammar may leave only the tokenizer's own next token
+                forced = self._forced_token(params, grammar_text)
+                if forced is not None:
+                    wrong = "" if token == forced and scores[token] > -np.inf else wrong
             if wrong:
                 raise Wrong(f"token {index} is {token}, which {wrong}; of {output}, {completion.finish_reason}")
             if completion.logprobs is not None:
                 entry = completion.logprobs[index]
                 exactly = params.logprob_token_ids or ()
-                self._check_entry(entry, sequence.logits[-1], token, params.logprobs or 0, exactly)
+                self._check_entry(entry, logits, token, params.logprobs or 0, exactly)
                 total += entry[token].logprob
             end = self._end(params, output[: index + 1], stop_ids, eos, length - len(one.prompt), allowed)
             if allowed is not None and token not in stop_ids and token not in self._eos():
@@ -448,7 +462,6 @@ class Player:
             stopped = reader.take(token) if self.text and not is_silent else None
             if stopped is not None:
                 end = ("stop", stopped)
-            sequence.extend([token])
         self._check_end(one, params, completion, end, sequence, stop_ids, bad_words, without, grammar_text)
         if completion.logprobs is not None and abs((completion.cumulative_logprob or 0.0) - total) > 1e-6:
             raise Wrong(f"cumulative_logprob is {completion.cumulative_logprob}, not {total}")
@@ -466,7 +479,7 @@ class Player:
         params: SamplingParams,
         one: RequestCase,
         output: list[int],
-        sequence: Sequence64,
+        logits: NDArray[np.float64],
         stop_ids: frozenset[int],
         bad_words: list[tuple[int, ...]],
         without: list[int],
@@ -476,8 +489,16 @@ class Player:
         if "structured_outputs" in one.params:
             form = json.dumps(one.params["structured_outputs"])
             allowed = grammar_mask(form, grammar_text, self.model.config.vocab_size, self._eos())
-        scores = edited(sequence.logits[-1], params, one.prompt, output, stop_ids, bad_words, allowed, without)
+        scores = edited(logits, params, one.prompt, output, stop_ids, bad_words, allowed, without)
         return scores, allowed
+
+    def _forced_token(self, params: SamplingParams, text: bytes) -> int | None:
+        """The first token of what must come after ``text``; None if that is open."""
+        form = params.structured_outputs
+        rests = [c.encode()[len(text) :] for c in form.choice or () if c.encode().startswith(text)]  # type: ignore[union-attr]
+        rest = os.path.commonprefix(rests).decode(errors="ignore")
+        assert self.engine.tokenizer is not None
+        return self.engine.tokenizer.encode(rest, bos=False)[0] if rest else None
 
     def _may_go_on(self, params: SamplingParams, text: bytes) -> bool:
         form = params.structured_outputs
@@ -528,7 +549,7 @@ class Player:
         if completion.finish_reason == "error" and one.index in self.may_fail:
             return
         if completion.finish_reason == "error" and completion.error == NO_TOKEN_LEFT and end is None:
-            scores, _ = self._scores(params, one, completion.token_ids, sequence, *context)
+            scores, _ = self._scores(params, one, completion.token_ids, sequence.logits[-1], *context)
             if scores.max() == -np.inf:
                 return
         raise Wrong(f"it ended by {found} ({completion.error}) after {completion.token_ids}; right is {end}")
@@ -550,10 +571,10 @@ class Player:
             sequence, page = known[page_hash]
             rows = slice(page * self.page_size, (page + 1) * self.page_size)
             for layer, caches in enumerate(layers):
-                for cache, right in zip(
+                for stored, right in zip(
                     caches, (sequence.keys[layer][rows], sequence.values[layer][rows]), strict=True
                 ):
-                    found = cache[number].double().numpy().transpose(1, 0, 2)
+                    found = stored[number].double().numpy().transpose(1, 0, 2)
                     slack = 2 * self.slack * (1.0 + np.abs(right).max())
                     if not (np.abs(found - right) <= slack).all():
                         worst = np.abs(found - right).max()
