@@ -14,7 +14,7 @@ from uuid import uuid4
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.engine_thread import EngineClosedError, EngineDeadError, EngineThread, Stream
 from nemo_engine.inputs import EncodedPrompt, InputProcessor, Message, Prompt
-from nemo_engine.loop import EngineLoop
+from nemo_engine.loop import EngineLoop, check_ids
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import SchedulerStats
@@ -76,7 +76,8 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        return self._thread.is_alive and not (self._thread.is_draining or self._thread.is_closing)
+        thread = self._thread
+        return thread.is_alive and thread.error is None and not (thread.is_draining or thread.is_closing)
 
     @property
     def error(self) -> EngineDeadError | None:
@@ -182,8 +183,11 @@ class AsyncEngine:
         self._thread.add(prepared, stream)
 
     def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests, whose iterators then yield what they had as "abort"; unknown ids are passed over. From any thread."""
-        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        """End requests, whose iterators then yield what they had as "abort"; unknown ids are passed over. From any thread.
+
+        ValueError, and nothing is ended, if an id is no string.
+        """
+        ids = check_ids(request_id)
         self._thread.post(lambda: self._loop.abort(ids))
 
     async def drain(self, timeout: float | None = None) -> bool:

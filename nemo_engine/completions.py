@@ -6,7 +6,6 @@ looked at when they finish.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +17,6 @@ from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
 from nemo_engine.step import TokenLogprobs
 from nemo_engine.text import Detokenizer, Tokenizer
-
-_logger = logging.getLogger("nemo_engine")
 
 
 class Sink(Protocol):
@@ -33,8 +30,8 @@ class Completion:
     """One of the completions of a user's request: a scheduler request and its text so far."""
 
     __slots__ = (
-        "cumulative_logprob", "detokenizer", "index", "logprobs", "num_emitted_tokens", "num_read_tokens", "owner",
-        "is_broken", "request", "stop_string",
+        "cumulative_logprob", "detokenizer", "index", "is_reading", "logprobs", "num_emitted_tokens", "num_read_tokens", "owner",
+        "request", "stop_string",
     )  # fmt: skip
 
     def __init__(self, owner: UserRequest, index: int, request: Request, detokenizer: Detokenizer | None) -> None:
@@ -47,7 +44,7 @@ class Completion:
         self.num_read_tokens = 0  # output tokens that the detokenizer has seen
         self.num_emitted_tokens = 0
         self.stop_string: str | None = None
-        self.is_broken = False  # its tokens could not be read: it has ended by that
+        self.is_reading = False  # and for good, if an exception cut it short
 
     @property
     def is_finished(self) -> bool:
@@ -58,11 +55,14 @@ class Completion:
         """Feed what was generated since the last call to the detokenizer; returns the stop string that appeared."""
         request = self.request
         new = request.token_ids[request.num_prompt_tokens + self.num_read_tokens :]
-        self.num_read_tokens += len(new)
-        if self.detokenizer is None or not new or self.stop_string is not None or self.is_broken:
+        if self.detokenizer is None or not new or self.stop_string is not None or self.is_reading:
+            self.num_read_tokens += len(new)
             return None
         ends_at_stop_token = request.finish_reason == "stop" and new[-1] in request.stop_token_ids
+        self.is_reading = True
         self.stop_string = self.detokenizer.append(new, last_is_stop_token=ends_at_stop_token)
+        self.num_read_tokens += len(new)
+        self.is_reading = False
         return self.stop_string
 
     def has_news(self) -> bool:
@@ -74,6 +74,8 @@ class Completion:
         request = self.request
         first = self.num_emitted_tokens if is_delta else 0
         token_ids = request.token_ids[request.num_prompt_tokens + first :]
+        if self.logprobs is not None:  # fewer than tokens where a failure came between
+            token_ids = token_ids[: len(self.logprobs) - first]
         self.num_emitted_tokens = first + len(token_ids)
         text = ""
         if self.detokenizer is not None:
@@ -101,8 +103,10 @@ class UserRequest:
         params: SamplingParams,
         kind: RequestOutputKind,
         sink: Sink,
+        is_named: bool = True,
     ) -> None:
         self.request_id = request_id
+        self.is_named = is_named  # so that it can be aborted by its id
         self.prompt = prompt
         self.params = params
         self.kind = kind
@@ -149,12 +153,16 @@ class UserRequest:
 
 
 class OutputProcessor:
-    """Keeps the user requests under way, and brings their outputs to their sinks."""
+    """Keeps the user requests under way, and brings their outputs to their sinks.
+
+    Users' ids are labels, by which those who gave them find their requests again; everything else here is known by the object.
+    """
 
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None) -> None:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
-        self._users: dict[str, UserRequest] = {}
+        self._users: dict[UserRequest, None] = {}
+        self._by_id: dict[str, UserRequest] = {}  # of the named
         self._completions: dict[Request, Completion] = {}
         self._attended: dict[Request, Completion] = {}  # those of users that want every step
 
@@ -162,12 +170,27 @@ class OutputProcessor:
         return len(self._users)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._users
+        return request_id in self._by_id
 
-    def add(self, user: UserRequest, requests: list[Request]) -> None:
-        """Take charge of ``user``, whose completions are ``requests``, already queued."""
-        params = user.params
+    def add(self, user: UserRequest) -> None:
+        """Take charge of ``user`` and queue its completions. If that raises, ``process`` is to be told of a failure, and removes what was."""
         user.metrics.queued_ts = time.monotonic()
+        try:
+            for completion in user.completions:
+                self._completions[completion.request] = completion
+                if user.wants_every_step:
+                    self._attended[completion.request] = completion
+                self._scheduler.add(completion.request)
+            if user.is_named:
+                self._by_id[user.request_id] = user
+            self._users[user] = None
+        except BaseException:
+            self._forget(user)
+            raise
+
+    def complete(self, user: UserRequest, requests: list[Request]) -> None:
+        """Give ``user`` its completions, which are to be made by ``requests``. Changes nothing here, and may be called in any thread."""
+        params = user.params
         for index, request in enumerate(requests):
             detokenizer = None
             if self._tokenizer is not None and params.detokenize:
@@ -180,12 +203,15 @@ class OutputProcessor:
                     min_tokens=params.min_tokens,
                     mark_token_id=self._tokenizer.tool_calls_id,
                 )
-            completion = Completion(user, index, request, detokenizer)
-            user.completions.append(completion)
-            self._completions[request] = completion
-            if user.wants_every_step:
-                self._attended[request] = completion
-        self._users[user.request_id] = user
+            user.completions.append(Completion(user, index, request, detokenizer))
+
+    def _forget(self, user: UserRequest) -> None:
+        for completion in user.completions:
+            self._completions.pop(completion.request, None)
+            self._attended.pop(completion.request, None)
+        if self._by_id.get(user.request_id) is user:
+            del self._by_id[user.request_id]
+        self._users.pop(user, None)
 
     def views(self, limit: int) -> list[RequestView]:
         """At most ``limit`` completions: those that run, then those that wait, each in order of arrival. O(completions)."""
@@ -206,7 +232,7 @@ class OutputProcessor:
         is_prefilling = num_computed < len(request.token_ids) - 1
         is_running = request.status is RequestStatus.RUNNING
         return RequestView(
-            request_id=request.request_id,
+            request_id=completion.owner.request_id + (f"#{completion.index}" if completion.owner.params.n > 1 else ""),
             state="waiting" if not is_running else "prefill" if is_prefilling else "decode",
             age=now - completion.owner.metrics.arrival_time,
             num_prompt_tokens=request.num_prompt_tokens,
@@ -218,93 +244,110 @@ class OutputProcessor:
         )
 
     def process(self, committed: Committed) -> None:
-        """Bring one committed step to the users; may end requests whose stop string has appeared."""
+        """Bring one committed step to the users; may end requests whose stop string has appeared.
+
+        Passes over requests that it does not know: they have been aborted.
+        """
         now = time.monotonic()
+        if committed.failure is not None:
+            self._settle(committed.failure, now)
+            return
+        changed: dict[UserRequest, None] = {}
         for request in committed.prefilled:
             metrics = self._completions[request].owner.metrics
             if metrics.first_token_ts is None and request.num_output_tokens:
                 metrics.first_token_ts = now
-        changed: dict[UserRequest, None] = {}
         for request, first, entries in committed.prompt_logprobs:
             completion = self._completions[request]
-            prompt_logprobs = completion.owner.prompt_logprobs
-            assert prompt_logprobs is not None
-            try:
-                for position, entry in enumerate(entries, first):
-                    prompt_logprobs[position] = self._logprob_dict(entry)
-            except Exception as error:
-                self._fail(completion, error)
+            if not self._take_prompt(completion, first, entries):
                 changed[completion.owner] = None
         if self._attended:
             for index, request in enumerate(committed.requests):
                 attended = self._attended.get(request)
                 if attended is not None:
-                    self._attend(attended, committed.logprobs.get(index))
+                    self._take(attended, committed.logprobs.get(index))
                     changed[attended.owner] = None
         for request in committed.finished:
-            ended = self._completions.get(request)
-            if ended is None:  # aborted since: an interrupted step reports late
-                continue
-            changed[ended.owner] = None
+            completion = self._completions[request]
+            changed[completion.owner] = None
             if request not in self._attended:
-                self._attend(ended, None)
+                self._take(completion)
         for user in changed:
             self._emit(user, now)
 
-    def abort(self, request_id: str) -> bool:
-        """End a user request; its last output, with what it had, goes to its sink. False if it is not known."""
-        user = self._users.get(request_id)
-        if user is None:
-            return False
-        for completion in user.completions:
-            self._scheduler.finish(completion.request.request_id, "abort")
-            try:
-                completion.read()
-            except Exception as error:
-                self._fail(completion, error)
-        self._emit(user, time.monotonic())
-        return True
+    def _settle(self, failure: str, now: float) -> None:
+        """A failure ended what ran, and may have hidden what ended before: look at everybody."""
+        for request in self._scheduler.unfinished():
+            if request not in self._completions:  # it was being added
+                self._scheduler.finish(request.request_id, "abort")
+        for user in list(self._users):
+            lacks_prompt = user.prompt_logprobs is not None and None in user.prompt_logprobs[1:]
+            for completion in user.completions:
+                request = completion.request
+                is_unread = completion.num_read_tokens < request.num_output_tokens and request in self._attended
+                if completion.is_reading or (completion.is_finished and (is_unread or lacks_prompt)):
+                    self._fail(completion, failure)
+                if completion.is_finished and completion.logprobs is None:
+                    self._take(completion)
+            if user.is_finished:
+                self._emit(user, now)
 
-    def _attend(self, completion: Completion, logprobs: TokenLogprobs | None) -> None:
+    def abort(self, user: UserRequest | str) -> None:
+        """End a user request, by its id if it is named; its last output, with what it had, goes to its sink. Passes over the unknown."""
+        known = self._by_id.get(user) if isinstance(user, str) else user
+        if known is None or known not in self._users:
+            return
+        for completion in known.completions:
+            self._scheduler.finish(completion.request.request_id, "abort")
+            self._take(completion)
+        self._emit(known, time.monotonic())
+
+    def _take(self, completion: Completion, logprobs: TokenLogprobs | None = None) -> None:
+        """Turn what is new into text, which may end the request: at a stop string, or because there is no text for it."""
+        request = completion.request
         try:
             if logprobs is not None:
                 assert completion.logprobs is not None
                 completion.logprobs.append(self._logprob_dict(logprobs))
                 completion.cumulative_logprob += logprobs.logprobs[0]
-            if completion.read() is not None:
-                self._end_at_stop_string(completion)
+            stop_string = completion.read()
         except Exception as error:
-            self._fail(completion, error)
+            self._fail(completion, f"its tokens could not be turned into text: {type(error).__name__}: {error}")
+            return
+        if stop_string is not None and request.finish_reason not in ("abort", "error"):
+            self._scheduler.finish(request.request_id, "stop", stop_string)
+            # The scheduler may have ended it in this very step, by length or by a stop token: the text decides.
+            request.finish_reason, request.stop_reason = "stop", stop_string
 
-    def _fail(self, completion: Completion, error: Exception) -> None:
-        """What cannot be made into text or log-probabilities ends its own request, with what it had."""
+    def _take_prompt(self, completion: Completion, first: int, entries: list[TokenLogprobs]) -> bool:
+        """Keep the log-probabilities of the prompt from position ``first`` on; False if that ended the request."""
+        prompt_logprobs = completion.owner.prompt_logprobs
+        assert prompt_logprobs is not None
+        try:
+            prompt_logprobs[first : first + len(entries)] = [self._logprob_dict(entry) for entry in entries]
+        except Exception as error:
+            self._fail(completion, f"its prompt could not be turned into text: {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _fail(self, completion: Completion, message: str) -> None:
         request = completion.request
-        _logger.error("request %s: its output cannot be made", request.request_id, exc_info=error)
-        completion.is_broken = True
         self._scheduler.finish(request.request_id, "error")
-        request.finish_reason, request.stop_reason = "error", None
-        request.error = f"the output cannot be made: {type(error).__name__}: {error}"
-
-    def _end_at_stop_string(self, completion: Completion) -> None:
-        request = completion.request
-        self._scheduler.finish(request.request_id, "stop", completion.stop_string)
-        # The scheduler may have ended it in this very step, by length or by a stop token: the text decides.
-        request.finish_reason, request.stop_reason = "stop", completion.stop_string
+        request.finish_reason, request.stop_reason, request.error = "error", None, message
 
     def _emit(self, user: UserRequest, now: float) -> None:
         user.metrics.last_token_ts = now
-        is_finished = user.is_finished
-        if is_finished:
+        if user.is_finished:
             for completion in user.completions:
-                if completion.detokenizer is not None and completion.stop_string is None and not completion.is_broken:
+                if completion.detokenizer is not None and completion.stop_string is None and not completion.is_reading:
                     try:
                         completion.detokenizer.finish()
                     except Exception as error:
-                        self._fail(completion, error)
-                self._completions.pop(completion.request)
-                self._attended.pop(completion.request, None)
-            del self._users[user.request_id]
-        elif user.kind is RequestOutputKind.FINAL_ONLY or not self._is_due(user):
+                        self._fail(completion, f"its text could not be ended: {type(error).__name__}: {error}")
+            user.sink.append(user.output())
+            self._forget(user)
+            return
+        if user.kind is RequestOutputKind.FINAL_ONLY or not self._is_due(user):
             return
         user.sink.append(user.output())
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -43,6 +44,9 @@ class StepRunner(Protocol):
     def count_saturated(self) -> tuple[int, int]:
         """Entries of an FP8 KV cache at its largest number, and entries that are not 0."""
 
+    def recover(self) -> None:
+        """A step failed: forget what was kept from it for the next, and wait for the device. Raises if the device is lost."""
+
     def close(self) -> None:
         """Free everything."""
 
@@ -61,35 +65,72 @@ class EngineCore:
         self.depth = depth
         self.history: deque[StepRecord] = deque(maxlen=HISTORY)
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
-        self._interrupted: Committed | None = None
+        self._unreported: Committed | None = None  # what a failure ended
+        self._cut_short: str | None = None  # why a change of requests and pages may be half done
+        self._lost: BaseException | None = None
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Around everything that changes requests or pages. What an exception cuts short, an interrupt say, is mended before the next change:
+        the requests that were running end with an error, which the next ``step`` reports.
+        """
+        if self._cut_short is not None:
+            self._unreported = self.fail(self._cut_short)
+        self._cut_short = "the engine was interrupted"
+        try:
+            yield
+        except BaseException as error:
+            self._cut_short = f"the engine was interrupted: {type(error).__name__}: {error}"
+            raise
+        self._cut_short = None
 
     def step(self) -> Committed | None:
         """Launch the next step if there is one, and commit the oldest if ``depth`` are in flight or nothing was launched.
 
-        If the runner breaks (out of memory, say), the requests that were running end with an error and the engine lives
-        on. An interrupt (Ctrl-C) does the same to them and is passed on; the next step then reports them.
+        If the runner breaks (out of memory, say), the requests that were running end with an error and the engine lives on. An interrupt
+        (Ctrl-C), or an exception of the scheduler, does the same to them and is passed on; the next step then reports them.
+        RuntimeError, for good, if the device is lost.
         """
-        if self._interrupted is not None:
-            committed, self._interrupted = self._interrupted, None
+        if self._unreported is not None:
+            committed, self._unreported = self._unreported, None
             return committed
-        plan = self.scheduler.schedule()
+        if self._lost is not None:
+            raise RuntimeError(f"the device is lost: {self._lost}") from self._lost
         try:
-            if plan is not None:
-                self._in_flight.append((plan, self.runner.launch(plan)))
-            if not self._in_flight or (plan is not None and len(self._in_flight) < self.depth):
-                return None
-            oldest, handle = self._in_flight.popleft()
-            result = handle.result()
-        except BaseException as error:
-            self._in_flight.clear()
-            committed = self.scheduler.fail_running(f"the step failed: {type(error).__name__}: {error}")
-            if not isinstance(error, Exception):
-                self._interrupted = committed
-                raise
-            _logger.exception("a step failed; the %d requests that were running end with it", len(committed.finished))
+            plan = self.scheduler.schedule()
+            try:
+                if plan is not None:
+                    self._in_flight.append((plan, self.runner.launch(plan)))
+                if not self._in_flight or (plan is not None and len(self._in_flight) < self.depth):
+                    return None
+                oldest, handle = self._in_flight.popleft()
+                result = handle.result()
+            except Exception as error:
+                committed = self.fail(_describe(error))
+                _logger.exception(
+                    "a step failed; the %d requests that were running end with it", len(committed.finished)
+                )
+                return committed
+            committed = self.scheduler.commit(result)
+            self._record(oldest, committed)
             return committed
-        committed = self.scheduler.commit(result)
-        self._record(oldest, committed)
+        except BaseException as error:
+            # What raises while nothing runs would do so for ever: the first of those that wait is the cause.
+            self._unreported = self.fail(_describe(error), or_first=isinstance(error, Exception))
+            raise
+
+    def fail(self, message: str, or_first: bool = False) -> Committed:
+        """End the requests that are running with ``message``, and begin anew with the others; see ``Scheduler.fail_running``.
+
+        RuntimeError, for good, if the device does not answer any more.
+        """
+        self._in_flight.clear()
+        committed = self.scheduler.fail_running(message, or_first)
+        try:
+            self.runner.recover()
+        except Exception as error:
+            self._lost = error
+            raise RuntimeError(f"the device is lost: {error}") from error
         return committed
 
     def _record(self, plan: StepPlan, committed: Committed) -> None:
@@ -107,15 +148,30 @@ class EngineCore:
             )
         )
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether no step can be made any more."""
+        return self._lost is not None
+
     def has_work(self) -> bool:
         """Whether a request is unfinished or a step is in flight."""
-        return bool(self._in_flight) or self._interrupted is not None or self.scheduler.has_unfinished()
+        is_owed = self._unreported is not None or self._cut_short is not None
+        return bool(self._in_flight) or is_owed or self.scheduler.has_unfinished()
 
     def close(self) -> None:
-        """Wait for what is in flight and free the runner."""
-        while self._in_flight:
-            self._in_flight.popleft()[1].result()
-        self.runner.close()
+        """Wait for what is in flight and free the runner, also if that broke."""
+        in_flight, self._in_flight = self._in_flight, deque()
+        try:
+            for _, handle in in_flight:
+                handle.result()
+        except Exception:
+            _logger.exception("a step that was in flight when the engine was closed failed")
+        finally:
+            self.runner.close()
+
+
+def _describe(error: BaseException) -> str:
+    return f"the step failed: {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True, slots=True)

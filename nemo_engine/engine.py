@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_engine.inputs import EncodedPrompt, Message, Params, Prompt
-from nemo_engine.loop import EngineLoop
+from nemo_engine.loop import EngineLoop, PreparedRequest
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.text import SystemPlacement
@@ -26,7 +28,7 @@ class Engine(EngineLoop):
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         super().__init__(model, **options)
-        self._num_requests = 0
+        self._labels = itertools.count()
         self._ready: list[RequestOutput] = []  # of add_request, for step()
 
     def generate(
@@ -107,7 +109,7 @@ class Engine(EngineLoop):
     ) -> None:
         """Queue one request; its outputs come from ``step()``, as ``sampling_params.output_kind`` says.
 
-        Raises ``ValueError`` for bad input, an id in use, or a request that could never finish.
+        Raises ``ValueError`` for bad input, an id that an unfinished request of ``add_request`` has, or a request that could never finish.
         """
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
@@ -125,63 +127,78 @@ class Engine(EngineLoop):
     def has_unfinished_requests(self) -> bool:
         """Whether ``step()`` still has something to do or to return."""
         with self._lock:
-            return bool(self._ready) or len(self._outputs) > 0
+            return bool(self._ready) or self.has_work()
 
     def _run(self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool) -> list[RequestOutput]:
-        sinks, ids = self._add_all(prompts, params, RequestOutputKind.FINAL_ONLY)
+        sinks, prepared = self._prepare_all(prompts, params, RequestOutputKind.FINAL_ONLY)
         try:
-            with _ProgressBar(len(ids) if progress else 0) as bar:
+            self._submit_all(prepared)
+            with _ProgressBar(len(prepared) if progress else 0) as bar:
                 while not all(sinks):
                     self.advance()
                     bar.update(sum(map(bool, sinks)))
         finally:
-            self.abort(ids)
+            self._leave(prepared)
         return [sink[0] for sink in sinks]
 
     def _stream(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
         self._check_open()
-        for prompt, own in zip(prompts, params, strict=True):
-            self.check_fits(prompt, own)
+        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            with _naming(index, len(prompts)):
+                self.check_fits(prompt, own)
         return self._drain(prompts, params)
 
     def _drain(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
         # Queued at the first next(): an iterator that is never started would otherwise never be aborted.
-        sinks, ids = self._add_all(prompts, params, RequestOutputKind.DELTA)
-        num_open = len(ids)
+        sinks, prepared = self._prepare_all(prompts, params, RequestOutputKind.DELTA)
+        unfinished = set(range(len(sinks)))
         try:
-            while num_open:
+            self._submit_all(prepared)
+            while unfinished:
                 self.advance()
                 for index, sink in enumerate(sinks):
                     while sink:
                         output = sink.pop(0)
                         output.request_id = str(index)
-                        num_open -= output.finished
+                        if output.finished:
+                            unfinished.discard(index)
                         yield output
         finally:
-            self.abort(ids)
+            self._leave(prepared)
 
-    def _add_all(
+    def _prepare_all(
         self, prompts: list[EncodedPrompt], params: list[SamplingParams], kind: RequestOutputKind
-    ) -> tuple[list[list[RequestOutput]], list[str]]:
-        """Queue all or, if one is refused, none."""
+    ) -> tuple[list[list[RequestOutput]], list[PreparedRequest]]:
+        """A sink for each prompt, and its request, whose id is a mere label."""
+        self._check_open()
         sinks: list[list[RequestOutput]] = [[] for _ in prompts]
-        ids: list[str] = []
+        prepared = []
+        for index, (prompt, own, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
+            label = str(next(self._labels))
+            with _naming(index, len(prompts)):
+                prepared.append(self.prepare(label, prompt, own, kind, sink, is_named=False))
+        return sinks, prepared
+
+    def _submit_all(self, prepared: list[PreparedRequest]) -> None:
         with self._lock:
-            try:
-                for index, (prompt, own, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
-                    self._num_requests += 1
-                    request_id = f"{self._num_requests - 1}"
-                    while request_id in self._outputs:
-                        request_id += "'"
-                    try:
-                        self.submit(self.prepare(request_id, prompt, own, kind, sink))
-                    except ValueError as error:
-                        raise ValueError(f"prompts[{index}]: {error}" if len(prompts) > 1 else str(error)) from None
-                    ids.append(request_id)
-            except BaseException:
-                self.abort(ids)
-                raise
-        return sinks, ids
+            for one in prepared:
+                self.submit(one)
+
+    def _leave(self, prepared: list[PreparedRequest]) -> None:
+        """End what is unfinished of ``prepared``, and the steps in flight if nobody else has part in them."""
+        with self._lock:
+            self.withdraw(prepared)
+            while not self._is_closed and len(self._outputs) == 0 and self.has_work():
+                self.advance()
+
+
+@contextmanager
+def _naming(index: int, count: int) -> Iterator[None]:
+    """What is refused inside is refused of prompt ``index`` of ``count``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"prompts[{index}]: {error}" if count > 1 else str(error)) from None
 
 
 class _ProgressBar:

@@ -179,16 +179,14 @@ class EngineThread:
         try:
             while True:
                 with self._condition:
-                    while not (self._inbox or self.is_closing or loop.has_unfinished_requests()):
+                    while not (self._inbox or self.is_closing or loop.has_work()):
                         self._condition.wait()
-                    commands, self._inbox = self._inbox, []
                     is_closing = self.is_closing
-                for command in commands:
-                    command()
+                self._run_commands()
                 if is_closing:
                     break
-                if loop.has_unfinished_requests():
-                    loop.advance()
+                if loop.has_work():
+                    self._advance()
                 self.stats, self.last_step_id = loop.stats(), loop.last_step_id
                 self._wake_all()
             loop.abort(list(self.streams))
@@ -202,6 +200,20 @@ class EngineThread:
             except Exception:
                 _logger.exception("the engine could not be closed")
             self.stats = loop.stats()
+
+    def _advance(self) -> None:
+        try:
+            self._loop.advance()
+        except Exception:
+            if self._loop.is_dead:
+                raise
+            _logger.exception("a step failed; the requests that were running end with it")
+
+    def _run_commands(self) -> None:
+        with self._condition:
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            command()
 
     def _submit(self, prepared: PreparedRequest, stream: Stream) -> None:
         try:

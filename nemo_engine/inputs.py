@@ -50,6 +50,7 @@ class InputProcessor:
             self._grammars = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
         self._unseeded = itertools.count(1)
         self._salts = itertools.count()
+        self._numbers = itertools.count(1)
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> EncodedPrompt:
         """Encode a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``, the latter two also with a ``cache_salt`` of 1 to
@@ -155,7 +156,7 @@ class InputProcessor:
     def requests(
         self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0
     ) -> list[Request]:
-        """The ``n`` scheduler requests of one user request; ``params`` are effective ones.
+        """The ``n`` scheduler requests of one user request; ``params`` are effective ones. ``request_id`` is a label: each gets a number too.
 
         They share the prompt's pages: through the prefix cache, or with that turned off under a salt of their own.
         """
@@ -184,7 +185,7 @@ class InputProcessor:
             )
             siblings.append(
                 Request(
-                    request_id if params.n == 1 else f"{request_id}#{index}",
+                    f"{next(self._numbers)}-{request_id}",
                     prompt.token_ids,
                     own,
                     seed=self._seed(params.seed, unseeded, index),

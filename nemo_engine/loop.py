@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +22,7 @@ from nemo_engine.inputs import CHAT_MAX_TOKENS, EncodedPrompt, InputProcessor, P
 from nemo_engine.ledger import Ledger
 from nemo_engine.outputs import RequestView, StepRecord
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
-from nemo_engine.scheduler import Request, SchedulerStats
+from nemo_engine.scheduler import SchedulerStats
 from nemo_engine.text import Tokenizer, load_tokenizer
 
 _logger = logging.getLogger("nemo_engine")
@@ -33,7 +33,6 @@ class PreparedRequest:
     """A request that has passed every check, not queued yet."""
 
     user: UserRequest
-    requests: list[Request]
 
 
 FORKED = (
@@ -131,49 +130,76 @@ class EngineLoop:
         kind: RequestOutputKind,
         sink: Sink,
         priority: int = 0,
+        is_named: bool = True,
     ) -> PreparedRequest:
         """Check a request and make it ready for ``submit``; for those who run the loop themselves.
 
         ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile. Outputs will
-        be appended to ``sink`` by the thread that calls ``advance``.
+        be appended to ``sink`` by the thread that calls ``advance``. ``request_id`` is a label; only if ``is_named`` must it be unique, and
+        can ``abort`` find the request by it.
         """
         self.check_fits(prompt, params)
-        user = UserRequest(request_id, prompt, params, kind, sink)
-        return PreparedRequest(user, self.inputs.requests(request_id, prompt, params, priority))
+        user = UserRequest(request_id, prompt, params, kind, sink, is_named)
+        self._outputs.complete(user, self.inputs.requests(request_id, prompt, params, priority))
+        return PreparedRequest(user)
 
     def submit(self, prepared: PreparedRequest) -> None:
-        """Queue a prepared request. Raises ``ValueError`` if its id is in use."""
+        """Queue a prepared request, all of its completions or none. Raises ``ValueError`` if its id is in use."""
+        user = prepared.user
         with self._lock:
             self._check_open()
-            request_id = prepared.user.request_id
-            if request_id in self._outputs:
-                raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-            for request in prepared.requests:
-                self._core.scheduler.add(request)
-            self._outputs.add(prepared.user, prepared.requests)
+            if user.is_named and user.request_id in self._outputs:
+                raise ValueError(f"request_id {user.request_id!r} is in use by an unfinished request")
+            with self._core.change():
+                self._outputs.add(user)
 
     def advance(self) -> None:
-        """Run one step for all requests; what is new goes to each request's own sink."""
+        """Run one step for all requests; what is new goes to each request's own sink.
+
+        RuntimeError if the device is lost. After any other exception the requests that were running end with it, and the next call goes on.
+        """
         with self._lock:
             self._check_open()
-            committed = self._core.step()
-            if committed is not None:
-                self._outputs.process(committed)
+            with self._core.change():
+                committed = self._core.step()
+                if committed is None:
+                    return
+                try:
+                    self._outputs.process(committed)
+                except Exception as error:
+                    _logger.exception("the outputs of a step could not be made")
+                    message = f"the outputs of a step could not be made: {type(error).__name__}: {error}"
+                    self._outputs.process(self._core.fail(message))
 
     def abort(self, request_id: str | Sequence[str]) -> None:
-        """End requests, whose outputs so far come from the next ``step()`` as "abort"; unknown ids are passed over."""
+        """End requests with all their completions, whose outputs so far come from the next ``step()`` as "abort".
+
+        Unknown ids are passed over, those of requests that have ended among them. ValueError, and nothing is ended, if an id is no string.
+        """
+        ids = check_ids(request_id)
+        with self._lock, self._core.change():
+            for known in ids:
+                self._outputs.abort(known)
+
+    def withdraw(self, prepared: Iterable[PreparedRequest]) -> None:
+        """As ``abort``, of requests that were submitted, named or not."""
+        with self._lock, self._core.change():
+            for one in prepared:
+                self._outputs.abort(one.user)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the device is lost, so that ``advance`` will do nothing but raise."""
+        return self._core.is_dead
+
+    def has_work(self) -> bool:
+        """Whether ``advance`` has something to do: for a request, or for a step in flight, of which something is kept until it is done."""
         with self._lock:
-            for one in [request_id] if isinstance(request_id, str) else request_id:
-                self._outputs.abort(one)
+            return len(self._outputs) > 0 or self._core.has_work()
 
     def share_cores(self) -> None:
         """``advance`` will be called by one thread, beside others that serve its outputs: they are left cores (``runner.threads``)."""
         self._core.runner.share_cores()
-
-    def has_unfinished_requests(self) -> bool:
-        """Whether a request has not ended, or its last output is still to come."""
-        with self._lock:
-            return len(self._outputs) > 0
 
     def stats(self) -> SchedulerStats:
         """Requests and pages at this moment, and totals since the start."""
@@ -210,7 +236,7 @@ class EngineLoop:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running requests are not disturbed."""
-        with self._lock:
+        with self._lock, self._core.change():
             self._core.scheduler.kv.pool.forget_all()
 
     def close(self) -> None:
@@ -236,3 +262,16 @@ class EngineLoop:
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("the engine is closed")
+
+
+def check_ids(request_id: object) -> list[str]:
+    """One id or several as a list; ``ValueError`` if one is no string."""
+    if isinstance(request_id, str):
+        return [request_id]
+    if not isinstance(request_id, Iterable):
+        raise ValueError(f"request_id must be a string or a list of strings, got {request_id!r}")
+    ids = list(request_id)
+    for index, one in enumerate(ids):
+        if not isinstance(one, str):
+            raise ValueError(f"request_id[{index}] must be a string, got {one!r}")
+    return ids

@@ -28,11 +28,13 @@ class RequestTable:
         self.page_table[0].zero_()
         self.num_pages: list[int] = [0] * (num_slots + 1)  # on the host: pages of each row
         self.highest_page = 0  # that a request ever had
+        self.num_changes = 0  # fills and steps with new pages: while it stands still, so does ``num_pages``
         self._last_page = num_pages
         self._vocab_size = vocab_size
 
     def fill(self, fill: SlotFill) -> None:
         """A request enters a slot. What a kernel could read or write out of bounds with is refused here."""
+        self.num_changes += 1
         slot, ids, pages = fill.slot, torch.tensor(fill.token_ids), torch.tensor(fill.pages)
         rows, length = self.token_ids.shape
         if not (0 < slot < rows and 0 < len(ids) <= length and 0 <= fill.num_computed_tokens < len(ids)):
@@ -51,6 +53,7 @@ class RequestTable:
     def take_new_pages(self, plan: StepPlan) -> dict[int, tuple[int, int]]:
         """The (index, page) that each slot of ``plan`` gets, which the step itself enters: at most one a slot."""
         taken = {}
+        self.num_changes += bool(plan.new_pages)
         for slot, index, page in plan.new_pages:
             if not (0 < slot < len(self.num_pages) and 0 <= index < self.page_table.shape[1]):
                 raise ValueError(f"new_pages: no place for page {index} of slot {slot}")

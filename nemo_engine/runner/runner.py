@@ -144,8 +144,8 @@ class Runner:
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._workspace = Workspace()
         self._graphs: tuple[DecodeGraph, ...] = ()
-        # The decode rows of the step before, if none got a page: slots, size, rows.
-        self._last: tuple[tuple[int, ...], int, StepRows] | None = None
+        # The decode rows uploaded last, if none got a page in that step: what they follow from (slots, size, changes of the table), and rows.
+        self._last: tuple[tuple[int, ...], int, int, StepRows] | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
@@ -204,8 +204,10 @@ class Runner:
     ) -> StepRows:
         """The rows on the device, in the graph's own words if there is one: uploaded only if they changed since the step before."""
         size = len(slots) if graph is None else graph.size
-        if self._last is not None and self._last[0] is slots and self._last[1] == size and not new_pages:
-            return self._last[2]
+        changes = self._table.num_changes
+        if self._last is not None and self._last[0] is slots and self._last[1:3] == (size, changes):
+            return self._last[3]
+        self._last = None
         padded = [*slots, *[0] * (size - len(slots))]
         packed = StepRows.pack(padded, [1] * size, new_pages, range(size))
         if graph is None:
@@ -215,7 +217,8 @@ class Runner:
             words, num_pages = graph.words, self._table.page_table.shape[1]
             words.copy_(staged(packed, self._device), non_blocking=True)
         rows = StepRows.of(words, size, size, size, 1, num_pages)
-        self._last = None if new_pages else (slots, size, rows)
+        if not new_pages:
+            self._last = (slots, size, changes, rows)
         return rows
 
     def _forward(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -332,21 +335,29 @@ class Runner:
         """See ``KVCache.count_saturated``."""
         return self._kv_cache.count_saturated(self._table.highest_page)
 
-    def close(self) -> None:
-        """Drop all tensors and graphs; says so if an FP8 cache was too small for what was written into it."""
-        saturated, written = self.count_saturated()
-        if saturated > _TOLERATED_SATURATION * written:
-            _logger.warning(
-                "%.2g %% of the FP8 KV cache's entries are saturated: its scales are too small; calibrate them (nemo-engine quantize "
-                "--kv-scales head)",
-                100 * saturated / written,
-            )
-        self._graphs = ()
+    def recover(self) -> None:
+        """A step failed: forget the rows of the step before, and wait for the device. Raises what it says if it is lost."""
         self._last = None
-        del self._model, self._kv_cache, self._table, self._sampler, self._workspace
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Drop all tensors and graphs, also if the device is lost; says so if an FP8 cache was too small for what was written into it."""
+        try:
+            saturated, written = self.count_saturated()
+            if saturated > _TOLERATED_SATURATION * written:
+                _logger.warning(
+                    "%.2g %% of the FP8 KV cache's entries are saturated: its scales are too small; calibrate them (nemo-engine "
+                    "quantize --kv-scales head)",
+                    100 * saturated / written,
+                )
+        finally:
+            self._graphs = ()
+            self._last = None
+            del self._model, self._kv_cache, self._table, self._sampler, self._workspace
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+                torch.cuda.empty_cache()
 
 
 def _powers_of_two(most: int) -> list[int]:

@@ -27,6 +27,10 @@ class ConstrainedSet:
         self.requests[request] = None
         self._joined = None  # of its slot before a preemption, perhaps
 
+    def forget_joined(self) -> None:
+        """A request leaves: nothing is to keep it."""
+        self._joined = None
+
     def remove(self, request: Request) -> None:
         """``request`` leaves, or its last step is planned."""
         del self.requests[request]

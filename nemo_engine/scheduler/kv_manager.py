@@ -27,6 +27,12 @@ class KVManager:
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
 
+    def reset(self) -> None:
+        """Begin anew with all pages free and empty: nothing that is noted of them is trusted. Totals go on."""
+        pool = PagePool(self.pool.num_pages)
+        pool.peak_used = self.pool.peak_used
+        self.pool = pool
+
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages that hold the keys and values of ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
@@ -97,12 +103,16 @@ class KVManager:
         return pages
 
     def cache_pages(self, request: Request, num_computed_tokens: int) -> None:
-        """Offer the full pages among the first ``num_computed_tokens`` tokens, all known, to the prefix cache."""
+        """Offer the full pages among the first ``num_computed_tokens`` tokens, all known, to the prefix cache.
+
+        They are in doubt until ``request`` leaves with sound tokens behind them.
+        """
         first, end = request.num_hashed_pages, num_computed_tokens // self.page_size
         if end > first and self._writes_cache(request):
             if len(request.page_hashes) < end:
                 self._extend_hashes(request, end)
             self.pool.remember(request.pages[first:end], request.page_hashes[first:end])
+            self.pool.doubt(request.pages[first:end])
             request.num_hashed_pages = end
 
     def cache_all_pages(self, requests: Sequence[Request]) -> None:
@@ -110,17 +120,28 @@ class KVManager:
         for request in requests:
             self.cache_pages(request, min(len(request.pages) * self.page_size, len(request.token_ids)))
 
-    def free(self, request: Request) -> None:
-        """Take all pages from ``request``; what they hold stays findable until they are handed out again."""
+    def free(self, request: Request, num_good_tokens: int = 0) -> None:
+        """Take all pages from ``request``, the first ``num_good_tokens`` of whose tokens were soundly computed.
+
+        What full pages hold of these stays findable until they are handed out again; what others hold, while another request that
+        has them may yet prove it.
+        """
+        self.pool.prove(request.pages[: num_good_tokens // self.page_size])
         self.pool.release(request.pages)
         request.pages = []
         request.num_hashed_pages = 0
 
-    def discard(self, request: Request) -> None:
-        """As ``free``, and forget what the pages hold: the content of a failed request must not be reused."""
+    def discard(self, request: Request, num_good_tokens: int = 0) -> list[int]:
+        """As ``free``, and forget what all the pages hold: the content of a failed request must not be reused.
+
+        Returns the pages that were in doubt, which others may have read.
+        """
+        self.pool.prove(request.pages[: num_good_tokens // self.page_size])
+        bad = self.pool.doubtful(request.pages)
         for page in request.pages:
             self.pool.forget(page)
         self.free(request)
+        return bad
 
     def _writes_cache(self, request: Request) -> bool:
         return self.enable_prefix_caching or bool(request.cache_salt)

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 class PagePool:
     """Reference counts, free list and content hashes of the pages. Every operation is O(1) per page.
 
-    The free list evicts first the pages that hold nothing findable, then the least recently used.
+    The free list evicts first the pages that hold nothing findable, then the least recently used. What a page in *doubt* holds can be found
+    while somebody uses it, and is forgotten when nobody does.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -22,6 +23,7 @@ class PagePool:
         self._num_users = [0] * (num_pages + 1)
         self._hash_of: list[bytes | None] = [None] * (num_pages + 1)
         self._page_of: dict[bytes, int] = {}
+        self._in_doubt = bytearray(num_pages + 1)  # pages of which nobody knows yet whether what they hold is sound
         self.num_free = num_pages  # pages that can be handed out now, those with cached content among them
         # The free list: pages without content, the next one last; then those released with content, the least recently used first. A page
         # that is shared leaves its entry behind: of its entries in ``_unused``, the first ``_num_stale`` count no more.
@@ -63,6 +65,7 @@ class PagePool:
                 self._evicted[page_hash] = None
         for page in pages:
             self._num_users[page] = 1
+            self._in_doubt[page] = False
         if len(self._evicted) > self.num_pages:
             self._evicted_before, self._evicted = self._evicted, {}
         self._note_peak()
@@ -114,13 +117,21 @@ class PagePool:
 
         The last pages of a prefix become evictable before the first ones, which more requests can share.
         """
-        counts, hashes, blank, unused = self._num_users, self._hash_of, self._blank, self._unused
+        counts, hashes, in_doubt, blank, unused = (
+            self._num_users,
+            self._hash_of,
+            self._in_doubt,
+            self._blank,
+            self._unused,
+        )
         for page in reversed(pages):
             users = counts[page] - 1
             assert users >= 0, f"page {page} released twice"
             counts[page] = users
             if users == 0:
                 self.num_free += 1
+                if in_doubt[page]:
+                    self.forget(page)
                 (blank if hashes[page] is None else unused).append(page)
 
     def remember(self, pages: Iterable[int], page_hashes: Iterable[bytes]) -> None:
@@ -130,6 +141,20 @@ class PagePool:
             if page_hash not in page_of and hash_of[page] is None:
                 page_of[page_hash] = page
                 hash_of[page] = page_hash
+
+    def doubt(self, pages: Iterable[int]) -> None:
+        """Put ``pages``, in use, in doubt."""
+        for page in pages:
+            self._in_doubt[page] = True
+
+    def prove(self, pages: Iterable[int]) -> None:
+        """What ``pages`` hold is known to be sound."""
+        for page in pages:
+            self._in_doubt[page] = False
+
+    def doubtful(self, pages: Iterable[int]) -> list[int]:
+        """Those of ``pages`` that are in doubt."""
+        return [page for page in pages if self._in_doubt[page]]
 
     def forget(self, page: int) -> None:
         """The content of ``page`` can no longer be found."""
@@ -154,6 +179,9 @@ class PagePool:
         assert users == self._num_users, "user counts differ from the page tables"
         free = sorted(self._blank + self._unused_pages())
         assert free == [page for page in range(1, self.num_pages + 1) if users[page] == 0], "free pages"
+        assert all(users[page] or not self._in_doubt[page] for page in self._page_of.values()), (
+            "free, findable, and in doubt"
+        )
         assert self.num_free == len(free) and all(self._hash_of[page] is None for page in self._blank)
         assert all(self._hash_of[page] == page_hash for page_hash, page in self._page_of.items()), "hash map"
         assert len(self._page_of) == sum(page_hash is not None for page_hash in self._hash_of), "hash map size"

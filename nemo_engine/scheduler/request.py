@@ -53,6 +53,8 @@ class Request:
         "finish_reason",
         "grammar",
         "hash_wanted",
+        "is_sound",
+        "last_due",
         "launched_step",
         "max_total_tokens",
         "num_cached_tokens",
@@ -60,6 +62,7 @@ class Request:
         "num_hashed_pages",
         "num_preemptions",
         "num_prompt_tokens",
+        "page_due",
         "page_hashes",
         "pages",
         "pages_wanted",
@@ -68,7 +71,6 @@ class Request:
         "request_id",
         "scheduled_ts",
         "seed",
-        "serial",
         "slot",
         "status",
         "stop_reason",
@@ -112,11 +114,13 @@ class Request:
         self.num_preemptions = 0
         # While it runs:
         self.slot = 0
-        self.serial = 0  # changes whenever the request leaves the running ones, so that noted events go stale
+        self.is_sound = False  # a token has come out of what its pages hold, so all that was computed before is good
         self.admitted_step = 0
         self.num_computed_tokens = 0  # by launched steps; while it decodes, Scheduler.num_computed_tokens knows
         self.launched_step = 0  # the last one that takes it, if it has a grammar
         self.decode_offset = 0  # while it decodes: position computed in a step, less the step's id
+        self.page_due = 0  # the step in which it next starts a page, while it decodes without a grammar
+        self.last_due = 0  # the step of its last token, likewise
         # Owned by the KV manager:
         self.pages: list[int] = []
         self.page_hashes: list[bytes] = []  # chain over the full pages of token_ids, as far as it was needed

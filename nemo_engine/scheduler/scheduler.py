@@ -23,9 +23,9 @@ from nemo_engine.scheduler.ends import end_of, failure_of
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.planned_step import PlannedStep
 from nemo_engine.scheduler.request import Request, RequestStatus
-from nemo_engine.scheduler.running import RunningSet
+from nemo_engine.scheduler.running import URGENCY, RunningSet
 from nemo_engine.scheduler.waiting import WaitingQueue
-from nemo_engine.step import PrefillRow, StepPlan, StepResult, TokenLogprobs
+from nemo_engine.step import TOKEN_NOT_FINITE, PrefillRow, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -35,6 +35,7 @@ class Committed:
     ``prefilled`` are those of ``requests`` whose prompt (or, after a preemption, all known tokens) this step completed.
     ``logprobs`` maps an index into ``requests``; ``prompt_logprobs`` holds ``(request, first position, entries)``.
     ``finished`` requests have their ``finish_reason``; those in ``requests`` too got their last token in this step.
+    After a failure nothing was committed: whatever ran has ended, and may have done so before in a step that was never reported.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Committed:
     finished: list[Request] = field(default_factory=list)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: list[tuple[Request, int, list[TokenLogprobs]]] = field(default_factory=list)
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,10 @@ class Scheduler:
     """Continuous batching over ``num_pages`` pages and ``max_num_seqs`` slots.
 
     As ``max_num_batched_tokens >= max_num_seqs``, every decoding request takes part in every step. Waiting requests enter in
-    order, when a slot and pages for all their known tokens are free. A decoding request that finds no free page preempts
-    the least urgent, newest one, which is computed anew later.
+    order, when a slot and pages for all their known tokens are free, and prompts are computed in that order too. A decoding request that
+    finds no free page preempts the least urgent, newest one, which is computed anew later.
+
+    Requests are known by their ``request_id``, which whoever makes them must not take from a user.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Scheduler:
         self.kv = KVManager(num_pages, page_size, enable_prefix_caching)
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
@@ -123,13 +128,17 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None:
             if request.status is RequestStatus.WAITING:
-                self._waiting.discard()
+                self._waiting.remove(request)
             self._end(request, reason, stop_reason)
         return request
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._requests)
+
+    def unfinished(self) -> list[Request]:
+        """All requests that wait or run."""
+        return list(self._requests.values())
 
     def num_computed_tokens(self, request: Request) -> int:
         """Tokens of ``request`` whose keys and values the launched steps compute."""
@@ -161,11 +170,7 @@ class Scheduler:
             last += running.launch_constrained(ready, step_id)
         left = self.max_num_batched_tokens - len(decodes.requests)
         step = PlannedStep(step_id, decodes, last, running.num_departures, left, ready[:], new_pages)
-        for request in running.prefilling[:]:
-            if step.budget > 0:
-                self._prefill(request, step)
-        if self._waiting and running.num_departures == num_departures:  # nobody was preempted
-            self._admit(step)
+        self._plan_prompts(step, may_admit=running.num_departures == num_departures)  # nobody was preempted
         if not decodes.requests and not step.prefills:
             return None
         self._step_id = step_id
@@ -205,19 +210,35 @@ class Scheduler:
     def _num_known_tokens(self, request: Request) -> int:
         return len(request.token_ids)
 
-    def _admit(self, step: PlannedStep) -> None:
-        """Let waiting requests in, in order, as long as slots, pages and budget last."""
+    def _plan_prompts(self, step: PlannedStep, may_admit: bool) -> None:
+        """Spend the budget on prompts, the most urgent first, whether they are under way or yet to be let in."""
+        for request in self._running.prefilling[:]:
+            if may_admit and self._waiting:
+                may_admit = self._admit(step, URGENCY(request))
+            if step.budget > 0:
+                self._prefill(request, step)
+        if may_admit and self._waiting:
+            self._admit(step, None)
+
+    def _admit(self, step: PlannedStep, before: tuple[int, int] | None) -> bool:
+        """Let waiting requests in, in order, as long as slots, pages and budget last: all, or those more urgent than ``before``.
+
+        Returns whether the first of those that are left may be tried again in this step.
+        """
         while self._waiting and self._running.has_free_slot and step.budget > 0:
             request = self._waiting.first()
+            if before is not None and URGENCY(request) > before:
+                return True
             if not self.kv.admit(request):
-                break
-            self._waiting.pop()
+                return False
+            self._waiting.remove(request)
             if request.scheduled_ts is None:
                 request.scheduled_ts = self._clock()
                 request.num_cached_tokens = request.num_computed_tokens
             self._running.enter(request, step.step_id)
             step.admitted.append((request, request.num_computed_tokens))
             self._prefill(request, step)
+        return False
 
     def _prefill(self, request: Request, step: PlannedStep) -> None:
         """Plan the next chunk of ``request``, as far as the budget goes."""
@@ -243,6 +264,10 @@ class Scheduler:
         token_ids = result.token_ids
         assert len(token_ids) == len(requests), (len(token_ids), len(requests))
         committed = Committed(prefilled=[request for request in samplers if step.counts_for(request)])
+        for index, entries in result.prompt_logprobs.items():  # before anybody ends
+            request, row = step.prefills[index]
+            if step.counts_for(request):
+                committed.prompt_logprobs.append((request, row.start + 1, entries))
         is_plain = (
             step.num_departures == self._running.num_departures
             and not step.constrained
@@ -254,14 +279,12 @@ class Scheduler:
             lists = step.decodes.token_lists
             token_lists = lists + [request.token_ids for request in samplers] if samplers else lists
             deque(map(list.append, token_lists, token_ids), maxlen=0)
+            for request in samplers:
+                request.is_sound = True
             committed.requests, committed.token_ids = requests, token_ids
             committed.logprobs = dict(result.logprobs)
         else:
             self._commit_each(step, requests, result, committed)
-        for index, entries in result.prompt_logprobs.items():
-            request, row = step.prefills[index]
-            if step.counts_for(request):
-                committed.prompt_logprobs.append((request, row.start + 1, entries))
         for request in step.last:
             if step.counts_for(request):
                 self._end(request, "length")
@@ -269,11 +292,15 @@ class Scheduler:
         return committed
 
     def _commit_each(self, step: PlannedStep, requests: list[Request], result: StepResult, to: Committed) -> None:
+        bad: list[int] = []  # pages
         for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
             if not step.counts_for(request):
                 continue
             request.error = failure_of(request, token_id)
+            request.is_sound = request.is_sound or token_id >= 0
             if request.error is not None:
+                if token_id == TOKEN_NOT_FINITE:
+                    bad += self.kv.discard(request, self._num_good_tokens(request))
                 self._end(request, "error")
                 to.finished.append(request)
                 continue
@@ -286,18 +313,52 @@ class Scheduler:
             if end is not None:
                 self._end(request, *end)
                 to.finished.append(request)
+        if bad:
+            self._restart_readers(set(bad))
 
-    def fail_running(self, message: str) -> Committed:
-        """A launched step broke: end every running request with an error, and forget all launched steps.
+    def _restart_readers(self, bad: set[int]) -> None:
+        """Preempt who has pages of ``bad`` and nothing sound to show for it yet: what it computed from them is as bad."""
+        is_spread = True
+        while is_spread:
+            is_spread = False
+            for request in self._running.requests():
+                if not request.is_sound and not bad.isdisjoint(request.pages):
+                    bad.update(self.kv.discard(request, 0))
+                    self._preempt(request)
+                    is_spread = True
 
-        Nothing that these requests' pages hold is trusted; waiting requests are not touched.
+    def fail_running(self, message: str, or_first: bool = False) -> Committed:
+        """A step broke, or a change of the books was cut short, wherever it was: end every running request with an error.
+
+        What waits goes on waiting. Launched steps are forgotten, and so is all that was noted of pages and slots: it may be half done, and
+        the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if nobody runs, the first of those
+        that wait ends instead.
         """
+        waiting, failed = WaitingQueue(), []
+        requests = {}
+        for request in self._requests.values():
+            request.pages, request.num_hashed_pages, request.pages_wanted, request.hash_wanted = [], 0, 0, None
+            request.num_computed_tokens = 0
+            if request.status is RequestStatus.WAITING:
+                requests[request.request_id] = request
+                waiting.push(request)
+                continue
+            if request.status is RequestStatus.RUNNING:
+                request.finish_reason, request.stop_reason, request.error = "error", None, message
+                request.status = RequestStatus.FINISHED
+            failed.append(request)
+        if or_first and not failed and waiting:
+            request = waiting.first()
+            request.finish_reason, request.error = "error", message
+            request.status = RequestStatus.FINISHED
+            failed.append(request)
+            waiting.remove(request)
+            del requests[request.request_id]
         self._launched.clear()
-        failed = self._running.requests()
-        for request in failed:
-            request.error = message
-            self._end(request, "error")
-        return Committed(finished=failed)
+        self.kv.reset()
+        self._running = RunningSet(self._max_num_seqs, self.kv.page_size)
+        self._requests, self._waiting = requests, waiting
+        return Committed(finished=failed, failure=message)
 
     def _preempt(self, request: Request) -> None:
         self._leave(request)
@@ -309,18 +370,19 @@ class Scheduler:
 
     def _end(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         if request.status is RequestStatus.RUNNING:
-            self._leave(request, is_failed=reason == "error")
+            self._leave(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.request_id]
 
-    def _leave(self, request: Request, is_failed: bool = False) -> None:
+    def _num_good_tokens(self, request: Request) -> int:
+        """Leading tokens of ``request`` whose keys and values are known to be good: those that its last token came out of."""
+        return self._num_known_tokens(request) - 1 if request.is_sound else 0
+
+    def _leave(self, request: Request) -> None:
         """Give back pages and slot. Steps in flight may still write to them: later steps run after those."""
-        if is_failed:
-            self.kv.discard(request)
-        else:
-            # Known tokens only, without the last: nobody has computed its key and value.
-            num_known = self._num_known_tokens(request) - 1
-            self.kv.cache_pages(request, min(self.num_computed_tokens(request), num_known))
-            self.kv.free(request)
+        if request.pages:
+            num_good = self._num_good_tokens(request)
+            self.kv.cache_pages(request, num_good)
+            self.kv.free(request, num_good)
         self._running.leave(request)

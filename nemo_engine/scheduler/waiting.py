@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import heapq
 
-from nemo_engine.scheduler.request import Request, RequestStatus
+from nemo_engine.scheduler.request import Request
+
+_FEW = 16  # keys of requests that have gone, that may stay whatever the number of requests
 
 
 class WaitingQueue:
     """Ordered by priority, then arrival, so a preempted request goes ahead of all that came after it.
 
-    A request that has finished while it waited is dropped when it surfaces.
+    The heap holds keys alone. That of a request which has gone is dropped when it surfaces, or with others once they are the larger part.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Request]] = []
-        self._count = 0
+        self._heap: list[tuple[int, int]] = []
+        self._requests: dict[tuple[int, int], Request] = {}
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._requests)
 
     def push(self, request: Request) -> None:
         """Add ``request``."""
-        heapq.heappush(self._heap, (request.priority, request.arrival, request))
-        self._count += 1
+        key = (request.priority, request.arrival)
+        self._requests[key] = request
+        heapq.heappush(self._heap, key)
 
     def first(self) -> Request:
         """The most urgent request; the queue must not be empty."""
-        while self._heap[0][2].status is RequestStatus.FINISHED:
+        while self._heap[0] not in self._requests:
             heapq.heappop(self._heap)
-        return self._heap[0][2]
+        return self._requests[self._heap[0]]
 
-    def pop(self) -> None:
-        """Take the first request out."""
-        heapq.heappop(self._heap)
-        self._count -= 1
-
-    def discard(self) -> None:
-        """Some waiting request is about to be marked as finished."""
-        self._count -= 1
+    def remove(self, request: Request) -> None:
+        """Take ``request``, which waits, out. O(1) on average; the first costs O(log n)."""
+        key = (request.priority, request.arrival)
+        del self._requests[key]
+        if self._heap[0] == key:
+            heapq.heappop(self._heap)
+        elif len(self._heap) > 2 * len(self._requests) + _FEW:
+            self._heap = sorted(self._requests)

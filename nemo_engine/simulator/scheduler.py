@@ -65,6 +65,7 @@ class _QuickKVManager(KVManager):
             page_hashes += known[first:end]
             request.num_hashed_pages = end
         self.pool.remember(pages, page_hashes)
+        self.pool.doubt(pages)
 
     def _report(self, request: Request, num_matched: int, reads_cache: bool) -> CacheReport:
         return _NO_REPORT  # nobody asks
@@ -168,6 +169,7 @@ class VirtualScheduler(Scheduler):
         for request, row in step.prefills:
             if row.samples and step.counts_for(request):
                 request.token_ids.append(ANSWER)
+                request.is_sound = True
                 prefilled.append(request)
         finished = [request for request in step.last if step.counts_for(request)]
         for request in finished:
@@ -234,6 +236,6 @@ class VirtualScheduler(Scheduler):
                 request.last_token_s = self.last_commit_s
         super()._preempt(request)
 
-    def _leave(self, request: Request, is_failed: bool = False) -> None:
-        super()._leave(request, is_failed)
+    def _leave(self, request: Request) -> None:
+        super()._leave(request)
         request.decode_offset = _NEVER

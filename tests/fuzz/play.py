@@ -179,7 +179,7 @@ class Player:
 
         def prepare_and_keep(*args: Any) -> Any:
             prepared = prepare(*args)
-            self.requests[one.index] = prepared.requests
+            self.requests[one.index] = [completion.request for completion in prepared.user.completions]
             return prepared
 
         self.engine.prepare = prepare_and_keep  # type: ignore[method-assign]

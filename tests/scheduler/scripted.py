@@ -145,6 +145,9 @@ class ScriptedRunner:
                 assert start + count < len(self._tokens[slot])
         return ScriptedHandle(StepResult(plan.step_id, token_ids))
 
+    def recover(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

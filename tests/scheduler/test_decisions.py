@@ -53,9 +53,9 @@ class Model:
         self.free = list(range(1, num_pages + 1))
         self.users = dict.fromkeys(self.free, 0)
         self.content: dict[int, tuple[int, ...]] = {}
+        self.in_doubt: set[int] = set()  # pages whose content nobody has sampled a token from
         self.requests: list[Known] = []
         self.decoding: list[Known] = []  # in row order
-        self.admission: dict[Known, None] = {}  # all that were ever admitted, the latest last
         self.num_preemptions = 0
 
     def running(self) -> list[Known]:
@@ -64,6 +64,7 @@ class Model:
     def take(self) -> int:
         page = self.free.pop(0)
         self.content.pop(page, None)
+        self.in_doubt.discard(page)
         self.users[page] = 1
         return page
 
@@ -71,6 +72,8 @@ class Model:
         for page in reversed(known.pages):
             self.users[page] -= 1
             if self.users[page] == 0:
+                if page in self.in_doubt:
+                    self.content.pop(page, None)
                 self.free.insert(len(self.free) if page in self.content else 0, page)
         known.pages = []
 
@@ -78,11 +81,14 @@ class Model:
         first, known.num_offered = known.num_offered, max(known.num_offered, end // self.size)
         for index in range(first, known.num_offered if self.caching else 0):
             prefix = tuple(known.tokens[: (index + 1) * self.size])
+            self.in_doubt.add(known.pages[index])
             if prefix not in self.content.values() and known.pages[index] not in self.content:
                 self.content[known.pages[index]] = prefix
 
     def leave(self, known: Known) -> None:
-        self.remember(known, min(known.computed, len(known.tokens) - 1))
+        if known.is_decoding:
+            self.remember(known, len(known.tokens) - 1)
+            self.in_doubt -= set(known.pages[: (len(known.tokens) - 1) // self.size])
         self.give_back(known)
         known.is_running = known.is_decoding = False
         known.computed = 0
@@ -105,12 +111,13 @@ class Model:
         decodes = [r for r in self.requests if r.is_decoding]
         left = self.budget - len(decodes)
         prefills = []
-        for known in [r for r in self.admission if r.is_running and not r.is_decoding]:
-            left = self.prefill(known, left, prefills)
-        if not has_preempted:
-            for known in sorted((r for r in self.requests if not r.is_running), key=lambda r: r.urgency):
-                if left == 0 or len(self.running()) == self.max_num_seqs or not self.admit(known):
-                    break
+        is_blocked = has_preempted
+        for known in sorted((r for r in self.requests if not r.is_decoding), key=lambda r: r.urgency):
+            if not known.is_running:
+                is_blocked = (
+                    is_blocked or left == 0 or len(self.running()) == self.max_num_seqs or not self.admit(known)
+                )
+            if known.is_running:
                 left = self.prefill(known, left, prefills)
         for known in decodes:
             known.computed += 1
@@ -135,8 +142,6 @@ class Model:
         known.computed = len(matched) * self.size
         known.num_offered = len(matched)
         known.is_running = True
-        self.admission.pop(known, None)
-        self.admission[known] = None
         return True
 
     def prefill(self, known: Known, left: int, prefills: list[tuple[str, int, int]]) -> int:
@@ -151,7 +156,8 @@ class Model:
     def commit(self) -> None:
         """Tokens arrive in row order; stops are seen as they arrive, lengths after them."""
         arrived = sorted((r for r in self.decoding if r.is_running), key=lambda r: r.is_constrained)
-        arrived += [r for r in self.admission if r.is_running and not r.is_decoding and r.computed == len(r.tokens)]
+        prefilled = [r for r in self.requests if r.is_running and not r.is_decoding and r.computed == len(r.tokens)]
+        arrived += sorted(prefilled, key=lambda r: r.urgency)
         self.decoding = arrived
         for known in arrived:
             known.tokens.append(next_token(known.tokens, known.seed))
@@ -183,7 +189,6 @@ def test_every_plan_is_the_one_that_the_rules_ask_for(caching: bool) -> None:
             enable_prefix_caching=caching,
         )  # fmt: skip
         model = Model(pages, size, seqs, budget, caching)
-        model.admission = {}
         requests: dict[str, Request] = {}
         stem = [rng.randrange(VOCAB) for _ in range(30)]
         room = pages * size + 1

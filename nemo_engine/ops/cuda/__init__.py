@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_counters: dict[torch.device, list[Tensor]] = {}
+_counters: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def library() -> Any:
@@ -24,12 +24,13 @@ def stream_of(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
-def counters(device: torch.device, count: int) -> Tensor:
+def counters(device: torch.device, count: int, owner: int = 0) -> Tensor:
     """``count`` int32 zeros at one address. A kernel that counts its blocks there leaves zeros, so launches of one stream share them.
 
+    ``owner`` tells engines apart, whose streams may run at the same time: the address of something that an engine keeps and passes.
     What was too small for a later call is kept all the same: a captured graph has its address.
     """
-    made = _counters.setdefault(device, [])
+    made = _counters.setdefault((device, owner), [])
     if not made or len(made[-1]) < count:
         made.append(torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device))
     return made[-1][:count]

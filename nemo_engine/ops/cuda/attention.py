@@ -72,11 +72,12 @@ def _decode(
 
     plan = meta.once(f"CUDA decode plan of {first}", make_plan)
     words = kernels.decode_scratch_words(items, units, heads)
+    counts = counters(q.device, items * kv_heads, meta.page_table.data_ptr())
     scratch = meta.workspace.take("CUDA decode parts", (words,), torch.float32, q.device)
     kernels.decode_attention(
         is_fp8, out[first:].data_ptr(), q[first:].data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         0 if k_scale is None else k_scale.data_ptr(), 0 if v_scale is None else v_scale.data_ptr(),
-        meta.page_table.data_ptr(), plan.data_ptr(), scratch.data_ptr(), counters(q.device, items * kv_heads).data_ptr(),
+        meta.page_table.data_ptr(), plan.data_ptr(), scratch.data_ptr(), counts.data_ptr(),
         row_stride(q), row_stride(q, 1), row_stride(meta.page_table), items, units, heads, kv_heads, page_size, scale, stream,
     )  # fmt: skip
 

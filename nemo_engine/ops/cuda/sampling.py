@@ -37,10 +37,11 @@ def sample_(
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     shape = (rows, library().sample_subs(vocab_size))
     best, note = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
+    counts = counters(logits.device, rows, params.temperature.data_ptr())
     library().sample(
         logits.dtype == torch.bfloat16, tokens.data_ptr(), logits.data_ptr(), slot_ids.data_ptr(), positions.data_ptr(),
         *(getattr(params, name).data_ptr() for name in _PARAMETERS), params.output_counts.data_ptr(),
-        params.prompt_mask.data_ptr(), best.data_ptr(), note.data_ptr(), counters(logits.device, rows).data_ptr(),
+        params.prompt_mask.data_ptr(), best.data_ptr(), note.data_ptr(), counts.data_ptr(),
         row_stride(logits), rows, vocab_size, stream_of(logits),
     )  # fmt: skip
     return tokens
