@@ -95,9 +95,7 @@ def engine_case(seed: int, number: int) -> EngineCase:
         "kv_cache_dtype": "fp8" if dtype == "float64" and rng.random() < 0.3 else "auto",
         "page_size": page_size,
         "num_kv_pages": num_pages,
-        "max_model_len": rng.choice(
-            [num_pages * page_size, num_pages * page_size, max(20, num_pages * page_size // 2)]
-        ),
+        "max_model_len": min(160, rng.choice([num_pages * page_size, max(20, num_pages * page_size // 2)])),
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": rng.choice([max_num_seqs, max_num_seqs + 3, 16, 32, 64, 512]),
         "enable_prefix_caching": rng.random() < 0.7,
@@ -108,7 +106,7 @@ def engine_case(seed: int, number: int) -> EngineCase:
     }
     options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], max_num_seqs)
     shared = [[rng.randrange(model.config.vocab_size) for _ in range(options["max_model_len"])] for _ in range(2)]
-    count = rng.randint(5, 14)
+    count = rng.randint(5, 11)
     requests = [request_case(f"{seed} {number}", index, model, options, shared) for index in range(count)]
     fault = None
     if rng.random() < 0.3:
@@ -132,10 +130,10 @@ def request_case(
     prompt = [*rng.choice(shared)[:cut], *[rng.randrange(vocab) for _ in range(length - cut)]][:length]
     most = room - length
     max_tokens: int | None = (
-        rng.choice([1, 1, 2]) if is_short else rng.choice([rng.randint(1, min(12, most)), min(most, 60), most])
+        rng.choice([1, 1, 2]) if is_short else rng.choice([rng.randint(1, min(12, most)), min(most, 40), min(most, 70)])
     )
     if rng.random() < 0.1:
-        max_tokens = rng.choice([most + 5, None]) if room <= 100 else 80
+        max_tokens = rng.choice([most + 5, None]) if room <= 100 else 50
     params = _params(rng, model, max_tokens)
     return RequestCase(
         index,
@@ -144,7 +142,7 @@ def request_case(
         params,
         rng.choice([None, None, None, "x", "y"]),
         rng.choice([0, 0, 1, -1]) if options["scheduling_policy"] == "priority" else 0,
-        rng.choice([0, rng.randint(0, 10), rng.randint(0, 60)]),
+        rng.choice([0, rng.randint(0, 10), rng.randint(0, 40)]),
         rng.randint(0, 30) if rng.random() < 0.2 else None,
     )
 

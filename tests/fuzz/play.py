@@ -150,7 +150,7 @@ class Player:
 
     def _run(self) -> None:
         waiting = sorted(self.case.requests, key=lambda one: (one.arrival, one.index))
-        work = sum(len(one.prompt) + 100 for one in waiting) * 30 + 200
+        work = sum(len(one.prompt) + 100 for one in waiting) * 3 + 200
         while (waiting or self.engine.has_unfinished_requests()) and not self.is_dead:
             while waiting and waiting[0].arrival <= self.num_steps:
                 self._add(waiting.pop(0))
@@ -158,8 +158,11 @@ class Player:
                 if one.abort is not None and self.num_steps >= one.arrival + one.abort:
                     self.counts["aborts"] += 1
                     self.aborted.add(one.index)
-                    self.engine.abort(name)
-                    one.abort = None
+                    try:
+                        self.engine.abort(name)
+                        one.abort = None
+                    except (PlantedError, PlantedInterrupt):
+                        pass  # it is tried again after the next step
             self._step()
             self.num_steps += 1
             if self.num_steps > work:
@@ -333,6 +336,8 @@ class Player:
             sequences.append(sequence)
             self.counts[f"end by {completion.finish_reason}"] += 1
             self.counts["tokens"] += len(completion.token_ids)
+        self.counts["siblings"] += params.n - 1
+        self.counts["constrained"] += params.structured_outputs is not None
         return sequences
 
     def _gathered(
