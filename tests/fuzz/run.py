@@ -15,7 +15,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 from fuzz.cases import EngineCase, engine_case  # noqa: E402
-from fuzz.play import Wrong, play  # noqa: E402
+from fuzz.checks import Wrong  # noqa: E402
+from fuzz.play import play  # noqa: E402
 
 ENGINES = 3  # per model
 
