@@ -109,7 +109,7 @@ def engine_case(seed: int, number: int) -> EngineCase:
     count = rng.randint(5, 11)
     requests = [request_case(f"{seed} {number}", index, model, options, shared) for index in range(count)]
     fault = None
-    if rng.random() < 0.3:
+    if rng.random() < 0.45:
         fault = (rng.choice(FAULTS), rng.randint(2, 40))
     return EngineCase(f"{seed} {number}", model, options, requests, fault)
 
