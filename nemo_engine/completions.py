@@ -117,6 +117,7 @@ class UserRequest:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt.token_ids)
         self.has_emitted = False
+        self.is_emitting = False  # and for good, if an exception cut it short: something may be lost
 
     @property
     def is_finished(self) -> bool:
@@ -285,7 +286,8 @@ class OutputProcessor:
             for completion in user.completions:
                 request = completion.request
                 is_unread = completion.num_read_tokens < request.num_output_tokens and request in self._attended
-                if completion.is_reading or (completion.is_finished and (is_unread or lacks_prompt)):
+                is_torn = completion.is_reading or user.is_emitting
+                if is_torn or (completion.is_finished and (is_unread or lacks_prompt)):
                     self._fail(completion, failure)
                 if completion.is_finished and completion.logprobs is None:
                     self._take(completion)
@@ -344,12 +346,18 @@ class OutputProcessor:
                         completion.detokenizer.finish()
                     except Exception as error:
                         self._fail(completion, f"its text could not be ended: {type(error).__name__}: {error}")
-            user.sink.append(user.output())
+            self._send(user)
             self._forget(user)
             return
         if user.kind is RequestOutputKind.FINAL_ONLY or not self._is_due(user):
             return
+        self._send(user)
+
+    @staticmethod
+    def _send(user: UserRequest) -> None:
+        user.is_emitting = True
         user.sink.append(user.output())
+        user.is_emitting = False
 
     @staticmethod
     def _is_due(user: UserRequest) -> bool:
