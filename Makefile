@@ -21,13 +21,13 @@ CODE := nemo_engine $(wildcard kernels) tests examples benchmarks csrc/build.py 
 
 # A stamp for each set of packages: the package itself, with what the tests need, with the checking tools.
 .PRECIOUS: $(VENV)/.installed-%
-.PHONY: help demo test check test-op cuda kernel-report bench-op gpu gpu-pack format clean
+.PHONY: help demo test fuzz check test-op cuda kernel-report bench-op gpu gpu-pack format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@echo "nemo_engine. Targets:"
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '%-18s %s\n' "$$t" "$$d"; done
-	@echo "Variables: PYTHON (interpreter), VENV (.venv), TORCH ($(TORCH)), TRITON ($(TRITON)), PYTEST_ARGS (-k ..., a path)"
+	@echo "Variables: PYTHON (interpreter), VENV (.venv), TORCH ($(TORCH)), TRITON ($(TRITON)), PYTEST_ARGS (-k ..., a path), MINUTES"
 
 $(VENV)/.installed-%: $(SETUP_FILES)
 	@$(SETUP) $(filter-out base,$*)
@@ -49,6 +49,9 @@ check: $(VENV)/.installed-dev  ## format, lint, types, layering
 test-op: $(VENV)/.installed-test  ## one operation against its definition, Triton interpreted: make test-op OP=rms_norm
 	@test -n "$(OP)" || { echo "name an operation: make test-op OP=rms_norm"; exit 2; }
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_ops.py -k "$(OP)-"
+
+fuzz: $(VENV)/.installed-test  ## random models, engines and requests against an independent reference: make fuzz MINUTES=60
+	@$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),5)
 
 cuda: $(VENV)/.installed-test  ## build the CUDA kernels (nemo_engine._C) in this checkout; brings nvcc where there is none
 	@$(BIN)/python csrc/build.py --which >/dev/null 2>&1 || $(BIN)/python .ci/missing.py nvcc | xargs $(BIN)/python -m pip install

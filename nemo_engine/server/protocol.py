@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr, Strict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr, WithJsonSchema
 
 from nemo_engine.sampling_params import MAX_BAD_WORDS, MAX_N, MAX_STOP
 from nemo_engine.server.errors import ApiError
@@ -16,8 +16,6 @@ from nemo_engine.server.fields import MESSAGE, RESPONSE_FORMAT, TOOL, Ignored
 from nemo_engine.text.messages import asks_nothing
 
 IGNORED_FIELDS_HEADER = "X-Ignored-Fields"
-
-TokenId = Annotated[int, Strict()]  # neither true nor 1.0 is one
 
 # Known fields that are not supported, each with values that ask for nothing beside those that always do.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -164,14 +162,14 @@ class SamplingRequest(ApiRequest):
     top_k: Annotated[int | None, _Limits(minimum=-1)] = None
     min_p: Annotated[float | None, _Limits(minimum=0, maximum=1)] = None
     repetition_penalty: Annotated[float | None, _Limits(exclusiveMinimum=0)] = None
-    stop_token_ids: Items[TokenId] | None = None
+    stop_token_ids: Items[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int | None, _Limits(minimum=0)] = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     bad_words: Annotated[Items[_Text] | None, _Limits(maxItems=MAX_BAD_WORDS)] = None
-    allowed_token_ids: Items[TokenId] | None = None
+    allowed_token_ids: Items[int] | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     repetition_detection: RepetitionDetectionFields | None = None
@@ -194,7 +192,7 @@ class GenerationRequest(SamplingRequest):
     stream_options: StreamOptions | None = None
     n: Annotated[int | None, _Limits(minimum=1, maximum=MAX_N)] = None
     response_format: dict[str, Any] | None = None
-    logprob_token_ids: Items[TokenId] | None = None
+    logprob_token_ids: Items[int] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = False
 
@@ -207,7 +205,7 @@ class GenerationRequest(SamplingRequest):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | Items[str] | Items[TokenId] | Items[Items[TokenId]] = Field(union_mode="left_to_right")
+    prompt: str | Items[str] | Items[int] | Items[Items[int]] = Field(union_mode="left_to_right")
     max_tokens: Annotated[int | None, _Limits(minimum=1)] = None
     logprobs: int | None = None
     echo: bool | None = False
@@ -260,7 +258,7 @@ class DetokenizeRequest(ApiRequest):
     """The body of ``/detokenize``."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    tokens: Items[TokenId]
+    tokens: Items[int]
 
 
 class AbortRequest(ApiRequest):

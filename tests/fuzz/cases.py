@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoints import tiny_config
+
 from nemo_engine import RepetitionDetection, RequestOutputKind
 from nemo_engine.config import ModelConfig
 
@@ -61,7 +62,7 @@ def model_case(seed: int) -> ModelCase:
     config = tiny_config(
         vocab_size=vocab,
         hidden_size=rng.choice([8, 16, 24, 40]),
-        num_layers=rng.choice([1, 1, 2, 3]),
+        num_layers=rng.choice([1, 1, 1, 2, 3]),
         num_kv_heads=num_kv_heads,
         num_heads=num_kv_heads * rng.choice([1, 2, 4]),
         head_dim=rng.choice([2, 8, 16, 32]),
@@ -94,9 +95,7 @@ def engine_case(seed: int, number: int) -> EngineCase:
         "kv_cache_dtype": "fp8" if dtype == "float64" and rng.random() < 0.3 else "auto",
         "page_size": page_size,
         "num_kv_pages": num_pages,
-        "max_model_len": rng.choice(
-            [num_pages * page_size, num_pages * page_size, max(20, num_pages * page_size // 2)]
-        ),
+        "max_model_len": min(160, rng.choice([num_pages * page_size, max(20, num_pages * page_size // 2)])),
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": rng.choice([max_num_seqs, max_num_seqs + 3, 16, 32, 64, 512]),
         "enable_prefix_caching": rng.random() < 0.7,
@@ -107,10 +106,10 @@ def engine_case(seed: int, number: int) -> EngineCase:
     }
     options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], max_num_seqs)
     shared = [[rng.randrange(model.config.vocab_size) for _ in range(options["max_model_len"])] for _ in range(2)]
-    count = rng.randint(4, 12)
+    count = rng.randint(5, 11)
     requests = [request_case(f"{seed} {number}", index, model, options, shared) for index in range(count)]
     fault = None
-    if rng.random() < 0.3:
+    if rng.random() < 0.45:
         fault = (rng.choice(FAULTS), rng.randint(2, 40))
     return EngineCase(f"{seed} {number}", model, options, requests, fault)
 
@@ -124,24 +123,26 @@ def request_case(
     """The ``index``-th request of an engine; ``shared`` are beginnings that several prompts have."""
     rng = random.Random(f"request {seed} {index}")
     vocab, room = model.config.vocab_size, options["max_model_len"]
-    longest = max(1, min(room - 1, rng.choice([5, 20, 50, room])))
+    is_short = rng.random() < 0.4  # comes and goes beside those that decode
+    longest = max(1, min(room - 1, 12 if is_short else rng.choice([5, 20, 50, room])))
     length = rng.randint(1, longest)
     cut = rng.choice([0, 0, length, rng.randint(0, length)])
     prompt = [*rng.choice(shared)[:cut], *[rng.randrange(vocab) for _ in range(length - cut)]][:length]
-    max_tokens = rng.choice(
-        [None, 1, 1, 2, rng.randint(1, 12), rng.randint(1, max(1, room - length)), 5 + room - length]
+    most = room - length
+    max_tokens: int | None = (
+        rng.choice([1, 1, 2]) if is_short else rng.choice([rng.randint(1, min(12, most)), min(most, 40), min(most, 70)])
     )
-    if max_tokens is None and room > 100:
-        max_tokens = rng.randint(20, 60)
+    if rng.random() < 0.1:
+        max_tokens = rng.choice([most + 5, None]) if room <= 100 else 50
     params = _params(rng, model, max_tokens)
     return RequestCase(
         index,
-        rng.choice(NAMES) if rng.random() < 0.5 else f"r{index}",
+        rng.choice(NAMES) if rng.random() < 0.25 else f"r{index}",
         prompt,
         params,
         rng.choice([None, None, None, "x", "y"]),
         rng.choice([0, 0, 1, -1]) if options["scheduling_policy"] == "priority" else 0,
-        rng.choice([0, 0, rng.randint(0, 10), rng.randint(0, 40)]),
+        rng.choice([0, rng.randint(0, 10), rng.randint(0, 40)]),
         rng.randint(0, 30) if rng.random() < 0.2 else None,
     )
 

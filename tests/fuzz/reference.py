@@ -15,6 +15,8 @@ from nemo_engine.config import ModelConfig
 
 Array = NDArray[np.float64]
 
+MAX_LEN = 2048  # tokens of a sequence
+
 
 class Model:
     """Weights of one checkpoint in float64, under Hugging Face's names."""
@@ -23,12 +25,13 @@ class Model:
         self.config = config
         self.weights = {name: tensor.to(dtype).double().numpy() for name, tensor in state.items()}
         exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        self.frequencies = 1.0 / (config.rope_theta**exponents)  # in fp32, as the family defines them
+        # Angles in fp32, as the family defines them.
+        angles = torch.arange(MAX_LEN).float()[:, None] * (1.0 / (config.rope_theta**exponents))
+        self.cos, self.sin = angles.cos().double().numpy()[:, None], angles.sin().double().numpy()[:, None]
 
     def turned(self, x: Array, first: int) -> Array:
         """Rotary embedding of (T, heads, D) from position ``first`` on; the halves of a head are the pairs."""
-        angles = torch.arange(first, first + len(x)).float()[:, None] * self.frequencies
-        cos, sin = angles.cos().double().numpy()[:, None], angles.sin().double().numpy()[:, None]
+        cos, sin = self.cos[first : first + len(x)], self.sin[first : first + len(x)]
         low, high = np.split(x, 2, axis=2)
         return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
 

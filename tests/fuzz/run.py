@@ -15,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 from fuzz.cases import EngineCase, engine_case  # noqa: E402
+from fuzz.checks import Wrong  # noqa: E402
 from fuzz.play import play  # noqa: E402
 
 ENGINES = 3  # per model
@@ -49,16 +50,20 @@ def shrunk(seed: int, number: int) -> tuple[list[int], BaseException | None]:
     return only, found
 
 
+def described(error: BaseException) -> str:
+    """What went wrong, with a trace where it was not the reference that noticed."""
+    return f"{error}" if isinstance(error, Wrong) else "".join(traceback.format_exception(error))
+
+
 def try_seed(seed: int) -> Counter[str]:
     """Play all engines of ``seed``; an ``AssertionError`` has the shortest case found and the command that repeats it."""
     counts: Counter[str] = Counter()
     for number in range(ENGINES):
         try:
             counts.update(play(cases_of(seed, number)))
-        except Exception:
-            whole = traceback.format_exc()
+        except Exception as whole:
             only, error = shrunk(seed, number)
-            what = whole if error is None else "".join(traceback.format_exception(error))
+            what = described(whole if error is None else error)
             command = f"python tests/fuzz/run.py --seed {seed} --engine {number} --requests {','.join(map(str, only))}"
             raise AssertionError(f"{what}\nagain: {command}") from None
     counts["models"] = 1

@@ -1,0 +1,118 @@
+"""The fuzz in the suite: fixed seeds that reach everything, and faults put back that it must find. ``make fuzz MINUTES=n`` tries new seeds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from fuzz.cases import FAULTS
+from fuzz.play import play
+from fuzz.run import ENGINES, cases_of, try_seed
+
+from nemo_engine.runner.request_table import RequestTable
+from nemo_engine.runner.runner import Runner
+from nemo_engine.scheduler import Committed, Request, Scheduler
+from nemo_engine.scheduler.kv_manager import KVManager
+from nemo_engine.scheduler.page_pool import PagePool
+
+SEEDS = range(19, 29)
+_counts: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_engines_do_what_the_reference_does(seed: int) -> None:
+    _counts.update(try_seed(seed))
+
+
+def test_the_seeds_reach_what_they_are_meant_to_test() -> None:
+    if not _counts:
+        pytest.skip("run with the seeds")
+    ends = [f"end by {reason}" for reason in ("length", "stop", "abort", "error", "repetition")]
+    planted = {kind: _counts[f"planted {kind}"] for kind in FAULTS}
+    assert sum(map(bool, planted.values())) >= 6, planted
+    for name in (*ends, "aborts", "preemptions", "cached tokens", "pages", "refused", "constrained", "siblings"):
+        assert _counts[name], (name, _counts)
+
+
+def found(seeds: range) -> str:
+    """What the fuzz says of the first engine of ``seeds`` that is wrong."""
+    for seed in seeds:
+        for number in range(ENGINES):
+            cases = cases_of(seed, number)
+            cases[0].fault = None
+            try:
+                play(cases)
+            except AssertionError as error:
+                return str(error)
+    return ""
+
+
+def test_prompt_log_probabilities_lost_with_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = Scheduler.commit
+
+    def lose(self: Scheduler, result: Any) -> Committed:
+        committed = commit(self, result)
+        ended = set(committed.finished)
+        committed.prompt_logprobs = [entry for entry in committed.prompt_logprobs if entry[0] not in ended]
+        return committed
+
+    monkeypatch.setattr(Scheduler, "commit", lose)
+    assert "no log-probability of prompt token" in found(SEEDS)
+
+
+def test_decode_rows_kept_although_a_request_got_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = RequestTable.take_new_pages
+
+    def forget(self: RequestTable, plan: Any) -> Any:
+        before = self.num_changes
+        taken = take(self, plan)
+        if plan.prefills:
+            self.num_changes = before
+        return taken
+
+    monkeypatch.setattr(RequestTable, "take_new_pages", forget)
+    assert found(SEEDS)
+
+
+def test_ended_requests_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Request] = []
+    end = Scheduler._end
+
+    def keep(self: Scheduler, request: Request, *args: Any, **options: Any) -> None:
+        end(self, request, *args, **options)
+        if request.finish_reason == "stop":
+            kept.append(request)
+
+    monkeypatch.setattr(Scheduler, "_end", keep)
+    assert "is held by ['list" in found(SEEDS)
+
+
+def test_pages_that_can_be_found_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember = PagePool.remember
+    monkeypatch.setattr(PagePool, "remember", lambda self, pages, hashes: remember(self, pages, list(hashes)[::-1]))
+    assert found(SEEDS)
+
+
+def test_prefixes_that_are_found_across_salts(monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = KVManager._extend_hashes
+
+    def unsalted(self: KVManager, request: Request, count: int) -> None:
+        salt, request.cache_salt = request.cache_salt, b""
+        extend(self, request, count)
+        request.cache_salt = salt
+
+    monkeypatch.setattr(KVManager, "_extend_hashes", unsalted)
+    assert "content that no request had" in found(SEEDS)
+
+
+def test_a_last_token_that_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = Runner.launch
+
+    def shifted(self: Runner, plan: Any) -> Any:  # another position's noise, in every hundredth step
+        if plan.step_id % 100 == 7:
+            self._sampler._slots.seed_keys[1:] += 1
+        return launch(self, plan)
+
+    monkeypatch.setattr(Runner, "launch", shifted)
+    assert "has the score" in found(SEEDS)
