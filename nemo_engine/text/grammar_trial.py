@@ -62,7 +62,7 @@ def matcher(tokenizer: Any, spec: Mapping[str, Any]) -> Any:
 
 def plain_error(text: str) -> str:
     """llguidance's message in one line, without its excerpt of the grammar."""
-    text = re.split(r"\n\s+\d+ \| |\n?<non-verbose/>|\n<state>", text)[0]
+    text = re.split(r"\n\s+\d+ \| |\n?<non-verbose/>|\n<state>|\s*<backtrace>", text)[0]
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     return text if len(text) <= 400 else text[:200] + " ... " + text[-190:]
 

@@ -32,7 +32,7 @@ from nemo_engine.text.grammar import Grammar, GrammarCompiler
 from nemo_engine.text.grammar_trial import NOTHING, matches_nothing
 
 EOS = 0
-_MERGED = ['":', '",', '"}', "{}", "[]", ' "', '{"', "12", "00", "99", ".5", "\\\"", "\\\\", "\\u00", "\n  ", "é", "日", "😀", "true", "-1", "abc", "T0", "--"]
+_MERGED = ['"a"', '"b"', '"name"', '"x-1"', '"score"', '"é"', '":', '",', '"}', "{}", "[]", ' "', '{"', "12", "00", "99", ".5", "\\\"", "\\\\", "\\u00", "\n  ", "é", "日", "😀", "true", "-1", "abc", "T0", "--"]
 WALKS = 4  # of one grammar
 _LONGEST = 600  # tokens
 
