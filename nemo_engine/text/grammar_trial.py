@@ -142,10 +142,10 @@ def _try(spec: Mapping[str, Any]) -> list[str]:
                 [sys.executable, "-P", __file__], input=json.dumps(spec), capture_output=True, text=True,
                 timeout=TRIAL_WALL_SECONDS, env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # arenas would reserve what the limit counts
             )  # fmt: skip
-            answer = json.loads(trial.stdout) if trial.returncode == 0 else "crash"
+            answer = json.loads(trial.stdout) if trial.returncode == 0 else None
         except (subprocess.TimeoutExpired, OSError) as error:
             raise UntriedError(f"it could not be tried: {error}") from None
-    if answer == "crash":
+    if answer is None:
         raise ValueError(
             f"it is too complex: compiling it takes more than {TRIAL_CPU_SECONDS} s, {TRIAL_MEMORY >> 20} MiB or its nesting "
             f"{_TRIAL_STACK >> 20} MiB of stack"
@@ -186,7 +186,9 @@ def _main() -> None:
                 if matches_nothing(tokenizer, text):
                     empty.append(name)
             if "grammars" not in spec:
-                if spec.get("whitespace_pattern") and allows_more_than_white_space(tokenizer, spec["whitespace_pattern"]):
+                if spec.get("whitespace_pattern") and allows_more_than_white_space(
+                    tokenizer, spec["whitespace_pattern"]
+                ):
                     return "whitespace_pattern: it must match nothing but white space"
                 matcher(tokenizer, spec)
         except ValueError as error:

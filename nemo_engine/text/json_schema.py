@@ -14,7 +14,9 @@ from nemo_engine.text.json_refs import TYPES, Schema, SchemaIndex
 from nemo_engine.text.json_strings import FORMATS, FREE_FORMATS, format_pattern, holds
 
 Flat = dict[str, Any]
-Term = tuple[Flat, ...]  # schemas that all hold, of which only the keywords beside $ref, allOf, anyOf, oneOf are to be read
+Term = tuple[
+    Flat, ...
+]  # schemas that all hold, of which only the keywords beside $ref, allOf, anyOf, oneOf are to be read
 
 MAX_STEPS = 50_000  # of work on one schema
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "dependentRequired", "dependentSchemas", "dependencies")
@@ -198,7 +200,10 @@ class SchemaTerms:
         path |= {(id(schema), id(value))}
         self.index.check(schema)
         if not all(
-            any(all(self.is_valid(value, one, path) for one in option) for option in choice)
+            any(
+                all(not isinstance(one, _Own) and self.is_valid(value, one, path) for one in option)
+                for option in choice
+            )
             for choice in self._choices_beside_itself(schema)
         ):
             return False
@@ -235,7 +240,9 @@ class SchemaTerms:
     def _is_number_valid(self, value: int | float, schema: Flat) -> bool:
         numbers, number = self.numbers((schema,), False), exact(value)
         for bound, sign in ((numbers.low, 1), (numbers.high, -1)):
-            if bound is not None and (number == bound.value and bound.is_exclusive or sign * number < sign * bound.value):
+            if bound is not None and (
+                number == bound.value and bound.is_exclusive or sign * number < sign * bound.value
+            ):
                 return False
         return all((number / step).denominator == 1 for step in numbers.multiples)
 
@@ -345,4 +352,3 @@ def _type_of(value: Any) -> str:
         return "boolean"
     kinds = {type(None): "null", int: "number", float: "number", str: "string", list: "array", dict: "object"}
     return kinds[type(value)]
-

@@ -6,7 +6,7 @@ import enum
 import json
 import random
 from datetime import date, datetime
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import jsonschema
@@ -36,14 +36,14 @@ class _Dog(BaseModel):
 class _Node(BaseModel):
     model_config = ConfigDict(extra="forbid")
     value: float = Field(gt=0, lt=1)
-    children: list["_Node"] = Field(default_factory=list, max_length=2)
+    children: list[_Node] = Field(default_factory=list, max_length=2)
 
 
 class _Model(BaseModel):
     """Everything at once."""
 
     id: UUID
-    born: Optional[date] = None
+    born: date | None = None
     at: datetime
     colour: _Colour = _Colour.RED
     pet: Annotated[_Cat | _Dog, Field(discriminator="kind")]

@@ -223,7 +223,10 @@ def test_a_tool_call_is_forced(kit: Kit) -> None:
 def test_a_plain_tool_call_is_compiled_without_a_trial(tiny: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(grammar_module, "try_compile", lambda spec: tried.append(spec["text"]))
-    schema = {"type": "array", "items": {"type": "object", "properties": {"plain": {"type": "string", "format": "date"}}}}
+    schema = {
+        "type": "array",
+        "items": {"type": "object", "properties": {"plain": {"type": "string", "format": "date"}}},
+    }
     form = tool_call_grammar(9, schema)
     tiny.compiler.compile(form)
     tiny.compiler.compile(tool_call_grammar(9, schema, {"type": "integer"}))
