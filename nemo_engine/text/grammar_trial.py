@@ -62,7 +62,7 @@ def matcher(tokenizer: Any, spec: Mapping[str, Any]) -> Any:
 
 def plain_error(text: str) -> str:
     """llguidance's message in one line, without its excerpt of the grammar."""
-    text = re.split(r"\n\s+\d+ \| |\n?<non-verbose/>|\n<state>", text)[0]
+    text = re.split(r"\n\s+\d+ \| |\n?<non-verbose/>|\n<state>|\s*<backtrace>", text)[0]
     text = re.sub(r"\s*\n\s*", " ", text).strip()
     return text if len(text) <= 400 else text[:200] + " ... " + text[-190:]
 
@@ -142,10 +142,10 @@ def _try(spec: Mapping[str, Any]) -> list[str]:
                 [sys.executable, "-P", __file__], input=json.dumps(spec), capture_output=True, text=True,
                 timeout=TRIAL_WALL_SECONDS, env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # arenas would reserve what the limit counts
             )  # fmt: skip
-            answer = json.loads(trial.stdout) if trial.returncode == 0 else "crash"
+            answer = json.loads(trial.stdout) if trial.returncode == 0 else None
         except (subprocess.TimeoutExpired, OSError) as error:
             raise UntriedError(f"it could not be tried: {error}") from None
-    if answer == "crash":
+    if answer is None:
         raise ValueError(
             f"it is too complex: compiling it takes more than {TRIAL_CPU_SECONDS} s, {TRIAL_MEMORY >> 20} MiB or its nesting "
             f"{_TRIAL_STACK >> 20} MiB of stack"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nemo_engine.text.grammar_trial import NOTHING
 from nemo_engine.text.json_pattern import Pattern, Terms
 from nemo_engine.text.json_refs import MAX_COUNT, Schema
+from nemo_engine.text.json_rules import MAX_RULES, Row, Rules, Symbol
 from nemo_engine.text.json_schema import Flat, SchemaTerms, Term, item_schemas
 from nemo_engine.text.json_strings import (
     FREE,
@@ -24,15 +24,10 @@ from nemo_engine.text.json_strings import (
     with_length,
 )
 
-MAX_RULES = 20_000
 _MAX_PATTERNS = 4  # of names in one object
 _UNBOUNDED = 1_000_000  # items: more than any output has
 _LONGEST_CHECKED = 256  # characters up to which lengths of a pattern are compared with bounds
 _PROBES = ("a", "name", "0", "x1", "_", "A", "zz zz", "é", "a-b.c", "-", "qqqqqqqqqqqqqqqqqqqqqqqqq", "")
-
-# A symbol of a rule: a literal, the name of a rule or a terminal, or symbols that repeat.
-Symbol = str | tuple[tuple["Symbol", ...], int, int | None]
-Row = tuple[Symbol, ...]
 
 
 class SchemaGrammar:
@@ -40,88 +35,41 @@ class SchemaGrammar:
 
     def __init__(self, schema: dict[str, Any]) -> None:
         self._schema = SchemaTerms(schema)
-        self._rules: dict[str, list[Row]] = {}
+        self._rules = Rules()
         self._names: dict[tuple[int, ...], str] = {}
-        self._shared: dict[tuple[Row, ...], str] = {}
         self._waiting: list[tuple[str, tuple[Schema, ...]]] = []
-        self._terminals: dict[str, str] = {}  # names by expression
-        self._definitions: dict[str, None] = {}
-        self._doubtful: set[str] = set()  # terminals that perhaps match nothing
         self._is_costly = False
         self._start = self._value((schema,))
         while self._waiting:
             name, schemas = self._waiting.pop()
-            self._rules[name] = self._rows(schemas)
+            self._rules.define(name, self._rows(schemas))
 
     @property
     def doubtful(self) -> dict[str, str]:
         """Terminals of which it is not known whether they match anything, with grammars that say it."""
-        definitions = "\n".join(self._definitions)
-        used = self._doubtful.intersection(*[[symbol for rows in self._rules.values() for symbol in _flat(rows)]])
-        return {
-            name: f"start: T\nT: {expression}\n{definitions}\n"
-            for expression, name in self._terminals.items()
-            if name in used
-        }
+        return self._rules.doubtful
 
     @property
     def is_harmless(self) -> bool:
         """Whether it is known to compile at little cost."""
-        return not self._is_costly and not self._doubtful and len(self._rules) <= MAX_RULES // 10
+        return not self._is_costly and not self._rules.has_doubts and len(self._rules) <= MAX_RULES // 10
 
     def lark(self, white_space: str, empty: Iterable[str] = ()) -> str:
-        """The grammar; ``white_space`` is a regular expression, "" for none. ``empty``: those doubtful terminals that match nothing."""
-        productive = self._productive(set(empty))
-        if self._start not in productive:
-            raise ValueError(NOTHING)
-        lines = [f'%llguidance {{"ignore_once": true}}\n%ignore /{white_space}/'] if white_space else []
-        lines.append(f"start: {self._start}")
-        reached, used, open_rules = {self._start}, dict[str, None](), [self._start]
-        while open_rules:
-            name = open_rules.pop()
-            rows = [_without_empty(row, productive) for row in self._rules[name] if _makes(row, productive)]
-            lines.append(f"{name}: {' | '.join(map(_text, rows))}")
-            for symbol in _flat(rows):
-                if symbol in self._rules and symbol not in reached:
-                    reached.add(symbol)
-                    open_rules.append(symbol)
-                elif symbol[0] == "T":
-                    used[symbol] = None
-        expressions = {name: expression for expression, name in self._terminals.items()}
-        lines += [f"{name}: {expressions[name]}" for name in used]
-        return "\n".join([*lines, *self._definitions, ""])
+        """The grammar; ``white_space`` is a regular expression, "" for none. ``empty``: those doubtful terminals that match nothing.
 
-    def _productive(self, empty: set[str]) -> set[str]:
-        """The rules and terminals that match something."""
-        found = {name for name in self._terminals.values() if name not in empty}
-        users: dict[str, list[str]] = {}
-        for name, rows in self._rules.items():
-            for symbol in _flat(rows):
-                users.setdefault(symbol, []).append(name)
-        waiting = list(self._rules)
-        while waiting:
-            name = waiting.pop()
-            if name not in found and any(_makes(row, found) for row in self._rules[name]):
-                found.add(name)
-                waiting += users.get(name, [])
-        return found
+        ``ValueError`` if then no text is left.
+        """
+        text = self._rules.lark(self._start, set(empty))
+        return f'%llguidance {{"ignore_once": true}}\n%ignore /{white_space}/\n{text}' if white_space else text
 
     # ---- values
-
-    def _rule(self, rows: list[Row]) -> str:
-        name = f"r{len(self._rules)}"
-        self._rules[name] = rows
-        if len(self._rules) > MAX_RULES:
-            raise ValueError(f"it is too complex: it needs more than {MAX_RULES} rules")
-        self._schema.spend()
-        return name
 
     def _value(self, schemas: Iterable[Schema]) -> str:
         """The rule of a value for which all of ``schemas`` hold."""
         parts = tuple({id(one): one for one in schemas if one is not True}.values())
         key = (-1,) if False in parts else tuple(map(id, parts))
         if key not in self._names:
-            self._names[key] = self._rule([])
+            self._names[key] = self._rules.rule([])
             if key != (-1,):
                 self._waiting.append((self._names[key], parts))
         return self._names[key]
@@ -152,20 +100,8 @@ class SchemaGrammar:
             if "object" in types:
                 rows |= dict.fromkeys(self._object(term))
         if scalars:
-            rows[self._union(list(scalars)),] = None
+            rows[self._rules.union(list(scalars)),] = None
         return list(rows)
-
-    def _union(self, options: list[str]) -> str:
-        """The terminal that is any of ``options``, which are expressions; those in doubt must be terminals of their own."""
-        if len(options) == 1 and options[0] in self._terminals:
-            return self._terminals[options[0]]
-        return self._terminal(" | ".join(options), all(self._terminals.get(one) in self._doubtful for one in options))
-
-    def _terminal(self, expression: str, is_doubtful: bool = False) -> str:
-        name = self._terminals.setdefault(expression, f"T{len(self._terminals)}")
-        if is_doubtful:
-            self._doubtful.add(name)
-        return name
 
     def _constant(self, value: Any) -> Row:
         if isinstance(value, list):
@@ -191,7 +127,7 @@ class SchemaGrammar:
             raise ValueError(f"{', '.join(named)}: {error}") from None
         if found is None:
             return []
-        self._definitions |= dict.fromkeys(found[1])
+        self._rules.definitions |= dict.fromkeys(found[1])
         return [found[0]]
 
     def _string(self, flats: Sequence[Flat]) -> list[str]:
@@ -210,12 +146,12 @@ class SchemaGrammar:
             expression = pattern_terminal(Terms(wanted, unwanted))
             if least or most is not None:
                 expression += " & " + length_terminal(least, most)
-            self._terminal(expression, not self._is_probed([Terms(wanted, unwanted)], least, most))
+            self._rules.terminal(expression, not self._is_probed([Terms(wanted, unwanted)], least, most))
             return [expression]
         (node,) = wanted
         if least == 0 and most is None:
             expression = pattern_terminal(Terms((node,)))
-            self._terminal(expression, not lengths(node, _LONGEST_CHECKED))
+            self._rules.terminal(expression, not lengths(node, _LONGEST_CHECKED))
             return [expression]
         cut = with_length(node, least, most)
         if cut is not None:
@@ -223,7 +159,7 @@ class SchemaGrammar:
         bound = most if most is not None else least
         fits = lengths(node, min(bound, _LONGEST_CHECKED)) >> least if bound <= _LONGEST_CHECKED else 0
         expression = pattern_terminal(Terms((node,))) + " & " + length_terminal(least, most)
-        self._terminal(expression, not fits)
+        self._rules.terminal(expression, not fits)
         return [expression]
 
     @staticmethod
@@ -265,7 +201,7 @@ class SchemaGrammar:
                 return [*rows, (literal("["), other, *tail, literal("]"))]
         for index in range(count - 1, 0, -1):
             options: list[Row] = [(literal(","), items[index], *tail)]
-            tail = (self._rule([*options, ()] if index >= least else options),)
+            tail = (self._rules.rule([*options, ()] if index >= least else options),)
         return [*rows, (literal("["), items[0], *tail, literal("]"))]
 
     # ---- objects
@@ -294,7 +230,7 @@ class SchemaGrammar:
             raise ValueError(
                 f"{', '.join(places)}: {least} is more than the required properties and those that are named: names of others may repeat"
             )
-        other = self._rule(others) if others else None
+        other = self._rules.rule(others) if others else None
         num_required = len(required)
         if least <= num_required:
             least = 0
@@ -318,28 +254,17 @@ class SchemaGrammar:
             before: dict[tuple[bool, int], list[Row]] = {}
             reachable = counts if len(counts) == 1 else range(position + 1)
             for count in reachable:
-                following = self._one(after[False, count if len(counts) == 1 else count + 1])
+                following = self._rules.one(after[False, count if len(counts) == 1 else count + 1])
                 for is_first in (True, False):
                     rows: list[Row] = []
                     if following is not None and (most is None or count < most):
                         rows.append((*(() if is_first else (comma,)), *member, *following))
                     if not is_required:
-                        passed = self._one(after[is_first, count])
+                        passed = self._rules.one(after[is_first, count])
                         rows += [] if passed is None else [passed]
                     before[is_first, count] = rows
             after = before
         return after[True, 0]
-
-    def _one(self, rows: list[Row]) -> Row | None:
-        """``rows`` as one: itself, or a rule."""
-        if not rows:
-            return None
-        if len(rows) == 1 and len(rows[0]) <= 8:
-            return rows[0]
-        key = tuple(rows)
-        if key not in self._shared:
-            self._shared[key] = self._rule(rows)
-        return (self._shared[key],)
 
     @staticmethod
     def _ends(other: str | None, is_first: bool, least: int, most: int | None) -> list[Row]:
@@ -392,7 +317,7 @@ class SchemaGrammar:
                     if isinstance(name, str) and name not in names and all(holds(one, name) for one in wanted)
                     and not any(holds(one, name) for one in unwanted)
                 ]  # fmt: skip
-                found += [self._union([literal_json(name) for name in fitting])] if fitting else []
+                found += [self._rules.union([literal_json(name) for name in fitting])] if fitting else []
                 continue
             if "string" not in self._schema.types(term):
                 continue
@@ -402,13 +327,13 @@ class SchemaGrammar:
                 parts = (parts or [FREE]) + exclusions
                 if len(parts) > 1 and (wanted or unwanted):
                     self._is_costly = True
-                is_known = len(parts) == 1 and self._terminals.get(parts[0]) not in self._doubtful
+                is_known = len(parts) == 1 and not self._rules.is_doubtful(parts[0])
                 if expression == FREE:
                     is_known = is_known or not (wanted or unwanted) or any(
                         all(holds(one, text) for one in wanted) and not any(holds(one, text) for one in unwanted)
                         for text in _PROBES if text not in taken
                     )  # fmt: skip
-                found.append(self._terminal(" & ".join(parts), not is_known))
+                found.append(self._rules.terminal(" & ".join(parts), not is_known))
         return found
 
 
@@ -417,37 +342,3 @@ def _joined(rows: list[Row]) -> Row:
     for index, row in enumerate(rows):
         joined += row if index == 0 else (literal(","), *row)
     return tuple(joined)
-
-
-def _flat(rows: Iterable[Row]) -> list[str]:
-    found: list[str] = []
-    for row in rows:
-        for symbol in row:
-            found += [symbol] if isinstance(symbol, str) else _flat([symbol[0]])
-    return found
-
-
-def _makes(row: Row, productive: set[str]) -> bool:
-    """Whether ``row`` matches something."""
-    return all(
-        symbol[0] == '"' or symbol in productive
-        if isinstance(symbol, str)
-        else symbol[1] == 0 or _makes(symbol[0], productive)
-        for symbol in row
-    )
-
-
-def _without_empty(row: Row, productive: set[str]) -> Row:
-    return tuple(symbol for symbol in row if isinstance(symbol, str) or _makes(symbol[0], productive))
-
-
-def _text(row: Row) -> str:
-    parts = []
-    for symbol in row:
-        if isinstance(symbol, str):
-            parts.append(symbol)
-        elif symbol[2] != 0:
-            inside, least, most = _text(symbol[0]), symbol[1], symbol[2]
-            counts = "*" if (least, most) == (0, None) else f"{{{least},{'' if most is None else most}}}"
-            parts.append(f"({inside}){counts}")
-    return " ".join(parts) or '""'

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-MAX_LISTED = 1000  # multiples in a range that are written out
+from nemo_engine.text.json_multiples import MAX_LISTED, multiples
+
 _MORE_DIGITS = 20  # that a number without a bound may have beyond what its bounds have
 _EXACT_DIGITS = 15  # with so many digits different decimals are different doubles
 _LEAST_PLACES = 6  # of a number with bounds
 _MAX_BOUND_DIGITS = 100
 _BEYOND = 10 ** (_MORE_DIGITS + 101)  # no number that is written without bounds is as large
 _MAX_PLACES = 6  # of a multiple
-_MAX_FACTOR = 13  # of a multiple, beside twos and fives: what remains is followed by an expression of its cube's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,14 +216,14 @@ def _positive(low: Bound, high: Bound | None, places: int) -> str | None:
         return _any_of([least, f"(?:{_naturals(whole + 1, None)}){any_places}"])
     last, end = _split(high.value)
     if whole == last:
-        return whole_and(whole, _between(start, low.is_exclusive, end, high.is_exclusive, places))
+        return _whole_and(whole, _between(start, low.is_exclusive, end, high.is_exclusive, places))
     between = _naturals(whole + 1, last - 1)
     below = _before(end, high.is_exclusive, places)
     options = [least, None if between is None else f"(?:{between}){any_places}"]
     return _any_of([*options, None if below is None else f"{last}{below}"])
 
 
-def whole_and(whole: int, rest: str | None) -> str | None:
+def _whole_and(whole: int, rest: str | None) -> str | None:
     """``whole`` and what may follow it."""
     return None if rest is None else f"{whole}{rest}"
 
@@ -337,81 +337,7 @@ def _stepped(step: Fraction, low: Bound | None, high: Bound | None) -> tuple[str
             if low is not None or high is not None:
                 parts.append(f"/{_decimals(low, high)}/")
         factor = here * 10**places
-        more, needed = _multiples(factor.numerator, places)
+        more, needed = multiples(factor.numerator, places)
         options.append(" & ".join(parts + more))
         definitions |= dict.fromkeys(needed)
     return (" | ".join(options), list(definitions)) if options else None
-
-
-def _multiples(step: int, places: int) -> tuple[list[str], list[str]]:
-    """Digits, with a point before the last ``places``, of multiples of ``step``: expressions, and their definitions."""
-    tail, rest = 1, step
-    for prime in (2, 5):
-        while rest % prime == 0:
-            tail, rest = tail * prime, rest // prime
-    expressions = [f"/{_tails(tail, places)}/"] if tail > 1 else []
-    definitions: list[str] = []
-    for factor in _coprime_powers(rest):
-        if factor > _MAX_FACTOR:
-            raise _too_large(factor)
-        expression, more = _remainders(factor)
-        expressions.append(expression)
-        definitions += more
-    return expressions, definitions
-
-
-def _too_large(factor: int) -> ValueError:
-    return ValueError(f"multiples of {factor} cannot be followed where bounds leave more than {MAX_LISTED} of them")
-
-
-def _tails(tail: int, places: int) -> str:
-    """Digits of which the last say that they are a multiple of ``tail``, a product of twos and fives."""
-    count = 1
-    while 10**count % tail:
-        count += 1
-    if 10**count // tail > MAX_LISTED:
-        raise _too_large(tail)
-
-    def written(value: int, width: int) -> str:
-        digits = str(value).rjust(width, "0")
-        return rf"{digits[:-places]}\.{digits[-places:]}" if 0 < places <= width else digits
-
-    short = [written(value, places + 1) for value in range(0, 10**count, tail)]
-    ends = [written(value, count) for value in range(0, 10**count, tail)]
-    return rf"-?(?:{'|'.join(short)}|[1-9][0-9.]*(?:{'|'.join(ends)})|0\.[0-9]*(?:{'|'.join(ends)}))"
-
-
-def _coprime_powers(value: int) -> list[int]:
-    found, prime = [], 3
-    while prime * prime <= value and prime <= _MAX_FACTOR:
-        power = 1
-        while value % prime == 0:
-            power, value = power * prime, value // prime
-        found += [power] if power > 1 else []
-        prime += 2
-    return found + ([value] if value > 1 else [])
-
-
-def _remainders(factor: int) -> tuple[str, list[str]]:
-    """Digits, and a point among them, of multiples of ``factor``: remainders are states, which are removed from the last on, as Kleene did."""
-    edges: dict[tuple[int, int], str] = {}
-    for state in range(factor):
-        for digit in range(10):
-            target = (10 * state + digit) % factor
-            edges[state, target] = edges.get((state, target), "") + str(digit)
-    ways: dict[tuple[int, int], str] = {ends: rf"/[{digits}]\.?/" for ends, digits in edges.items()}
-    definitions: list[str] = []
-    for gone in range(factor - 1, 0, -1):
-        around = f"({ways[gone, gone]})*" if (gone, gone) in ways else ""
-        shorter: dict[tuple[int, int], str] = {}
-        for start in range(gone):
-            for end in range(gone):
-                options = [ways[start, end]] if (start, end) in ways else []
-                if (start, gone) in ways and (gone, end) in ways:
-                    options.append(f"{ways[start, gone]} {around} {ways[gone, end]}")
-                if options:
-                    name = f"MOD{factor}X{len(definitions)}"
-                    definitions.append(f"{name}: {' | '.join(options)}")
-                    shorter[start, end] = name
-        ways = shorter
-    return f'("-"? ({ways[0, 0]})+)', definitions

@@ -8,16 +8,13 @@ intersections and complements of what is written are those of the texts.
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+
+from nemo_engine.text.json_chars import ALL, SURROGATES, Ranges, both_cases, chars_of, merged, named_set, without
 
 MAX_PATTERN_CHARS = 4096
 MAX_NODES = 20_000  # with counted repetitions written out
 _MAX_NESTING = 100
-
-Ranges = tuple[tuple[int, int], ...]  # of code points, both ends in, sorted and apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,78 +63,7 @@ class Look:
 
 
 Node = Chars | Cat | Alt | Repeat | Edge | Look
-
-
-# ---- sets of characters
-
-
-def _ranges(pairs: Iterable[tuple[int, int]]) -> Ranges:
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(pairs):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
-        else:
-            merged.append((low, high))
-    return tuple(merged)
-
-
-def without(ranges: Ranges, taken: Ranges) -> Ranges:
-    left: list[tuple[int, int]] = []
-    for low, high in ranges:
-        for taken_low, taken_high in taken:
-            if taken_high < low or taken_low > high:
-                continue
-            if low < taken_low:
-                left.append((low, taken_low - 1))
-            low = taken_high + 1
-            if low > high:
-                break
-        if low <= high:
-            left.append((low, high))
-    return tuple(left)
-
-
-def _of(text: str) -> Ranges:
-    return _ranges((ord(char), ord(char)) for char in text)
-
-
-_SURROGATES = ((0xD800, 0xDFFF),)
-ALL = without(((0, sys.maxunicode),), _SURROGATES)
-_DIGITS: Ranges = ((0x30, 0x39),)
-_WORD = _ranges([(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
-_SPACE = _of(" \t\n\r\f\v")
-_TURKISH_AND_SIGNS = _of("\u017f\u212a\u0130\u0131")  # what upper and lower case of s, k and i are, besides ASCII
 ANY = Repeat(Chars(ALL), 0, None)
-
-
-_NARROW = {"d": _DIGITS, "w": _WORD, "s": _SPACE}
-
-
-@cache
-def _unicode(name: str) -> Ranges:
-    """What Python's ``re``, and ECMA 262 somewhere else, count among ``name`` (d, w or s)."""
-    every = "".join(map(chr, range(sys.maxunicode + 1)))
-    spans = [(found.start(), found.end() - 1) for found in re.finditer(rf"\{name}+", every)]
-    return _ranges([*_NARROW[name], *spans, *([(0xFEFF, 0xFEFF)] if name == "s" else [])])
-
-
-def _named(letter: str, wide: bool) -> Ranges:
-    """``\\d``, ``\\w``, ``\\s`` and their opposites: what they surely hold, or with ``wide`` what they may hold."""
-    name = letter.lower()
-    if letter == name:
-        return _unicode(name) if wide else _NARROW[name]
-    return without(ALL, _NARROW[name] if wide else _unicode(name))
-
-
-def _both_cases(ranges: Ranges, wide: bool) -> Ranges:
-    pairs = list(ranges)
-    for upper in range(0x41, 0x5B):
-        for one, other in ((upper, upper + 32), (upper + 32, upper)):
-            if any(low <= one <= high for low, high in ranges):
-                pairs.append((other, other))
-                if wide and chr(upper) in "SKI":
-                    pairs += _TURKISH_AND_SIGNS
-    return _ranges(pairs)
 
 
 # ---- reading
@@ -230,13 +156,13 @@ class _Reader:
         if char in "^$":
             return Edge(char == "$")
         if char == ".":
-            return Chars(without(ALL, _of("\n") if self._wide else _of("\n\r\u2028\u2029")))
+            return Chars(without(ALL, chars_of("\n") if self._wide else chars_of("\n\r\u2028\u2029")))
         if char in "*+?":
             raise self._error("a quantifier follows nothing")
         return self._chars(((ord(char), ord(char)),))
 
     def _chars(self, ranges: Ranges) -> Chars:
-        return Chars(_both_cases(ranges, self._wide) if self._any_case else ranges)
+        return Chars(both_cases(ranges, self._wide) if self._any_case else ranges)
 
     def _group(self) -> Node:
         look = None
@@ -264,7 +190,7 @@ class _Reader:
         char = self._text[self._at : self._at + 1]
         self._at += 1
         if char and char in "dDwWsS":
-            return _named(char, self._wide)
+            return named_set(char, self._wide)
         if char and char in "tnrfv":
             return ord("\t\n\r\f\v"["tnrfv".index(char)])
         if char == "b" and in_class:
@@ -313,11 +239,11 @@ class _Reader:
                 pairs.append((low, high))
             else:
                 pairs += [(low, low)] if isinstance(low, int) else low
-        ranges = _ranges(pairs)
+        ranges = merged(pairs)
         if self._any_case:
-            ranges = _both_cases(ranges, self._wide)
+            ranges = both_cases(ranges, self._wide)
         self._wide = outer
-        return Chars(without(ALL if negated else ranges, ranges if negated else _SURROGATES))
+        return Chars(without(ALL if negated else ranges, ranges if negated else SURROGATES))
 
     def _member(self) -> int | Ranges:
         if self._at >= len(self._text):

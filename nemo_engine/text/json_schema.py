@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -39,7 +40,7 @@ class SchemaTerms:
         self._made: list[Flat] = []  # kept alive: parts are known by identity
         self._steps: dict[int, list[list[Sequence[Part]]]] = {}
         self._patterns: dict[str, Pattern] = {}
-        self._disjoint: set[int] = set()
+        self._listed: dict[int, set[str]] = {}
         self._spent = 0
 
     def spend(self, steps: int = 1) -> None:
@@ -199,13 +200,14 @@ class SchemaTerms:
         path |= {(id(schema), id(value))}
         self.index.check(schema)
         if not all(
-            any(all(self.is_valid(value, one, path) for one in option) for option in choice)
+            any(
+                all(not isinstance(one, _Own) and self.is_valid(value, one, path) for one in option)
+                for option in choice
+            )
             for choice in self._choices_beside_itself(schema)
         ):
             return False
-        if "const" in schema and not equal(value, schema["const"]):
-            return False
-        if "enum" in schema and not any(equal(value, one) for one in schema["enum"]):
+        if ("const" in schema or "enum" in schema) and not self._is_listed(value, schema):
             return False
         kind = _type_of(value)
         allowed = self.types((schema,))
@@ -223,6 +225,14 @@ class SchemaTerms:
                 return False
             return all(self.is_valid(one, item_schema(schema, index)) for index, one in enumerate(value))
         return kind != "object" or self._is_object_valid(value, schema)
+
+    def _is_listed(self, value: Any, schema: Flat) -> bool:
+        """Whether ``value`` equals the ``const`` and one of the ``enum`` of ``schema``."""
+        listed = self._listed.get(id(schema))
+        if listed is None:
+            keys = {_key(one) for one in schema["enum"]} if "enum" in schema else {_key(schema["const"])}
+            listed = self._listed[id(schema)] = keys & {_key(schema["const"])} if "const" in schema else keys
+        return _key(value) in listed
 
     def _choices_beside_itself(self, schema: Flat) -> list[list[Sequence[Part]]]:
         return [choice for choice in self._choices(schema) if not isinstance(choice[0][0], _Own)]
@@ -271,6 +281,11 @@ class SchemaTerms:
         beside = {key: value for key, value in schema.items() if key != "oneOf"}
         context: list[Schema] = [self._make(beside, schema)] if beside else []
         options = [list(self.terms([*context, option])) for option in schema["oneOf"]]
+        listed = [self.values(term) for terms in options for term in terms]
+        if all(values is not None for values in listed):
+            keys = [_key(value) for values in listed for value in values or ()]
+            if len(set(keys)) == len(keys):
+                return
         for (first, some), (second, others) in combinations(enumerate(options), 2):
             self.spend()
             if not all(self._exclude(one, other, 4) for one in some for other in others):
@@ -321,15 +336,15 @@ def item_schemas(flat: Flat) -> tuple[list[Schema], Schema]:
     return flat.get("prefixItems", []), flat.get("items", True)
 
 
-def equal(some: Any, other: Any) -> bool:
-    """Equality of JSON values: 1 is 1.0, and is not true."""
-    if isinstance(some, bool) or isinstance(other, bool):
-        return some is other
-    if isinstance(some, list) and isinstance(other, list):
-        return len(some) == len(other) and all(map(equal, some, other))
-    if isinstance(some, dict) and isinstance(other, dict):
-        return some.keys() == other.keys() and all(equal(value, other[name]) for name, value in some.items())
-    return bool(some == other)
+def _key(value: Any) -> str:
+    """The same for JSON values that are equal, as 1 and 1.0 are, and true is not."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_key, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(sorted(f'{json.dumps(name)}:{_key(one)}' for name, one in value.items()))}}}"
+    return json.dumps(value)
 
 
 def _type_of(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from functools import cache
 
-from nemo_engine.text.json_pattern import ANY, Alt, Cat, Chars, Node, Pattern, Ranges, Repeat, Terms, without
+from nemo_engine.text.json_chars import Ranges, without
+from nemo_engine.text.json_pattern import ANY, Alt, Cat, Chars, Node, Pattern, Repeat, Terms
 
 _SHORT = {0x08: "b", 0x09: "t", 0x0A: "n", 0x0C: "f", 0x0D: "r"}  # control characters with an escape of their own
 _RAW = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0xD800, 0xDFFF))  # what may not stand in a string as it is
@@ -163,7 +164,7 @@ def _sums(some: int, others: int, every: int) -> int:
     return bits & every
 
 
-def with_length(node: Node, least: int, most: int | None) -> Node | None:
+def with_length(node: Node, least: int, most: int | None) -> Repeat | None:
     """``node`` cut to a length, where it is a repetition of single characters; None if it is not."""
     while isinstance(node, Cat) and len(node.parts) == 1:
         node = node.parts[0]

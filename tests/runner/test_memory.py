@@ -133,3 +133,9 @@ def test_fp8_takes_half(quantization: str, heads: int, most: float) -> None:
 
 def test_what_would_fit_names_nothing_where_nothing_does() -> None:
     assert what_would_fit(NEMO, EngineConfig(), 131072, 2, GIB).startswith("no context fits at any batch size")
+
+
+def test_small_sizes_are_not_told_as_nothing() -> None:
+    with pytest.raises(ValueError) as caught:
+        plan_kv_cache(NEMO, EngineConfig(num_kv_pages=2, max_model_len=40), Sizes(2, 2), None)
+    assert "0.00" not in str(caught.value) and "MiB are missing" in str(caught.value)

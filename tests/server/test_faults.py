@@ -16,6 +16,7 @@ import pytest
 from nemo_engine import AsyncEngine
 from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import TOKEN_NOT_FINITE, StepResult
+from nemo_engine.text import grammar_trial
 from tests.server.live import ENGINE_OPTIONS, LiveServer
 
 LONG = {"prompt": [1, 2000, 2001], "max_tokens": 900, "ignore_eos": True, "seed": 1}
@@ -217,3 +218,22 @@ def test_two_thousand_connections(server: LiveServer) -> None:
             connection.close()
     assert httpx.get(server.url + "/health").status_code == 200
     wait_until_idle(server)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_grammar_that_outgrows_its_limits_is_the_clients_error(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    monkeypatch.setattr(grammar_trial, "MAX_LEXER_STATES", 400)
+    pattern = f"(a|b)*a(a|b){{{40 + is_stream}}}"
+    body = {"prompt": "x", "max_tokens": 500, "seed": 1, "structured_outputs": {"regex": pattern}, "stream": is_stream}
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    if is_stream:
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        assert response.status_code == 200 and len(events) > 1
+        error = events[-1]["error"]
+    else:
+        assert response.status_code == 400
+        error = response.json()["error"]
+    assert (error["code"], error["type"]) == ("grammar_too_complex", "invalid_request_error")
+    assert httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=60).status_code == 200

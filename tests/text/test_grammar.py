@@ -106,12 +106,20 @@ def kit(request: pytest.FixtureRequest) -> Kit:
     [
         ({"regex": r"\d{3}-[a-c]+"}, ["123-a", "000-cab"], ["12-a", "123-", "123-d", " 123-a"]),
         ({"regex": r"日本(語|人)?"}, ["日本", "日本語"], ["日", "本"]),
+        ({"regex": ""}, [""], ["x", " "]),
         ({"choice": ["yes", "no", "yes!", 'a "b"\n\\/', "日本 😀"]}, ["yes", "no", "yes!", 'a "b"\n\\/', "日本 😀"], ["", "ye", "no!"]),
         ({"choice": ["", "x"]}, ["", "x"], ["xx"]),
         ({"choice": [""]}, [""], ["x"]),
         ({"choice": [f"option {i}" for i in range(5000)]}, ["option 0", "option 4999"], ["option", "option 5000", ""]),
         ({"grammar": 'start: "a" b+\nb: /[0-9]/ ","?'}, ["a1", "a1,2", "a12,"], ["a", "1"]),
         ({"grammar": 'root ::= "a" b+\nb ::= [0-9] ","?'}, ["a1", "a1,2", "a12,"], ["a", "1"]),
+        ({"grammar": 'start: "%json {" j // %json {\nj: %json {"type": "integer", "minimum": 9007199254740993}'},
+         ["%json {9007199254740993"], ["%json {9007199254740992"]),
+        ({"json": {"type": "string", "pattern": '^[^"]*$'}}, ['"a"', '"\\\\"'], ['"\\""']),
+        ({"json": {"type": "string", "pattern": r"^(?=.*\d)(?!.*x)[a-z\d]{2,4}$"}}, ['"a1"', '"12"'], ['"ab"', '"x1"', '"a1b2c"']),
+        ({"json": {"patternProperties": {"^a": {"type": "null"}, "b$": {"const": None}}, "additionalProperties": False}},
+         ["{}", '{"ab":null}'], ['{"ab":1}', '{"c":null}']),
+        ({"json": {"uniqueItems": True, "maxItems": 1, "items": {"multipleOf": 12}, "type": "array"}}, ["[]", "[24]", "[-12]"], ["[25]", "[1,2]"]),
         ({"json_object": True}, ["{}", '{"a":1}', '{"a": [1, {"b": null}]}', '{\n  "a": 1\n}'], ["[]", "1", '{"a":}', " {}", "{} "]),
         ({"json": PERSON}, ['{"name":"x","age":3}', '{ "name" : "x", "age": 150, "tags": ["a", "b"] }'],
          ['{"name":"x"}', '{"age":3,"name":"x"}', '{"name":"x","age":151}', '{"name":"x","age":3,"z":1}', '{"name":"123456789","age":1}']),
@@ -223,7 +231,10 @@ def test_a_tool_call_is_forced(kit: Kit) -> None:
 def test_a_plain_tool_call_is_compiled_without_a_trial(tiny: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(grammar_module, "try_compile", lambda spec: tried.append(spec["text"]))
-    schema = {"type": "array", "items": {"type": "object", "properties": {"plain": {"type": "string", "format": "date"}}}}
+    schema = {
+        "type": "array",
+        "items": {"type": "object", "properties": {"plain": {"type": "string", "format": "date"}}},
+    }
     form = tool_call_grammar(9, schema)
     tiny.compiler.compile(form)
     tiny.compiler.compile(tool_call_grammar(9, schema, {"type": "integer"}))

@@ -33,7 +33,9 @@ def test_a_fault_in_the_compiler_is_seen(monkeypatch: pytest.MonkeyPatch, fault:
     elif fault == "a name":
         original = grammar_module.SchemaGrammar._other_names
         monkeypatch.setattr(
-            grammar_module.SchemaGrammar, "_other_names", lambda self, m, p, names, allowed: original(self, m, p, [], allowed)
+            grammar_module.SchemaGrammar,
+            "_other_names",
+            lambda self, m, p, names, allowed: original(self, m, p, [], allowed),
         )
     else:
         monkeypatch.setattr(grammar_module.SchemaGrammar, "doubtful", {})

@@ -32,7 +32,37 @@ from nemo_engine.text.grammar import Grammar, GrammarCompiler
 from nemo_engine.text.grammar_trial import NOTHING, matches_nothing
 
 EOS = 0
-_MERGED = ['":', '",', '"}', "{}", "[]", ' "', '{"', "12", "00", "99", ".5", "\\\"", "\\\\", "\\u00", "\n  ", "é", "日", "😀", "true", "-1", "abc", "T0", "--"]
+_MERGED = [
+    '"a"',
+    '"b"',
+    '"name"',
+    '"x-1"',
+    '"score"',
+    '"é"',
+    '":',
+    '",',
+    '"}',
+    "{}",
+    "[]",
+    ' "',
+    '{"',
+    "12",
+    "00",
+    "99",
+    ".5",
+    '\\"',
+    "\\\\",
+    "\\u00",
+    "\n  ",
+    "é",
+    "日",
+    "😀",
+    "true",
+    "-1",
+    "abc",
+    "T0",
+    "--",
+]
 WALKS = 4  # of one grammar
 _LONGEST = 600  # tokens
 
@@ -45,7 +75,9 @@ class Bytes:
     def __init__(self) -> None:
         self._tokens = [b"</s>", *(bytes([byte]) for byte in range(256)), *(text.encode() for text in _MERGED)]
         self.vocab_size = len(self._tokens)
-        self.ends = np.array([token_id == EOS or data[:1] in b'"]}' for token_id, data in enumerate(self._tokens)], np.uint8)
+        self.ends = np.array(
+            [token_id == EOS or data[:1] in b'"]}' for token_id, data in enumerate(self._tokens)], np.uint8
+        )
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
         """The bytes of a token."""
@@ -85,13 +117,44 @@ def walk(tokenizer: Bytes, grammar: Grammar, rng: random.Random) -> str | None:
 # ---- schemas
 
 _BIG = [2**53, 2**53 + 1, 2**63 - 1, -(2**63), 2**64, 10**25, 1234567890123456789, -(2**53) - 1]
-_NAMES = ["a", "b", "name", 'q"\\', "é", "", "x-1", "x-2", "a/b", "~", "日本", "😀", "score", "n\nl", "$ref", "\x7f", "\u2028"]
+_NAMES = [
+    "a",
+    "b",
+    "name",
+    'q"\\',
+    "é",
+    "",
+    "x-1",
+    "x-2",
+    "a/b",
+    "~",
+    "日本",
+    "😀",
+    "score",
+    "n\nl",
+    "$ref",
+    "\x7f",
+    "\u2028",
+]
 _PATTERNS = [
     "^[^\"]*$", r"^[^\\]{1,5}$", "^[a-z]+$", r"^\d{3}-\d{4}$", "abc", "^x-", "-[0-9]$", r"^\w+@\w+\.[a-z]{2,3}$", r"^[^/\\:*?\"<>|]+$", "^(yes|no)?$",
     r"^\S+$", r"\s", "^.$", "^.{2,4}$", r"^[\w.]*$", r"^[^\w]$", r"^\D*$", "^a|b$", "(^a$)|(^b+$)", "^[é日]+$", "^[^a-z😀]{0,3}$", r"^\u0041\x42$", "^$", "",
     r"^(?=.*\d)(?=.*[a-z])[a-z\d]{4,8}$", r"^(?!foo)[a-z]{3}$", r"^[\t\n]+$", "(?i)^ab?k$", r"^(a|b)*a(a|b){3}$", "[\\x00-\\x1f]", r"^[^\x00-\x1f]{2}$",
 ]  # fmt: skip
-_FORMATS = ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "password", "zork"]
+_FORMATS = [
+    "date",
+    "time",
+    "date-time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "uuid",
+    "uri",
+    "password",
+    "zork",
+]
 
 
 class Schemas:
@@ -120,9 +183,25 @@ class Schemas:
         rng = self._rng
         if self._one_in(40):
             return rng.choice([True, {}, False])
-        kinds: list[Callable[[int], Any]] = [self._number, self._number, self._string, self._string, self._values, self._bare]
+        kinds: list[Callable[[int], Any]] = [
+            self._number,
+            self._number,
+            self._string,
+            self._string,
+            self._values,
+            self._bare,
+        ]
         if depth > 0:
-            kinds += [self._object, self._object, self._object, self._array, self._array, self._union, self._all, self._types]
+            kinds += [
+                self._object,
+                self._object,
+                self._object,
+                self._array,
+                self._array,
+                self._union,
+                self._all,
+                self._types,
+            ]
         schema = rng.choice(kinds)(depth - 1)
         if isinstance(schema, dict):
             if self._refs and depth > 0 and self._one_in(6):
@@ -130,7 +209,9 @@ class Schemas:
             if self._one_in(5):
                 schema |= {"title": "T", "description": "d", "default": None, "deprecated": True, "x-order": 1}
             if self._one_in(60):
-                schema[rng.choice(["not", "contains", "if", "unevaluatedProperties"])] = rng.choice([{"type": "string"}, False])
+                schema[rng.choice(["not", "contains", "if", "unevaluatedProperties"])] = rng.choice(
+                    [{"type": "string"}, False]
+                )
                 schema["then"] = {"type": "null"}
         return schema
 
@@ -142,7 +223,9 @@ class Schemas:
         small = rng.choice([0, 1, -1, rng.randint(-9, 9), rng.randint(-2000, 2000), 10 ** rng.randint(1, 9)])
         if is_integer:
             return rng.choice([small, small, rng.choice(_BIG) + rng.randint(-2, 2)])
-        return rng.choice([small, 0.5, 0.1, -0.25, 1e-7, 3.14, 1.0, 1e20, -1e15, rng.uniform(-1, 1), round(rng.uniform(-99, 99), 2)])
+        return rng.choice(
+            [small, 0.5, 0.1, -0.25, 1e-7, 3.14, 1.0, 1e20, -1e15, rng.uniform(-1, 1), round(rng.uniform(-99, 99), 2)]
+        )
 
     def _number(self, depth: int) -> Any:
         rng, is_integer = self._rng, self._rng.random() < 0.6
@@ -153,7 +236,9 @@ class Schemas:
         if rng.random() < 0.6:
             schema[rng.choice(["maximum", "exclusiveMaximum"])] = bounds[1]
         if self._one_in(4):
-            schema["multipleOf"] = rng.choice([1, 2, 3, 4, 5, 7, 10, 12, 25, 60, 0.5, 0.25, 0.1, 0.01, 1.5, 2.5, 0.3, 97, -1])
+            schema["multipleOf"] = rng.choice(
+                [1, 2, 3, 4, 5, 7, 10, 12, 25, 60, 0.5, 0.25, 0.1, 0.01, 1.5, 2.5, 0.3, 97, -1]
+            )
         if self._one_in(6):
             schema["minimum"] = schema["maximum"] = rng.choice(_BIG)
         return schema
@@ -162,7 +247,9 @@ class Schemas:
         rng = self._rng
         schema: dict[str, Any] = {"type": "string"}
         if rng.random() < 0.5:
-            schema["pattern"] = rng.choice(_PATTERNS) if rng.random() < 0.5 else regex(rng, 3, is_whole=rng.random() < 0.7)
+            schema["pattern"] = (
+                rng.choice(_PATTERNS) if rng.random() < 0.5 else regex(rng, 3, is_whole=rng.random() < 0.7)
+            )
         if self._one_in(4):
             schema["format"] = rng.choice(_FORMATS)
         if self._one_in(3):
@@ -173,7 +260,23 @@ class Schemas:
 
     def _value(self, depth: int = 1) -> Any:
         rng = self._rng
-        scalars = [None, True, False, "", "x", 'a"b\\', "日本 😀\n\u0001", 1.0, 0.1, -3, 1e300, 1e-9, rng.choice(_BIG), rng.randint(-99, 99), "\u2028\x7f"]
+        scalars = [
+            None,
+            True,
+            False,
+            "",
+            "x",
+            'a"b\\',
+            "日本 😀\n\u0001",
+            1.0,
+            0.1,
+            -3,
+            1e300,
+            1e-9,
+            rng.choice(_BIG),
+            rng.randint(-99, 99),
+            "\u2028\x7f",
+        ]
         if depth and self._one_in(4):
             return rng.choice([[self._value(0), self._value(0)], {rng.choice(_NAMES): self._value(0)}, [], {}])
         return rng.choice(scalars)
@@ -183,12 +286,18 @@ class Schemas:
             return {"const": self._value()}
         values = {json.dumps(value): value for value in (self._value() for _ in range(self._rng.randint(1, 5)))}
         schema = {"enum": list(values.values())}
-        return {**schema, "type": self._rng.choice(["string", "integer", ["number", "null", "object"]])} if self._one_in(4) else schema
+        return (
+            {**schema, "type": self._rng.choice(["string", "integer", ["number", "null", "object"]])}
+            if self._one_in(4)
+            else schema
+        )
 
     def _types(self, depth: int) -> Any:
         parts = [self._number(depth), self._string(depth), self._array(depth), self._object(depth)]
         merged = {key: value for part in parts for key, value in part.items()}
-        types = self._rng.sample(["null", "boolean", "integer", "number", "string", "array", "object"], self._rng.randint(2, 4))
+        types = self._rng.sample(
+            ["null", "boolean", "integer", "number", "string", "array", "object"], self._rng.randint(2, 4)
+        )
         if self._one_in(5):
             del merged["type"]
             return merged
@@ -227,7 +336,9 @@ class Schemas:
         if self._one_in(8):
             schema["maxProperties"] = rng.randint(0, 4)
         if self._one_in(8):
-            schema["propertyNames"] = rng.choice([{"pattern": "^[a-z]"}, {"maxLength": 2}, {"enum": ["a", "b", "zz"]}, {"minLength": 1}])
+            schema["propertyNames"] = rng.choice(
+                [{"pattern": "^[a-z]"}, {"maxLength": 2}, {"enum": ["a", "b", "zz"]}, {"minLength": 1}]
+            )
         if names and self._one_in(8):
             schema["dependentRequired"] = {rng.choice(names): [rng.choice(_NAMES)]}
         if names and self._one_in(15):
@@ -236,7 +347,9 @@ class Schemas:
 
     def _union(self, depth: int) -> Any:
         rng = self._rng
-        schema: dict[str, Any] = {rng.choice(["anyOf", "anyOf", "anyOf", "oneOf"]): [self._schema(depth) for _ in range(rng.randint(1, 3))]}
+        schema: dict[str, Any] = {
+            rng.choice(["anyOf", "anyOf", "anyOf", "oneOf"]): [self._schema(depth) for _ in range(rng.randint(1, 3))]
+        }
         if self._one_in(3):
             schema |= rng.choice([self._object, self._string, self._number])(depth)
         return schema
@@ -251,7 +364,30 @@ class Schemas:
 
 def regex(rng: random.Random, depth: int, *, is_whole: bool) -> str:
     """A random expression that Python and Rust read the same way."""
-    atoms = ["a", "b", "7", "é", "日", "😀", r"\d", r"\.", '"', "/", r"\\", " ", "-", "[a-f]", "[^a-z]", '[^"]', r"[^\\]", "[0-9]", r"\n", "[é-ü]", "_", "'"]
+    atoms = [
+        "a",
+        "b",
+        "7",
+        "é",
+        "日",
+        "😀",
+        r"\d",
+        r"\.",
+        '"',
+        "/",
+        r"\\",
+        " ",
+        "-",
+        "[a-f]",
+        "[^a-z]",
+        '[^"]',
+        r"[^\\]",
+        "[0-9]",
+        r"\n",
+        "[é-ü]",
+        "_",
+        "'",
+    ]
 
     def sequence(level: int) -> str:
         text = ""
@@ -340,13 +476,26 @@ class Walker:
             form = {"json": schema, **rng.choice([{}, {}, {"disable_any_whitespace": True}])}
             if kind == "nested":
                 form = {"grammar": f'start: "<%json {{" j ">" // %json {{\nj: %json {json.dumps(schema)}\n'}
-            self._walk(form, lambda text: check_json(schema, text.removeprefix("<%json {").removesuffix(">") if kind == "nested" else text), schema)
+            self._walk(
+                form,
+                lambda text: check_json(
+                    schema, text.removeprefix("<%json {").removesuffix(">") if kind == "nested" else text
+                ),
+                schema,
+            )
         elif kind == "choice":
-            texts = [rng.choice(["", "a", 'q"', "日本", "a\nb", "😀", ".*", "[x", str(rng.randint(0, 99))]) for _ in range(rng.randint(1, 6))]
+            texts = [
+                rng.choice(["", "a", 'q"', "日本", "a\nb", "😀", ".*", "[x", str(rng.randint(0, 99))])
+                for _ in range(rng.randint(1, 6))
+            ]
             self._walk({"choice": texts}, lambda text: _hold(text in texts))
         else:
             pattern = regex(rng, 3, is_whole=False).replace(r"\d", "[0-9]")  # Unicode has more digits every year
-            form = {"regex": pattern} if kind == "regex" else {"grammar": f"start: x\nx: /{pattern.replace('/', chr(92) + '/')}/ | y y\ny: \"(\" x \")\"\n"}
+            form = (
+                {"regex": pattern}
+                if kind == "regex"
+                else {"grammar": f'start: x\nx: /{pattern.replace("/", chr(92) + "/")}/ | y y\ny: "(" x ")"\n'}
+            )
             if kind == "regex":
                 self._walk(form, lambda text: _hold(re.fullmatch(pattern, text)))
             else:
@@ -359,7 +508,9 @@ class Walker:
         except ValueError as error:
             message = str(error).partition(": ")[2]
             self.counts["nothing" if message == NOTHING else "refused"] += 1
-            is_named = message == NOTHING or "too complex" in message or any(word in message for word in _keywords(schema))
+            is_named = (
+                message == NOTHING or "too complex" in message or any(word in message for word in _keywords(schema))
+            )
             assert is_named, f"{form} is refused without a keyword: {error}"
             if message != NOTHING:
                 self.counts[re.sub(r"[0-9]+|at #\S*|'.*'", "", message)[:60]] += 1
@@ -402,8 +553,9 @@ def _find_empty(grammars: dict[str, str]) -> list[str]:
 def run(minutes: float, seed: int = 0, steps: int | None = None) -> Counter[str]:
     """Walk for ``minutes``, or ``steps`` forms if given; returns counts. Compiles here: what is made is small, and processes are slow."""
     walker, end = Walker(seed), time.monotonic() + minutes * 60
-    with mock.patch.object(grammar_module, "try_compile", lambda spec: None), mock.patch.object(
-        grammar_module, "find_empty", _find_empty
+    with (
+        mock.patch.object(grammar_module, "try_compile", lambda spec: None),
+        mock.patch.object(grammar_module, "find_empty", _find_empty),
     ):
         while walker.counts["forms"] < steps if steps is not None else time.monotonic() < end:
             walker.step()
