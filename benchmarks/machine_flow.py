@@ -108,7 +108,7 @@ def read_flow(code: str) -> Flow:
 
 def barriers(listing: str, symbol: str) -> int:
     """Named barriers of a block, from the notes (.nv.info) on a kernel in the whole listing; 0 where they say nothing."""
-    notes = re.search(rf"\.section\s+\.nv\.info\.{re.escape(symbol)},(.*?)(?=\n\s*\.section|\Z)", listing, re.DOTALL)
+    notes = re.search(rf"\.section\s+\.nv\.info\.{re.escape(symbol)},(.*?)(?=\n\s*\.section\s|\Z)", listing, re.DOTALL)
     found = re.search(
         r"EIATTR_NUM_BARRIERS\s.*?0x02, 0x4c\s.*?\.byte\s+0x([0-9a-f]+)", notes[1] if notes else "", re.DOTALL
     )

@@ -106,6 +106,7 @@ def test_operands_of_several_registers_are_counted_whole() -> None:
 def test_barriers_of_a_kernel() -> None:
     note = """
 	.section	.nv.info.{name},"",@"SHT_CUDA_INFO"
+	.sectionflags	@""
 	//----- nvinfo : EIATTR_NUM_BARRIERS
 	.align		4
         /*0040*/ 	.byte	0x02, 0x4c
