@@ -56,7 +56,7 @@ class Instruction:
         if words[0] in ("STG", "STS", "ST"):
             return size if operand == 1 else 1
         if words[0] == "IMAD" and "WIDE" in words:
-            return 2 if operand in (0, 3) or operand == 4 else 1
+            return 2 if operand in (0, 3) else 1
         return 1
 
 
@@ -115,8 +115,8 @@ def barriers(listing: str, symbol: str) -> int:
     return int(found[1], 16) if found else 0
 
 
-def highest_register(code: str) -> int:
-    """The number of registers that a kernel's code names: the highest and one."""
+def named_registers(code: str) -> int:
+    """One more than the highest register that a kernel's code names."""
     return 1 + max((each.highest_register for each in _parse(code)[0]), default=-1)
 
 
