@@ -56,7 +56,7 @@ class Instruction:
         if words[0] in ("STG", "STS", "ST"):
             return size if operand == 1 else 1
         if words[0] == "IMAD" and "WIDE" in words:
-            return 2 if operand in (0, 3) or operand == 4 else 1
+            return 2 if operand in (0, 3) else 1
         return 1
 
 
@@ -108,15 +108,15 @@ def read_flow(code: str) -> Flow:
 
 def barriers(listing: str, symbol: str) -> int:
     """Named barriers of a block, from the notes (.nv.info) on a kernel in the whole listing; 0 where they say nothing."""
-    notes = re.search(rf"\.section\s+\.nv\.info\.{re.escape(symbol)},(.*?)(?=\n\s*\.section|\Z)", listing, re.DOTALL)
+    notes = re.search(rf"\.section\s+\.nv\.info\.{re.escape(symbol)},(.*?)(?=\n\s*\.section\s|\Z)", listing, re.DOTALL)
     found = re.search(
         r"EIATTR_NUM_BARRIERS\s.*?0x02, 0x4c\s.*?\.byte\s+0x([0-9a-f]+)", notes[1] if notes else "", re.DOTALL
     )
     return int(found[1], 16) if found else 0
 
 
-def highest_register(code: str) -> int:
-    """The number of registers that a kernel's code names: the highest and one."""
+def named_registers(code: str) -> int:
+    """One more than the highest register that a kernel's code names."""
     return 1 + max((each.highest_register for each in _parse(code)[0]), default=-1)
 
 

@@ -194,13 +194,13 @@ def test_registers_are_read_from_the_code(library: Path) -> None:
     """As many as the assembler says, which keeps two for itself, of every kernel whose registers do not change on the way."""
     pytest.importorskip("triton")
     from nemo_engine.benchmarks import cuda_kernel_report
-    from nemo_engine.benchmarks.machine_flow import highest_register
+    from nemo_engine.benchmarks.machine_flow import named_registers
 
     assert NVCC is not None
     kernels = cuda_kernel_report.compiled(NVCC)
     for name, kernel in kernels.items():
         if "USETMAXREG" not in kernel.code:
-            assert kernel.usage["REG"] - highest_register(kernel.code) in (0, 2), name
+            assert kernel.usage["REG"] - named_registers(kernel.code) in (0, 2), name
 
 
 @needs_nvcc

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_engine.benchmarks.machine_flow import barriers, highest_register, read_flow
+from nemo_engine.benchmarks.machine_flow import barriers, named_registers, read_flow
 
 
 def listing(text: str) -> str:
@@ -100,12 +100,13 @@ def test_operands_of_several_registers_are_counted_whole() -> None:
         "HMMA.16816.F32 R4, R8, R12, R4": 14,
         "QGMMA.64x96x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24": 72,
     }.items():
-        assert highest_register(listing(instruction)) == registers, instruction
+        assert named_registers(listing(instruction)) == registers, instruction
 
 
 def test_barriers_of_a_kernel() -> None:
     note = """
 	.section	.nv.info.{name},"",@"SHT_CUDA_INFO"
+	.sectionflags	@""
 	//----- nvinfo : EIATTR_NUM_BARRIERS
 	.align		4
         /*0040*/ 	.byte	0x02, 0x4c

@@ -128,7 +128,10 @@ def test_fp8_takes_half(quantization: str, heads: int, most: float) -> None:
     nemo = empty_weights(NEMO, BF16, torch.device("meta"), inventory.kind_of).num_bytes
     assert 0.5 < nemo / (2 * num_parameters(NEMO)) < most
     pages = {size: plan_kv_cache(NEMO, EngineConfig(), Sizes(2, size, nemo), free=139 * GIB)[0] for size in (1, 2)}
-    assert pages[1] in (2 * pages[2], 2 * pages[2] + 1, 2 * pages[2] + 2)
+    scratch = (256 << 20) / (
+        EngineConfig().page_size * NEMO.kv_bytes_per_token(1)
+    )  # in pages: an FP8 cache's, for prefill
+    assert 2 * pages[2] <= pages[1] + scratch <= 2 * pages[2] + 3
 
 
 def test_what_would_fit_names_nothing_where_nothing_does() -> None:

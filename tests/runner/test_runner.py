@@ -331,3 +331,17 @@ def test_close_drops_the_memory(tmp_path: Path) -> None:
     alone(runner, random_ids(3), 2)
     runner.close()
     assert cache() is None
+
+
+def test_attention_is_told_the_pages_of_each_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the rows after the decodes, so that what is widened for them fits; all that a row holds, however little of it this step computes."""
+    runner, seen = make_runner(tmp_path, tiny_config()), []
+    meta_of = runner_module.AttentionMeta
+    monkeypatch.setattr(runner_module, "AttentionMeta", lambda *args: seen.append(meta_of(*args)) or seen[-1])
+    ids = random_ids(60)
+    fills = (fill(1, ids[:20], [1, 2]), fill(2, ids, [3, 4, 5, 6]), fill(3, ids[:5], [7]))
+    run(runner, StepPlan(0, (), (PrefillRow(1, 0, 20, True),), fills[:1]))
+    run(runner, StepPlan(1, (1,), (PrefillRow(2, 0, 30, False), PrefillRow(3, 0, 5, True)), fills[1:]))
+    run(runner, StepPlan(2, (1, 3), (PrefillRow(2, 30, 30, True),)))
+    run(runner, StepPlan(3, (1, 2, 3)))
+    assert [(meta.num_decodes, meta.prefill_pages) for meta in seen] == [(0, (2,)), (1, (4, 1)), (2, (4,)), (3, None)]

@@ -43,7 +43,8 @@ def prefill(
         _launch(out, q, (k_cache, v_cache), (None, None), pages, meta, (first, rows), scale)
         return
     _, kv_heads, page_size, _ = k_cache.shape
-    group, capacity = q.shape[1] // kv_heads, widened_capacity(*meta.page_table.shape, kv_heads, page_size)
+    slots, width = meta.page_table.shape
+    group, capacity = q.shape[1] // kv_heads, widened_capacity(slots, width, kv_heads, page_size)
     shape = (2, capacity * page_size * _DIM)
     scratch = meta.workspace.take("CUDA widened pages", shape, torch.bfloat16, q.device)
     identity = meta.once("CUDA identity pages", partial(torch.arange, capacity, device=q.device))
