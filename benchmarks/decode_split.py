@@ -24,8 +24,8 @@ Blocks = Sequence[Sequence[int]]  # for each block in the order of their start, 
 def model_time(blocks: Blocks, places: int) -> float:
     """Of all blocks, in the time in which each of ``places`` blocks that read at once reads a tile."""
     waiting = [list(block) for block in reversed(blocks)]
-    running: list[list[float]] = []  # (what is left of a pause, what is left of the tiles that follow it, parts after it)
-    queues: list[list[int]] = []
+    running: list[list[float]] = []  # what is left of a pause, and of the tiles that follow it
+    queues: list[list[int]] = []  # the parts after these
     now = 0.0
 
     def fill_places() -> None:

@@ -102,7 +102,7 @@ def _flash_attn(
     """Over contiguous keys, since its pages are of 256 tokens at least."""
     from flash_attn import flash_attn_func, flash_attn_with_kvcache
 
-    pages, keys = meta.page_table[meta.slot_ids], int(meta.seq_lens[0])
+    pages, keys = meta.page_table[meta.slot_ids], int(meta.seq_lens.max())
     k, v = (x[pages].transpose(2, 3).flatten(1, 2)[:, :keys].contiguous() for x in (k_cache, v_cache))
     rows = q.view(pages.shape[0], -1, *q.shape[1:])
     if meta.num_decodes:

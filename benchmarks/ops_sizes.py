@@ -21,7 +21,7 @@ from nemo_engine.benchmarks.models import SHAPES, open_model
 from nemo_engine.benchmarks.timing import Args, Calls, Size, on_device
 from nemo_engine.config import ModelConfig
 from nemo_engine.ops import Op
-from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.attention import AttentionMeta, gather_row
 from nemo_engine.ops.rope import rope_table
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -41,6 +41,7 @@ class Scale:
     rows: tuple[int, ...]
     products: tuple[int, ...]  # rows of a linear layer's input
     decodes: tuple[tuple[int, int], ...]  # requests, tokens of each
+    mixed: tuple[tuple[int, int], ...]  # the same, of one step
     prefills: tuple[tuple[int, int], ...]  # queries, keys
     batches: tuple[int, ...]  # requests that sample
 
@@ -51,6 +52,7 @@ SCALES = {
         (1, 64, 256, 4096),
         (1, 16, 64, 128, 256, 4096),
         ((1, 1024), (1, 32768), (1, 131072), (32, 4096), (8, 32768), (64, 1024), (256, 1024)),
+        ((32, 1024), (1, 131072), (32, 1024)),
         ((2048, 2048), (8192, 8192), (32768, 32768), (8192, 32768)),
         (1, 64, 256),
     ),
@@ -60,10 +62,11 @@ SCALES = {
         (1, 16, 64, 1024),
         (1, 16, 64, 1024),
         ((1, 128), (1, 2048), (16, 256), (64, 256)),
+        ((32, 128), (1, 2048), (32, 128)),
         ((128, 128), (1024, 1024), (256, 1024)),
         (1, 16, 64),
     ),
-    "tiny": Scale(SHAPES["tiny"], (1, 5), (1, 5), ((3, 128),), ((64, 64), (32, 96)), (2,)),
+    "tiny": Scale(SHAPES["tiny"], (1, 5), (1, 5), ((3, 128),), ((2, 64), (1, 128)), ((64, 64), (32, 96)), (2,)),
 }
 
 
@@ -123,20 +126,23 @@ def rope_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
 
 
 def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Decoding requests of equal lengths, then one prompt or one chunk of it. Pages are in random order."""
+    """Decoding requests of equal lengths and of mixed ones, then one prompt or one chunk of it. Pages are in random order."""
     model = scale.model
 
-    def make(requests: int, queries: int, keys: int, kv_dtype: torch.dtype) -> Args:
-        width = -(-keys // PAGE_SIZE)
-        shape = (requests * width + 1, model.num_kv_heads, PAGE_SIZE, model.head_dim)
+    def make(queries: int, lengths: list[int], kv_dtype: torch.dtype) -> Args:
+        requests, width = len(lengths), -(-max(lengths) // PAGE_SIZE)
+        counts = [-(-length // PAGE_SIZE) for length in lengths]
+        shape = (sum(counts) + 1, model.num_kv_heads, PAGE_SIZE, model.head_dim)
         caches = [bf16(*shape, device=device).to(kv_dtype) for _ in range(2)]
         scales = [torch.ones(model.num_kv_heads, device=device) if kv_dtype is FP8 else None for _ in range(2)]
         table = torch.zeros(requests + 1, width, dtype=torch.int64, device=device)
-        table[1:] = 1 + torch.randperm(requests * width, device=device).view(requests, width)
+        pages = (1 + torch.randperm(sum(counts), device=device)).split(counts)
+        for row, own in enumerate(pages):
+            table[row + 1, : len(own)] = own
         meta = AttentionMeta(
             num_decodes=requests if queries == 1 else 0,
             query_start_loc=torch.arange(requests + 1, device=device) * queries,
-            seq_lens=torch.full((requests,), keys, device=device),
+            seq_lens=torch.tensor(lengths, device=device),
             page_table=table,
             slot_ids=torch.arange(1, requests + 1, device=device),
             page_size=PAGE_SIZE,
@@ -146,12 +152,20 @@ def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size
         q = bf16(requests * queries, model.num_heads, model.head_dim, device=device)
         return q, *caches, meta, model.head_dim**-0.5, *scales
 
-    kinds = [(f"decode {n}x{keys}", n, 1, keys) for n, keys in scale.decodes]
-    kinds += [(f"prefill {queries} of {keys}", 1, queries, keys) for queries, keys in scale.prefills]
-    for name, requests, queries, keys in kinds:
+    kinds = [(f"decode {n}x{keys}", 1, [keys] * n) for n, keys in scale.decodes]
+    kinds += [
+        (
+            f"decode {'+'.join(f'{n}x{keys}' for n, keys in scale.mixed)}",
+            1,
+            [k for n, k in scale.mixed for _ in range(n)],
+        )
+    ]
+    kinds += [(f"prefill {queries} of {keys}", queries, [keys]) for queries, keys in scale.prefills]
+    for name, queries, lengths in kinds:
         for label, dtype in (("bf16", BF16), ("fp8", FP8)):
             site = {"kv_dtype": FP8 if dtype is FP8 else None}
-            yield Size(f"{name}, {label} KV", partial(make, requests, queries, keys, dtype), sdpa_calls, site=site)
+            baselines = sdpa_calls if len(set(lengths)) == 1 else sdpa_row_calls
+            yield Size(f"{name}, {label} KV", partial(make, queries, lengths, dtype), baselines, site=site)
 
 
 def sdpa_calls(
@@ -184,6 +198,20 @@ def sdpa_calls(
         return out if meta.num_decodes else out[0].transpose(0, 1)
 
     return {f"sdpa {backend}{form}": partial(call, backend, form) for backend in backends for form in queries}
+
+
+def sdpa_row_calls(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, *scales: Tensor | None
+) -> Calls:
+    """torch's SDPA over the contiguous bf16 keys and values of one decode row after the other: lengths differ."""
+    rows = list(zip(meta.page_table[meta.slot_ids], meta.seq_lens.tolist(), strict=True))
+    k, v = (
+        [gather_row(cache.view(torch.uint8), pages, keys).view(cache.dtype).to(BF16)[None] for pages, keys in rows]
+        for cache in (k_cache, v_cache)
+    )
+    queries = q.view(len(rows), 1, k_cache.shape[1], -1, q.shape[2])
+    each = partial(F.scaled_dot_product_attention, scale=scale)
+    return {"sdpa by row": lambda: torch.cat([each(*row) for row in zip(queries, k, v, strict=True)]).view(q.shape)}
 
 
 def linear_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:

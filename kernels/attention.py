@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from . import decode_split as split
-
 from .device import facts
 
 _PREFILL_KEYS = 64  # of one tile
@@ -228,7 +227,9 @@ def _decode_kernel(
             acc *= tl.load(v_scale_ptr + head)
         if (begin == 0) & (end == length):
             out_rows = ((wide + row) * num_heads + q_head) * DIM
-            tl.store(out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask & (length > 0))
+            tl.store(
+                out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask & (length > 0)
+            )
         else:  # a unit has at most one part with the end of a row or its middle, and one with its beginning
             part_rows = (2 * unit + (begin == 0).to(tl.int32)) * num_heads + q_head
             tl.store(part_ptr + part_rows[:, None] * DIM + d[None, :], acc, mask=mask)
@@ -260,7 +261,9 @@ def _combine_kernel(
         is_part = number < end
         place = (2 * (unit + number) + (number == 0).to(tl.int32)) * num_heads + head
         lse = tl.load(lse_ptr + place, mask=is_part, other=float("-inf"))
-        part = tl.load(part_ptr + place[:, None] * DIM + d[None, :], mask=is_part[:, None] & (d < DIM)[None, :], other=0.0)
+        part = tl.load(
+            part_ptr + place[:, None] * DIM + d[None, :], mask=is_part[:, None] & (d < DIM)[None, :], other=0.0
+        )
         new_best = tl.maximum(best, tl.max(lse, 0))
         weights = tl.exp2(lse - new_best)
         decay = tl.exp2(best - new_best)

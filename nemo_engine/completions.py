@@ -6,6 +6,7 @@ looked at when they finish.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,8 @@ from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
 from nemo_engine.step import TokenLogprobs
 from nemo_engine.text import Detokenizer, Tokenizer
+
+_logger = logging.getLogger("nemo_engine")
 
 
 class Sink(Protocol):

@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_decode_kernel(const MakePla
         block_sync();  // the scratch may still be read
         if (lane == 31) scratch[warp] = up_to;
         block_sync();
-        int warps_up_to = sum_up_to(scratch[lane]);
-        if (item < in.num_items)
-            store(plan.places + item, total + (warp > 0 ? shuffle(warps_up_to, warp - 1) : 0) + up_to - line);
+        int warps_up_to = sum_up_to(scratch[lane]), of_warp = scratch[warp];
+        int place = total + shuffle(warps_up_to, warp) - of_warp + up_to - line;
+        if (item < in.num_items) store(plan.places + item, place);
         total += shuffle(warps_up_to, 31);
     }
     num_empty = warp_sum(num_empty);

@@ -88,7 +88,7 @@ def paged_attention(
 
     q: (T, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), Hq a multiple of Hk, query head h reading KV head
     ``h // (Hq / Hk)``. k_scale, v_scale: (Hk,) fp32 factors of an FP8 cache's entries, None for 1. Scores and sums are in
-    fp32 (fp64 for fp64). Returns (T, Hq, D).
+    fp32 (fp64 for fp64). A decode row may have no keys: zeros. Returns (T, Hq, D).
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty_like(q)

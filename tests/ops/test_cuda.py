@@ -334,21 +334,6 @@ def test_inputs_are_made_for_more_rows_than_pay(emulated_library: Any, monkeypat
     assert {launch["name"] for launch in emulated_library.emulator.launches()} == {"small_linear"}
 
 
-@pytest.mark.parametrize("is_fp8", [False, True])
-def test_more_queries_than_a_launch_takes(emulated_library: Any, monkeypatch: pytest.MonkeyPatch, is_fp8: bool) -> None:
-    """Of decodes; the last part with fewer queries than there are rows."""
-    rows = [(1, 5), (1, 17), (1, 130), (3, 40), (2, 2), (2, 33)]
-    args = attention_inputs(rows, 4, 2, 128, 16, torch.bfloat16, is_fp8)
-    emulated_library.emulator.set_num_sms(2)
-    try:
-        with emulated(emulated_library):
-            monkeypatch.setattr(cuda_attention, "_MOST_UNITS", emulated_library.decode_units(2, 2))
-            got = cuda_attention.paged_attention(*args)
-    finally:
-        emulated_library.emulator.set_num_sms(132)
-    torch.testing.assert_close(got, attention.paged_attention(*args), rtol=0.02, atol=0.02)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
 def test_caches_of_more_than_two_billion_entries(emulated_library: Any, dtype: torch.dtype) -> None:
     """Keys and values in the last pages of a cache whose offsets need more than 32 bits: written, then read."""
