@@ -25,6 +25,7 @@ void Races::reset(int threads, int shared_bytes) {
     boxes.clear();
     fine.assign(threads, {});
     last_join = {};
+    last_lesson = {};
 }
 
 // ---- order
@@ -44,7 +45,7 @@ void Races::release(int thread, std::vector<uint32_t>& into) {
 
 Clock Races::join(const Clock& base, const Clock& other) {
     if (base == other) return base;
-    if (last_join.base == base && last_join.other == other) return last_join.joined;  // many threads wait alike
+    if (last_join.base == base && last_join.other == other) return last_join.joined;
     auto both = std::make_shared<std::vector<uint32_t>>(*base);
     for (int i = 0; i < num_slots; i++) (*both)[i] = std::max((*both)[i], (*other)[i]);
     last_join = {base, other, both};
@@ -55,9 +56,12 @@ void Races::acquire(int thread, const Clock& clock) { bases[thread] = join(bases
 
 void Races::learn(int thread, int slot, uint32_t value) {
     if (knows(thread, slot, value)) return;
-    auto more = std::make_shared<std::vector<uint32_t>>(*bases[thread]);
-    (*more)[slot] = value;
-    bases[thread] = more;
+    if (last_lesson.base != bases[thread] || last_lesson.slot != slot || last_lesson.value != value) {
+        auto more = std::make_shared<std::vector<uint32_t>>(*bases[thread]);
+        (*more)[slot] = value;
+        last_lesson = {bases[thread], more, slot, value};
+    }
+    bases[thread] = last_lesson.more;
 }
 
 void Races::meet(const std::vector<int>& threads, const std::vector<uint32_t>& others) {

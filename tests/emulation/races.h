@@ -75,9 +75,15 @@ class Races {
     std::vector<Box> boxes;
     std::vector<Stamp> fine;  // by thread: what it has been found to know, and stays so
 
+    // Many threads that know the same learn the same: they share what comes of it.
     struct {
         Clock base, other, joined;
     } last_join;
+    struct {
+        Clock base, more;
+        int slot;
+        uint32_t value;
+    } last_lesson;
     Clock join(const Clock& base, const Clock& other);
 
     std::string name(const Stamp& stamp) const;
