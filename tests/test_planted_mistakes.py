@@ -179,7 +179,9 @@ def plant(csrc: Path) -> None:
     for file in {mistake.file for mistake in MISTAKES.values()}:
         path = csrc / file
         text = path.read_text()
-        path.write_text(text.replace("#pragma once\n", "#pragma once\nnamespace nemo::emulated { extern int planted; }\n", 1))
+        path.write_text(
+            text.replace("#pragma once\n", "#pragma once\nnamespace nemo::emulated { extern int planted; }\n", 1)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("planted")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     plant(folder / "csrc")
-    said = subprocess.run([_tool("ninja"), "-C", BUILD, "-t", "commands", right.name], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [_tool("ninja"), "-C", BUILD, "-t", "commands", right.name], capture_output=True, text=True, check=True
+    )
     compiles, objects = [], {}
     *commands, link = (line for line in said.stdout.splitlines() if "c++" in line or "g++" in line or "clang" in line)
     for command in commands:
@@ -205,7 +209,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     words = shlex.split(link[link.index("&& ") + 3 : link.rindex(" &&")])
     compiles.append([objects.get(word, str(result) if word == right.name else word) for word in words])
     with ThreadPoolExecutor(2) as pool:
-        for run in [*pool.map(lambda words: subprocess.run(words, cwd=BUILD, capture_output=True, text=True), compiles[:-1])]:
+        for run in [
+            *pool.map(lambda words: subprocess.run(words, cwd=BUILD, capture_output=True, text=True), compiles[:-1])
+        ]:
             assert run.returncode == 0, run.stderr
     subprocess.run(compiles[-1], cwd=BUILD, check=True)
     return open_library(result)

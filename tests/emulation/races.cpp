@@ -24,7 +24,7 @@ void Races::reset(int threads, int shared_bytes) {
     box_of.assign(chunks, 0);
     boxes.clear();
     fine.assign(threads, {});
-    last_join = {};
+    joins.fill({});
     last_lesson = {};
 }
 
@@ -45,10 +45,12 @@ void Races::release(int thread, std::vector<uint32_t>& into) {
 
 Clock Races::join(const Clock& base, const Clock& other) {
     if (base == other) return base;
-    if (last_join.base == base && last_join.other == other) return last_join.joined;
+    auto number = (reinterpret_cast<uintptr_t>(base.get()) ^ reinterpret_cast<uintptr_t>(other.get())) >> 4;
+    Join& before = joins[(number ^ number >> 4) % joins.size()];
+    if (before.base == base && before.other == other) return before.joined;
     auto both = std::make_shared<std::vector<uint32_t>>(*base);
     for (int i = 0; i < num_slots; i++) (*both)[i] = std::max((*both)[i], (*other)[i]);
-    last_join = {base, other, both};
+    before = {base, other, both};
     return both;
 }
 
@@ -249,7 +251,7 @@ bool Races::read_operand(int first_thread, uint32_t start, uint32_t offset, bool
         int thread = first_thread + lane;
         if (lane && bases[thread] == bases[thread - 1]) continue;  // it knows the same
         for (uint32_t cell = chunk * CHUNK / CELL; cell < (chunk + 1) * CHUNK / CELL; cell++)
-            if (!check_async_read(thread, cell, "multiplies", is_beyond)) return false;
+            if (writes[cell] != fine[thread] && !check_async_read(thread, cell, "multiplies", is_beyond)) return false;
     }
     if (!is_beyond) async_reads[chunk * READERS + reader - num_threads - BARRIERS] = group;
     return true;

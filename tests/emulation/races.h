@@ -2,6 +2,7 @@
 // an access is ordered after those that it must not overlap. Deterministic: nothing here depends on when threads ran.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -76,14 +77,15 @@ class Races {
     std::vector<Stamp> fine;  // by thread: what it has been found to know, and stays so
 
     // Many threads that know the same learn the same: they share what comes of it.
-    struct {
+    struct Join {
         Clock base, other, joined;
-    } last_join;
+    };
     struct {
         Clock base, more;
         int slot;
         uint32_t value;
     } last_lesson;
+    std::array<Join, 16> joins;
     Clock join(const Clock& base, const Clock& other);
 
     std::string name(const Stamp& stamp) const;
