@@ -1,91 +1,246 @@
-"""Mistakes planted in the text of the CUDA kernels: the cases of their operations must fail on each."""
+"""Mistakes planted in the text of the CUDA kernels: the emulation must find each, by name where it is one of order.
+
+All are planted in one copy of the sources, each behind its number, and one library is built of them, in which
+``emulator.plant`` makes one come true.
+"""
 
 from __future__ import annotations
 
-import json
+import re
+import shlex
 import shutil
 import subprocess
-import sys
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from csrc.build import _tool
 from nemo_engine.ops import ALL_OPS
-from tests.emulation.library import ROOT, build, emulated, open_library, watched, why_not
+from tests.emulation.library import BUILD, ROOT, build, emulated, open_library, watched, why_not
 from tests.ops.proofs import prove
-from tests.ops.test_ops import site
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-# File, what stands there once, what is planted, the operation, how many of its first cases must hold it.
+FAMILIES = ("attention", "gemm", "linear", "norm", "sampling")
+UNORDERED, UNFENCED, UNREAD = "nothing orders the two", "without a fence_async_proxy", "still read"
+WRONG_RESULT = "bound|NaN|not what the definition gives|differs from run to run"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """``right`` stands in ``file`` once; ``wrong`` takes its place, or stands there whole if it says MISTAKEN itself."""
+
+    file: str
+    right: str
+    wrong: str
+    op: str
+    case: str
+    words: str  # of what must be said: a regular expression
+    num_sms: int = 132
+
+    def planted(self, number: int) -> str:
+        """The text that is wrong when ``number`` is planted."""
+        here = f"::nemo::emulated::planted == {number}"
+        if "MISTAKEN" in self.wrong:
+            return self.wrong.replace("MISTAKEN", f"({here})")
+        if self.right.endswith(";"):
+            return f"if ({here}) {{ {self.wrong} }} else {{ {self.right} }}"
+        return f"({here} ? ({self.wrong}) : ({self.right}))"
+
+
+SPLIT, PREFIXES = "heads of 128, one very long decode", "heads of 128, chunks over prefixes"
+TILES = "linear_add_fp8", "257x144x400 add"
 MISTAKES = {
-    "a key of the next page": (
-        "attention/decode.cuh", "(key >> p.page_shift)", "((key + 16) >> p.page_shift)", "paged_attention", 4
+    # decode
+    "a key of the next page": Mistake(
+        "attention/decode.cuh", "(key >> p.page_shift)", "(key + 16) >> p.page_shift", "paged_attention", SPLIT, WRONG_RESULT
     ),
-    "another row of a fragment": (
-        "attention/decode.cuh", "row = first_key + (matrix & 1) * 8 +", "row = first_key + (matrix >> 1) * 8 +",
-        "paged_attention", 4,
+    "another row of a fragment": Mistake(
+        "attention/decode.cuh", "first_key + (matrix & 1) * 8", "first_key + (matrix >> 1) * 8", "paged_attention", SPLIT,
+        WRONG_RESULT,
     ),
-    "copies not waited for": (
-        "attention/decode.cuh", "copy_async_wait<DECODE_STAGES - 2>()", "copy_async_wait<DECODE_STAGES - 1>()",
-        "paged_attention", 4,
+    "copies not waited for": Mistake(
+        "attention/decode.cuh", "copy_async_wait<DECODE_STAGES - 2>();", "copy_async_wait<DECODE_STAGES - 1>();",
+        "paged_attention", SPLIT, "a cp.async of thread .* not waited for",
     ),
-    "no barrier": (
-        "common/rows.cuh", "block_sync();\n    return warp_sum", "return warp_sum", "rms_norm", 6
+    "other lanes' copies taken for there": Mistake(
+        "attention/decode.cuh", "warp_sync();  // the other lanes' copies", "if (!MISTAKEN) warp_sync();  // the other lanes' copies",
+        "paged_attention", SPLIT, f"reads offset .* in decode_attention, .*|{UNORDERED}",
+    ),
+    "parts combined by a relaxed atomic": Mistake(
+        "attention/decode.cuh", "atomic_add_ordered(counter, 1)", "atomic_add(counter, 1)", "paged_attention", SPLIT,
+        "race in global memory: .* no release and acquire",
+    ),
+    # norm
+    "no barrier": Mistake(
+        "common/rows.cuh", "block_sync();\n    return warp_sum", "if (!MISTAKEN) block_sync();\n    return warp_sum",
+        "rms_norm", "2x5120", UNORDERED,
+    ),
+    # gemm
+    "a stage released before its products are done": Mistake(
+        "gemm/gemm.cuh",
+        "        wgmma_wait<0>();\n        keep_in_registers(fresh);\n",
+        "        if (MISTAKEN && lane_index() == 0) mbarrier_arrive(&header->empty[at.stage]);\n"
+        "        wgmma_wait<0>();\n        keep_in_registers(fresh);\n        if (!MISTAKEN)\n",
+        *TILES, UNREAD, 1,
+    ),
+    "the other phase waited for": Mistake(
+        "gemm/gemm.cuh", "mbarrier_wait(&header->full[at.stage], at.parity);",
+        "mbarrier_wait(&header->full[at.stage], at.parity ^ 1);", *TILES,
+        "multiplies offset .* a copy of the copy engine",
+    ),
+    "a fence by one thread for all": Mistake(
+        "gemm/gemm.cuh", "    fence_async_proxy();\n", "    if (!MISTAKEN || threadIdx.x % 128 == 0) fence_async_proxy();\n",
+        *TILES, UNFENCED,
+    ),
+    "boxes stored before all have written them": Mistake(
+        "gemm/gemm.cuh", "named_barrier_sync(barrier, 128);", "", *TILES, UNORDERED,
+    ),
+    "boxes written before they have left": Mistake(
+        "gemm/gemm.cuh", "if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();",
+        "if (!MISTAKEN && threadIdx.x % 128 == 0) tma_store_wait_read<0>();", *TILES, UNREAD, 1,
+    ),
+    # linear
+    "tokens asked for before the kernel before has ended": Mistake(
+        "linear/small.cuh", "    if constexpr (HAS_X) {\n        wait_for_previous_kernel();",
+        "    if constexpr (HAS_X) {\n        if (!MISTAKEN) wait_for_previous_kernel();", "linear", "17x320x130",
+        "before wait_for_previous_kernel",
+    ),
+    "products not waited for": Mistake(
+        "linear/small.cuh", "        wgmma_wait<0>();\n        keep_in_registers(sum);",
+        "        if (!MISTAKEN) wgmma_wait<0>();\n        keep_in_registers(sum);", "linear", "17x320x130",
+        f"before its products of wgmma were done|{UNREAD}",
+    ),
+    "an input fenced by one warp": Mistake(
+        "linear/small_input.cuh", "    fence_async_proxy();\n", "    if (!MISTAKEN || warp_index() == 0) fence_async_proxy();\n",
+        "quantize_linear_fp8", "5x1024x40", UNFENCED,
+    ),
+    "scratch written while it is read": Mistake(
+        "linear/small_input.cuh", "named_barrier_sync(CONSUMER_BARRIER, consumers);  // the scratch",
+        "if (!MISTAKEN) named_barrier_sync(CONSUMER_BARRIER, consumers);  // the scratch", "quantize_linear_fp8", "8x256x48", UNORDERED,
+    ),
+    # prefill
+    "results written over queries that are read": Mistake(
+        "attention/prefill.cuh", "named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);  // all its products",
+        "if (!MISTAKEN) named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);  // all its products", "paged_attention",
+        PREFIXES, UNREAD,
+    ),
+    "queries fenced by one lane of each warp": Mistake(
+        "attention/prefill.cuh", "        fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);",
+        "        if (!MISTAKEN || lane_index() == 0) fence_async_proxy();\n"
+        "        named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);",
+        "paged_attention", PREFIXES, UNFENCED,
+    ),
+    "weights changed while they are multiplied": Mistake(
+        "attention/prefill.cuh", "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, p.score_scale);",
+        "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, p.score_scale); pack_weights(r);", "paged_attention", PREFIXES,
+        "registers of A have changed before the wait",
+    ),
+    "scores taken before the wait": Mistake(
+        "attention/prefill.cuh", "wgmma_wait<1>();", "", "paged_attention", PREFIXES, "an accumulator was written before the wait"
+    ),
+    "values past the end cleared without a fence": Mistake(
+        "attention/prefill.cuh", "        fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ALL, PREFILL_CONSUMERS);",
+        "        if (!MISTAKEN) fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ALL, PREFILL_CONSUMERS);",
+        "paged_attention", PREFIXES, UNFENCED,
+    ),
+    # sampling
+    "pieces combined by a relaxed atomic": Mistake(
+        "sampling/sample.cuh", "atomic_add_ordered(in.counters + row, 1)", "atomic_add(in.counters + row, 1)", "sample_",
+        "16x6144 all", "race in global memory: .* no release and acquire",
+    ),
+    "the last block's decision not waited for": Mistake(
+        "sampling/sample.cuh", "    block_sync();\n    if (s->is_last)", "    if (!MISTAKEN) block_sync();\n    if (s->is_last)",
+        "sample_", "6x1001 plain", UNORDERED,
+    ),
+    "a count used before it is cleared": Mistake(
+        "sampling/sample.cuh", "    if (threadIdx.x == 0) s->count = 0;\n    block_sync();",
+        "    if (threadIdx.x == 0) s->count = 0;\n    if (!MISTAKEN) block_sync();", "sample_", "6x1001 top_k", UNORDERED,
+    ),
+    "notes read before the pieces are surveyed": Mistake(
+        "sampling/sample.cuh", "    block_sync();\n    if (threadIdx.x == 0) s->is_last",
+        "    if (!MISTAKEN) block_sync();\n    if (threadIdx.x == 0) s->is_last", "sample_", "16x6144 plain",
+        f"race in global memory|{UNORDERED}",
     ),
 }  # fmt: skip
 
 
+def plant(csrc: Path) -> None:
+    """Put every mistake into the sources, behind its number."""
+    for number, (name, mistake) in enumerate(MISTAKES.items(), 1):
+        path = csrc / mistake.file
+        text = path.read_text()
+        assert text.count(mistake.right) == 1, f"{name}: stands {text.count(mistake.right)} times in {mistake.file}"
+        path.write_text(text.replace(mistake.right, mistake.planted(number)))
+    for file in {mistake.file for mistake in MISTAKES.values()}:
+        path = csrc / file
+        text = path.read_text()
+        path.write_text(
+            text.replace("#pragma once\n", "#pragma once\nnamespace nemo::emulated { extern int planted; }\n", 1)
+        )
+
+
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of all that the emulated library is built from."""
-    path = tmp_path_factory.mktemp("tree")
-    shutil.copy(ROOT / "CMakeLists.txt", path)
-    shutil.copytree(ROOT / "csrc", path / "csrc")
-    shutil.copytree(ROOT / "tests" / "emulation", path / "tests" / "emulation")
-    return path
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The emulated library with every mistake planted and none true; what holds no mistake is taken from the right one."""
+    right = build()
+    folder = tmp_path_factory.mktemp("planted")
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    plant(folder / "csrc")
+    said = run([_tool("ninja"), "-C", str(BUILD), "-t", "commands", right.name])
+    objects, compiles = {}, []
+    for command in said.splitlines()[:-1]:
+        words = shlex.split(command)
+        source = Path(words[-1])
+        if source.suffix != ".cu" or source.parent.name not in FAMILIES:
+            continue
+        objects[words[words.index("-o") + 1]] = made = str(folder / f"{source.stem}.o")
+        flags = [word.replace(f"{ROOT}/csrc", f"{folder}/csrc") for word in words[: words.index("-MD")]]
+        compiles.append([*flags, "-O1", "-g0", "-o", made, "-c", f"{folder}/csrc/{source.parent.name}/{source.name}"])
+    assert len(compiles) == len([path for name in FAMILIES for path in (ROOT / "csrc" / name).glob("*.cu")])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, compiles))
+    link = [word for word in shlex.split(said.splitlines()[-1].split("&&")[1]) if word not in objects]
+    at = link.index("-o")  # the planted objects first: of functions in several, the linker takes the first
+    run([*link[:at], "-o", str(folder / right.name), *objects.values(), *link[at + 2 :]])
+    return open_library(folder / right.name)
 
 
-def failures(library: Path, name: str, count: int) -> list[str]:
-    """The operation's first cases that do not hold with the kernels of ``library``."""
-    op = next(op for op in ALL_OPS if op.name == name)
+def run(command: list[str]) -> str:
+    """Run it where the library is built; returns what it says."""
+    done = subprocess.run(command, cwd=BUILD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def failure(library: Any, mistake: Mistake, number: int) -> str:
+    """What the emulation says of the operation's case with the mistake of that number; empty if it holds."""
+    op = next(op for op in ALL_OPS if op.name == mistake.op)
     impl = next(impl for impl in op.impls if impl.name == "cuda")
-    failed = []
-    with emulated(open_library(library)) as module:
-        cases = (case for case in op.cases() if impl.supports(site(torch.bfloat16, **case.site)) is None)
-        for case in islice((case for case in cases if case.make(torch.bfloat16)[0].numel() > 64), count):
-            try:
-                prove(op, watched(module, op, impl.load()), case, torch.bfloat16)
-            except (AssertionError, RuntimeError) as error:
-                failed.append(f"{case.name}: {error}")
-    return failed
-
-
-def failures_apart(tree: Path, op: str, count: int) -> list[str]:
-    """The same of the kernels in ``tree``, in a process of its own: an extension module is loaded once in each."""
-    library = build(tree / "build", "-DNEMO_FAMILIES=attention;norm", source=tree)
-    code = f"import json; from tests.test_planted_mistakes import *; print(json.dumps(failures(Path({str(library)!r}), {op!r}, {count})))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    failed: list[str] = json.loads(run.stdout)
-    return failed
-
-
-def test_without_a_mistake_the_cases_hold(tree: Path) -> None:
-    for op, count in {(op, count) for _, _, _, op, count in MISTAKES.values()}:
-        assert failures_apart(tree, op, count) == []
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_caught(tree: Path, mistake: str) -> None:
-    file, right, wrong, op, count = MISTAKES[mistake]
-    path = tree / "csrc" / file
-    text = path.read_text()
-    assert text.count(right) == 1
-    path.write_text(text.replace(right, wrong))
+    case = next(case for case in op.cases() if case.name == mistake.case)
+    library.emulator.plant(number)
+    library.emulator.set_num_sms(mistake.num_sms)
     try:
-        assert failures_apart(tree, op, count)
+        with emulated(library):
+            prove(op, watched(library, op, impl.load()), case, torch.bfloat16)
+    except (AssertionError, RuntimeError) as error:
+        return str(error) or "an assertion"
     finally:
-        path.write_text(text)
+        library.emulator.plant(0)
+        library.emulator.set_num_sms(132)
+    return ""
+
+
+def test_without_a_mistake_the_cases_hold(library: Any) -> None:
+    for mistake in {(mistake.op, mistake.case, mistake.num_sms): mistake for mistake in MISTAKES.values()}.values():
+        assert failure(library, mistake, 0) == "", (mistake.op, mistake.case)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found(library: Any, name: str) -> None:
+    said = failure(library, MISTAKES[name], list(MISTAKES).index(name) + 1)
+    assert re.search(MISTAKES[name].words, said), said

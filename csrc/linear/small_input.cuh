@@ -126,7 +126,7 @@ __device__ __forceinline__ void make_input(
         if constexpr (INPUT == Input::NORM) inverse = inverse_root(p, share, row, scratch);
         if constexpr (IS_FP8) {
             scale = scale_of_row<INPUT>(p, share, row, inverse, reinterpret_cast<uint32_t*>(scratch) + share.warps);
-            if (row < p.rows) scales[row] = scale.value;
+            if (row < p.rows && share.first_vector() == 0) scales[row] = scale.value;
         }
         if (row < p.rows) {
 #pragma unroll 4

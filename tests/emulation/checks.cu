@@ -104,12 +104,12 @@ void run_group_product(float* d, const uint32_t* a, const uint32_t* b, int b_wor
     if (operands == 3) run(group_product<N, Operands::FP8>);
 }
 
-// ---- the copy engine: a box into shared memory and its bytes out, or the other way (2: and not waited for)
+// ---- the copy engine: a box into shared memory and its bytes out, or the other way (2: not waited for, 3: from 256 bytes on)
 
 __global__ void move_box(const __grid_constant__ TensorMap map, unsigned char* bytes, int count, int rank, int c0, int c1,
                          int c2, int is_store) {
     auto* shared = shared_memory<unsigned char>();
-    auto* barrier = reinterpret_cast<Mbarrier*>(shared + count);
+    auto* barrier = reinterpret_cast<Mbarrier*>(shared + count + 256);
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, 1);
         mbarrier_init_fence();
@@ -120,9 +120,9 @@ __global__ void move_box(const __grid_constant__ TensorMap map, unsigned char* b
         fence_async_proxy();
         block_sync();
         if (threadIdx.x == 0) {
-            tma_store_2d(&map, shared, c0, c1);
+            tma_store_2d(&map, shared + (is_store == 3) * 256, c0, c1);
             tma_store_commit();
-            if (is_store == 1) tma_store_wait<0>();
+            if (is_store != 2) tma_store_wait<0>();
         }
         return;
     }
@@ -159,6 +159,10 @@ enum Mistake {
     NO_PHASE_BARRIER,
     WARP_MISSES_BARRIER,
     OVERWRITTEN_EARLY,
+    FENCE_BY_ONE,
+    TOO_MANY_BYTES,
+    TOO_MANY_REGISTERS,
+    REGISTERS_TAKEN_BY_LESS,
 };
 
 // Through shared memory, by ordinary stores, cp.async or the copy engine.
@@ -173,6 +177,9 @@ __global__ void rotate(float* y, const float* x, int mistake, int way) {
         mbarrier_init_fence();
     }
     block_sync();
+    if (mistake == TOO_MANY_BYTES && i == 0) mbarrier_arrive_expect(barrier, 1 << 20);
+    if (mistake == TOO_MANY_REGISTERS) take_registers<256>();
+    if (mistake == REGISTERS_TAKEN_BY_LESS) take_registers<24>();
     const float* from = x + blockIdx.x * count;
     if (way == 0 && !(mistake == NOT_WRITTEN && i == 5)) shared[i + (mistake == PAST_SHARED) * 1024] = load(from + i + (mistake == PAST_THE_END));
     if (way == 1) {
@@ -208,7 +215,7 @@ __global__ void rotate(float* y, const float* x, int mistake, int way) {
 __global__ void square(float* d, const uint32_t* a, int mistake) {
     auto* shared = shared_memory<unsigned char>();
     copy_in(shared, a, 64 * 128 / 4);
-    if (mistake != NO_PROXY_FENCE) fence_async_proxy();
+    if (mistake != NO_PROXY_FENCE && (mistake != FENCE_BY_ONE || threadIdx.x == 0)) fence_async_proxy();
     block_sync();
     float sum[32];
     for (int i = 0; i < 32; i++) sum[i] = -1.0f;
@@ -252,7 +259,7 @@ void register_emulation_checks(pybind11::module_& parent) {
         TensorMapSpec spec{static_cast<Element>(element), rank, {sizes[0], sizes[1], sizes[2]}, {0, strides[1], strides[2]},
                            {box[0], box[1], box[2]}, static_cast<Swizzle>(swizzle)};
         int count = box[0] * box[1] * (rank > 2 ? box[2] : 1) * emulated::element_bytes(spec.element);
-        launch({.name = "move_box", .grid = 1, .threads = 64, .shared_bytes = count + 16, .is_dependent = false}, move_box,
+        launch({.name = "move_box", .grid = 1, .threads = 64, .shared_bytes = count + 272, .is_dependent = false}, move_box,
                make_tensor_map(pointer<void>(base), spec), pointer<unsigned char>(bytes), count, rank, at[0], at[1], at[2],
                is_store);
     });

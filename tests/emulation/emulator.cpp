@@ -37,6 +37,10 @@ uintptr_t offset_in_library(uintptr_t address) {
     return address - reinterpret_cast<uintptr_t>(found.dli_fbase);
 }
 
+namespace emulated {
+extern int planted;
+}
+
 void register_emulator(pybind11::module_& parent) {
     using emulated::machine;
     namespace py = pybind11;
@@ -70,6 +74,7 @@ void register_emulator(pybind11::module_& parent) {
         },
         "Every launch since clear_launches().");
     m.def("set_dry_run", [](bool is_dry) { machine().is_dry = is_dry; }, "Whether launches are noted and run nothing.");
+    m.def("plant", [](int number) { emulated::planted = number; }, "Which of the planted mistakes is made; 0 for none.");
     m.def("clear_launches", [] { machine().launches.clear(); });
 }
 

@@ -75,6 +75,8 @@ nemo_switch_stack:
 
 namespace nemo::emulated {
 
+int planted = 0;  // which mistake is made (tests/test_planted_mistakes.py)
+uintptr_t tracked_begin, tracked_bytes;
 uint3 thread_index, block_index;
 dim3 block_size, grid_size;
 
@@ -88,14 +90,10 @@ Machine& machine() {
     return one;
 }
 
-Machine::Machine() {
-    shared = static_cast<unsigned char*>(std::aligned_alloc(1024, SHARED_LIMIT + GUARD));
-    async_view = static_cast<unsigned char*>(std::aligned_alloc(1024, SHARED_LIMIT + GUARD));
+Block::Block() : shared(static_cast<unsigned char*>(std::aligned_alloc(1024, SHARED_LIMIT + GUARD))) {
+    races.report = [](const std::string& what) { machine().report(what); };
 }
-Machine::~Machine() {
-    std::free(shared);
-    std::free(async_view);
-}
+Block::~Block() { std::free(shared); }
 
 void Machine::run(const char* name, uintptr_t address, dim3 grid, int threads, int bytes, bool dependent, std::function<void()> work) {
     launches.push_back({name, address, grid, threads, bytes, dependent});
@@ -113,14 +111,28 @@ void Machine::run(const char* name, uintptr_t address, dim3 grid, int threads, i
     block_size = dim3(threads);
     grid_size = grid;
     is_running = true;
-    std::vector<uint32_t> order(size_t(grid.x) * grid.y * grid.z);
-    std::iota(order.begin(), order.end(), 0u);
-    std::shuffle(order.begin(), order.end(), random);
-    for (uint32_t block : order) {
-        block_index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
-        run_block();
-        if (error) break;
+    std::vector<uint32_t> waiting(size_t(grid.x) * grid.y * grid.z);
+    std::iota(waiting.begin(), waiting.end(), 0u);
+    std::shuffle(waiting.begin(), waiting.end(), random);
+    global.reset();
+    size_t at_once = std::min(waiting.size(), size_t(1 + random() % MOST_BLOCKS));
+    while (blocks.size() < at_once) blocks.push_back(std::make_unique<Block>());
+    size_t running = 0;
+    for (;;) {
+        for (size_t i = 0; i < at_once && !waiting.empty() && !error; i++) {
+            if (blocks[i]->is_running) continue;
+            start_block(*blocks[i], waiting.back());
+            waiting.pop_back();
+            running++;
+        }
+        if (!running) break;
+        step();
+        if (block->num_ended == num_threads) {
+            end_block();
+            running--;
+        }
     }
+    enter(nullptr);
     is_running = false;
     body = nullptr;
     if (error) {
@@ -129,92 +141,127 @@ void Machine::run(const char* name, uintptr_t address, dim3 grid, int threads, i
     }
 }
 
-void Machine::poison() {
-    std::memset(shared, 0xFF, shared_bytes + GUARD);
-    std::memset(async_view, 0xFF, shared_bytes + GUARD);
-    is_fenced = false;
+void Machine::enter(Block* one) {
+    block = one;
+    if (one) block_index = one->index;
 }
 
-void Machine::run_block() {
-    poison();
-    is_lazy = random() % 2;
-    is_leaky = random() % 4 == 0;
-    warps.assign(num_threads / 32, Warp{});
-    products.assign((num_threads + 127) / 128, {});
-    for (auto& barrier : barriers) barrier = NamedBarrier{};
-    phase_barriers.clear();
-    pending.clear();
-    ready.clear();
-    num_ended = 0;
-    has_block_waited = false;
-    while (int(fibers.size()) < num_threads) fibers.push_back(std::make_unique<Fiber>());
+void Machine::start_block(Block& one, uint32_t number) {
+    enter(&one);
+    one.number = number;
+    one.index = block_index = {number % grid_size.x, number / grid_size.x % grid_size.y, number / grid_size.x / grid_size.y};
+    one.is_running = true;
+    std::memset(one.shared, 0xFF, shared_bytes + GUARD);
+    one.is_lazy = random() % 2;
+    one.warps.assign(num_threads / 32, Warp{});
+    for (auto& warp : one.warps) warp.registers = std::min(255, REGISTERS / num_threads / 8 * 8);
+    one.products.assign((num_threads + 127) / 128, {});
+    for (auto& barrier : one.barriers) barrier = NamedBarrier{};
+    one.phase_barriers.clear();
+    one.pending.clear();
+    one.ready.clear();
+    one.num_ended = 0;
+    one.has_waited = false;
+    one.races.reset(num_threads, shared_bytes);
+    one.foreign = {};
+    while (int(one.fibers.size()) < num_threads) one.fibers.push_back(std::make_unique<Fiber>());
     for (int i = 0; i < num_threads; i++) {
-        fibers[i]->thread = i;
-        start(*fibers[i]);
+        one.fibers[i]->block = &one;
+        one.fibers[i]->thread = i;
+        start(*one.fibers[i]);
     }
-    while (num_ended < num_threads) {
-        bool is_offered = !error && (!is_lazy || ready.empty());
-        size_t choices = ready.size() + (is_offered ? pending.size() : 0);
-        if (choices == 0) {
-            if (!error) {
-                std::map<std::string, int> places;
-                for (int i = 0; i < num_threads; i++)
-                    if (!fibers[i]->is_ended) places[fibers[i]->waits_at ? fibers[i]->waits_at : "?"]++;
-                std::string where;
-                for (auto& [at, count] : places) where += text(" ", count, " at ", at, ",");
-                where.back() = ';';
+}
+
+// One thread of one block runs until it waits, or one piece of pending work is done.
+void Machine::step() {
+    auto offered = [&](Block& one) { return !error && (!one.is_lazy || one.ready.empty()) ? one.pending.size() : 0; };
+    Block* chosen = nullptr;
+    size_t count = 0;
+    for (auto& one : blocks)
+        if (one->is_running && one->ready.size() + offered(*one) && random() % ++count == 0) chosen = one.get();
+    if (!chosen) {
+        for (auto& one : blocks) {
+            if (!one->is_running) continue;
+            enter(one.get());
+            std::map<std::string, int> places;
+            for (int i = 0; i < num_threads; i++) {
+                Fiber& fiber = *one->fibers[i];
+                if (fiber.is_ended) continue;
+                places[fiber.waits_at ? fiber.waits_at : "?"]++;
+                one->ready.push_back(&fiber);  // so that it unwinds
+            }
+            std::string where;
+            for (auto& [at, threads] : places) where += text(" ", threads, " at ", at, ",");
+            where.back() = ';';
+            if (!error)
                 error = std::make_exception_ptr(std::runtime_error(
                     text("deadlock in ", kernel, ", block (", block_index.x, ", ", block_index.y, ", ", block_index.z,
-                         "): threads wait:", where, " ", num_ended, " have ended")));
-            }
-            for (int i = 0; i < num_threads; i++)  // so that they unwind
-                if (!fibers[i]->is_ended) ready.push_back(fibers[i].get());
-            continue;
+                         "): threads wait:", where, " ", one->num_ended, " have ended")));
         }
-        size_t choice = random() % choices;
-        if (choice < ready.size()) {
-            Fiber* fiber = ready[choice];
-            ready[choice] = ready.back();
-            ready.pop_back();
-            resume(*fiber);
-        } else {
-            Work work = pending[choice - ready.size()];
-            try {
-                perform(work);
-            } catch (...) {
-                error = std::current_exception();
-            }
+        return;
+    }
+    enter(chosen);
+    size_t choice = random() % (block->ready.size() + offered(*block));
+    if (choice < block->ready.size()) {
+        Fiber* fiber = block->ready[choice];
+        block->ready[choice] = block->ready.back();
+        block->ready.pop_back();
+        resume(*fiber);
+    } else {
+        try {
+            perform(Work(block->pending[choice - block->ready.size()]));
+        } catch (...) {
+            if (!error) error = std::current_exception();
         }
     }
+}
+
+void Machine::check_end() {
+    auto refuse = [&](auto&&... parts) { throw std::runtime_error(text(kernel, ": ", parts...)); };
+    for (int i = 0; i < num_threads; i++) {
+        Fiber& fiber = *block->fibers[i];
+        if (!fiber.open_stores.empty() || !fiber.store_groups.empty()) refuse("thread ", i, " ended before its TMA stores had left shared memory");
+    }
+    int registers = 0;
+    bool has_asked = false;
+    for (size_t i = 0; i < block->warps.size(); i++) {
+        Warp& warp = block->warps[i];
+        if (!warp.open_products.empty() || !warp.product_groups.empty()) refuse("warp ", i, " ended before its products of wgmma were done");
+        if (warp.registers != block->warps[i / 4 * 4].registers) refuse("the warps of a warpgroup ask for different numbers of registers");
+        registers += warp.registers * 32;
+        has_asked |= warp.has_asked;
+    }
+    if (has_asked && registers > REGISTERS) refuse("the warps of a block ask for ", registers, " registers, a multiprocessor has ", REGISTERS);
+    for (auto work : std::vector<Work>(block->pending)) perform(work);  // copies that nobody waited for
+    for (int i = 0; i < GUARD; i++)
+        if (block->shared[shared_bytes + i] != 0xFF) refuse("shared memory written ", i, " bytes past the end of ", shared_bytes, " bytes");
+    if (is_dependent && !block->has_waited) refuse("a block ended without wait_for_previous_kernel");
+}
+
+void Machine::end_block() {
     if (!error) {
         try {
-            for (int i = 0; i < num_threads; i++)
-                if (!fibers[i]->open_stores.empty() || !fibers[i]->store_groups.empty())
-                    throw std::runtime_error(text(kernel, ": thread ", i, " ended before its TMA stores had left shared memory"));
-            for (auto work : std::vector<Work>(pending)) perform(work);  // copies that nobody waited for
-            for (int i = 0; i < GUARD; i++)
-                if (shared[shared_bytes + i] != 0xFF)
-                    throw std::runtime_error(text(kernel, ": shared memory written ", i, " bytes past the end of ",
-                                                  shared_bytes, " bytes"));
-            if (is_dependent && !has_block_waited)
-                throw std::runtime_error(text(kernel, ": a block ended without wait_for_previous_kernel"));
+            check_end();
         } catch (...) {
             error = std::current_exception();
         }
     }
     for (int i = 0; i < num_threads; i++) {
-        Fiber& fiber = *fibers[i];
+        Fiber& fiber = *block->fibers[i];
         fiber.open_copies.clear();
         fiber.copy_groups.clear();
         fiber.open_stores.clear();
         fiber.store_groups.clear();
+        fiber.reader = -1;
+        fiber.stores_committed = fiber.stores_read = 0;
     }
-    warps.clear();
-    pending.clear();
+    block->warps.clear();
+    block->pending.clear();
+    block->is_running = false;
 }
 
 void Machine::start(Fiber& fiber) {
-    if (!fiber.stack) fiber.stack = std::make_unique<unsigned char[]>(STACK_BYTES);
+    if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<unsigned char[]>(STACK_BYTES);
     fiber.index = {unsigned(fiber.thread), 0, 0};
     fiber.is_ended = false;
     fiber.has_waited = false;
@@ -222,27 +269,30 @@ void Machine::start(Fiber& fiber) {
     auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + STACK_BYTES) & ~uintptr_t(63);
 #if defined(__x86_64__)
     auto* words = reinterpret_cast<uintptr_t*>(top) - 2;  // as if called: the stack is 8 off a multiple of 16
-    words[0] = reinterpret_cast<uintptr_t>(&Machine::enter);
+    words[0] = reinterpret_cast<uintptr_t>(&Machine::run_fiber);
     words[1] = 0;
     words -= SAVED_WORDS;
     std::fill(words, words + SAVED_WORDS, 0);
 #else
     auto* words = reinterpret_cast<uintptr_t*>(top - 160);
     std::fill(words, words + 20, 0);
-    words[11] = reinterpret_cast<uintptr_t>(&Machine::enter);  // x30
+    words[11] = reinterpret_cast<uintptr_t>(&Machine::run_fiber);  // x30
 #endif
     fiber.stack_pointer = words;
-    ready.push_back(&fiber);
+    fiber.block->ready.push_back(&fiber);
 }
 
 void Machine::resume(Fiber& fiber) {
     current = &fiber;
     thread_index = fiber.index;
+    tracked_begin = reinterpret_cast<uintptr_t>(block->shared);
+    tracked_bytes = shared_bytes;
     nemo_switch_stack(&scheduler_stack_pointer, fiber.stack_pointer);
     current = nullptr;
+    tracked_bytes = 0;
 }
 
-void Machine::enter() {
+void Machine::run_fiber() {
     Machine& m = machine();
     try {
         if (!m.error) m.body();
@@ -252,13 +302,12 @@ void Machine::enter() {
     }
     Fiber& fiber = *m.current;
     fiber.is_ended = true;
-    m.num_ended++;
-    if (!m.error) {
-        NamedBarrier& all = m.barriers[0];
-        if (all.arrived && all.arrived == m.num_threads - m.num_ended) {
-            all.arrived = 0;
-            m.wake(all.queue);
-        }
+    m.block->num_ended++;
+    NamedBarrier& all = m.block->barriers[0];
+    if (!m.error && all.arrived && all.arrived == m.num_threads - m.block->num_ended) {
+        all.arrived = 0;
+        m.meet(all.queue, all.left);
+        m.wake(all.queue);
     }
     nemo_switch_stack(&fiber.stack_pointer, m.scheduler_stack_pointer);
     std::abort();  // nobody resumes a fiber that has ended
@@ -271,6 +320,10 @@ std::string Machine::place() const {
 
 void Machine::fail(const std::string& what) { throw std::runtime_error(what + place()); }
 
+void Machine::report(const std::string& what) {
+    if (!error) error = std::make_exception_ptr(std::runtime_error(what + place()));
+}
+
 void Machine::wait(Queue& queue, const char* where) {
     queue.fibers.push_back(current);
     current->waits_at = where;
@@ -281,12 +334,12 @@ void Machine::wait(Queue& queue, const char* where) {
 }
 
 void Machine::wake(Queue& queue) {
-    ready.insert(ready.end(), queue.fibers.begin(), queue.fibers.end());
+    block->ready.insert(block->ready.end(), queue.fibers.begin(), queue.fibers.end());
     queue.fibers.clear();
 }
 
 void Machine::yield() {
-    ready.push_back(current);
+    block->ready.push_back(current);
     Fiber& self = *current;
     nemo_switch_stack(&self.stack_pointer, scheduler_stack_pointer);
     if (error) throw Ended{};
@@ -301,9 +354,11 @@ void Machine::perform(const Work& work) {
     if (work->before) perform(work->before);
     work->before = nullptr;
     work->is_done = true;
+    auto& pending = block->pending;
     pending[work->place] = pending.back();
     pending[work->place]->place = work->place;
     pending.pop_back();
+    Untracked untracked;
     work->perform();
     work->perform = nullptr;
 }
@@ -327,12 +382,17 @@ void Machine::meet(const char* primitive, void* slot, const std::function<void(v
 void Machine::arrive(int id, int threads, bool waits) {
     if (id < 0 || id > 15) fail(text("named barrier ", id, ", there are 0 to 15"));
     if (threads % 32 || threads <= 0) fail(text("named barrier ", id, " of ", threads, " threads, not whole warps"));
-    NamedBarrier& barrier = barriers[id];
+    NamedBarrier& barrier = block->barriers[id];
     if (barrier.arrived && barrier.expected != threads)
         fail(text("named barrier ", id, " of ", barrier.expected, " threads is used with ", threads));
     barrier.expected = threads;
-    if (++barrier.arrived == threads) {
+    bool is_complete = ++barrier.arrived == threads;
+    if (!waits) block->races.release(current->thread, barrier.left);
+    if (is_complete) {
         barrier.arrived = 0;
+        if (waits) barrier.queue.fibers.push_back(current);
+        meet(barrier.queue, barrier.left);
+        if (waits) barrier.queue.fibers.pop_back();
         wake(barrier.queue);
         maybe_yield();
     } else if (waits) {
@@ -340,42 +400,84 @@ void Machine::arrive(int id, int threads, bool waits) {
     }
 }
 
+void Machine::arrive_all() {
+    NamedBarrier& barrier = block->barriers[0];
+    if (++barrier.arrived == num_threads - block->num_ended) {
+        barrier.arrived = 0;
+        barrier.queue.fibers.push_back(current);
+        meet(barrier.queue, barrier.left);
+        barrier.queue.fibers.pop_back();
+        wake(barrier.queue);
+        maybe_yield();
+    } else {
+        wait(barrier.queue, "block_sync");
+    }
+}
+
+// What any of these threads knows, all know from here on.
+void Machine::meet(Queue& queue, std::vector<uint32_t>& others) {
+    std::vector<int> threads;
+    for (Fiber* fiber : queue.fibers) threads.push_back(fiber->thread);
+    if (!threads.empty()) block->races.meet(threads, others);
+    others.clear();
+}
+
 PhaseBarrier& Machine::phase_barrier(const void* address) {
-    auto found = phase_barriers.find(address_of_shared(address, 8, "an mbarrier"));
-    if (found == phase_barriers.end()) fail("an mbarrier is used that was not initialised");
+    auto found = block->phase_barriers.find(address_of_shared(address, 8, "an mbarrier"));
+    if (found == block->phase_barriers.end()) fail("an mbarrier is used that was not initialised");
+    if (current) block->races.look(current->thread, offset_of(address), 8);
     return found->second;
+}
+
+void Machine::arrive(PhaseBarrier& barrier, int bytes) {
+    if (bytes < 0 || barrier.bytes + bytes > MOST_BYTES_OF_A_PHASE)
+        fail(text("an mbarrier expects ", barrier.bytes + bytes, " bytes in a phase, at most ", MOST_BYTES_OF_A_PHASE));
+    block->races.release(current->thread, barrier.arrived);
+    barrier.bytes += bytes;
+    barrier.pending--;
+    complete(barrier);
+    maybe_yield();
 }
 
 void Machine::complete(PhaseBarrier& barrier) {
     if (barrier.pending < 0) fail("more arrivals at an mbarrier than it expects");
+    if (barrier.bytes < -MOST_BYTES_OF_A_PHASE) fail(text("more than ", MOST_BYTES_OF_A_PHASE, " bytes came that an mbarrier did not expect"));
     if (barrier.pending == 0 && barrier.bytes == 0) {
         barrier.phase++;
         barrier.pending = barrier.expected;
+        auto clock = std::make_shared<std::vector<uint32_t>>(barrier.arrived);
+        clock->at(barrier.slot) = barrier.phase;
+        barrier.complete = clock;
         wake(barrier.queue);
     }
 }
 
+// Whether the phase of this parity is complete; if it is, the thread knows what those knew that completed it.
+bool Machine::has_observed(PhaseBarrier& barrier, uint32_t parity) {
+    if ((barrier.phase & 1) == (parity & 1)) return false;
+    if (barrier.complete) block->races.acquire(current->thread, barrier.complete);
+    return true;
+}
+
 uint32_t Machine::address_of_shared(const void* pointer, int bytes, const char* what) {
-    auto offset = static_cast<const unsigned char*>(pointer) - shared;
+    auto offset = static_cast<const unsigned char*>(pointer) - block->shared;
     if (offset < 0 || offset + bytes > shared_bytes)
         fail(text(what, ": ", bytes, " bytes at offset ", offset, " are not within the ", shared_bytes,
                   " bytes of shared memory"));
     return SHARED_BASE + uint32_t(offset);
 }
 
-unsigned char* Machine::async_read(uint32_t address, int bytes) {
-    if (is_fenced && !is_leaky) std::memcpy(async_view, shared, shared_bytes);
-    is_fenced = false;
+unsigned char* Machine::async_place(uint32_t address, int bytes) {
     int64_t offset = int64_t(address) - SHARED_BASE;
     if (offset < 0 || offset + bytes > shared_bytes)
         fail(text("the tensor core or the copy engine reads ", bytes, " bytes at offset ", offset, " of ", shared_bytes,
                   " bytes of shared memory"));
-    return (is_leaky ? shared : async_view) + offset;
+    return block->shared + offset;
 }
 
-void Machine::async_write(unsigned char* to, const void* from, int bytes) {
-    std::memcpy(to, from, bytes);
-    std::memcpy(async_view + (to - shared), from, bytes);
+void Machine::access_global(const void* address, int bytes, bool is_write, bool is_atomic) {
+    check_global(address, bytes, is_write);
+    global.access(block->races, block->foreign, block->number, current->thread, address, bytes, is_write, is_atomic);
 }
 
 void Machine::check_global(const void* address, int bytes, bool is_write) {

@@ -1,4 +1,4 @@
-// The machine: runs the threads of one block after another as fibers, in an order drawn from a seed.
+// The machine: runs the threads of up to MOST_BLOCKS blocks at once as fibers, in an order drawn from a seed.
 #pragma once
 
 #include <deque>
@@ -12,14 +12,22 @@
 
 #include "common/check.h"
 #include "emulation/cuda.h"
+#include "emulation/global.h"
 
 namespace nemo::emulated {
 
 constexpr uint32_t SHARED_BASE = 1024;  // the shared address of the first byte: not 0, and aligned for every swizzle
 constexpr int SHARED_LIMIT = 227 * 1024;
 constexpr int GUARD = 4096;  // poisoned bytes after the block's shared memory
+constexpr int MOST_BLOCKS = 3;
+constexpr int REGISTERS = 65536;  // of a multiprocessor
+constexpr int MOST_BYTES_OF_A_PHASE = (1 << 20) - 1;
+
+// Accesses of the running thread to the tracked bytes are told to the machine (access.cpp).
+extern uintptr_t tracked_begin, tracked_bytes;
 
 struct Fiber;
+struct Block;
 
 // Fibers that wait for the same thing.
 struct Queue {
@@ -32,10 +40,12 @@ struct Pending {
     bool is_done = false;
     std::shared_ptr<Pending> before;  // must happen first, if it is not null
     size_t place = 0;                 // among those that are pending
+    int copied = -1;                  // of cp.async: the offset in shared memory
 };
 using Work = std::shared_ptr<Pending>;
 
 struct Fiber {
+    Block* block = nullptr;
     void* stack_pointer = nullptr;
     std::unique_ptr<unsigned char[]> stack;
     uint3 index{};
@@ -47,6 +57,25 @@ struct Fiber {
     std::deque<std::vector<Work>> copy_groups;   // cp.async
     std::vector<Work> open_stores;               // TMA stores
     std::deque<std::vector<Work>> store_groups;
+    int reader = -1;  // the slot of its TMA stores
+    uint32_t stores_committed = 0, stores_read = 0;
+};
+
+// What a warp's products add to: taken from the lanes' registers when the first is issued, which hold poison until the
+// last has been waited for.
+struct Accumulator {
+    float* lanes[32];
+    int count;  // of a lane
+    std::vector<float> values;
+    int in_flight = 0;
+};
+
+// A product that a warp has issued.
+struct Issued {
+    Work work;
+    std::shared_ptr<Accumulator> sum;
+    const uint32_t* a[32];  // registers of A, null if it lies in shared memory
+    uint32_t a_before[32][4];
 };
 
 // 32 lanes that meet at one primitive. `slots` point to what each lane brings, on its own stack.
@@ -55,11 +84,16 @@ struct Warp {
     void* slots[32];
     int arrived = 0;
     Queue queue;
-    std::vector<Work> open_products;  // wgmma
-    std::deque<std::vector<Work>> product_groups;
+    std::vector<Issued> open_products;  // wgmma
+    std::deque<std::vector<Issued>> product_groups;
+    std::map<float*, std::shared_ptr<Accumulator>> sums;  // in flight, by the first lane's registers
     Work last_product;
     bool has_fenced = false;   // wgmma_fence since the last wgmma_wait
     size_t num_products = 0;
+    int reader = -1;  // the slot of its groups
+    uint32_t groups_committed = 0, groups_done = 0;
+    int registers = 0;  // of each thread
+    bool has_asked = false;  // for other registers
 };
 
 // What the four warps of a warpgroup must bring alike to a wgmma.
@@ -74,6 +108,7 @@ struct NamedBarrier {
     int arrived = 0;
     int expected = 0;
     Queue queue;
+    std::vector<uint32_t> left;  // what those knew that arrived and went on
 };
 
 struct PhaseBarrier {  // mbarrier
@@ -82,6 +117,32 @@ struct PhaseBarrier {  // mbarrier
     int64_t bytes = 0;  // expected and not yet come
     uint32_t phase = 0;
     Queue queue;
+    int slot = -1;
+    std::vector<uint32_t> arrived;  // what those knew that have arrived
+    Clock complete;                 // by the end of the last phase
+};
+
+// A block that runs.
+struct Block {
+    uint3 index{};
+    uint32_t number = 0;
+    bool is_running = false;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<Fiber*> ready;
+    std::vector<Work> pending;
+    std::vector<Warp> warps;
+    std::vector<std::vector<Product>> products;  // by warpgroup, in order
+    NamedBarrier barriers[16];
+    std::map<uint32_t, PhaseBarrier> phase_barriers;  // by shared address
+    int num_ended = 0;
+    bool has_waited = false;  // for the previous kernel
+    bool is_lazy = false;     // pending work happens only when it must
+    unsigned char* shared;    // SHARED_LIMIT + GUARD bytes
+    Races races;
+    Foreign foreign;
+
+    Block();
+    ~Block();
 };
 
 struct Range {
@@ -105,68 +166,81 @@ struct Machine {
     std::vector<LaunchRecord> launches;
     bool is_dry = false;  // launches are noted and run nothing
 
-    // The running block.
-    std::vector<std::unique_ptr<Fiber>> fibers;
-    std::vector<Fiber*> ready;
-    std::vector<Work> pending;
-    std::vector<Warp> warps;
-    std::vector<std::vector<Product>> products;  // by warpgroup, in order
-    NamedBarrier barriers[16];
-    std::map<uint32_t, PhaseBarrier> phase_barriers;  // by shared address
+    // The running launch.
+    std::vector<std::unique_ptr<Block>> blocks;
+    Block* block = nullptr;  // of the thread that runs
     Fiber* current = nullptr;
-    int num_threads = 0, num_ended = 0;
-    bool is_dependent = false, has_block_waited = false;
+    Global global;
+    int num_threads = 0;
+    int shared_bytes = 0;
+    bool is_dependent = false;
     std::function<void()> body;
     std::exception_ptr error;
     void* scheduler_stack_pointer = nullptr;
     const char* kernel = "";
     bool is_running = false;
 
-    unsigned char* shared = nullptr;  // of SHARED_LIMIT + GUARD bytes
-    unsigned char* async_view = nullptr;  // what the async proxy sees of it
-    int shared_bytes = 0;
-    bool is_lazy = false;  // in this block pending work happens only when it must
-    bool is_leaky = false;  // in this block the async proxy sees ordinary writes at once: nobody said that it must not
-    bool is_fenced = false;  // ordinary writes since the async view was last brought up to date may be seen
-
-    Machine();
-    ~Machine();
     void run(const char* name, uintptr_t address, dim3 grid, int threads, int shared_bytes, bool is_dependent, std::function<void()> body);
 
     // Called by fibers.
     [[noreturn]] void fail(const std::string& what);
+    void report(const std::string& what);  // without an exception: the thread ends at its next primitive
     void wait(Queue& queue, const char* where);
     void wake(Queue& queue);
     void yield();
     void maybe_yield();
     void submit(const Work& work) {
-        work->place = pending.size();
-        pending.push_back(work);
+        work->place = block->pending.size();
+        block->pending.push_back(work);
     }
     void perform(const Work& work);
     // All lanes of a warp bring `slot`; the last to arrive runs `act` over the 32 slots.
     void meet(const char* primitive, void* slot, const std::function<void(void**)>& act);
-    Warp& warp() { return warps[current->thread / 32]; }
+    Warp& warp() { return block->warps[current->thread / 32]; }
     int lane() const { return current->thread % 32; }
     void arrive(int barrier, int threads, bool waits);
+    void arrive_all();
     PhaseBarrier& phase_barrier(const void* address);
+    void arrive(PhaseBarrier& barrier, int bytes);  // and expect bytes
     void complete(PhaseBarrier& barrier);
+    bool has_observed(PhaseBarrier& barrier, uint32_t parity);
+    void meet(Queue& queue, std::vector<uint32_t>& others);  // the fibers of the queue and the current one
 
     uint32_t address_of_shared(const void* pointer, int bytes, const char* what);
-    unsigned char* async_read(uint32_t address, int bytes);  // a place in the async view
-    void async_write(unsigned char* to, const void* from, int bytes);
+    bool is_shared(const void* pointer) const {
+        return reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(block->shared) < uintptr_t(shared_bytes);
+    }
+    uint32_t offset_of(const void* pointer) const { return uint32_t(static_cast<const unsigned char*>(pointer) - block->shared); }
+    unsigned char* async_place(uint32_t address, int bytes);  // of what the tensor core or the copy engine reads
     void check_global(const void* address, int bytes, bool is_write);
+    void access_global(const void* address, int bytes, bool is_write, bool is_atomic = false);  // checks, and tells the races
     bool was_waited() const { return !is_dependent || current == nullptr || current->has_waited; }
 
   private:
-    void run_block();
-    void poison();
+    void start_block(Block& one, uint32_t number);
+    void step();
+    void end_block();
+    void check_end();
+    void enter(Block* one);
     void start(Fiber& fiber);
     void resume(Fiber& fiber);
-    static void enter();
+    static void run_fiber();
     std::string place() const;
 };
 
 Machine& machine();
+
+// While it lives, accesses are not tracked: of work that is done on behalf of a thread.
+struct Untracked {
+    uintptr_t bytes = tracked_bytes;
+    Untracked() {
+        tracked_bytes = 0;
+        asm volatile("" ::: "memory");  // what is untracked stays between the two
+    }
+    ~Untracked() {
+        asm volatile("" ::: "memory");
+        tracked_bytes = bytes;
+    }
+};
 
 }  // namespace nemo::emulated

@@ -31,7 +31,7 @@ void warp_product(const char* primitive, Format format, Fragments mine);
 
 struct GroupFragments {
     float* d;  // N / 2
-    uint32_t a[4];
+    const uint32_t* a;  // 4, or null
 };
 struct GroupProduct {
     const char* primitive;
@@ -42,6 +42,7 @@ struct GroupProduct {
     int keep;
 };
 void group_product(const GroupProduct& product, GroupFragments& mine);
+void wait_for_products(int most);  // of this warp: until at most so many groups are under way
 
 }  // namespace emulated
 
@@ -73,16 +74,7 @@ void wgmma_fence();
 void wgmma_commit();
 template <int PENDING>
 void wgmma_wait() {
-    auto& m = emulated::machine();
-    m.meet("wgmma_wait", nullptr, [](void**) {
-        auto& m = emulated::machine();
-        auto& warp = m.warp();
-        while (int(warp.product_groups.size()) > PENDING) {
-            for (auto& work : warp.product_groups.front()) m.perform(work);
-            warp.product_groups.pop_front();
-        }
-        warp.has_fenced = false;
-    });
+    emulated::machine().meet("wgmma_wait", nullptr, [](void**) { emulated::wait_for_products(PENDING); });
 }
 template <int COUNT>
 void keep_in_registers(float (&)[COUNT]) {}
@@ -93,17 +85,17 @@ struct Wgmma {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256);
     template <bool B_IS_N_MAJOR>
     static void bf16(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {
-        emulated::GroupFragments mine{d, {}};
+        emulated::GroupFragments mine{d, nullptr};
         emulated::group_product({"wgmma of bf16", emulated::Format::BF16, N, false, B_IS_N_MAJOR, a, b, keep}, mine);
     }
     template <bool B_IS_N_MAJOR>
     static void bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) {
-        emulated::GroupFragments mine{d, {a[0], a[1], a[2], a[3]}};
+        emulated::GroupFragments mine{d, a};
         emulated::group_product({"wgmma of bf16, A in registers", emulated::Format::BF16, N, true, B_IS_N_MAJOR, 0, b, keep},
                                 mine);
     }
     static void fp8(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {
-        emulated::GroupFragments mine{d, {}};
+        emulated::GroupFragments mine{d, nullptr};
         emulated::group_product({"wgmma of fp8", emulated::Format::FP8, N, false, false, a, b, keep}, mine);
     }
 };

@@ -1,6 +1,8 @@
 // The copy engine: boxes are copied some time after they are asked for.
 #pragma once
 
+#include <algorithm>
+
 #include "emulation/barrier.h"
 
 namespace nemo {
@@ -31,11 +33,15 @@ void over_box(const TensorMap& map, uint32_t start, const int (&at)[3], Copy cop
             int64_t y = int64_t(at[1]) + row, z = spec.rank > 2 ? int64_t(at[2]) + plane : 0;
             bool is_inside = y >= 0 && y < spec.sizes[1] && z >= 0 && (spec.rank < 3 || z < spec.sizes[2]);
             const unsigned char* line = map.base + y * spec.strides[1] + (spec.rank > 2 ? z * spec.strides[2] : 0);
-            for (int byte = 0; byte < row_bytes; byte += size) {
+            for (int byte = 0; byte < row_bytes; byte += 16) {
                 int64_t x = int64_t(at[0]) + byte / size;
-                bool is_there = is_inside && x >= 0 && x < spec.sizes[0];
                 uint32_t place = swizzled(start + uint32_t((plane * spec.box[1] + row) * row_bytes + byte), spec.swizzle);
-                copy(place, is_there ? line + x * size : nullptr, size);
+                if (is_inside && x >= 0 && x + 16 / size <= spec.sizes[0]) {
+                    copy(place, line + x * size, 16);
+                    continue;
+                }
+                for (int i = 0; i < 16; i += size, x++)
+                    copy(place + i, is_inside && x >= 0 && x < spec.sizes[0] ? line + x * size : nullptr, size);
             }
         }
     }
@@ -45,35 +51,56 @@ inline int box_bytes(const TensorMapSpec& spec) {
     return element_bytes(spec.element) * spec.box[0] * spec.box[1] * (spec.rank > 2 ? spec.box[2] : 1);
 }
 
-inline void check_map(const TensorMap& map, bool is_write) {
+// What an instruction refuses, and what the box touches of the tensor: each of its rows.
+inline uint32_t check_box(const char* what, const void* shared, const TensorMap& map, const int (&at)[3], bool is_write) {
     auto& m = machine();
     const auto& spec = map.spec;
-    int64_t last = (spec.sizes[0] - 1) * element_bytes(spec.element);
-    for (int i = 1; i < spec.rank; i++) last += (spec.sizes[i] - 1) * spec.strides[i];
-    m.check_global(map.base, 1, is_write);
-    m.check_global(map.base + last + element_bytes(spec.element) - 1, 1, is_write);
+    uint32_t start = m.address_of_shared(shared, box_bytes(spec), what);
+    uint32_t alignment = spec.swizzle == Swizzle::B128 ? 1024 : spec.swizzle == Swizzle::B64 ? 512 : spec.swizzle == Swizzle::B32 ? 256 : 128;
+    if (start % alignment) m.fail(text(what, " of shared memory that is not ", alignment, "-byte aligned"));
+    int size = element_bytes(spec.element), widest = spec.swizzle == Swizzle::NONE ? 1024 : int(alignment / 8);
+    for (int i = 0; i < spec.rank; i++)
+        if (spec.box[i] < 1 || spec.box[i] > 256) m.fail(text(what, " of a box of ", spec.box[i], " elements in dimension ", i));
+    if (spec.box[0] * size % 16 || spec.box[0] * size > widest) m.fail(text(what, " of a box whose rows have ", spec.box[0] * size, " bytes"));
+    int64_t first = std::max<int64_t>(at[0], 0), last = std::min<int64_t>(int64_t(at[0]) + spec.box[0], spec.sizes[0]) - 1;
+    for (int plane = 0; plane < (spec.rank > 2 ? spec.box[2] : 1); plane++) {
+        for (int row = 0; row < spec.box[1] && first <= last; row++) {
+            int64_t y = int64_t(at[1]) + row, z = spec.rank > 2 ? int64_t(at[2]) + plane : 0;
+            if (y < 0 || y >= spec.sizes[1] || z < 0 || (spec.rank > 2 && z >= spec.sizes[2])) continue;
+            const unsigned char* line = map.base + y * spec.strides[1] + (spec.rank > 2 ? z * spec.strides[2] : 0);
+            m.check_global(line + first * size, 1, is_write);
+            m.check_global(line + (last + 1) * size - 1, 1, is_write);
+        }
+    }
+    return start;
 }
 
-inline void load_box(void* to, const TensorMap* map, Mbarrier* barrier, const int (&at)[3]) {
+// The copy engine writes `bytes` bytes from `to` on, and tells the barrier, when `write` runs.
+template <class Write>
+void submit_load(void* to, int bytes, Mbarrier* barrier, Write write) {
     auto& m = machine();
-    uint32_t start = m.address_of_shared(to, box_bytes(map->spec), "a TMA load");
-    uint32_t alignment = map->spec.swizzle == Swizzle::NONE ? 128 : 1024;
-    if (start % alignment) m.fail(text("a TMA load to shared memory that is not ", alignment, "-byte aligned"));
-    check_map(*map, false);
-    m.phase_barrier(barrier);
-    int x = at[0], y = at[1], z = at[2];
+    auto& state = m.phase_barrier(barrier);
+    m.block->races.load_box(m.current->thread, m.offset_of(to), bytes, state.slot, state.phase);
     auto work = std::make_shared<Pending>();
-    work->perform = [&m, map = *map, barrier, start, x, y, z] {
-        const uint64_t zero = 0;
-        over_box(map, start, {x, y, z}, [&](uint32_t place, const unsigned char* from, int bytes) {
-            m.async_write(m.shared + (place - SHARED_BASE), from ? static_cast<const void*>(from) : &zero, bytes);
-        });
-        auto& state = m.phase_barrier(barrier);
-        state.bytes -= box_bytes(map.spec);
+    work->perform = [&m, &state, bytes, write] {
+        write();
+        state.bytes -= bytes;
         m.complete(state);
     };
     m.submit(work);
     m.maybe_yield();
+}
+
+inline void load_box(void* to, const TensorMap* map, Mbarrier* barrier, const int (&at)[3]) {
+    auto& m = machine();
+    uint32_t start = check_box("a TMA load", to, *map, at, false);
+    int x = at[0], y = at[1], z = at[2];
+    submit_load(to, box_bytes(map->spec), barrier, [&m, map = *map, start, x, y, z] {
+        const uint64_t zero = 0;
+        over_box(map, start, {x, y, z}, [&](uint32_t place, const unsigned char* from, int bytes) {
+            std::memcpy(m.block->shared + (place - SHARED_BASE), from ? static_cast<const void*>(from) : &zero, bytes);
+        });
+    });
 }
 
 }  // namespace emulated
@@ -96,25 +123,18 @@ inline void bulk_load(void* to, const void* from, int bytes, Mbarrier* barrier, 
     if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         m.fail("bulk_load of what is not whole aligned 16 bytes");
     m.check_global(from, bytes, false);
-    m.phase_barrier(barrier);
-    auto work = std::make_shared<emulated::Pending>();
-    work->perform = [&m, to, from, bytes, barrier] {
-        m.async_write(static_cast<unsigned char*>(to), from, bytes);
-        auto& state = m.phase_barrier(barrier);
-        state.bytes -= bytes;
-        m.complete(state);
-    };
-    m.submit(work);
-    m.maybe_yield();
+    emulated::submit_load(to, bytes, barrier, [to, from, bytes] { std::memcpy(to, from, bytes); });
 }
 inline void tma_store_2d(const TensorMap* map, const void* from, int c0, int c1) {
     auto& m = emulated::machine();
-    uint32_t start = m.address_of_shared(from, emulated::box_bytes(map->spec), "a TMA store");
-    emulated::check_map(*map, true);
+    auto& fiber = *m.current;
+    uint32_t start = emulated::check_box("a TMA store", from, *map, {c0, c1, 0}, true);
+    if (fiber.reader < 0) fiber.reader = m.block->races.new_reader();
+    m.block->races.store_box(fiber.thread, m.offset_of(from), emulated::box_bytes(map->spec), fiber.reader, fiber.stores_committed + 1);
     auto work = std::make_shared<emulated::Pending>();
     work->perform = [&m, map = *map, start, c0, c1] {
         emulated::over_box(map, start, {c0, c1, 0}, [&](uint32_t place, const unsigned char* to, int bytes) {
-            if (to) std::memcpy(const_cast<unsigned char*>(to), m.async_read(place, bytes), bytes);
+            if (to) std::memcpy(const_cast<unsigned char*>(to), m.async_place(place, bytes), bytes);
         });
     };
     m.submit(work);
@@ -123,6 +143,7 @@ inline void tma_store_2d(const TensorMap* map, const void* from, int c0, int c1)
 inline void tma_store_commit() {
     auto& fiber = *emulated::machine().current;
     fiber.store_groups.push_back(std::move(fiber.open_stores));
+    fiber.stores_committed++;
     fiber.open_stores.clear();
 }
 template <int PENDING>
@@ -132,6 +153,7 @@ void tma_store_wait_read() {
     while (int(groups.size()) > PENDING) {
         for (auto& work : groups.front()) m.perform(work);
         groups.pop_front();
+        m.block->races.learn(m.current->thread, m.current->reader, ++m.current->stores_read);
     }
     m.maybe_yield();
 }

@@ -1,6 +1,8 @@
 // Warp primitives: the 32 lanes meet, the last computes for all.
 #pragma once
 
+#include <numeric>
+
 #include "emulation/machine.h"
 
 namespace nemo {
@@ -56,7 +58,12 @@ inline uint32_t ballot(bool is_so) {
     return slot.result;
 }
 inline void warp_sync() {
-    emulated::machine().meet("warp_sync", nullptr, [](void**) {});
+    emulated::machine().meet("warp_sync", nullptr, [](void**) {  // of all, the one that orders memory
+        auto& m = emulated::machine();
+        std::vector<int> lanes(32);
+        std::iota(lanes.begin(), lanes.end(), m.current->thread / 32 * 32);
+        m.block->races.meet(lanes, {});
+    });
 }
 inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return std::countr_zero(bits); }
