@@ -9,7 +9,7 @@ import glob
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Stage:
 
     worker: the work of gpu_worker, told by a line of JSON for each process; else ``command``. wants: the implementation that the stage is about.
     falls_back: takes the CUDA kernels where Triton's do not even start. needs_seconds: with less left it is not started. missing: why it
-    cannot run here.
+    cannot run here. is_extra: a run without it is complete.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Stage:
     falls_back: bool = False
     needs_seconds: float = 15.0
     missing: str = ""
+    is_extra: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ def extra_stages(results: Path) -> list[Stage]:
     json_to = ("--json", str(results))
     # torch's cache of memory would hide an access beyond the end of a tensor.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
+    found = [
         Stage("throughput-1024", 200, "throughput",
               ({"model": "nemo", "engine": {"max_num_seqs": 1024, **_FP8}, "work": work},),
               expects=("throughput-1024 2048x1000/1000",), wants="triton", falls_back=True, needs_seconds=120),
@@ -207,3 +208,4 @@ def extra_stages(results: Path) -> list[Stage]:
         Stage("all-ceilings", 360, command=(python, f"{here}/gpu_ceilings.py", *json_to), needs_seconds=60),
         Stage("startup", 300, command=(*bench, "startup", "nemo", *json_to, "--rounds", "2"), needs_seconds=90),
     ]  # fmt: skip
+    return [replace(stage, is_extra=True) for stage in found]
