@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
 from nemo_engine.benchmarks.kernel_report import META, NEMO, compile_only
@@ -159,9 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--check", action="store_true", help="fail if anything had to be compiled")
     args = parser.parse_args(argv)
-    logging.getLogger("triton.runtime.build").setLevel(
-        logging.ERROR
-    )  # it warns of each launcher that does not load here
+    build._load_module_from_path = lambda name, path: NotLoaded()
     fresh: list[str] = []
     seconds: dict[str, float] = {}
 
@@ -180,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             kernel = run(self, *args, **kwargs)
             if id(kernel) not in kernels:
                 kernels[id(kernel)] = kernel
-                make_launcher(kernel)
+                CudaLauncher(kernel.src, kernel.metadata)  # compiles it
             return kernel
 
         JITFunction.run = noted  # compile_only puts Triton's back
@@ -188,27 +186,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             start, before = time.monotonic(), len(fresh)
             GROUPS[name]()
             print(f"{name}: {len(fresh) - before} compiled, {time.monotonic() - start:.0f} s", flush=True)
-    make_utilities()
+    CudaUtils()  # the module with which Triton loads kernels
     print(f"{len(kernels)} variants, {len(fresh)} of them compiled now")
     for kernel_name, taken in sorted(seconds.items(), key=lambda pair: -pair[1])[:5]:
         print(f"  {kernel_name}: {fresh.count(kernel_name)} variants, {taken:.0f} s")
     return int(args.check and bool(fresh))
 
 
-def make_launcher(kernel: Any) -> None:
-    """The C launcher of ``kernel`` in Triton's cache. It does not load here, where the driver's library has no functions."""
-    try:
-        CudaLauncher(kernel.src, kernel.metadata)
-    except ImportError:
-        pass
+class NotLoaded:
+    """A module in C that Triton compiled, and that cannot be loaded where the GPU's driver is missing."""
 
-
-def make_utilities() -> None:
-    """The C module with which Triton loads kernels."""
-    try:
-        CudaUtils()
-    except ImportError:
-        pass
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 if __name__ == "__main__":
