@@ -93,7 +93,9 @@ class Generation:
             if not self._may_repeat:
                 raise ValueError(f"request_id {name!r} is in use by an unfinished request")
             name += f"-{uuid4().hex}"
-        ids = [name] if len(self.prompts) == 1 else [f"{name}-{index}" for index in range(len(self.prompts))]
+        ids = [name]
+        if len(self.prompts) > 1:  # no client may have written these
+            ids = [f"{name}-{index}-{uuid4().hex}" for index in range(len(self.prompts))]
         running.setdefault(self.id, set()).update(ids)
         return ids
 
