@@ -13,8 +13,9 @@ from nemo_engine.core import EngineCore, StartedCore
 from nemo_engine.engine import Engine
 from nemo_engine.scheduler import Scheduler
 from nemo_engine.scheduler.invariants import check
+from nemo_engine.step import StepPlan
 from tests.checkpoints import tiny_config
-from tests.scheduler.scripted import VOCAB, Fault, ScriptedRunner
+from tests.scheduler.scripted import VOCAB, Fault, ScriptedHandle, ScriptedRunner
 
 E = TypeVar("E", Engine, AsyncEngine)
 EOS = 2
@@ -24,6 +25,11 @@ class Runner(ScriptedRunner):
     """As the core wants it for a whole life."""
 
     is_closed = False
+
+    def launch(self, plan: StepPlan) -> ScriptedHandle:
+        handle = super().launch(plan)
+        self.plans.clear()
+        return handle
 
     def share_cores(self) -> None:
         pass

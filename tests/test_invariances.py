@@ -197,3 +197,25 @@ def test_prompt_logprobs_are_the_same_whole_and_chunked(model: Path) -> None:
             for token_id, entry in ours.items():
                 assert entry.logprob == pytest.approx(theirs[token_id].logprob, abs=1e-5)
                 assert entry.rank == theirs[token_id].rank
+
+
+def test_tokens_do_not_depend_on_one_that_never_decodes(model: Path) -> None:
+    """It prefills in the very step in which the decoding rows take a page, so that these look the same before and after."""
+    ids = {"prompt_token_ids": [(7 * i) % 97 for i in range(PAGE + 4)]}
+    params = SamplingParams(temperature=0.0, max_tokens=2 * PAGE, ignore_eos=True)
+    with make_engine(model, enable_prefix_caching=False) as engine:
+        (expected,) = engine.generate(ids, params)
+        for arrival in range(PAGE - 6, PAGE - 1):
+            for is_aborted in (False, True):
+                engine.add_request("stays", ids, params)
+                for _ in range(arrival):
+                    engine.step()
+                long = [3] * 250 if is_aborted else [3] * 10
+                engine.add_request("goes", {"prompt_token_ids": long}, SamplingParams(max_tokens=1))
+                outputs = engine.step()
+                if is_aborted:
+                    engine.abort("goes")
+                while engine.has_unfinished_requests():
+                    outputs += engine.step()
+                (final,) = [output for output in outputs if output.request_id == "stays" and output.finished]
+                assert final.outputs[0].token_ids == expected.outputs[0].token_ids, (arrival, is_aborted)
