@@ -57,7 +57,7 @@ TILES = "linear_add_fp8", "257x144x400 add"
 MISTAKES = {
     # decode
     "a key of the next page": Mistake(
-        "attention/decode.cuh", "(key >> p.page_shift)", "(key + 16) >> p.page_shift", "paged_attention", SPLIT, WRONG_RESULT
+        "attention/decode.cuh", "(key >> p.page_shift)", "(key + 16) >> p.page_shift", "paged_attention", SPLIT, f"past the end|{WRONG_RESULT}"
     ),
     "another row of a fragment": Mistake(
         "attention/decode.cuh", "first_key + (matrix & 1) * 8", "first_key + (matrix >> 1) * 8", "paged_attention", SPLIT,

@@ -9,7 +9,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+// As on the GPU; and the compiler tells of a store of what a function returns only if the function is inlined.
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 

@@ -14,7 +14,7 @@ inline uint32_t shared_address(const void* pointer) {
 }
 
 template <class T>
-T load(const T* from) {
+__forceinline__ T load(const T* from) {
     emulated::machine().access_global(from, sizeof(T), false);
     return *from;
 }
@@ -24,7 +24,7 @@ void store(T* to, const T& value) {
     *to = value;
 }
 template <class T>
-T load_streamed(const T* from) {
+__forceinline__ T load_streamed(const T* from) {
     static_assert(sizeof(T) == 16);
     return load(from);
 }

@@ -151,8 +151,12 @@ std::vector<bool> claim_operands(const GroupProduct& product, int warp, int read
             is_certain.push_back(m.block->races.read_operand(warp * 32, start - SHARED_BASE, address - SHARED_BASE, may_overread, reader, group));
         };
     };
-    over_operands(product, warp, claim(product.is_a_in_registers ? product.b : product.a, true), claim(product.b, !product.is_b_n_major));
-    return is_certain;
+    auto claim_a = claim(product.is_a_in_registers ? product.b : product.a, true);
+    over_operands(product, warp, claim_a, claim(product.b, !product.is_b_n_major));
+    auto own = is_certain;
+    // One operation of all four warps reads A: no warp may change its rows before all have waited.
+    if (!product.is_a_in_registers) over_k_major(Descriptor(product.a), 0, 64, claim_a);
+    return own;
 }
 
 // The 16 rows of one warp.
@@ -186,7 +190,7 @@ void perform_product(const GroupProduct& product, int warp, const Issued& issued
     }
 }
 
-constexpr uint32_t POISON = 0xFFFFFFFF;
+constexpr uint32_t POISON = 0xFFBFFFFF;  // a signaling NaN: no arithmetic gives it, so that what is computed from it differs
 
 // The accumulator of these registers, which hold poison from here on.
 std::shared_ptr<Accumulator> take_accumulator(GroupFragments** lanes, int count) {
