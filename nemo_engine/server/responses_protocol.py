@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema
 
 from nemo_engine.server.errors import ApiError
-from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, Items, SamplingRequest
+from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, Items, Limits, SamplingRequest
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
 MAX_TOP_LOGPROBS = 20
@@ -76,7 +76,7 @@ class TextOptions(ApiRequest):
 class ResponseStreamOptions(ApiRequest):
     """Options of a stream."""
 
-    include_obfuscation: bool | None = False
+    include_obfuscation: Annotated[bool | None, Limits(enum=[False])] = False
 
 
 class ResponsesRequest(SamplingRequest):
