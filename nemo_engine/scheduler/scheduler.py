@@ -106,6 +106,7 @@ class Scheduler:
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
+        self.num_waiting_of = self._waiting.count_of  # from any thread
         self._running = RunningSet(max_num_seqs, page_size)
         self._launched: deque[PlannedStep] = deque()
         self._step_id = self._num_arrivals = self._num_preemptions = 0
@@ -131,10 +132,6 @@ class Scheduler:
                 self._waiting.remove(request)
             self._end(request, reason, stop_reason)
         return request
-
-    def num_waiting_of(self, client: str) -> int:
-        """Requests of ``client`` that wait and have not run yet. From any thread."""
-        return self._waiting.count_of(client)
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""

@@ -100,6 +100,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
     )
     app.state.service = service
     errors.install(app)
+    _say_vocabulary(app, engine.model_config.vocab_size)
     app.include_router(_routes(service))
     app.include_router(monitor_routes(service), responses=_ERRORS)
     app.add_middleware(Access, service=service)
@@ -112,6 +113,24 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
             expose_headers=[IGNORED_FIELDS_HEADER, "X-Request-Id"],
         )
     return app
+
+
+def _say_vocabulary(app: FastAPI, vocab_size: int) -> None:
+    """Have the OpenAPI document say which token ids there are."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schemas = make()["components"]["schemas"].values()
+            for field in (field for schema in schemas for field in schema.get("properties", {}).values()):
+                for one in field.get("anyOf", [field]):
+                    items = one.get("items", {})
+                    if items.get("type") == "integer" and "minimum" in items:
+                        items["maximum"] = vocab_size - 1
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _routes(service: Service) -> APIRouter:

@@ -20,7 +20,7 @@ from nemo_engine.server.errors import ApiError, validation_error
 from nemo_engine.server.protocol import ApiRequest
 
 MAX_KEYS = 50_000
-MAX_CONTAINERS = 50_000  # lists and objects
+MAX_CONTAINERS = 100_000  # lists and objects
 MAX_VALUES = 250_000  # or two for each token of the context, if that is more
 MAX_ESCAPES = 1_000_000
 

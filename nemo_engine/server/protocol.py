@@ -65,7 +65,7 @@ INSTEAD = {
 }
 
 
-class _Limits:
+class Limits:
     """What the OpenAPI document says of a field that the engine checks, in its own words."""
 
     def __init__(self, **limits: Any) -> None:
@@ -85,7 +85,11 @@ class _First(FailFast):
 
 _T = TypeVar("_T")
 Items = Annotated[list[_T], _First()]  # what is wrong is told of the first such element: there may be very many
-_Text = Annotated[str, _Limits(minLength=1)]
+_Text = Annotated[str, Limits(minLength=1)]
+_TokenId = Annotated[int, Limits(minimum=0)]
+_SEED_SHOWN = Limits(
+    minimum=-(2**62), maximum=2**63
+)  # the document's numbers are floats: what lies within is taken in any case
 _LOGIT_BIAS = WithJsonSchema(
     {
         "type": "object",
@@ -151,30 +155,30 @@ class SamplingRequest(ApiRequest):
 
     model: Annotated[str, Field(max_length=1024)] | None = None
     stream: bool | None = False
-    stop: _Text | Annotated[Items[_Text], _Limits(maxItems=MAX_STOP)] | None = None
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**64 - 1)
-    temperature: Annotated[float | None, _Limits(minimum=0, maximum=2)] = None
-    top_p: Annotated[float | None, _Limits(exclusiveMinimum=0, maximum=1)] = None
-    frequency_penalty: Annotated[float | None, _Limits(minimum=-2, maximum=2)] = None
-    presence_penalty: Annotated[float | None, _Limits(minimum=-2, maximum=2)] = None
+    stop: _Text | Annotated[Items[_Text], Limits(maxItems=MAX_STOP)] | None = None
+    seed: Annotated[int | None, _SEED_SHOWN] = Field(default=None, ge=-(2**63), le=2**64 - 1)
+    temperature: Annotated[float | None, Limits(minimum=0, maximum=2)] = None
+    top_p: Annotated[float | None, Limits(exclusiveMinimum=0, maximum=1)] = None
+    frequency_penalty: Annotated[float | None, Limits(minimum=-2, maximum=2)] = None
+    presence_penalty: Annotated[float | None, Limits(minimum=-2, maximum=2)] = None
     logit_bias: Annotated[dict[str, Any], _LOGIT_BIAS] | None = None
     # vLLM's extras
-    top_k: Annotated[int | None, _Limits(minimum=-1)] = None
-    min_p: Annotated[float | None, _Limits(minimum=0, maximum=1)] = None
-    repetition_penalty: Annotated[float | None, _Limits(exclusiveMinimum=0)] = None
-    stop_token_ids: Items[int] | None = None
+    top_k: Annotated[int | None, Limits(minimum=-1)] = None
+    min_p: Annotated[float | None, Limits(minimum=0, maximum=1)] = None
+    repetition_penalty: Annotated[float | None, Limits(exclusiveMinimum=0)] = None
+    stop_token_ids: Items[_TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int | None, _Limits(minimum=0)] = None
+    min_tokens: Annotated[int | None, Limits(minimum=0)] = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    bad_words: Annotated[Items[_Text] | None, _Limits(maxItems=MAX_BAD_WORDS)] = None
-    allowed_token_ids: Items[int] | None = None
+    bad_words: Annotated[Items[_Text] | None, Limits(maxItems=MAX_BAD_WORDS)] = None
+    allowed_token_ids: Items[_TokenId] | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     repetition_detection: RepetitionDetectionFields | None = None
     structured_outputs: dict[str, Any] | None = None
-    stream_interval: Annotated[int | None, _Limits(minimum=1)] = None
+    stream_interval: Annotated[int | None, Limits(minimum=1)] = None
     priority: int | None = None
     request_id: str | None = Field(default=None, min_length=1, max_length=256)
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
@@ -190,9 +194,9 @@ class GenerationRequest(SamplingRequest):
     inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT}
 
     stream_options: StreamOptions | None = None
-    n: Annotated[int | None, _Limits(minimum=1, maximum=MAX_N)] = None
+    n: Annotated[int | None, Limits(minimum=1, maximum=MAX_N)] = None
     response_format: dict[str, Any] | None = None
-    logprob_token_ids: Items[int] | None = None
+    logprob_token_ids: Items[_TokenId] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = False
 
@@ -206,7 +210,7 @@ class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
     prompt: str | Items[str] | Items[int] | Items[Items[int]] = Field(union_mode="left_to_right")
-    max_tokens: Annotated[int | None, _Limits(minimum=1)] = None
+    max_tokens: Annotated[int | None, Limits(minimum=1)] = None
     logprobs: int | None = None
     echo: bool | None = False
     add_special_tokens: bool | None = True
@@ -218,8 +222,8 @@ class ChatRequest(GenerationRequest):
     inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT, "messages": [MESSAGE], "tools": [TOOL]}
 
     messages: Items[dict[str, Any]]
-    max_tokens: Annotated[int | None, _Limits(minimum=1)] = None
-    max_completion_tokens: Annotated[int | None, _Limits(minimum=1)] = None
+    max_tokens: Annotated[int | None, Limits(minimum=1)] = None
+    max_completion_tokens: Annotated[int | None, Limits(minimum=1)] = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tools: Items[dict[str, Any]] | None = None
@@ -258,7 +262,7 @@ class DetokenizeRequest(ApiRequest):
     """The body of ``/detokenize``."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    tokens: Items[int]
+    tokens: Items[_TokenId]
 
 
 class AbortRequest(ApiRequest):

@@ -13,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.fields import INPUT_ITEM, INPUT_TOOL, TEXT_FORMAT
-from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, Items, SamplingRequest
+from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, Items, Limits, SamplingRequest
 from nemo_engine.text.messages import asks_nothing
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
@@ -92,7 +92,7 @@ class ResponseStreamOptions(ApiRequest):
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
-    include_obfuscation: bool | None = False
+    include_obfuscation: Annotated[bool | None, Limits(enum=[False])] = False
 
 
 class ResponsesRequest(SamplingRequest):

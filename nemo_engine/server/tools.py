@@ -28,7 +28,7 @@ class ToolUse:
     @classmethod
     def of(cls, request: ChatRequest, tokenizer: Tokenizer) -> ToolUse:
         """Read ``tools``, ``tool_choice`` and ``parallel_tool_calls``; ``ValueError`` or ``ApiError`` for what does not fit."""
-        tools = None if request.tools is None else check_tools(request.tools)
+        tools = check_tools(request.tools) if request.tools else None
         choice = check_tool_choice(request.tool_choice, tools)
         if tools and tokenizer.tool_calls_id is None:
             raise ApiError(400, "tools need a tokenizer with [TOOL_CALLS], and this model's has none", param="tools")

@@ -68,7 +68,7 @@ BODIES: dict[str, tuple[str, bytes]] = {
     "escapes, fewer/400": ("/v1/completions", b'{"prompt":"' + rb"\u00e9" * 900_000 + b'"}'),
     "quotes/413": ("/v1/completions", b'{"prompt":"' + rb"\"" * (7 * M) + b'"}'),
     "lists/413": ("/v1/completions", b'{"prompt":' + b"[" + b"[]," * (4 * M) + b"[]]}"),
-    "depth/400": ("/v1/completions", b'{"prompt":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+    "depth/413": ("/v1/completions", b'{"prompt":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
     "digits/400": ("/v1/completions", b'{"prompt":"a","seed":' + b"9" * (15 * M) + b"}"),
     "stop strings/400": completion(stop=[f"s{i}" for i in range(240_000)]),
     "a long stop string/400": completion(stop="s" * 10 * M),
