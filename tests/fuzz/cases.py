@@ -111,6 +111,12 @@ def engine_case(seed: int, number: int) -> EngineCase:
     fault = None
     if rng.random() < 0.45:
         fault = (rng.choice(FAULTS), rng.randint(2, 40))
+    if max_num_seqs > 1 and rng.random() < 0.5:  # steps that prefill what never decodes, between steps that only decode
+        params = {"max_tokens": 1, "seed": 1, "output_kind": RequestOutputKind.FINAL_ONLY}
+        for index in range(count, count + 12):
+            prompt = [rng.randrange(model.config.vocab_size) for _ in range(rng.randint(1, 3))]
+            arrival = rng.randint(4, 60)
+            requests.append(RequestCase(index, f"r{index}", prompt, dict(params), None, 0, arrival, None))
     return EngineCase(f"{seed} {number}", model, options, requests, fault)
 
 

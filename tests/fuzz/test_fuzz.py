@@ -62,15 +62,18 @@ def test_prompt_log_probabilities_lost_with_the_first_token(monkeypatch: pytest.
 
 
 def test_decode_rows_kept_although_a_request_got_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = RequestTable.take_new_pages
+    take, fill = RequestTable.take_new_pages, RequestTable.fill
+
+    def forget_fill(self: RequestTable, entry: Any) -> None:
+        fill(self, entry)
+        self.num_changes -= 1
 
     def forget(self: RequestTable, plan: Any) -> Any:
-        before = self.num_changes
         taken = take(self, plan)
-        if plan.prefills:
-            self.num_changes = before
+        self.num_changes -= bool(plan.new_pages and plan.prefills)
         return taken
 
+    monkeypatch.setattr(RequestTable, "fill", forget_fill)
     monkeypatch.setattr(RequestTable, "take_new_pages", forget)
     assert found(SEEDS)
 
