@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from nemo_engine.text.json_chars import ALL, SURROGATES, Ranges, both_cases, chars_of, merged, named_set, without
 
@@ -341,6 +342,12 @@ class Pattern:
         if len(text) > MAX_PATTERN_CHARS:
             raise ValueError(f"it must have at most {MAX_PATTERN_CHARS} characters, got {len(text)}")
         self.is_costly = not is_small(text) or "(?=" in text or "(?!" in text
-        self.sure, self.maybe = (_terms(_Reader(text, wide).read()) for wide in (False, True))
+        self._text = text
+        self.sure = _terms(_Reader(text, wide=False).read())
         if sum(map(size, (*self.sure.wanted, *self.sure.unwanted))) > MAX_NODES:
             raise ValueError(f"it is too complex: its repetitions written out have more than {MAX_NODES} parts")
+
+    @cached_property
+    def maybe(self) -> Terms:
+        """What may match. Made when it is asked for: it may need all of Unicode."""
+        return _terms(_Reader(self._text, wide=True).read())

@@ -140,5 +140,5 @@ def test_what_would_fit_names_nothing_where_nothing_does() -> None:
 
 def test_small_sizes_are_not_told_as_nothing() -> None:
     with pytest.raises(ValueError) as caught:
-        plan_kv_cache(NEMO, EngineConfig(num_kv_pages=2, max_model_len=40), Sizes(2, 2), None)
-    assert "0.00" not in str(caught.value) and "MiB are missing" in str(caught.value)
+        plan_kv_cache(NEMO, EngineConfig(num_kv_pages=2, max_model_len=300), Sizes(2, 2), None)
+    assert " 0.00 " not in str(caught.value) and "(20.00 MiB) hold 128: 30.00 MiB are missing" in str(caught.value)
