@@ -2,8 +2,8 @@
 
 The rule. Rows stand on a line, each with its tiles of keys and ``PART_COST`` tiles for what a part costs beside its keys. A unit takes what
 comes next on the line, up to an equal share and one part's cost; where a row does not fit whole, the unit takes so much of it that its
-part's cost still fits, and leaves the rest to the next unit. So all units end together, a row is cut only where that pays, no row has
-more than two parts that share a unit with others, and units never outnumber the blocks that the GPU runs at once.
+part's cost still fits, and leaves the rest to the next unit. So all units end together, a row that fits is not cut, the cuts of a row lie
+a share apart, and units never outnumber the blocks that the GPU runs at once.
 """
 
 from __future__ import annotations
