@@ -1,13 +1,15 @@
 // Launches of decode attention, and the sizes of what it needs.
 #include "attention/decode.cuh"
 
+#include <algorithm>
+
 #include "common/launch.h"
 
 namespace nemo {
 
 int decode_units(int num_kv_heads) {
     CHECK_RANGE(num_kv_heads, 1, MOST_HEADS);
-    return maximum(1, 2 * num_sms() / num_kv_heads);  // two blocks share a multiprocessor
+    return std::max(1, 2 * num_sms() / num_kv_heads);  // two blocks share a multiprocessor
 }
 
 int64_t decode_plan_words(int num_items, int num_units) {
