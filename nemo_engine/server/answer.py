@@ -31,7 +31,7 @@ def _pieces(value: Any, depth: int) -> Iterator[bytes]:
     if depth < _MAX_DEPTH and isinstance(value, dict):
         yield b"{"
         for index, (key, inner) in enumerate(value.items()):
-            yield (b"," if index else b"") + to_json(key) + b":"
+            yield (b"," if index else b"") + to_json(str(key)) + b":"
             yield from _pieces(inner, depth + 1)
         yield b"}"
     elif depth < _MAX_DEPTH and isinstance(value, list) and len(value) > _MANY:

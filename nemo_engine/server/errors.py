@@ -129,12 +129,13 @@ _PLAIN_PARAMS = {
 }
 
 
+_PLACES = {("body",), ("query",), ("path",)}  # that a path may begin with, besides a field
 _UNION_TAG = re.compile(r"str|int|(list|dict)\[.*\]")  # in pydantic's paths: which of several types it tried
 
 
 def _path_of(loc: Sequence[int | str]) -> str:
     path = ""
-    for part in loc[1:] if loc and loc[0] in ("body", "query", "path") else loc:
+    for part in loc[1:] if tuple(loc[:1]) in _PLACES else loc:
         if not (isinstance(part, str) and _UNION_TAG.fullmatch(part)):
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path
@@ -144,7 +145,8 @@ def validation_error(error: ValidationError | RequestValidationError) -> ApiErro
     """Names the field, as a path, of the first thing wrong; where several types were tried, of what came nearest to one."""
     errors = error.errors()
     paths = [_path_of(one["loc"]) for one in errors]
-    tried = [index for index, one in enumerate(errors) if one["loc"][:2] == errors[0]["loc"][:2]]
+    depth = 2 if tuple(errors[0]["loc"][:1]) in _PLACES else 1  # of the field
+    tried = [index for index, one in enumerate(errors) if one["loc"][:depth] == errors[0]["loc"][:depth]]
     nearest = max(tried, key=lambda index: len(errors[index]["loc"]))
     first, path = errors[nearest], paths[nearest]
     kind = first["type"]

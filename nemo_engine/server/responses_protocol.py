@@ -175,7 +175,9 @@ class ResponsesRequest(SamplingRequest):
             raise ApiError(400, f"metadata must have at most {_MAX_METADATA} pairs, got {len(pairs)}", param="metadata")
         for key, value in pairs.items():
             if not isinstance(value, str):
-                raise ApiError(400, f"metadata must have strings as values, got {value!r}", param="metadata")
+                raise ApiError(
+                    400, f"metadata.{key[:200]} must be a string, got {value!r}", param=f"metadata.{key[:200]}"
+                )
             for what, text, most in (("key", key, _MAX_METADATA_KEY), ("value", value, _MAX_METADATA_VALUE)):
                 if len(text) > most:
                     raise ApiError(
