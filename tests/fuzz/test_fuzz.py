@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -18,6 +19,12 @@ from nemo_engine.scheduler.page_pool import PagePool
 
 SEEDS = range(19, 29)
 _counts: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Kept log records have traces, and these hold requests that have ended."""
+    caplog.set_level(logging.CRITICAL + 1, logger="nemo_engine")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
