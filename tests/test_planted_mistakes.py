@@ -136,8 +136,8 @@ MISTAKES = {
         "paged_attention", PREFIXES, UNFENCED,
     ),
     "weights changed while they are multiplied": Mistake(
-        "attention/prefill.cuh", "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, p.score_scale);",
-        "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, p.score_scale); pack_weights(r);", "paged_attention", PREFIXES,
+        "attention/prefill.cuh", "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, score_scale);",
+        "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, score_scale); pack_weights(r);", "paged_attention", PREFIXES,
         "registers of A have changed before the wait",
     ),
     "scores taken before the wait": Mistake(

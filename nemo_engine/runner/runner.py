@@ -118,10 +118,7 @@ class Handle:
 
 
 class Runner:
-    """The device half. ``num_pages`` usable pages, contexts of up to ``max_model_len`` tokens.
-
-    num_tokens: ids from there on have no token, and are chosen only where a request names them; None if that is not known.
-    """
+    """The device half. ``num_pages`` usable pages, contexts of up to ``max_model_len`` tokens; ``without_token`` as ``Sampler`` takes it."""
 
     def __init__(
         self,
@@ -134,7 +131,7 @@ class Runner:
         max_model_len: int,
         device: torch.device,
         kv_dtype: torch.dtype,
-        num_tokens: int | None = None,
+        without_token: Sequence[int] = (),
     ) -> None:
         self._device = device
         self._ops = ops
@@ -153,10 +150,7 @@ class Runner:
             # Only sums of fp32 products are split by the number of threads. FP8 is computed in fp32 there.
             is_fp32 = weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear)
             self._cores = Cores(weights.num_bytes, page_bytes, adapts=not is_fp32)
-        vocab_size = model_config.vocab_size
-        unnamed = range(vocab_size if num_tokens is None else num_tokens, vocab_size)
-        without_token = [token_id for token_id in unnamed if token_id not in model_config.eos_token_ids]
-        self._sampler = Sampler(config.max_num_seqs, vocab_size, ops, device, without_token)
+        self._sampler = Sampler(config.max_num_seqs, model_config.vocab_size, ops, device, without_token)
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._workspace = Workspace()
         self._graphs: tuple[DecodeGraph, ...] = ()

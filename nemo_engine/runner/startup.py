@@ -151,7 +151,7 @@ def _build(
             max_model_len=max_model_len,
             device=device,
             kv_dtype=kv_dtype,
-            num_tokens=num_tokens,
+            without_token=_without_token(model_config, num_tokens),
         )
     if device.type == "cuda":
         sizes = () if config.enforce_eager else graph_sizes(config.max_num_seqs)
@@ -165,6 +165,12 @@ def _build(
                 torch.cuda.synchronize(device)
                 stage.num_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
     return runner
+
+
+def _without_token(config: ModelConfig, num_tokens: int | None) -> list[int]:
+    """The ids beyond a tokenizer of ``num_tokens`` ids, if there is one, but for those that end a text: the checkpoint itself names these."""
+    first = config.vocab_size if num_tokens is None else num_tokens
+    return [token_id for token_id in range(first, config.vocab_size) if token_id not in config.eos_token_ids]
 
 
 def _cache_stage(weights: NemoWeights, kv_dtype: torch.dtype) -> str:
