@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_engine.text.json_pattern import Pattern, Terms
 from nemo_engine.text.json_refs import MAX_COUNT, Schema
-from nemo_engine.text.json_rules import MAX_RULES, Row, Rules, Symbol
+from nemo_engine.text.json_rules import MAX_RULES, Row, Rules, Symbol, members_rows
 from nemo_engine.text.json_schema import Flat, SchemaTerms, Term, item_schemas
 from nemo_engine.text.json_strings import (
     FREE,
@@ -83,7 +83,7 @@ class SchemaGrammar:
                 for value in values:
                     self._schema.spend()
                     if isinstance(value, (list, dict)):
-                        rows[self._constant(value)] = None
+                        rows[_constant(value)] = None
                     else:
                         scalars[literal_json(value)] = None
                 continue
@@ -102,15 +102,6 @@ class SchemaGrammar:
         if scalars:
             rows[self._rules.union(list(scalars)),] = None
         return list(rows)
-
-    def _constant(self, value: Any) -> Row:
-        if isinstance(value, list):
-            items = [self._constant(item) for item in value]
-            return (literal("["), *_joined(items), literal("]"))
-        if isinstance(value, dict):
-            members = [(literal_json(name), literal(":"), *self._constant(one)) for name, one in value.items()]
-            return (literal("{"), *_joined(members), literal("}"))
-        return (literal_json(value),)
 
     # ---- numbers and strings
 
@@ -146,7 +137,7 @@ class SchemaGrammar:
             expression = pattern_terminal(Terms(wanted, unwanted))
             if least or most is not None:
                 expression += " & " + length_terminal(least, most)
-            self._rules.terminal(expression, not self._is_probed([Terms(wanted, unwanted)], least, most))
+            self._rules.terminal(expression, not _is_probed(Terms(wanted, unwanted), least, most))
             return [expression]
         (node,) = wanted
         if least == 0 and most is None:
@@ -161,17 +152,6 @@ class SchemaGrammar:
         expression = pattern_terminal(Terms((node,))) + " & " + length_terminal(least, most)
         self._rules.terminal(expression, not fits)
         return [expression]
-
-    @staticmethod
-    def _is_probed(terms: Iterable[Terms], least: int = 0, most: int | None = None, taken: Iterable[str] = ()) -> bool:
-        """Whether some short text is known to match."""
-        taken = set(taken)
-        return any(
-            least <= len(text) <= (len(text) if most is None else most)
-            and text not in taken
-            and all(holds(one, text) for one in terms)
-            for text in _PROBES
-        )
 
     # ---- arrays
 
@@ -234,47 +214,8 @@ class SchemaGrammar:
         num_required = len(required)
         if least <= num_required:
             least = 0
-        inside = self._members(members, other, least, None if most >= MAX_COUNT else most)
+        inside = members_rows(self._rules, members, other, least, None if most >= MAX_COUNT else most)
         return [(literal("{"), *row, literal("}")) for row in inside]
-
-    def _members(self, members: list[tuple[Row, bool]], other: str | None, least: int, most: int | None) -> list[Row]:
-        """The rows of what stands between braces. ``least`` and ``most`` are counted only where they matter."""
-        counts = range(len(members) + 1) if least or most is not None else range(1)
-        if len(members) * len(counts) > MAX_RULES:
-            raise ValueError(f"it is too complex: counting properties needs more than {MAX_RULES} rules")
-        comma = literal(",")
-        after: dict[tuple[bool, int], list[Row]] = {}  # by whether a member precedes, and how many
-        for is_first in (True, False):
-            for count in counts:
-                after[is_first, count] = self._ends(
-                    other, is_first, max(0, least - count), None if most is None else most - count
-                )
-        for position in range(len(members) - 1, -1, -1):
-            member, is_required = members[position]
-            before: dict[tuple[bool, int], list[Row]] = {}
-            reachable = counts if len(counts) == 1 else range(position + 1)
-            for count in reachable:
-                following = self._rules.one(after[False, count if len(counts) == 1 else count + 1])
-                for is_first in (True, False):
-                    rows: list[Row] = []
-                    if following is not None and (most is None or count < most):
-                        rows.append((*(() if is_first else (comma,)), *member, *following))
-                    if not is_required:
-                        passed = self._rules.one(after[is_first, count])
-                        rows += [] if passed is None else [passed]
-                    before[is_first, count] = rows
-            after = before
-        return after[True, 0]
-
-    @staticmethod
-    def _ends(other: str | None, is_first: bool, least: int, most: int | None) -> list[Row]:
-        """What may follow the last named member: ``least`` to ``most`` others, of which any number counts as one."""
-        rows: list[Row] = [()] if least == 0 and (most is None or most >= 0) else []
-        if other is None or least > 1 or most is not None and most < 1:
-            return rows
-        more = None if most is None else most - 1
-        repeated: Symbol = ((literal(","), other), 0, more)
-        return [*rows, (other, repeated) if is_first else (literal(","), other, repeated)]
 
     def _others(self, term: Term, names: list[str], allowed: list[Schema]) -> list[Row]:
         """Members whose names are none of ``names``: for each set of patterns, names that match these and no other."""
@@ -335,6 +276,21 @@ class SchemaGrammar:
                     )  # fmt: skip
                 found.append(self._rules.terminal(" & ".join(parts), not is_known))
         return found
+
+
+def _constant(value: Any) -> Row:
+    if isinstance(value, list):
+        items = [_constant(item) for item in value]
+        return (literal("["), *_joined(items), literal("]"))
+    if isinstance(value, dict):
+        members = [(literal_json(name), literal(":"), *_constant(one)) for name, one in value.items()]
+        return (literal("{"), *_joined(members), literal("}"))
+    return (literal_json(value),)
+
+
+def _is_probed(terms: Terms, least: int, most: int | None) -> bool:
+    """Whether some short text is known to match."""
+    return any(least <= len(text) <= (len(text) if most is None else most) and holds(terms, text) for text in _PROBES)
 
 
 def _joined(rows: list[Row]) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nemo_engine.text.grammar_trial import NOTHING
+from nemo_engine.text.json_strings import literal
 
 MAX_RULES = 20_000
 
@@ -117,6 +118,48 @@ class Rules:
                 found.add(name)
                 waiting += users.get(name, [])
         return found
+
+
+def members_rows(
+    rules: Rules, members: list[tuple[Row, bool]], other: str | None, least: int, most: int | None
+) -> list[Row]:
+    """The rows of what stands between braces. ``least`` and ``most`` are counted only where they matter."""
+    counts = range(len(members) + 1) if least or most is not None else range(1)
+    if len(members) * len(counts) > MAX_RULES:
+        raise ValueError(f"it is too complex: counting properties needs more than {MAX_RULES} rules")
+    comma = literal(",")
+    after: dict[tuple[bool, int], list[Row]] = {}  # by whether a member precedes, and how many
+    for is_first in (True, False):
+        for count in counts:
+            after[is_first, count] = _ends(
+                other, is_first, max(0, least - count), None if most is None else most - count
+            )
+    for position in range(len(members) - 1, -1, -1):
+        member, is_required = members[position]
+        before: dict[tuple[bool, int], list[Row]] = {}
+        reachable = counts if len(counts) == 1 else range(position + 1)
+        for count in reachable:
+            following = rules.one(after[False, count if len(counts) == 1 else count + 1])
+            for is_first in (True, False):
+                rows: list[Row] = []
+                if following is not None and (most is None or count < most):
+                    rows.append((*(() if is_first else (comma,)), *member, *following))
+                if not is_required:
+                    passed = rules.one(after[is_first, count])
+                    rows += [] if passed is None else [passed]
+                before[is_first, count] = rows
+        after = before
+    return after[True, 0]
+
+
+def _ends(other: str | None, is_first: bool, least: int, most: int | None) -> list[Row]:
+    """What may follow the last named member: ``least`` to ``most`` others, of which any number counts as one."""
+    rows: list[Row] = [()] if least == 0 and (most is None or most >= 0) else []
+    if other is None or least > 1 or most is not None and most < 1:
+        return rows
+    more = None if most is None else most - 1
+    repeated: Symbol = ((literal(","), other), 0, more)
+    return [*rows, (other, repeated) if is_first else (literal(","), other, repeated)]
 
 
 def _flat(rows: Iterable[Row]) -> list[str]:

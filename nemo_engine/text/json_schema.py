@@ -109,17 +109,18 @@ class SchemaTerms:
                 is_marked = True
         self._steps[id(schema)] = choices
         if isinstance(schema.get("oneOf"), list):
-            self._check_disjoint(schema)
+            _check_disjoint(self, schema)
         return choices
 
     def _dependency(self, schema: Flat, name: str, then: Any) -> list[Sequence[Part]]:
         """Either ``name`` is not there, or ``then`` holds, too. What is no object has no properties."""
-        absent = self._make({"properties": {name: False}}, schema)
+        absent = self.make({"properties": {name: False}}, schema)
         if isinstance(then, list):
-            return [[absent], [self._make({"required": [name, *then]}, schema)]]
-        return [[absent], [self._make({"required": [name]}, schema), then]]
+            return [[absent], [self.make({"required": [name, *then]}, schema)]]
+        return [[absent], [self.make({"required": [name]}, schema), then]]
 
-    def _make(self, made: Flat, schema: Flat) -> Flat:
+    def make(self, made: Flat, schema: Flat) -> Flat:
+        """``made`` as a part that stands where ``schema`` does."""
         self._made.append(made)
         return self.index.adopt(made, schema)
 
@@ -274,53 +275,54 @@ class SchemaTerms:
             found.append(flat["additionalProperties"])
         return found
 
-    # ---- oneOf
 
-    def _check_disjoint(self, schema: Flat) -> None:
-        """Refuse a ``oneOf`` of which two options are not known to exclude each other: as a choice it would then allow too much."""
-        beside = {key: value for key, value in schema.items() if key != "oneOf"}
-        context: list[Schema] = [self._make(beside, schema)] if beside else []
-        options = [list(self.terms([*context, option])) for option in schema["oneOf"]]
-        listed = [self.values(term) for terms in options for term in terms]
-        if all(values is not None for values in listed):
-            keys = [_key(value) for values in listed for value in values or ()]
-            if len(set(keys)) == len(keys):
-                return
-        for (first, some), (second, others) in combinations(enumerate(options), 2):
-            self.spend()
-            if not all(self._exclude(one, other, 4) for one in some for other in others):
-                raise ValueError(
-                    f"{self.index.place(schema, 'oneOf')} is supported where its options exclude each other by their types or by "
-                    f"a required property with different values; options {first} and {second} may both hold. anyOf allows that"
-                )
+def _check_disjoint(terms: SchemaTerms, schema: Flat) -> None:
+    """Refuse a ``oneOf`` of which two options are not known to exclude each other: as a choice it would then allow too much."""
+    beside = {key: value for key, value in schema.items() if key != "oneOf"}
+    context: list[Schema] = [terms.make(beside, schema)] if beside else []
+    options = [list(terms.terms([*context, option])) for option in schema["oneOf"]]
+    listed = [terms.values(term) for option in options for term in option]
+    if all(values is not None for values in listed):
+        keys = [_key(value) for values in listed for value in values or ()]
+        if len(set(keys)) == len(keys):
+            return
+    for (first, some), (second, others) in combinations(enumerate(options), 2):
+        terms.spend()
+        if not all(_exclude(terms, one, other, 4) for one in some for other in others):
+            raise ValueError(
+                f"{terms.index.place(schema, 'oneOf')} is supported where its options exclude each other by their types or by "
+                f"a required property with different values; options {first} and {second} may both hold. anyOf allows that"
+            )
 
-    def _exclude(self, some: Term, others: Term, depth: int) -> bool:
-        """Whether no value is known to satisfy both."""
-        self.spend()
-        shared = set(self.types(some)) & set(self.types(others))
-        for one, other in ((some, others), (others, some)):
-            values = self.values(one)
-            if values is not None:
-                return not any(all(self.is_valid(value, flat) for flat in other) for value in values)
-        return all(self._exclude_as(kind, some, others, depth) for kind in shared)
 
-    def _exclude_as(self, kind: str, some: Term, others: Term, depth: int) -> bool:
-        if kind == "number":
-            numbers = self.numbers((*some, *others), False)
-            low, high = numbers.low, numbers.high
-            return low is not None and high is not None and (
-                low.value > high.value or low.value == high.value and (low.is_exclusive or high.is_exclusive)
-            )  # fmt: skip
-        if kind != "object" or depth == 0:
-            return False
-        names = {name: None for flat in (*some, *others) for name in flat.get("required", ())}
-        for name in names:
-            parts = [[one for flat in term for one in self.property_schemas(flat, name)] for term in (some, others)]
-            if all(
-                self._exclude(one, other, depth - 1) for one in self.terms(parts[0]) for other in self.terms(parts[1])
-            ):
-                return True
+def _exclude(terms: SchemaTerms, some: Term, others: Term, depth: int) -> bool:
+    """Whether no value is known to satisfy both."""
+    terms.spend()
+    shared = set(terms.types(some)) & set(terms.types(others))
+    for one, other in ((some, others), (others, some)):
+        values = terms.values(one)
+        if values is not None:
+            return not any(all(terms.is_valid(value, flat) for flat in other) for value in values)
+    return all(_exclude_as(terms, kind, some, others, depth) for kind in shared)
+
+
+def _exclude_as(terms: SchemaTerms, kind: str, some: Term, others: Term, depth: int) -> bool:
+    if kind == "number":
+        numbers = terms.numbers((*some, *others), False)
+        low, high = numbers.low, numbers.high
+        return low is not None and high is not None and (
+            low.value > high.value or low.value == high.value and (low.is_exclusive or high.is_exclusive)
+        )  # fmt: skip
+    if kind != "object" or depth == 0:
         return False
+    names = {name: None for flat in (*some, *others) for name in flat.get("required", ())}
+    for name in names:
+        parts = [[one for flat in term for one in terms.property_schemas(flat, name)] for term in (some, others)]
+        if all(
+            _exclude(terms, one, other, depth - 1) for one in terms.terms(parts[0]) for other in terms.terms(parts[1])
+        ):
+            return True
+    return False
 
 
 def item_schema(flat: Flat, index: int) -> Schema:

@@ -407,7 +407,7 @@ def regex(rng: random.Random, depth: int, *, is_whole: bool) -> str:
 
 _FORMAT_CHECKS: dict[str, Callable[[str], object]] = {
     "date": datetime.date.fromisoformat,
-    "time": lambda text: datetime.time.fromisoformat(text.replace("Z", "+00:00")).replace(tzinfo=None),
+    "time": lambda text: datetime.time.fromisoformat(text if len(text) > 8 else "no"),
     "date-time": lambda text: datetime.datetime.fromisoformat(text.replace("Z", "+00:00")),
     "ipv4": ipaddress.IPv4Address,
     "ipv6": ipaddress.IPv6Address,
@@ -452,6 +452,12 @@ def _keywords(schema: Any) -> set[str]:
     if isinstance(schema, list):
         return set().union(*map(_keywords, schema))
     return set(schema) | set().union(*map(_keywords, schema.values())) if isinstance(schema, dict) else set()
+
+
+def _parts(schema: Any) -> list[dict[str, Any]]:
+    children = list(schema.values()) if isinstance(schema, dict) else schema if isinstance(schema, list) else []
+    found = [part for child in children for part in _parts(child)]
+    return [schema, *found] if isinstance(schema, dict) and isinstance(schema.get("enum", []), list) else found
 
 
 class Walker:
@@ -512,6 +518,8 @@ class Walker:
                 message == NOTHING or "too complex" in message or any(word in message for word in _keywords(schema))
             )
             assert is_named, f"{form} is refused without a keyword: {error}"
+            if message == NOTHING and schema is not None:
+                self._check_nothing(form, schema)
             if message != NOTHING:
                 self.counts[re.sub(r"[0-9]+|at #\S*|'.*'", "", message)[:60]] += 1
             return
@@ -532,6 +540,35 @@ class Walker:
                 self.counts["not checked"] += 1
             except (AssertionError, jsonschema.ValidationError) as error:
                 raise self._fault(form, text, error) from error
+
+    def _check_nothing(self, form: dict[str, Any], schema: Any) -> None:
+        """A schema that is said to hold for nothing holds for no simple value."""
+        listed = [value for part in _parts(schema) for value in [part.get("const"), *part.get("enum", [])]]
+        for value in [
+            None,
+            True,
+            0,
+            1,
+            -1,
+            7,
+            0.5,
+            "",
+            "a",
+            "b",
+            "ab",
+            "12",
+            [],
+            [0],
+            [None, None],
+            {},
+            {"a": 1},
+            *listed,
+        ]:
+            try:
+                Validator(schema).validate(value)
+            except (jsonschema.ValidationError, RecursionError):
+                continue
+            raise self._fault(form, json.dumps(value), AssertionError("is refused though this is valid"))
 
     @staticmethod
     def _fault(form: dict[str, Any], text: str | None, error: Exception) -> AssertionError:
