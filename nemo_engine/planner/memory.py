@@ -285,5 +285,7 @@ def memory_message(
 
 def _size_up(num_bytes: int) -> str:
     """A size with two digits behind the point, rounded up: with so many more it fits. Below a tenth of a GiB in MiB, then KiB."""
-    unit, name = next(((1 << b, n) for b, n in ((30, "GiB"), (20, "MiB")) if num_bytes * 10 >= 1 << b), (1 << 10, "KiB"))
+    unit, name = next(
+        ((1 << b, n) for b, n in ((30, "GiB"), (20, "MiB")) if num_bytes * 10 >= 1 << b), (1 << 10, "KiB")
+    )
     return f"{-(-num_bytes * 100 // unit) / 100:.2f} {name}"
