@@ -140,7 +140,8 @@ def test_nothing_is_left(way: str, depth: int, monkeypatch: pytest.MonkeyPatch) 
     rest(engine)
     assert reachable() == before
     running = engine._core.scheduler._running
-    assert not running._last_due and not running._page_due and len(engine._core.scheduler._waiting._heap) <= 16
+    assert not running._last_due and not running._page_due and not engine._core.scheduler._waiting._levels
+    assert len(engine._core.scheduler._waiting._priorities) <= 1
 
 
 @pytest.mark.parametrize("way", ["end", "abort", "client gone", "loop gone"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,10 @@ from nemo_engine.config import ModelConfig
 from nemo_engine.ops.quantize import FP8
 
 _PAGES_AT_ONCE = 64  # whose bytes are looked at together
+_SAMPLED_PAGES = 64  # of a cache that is closed: 4,096 tokens by default, and some 0.3 GiB to read for NeMo
+_TOLERATED_SATURATION = 1e-4  # of an FP8 cache's entries; scales from calibration saturate a few outliers of other text
+
+_logger = logging.getLogger("nemo_engine")
 
 
 class KVCache:
@@ -58,3 +64,13 @@ class KVCache:
                     counts += torch.stack(((magnitude == 0x7E).sum(), magnitude.count_nonzero()))
         saturated, written = counts.tolist()
         return saturated, written
+
+    def warn_if_saturated(self, highest_page: int) -> None:
+        """Log a warning if, in a sample of the pages up to ``highest_page``, too many entries are at the largest number."""
+        saturated, written = self.count_saturated(highest_page, _SAMPLED_PAGES)
+        if saturated > _TOLERATED_SATURATION * written:
+            _logger.warning(
+                "%.2g %% of the FP8 KV cache's entries are saturated: its scales are too small; calibrate them (nemo-engine quantize "
+                "--kv-scales head)",
+                100 * saturated / written,
+            )

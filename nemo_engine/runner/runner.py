@@ -28,8 +28,6 @@ from nemo_engine.runner.transfer import Download, staged, to_device
 from nemo_engine.step import StepPlan, StepResult
 
 PROMPT_LOGPROB_ROWS = 256  # logits computed at once for prompt log-probabilities: bounds their memory
-_TOLERATED_SATURATION = 1e-4  # of an FP8 cache's entries; scales from calibration saturate a few outliers of other text
-_SAMPLED_PAGES = 64  # of a cache that is closed: 4,096 tokens by default, and some 0.3 GiB to read for NeMo
 _SETTLING_TOKENS = 64  # of a step that reaches all cores and libraries
 
 _logger = logging.getLogger("nemo_engine")
@@ -145,11 +143,8 @@ class Runner:
             config.max_num_seqs, max_model_len, config.page_size, num_pages, model_config.vocab_size, device
         )
         page_bytes = self._kv_cache.num_bytes // (num_pages + 1)
-        self._cores: Cores | None = None
-        if device.type == "cpu":
-            # Only sums of fp32 products are split by the number of threads. FP8 is computed in fp32 there.
-            is_fp32 = weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear)
-            self._cores = Cores(weights.num_bytes, page_bytes, adapts=not is_fp32)
+        is_cpu = device.type == "cpu"
+        self._cores = Cores(weights.num_bytes, page_bytes, adapts=not _is_fp32(weights)) if is_cpu else None
         self._sampler = Sampler(config.max_num_seqs, model_config.vocab_size, ops, device, without_token)
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._workspace = Workspace()
@@ -349,9 +344,9 @@ class Runner:
         self._graphs = tuple(sorted(graphs, key=lambda graph: graph.size))
         self._workspace.freeze()
 
-    def count_saturated(self, max_pages: int | None = None) -> tuple[int, int]:
+    def count_saturated(self) -> tuple[int, int]:
         """See ``KVCache.count_saturated``; of the pages that requests have had."""
-        return self._kv_cache.count_saturated(self._table.highest_page, max_pages)
+        return self._kv_cache.count_saturated(self._table.highest_page)
 
     def recover(self) -> None:
         """A step failed: forget the rows of the step before, and wait for the device. Raises what it says if it is lost."""
@@ -363,13 +358,7 @@ class Runner:
         """Drop all tensors and graphs, also if the device is lost; says so if an FP8 cache was too small for what was written into a
         sample of its pages."""
         try:
-            saturated, written = self.count_saturated(_SAMPLED_PAGES)
-            if saturated > _TOLERATED_SATURATION * written:
-                _logger.warning(
-                    "%.2g %% of the FP8 KV cache's entries are saturated: its scales are too small; calibrate them (nemo-engine "
-                    "quantize --kv-scales head)",
-                    100 * saturated / written,
-                )
+            self._kv_cache.warn_if_saturated(self._table.highest_page)
         finally:
             self._graphs = ()
             self._last = None
@@ -377,6 +366,11 @@ class Runner:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
                 torch.cuda.empty_cache()
+
+
+def _is_fp32(weights: NemoWeights) -> bool:
+    """Whether a CPU multiplies in fp32, whose sums the number of threads splits. FP8 is computed so there."""
+    return weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear)
 
 
 def _powers_of_two(most: int) -> list[int]:

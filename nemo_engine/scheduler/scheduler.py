@@ -22,10 +22,11 @@ from nemo_engine.outputs import FinishReason
 from nemo_engine.scheduler.ends import end_of, failure_of
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.planned_step import PlannedStep
+from nemo_engine.scheduler.prompts import plan_prompts
 from nemo_engine.scheduler.request import Request, RequestStatus
-from nemo_engine.scheduler.running import URGENCY, RunningSet
-from nemo_engine.scheduler.waiting import WaitingQueue
-from nemo_engine.step import TOKEN_NOT_FINITE, PrefillRow, StepPlan, StepResult, TokenLogprobs
+from nemo_engine.scheduler.running import RunningSet
+from nemo_engine.scheduler.waiting import WaitingQueue, split_by_failure
+from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -106,7 +107,6 @@ class Scheduler:
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
-        self.num_waiting_of = self._waiting.count_of  # from any thread
         self._running = RunningSet(max_num_seqs, page_size)
         self._launched: deque[PlannedStep] = deque()
         self._step_id = self._num_arrivals = self._num_preemptions = 0
@@ -147,6 +147,10 @@ class Scheduler:
             return self._step_id + request.decode_offset + 1
         return request.num_computed_tokens
 
+    def num_waiting_of(self, client: str) -> int:
+        """Requests of ``client`` that wait and have not run yet. From any thread."""
+        return self._waiting.count_of(client)
+
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
         return SchedulerStats.of(len(self._running), len(self._waiting), self._num_preemptions, self.kv)
@@ -171,7 +175,8 @@ class Scheduler:
             last += running.launch_constrained(ready, step_id)
         left = self.max_num_batched_tokens - len(decodes.requests)
         step = PlannedStep(step_id, decodes, last, running.num_departures, left, ready[:], new_pages)
-        self._plan_prompts(step, may_admit=running.num_departures == num_departures)  # nobody was preempted
+        nobody_left = running.num_departures == num_departures  # by preemption
+        plan_prompts(step, self.kv, self._running, self._waiting, self._clock, may_admit=nobody_left)
         if not decodes.requests and not step.prefills:
             return None
         self._step_id = step_id
@@ -210,51 +215,6 @@ class Scheduler:
 
     def _num_known_tokens(self, request: Request) -> int:
         return len(request.token_ids)
-
-    def _plan_prompts(self, step: PlannedStep, may_admit: bool) -> None:
-        """Spend the budget on prompts, the most urgent first, whether they are under way or yet to be let in."""
-        for request in self._running.prefilling[:]:
-            if may_admit and self._waiting:
-                may_admit = self._admit(step, URGENCY(request))
-            if step.budget > 0:
-                self._prefill(request, step)
-        if may_admit and self._waiting:
-            self._admit(step, None)
-
-    def _admit(self, step: PlannedStep, before: tuple[int, int] | None) -> bool:
-        """Let waiting requests in, in order, as long as slots, pages and budget last: all, or those more urgent than ``before``.
-
-        Returns whether the first of those that are left may be tried again in this step.
-        """
-        while self._waiting and self._running.has_free_slot and step.budget > 0:
-            request = self._waiting.first()
-            if before is not None and URGENCY(request) > before:
-                return True
-            if not self.kv.admit(request):
-                return False
-            self._waiting.pop()
-            if request.scheduled_ts is None:
-                request.scheduled_ts = self._clock()
-                request.num_cached_tokens = request.num_computed_tokens
-            self._running.enter(request, step.step_id)
-            step.admitted.append((request, request.num_computed_tokens))
-            self._prefill(request, step)
-        return False
-
-    def _prefill(self, request: Request, step: PlannedStep) -> None:
-        """Plan the next chunk of ``request``, as far as the budget goes."""
-        start = request.num_computed_tokens
-        count = min(step.budget, len(request.token_ids) - start)
-        end = request.num_computed_tokens = start + count
-        step.budget -= count
-        self.kv.cache_pages(request, end)
-        is_complete = end == len(request.token_ids)
-        step.prefills.append((request, PrefillRow(request.slot, start, count, is_complete)))
-        if is_complete:
-            if request.grammar is not None:
-                step.constrained.append(request)
-            if self._running.end_prefill(request, step.step_id):
-                step.last.append(request)
 
     def commit(self, result: StepResult) -> Committed:
         """Take in the results of the oldest launched step: append tokens, end requests, free what they held."""
@@ -335,30 +295,13 @@ class Scheduler:
         the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if nobody runs, the first of those
         that wait ends instead.
         """
-        waiting, failed = WaitingQueue(), []
-        requests = {}
-        for request in self._requests.values():
-            request.pages, request.num_hashed_pages, request.pages_wanted, request.hash_wanted = [], 0, 0, None
-            request.num_computed_tokens = 0
-            if request.status is RequestStatus.WAITING:
-                requests[request.request_id] = request
-                waiting.push(request)
-                continue
-            if request.status is RequestStatus.RUNNING:
-                request.finish_reason, request.stop_reason, request.error = "error", None, message
-                request.status = RequestStatus.FINISHED
-            failed.append(request)
-        if or_first and not failed and waiting:
-            request = waiting.first()
-            request.finish_reason, request.error = "error", message
-            request.status = RequestStatus.FINISHED
-            failed.append(request)
-            waiting.remove(request)
-            del requests[request.request_id]
+        waiting, failed = split_by_failure(self._requests.values(), message, or_first)
         self._launched.clear()
         self.kv.reset()
         self._running = RunningSet(self._max_num_seqs, self.kv.page_size)
-        self._requests, self._waiting = requests, waiting
+        gone = set(failed)
+        self._requests = {name: request for name, request in self._requests.items() if request not in gone}
+        self._waiting = waiting
         return Committed(finished=failed, failure=message)
 
     def _preempt(self, request: Request) -> None:

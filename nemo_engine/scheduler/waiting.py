@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections.abc import Iterable
 from operator import attrgetter
 
-from nemo_engine.scheduler.request import Request
+from nemo_engine.scheduler.request import Request, RequestStatus
 
 
 class WaitingQueue:
@@ -17,7 +18,8 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}  # by priority; none is empty
-        self._priorities: list[int] = []  # a heap of these, and of some that are no longer
+        self._priorities: list[int] = []  # a heap of these, and of some that are no longer, each once
+        self._queued: set[int] = set()  # what the heap holds
         self._count = 0
 
     def __len__(self) -> int:
@@ -28,14 +30,16 @@ class WaitingQueue:
         level = self._levels.get(request.priority)
         if level is None:
             level = self._levels[request.priority] = _Level()
-            heapq.heappush(self._priorities, request.priority)
+            if request.priority not in self._queued:
+                self._queued.add(request.priority)
+                heapq.heappush(self._priorities, request.priority)
         level.push(request)
         self._count += 1
 
     def first(self) -> Request:
         """The most urgent request; the queue must not be empty."""
         while self._priorities[0] not in self._levels:
-            heapq.heappop(self._priorities)
+            self._queued.remove(heapq.heappop(self._priorities))
         return self._levels[self._priorities[0]].first()
 
     def pop(self) -> None:
@@ -96,3 +100,28 @@ class _Level:
 
     def count_of(self, client: str) -> int:
         return len(self._clients.get(client, ()))
+
+
+def split_by_failure(requests: Iterable[Request], message: str, or_first: bool) -> tuple[WaitingQueue, list[Request]]:
+    """A step broke: end those of ``requests`` that run, or else, with ``or_first``, the first that waits, with an error.
+
+    Returns a queue of the others, and those that have ended. Nobody has a page any more.
+    """
+    waiting, failed = WaitingQueue(), []
+    for request in requests:
+        request.pages, request.num_hashed_pages, request.pages_wanted, request.hash_wanted = [], 0, 0, None
+        request.num_computed_tokens = 0
+        if request.status is RequestStatus.WAITING:
+            waiting.push(request)
+            continue
+        if request.status is RequestStatus.RUNNING:
+            request.finish_reason, request.stop_reason, request.error = "error", None, message
+            request.status = RequestStatus.FINISHED
+        failed.append(request)
+    if or_first and not failed and waiting:
+        request = waiting.first()
+        request.finish_reason, request.error = "error", message
+        request.status = RequestStatus.FINISHED
+        waiting.remove(request)
+        failed.append(request)
+    return waiting, failed

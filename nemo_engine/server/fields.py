@@ -61,7 +61,18 @@ INPUT_ITEM: Names = {
     "content": [_INPUT_PART], "output": [_INPUT_PART],
 }  # fmt: skip
 INPUT_TOOL: Names = dict.fromkeys(
-    ("type", "name", "description", "parameters", "strict", "allowed_callers", "defer_loading", "async")
+    (
+        "type",
+        "name",
+        "description",
+        "parameters",
+        "strict",
+        "allowed_callers",
+        "defer_loading",
+        "async",
+        "function",
+        "output_schema",
+    )
 )
 TEXT_FORMAT: Names = dict.fromkeys(("type", "name", "schema", "strict", "description"))
 
@@ -72,9 +83,14 @@ class Ignored:
     def __init__(self) -> None:
         self.paths: dict[str, None] = {}
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no more are noted."""
+        return len(self.paths) >= MAX_IGNORED
+
     def add(self, path: str) -> None:
         """Note one."""
-        if len(self.paths) < MAX_IGNORED:
+        if not self.is_full:
             self.paths[path] = None
 
     def known_part(self, value: Any, names: Any, path: str, place: str | None = None) -> Any:

@@ -107,7 +107,9 @@ class Generation:
     def _ids(self, name: str) -> list[str]:
         if len(self.prompts) == 1:
             return [name]
-        return [f"{name}-{index}-{uuid4().hex}" for index in range(len(self.prompts))]  # no client may have written these
+        return [
+            f"{name}-{index}-{uuid4().hex}" for index in range(len(self.prompts))
+        ]  # no client may have written these
 
     def _give_back(self, ids: list[str]) -> None:
         running, key = self._service.running, (self._client, self.id)

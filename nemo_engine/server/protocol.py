@@ -119,15 +119,19 @@ class ApiRequest(BaseModel):
 
     def ignored_fields(self) -> list[str]:
         """Fields that had no effect. Raises ``ApiError`` for a known one that is not supported."""
-        for name, value in (self.__pydantic_extra__ or {}).items():
-            if name not in self.unsupported:
-                if not asks_nothing(value):
-                    self._ignored.add(name)
-            elif not asks_nothing(value) and not any(
+        extra = self.__pydantic_extra__ or {}
+        for name in self.unsupported.keys() & extra.keys():
+            value = extra[name]
+            if not asks_nothing(value) and not any(
                 value == harmless and not isinstance(value, bool) for harmless in self.unsupported[name]
             ):
                 hint = f"; use {self.instead[name]}" if name in self.instead else ""
                 raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
+        for name, value in extra.items():
+            if self._ignored.is_full:  # a hostile body may hold any number
+                break
+            if name not in self.unsupported and not asks_nothing(value):
+                self._ignored.add(name)
         return list(self._ignored.paths)
 
 

@@ -81,7 +81,7 @@ BODIES: dict[str, tuple[str, bytes]] = {
     "too many biases/413": completion(logit_bias={str(i): 1 for i in range(100_000)}),
     "stop ids/400": completion(stop_token_ids=list(range(240_000))),
     "allowed ids, not numbers/400": completion(allowed_token_ids=["x"] * 240_000),
-    "long model/404": completion(model="m" * 15 * M),
+    "long model/400": completion(model="m" * 15 * M),
     "long salt/400": completion(cache_salt="m" * 15 * M),
     "many completions/200": completion(prompt=[2000] * 100, n=128),
     "many completions with stop strings/400": completion(n=128, stop=[f"s{i}" for i in range(1024)]),
