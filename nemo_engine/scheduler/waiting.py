@@ -22,6 +22,10 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def requests(self) -> list[Request]:
+        """All, in no order."""
+        return list(self._requests.values())
+
     def push(self, request: Request) -> None:
         """Add ``request``."""
         key = (request.priority, request.arrival)
