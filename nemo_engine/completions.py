@@ -121,6 +121,7 @@ class UserRequest:
             self.prompt_logprobs = [None] * len(prompt.token_ids)
         self.has_emitted = False
         self.is_emitting = False  # and for good, if an exception cut it short: something may be lost
+        self.has_ended = False  # its last output has been sent
 
     @property
     def is_finished(self) -> bool:
@@ -294,7 +295,9 @@ class OutputProcessor:
                     self._fail(completion, failure)
                 if completion.is_finished and completion.logprobs is None:
                     self._take(completion)
-            if user.is_finished:
+            if user.has_ended:
+                self._forget(user)
+            elif user.is_finished:
                 self._emit(user, now)
 
     def abort(self, user: UserRequest | str) -> None:
@@ -363,7 +366,9 @@ class OutputProcessor:
     @staticmethod
     def _send(user: UserRequest) -> None:
         user.is_emitting = True
-        user.sink.append(user.output())
+        output = user.output()
+        user.sink.append(output)
+        user.has_ended = output.finished
         user.is_emitting = False
 
     @staticmethod

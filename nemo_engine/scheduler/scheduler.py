@@ -16,36 +16,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nemo_engine.outputs import FinishReason
-from nemo_engine.scheduler.ends import end_of, failure_of
+from nemo_engine.scheduler.ends import Committed, commit_each, restart
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.planned_step import PlannedStep
+from nemo_engine.scheduler.preemption import grow_in_turn, restart_readers
 from nemo_engine.scheduler.prompts import plan_prompts
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.running import RunningSet
-from nemo_engine.scheduler.waiting import WaitingQueue, split_by_failure
-from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan, StepResult, TokenLogprobs
-
-
-@dataclass(slots=True)
-class Committed:
-    """What one committed step changed. ``token_ids[i]`` was appended to ``requests[i]``.
-
-    ``prefilled`` are those of ``requests`` whose prompt (or, after a preemption, all known tokens) this step completed.
-    ``logprobs`` maps an index into ``requests``; ``prompt_logprobs`` holds ``(request, first position, entries)``.
-    ``finished`` requests have their ``finish_reason``; those in ``requests`` too got their last token in this step.
-    After a failure nothing was committed: whatever ran has ended, and may have done so before in a step that was never reported.
-    """
-
-    requests: list[Request] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    prefilled: list[Request] = field(default_factory=list)
-    finished: list[Request] = field(default_factory=list)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: list[tuple[Request, int, list[TokenLogprobs]]] = field(default_factory=list)
-    failure: str | None = None
+from nemo_engine.scheduler.waiting import WaitingQueue
+from nemo_engine.step import StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,27 +173,9 @@ class Scheduler:
         self.kv.cache_all_pages(due)
         pages = self.kv.append_pages(due)
         if pages is None:
-            due, pages = self._grow_in_turn(due)
+            due, pages = grow_in_turn(due, self.kv, self._running, self._preempt)
         self._running.note_next_pages(due, step_id)
         return [(request.slot, len(request.pages) - 1, page) for request, page in zip(due, pages)]
-
-    def _grow_in_turn(self, due: list[Request]) -> tuple[list[Request], list[int]]:
-        """Where there are too few pages for all of ``due``: preempt. Returns those that got a page and are left, and the pages."""
-        grown: dict[Request, int] = {}
-        for request in due:
-            if request.status is not RequestStatus.RUNNING:  # preempted a moment ago
-                continue
-            pages = self.kv.append_pages([request])
-            while pages is None:
-                victim = self._running.least_urgent()
-                self._preempt(victim)
-                grown.pop(victim, None)
-                if victim is request:
-                    break
-                pages = self.kv.append_pages([request])
-            else:
-                (grown[request],) = pages
-        return list(grown), list(grown.values())
 
     def _num_known_tokens(self, request: Request) -> int:
         return len(request.token_ids)
@@ -245,48 +209,17 @@ class Scheduler:
             committed.requests, committed.token_ids = requests, token_ids
             committed.logprobs = dict(result.logprobs)
         else:
-            self._commit_each(step, requests, result, committed)
+            bad = commit_each(step, requests, result, committed, self._end, self._discard)
+            if bad:
+                restart_readers(bad, self.kv, self._running, self._preempt)
         for request in step.last:
             if step.counts_for(request):
                 self._end(request, "length")
                 committed.finished.append(request)
         return committed
 
-    def _commit_each(self, step: PlannedStep, requests: list[Request], result: StepResult, to: Committed) -> None:
-        bad: list[int] = []  # pages
-        for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
-            if not step.counts_for(request):
-                continue
-            request.error = failure_of(request, token_id)
-            request.is_sound = request.is_sound or token_id >= 0
-            if request.error is not None:
-                if token_id == TOKEN_NOT_FINITE:
-                    bad += self.kv.discard(request, self._num_good_tokens(request))
-                self._end(request, "error")
-                to.finished.append(request)
-                continue
-            request.token_ids.append(token_id)
-            if index in result.logprobs:
-                to.logprobs[len(to.requests)] = result.logprobs[index]
-            to.requests.append(request)
-            to.token_ids.append(token_id)
-            end = end_of(request, token_id)
-            if end is not None:
-                self._end(request, *end)
-                to.finished.append(request)
-        if bad:
-            self._restart_readers(set(bad))
-
-    def _restart_readers(self, bad: set[int]) -> None:
-        """Preempt who has pages of ``bad`` and nothing sound to show for it yet: what it computed from them is as bad."""
-        is_spread = True
-        while is_spread:
-            is_spread = False
-            for request in self._running.requests():
-                if not request.is_sound and not bad.isdisjoint(request.pages):
-                    bad.update(self.kv.discard(request, 0))
-                    self._preempt(request)
-                    is_spread = True
+    def _discard(self, request: Request) -> list[int]:
+        return self.kv.discard(request, self._num_good_tokens(request))
 
     def fail_running(self, message: str, or_first: bool = False) -> Committed:
         """A step broke, or a change of the books was cut short, wherever it was: end every running request with an error.
@@ -295,13 +228,11 @@ class Scheduler:
         the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if nobody runs, the first of those
         that wait ends instead.
         """
-        waiting, failed = split_by_failure(self._requests.values(), message, or_first)
+        waiting, failed = restart(self._requests.values(), message, or_first)
         self._launched.clear()
         self.kv.reset()
         self._running = RunningSet(self._max_num_seqs, self.kv.page_size)
-        gone = set(failed)
-        self._requests = {name: request for name, request in self._requests.items() if request not in gone}
-        self._waiting = waiting
+        self._requests, self._waiting = {request.request_id: request for request in waiting.requests()}, waiting
         return Committed(finished=failed, failure=message)
 
     def _preempt(self, request: Request) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Iterable
 from operator import attrgetter
 
-from nemo_engine.scheduler.request import Request, RequestStatus
+from nemo_engine.scheduler.request import Request
 
 
 class WaitingQueue:
@@ -24,6 +23,10 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return self._count
+
+    def requests(self) -> list[Request]:
+        """All, in no order."""
+        return [request for level in self._levels.values() for request in level.requests()]
 
     def push(self, request: Request) -> None:
         """Add ``request``."""
@@ -73,6 +76,9 @@ class _Level:
     def __bool__(self) -> bool:
         return bool(self._preempted or self._clients)
 
+    def requests(self) -> list[Request]:
+        return [*self._preempted, *(request for own in self._clients.values() for request in own.values())]
+
     def push(self, request: Request) -> None:
         if request.num_preemptions:
             insort(self._preempted, request, key=attrgetter("arrival"))
@@ -100,28 +106,3 @@ class _Level:
 
     def count_of(self, client: str) -> int:
         return len(self._clients.get(client, ()))
-
-
-def split_by_failure(requests: Iterable[Request], message: str, or_first: bool) -> tuple[WaitingQueue, list[Request]]:
-    """A step broke: end those of ``requests`` that run, or else, with ``or_first``, the first that waits, with an error.
-
-    Returns a queue of the others, and those that have ended. Nobody has a page any more.
-    """
-    waiting, failed = WaitingQueue(), []
-    for request in requests:
-        request.pages, request.num_hashed_pages, request.pages_wanted, request.hash_wanted = [], 0, 0, None
-        request.num_computed_tokens = 0
-        if request.status is RequestStatus.WAITING:
-            waiting.push(request)
-            continue
-        if request.status is RequestStatus.RUNNING:
-            request.finish_reason, request.stop_reason, request.error = "error", None, message
-            request.status = RequestStatus.FINISHED
-        failed.append(request)
-    if or_first and not failed and waiting:
-        request = waiting.first()
-        request.finish_reason, request.error = "error", message
-        request.status = RequestStatus.FINISHED
-        waiting.remove(request)
-        failed.append(request)
-    return waiting, failed
