@@ -31,7 +31,7 @@ class Runner(ScriptedRunner):
         self.plans.clear()
         return handle
 
-    def share_cores(self) -> None:
+    def settle(self) -> None:
         pass
 
     def close(self) -> None:

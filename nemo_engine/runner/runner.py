@@ -285,7 +285,7 @@ class Runner:
 
         Libraries keep some things per thread (cuBLAS its handle and workspace, OpenMP its pool): a step of padding makes them now.
         """
-        for counts in (self._padding_rows(min(_SETTLING_TOKENS, self._max_num_batched_tokens)), [1]):
+        for counts in (_padding_rows(min(_SETTLING_TOKENS, self._max_num_batched_tokens), self._max_model_len), [1]):
             self._run_padding(counts)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -299,11 +299,7 @@ class Runner:
         for rows in sorted({*_powers_of_two(self._max_num_seqs), *sizes}):
             self._run_padding([1] * rows)
         for tokens in _powers_of_two(self._max_num_batched_tokens):
-            self._run_padding(self._padding_rows(tokens))
-
-    def _padding_rows(self, num_tokens: int) -> list[int]:
-        whole, rest = divmod(num_tokens, self._max_model_len)
-        return [self._max_model_len] * whole + [rest] * (rest > 0)
+            self._run_padding(_padding_rows(tokens, self._max_model_len))
 
     def _run_padding(self, counts: list[int]) -> None:
         """A step of rows of slot 0. Only its page 0 is written."""
@@ -355,8 +351,7 @@ class Runner:
             torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
-        """Drop all tensors and graphs, also if the device is lost; says so if an FP8 cache was too small for what was written into a
-        sample of its pages."""
+        """Drop all tensors and graphs, also if the device is lost; says so if an FP8 cache's scales were too small."""
         try:
             self._kv_cache.warn_if_saturated(self._table.highest_page)
         finally:
@@ -366,6 +361,12 @@ class Runner:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
                 torch.cuda.empty_cache()
+
+
+def _padding_rows(num_tokens: int, longest: int) -> list[int]:
+    """Lengths of rows, of at most ``longest``, that are ``num_tokens`` together."""
+    whole, rest = divmod(num_tokens, longest)
+    return [longest] * whole + [rest] * (rest > 0)
 
 
 def _is_fp32(weights: NemoWeights) -> bool:
