@@ -148,10 +148,10 @@ def test_a_request_that_is_cancelled_while_it_is_added_never_runs(
     prepare = engine._loop.prepare
     has_begun, may_go_on = threading.Event(), threading.Event()
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **more: Any) -> Any:
         has_begun.set()
         assert may_go_on.wait(30)
-        return prepare(*args)
+        return prepare(*args, **more)
 
     async def run() -> None:
         monkeypatch.setattr(engine._loop, "prepare", slow)

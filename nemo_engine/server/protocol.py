@@ -85,6 +85,7 @@ class _First(FailFast):
 
 _T = TypeVar("_T")
 Items = Annotated[list[_T], _First()]  # what is wrong is told of the first such element: there may be very many
+_Some = Annotated[Items[_T], Limits(minItems=1)]
 _Text = Annotated[str, Limits(minLength=1)]
 _TokenId = Annotated[int, Limits(minimum=0)]
 _SEED_SHOWN = Limits(
@@ -213,7 +214,7 @@ class GenerationRequest(SamplingRequest):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | Items[str] | Items[int] | Items[Items[int]] = Field(union_mode="left_to_right")
+    prompt: _Text | _Some[_Text] | _Some[_TokenId] | _Some[_Some[_TokenId]] = Field(union_mode="left_to_right")
     max_tokens: Annotated[int | None, Limits(minimum=1)] = None
     logprobs: int | None = None
     echo: bool | None = False
@@ -225,7 +226,7 @@ class ChatRequest(GenerationRequest):
 
     inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT, "messages": [MESSAGE], "tools": [TOOL]}
 
-    messages: Items[dict[str, Any]]
+    messages: _Some[dict[str, Any]]
     max_tokens: Annotated[int | None, Limits(minimum=1)] = None
     max_completion_tokens: Annotated[int | None, Limits(minimum=1)] = None
     logprobs: bool | None = False
@@ -253,7 +254,7 @@ class TokenizeRequest(ApiRequest):
 
     model: Annotated[str, Field(max_length=1024)] | None = None
     prompt: str | None = None
-    messages: Items[dict[str, Any]] | None = None
+    messages: _Some[dict[str, Any]] | None = None
     tools: Items[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = True

@@ -27,6 +27,7 @@ _NOTHING_TO_INCLUDE = {
     "web_search_call.action.sources",
     "web_search_call.results",
 }
+_INCLUDED = [INCLUDE_LOGPROBS, *sorted(_NOTHING_TO_INCLUDE)]
 MAX_TOP_LOGPROBS = 20
 _MAX_METADATA = 16  # pairs
 _MAX_METADATA_KEY = 64  # characters
@@ -102,7 +103,7 @@ class ResponsesRequest(SamplingRequest):
     instead: ClassVar[Mapping[str, str]] = _INSTEAD
     inside: ClassVar[Mapping[str, Any]] = {"input": [INPUT_ITEM], "tools": [INPUT_TOOL]}
 
-    input: str | Items[dict[str, Any]] = Field(union_mode="left_to_right")
+    input: str | Annotated[Items[dict[str, Any]], Limits(minItems=1)] = Field(union_mode="left_to_right")
     instructions: str | None = None
     max_output_tokens: int | None = None
     text: TextOptions | None = None
@@ -110,7 +111,7 @@ class ResponsesRequest(SamplingRequest):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     top_logprobs: int | None = None
-    include: Annotated[Items[str], Field(max_length=16)] | None = None
+    include: Annotated[Items[Annotated[str, Limits(enum=_INCLUDED)]], Field(max_length=16)] | None = None
     truncation: str | None = None
     metadata: Annotated[dict[str, Any], _METADATA] | None = None
     reasoning: dict[str, Any] | None = None
