@@ -85,7 +85,7 @@ def test_what_a_greedy_request_does_not_use_is_kept() -> None:
 
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_the_default_temperature_is_that_of_the_call(is_chat: bool) -> None:
-    inputs = InputProcessor(tiny_config(), Config(), None)
+    inputs = InputProcessor(tiny_config(), Config(), None, 1024)
     default = 0.3 if is_chat else 1.0
     given = SamplingParams()
     for params in (
