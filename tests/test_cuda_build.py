@@ -168,7 +168,7 @@ def test_only_weights_are_read_before_the_kernel_before_has_ended(lines: list[st
             kernel in ("rms_norm_kernel", "rope_kernel") and names
         ):  # a vector of the norm's weight each; a head's two scales
             assert int(early.split(":")[1]) <= 4, line
-        if kernel == "gemm_kernel":  # one stage of weights; the second is what x's copy has in common with it
+        if kernel == "gemm_kernel":  # the first weights; and x's copy in the same loop, which a flag keeps behind the wait
             assert early == "UTMALDG:2", line
 
 
