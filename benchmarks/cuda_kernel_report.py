@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -183,6 +184,7 @@ class Compiled:
     barriers: int
 
 
+@functools.cache
 def compiled(nvcc: Path) -> dict[str, Compiled]:
     """Every kernel in the library."""
     path = build.build_gpu(nvcc)

@@ -168,7 +168,9 @@ def test_only_weights_are_read_before_the_kernel_before_has_ended(lines: list[st
             kernel in ("rms_norm_kernel", "rope_kernel") and names
         ):  # a vector of the norm's weight each; a head's two scales
             assert int(early.split(":")[1]) <= 4, line
-        if kernel == "gemm_kernel":  # one stage of weights; the second is what x's copy has in common with it
+        if (
+            kernel == "gemm_kernel"
+        ):  # the first weights; and x's copy in the same loop, which a flag keeps behind the wait
             assert early == "UTMALDG:2", line
 
 
@@ -243,16 +245,8 @@ __global__ void touches_a_sum_too_early(float* out) {
 def test_products_that_ptxas_serialises_fail_the_build(library: Path, tmp_path: Path) -> None:
     source = tmp_path / "serialised.cu"
     source.write_text(SERIALISED)
-    compiler = [
-        NVCC,
-        "-std=c++20",
-        "--generate-code=arch=compute_90a,code=sm_90a",
-        f"-I{ROOT / 'csrc'}",
-        "-c",
-        source,
-        "-o",
-        tmp_path / "out.o",
-    ]
+    target = "--generate-code=arch=compute_90a,code=sm_90a"  # as CMake says it
+    compiler = [NVCC, "-std=c++20", target, f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "out.o"]
     run = subprocess.run(
         [sys.executable, ROOT / "csrc" / "build.py", "--compile", *compiler], capture_output=True, text=True
     )
