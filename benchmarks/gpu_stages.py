@@ -17,6 +17,7 @@ from typing import Any
 TEST_PATHS = (
     "tests/ops/test_ops.py",
     "tests/ops/test_sample.py",
+    "tests/runner/test_capture.py",
     "tests/runner/test_graphs.py",
     "tests/test_triton_engine.py",
 )

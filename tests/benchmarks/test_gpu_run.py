@@ -332,6 +332,6 @@ def test_links_stand_in_for_an_installation(tmp_path: Path) -> None:
     assert [path.resolve() for path in made] == [tmp_path / "kernels", tmp_path / "benchmarks", library]
     assert gpu_setup.link_packages(tmp_path, library) == []
     gpu_setup.write_metadata(tmp_path, tmp_path / "site")
-    code = "import importlib.metadata; print(importlib.metadata.version('nemo-engine'))"
+    code = "import sys; del sys.path[0]; import importlib.metadata; print(importlib.metadata.version('nemo-engine'))"
     said = gpu_setup.run_python(code, {**os.environ, "PYTHONPATH": str(tmp_path / "site")}, 60.0)
     assert said == "1.2"

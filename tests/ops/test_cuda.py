@@ -338,16 +338,17 @@ def test_inputs_are_made_for_more_rows_than_pay(emulated_library: Any, monkeypat
 def test_caches_of_more_than_two_billion_entries(emulated_library: Any, dtype: torch.dtype) -> None:
     """Keys and values in the last pages of a cache whose offsets need more than 32 bits: written, then read."""
     page_size, dim, num_pages, length = 128, 128, (1 << 31) // (128 * 128) + 3, 140
-    cache = torch.empty(num_pages, 1, page_size, dim, dtype=dtype)  # one memory for keys and values; hardly touched
+    keys, values = (torch.empty(num_pages, 1, page_size, dim, dtype=dtype) for _ in range(2))  # hardly touched
     pages, at = torch.tensor([[num_pages - 1, num_pages - 2]]), torch.arange(length)
     torch.manual_seed(1)
     q, k = (torch.randn(length, heads, dim).bfloat16() for heads in (2, 1))
     table = torch.stack([torch.ones(length, dim // 2), torch.zeros(length, dim // 2)], 1)  # nothing is rotated
     mapping = pages[0, at // page_size] * page_size + at % page_size
     with emulated(emulated_library):
-        rope.rope_and_append_kv_(q, k, k, table, at, mapping, cache, cache)
+        rope.rope_and_append_kv_(q, k, k, table, at, mapping, keys, values)
         stored = k.to(dtype)
-        assert same(cache[num_pages - 1, 0], stored[:page_size, 0])
+        assert same(keys[num_pages - 1, 0], stored[:page_size, 0])
+        assert same(values[num_pages - 1, 0], stored[:page_size, 0])
         small = torch.zeros(3, 1, page_size, dim)
         small[1, 0], small[2, 0, : length - page_size] = stored[:page_size, 0].float(), stored[page_size:, 0].float()
         for decodes, queries in ((1, q[-1:]), (0, q[-3:])):
@@ -364,7 +365,7 @@ def test_caches_of_more_than_two_billion_entries(emulated_library: Any, dtype: t
                 )
                 for own in (pages, torch.tensor([[1, 2]]))
             )
-            got = cuda_attention.paged_attention(queries, cache, cache, far, 0.1)
+            got = cuda_attention.paged_attention(queries, keys, values, far, 0.1)
             expected = attention.paged_attention(queries.float(), small, small, near, 0.1)
             torch.testing.assert_close(got.float(), expected, rtol=0.02, atol=0.02)
 
