@@ -64,7 +64,7 @@ def random_state_dict(config: ModelConfig, seed: int = 0, dtype: torch.dtype = t
 
     state: StateDict = {}
     for name, (shape, scale) in scales.items():
-        generator = torch.Generator().manual_seed(seed * 0x9E3779B1 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
         noise = torch.randn(shape, generator=generator)
         state[name] = (noise * scale if scale else 1.0 + 0.1 * noise).to(dtype)
     return state
