@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import tempfile
 from collections import Counter
@@ -178,15 +179,17 @@ class Player:
 
             core.runner.launch = broken_launch  # type: ignore[method-assign]
             return
-        kv = core.scheduler.kv
         places = [(core.runner, "launch")]
         if kind.startswith("inner"):
+            scheduler = core.scheduler
+            states = [scheduler, scheduler.kv.pool, *vars(scheduler).values()]
             places = [
-                (kv, "admit"), (kv, "append_pages"), (kv, "cache_pages"), (kv, "free"), (kv.pool, "allocate"),
-                (kv.pool, "release"), (kv.pool, "remember"), (kv.pool, "share"),
-                (core.scheduler._running, "end_prefill"), (core.scheduler._running, "enter"),
-                (core.scheduler._running, "leave"), (core.scheduler, "_prefill"), (core.scheduler, "_end"),
-            ]  # fmt: skip
+                (state, name)
+                for state in states
+                if type(state).__module__.startswith("nemo_engine.scheduler.") and hasattr(state, "__dict__")
+                for name, member in vars(type(state)).items()
+                if inspect.isfunction(member) and not name.startswith("__")
+            ]
         owner, name = rng.choice(places)
         is_after = rng.random() < 0.5
         original = getattr(owner, name)
