@@ -16,7 +16,7 @@ from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
 from nemo_engine.server.logprobs import chat_logprobs, prompt_logprobs
 from nemo_engine.server.params import effective
-from nemo_engine.server.prompts import encode_conversation, structured_outputs
+from nemo_engine.server.prompts import encode_conversation
 from nemo_engine.server.protocol import ChatRequest
 from nemo_engine.server.service import Service, while_connected
 from nemo_engine.server.sse import DONE, EventStream, event
@@ -103,7 +103,7 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
         len(prompt.token_ids),
         asked_tokens=asked,
         logprobs=logprobs,
-        structured=tools.structured_outputs(structured_outputs(request)),
+        tools=tools,
     )
     echo = ""
     if request.echo and request.messages[-1].get("role") == "assistant":
