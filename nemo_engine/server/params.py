@@ -121,11 +121,13 @@ def _set_max_tokens(
     limit = service.options.max_completion_tokens
     if asked is not None:
         values["max_tokens"], origins["max_tokens"] = asked, "request"
-        name = "max_tokens" if getattr(request, "max_completion_tokens", None) is None else "max_completion_tokens"
-        if asked < 1:
-            raise ApiError(400, f"{name} must be at least 1, got {asked}", param=name)
-        if limit is not None and asked > limit:
-            raise ApiError(400, f"{name} must be at most {limit} on this server, got {asked}", param=name)
+        is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        for name in ("max_completion_tokens", "max_tokens"):  # of which the first counts, and both are checked
+            given = getattr(request, name, None)
+            if given is not None and given < 1 and not (given == 0 and is_echo):
+                raise ApiError(400, f"{name} must be at least 1, got {given}", param=name)
+            if given is not None and limit is not None and given > limit:
+                raise ApiError(400, f"{name} must be at most {limit} on this server, got {given}", param=name)
     elif "max_tokens" not in values and isinstance(request, CompletionRequest):
         values["max_tokens"] = _DEFAULT_MAX_TOKENS
     room = service.engine.room_for(num_prompt_tokens)

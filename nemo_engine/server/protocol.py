@@ -148,7 +148,7 @@ class StreamOptions(ApiRequest):
 class RepetitionDetectionFields(BaseModel):
     """``SamplingParams.repetition_detection``."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     max_pattern_size: int = 0
     min_pattern_size: int = 0
