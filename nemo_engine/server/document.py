@@ -186,7 +186,7 @@ _COMPONENTS: dict[str, Schema] = {
     "InputTool": _object(
         ["type", "name"], ["function", "output_schema"],
         type={"const": "function"}, name=_NAME, description={"type": ["string", "null"]}, strict=_BOOLEAN,
-        parameters=_or_null(_ref("Parameters")), defer_loading={"enum": [False, None]}, **{"async": {"enum": [False, None]}},
+        parameters=_or_null(_ref("Parameters")), defer_loading=_NOTHING, **{"async": _NOTHING},
         allowed_callers={"anyOf": [{"const": ["direct"]}, _NOTHING]},
     ),
     "InputToolChoice": {
@@ -213,8 +213,8 @@ def _given(name: str, value: Schema) -> Schema:
     return {"required": [name], "properties": {name: value}}
 
 
-def _if(condition: Schema, *then: Schema) -> Schema:
-    return {"if": condition, "then": {"allOf": list(then)} if len(then) > 1 else then[0]}
+def _if(condition: Schema, then: Schema) -> Schema:
+    return {"if": condition, "then": then}
 
 
 _TRUE: Schema = {"const": True}
@@ -234,7 +234,6 @@ _TOGETHER: dict[str, list[Schema]] = {
         _if(
             _given("tool_choice", {"anyOf": [{"enum": ["required", "any"]}, {"type": "object"}]}),
             _given("tools", {"type": "array", "minItems": 1}),
-            {"properties": {"continue_final_message": {"enum": [False, None]}}},
         ),
     ],
     "CompletionRequest": [
@@ -264,6 +263,9 @@ _KINDS = {"ChatRequest": ("GenerationRequest", "ChatRequest"), "CompletionReques
           "TokenizeRequest": ("TokenizeRequest",), "ResponsesRequest": ("ResponsesRequest",)}  # fmt: skip
 
 
+_STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+
+
 def describe(document: Schema, service: Service) -> None:
     """Add to ``document``, of FastAPI, what it does not know."""
     schemas: dict[str, Schema] = document["components"]["schemas"]
@@ -277,6 +279,9 @@ def describe(document: Schema, service: Service) -> None:
             schema["allOf"] = rules
         _say_vocabulary(schema, service.engine.model_config.vocab_size)
     schemas.update(_COMPONENTS)
+    for path in _STREAMED:
+        answers = document["paths"][path]["post"]["responses"]
+        answers["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
 
 
 def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
@@ -302,6 +307,17 @@ def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
         "logprob_token_ids": _or_null(_list({"type": "integer", "minimum": 0}, maxItems=MAX_LOGPROB_TOKEN_IDS)),
         "allowed_token_ids": _or_null(_list({"type": "integer", "minimum": 0}, minItems=1)),
         "structured_outputs": _or_null(_ref("StructuredOutputs")),
+        "logit_bias": _or_null(
+            {
+                "type": "object",
+                "description": "Numbers beyond 100 and -100 count as these.",
+                "propertyNames": {
+                    "pattern": f"^0*({_below(service.engine.model_config.vocab_size)})$",
+                    "maxLength": 20,
+                },
+                "additionalProperties": {"type": "number"},
+            }
+        ),
     }
     if service.engine.config.scheduling_policy != "priority":
         fields["priority"] = {"enum": [0, None]}
@@ -342,6 +358,19 @@ def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
             name: {"type": "integer", "minimum": 0} for name in ("max_pattern_size", "min_pattern_size", "min_count")
         }
     return fields
+
+
+def _below(number: int) -> str:
+    """A regular expression for the integers from 0 to ``number`` - 1, without leading zeros but for 0."""
+    digits = str(number - 1)
+    parts = [f"[1-9][0-9]{{{length - 1}}}" for length in range(2, len(digits))] + ["[0-9]"] * (len(digits) > 1)
+    for at, digit in enumerate(digits):
+        least = 1 if at == 0 and len(digits) > 1 else 0
+        if int(digit) > least:
+            parts.append(
+                f"{digits[:at]}[{least}-{int(digit) - 1}]" + f"[0-9]{{{len(digits) - at - 1}}}" * (at < len(digits) - 1)
+            )
+    return "|".join([*parts, digits])
 
 
 def _say_vocabulary(schema: Schema, vocab_size: int) -> None:
