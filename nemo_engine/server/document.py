@@ -312,7 +312,7 @@ def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
                 "type": "object",
                 "description": "Numbers beyond 100 and -100 count as these.",
                 "propertyNames": {
-                    "pattern": f"^0*({_below(service.engine.model_config.vocab_size)})$",
+                    "pattern": f"^0*({ids_below(service.engine.model_config.vocab_size)})$",
                     "maxLength": 20,
                 },
                 "additionalProperties": {"type": "number"},
@@ -360,7 +360,7 @@ def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
     return fields
 
 
-def _below(number: int) -> str:
+def ids_below(number: int) -> str:
     """A regular expression for the integers from 0 to ``number`` - 1, without leading zeros but for 0."""
     digits = str(number - 1)
     parts = [f"[1-9][0-9]{{{length - 1}}}" for length in range(2, len(digits))] + ["[0-9]"] * (len(digits) > 1)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from nemo_engine import AsyncEngine
-from nemo_engine.server.document import _below
+from nemo_engine.server.document import ids_below
 from tests.server.live import LiveServer
 
 FOLDER = Path(__file__).parent
@@ -33,5 +33,5 @@ def test_the_server_does_what_its_document_says(engine: AsyncEngine, tmp_path: P
 
 def test_the_pattern_of_ids_below_a_limit() -> None:
     for number in (1, 2, 9, 10, 11, 97, 100, 101, 6144, 6200):
-        pattern = re.compile(f"^({_below(number)})$")
+        pattern = re.compile(f"^({ids_below(number)})$")
         assert [one for one in range(number + 2000) if pattern.match(str(one))] == list(range(number))
