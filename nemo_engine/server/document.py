@@ -222,12 +222,11 @@ _SOME: Schema = {"not": _NULL}
 _IS_TEXT_FORMAT: Schema = {
     "anyOf": [_NULL, {"type": "object", "required": ["type"], "properties": {"type": {"const": "text"}}}]
 }
-# A generator of cases may multiply these out: five for a request, with all of its kinds, are few enough.
+# A generator of cases may multiply these out: five for a request are few enough, and four for one of chat, whose ``n`` above 1 needs sampling too.
 _TOGETHER: dict[str, list[Schema]] = {
     "GenerationRequest": [
         _if(_given("stream", _TRUE), {"properties": {"prompt_logprobs": _NULL}}) | {"else": {"properties": {"stream_options": _NULL}}},
         _if(_given("structured_outputs", _SOME), {"properties": {"response_format": _IS_TEXT_FORMAT}}),
-        _if(_given("n", {"type": "integer", "minimum": 2}), {"properties": {"temperature": {"not": {"type": "number", "exclusiveMaximum": 1e-5}}}}),
     ],
     "ChatRequest": [
         _if(_given("top_logprobs", _SOME), _given("logprobs", _TRUE)),
@@ -237,6 +236,7 @@ _TOGETHER: dict[str, list[Schema]] = {
         ),
     ],
     "CompletionRequest": [
+        _if(_given("n", {"type": "integer", "minimum": 2}), {"properties": {"temperature": {"not": {"type": "number", "exclusiveMaximum": 1e-5}}}}),
         _if({"allOf": [_given("echo", _TRUE), _given("stream", _TRUE)]}, {"properties": {"logprobs": _NULL}}),
         _if(_given("max_tokens", {"const": 0}), _given("echo", _TRUE)),
     ],
@@ -281,7 +281,7 @@ def describe(document: Schema, service: Service) -> None:
     schemas.update(_COMPONENTS)
     for path in _STREAMED:
         answers = document["paths"][path]["post"]["responses"]
-        answers["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
+        answers["200"]["content"]["text/event-stream"] = {"schema": {}}
 
 
 def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
@@ -307,6 +307,7 @@ def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
         "logprob_token_ids": _or_null(_list({"type": "integer", "minimum": 0}, maxItems=MAX_LOGPROB_TOKEN_IDS)),
         "allowed_token_ids": _or_null(_list({"type": "integer", "minimum": 0}, minItems=1)),
         "structured_outputs": _or_null(_ref("StructuredOutputs")),
+        "seed": {"type": ["integer", "null"], "minimum": -(2**63), "maximum": 2**64 - 1},
         "logit_bias": _or_null(
             {
                 "type": "object",

@@ -53,6 +53,7 @@ def _broken(body: dict[str, Any]) -> Iterator[bool]:
         body["prompt"] if isinstance(body.get("prompt"), list) and isinstance(body["prompt"][0], (str, list)) else [0]
     )
     yield n * len(prompts) > 128
+    yield n > 1 and body.get("temperature") is not None and body["temperature"] < 1e-5
     yield from _broken_by_tools(body)
     items = body.get("messages") or body.get("input")
     if isinstance(items, list):
