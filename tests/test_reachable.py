@@ -141,7 +141,7 @@ def test_nothing_is_left(way: str, depth: int, monkeypatch: pytest.MonkeyPatch) 
     assert reachable() == before
     running = engine._core.scheduler._running
     assert not running._last_due and not running._page_due and not engine._core.scheduler._waiting._levels
-    assert len(engine._core.scheduler._waiting._priorities) <= 3
+    assert len(engine._core.scheduler._waiting._heap) <= 3
 
 
 @pytest.mark.parametrize("way", ["end", "abort", "client gone", "loop gone"])

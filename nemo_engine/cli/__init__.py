@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from nemo_engine import __version__
 from nemo_engine.cli import bench, chat, demo, generate, info, plan, quantize, serve, simulate, verify
@@ -78,7 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line: the flags are many, and ``--help`` lists them."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it; ``error`` looks at what was given."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            takers = [flag for action in self._actions if action.nargs == "+" for flag in action.option_strings]
+            for flag in [word for word in self._words if word in takers][-1:]:
+                message += f"; {flag} takes all words behind it, so write MODEL first: {self.prog} MODEL {flag} ..."
         self.exit(EXIT_BAD_INPUT, f"nemo-engine: error: {message} ({self.prog} --help lists what it takes)\n")
 
 

@@ -17,7 +17,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}  # by priority; none is empty
-        self._priorities: list[int] = []  # a heap of these, and of some that are no longer, each once
+        self._heap: list[int] = []  # a heap of these, and of some that are no longer, each once
         self._queued: set[int] = set()  # what the heap holds
         self._count = 0
 
@@ -35,15 +35,15 @@ class WaitingQueue:
             level = self._levels[request.priority] = _Level()
             if request.priority not in self._queued:
                 self._queued.add(request.priority)
-                heapq.heappush(self._priorities, request.priority)
+                heapq.heappush(self._heap, request.priority)
         level.push(request)
         self._count += 1
 
     def first(self) -> Request:
         """The most urgent request; the queue must not be empty."""
-        while self._priorities[0] not in self._levels:
-            self._queued.remove(heapq.heappop(self._priorities))
-        return self._levels[self._priorities[0]].first()
+        while self._heap[0] not in self._levels:
+            self._queued.remove(heapq.heappop(self._heap))
+        return self._levels[self._heap[0]].first()
 
     def pop(self) -> None:
         """Take the first request out; it is the next client's turn."""

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
+from nemo_engine.inputs import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, RequestOutput
 from nemo_engine.server.answer import respond
 from nemo_engine.server.completions import is_answer_long
@@ -15,8 +16,8 @@ from nemo_engine.server.errors import ApiError
 from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
 from nemo_engine.server.logprobs import chat_logprobs, prompt_logprobs
-from nemo_engine.server.params import effective
-from nemo_engine.server.prompts import encode_conversation, structured_outputs
+from nemo_engine.server.params import Effective, effective
+from nemo_engine.server.prompts import encode_conversation
 from nemo_engine.server.protocol import ChatRequest
 from nemo_engine.server.service import Service, while_connected
 from nemo_engine.server.sse import DONE, EventStream, event
@@ -77,8 +78,8 @@ class Chat:
         return content, calls if self.tools.parallel else calls[:1]
 
 
-def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl-") -> Chat:
-    """Check a request and put it into the form that the engine takes. Runs outside the event loop: grammars may be compiled."""
+def checked_chat(service: Service, request: ChatRequest) -> tuple[ToolUse, EncodedPrompt, Effective]:
+    """The tools, the prompt and the parameters of a request; ``ValueError`` or ``ApiError`` for what is wrong."""
     if request.add_special_tokens:
         raise ApiError(400, "add_special_tokens must be false: chat begins with its own", param="add_special_tokens")
     if request.top_logprobs is not None and not request.logprobs:
@@ -90,7 +91,6 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
     most = service.engine.config.max_logprobs
     if request.top_logprobs is not None and most != -1 and not 0 <= request.top_logprobs <= most:
         raise ApiError(400, f"top_logprobs must be in [0, {most}], got {request.top_logprobs}", param="top_logprobs")
-    service.check_admission(request.n or 1, service.turn_of(http))
     tools = ToolUse.of(request, service.tokenizer)
     prompt = encode_conversation(service, request, tools)
     logprobs = None
@@ -103,8 +103,15 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
         len(prompt.token_ids),
         asked_tokens=asked,
         logprobs=logprobs,
-        structured=tools.structured_outputs(structured_outputs(request)),
+        tools=tools,
     )
+    return tools, prompt, own
+
+
+def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl-") -> Chat:
+    """Check a request and put it into the form that the engine takes. Runs outside the event loop: grammars may be compiled."""
+    service.check_admission(request.n or 1, service.turn_of(http))
+    tools, prompt, own = checked_chat(service, request)
     echo = ""
     if request.echo and request.messages[-1].get("role") == "assistant":
         echo = check_content(request.messages[-1].get("content"), "messages[-1].content") or ""

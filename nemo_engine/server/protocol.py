@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr
 
 from nemo_engine.sampling_params import MAX_BAD_WORDS, MAX_N, MAX_STOP
 from nemo_engine.server.errors import ApiError
@@ -91,13 +91,6 @@ _TokenId = Annotated[int, Limits(minimum=0)]
 _SEED_SHOWN = Limits(
     minimum=-(2**62), maximum=2**63
 )  # the document's numbers are floats: what lies within is taken in any case
-_LOGIT_BIAS = WithJsonSchema(
-    {
-        "type": "object",
-        "propertyNames": {"pattern": "^[0-9]+$"},
-        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-    }
-)
 
 
 class ApiRequest(BaseModel):
@@ -148,7 +141,7 @@ class StreamOptions(ApiRequest):
 class RepetitionDetectionFields(BaseModel):
     """``SamplingParams.repetition_detection``."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     max_pattern_size: int = 0
     min_pattern_size: int = 0
@@ -166,7 +159,7 @@ class SamplingRequest(ApiRequest):
     top_p: Annotated[float | None, Limits(exclusiveMinimum=0, maximum=1)] = None
     frequency_penalty: Annotated[float | None, Limits(minimum=-2, maximum=2)] = None
     presence_penalty: Annotated[float | None, Limits(minimum=-2, maximum=2)] = None
-    logit_bias: Annotated[dict[str, Any], _LOGIT_BIAS] | None = None
+    logit_bias: dict[str, Any] | None = None
     # vLLM's extras
     top_k: Annotated[int | None, Limits(minimum=-1)] = None
     min_p: Annotated[float | None, Limits(minimum=0, maximum=1)] = None

@@ -179,7 +179,11 @@ def _tool(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
             code="unsupported_parameter",
         )
     direct = {"allowed_callers": ["direct"], "defer_loading": False, "async": False}
-    given = {key: value for key, value in tool.items() if key not in direct or value != direct[key]}
+    given = {
+        key: value
+        for key, value in tool.items()
+        if key not in direct or value != direct[key] or type(value) is not type(direct[key])
+    }
     refuse_unknown(given, _TOOL_KEYS, name, "a function")
     return {
         "type": "function",

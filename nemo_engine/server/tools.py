@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest
 from nemo_engine.structured_outputs import StructuredOutputsParams
 from nemo_engine.text import Tokenizer
-from nemo_engine.text.grammar import tool_call_grammar
+from nemo_engine.text.grammar import check_schema, tool_call_grammar
 from nemo_engine.text.tools import ToolChoice, check_tool_choice, check_tools, tool_call_schema
 
 
@@ -59,9 +60,49 @@ class ToolUse:
         if not self.is_on or asked is None:
             return asked
         form = StructuredOutputsParams.of(asked)
-        if form.json is None and not form.json_object:
+        schema = _answer_schema(form)
+        if schema is None:
             return form  # expressions and grammars mean the whole answer
         assert self.trigger_id is not None
-        schema = {"type": "object"} if form.json is None else json.loads(str(form.json))
         calls = tool_call_schema(self.tools, self.choice.names, self.parallel)
         return tool_call_grammar(self.trigger_id, calls, schema)
+
+    def has_grammar(self, asked: object | None) -> bool:
+        """Whether the form of the answer is made of the tools' parameters."""
+        return self.is_forced or (self.is_on and asked is not None)
+
+    def blamed(self, message: str, asked: object | None) -> str:
+        """``message``, an error of what ``structured_outputs`` made, with the tool or the part of ``asked`` whose fault it is."""
+        for index, tool in enumerate(self.tools):
+            if tool["function"]["name"] in self.choice.names:
+                wrong = _fault(tool["function"]["parameters"])
+                if wrong:
+                    return f"tools[{index}].function.parameters: {wrong}"
+        if not self.is_forced:
+            try:
+                schema = _answer_schema(StructuredOutputsParams.of(asked))
+            except ValueError as error:
+                return str(error)
+            if schema is None:
+                return message
+            wrong = _fault(schema)
+            if wrong:
+                return f"structured_outputs.json: {wrong}"
+        return re.sub(r"structured_outputs\.\w+", "tools: the schema of all calls", message, count=1)
+
+
+def _answer_schema(form: StructuredOutputsParams) -> dict[str, Any] | None:
+    """The JSON schema that ``form`` asks for, None if it asks for something else."""
+    if form.json is not None:
+        schema: dict[str, Any] = json.loads(str(form.json))
+        return schema
+    return {"type": "object"} if form.json_object else None
+
+
+def _fault(schema: Mapping[str, Any]) -> str:
+    """What is wrong with ``schema`` by itself, "" if nothing that shows before it is compiled."""
+    try:
+        check_schema(schema)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -237,6 +237,11 @@ def _schema_lark(schema: dict[str, Any], white_space: str) -> tuple[str, bool]:
     return text, made.is_harmless and len(text) <= _HARMLESS_CHARS
 
 
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for what in a JSON schema cannot be kept, as far as that shows before it is compiled."""
+    SchemaGrammar(dict(schema)).lark(JSON_WHITE_SPACE)
+
+
 def _grammar_spec(grammar: str) -> tuple[dict[str, Any], bool]:
     """As ``_spec``, of a grammar in which each ``%json {...}`` becomes a grammar of its own."""
     parts, around, at, is_harmless = [], [], 0, True

@@ -90,6 +90,8 @@ class Player:
         if one.salt is not None:
             prompt["cache_salt"] = one.salt
         reasons = []
+        if not one.name:
+            reasons.append("must be a non-empty string")
         if one.name in self.active:
             reasons.append("in use")
         if len(one.prompt) + (1 if params.max_tokens is None else params.max_tokens) > self.limit:
