@@ -51,6 +51,7 @@ class Player:
         self.num_steps = 0
         self.is_dead = False
         self._is_armed = False  # what was planted has yet to happen
+        self._is_stepping = False  # it happens in a step, not where the test itself asks
         self._undo: Callable[[], None] | None = None
 
     # ---- playing
@@ -126,6 +127,7 @@ class Player:
             self._plant(self.case.fault[0])
         if self._is_armed:
             self.may_fail |= {one.index for one in self.active.values()}
+        self._is_stepping = True
         try:
             outputs = self.engine.step()
         except (PlantedError, PlantedInterrupt):
@@ -136,6 +138,8 @@ class Player:
                 self.counts["dead"] += 1
                 return
             raise
+        finally:
+            self._is_stepping = False
         if self.case.fault is not None and self.case.fault[0] == "nan" and self.num_steps > self.case.fault[1]:
             self._restore()
         for output in outputs:
@@ -197,6 +201,8 @@ class Player:
         original = getattr(owner, name)
 
         def broken(*args: Any, **options: Any) -> Any:
+            if not self._is_stepping:
+                return original(*args, **options)
             setattr(owner, name, original)
             self._is_armed = False
             if is_after:
