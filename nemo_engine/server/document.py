@@ -168,7 +168,7 @@ _COMPONENTS: dict[str, Schema] = {
         "an output.",
         "anyOf": [
             _object(
-                ["role", "content"], _OF_CALLS | {"output"}, type={"enum": ["message", "", None]},
+                ["role", "content"], _OF_CALLS | {"output"}, type={"anyOf": [{"const": "message"}, _NOTHING]},
                 role={"enum": ["user", "assistant", "system", "developer"]},
                 content={"anyOf": [_TEXT, _list({"anyOf": [_input_part("text"), _input_part("refusal")]})]},
             ),

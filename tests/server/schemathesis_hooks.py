@@ -54,6 +54,8 @@ def _broken(body: dict[str, Any]) -> Iterator[bool]:
     )
     yield n * len(prompts) > 128
     yield n > 1 and body.get("temperature") is not None and body["temperature"] < 1e-5
+    form = body.get("structured_outputs") or body.get("response_format") or (body.get("text") or {}).get("format")
+    yield bool(form) and bool(body.get("allowed_token_ids"))  # which may have no token that the form takes
     yield from _broken_by_tools(body)
     items = body.get("messages") or body.get("input")
     if isinstance(items, list):

@@ -27,7 +27,7 @@ def test_the_server_does_what_its_document_says(engine: AsyncEngine, tmp_path: P
             "--max-response-time=60", "--request-timeout=60", "--seed=1", "--no-shrink", "--no-color",
         ]  # fmt: skip
         run = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path, env=os.environ | hooks)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-2000:]
     assert "POST /v1/chat/completions" not in run.stdout, run.stdout[-6000:]  # nothing to say of it, not even a warning
 
 
