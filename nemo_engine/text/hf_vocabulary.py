@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nemo_engine.text.hf_files import HFFiles, read_files
+from nemo_engine.text.mistral_vocabulary import TEKKEN_PATTERN, mistral_format
 from nemo_engine.text.vocabulary import Vocabulary
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -24,6 +26,9 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(256 + index): byte for 
 _TO_LATIN_1 = {ord(letter): byte for letter, byte in _BYTE_OF.items()}
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 _LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")  # pre-tokenizers that only cut
+
+
+BYTE_LEVEL, BYTE_FALLBACK = "byte-level-bpe", "byte-fallback-bpe"
 
 
 class HFVocabulary(Vocabulary):
@@ -39,7 +44,7 @@ class HFVocabulary(Vocabulary):
         self.eos_id = files.named.get("eos_token")
         self.begin_ids = files.begin_ids
         is_byte_level = not model.get("byte_fallback", False)
-        self.version = "byte-level-bpe" if is_byte_level else "byte-fallback-bpe"
+        self.version = BYTE_LEVEL if is_byte_level else BYTE_FALLBACK
         ordinary = {text: token_id for text, token_id in files.vocab.items() if token_id not in files.added}
         written = _byte_level_bytes(files, ordinary) if is_byte_level else _byte_fallback_bytes(ordinary)
         _check_bytes(files, written)
@@ -52,17 +57,30 @@ class HFVocabulary(Vocabulary):
         else:
             self.drops_first_space = _check_byte_fallback(files)
         parts = {name: files.data.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-        self._ranked = _tiktoken(files, ordinary, written) if is_byte_level else None
-        self._start = self._later = None
+        flags = [[token.id, token.content, token.special] for token in self.added]
+        merges = [model.get("merges"), model.get("ignore_merges", False)]
+        self.pattern = json.dumps([parts, self.begin_ids, flags, merges])
+        self._files, self._parts, self._ordinary, self._written = files, parts, ordinary, written
+        self._ranked: Any = None
+        self._start: Any = None
+        self._later: Any = None
+
+    def prepare(self) -> None:
+        """See ``Vocabulary``."""
+        files, parts, ordinary = self._files, self._parts, self._ordinary
+        self._ranked = _tiktoken(files, ordinary, self._written) if self.version == BYTE_LEVEL else None
         if self._ranked is None:
-            self._start = _library(files, ordinary, parts)
-            self._later = self._start
+            self._start = self._later = _library(files, ordinary, parts)
             later = _without_prefix(parts["pre_tokenizer"])
             if later != parts["pre_tokenizer"]:
                 self._later = _library(files, ordinary, parts | {"pre_tokenizer": later})
-        flags = [[token.id, token.content, token.special] for token in self.added]
-        merges = None if self._ranked is not None else model.get("merges")
-        self.pattern = json.dumps([parts, self.begin_ids, flags, merges, model.get("ignore_merges", False)])
+        self.cuts_words = self._ranked is not None and self._ranked._pat_str == TEKKEN_PATTERN
+        del self._files, self._parts, self._ordinary, self._written
+
+    @cached_property
+    def mistral(self) -> Any:  # type: ignore[override]
+        """See ``Vocabulary``. In byte-level BPE alone: Mistral's format over SentencePiece has rules of its own for spaces."""
+        return mistral_format(self) if self.version == BYTE_LEVEL else None
 
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
         """See ``Vocabulary``."""
@@ -70,7 +88,6 @@ class HFVocabulary(Vocabulary):
             ids: list[int] = self._ranked.encode_ordinary(text)
             return ids
         library = self._start if is_start else self._later
-        assert library is not None
         found: list[int] = library.encode(text, add_special_tokens=False).ids
         return found
 
