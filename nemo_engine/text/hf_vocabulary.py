@@ -25,6 +25,20 @@ _UNPRINTED = [byte for byte in range(256) if byte not in set(_PRINTED)]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(256 + index): byte for index, byte in enumerate(_UNPRINTED)}
 _TO_LATIN_1 = {ord(letter): byte for letter, byte in _BYTE_OF.items()}
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+_SHORT = 64  # characters of a piece whose ids are kept
+_MAX_KNOWN = 1 << 16
+# What such a regular expression matches never goes from a visible character to a space: those of NeMo, of Llama 3, of Qwen 2.
+_CUTS_AT_SPACES = {
+    TEKKEN_PATTERN,
+    *(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        + most
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        for most in ("{1,3}", "")
+    ),
+}
+_BEFORE_WORDS = re.compile(r"(?<=\S)(?= \S)")
+_BEFORE_SPACES = re.compile(f"(?<=[^ {_SPACE}])(?=[ {_SPACE}])")
 _LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")  # pre-tokenizers that only cut
 
 
@@ -60,22 +74,23 @@ class HFVocabulary(Vocabulary):
         flags = [[token.id, token.content, token.special] for token in self.added]
         merges = [model.get("merges"), model.get("ignore_merges", False)]
         self.pattern = json.dumps([parts, self.begin_ids, flags, merges])
-        self._files, self._parts, self._ordinary, self._written = files, parts, ordinary, written
+        self._files, self._ordinary, self._written = files, ordinary, written
+        self._prefix = "never" if is_byte_level else _prefix_rule(files)
         self._ranked: Any = None
-        self._start: Any = None
-        self._later: Any = None
+        self._library: Any = None
+        self._cut: re.Pattern[str] | None = None
+        self._known: dict[str, list[int]] = {}
 
     def prepare(self) -> None:
         """See ``Vocabulary``."""
-        files, parts, ordinary = self._files, self._parts, self._ordinary
+        files, ordinary = self._files, self._ordinary
         self._ranked = _tiktoken(files, ordinary, self._written) if self.version == BYTE_LEVEL else None
         if self._ranked is None:
-            self._start = self._later = _library(files, ordinary, parts)
-            later = _without_prefix(parts["pre_tokenizer"])
-            if later != parts["pre_tokenizer"]:
-                self._later = _library(files, ordinary, parts | {"pre_tokenizer": later})
-        self.cuts_words = self._ranked is not None and self._ranked._pat_str == TEKKEN_PATTERN
-        del self._files, self._parts, self._ordinary, self._written
+            self._library = _library(files, ordinary)
+            self._cut = _cut(files, ordinary)
+        regex = "" if self._ranked is None else self._ranked._pat_str
+        self.cuts_words = self._cut is not None or regex in _CUTS_AT_SPACES
+        del self._files, self._ordinary, self._written
 
     @cached_property
     def mistral(self) -> Any:  # type: ignore[override]
@@ -87,9 +102,26 @@ class HFVocabulary(Vocabulary):
         if self._ranked is not None:
             ids: list[int] = self._ranked.encode_ordinary(text)
             return ids
-        library = self._start if is_start else self._later
-        found: list[int] = library.encode(text, add_special_tokens=False).ids
+        is_prefixed = self._prefix == "each" or text[:1] not in (" ", _SPACE) and (self._prefix == "bare" or is_start)
+        if text and self._prefix != "never" and is_prefixed:
+            text = _SPACE + text
+        if self._cut is None or len(text) < _SHORT:
+            return self._encode(text)
+        known, found = self._known, []
+        for piece in self._cut.split(text):
+            made = known.get(piece)
+            if made is None:
+                made = self._encode(piece)
+                if len(piece) <= _SHORT:
+                    if len(known) >= _MAX_KNOWN:
+                        known.clear()
+                    known[piece] = made
+            found += made
         return found
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def _check_model(files: HFFiles, model: Mapping[str, Any]) -> None:
@@ -176,6 +208,8 @@ def _check_byte_fallback(files: HFFiles) -> bool:
             files.refuse("normalizer", f"may put {_SPACE} in front and for spaces, got {step}")
     steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
     _check_lossless(files, [step for step in steps if step.get("type") != "Metaspace"])
+    if len(steps) > 1 and any(step.get("type") == "Metaspace" for step in steps):
+        files.refuse("pre_tokenizer", "must be Metaspace alone, or without it")
     if any(step.get("type") == "ByteLevel" for step in steps):
         files.refuse("pre_tokenizer", "must not be ByteLevel where model.byte_fallback is true")
     if any(step.get("type") == "Metaspace" and step.get("replacement") != _SPACE for step in steps):
@@ -197,16 +231,54 @@ def _check_byte_fallback(files: HFFiles) -> bool:
     return drops
 
 
-def _without_prefix(pre_tokenizer: Any) -> Any:
-    """The pre-tokenizer of what does not stand first, where it puts a space in front of what does."""
-    if not isinstance(pre_tokenizer, dict):
-        return pre_tokenizer
-    if pre_tokenizer.get("type") == "Sequence":
-        parts = [_without_prefix(part) for part in pre_tokenizer.get("pretokenizers", [])]
-        return pre_tokenizer | {"pretokenizers": parts}
-    if pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":
-        return pre_tokenizer | {"prepend_scheme": "never", "add_prefix_space": False}
-    return pre_tokenizer
+def _prefix_rule(files: HFFiles) -> str:
+    """Where BPE with byte fallback gets a space: in front of "each" piece of text between added tokens, of each that has none ("bare"),
+    of the "first" if it has none, or "never".
+    """
+    if any(step.get("type") == "Prepend" for step in _kinds(files.data.get("normalizer"), "normalizers")):
+        return "each"
+    for step in _kinds(files.data.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Metaspace":
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            if scheme not in ("always", "first", "never"):
+                files.refuse("pre_tokenizer.prepend_scheme", f"must be always, first or never, got {scheme!r}")
+            return {"always": "bare", "first": "first", "never": "never"}[scheme]
+    return "never"
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts no space in front of a text."""
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Sequence":
+        inner = "normalizers" if "normalizers" in part else "pretokenizers"
+        kept = [_without_prefix(one) for one in part.get(inner, [])]
+        return part | {inner: [one for one in kept if one is not None]}
+    if part.get("type") == "Prepend":
+        return None
+    return part | {"prepend_scheme": "never"} if part.get("type") == "Metaspace" else part
+
+
+def _cut(files: HFFiles, ordinary: Mapping[str, int]) -> re.Pattern[str] | None:
+    """Where any text may be cut without an effect on its ids, None where no such place is known."""
+    steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
+    kinds = [step.get("type") for step in steps]
+    if files.data["model"].get("byte_fallback", False):
+        splits = kinds == ["Metaspace"] and steps[0].get("split", True)
+        is_whole = kinds in ([], ["Metaspace"]) and not splits and not files.data["model"].get("ignore_merges", False)
+        joins = any(re.search(f"[^{_SPACE}]{_SPACE}", text) for text in ordinary)
+        return _BEFORE_SPACES if splits or (is_whole and not joins) else None
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return _BEFORE_WORDS
+    if (
+        kinds == ["Split", "ByteLevel"]
+        and not steps[1].get("use_regex", True)
+        and steps[0].get("behavior") == "Isolated"
+    ):
+        pattern = steps[0].get("pattern")
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        return _BEFORE_WORDS if regex in _CUTS_AT_SPACES and not steps[0].get("invert") else None
+    return None
 
 
 def _split_merges(files: HFFiles) -> list[tuple[str, str]]:
@@ -219,13 +291,20 @@ def _split_merges(files: HFFiles) -> list[tuple[str, str]]:
     return merges
 
 
-def _library(files: HFFiles, ordinary: Mapping[str, int], parts: Mapping[str, Any]) -> Any:
+def _library(files: HFFiles, ordinary: Mapping[str, int]) -> Any:
     """The tokenizers library over the tokens that text may become."""
     import tokenizers
 
     model = files.data["model"]
     merges = [pair for pair in _split_merges(files) if "".join(pair) in ordinary and set(pair) <= ordinary.keys()]
-    bare = {**parts, "version": "1.0", "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    bare: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+    bare |= {name: _without_prefix(files.data.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
     unknown = model.get("unk_token")
     bare["model"] = model | {
         "type": "BPE",
