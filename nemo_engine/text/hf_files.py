@@ -241,22 +241,25 @@ def _check_ids(files: HFFiles) -> int:
 
 
 def _begin_ids(files: HFFiles, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """What stands in front of a prompt: the post-processor's, or BOS where ``add_bos_token`` says so."""
+    """What stands in front of a prompt: the post-processor's tokens, unless ``add_bos_token`` says otherwise."""
     path = files.path.with_name(CONFIG_NAME)
     begin, end = _template_ids(files, files.data.get("post_processor"))
-    adds: dict[str, bool] = {}
     for name in ("add_bos_token", "add_eos_token"):
-        value = config.get(name)
-        if value is not None and type(value) is not bool:
-            refuse(path, name, f"must be true or false, got {_shown(value)}")
-        if value is not None:
-            adds[name] = value
-    if adds:
-        bos = files.named.get("bos_token")
-        begin = (bos,) if adds.get("add_bos_token") and bos is not None else ()
-        end = (0,) if adds.get("add_eos_token") else ()
-    if end:
+        if not isinstance(config.get(name), bool | None):
+            refuse(path, name, f"must be true or false, got {_shown(config[name])}")
+    adds_bos = config.get("add_bos_token")
+    bos = files.named.get("bos_token")
+    if adds_bos and bos is None:
+        refuse(path, "add_bos_token", "is true, and no bos_token is named")
+    if adds_bos is not None and adds_bos != bool(begin):
+        _logger.warning(
+            "%s: add_bos_token is %s and counts, the post-processor of %s says otherwise", path, adds_bos, FILE_NAME
+        )
+        begin = () if bos is None or not adds_bos else (bos,)
+    if end or config.get("add_eos_token"):
         _logger.warning("%s: a prompt gets no end-of-sequence token here, though the tokenizer asks for it", files.path)
+    if len(begin) == 1:
+        files.named.setdefault("bos_token", begin[0])
     return begin
 
 

@@ -60,7 +60,7 @@ class HFVocabulary(Vocabulary):
         is_byte_level = not model.get("byte_fallback", False)
         self.version = BYTE_LEVEL if is_byte_level else BYTE_FALLBACK
         ordinary = {text: token_id for text, token_id in files.vocab.items() if token_id not in files.added}
-        written = _byte_level_bytes(files, ordinary) if is_byte_level else _byte_fallback_bytes(ordinary)
+        written = _byte_level_bytes(files, ordinary) if is_byte_level else _byte_fallback_bytes(files, ordinary)
         _check_bytes(files, written)
         self.token_bytes = [written.get(token_id, b"") for token_id in range(files.size)]
         for token in self.added:
@@ -147,13 +147,14 @@ def _byte_level_bytes(files: HFFiles, ordinary: Mapping[str, int]) -> dict[int, 
         )
 
 
-def _byte_fallback_bytes(ordinary: Mapping[str, int]) -> dict[int, bytes]:
+def _byte_fallback_bytes(files: HFFiles, ordinary: Mapping[str, int]) -> dict[int, bytes]:
     made = {}
     for text, token_id in ordinary.items():
         found = _BYTE_PIECE.fullmatch(text)
-        made[token_id] = (
-            text.replace(_SPACE, " ").encode("utf-8", "replace") if found is None else bytes([int(found[1], 16)])
-        )
+        try:
+            made[token_id] = text.replace(_SPACE, " ").encode() if found is None else bytes([int(found[1], 16)])
+        except UnicodeEncodeError:
+            files.refuse(f"model.vocab[{text!r}]", "must be Unicode text")
     return made
 
 
@@ -336,12 +337,13 @@ def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int,
     single = {data for data in written.values() if len(data) == 1}
     if len(single) != 256 or not _is_ranked(files, ordinary):
         return None
-    try:
-        import tiktoken
-    except ImportError:
-        return None
+    import tiktoken
+
     ranks = {data: token_id for token_id, data in written.items()}
-    return tiktoken.Encoding(str(files.path), pat_str=regex, mergeable_ranks=ranks, special_tokens={})
+    try:
+        return tiktoken.Encoding(str(files.path), pat_str=regex, mergeable_ranks=ranks, special_tokens={})
+    except ValueError:  # the library's regular expressions allow more than tiktoken's
+        return None
 
 
 def _is_ranked(files: HFFiles, ordinary: Mapping[str, int]) -> bool:

@@ -93,8 +93,8 @@ def difference(mistral: Vocabulary, other: Vocabulary) -> str | None:
             return f"token {token_id} is {shown[0]} there and {shown[1]} in tokenizer.json"
     if sizes[0] != sizes[1]:
         return f"there are {sizes[0]} tokens, and {sizes[1]} in tokenizer.json"
-    for name in ("bos_id", "eos_id", "begin_ids"):
-        if getattr(mistral, name) != getattr(other, name):
+    for name in ("bos_id", "eos_id"):
+        if getattr(other, name) not in (None, getattr(mistral, name)):
             return f"{name} is {getattr(mistral, name)} there and {getattr(other, name)} with tokenizer.json"
     return None
 
