@@ -75,6 +75,16 @@ def tekken_as_hf(tekken: Path, renamed: dict[int, str] | None = None, grown: Seq
     }
 
 
+def cut_tekken(source: Path, size: int, to: Path) -> Path:
+    """A Tekken file of the first ``size`` ids of another."""
+    data = json.loads(source.read_text())
+    config = data["config"]
+    data["vocab"] = data["vocab"][: size - config["default_num_special_tokens"]]
+    data["config"] = config | {"default_vocab_size": size, "num_vocab_tokens": len(data["vocab"])}
+    to.write_text(json.dumps(data))
+    return to
+
+
 def config_of(data: dict[str, Any], **more: Any) -> dict[str, Any]:
     """``tokenizer_config.json`` beside such a ``tokenizer.json``."""
     decoder = {
@@ -93,7 +103,7 @@ def config_of(data: dict[str, Any], **more: Any) -> dict[str, Any]:
 def write(folder: Path, data: dict[str, Any], config: dict[str, Any] | None = None) -> Path:
     """Write both files into ``folder``; returns the path of ``tokenizer.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False))
+    (folder / "tokenizer.json").write_text(json.dumps(data))
     (folder / "tokenizer_config.json").write_text(json.dumps(config_of(data) if config is None else config))
     return folder / "tokenizer.json"
 

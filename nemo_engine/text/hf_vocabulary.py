@@ -42,6 +42,8 @@ _BEFORE_SPACES = re.compile(f"(?<=[^ {_SPACE}])(?=[ {_SPACE}])")
 _LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")  # pre-tokenizers that only cut
 
 
+Merges = list[tuple[str, str]]
+
 BYTE_LEVEL, BYTE_FALLBACK = "byte-level-bpe", "byte-fallback-bpe"
 
 
@@ -72,9 +74,9 @@ class HFVocabulary(Vocabulary):
             self.drops_first_space = _check_byte_fallback(files)
         parts = {name: files.data.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
         flags = [[token.id, token.content, token.special] for token in self.added]
-        merges = [model.get("merges"), model.get("ignore_merges", False)]
-        self.pattern = json.dumps([parts, self.begin_ids, flags, merges])
-        self._files, self._ordinary, self._written = files, ordinary, written
+        merges = _split_merges(files)
+        self.pattern = json.dumps([parts, self.begin_ids, flags, merges, model.get("ignore_merges", False)])
+        self._files, self._ordinary, self._written, self._merges = files, ordinary, written, merges
         self._prefix = "never" if is_byte_level else _prefix_rule(files)
         self._ranked: Any = None
         self._library: Any = None
@@ -83,14 +85,14 @@ class HFVocabulary(Vocabulary):
 
     def prepare(self) -> None:
         """See ``Vocabulary``."""
-        files, ordinary = self._files, self._ordinary
-        self._ranked = _tiktoken(files, ordinary, self._written) if self.version == BYTE_LEVEL else None
+        files, ordinary, merges = self._files, self._ordinary, self._merges
+        self._ranked = _tiktoken(files, ordinary, self._written, merges) if self.version == BYTE_LEVEL else None
         if self._ranked is None:
-            self._library = _library(files, ordinary)
+            self._library = _library(files, ordinary, merges)
             self._cut = _cut(files, ordinary)
         regex = "" if self._ranked is None else self._ranked._pat_str
         self.cuts_words = self._cut is not None or regex in _CUTS_AT_SPACES
-        del self._files, self._ordinary, self._written
+        del self._files, self._ordinary, self._written, self._merges
 
     @cached_property
     def mistral(self) -> Any:  # type: ignore[override]
@@ -282,7 +284,7 @@ def _cut(files: HFFiles, ordinary: Mapping[str, int]) -> re.Pattern[str] | None:
     return None
 
 
-def _split_merges(files: HFFiles) -> list[tuple[str, str]]:
+def _split_merges(files: HFFiles) -> Merges:
     merges = []
     for index, merge in enumerate(files.data["model"]["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -292,12 +294,12 @@ def _split_merges(files: HFFiles) -> list[tuple[str, str]]:
     return merges
 
 
-def _library(files: HFFiles, ordinary: Mapping[str, int]) -> Any:
+def _library(files: HFFiles, ordinary: Mapping[str, int], merges: Merges) -> Any:
     """The tokenizers library over the tokens that text may become."""
     import tokenizers
 
     model = files.data["model"]
-    merges = [pair for pair in _split_merges(files) if "".join(pair) in ordinary and set(pair) <= ordinary.keys()]
+    merges = [pair for pair in merges if "".join(pair) in ordinary and set(pair) <= ordinary.keys()]
     bare: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
@@ -321,7 +323,7 @@ def _library(files: HFFiles, ordinary: Mapping[str, int]) -> Any:
         raise ValueError(f"tokenizer file {files.path} cannot be read: {type(error).__name__}: {error}") from None
 
 
-def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int, bytes]) -> Any:
+def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int, bytes], merges: Merges) -> Any:
     """tiktoken's encoding of the same ids, None where the merges are not those of byte strings by rank."""
     model = files.data["model"]
     steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
@@ -335,7 +337,7 @@ def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int,
     if byte_level.get("use_regex", True) or len({*written.values()}) != len(written):
         return None
     single = {data for data in written.values() if len(data) == 1}
-    if len(single) != 256 or not _is_ranked(files, ordinary):
+    if len(single) != 256 or not _is_ranked(merges, ordinary):
         return None
     import tiktoken
 
@@ -346,9 +348,9 @@ def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int,
         return None
 
 
-def _is_ranked(files: HFFiles, ordinary: Mapping[str, int]) -> bool:
+def _is_ranked(merges: Merges, ordinary: Mapping[str, int]) -> bool:
     """Whether the merges are all pairs of tokens that make a token, in the order of its id."""
-    merges = [pair for pair in _split_merges(files) if set(pair) <= ordinary.keys()]
+    merges = [pair for pair in merges if set(pair) <= ordinary.keys()]
     made = [ordinary.get(left + right, -1) for left, right in merges]
     if -1 in made or any(before > after for before, after in pairwise(made)) or len(set(merges)) != len(merges):
         return False
