@@ -96,10 +96,9 @@ class EngineLoop:
         """Load the tokenizer before the weights; returns its number of ids, None if there is none."""
         if self.config.skip_tokenizer_init:
             return None
-        with self.ledger.stage("load tokenizer") as stage:
+        with self.ledger.stage("load tokenizer"):
             self.tokenizer = load_tokenizer(Path(self.config.tokenizer or checkpoint))
-            if self.tokenizer is not None:
-                stage.name = f"load tokenizer ({self.tokenizer.describe()})"
+        _logger.info("tokenizer: %s", "none" if self.tokenizer is None else self.tokenizer.describe())
         return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     @property
