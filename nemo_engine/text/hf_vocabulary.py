@@ -287,8 +287,8 @@ def _cut(files: HFFiles, ordinary: Mapping[str, int]) -> re.Pattern[str] | None:
 def _split_merges(files: HFFiles) -> Merges:
     merges = []
     for index, merge in enumerate(files.data["model"]["merges"]):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        pair = merge.split(" ") if type(merge) is str else merge
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
             files.refuse(f"model.merges[{index}]", f"must be two tokens, got {merge!r}")
         merges.append((pair[0], pair[1]))
     return merges
@@ -350,7 +350,7 @@ def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int,
 
 def _is_ranked(merges: Merges, ordinary: Mapping[str, int]) -> bool:
     """Whether the merges are all pairs of tokens that make a token, in the order of its id."""
-    merges = [pair for pair in merges if set(pair) <= ordinary.keys()]
+    merges = [(left, right) for left, right in merges if left in ordinary and right in ordinary]
     made = [ordinary.get(left + right, -1) for left, right in merges]
     if -1 in made or any(before > after for before, after in pairwise(made)) or len(set(merges)) != len(merges):
         return False
