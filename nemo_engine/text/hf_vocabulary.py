@@ -102,7 +102,9 @@ class HFVocabulary(Vocabulary):
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
         """See ``Vocabulary``."""
         if self._ranked is not None:
-            ids: list[int] = self._ranked.encode_ordinary(text)
+            ids: list[int] = self._ranked.encode(
+                text, disallowed_special=()
+            )  # encode_ordinary panics where this raises
             return ids
         is_prefixed = self._prefix == "each" or text[:1] not in (" ", _SPACE) and (self._prefix == "bare" or is_start)
         if text and self._prefix != "never" and is_prefixed:
