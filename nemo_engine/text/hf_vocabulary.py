@@ -124,7 +124,10 @@ class HFVocabulary(Vocabulary):
         return found
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing more particular
+            raise ValueError(f"the text cannot be encoded: {error}") from None
         return ids
 
 
