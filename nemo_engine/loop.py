@@ -98,6 +98,7 @@ class EngineLoop:
             return None
         with self.ledger.stage("load tokenizer"):
             self.tokenizer = load_tokenizer(Path(self.config.tokenizer or checkpoint))
+        _logger.info("tokenizer: %s", "none" if self.tokenizer is None else self.tokenizer.describe())
         return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     @property
