@@ -6,8 +6,10 @@ from nemo_engine.text.messages import tool_call_id_for_prompt
 from nemo_engine.text.tokenizer import Tokenizer, load_tokenizer
 from nemo_engine.text.tool_calls import AnswerParser, parse_answer
 from nemo_engine.text.tools import ToolChoice, check_tool_choice, check_tools, tool_call_schema
+from nemo_engine.text.vocabulary import AddedToken
 
 __all__ = [
+    "AddedToken",
     "AnswerParser",
     "Detokenizer",
     "SystemPlacement",

@@ -95,7 +95,8 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size) or [tokenizer.eos_id]
+        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self._eos = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size) or [*own]
         self._vocabulary: Any = None
         self._loading = threading.Lock()
         self._known: OrderedDict[StructuredOutputsParams, Grammar | str] = OrderedDict()
@@ -135,7 +136,7 @@ class GrammarCompiler:
     def _load(self) -> Any:
         with self._loading:
             if self._vocabulary is None:
-                if self._eos[0] >= self._vocab_size:
+                if not self._eos or self._eos[0] >= self._vocab_size:
                     raise ValueError(
                         f"structured_outputs needs an end-of-sequence token that the model has: it has {self._vocab_size} ids, and none is named"
                     )
