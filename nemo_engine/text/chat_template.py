@@ -10,9 +10,11 @@ those of letters, and at last with one in each control token that a user's text 
 from __future__ import annotations
 
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from jinja2 import TemplateError, nodes
 
@@ -26,9 +28,36 @@ from nemo_engine.text.vocabulary import AddedToken
 MAX_TEMPLATE = 1 << 17  # characters
 Part: TypeAlias = str | AddedToken
 Cast: TypeAlias = Callable[[str], str]
+T = TypeVar("T")
+_MAX_CACHED = 1 << 22  # characters of texts that a cache keeps
+_OVERHEAD = 64  # characters that a text counts for besides its own
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, so that templates treat it as they do there
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.$-]*")
-_OURS = ("role", "type")  # fields whose values are among a few words, and no text of a user's
+
+
+class TextCache(Generic[T]):
+    """What ``make`` makes of texts, kept for those that were asked for last. For any thread."""
+
+    def __init__(self, make: Callable[[str], T]) -> None:
+        self._make = make
+        self._known: OrderedDict[str, T] = OrderedDict()
+        self._num_chars = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, text: str) -> T:
+        with self._lock:
+            if text in self._known:
+                self._known.move_to_end(text)
+                return self._known[text]
+        made = self._make(text)
+        with self._lock:
+            if text not in self._known:
+                self._known[text] = made
+                self._num_chars += len(text) + _OVERHEAD
+            while self._num_chars > _MAX_CACHED:
+                gone, _ = self._known.popitem(last=False)
+                self._num_chars -= len(gone) + _OVERHEAD
+        return made
 
 
 class ControlTokens:
@@ -43,12 +72,13 @@ class ControlTokens:
         self.by_text: dict[str, AddedToken] = {token.content: token for token in tokens}
         longest_first = sorted(self.by_text, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")
+        self._firsts = {text[0] for text in self.by_text}
         characters = {one for text in self.by_text for one in text if shadow.can_have_shadow(one)}
         signs = {one for one in characters if not one.isalnum()}
         words = {one for text in self.by_text if not signs & set(text) for one in text if shadow.can_have_shadow(one)}
         self._cast_key = shadow.Shadower(signs).cast
         self.casts: tuple[Cast, ...] = (
-            shadow.Shadower(characters).cast,
+            TextCache(shadow.Shadower(characters).cast),
             shadow.Shadower(signs | words).cast,
             lambda text: self.pattern.sub(lambda found: shadow.shadow_first(found[0]), text),
         )
@@ -59,9 +89,7 @@ class ControlTokens:
             return cast(value)
         if isinstance(value, Mapping):
             return {
-                key if _PLAIN_KEY.fullmatch(key) else self._cast_key(key): (
-                    inner if key in _OURS and isinstance(inner, str) and inner.isalpha() else self.cast(inner, cast)
-                )
+                key if _PLAIN_KEY.fullmatch(key) else self._cast_key(key): self.cast(inner, cast)
                 for key, inner in value.items()
             }
         if isinstance(value, (list, tuple)):
@@ -72,7 +100,10 @@ class ControlTokens:
         """``text`` at the control tokens of ``marked``, which is ``text`` with shadows in it."""
         parts: list[Part] = []
         start = 0
-        for found in self.pattern.finditer(marked):
+        for place in shadow.places_of(self._firsts, marked):
+            found = self.pattern.match(marked, place) if place >= start else None
+            if found is None:
+                continue
             token = self.by_text[found[0]]
             begin, end = found.span()
             if token.single_word and (text[begin - 1 : begin].isalnum() or text[end : end + 1].isalnum()):
@@ -137,7 +168,7 @@ class ChatTemplate:
                 except ValueError as error:
                     failure: Exception = error
                     marked = ""
-                if shadow.plain(marked) == text:
+                if shadow.are_alike(text, marked):
                     return self._control.split(text, marked)
         if not marked:
             raise ValueError(f"{self.name} looks at the control tokens in a text and then fails: {failure}")
@@ -146,6 +177,8 @@ class ChatTemplate:
     def _run(self, given: Mapping[str, Any], fixed: Mapping[str, Any], cast: Cast | None, continues: bool) -> str:
         """One rendering; what it makes is cut where the last message, if it is to be continued, ends."""
         value = {**fixed, **self._control.cast(given, cast or str)}
+        for message, plain in zip(value["messages"], given["messages"]):
+            message["role"] = plain["role"]  # one of a few words, which templates write into control tokens
         if continues:
             self._tag(value["messages"][-1])
         pieces = []

@@ -25,11 +25,12 @@ _CASE_NAMES = frozenset(("upper", "lower", "capitalize", "title", "swapcase", "c
 
 
 def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    """The code points of ``text``. numpy drops NULs at the end of a text, so something else stands there."""
+    return np.array(text + "x").reshape(1).view(np.uint32)[:-1]
 
 
 def _text(codes: np.ndarray) -> str:
-    return codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    return str(np.append(codes, np.uint32(ord("x"))).view(f"<U{len(codes) + 1}")[0])[:-1]
 
 
 class Shadower:
@@ -45,8 +46,10 @@ class Shadower:
         """``text`` with the shadows of its characters."""
         if self._pattern.search(text) is None:
             return text
-        codes = _codes(text)
-        return _text(np.where(codes < 128, self._table[np.minimum(codes, 127)], codes))
+        codes = _codes(text).copy()
+        is_ascii = codes < 128
+        codes[is_ascii] = self._table[codes[is_ascii]]
+        return _text(codes)
 
 
 def shadow_first(text: str) -> str:
@@ -73,6 +76,24 @@ def plain(text: str) -> str:
         return text
     codes = _codes(text)
     return _text(np.where((codes >= _BASE) & (codes < _BASE + 128), codes - _BASE, codes))
+
+
+def are_alike(text: str, marked: str) -> bool:
+    """Whether ``marked`` is ``text`` but for shadows."""
+    if len(text) != len(marked):
+        return False
+    before, after = _codes(text), _codes(marked)
+    return bool(((before == after) | (after - np.uint32(_BASE) == before)).all())
+
+
+def places_of(characters: Iterable[str], text: str) -> list[int]:
+    """Where in ``text`` one of the characters stands."""
+    codes = _codes(text)
+    is_one = np.zeros(len(codes), dtype=bool)
+    for character in characters:
+        is_one |= codes == ord(character)
+    places: list[int] = np.flatnonzero(is_one).tolist()
+    return places
 
 
 def plain_value(value: Any) -> Any:
