@@ -16,6 +16,7 @@ from nemo_engine.text.chat_probe import CallForm
 from nemo_engine.text.grammar import tool_call_grammar
 from nemo_engine.text.tokenizer import Tokenizer
 from nemo_engine.text.tool_calls import (
+    MARKER,
     AnswerParser,
     Content,
     Event,
@@ -48,8 +49,9 @@ class CallReader(Protocol):
 
 
 class CallStyle(Protocol):
-    """``trigger_id`` is the token that begins a call, if it is one. ``shows_special``: the tags are control tokens, which must be shown."""
+    """``opening`` begins a call, ``trigger_id`` is its token, if it is one. ``shows_special``: the tags are control tokens, which must be shown."""
 
+    opening: str
     trigger_id: int | None
     shows_special: bool
 
@@ -77,6 +79,7 @@ class CallStyle(Protocol):
 class ListCalls:
     """Mistral's: the token [TOOL_CALLS], and a JSON list of calls."""
 
+    opening = MARKER
     shows_special = False
 
     def __init__(self, trigger_id: int) -> None:
@@ -111,6 +114,7 @@ class TaggedCalls:
 
     def __init__(self, form: CallForm, tokenizer: Tokenizer) -> None:
         self.form = form
+        self.opening = form.open
         self.trigger_id = tokenizer.added_id(form.marker)
         tags = {tag: tokenizer.added_id(tag) for tag in (form.marker, form.end_marker)}
         self._special = {tag: i for tag, i in tags.items() if i is not None and tokenizer.is_special(i)}

@@ -33,6 +33,7 @@ _MAX_CACHED = 1 << 22  # characters of texts that a cache keeps
 _OVERHEAD = 64  # characters that a text counts for besides its own
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, so that templates treat it as they do there
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.$-]*")
+_SPACES = re.compile(r"\s*")
 
 
 class TextCache(Generic[T]):
@@ -112,7 +113,7 @@ class ControlTokens:
             parts += [before.rstrip() if token.lstrip else before, token]
             start = end
             if token.rstrip:
-                start += len(text[end:]) - len(text[end:].lstrip())
+                start = _SPACES.match(text, end).end()  # type: ignore[union-attr]  # it matches anywhere
         parts.append(text[start:])
         return [part for part in parts if part]
 

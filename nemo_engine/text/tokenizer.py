@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ class Tokenizer:
     def mistral(self) -> Any:
         """mistral-common's ``MistralTokenizer``, None where the file is not of its kind."""
         return self._vocabulary.mistral
+
+    @cached_property
+    def instruct(self) -> Any:
+        """mistral-common's encoder of messages with the ids of this tokenizer, None if it lacks the control tokens for that."""
+        if self.mistral is not None:
+            return self.mistral.instruct_tokenizer
+        from nemo_engine.text.mistral_format import instruct_over
+
+        return instruct_over(self)
 
     @property
     def added_tokens(self) -> tuple[AddedToken, ...]:
