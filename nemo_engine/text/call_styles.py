@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nemo_engine.structured_outputs import StructuredOutputsParams
-from nemo_engine.text.chat_probe import CallForm
 from nemo_engine.text.grammar import tool_call_grammar
 from nemo_engine.text.tokenizer import Tokenizer
 from nemo_engine.text.tool_calls import (
@@ -29,6 +28,28 @@ from nemo_engine.text.tool_calls import (
 from nemo_engine.text.tools import tool_call_schema
 
 _MAX_HELD = 1 << 16  # characters of white space that are held back in front of a call
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template writes tool calls: ``open``, the JSON object of each call, ``close``; ``between`` two of them.
+
+    ``marker`` and ``end_marker`` are ``open`` and ``close`` without white space.
+    """
+
+    open: str
+    close: str
+    between: str
+
+    @property
+    def marker(self) -> str:
+        """What a call begins with."""
+        return self.open.strip()
+
+    @property
+    def end_marker(self) -> str:
+        """What a call ends with."""
+        return self.close.strip()
 
 
 class CallReader(Protocol):
@@ -51,6 +72,7 @@ class CallReader(Protocol):
 class CallStyle(Protocol):
     """``opening`` begins a call, ``trigger_id`` is its token, if it is one. ``shows_special``: the tags are control tokens, which must be shown."""
 
+    described: str
     opening: str
     trigger_id: int | None
     shows_special: bool
@@ -79,6 +101,7 @@ class CallStyle(Protocol):
 class ListCalls:
     """Mistral's: the token [TOOL_CALLS], and a JSON list of calls."""
 
+    described = "a list after [TOOL_CALLS]"
     opening = MARKER
     shows_special = False
 
@@ -115,6 +138,7 @@ class TaggedCalls:
     def __init__(self, form: CallForm, tokenizer: Tokenizer) -> None:
         self.form = form
         self.opening = form.open
+        self.described = f"objects between {form.marker} and {form.end_marker}"
         self.trigger_id = tokenizer.added_id(form.marker)
         tags = {tag: tokenizer.added_id(tag) for tag in (form.marker, form.end_marker)}
         self._special = {tag: i for tag, i in tags.items() if i is not None and tokenizer.is_special(i)}

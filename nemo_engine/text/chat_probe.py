@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from nemo_engine.text.call_styles import CallForm
 from nemo_engine.text.chat_template import ChatTemplate, Part
 from nemo_engine.text.vocabulary import AddedToken
 
@@ -31,28 +32,6 @@ THANKS: dict[str, Any] = {"role": "user", "content": "Thank you."}
 
 _CALL_IDS = ("probe1234", "probe5678")
 _WORDS = ("quokka", "numbat")
-
-
-@dataclass(frozen=True, slots=True)
-class CallForm:
-    """How a template writes tool calls: ``open``, the JSON object of each call, ``close``; ``between`` two of them.
-
-    ``marker`` and ``end_marker`` are ``open`` and ``close`` without white space.
-    """
-
-    open: str
-    close: str
-    between: str
-
-    @property
-    def marker(self) -> str:
-        """What a call begins with."""
-        return self.open.strip()
-
-    @property
-    def end_marker(self) -> str:
-        """What a call ends with."""
-        return self.close.strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,47 +6,36 @@ those of Mistral's rules, these serve, with all that they can. Else the template
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from nemo_engine.checks import check_unicode
-from nemo_engine.text.call_styles import CallStyle, ListCalls, TaggedCalls
-from nemo_engine.text.chat import SystemPlacement, check_length, render_chat
-from nemo_engine.text.chat_probe import (
-    ANSWER,
-    SYSTEM,
-    THANKS,
-    TOOL,
-    USER,
-    MessageForm,
-    TemplateFacts,
-    call_messages,
-    probe,
-)
+from nemo_engine.text.call_styles import CallStyle, ListCalls
+from nemo_engine.text.chat import SystemPlacement, render_chat
 from nemo_engine.text.chat_sources import Templates, find_templates, given_template, special_texts
-from nemo_engine.text.chat_template import ChatTemplate, ControlTokens, Part, TextCache
-from nemo_engine.text.messages import ChatMessage, asks_nothing, check_messages
+from nemo_engine.text.messages import asks_nothing
+from nemo_engine.text.text_cache import TextCache
 from nemo_engine.text.tokenizer import Tokenizer
 from nemo_engine.text.tools import check_tools
-from nemo_engine.text.vocabulary import AddedToken
+
+if TYPE_CHECKING:
+    from nemo_engine.text.template_renderer import TemplateRenderer
 
 MISTRAL = "mistral"  # as a value of ``chat_template``: Mistral's rules, whatever the checkpoint brings
-_USUAL = ("role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations", "parsed", "prefix")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; transformers gives templates the first two
-_TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
 
 
 class Renderer(Protocol):
-    """Makes prompts of conversations. ``end_ids`` end an answer, beside the model's own; ``calls`` is how tool calls are written.
+    """Makes prompts of conversations. ``source`` is a template's file. ``calls`` is how tool calls are written.
 
-    ``no_tools``: why tools are refused, None where they are taken. ``places_system``: ``system_placement`` has a meaning.
+    ``end_ids`` end an answer, beside the model's own end-of-sequence tokens; ``end_names`` are the same as texts. ``no_tools``: why tools are
+    refused, None where they are taken. ``places_system``: ``system_placement`` has a meaning.
     """
 
     name: str
+    source: str | None
+    end_names: tuple[str, ...]
     end_ids: frozenset[int]
     calls: CallStyle | None
     no_tools: str | None
@@ -74,18 +63,26 @@ class MistralRenderer:
     """Mistral's own rules."""
 
     name = MISTRAL
+    source: str | None = None
     places_system = True
+    end_names: tuple[str, ...] = ()
+    end_ids: frozenset[int] = frozenset()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.end_ids: frozenset[int] = frozenset()
         self.calls: CallStyle | None = None
         self.no_tools: str | None = "tools need a tokenizer with [TOOL_CALLS], and this model's has none"
         if tokenizer.tool_calls_id is not None:
             self.calls, self.no_tools = ListCalls(tokenizer.tool_calls_id), None
 
     def render(
-        self, messages: Messages, *, tools: Tools = None, documents: object = None, variables: object = None, **options: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools = None,
+        documents: object = None,
+        variables: object = None,
+        **options: Any,
     ) -> list[int]:
         """See ``Renderer``."""
         if self._tokenizer.instruct is None:
@@ -97,108 +94,6 @@ class MistralRenderer:
             if not asks_nothing(value):
                 raise ValueError(f"{name} is for chat templates, and Mistral's own format has no place for it")
         return render_chat(self._tokenizer, messages, tools=tools if tools is None else check_tools(tools), **options)
-
-
-class TemplateRenderer:
-    """A template, or several by name: "tool_use" serves conversations with tools where there is one. Raises ``ValueError``."""
-
-    name = "template"
-    places_system = False
-
-    def __init__(self, tokenizer: Tokenizer, templates: Templates, special: Mapping[str, str]) -> None:
-        self._tokenizer = tokenizer
-        self.source = templates.source
-        self._control = control = ControlTokens(tokenizer)
-        texts = templates.texts
-        if "default" not in texts and "tool_use" not in texts:
-            raise ValueError(f"{self.source} has no template named default or tool_use, but {', '.join(texts)}")
-        self._plain, self._facts = self._load(texts.get("default", texts.get("tool_use", "")), control, special)
-        self._with_tools, self._tool_facts = self._plain, self._facts
-        if "tool_use" in texts and "default" in texts:
-            self._with_tools, self._tool_facts = self._load(texts["tool_use"], control, special)
-        self.ends = tuple(dict.fromkeys(self._facts.ends + self._tool_facts.ends))
-        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self.end_ids = frozenset([*(token.id for token in self.ends), *own])
-        self.no_tools = None
-        if self._tool_facts.no_tools is not None:
-            self.no_tools = f"tools are not taken: {self.source} is a template, and {self._tool_facts.no_tools}"
-        self.calls: CallStyle | None = None
-        if self._tool_facts.call_form is not None:
-            self.calls = TaggedCalls(self._tool_facts.call_form, tokenizer)
-        elif self._tool_facts.writes_list and tokenizer.tool_calls_id is not None:
-            self.calls = ListCalls(tokenizer.tool_calls_id)
-        self._first_ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=True))
-        self._ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=False))
-
-    def _load(
-        self, text: str, control: ControlTokens, special: Mapping[str, str]
-    ) -> tuple[ChatTemplate, TemplateFacts]:
-        template = ChatTemplate(text, self.source, control, special)
-        return template, probe(template)
-
-    def render(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools = None,
-        documents: object = None,
-        variables: object = None,
-        strict: bool = False,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        system_placement: SystemPlacement = "last",
-        start_tool_calls: bool = False,
-        max_tokens: int | None = None,
-    ) -> list[int]:
-        """See ``Renderer``. ``strict`` changes nothing: what a template takes, it takes as it is."""
-        if system_placement not in ("last", "first"):
-            raise ValueError(f'system_placement must be "last" or "first", got {system_placement!r}')
-        if system_placement == "first":
-            raise ValueError(
-                f'system_placement "first" is for Mistral\'s own format; here {self.source} decides where system text stands'
-            )
-        if tools:
-            check_tools(tools)
-            if self.no_tools is not None:
-                raise ValueError(self.no_tools)
-        template, facts = (self._with_tools, self._tool_facts) if tools else (self._plain, self._facts)
-        extra = _fields_beside(template)
-        checked = check_messages(messages, extra)
-        is_open = _is_open(checked, continue_final_message)
-        if max_tokens is not None:
-            check_length(self._tokenizer, [message.content for message in checked], max_tokens)
-        parts = template.render(
-            [_for_template(raw, one, facts.form, extra) for raw, one in zip(messages, checked)],
-            tools=[dict(tool) for tool in tools] if tools else None,
-            documents=_check_documents(documents, template),
-            variables=_check_variables(variables, template),
-            add_generation_prompt=add_generation_prompt and not is_open,
-            continue_final_message=is_open,
-        )
-        if start_tool_calls:
-            parts = self._started(parts, checked[-1], tools)
-        if max_tokens is not None:
-            check_length(self._tokenizer, [part for part in parts if isinstance(part, str)], max_tokens)
-        return self.encode(parts)
-
-    def encode(self, parts: Sequence[Part]) -> list[int]:
-        """Token ids of what a template wrote."""
-        ids: list[int] = []
-        for index, part in enumerate(parts):
-            if isinstance(part, AddedToken):
-                ids.append(part.id)
-            else:
-                ids += self._ids(part) if index else self._first_ids(part)
-        return ids
-
-    def _started(self, parts: list[Part], last: ChatMessage, tools: Tools) -> list[Part]:
-        """The prompt with the beginning of a call at its end."""
-        if not tools or last.role == "assistant" or self.calls is None:
-            raise ValueError("start_tool_calls needs tools, and a last message that is not an assistant's")
-        opening = self._control.split(self.calls.opening, self.calls.opening)
-        if isinstance(parts[-1], str) and isinstance(opening[0], str):
-            return [*parts[:-1], parts[-1] + opening[0], *opening[1:]]
-        return parts + opening
 
 
 class ChatRenderers:
@@ -222,167 +117,51 @@ class ChatRenderers:
             raise ValueError(f"chat_template must be the text of a template, got {chat_template!r}")
         return self._given(chat_template)
 
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """What ends a chat answer, beside the model's own end-of-sequence tokens."""
-        return self.default.end_ids
-
     def describe(self) -> dict[str, Any]:
         """What serves and why: ``renderer`` ("mistral" or "template"), ``template`` (its file), ``why``, ``ends``, ``tools``.
 
         ``ends`` are the tokens that the template ends a turn with, by name; ``tools`` is how calls are written, or why tools are refused.
         """
         default = self.default
-        is_template = isinstance(default, TemplateRenderer)
-        style = {ListCalls: "[TOOL_CALLS] and a list of calls", TaggedCalls: "each call between tags"}
         return {
             "renderer": default.name,
-            "template": default.source if is_template else None,
+            "template": default.source,
             "why": self.why,
-            "ends": [token.content for token in default.ends] if is_template else [],
-            "tools": default.no_tools or style[type(default.calls)],  # type: ignore[index]
+            "ends": list(default.end_names),
+            "tools": default.no_tools or f"calls are {default.calls.described}",  # type: ignore[union-attr]
         }
 
+    def line(self) -> str:
+        """The same in one line."""
+        said = self.describe()
+        by = f"the template {said['template']}" if said["template"] else "Mistral's format"
+        ends = f"; {', '.join(said['ends'])} ends a turn" if said["ends"] else ""
+        return f"chat by {by}: {said['why']}{ends}; tools: {said['tools']}"
+
     def _of_text(self, text: str) -> TemplateRenderer:
-        special = special_texts(self._folder, self._tokenizer)
-        return TemplateRenderer(self._tokenizer, Templates("chat_template", {"default": text}), special)
+        return self._template(Templates("chat_template", {"default": text}))
+
+    def _template(self, templates: Templates) -> TemplateRenderer:
+        from nemo_engine.text.template_renderer import TemplateRenderer
+
+        return TemplateRenderer(self._tokenizer, templates, special_texts(self._folder, self._tokenizer))
 
     def _choose(self, option: str | None) -> tuple[Renderer, str]:
-        tokenizer = self._tokenizer
+        mistral = MistralRenderer(self._tokenizer)
         if option == MISTRAL:
-            return self._mistral(), "chat_template asks for it"
-        templates = find_templates(self._folder) if option is None else given_template(option)
+            return mistral, "chat_template asks for it"
+        if option is not None:
+            return self._template(given_template(option)), "chat_template gives it"
+        templates = find_templates(self._folder)
         if templates is None:
-            return self._mistral(), "the checkpoint has no chat template"
+            return mistral, "the checkpoint has no chat template"
         try:
-            made = TemplateRenderer(tokenizer, templates, special_texts(self._folder, tokenizer))
+            made = self._template(templates)
         except ValueError as error:
-            if option is not None:
-                raise
             raise ValueError(
                 f'{error}; another can be given: chat_template=FILE, or chat_template="{MISTRAL}" for Mistral\'s own format'
             ) from None
-        if option is not None:
-            return made, "chat_template gives it"
-        difference = difference_from_mistral(made, tokenizer)
+        difference = made.difference_from_mistral()
         if difference is None:
-            return self._mistral(), f"{templates.source} makes the same prompts"
+            return mistral, f"the template of {templates.source} makes the same prompts"
         return made, difference
-
-    def _mistral(self) -> MistralRenderer:
-        return MistralRenderer(self._tokenizer)
-
-
-def difference_from_mistral(template: TemplateRenderer, tokenizer: Tokenizer) -> str | None:
-    """In what the prompts of a template are others than those of Mistral's rules, None if they are the same."""
-    if tokenizer.instruct is None:
-        return "the tokenizer lacks control tokens of Mistral's format"
-    called = call_messages(MessageForm(text_arguments=True, short_ids=True))
-    tries: tuple[tuple[str, list[dict[str, Any]], Tools], ...] = (
-        ("a question", [USER], None),
-        ("a system text", [SYSTEM, USER], None),
-        ("several turns", [USER, ANSWER, THANKS], None),
-        ("several turns with a system text", [SYSTEM, USER, ANSWER, THANKS], None),
-        ("tools", [USER], [TOOL]),
-        ("tool calls and their results", called, [TOOL]),
-    )
-    for what, messages, tools in tries:
-        expected = render_chat(tokenizer, messages, tools=tools if tools is None else check_tools(tools))
-        try:
-            ids = template.render(messages, tools=tools)
-        except ValueError as error:
-            return f"{template.source} does not take {what}: {error}"
-        if ids != expected:
-            return f"{template.source} makes other prompts of {what} than Mistral's format"
-    return None
-
-
-def _fields_beside(template: ChatTemplate) -> frozenset[str]:
-    """The fields of messages, beside the usual ones, that a template reads."""
-    fields = template.words - {"prefix"}
-    return fields.union(_REASONING) if fields.intersection(_REASONING) else fields
-
-
-def _is_open(messages: Sequence[ChatMessage], continue_final_message: bool) -> bool:
-    """Whether the last message is to be continued."""
-    last = len(messages) - 1
-    for index, message in enumerate(messages):
-        if message.is_prefix and index != last:
-            raise ValueError(f"messages[{index}].prefix may be true in the last message only")
-    is_open = continue_final_message or messages[-1].is_prefix
-    if is_open and (messages[-1].role != "assistant" or messages[-1].calls):
-        raise ValueError(f"continue_final_message needs an assistant message with content last, got messages[{last}]")
-    return is_open
-
-
-def _for_template(
-    raw: Mapping[str, Any], checked: ChatMessage, form: MessageForm, extra: Collection[str]
-) -> dict[str, Any]:
-    """A message as templates know it: without fields that hold nothing, arguments of calls as objects."""
-    message: dict[str, Any] = {"role": checked.role}
-    if not checked.calls or checked.content or raw.get("content") is not None or form.empty_content:
-        message["content"] = [{"type": "text", "text": checked.content}] if form.parts else checked.content
-    if raw.get("name"):
-        message["name"] = raw["name"]
-    if checked.calls:
-        given = [call["id"] for call in raw["tool_calls"]]
-        message["tool_calls"] = [
-            {
-                "id": call.id if form.short_ids else call_id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call.arguments, form)},
-            }
-            for call, call_id in zip(checked.calls, given)
-        ]
-    if checked.role == "tool":
-        message["tool_call_id"] = checked.call_id if form.short_ids else raw["tool_call_id"]
-    for key, value in raw.items():
-        if key in extra and key not in _USUAL and value is not None:
-            check_value(value, key)
-            message[key] = value
-    reasoning = next((message[key] for key in _REASONING if key in message), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-def _arguments(text: str, form: MessageForm) -> Any:
-    if form.text_arguments:
-        return text
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def check_value(value: object, name: str) -> None:
-    """Refuse what is no JSON value, or holds text that is no Unicode."""
-    try:
-        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name} cannot be written as JSON: {error}") from None
-    check_unicode(name, written)
-
-
-def _check_documents(documents: object, template: ChatTemplate) -> list[dict[str, Any]] | None:
-    if asks_nothing(documents):
-        return None
-    if not isinstance(documents, Sequence) or not all(isinstance(one, Mapping) for one in documents):
-        raise ValueError(f"documents must be a list of objects, got {documents!r}")
-    check_value(documents, "documents")
-    if "documents" not in template.words:
-        raise ValueError(f"documents are not taken: {template.name} does not read them")
-    return [dict(one) for one in documents]
-
-
-def _check_variables(variables: object, template: ChatTemplate) -> dict[str, Any]:
-    if variables is None:
-        return {}
-    if not isinstance(variables, Mapping):
-        raise ValueError(f"chat_template_kwargs must be an object, got {variables!r}")
-    check_value(variables, "chat_template_kwargs")
-    for name in variables:
-        if name in _TAKEN:
-            raise ValueError(f"chat_template_kwargs.{name} must be given as {name} itself")
-        if name not in template.words:
-            raise ValueError(f"chat_template_kwargs.{name} has no effect: {template.name} does not read it")
-    return dict(variables)

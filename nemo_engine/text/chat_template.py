@@ -10,11 +10,9 @@ those of letters, and at last with one in each control token that a user's text 
 from __future__ import annotations
 
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError, nodes
 
@@ -22,43 +20,16 @@ from nemo_engine.checks import check_unicode
 from nemo_engine.text import shadow
 from nemo_engine.text.template_meter import MAX_CHARS, Metered, TemplateLimitError, meter
 from nemo_engine.text.template_sandbox import ChatEnvironment, TemplateRefusal
+from nemo_engine.text.text_cache import TextCache
 from nemo_engine.text.tokenizer import Tokenizer
 from nemo_engine.text.vocabulary import AddedToken
 
 MAX_TEMPLATE = 1 << 17  # characters
 Part: TypeAlias = str | AddedToken
 Cast: TypeAlias = Callable[[str], str]
-T = TypeVar("T")
-_MAX_CACHED = 1 << 22  # characters of texts that a cache keeps
-_OVERHEAD = 64  # characters that a text counts for besides its own
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, so that templates treat it as they do there
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.$-]*")
 _SPACES = re.compile(r"\s*")
-
-
-class TextCache(Generic[T]):
-    """What ``make`` makes of texts, kept for those that were asked for last. For any thread."""
-
-    def __init__(self, make: Callable[[str], T]) -> None:
-        self._make = make
-        self._known: OrderedDict[str, T] = OrderedDict()
-        self._num_chars = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, text: str) -> T:
-        with self._lock:
-            if text in self._known:
-                self._known.move_to_end(text)
-                return self._known[text]
-        made = self._make(text)
-        with self._lock:
-            if text not in self._known:
-                self._known[text] = made
-                self._num_chars += len(text) + _OVERHEAD
-            while self._num_chars > _MAX_CACHED:
-                gone, _ = self._known.popitem(last=False)
-                self._num_chars -= len(gone) + _OVERHEAD
-        return made
 
 
 class ControlTokens:

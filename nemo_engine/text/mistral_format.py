@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_engine.text.tokenizer import Tokenizer
 
-_NEEDED = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]")
+_NEEDED = (
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+)
 
 
 class _Tokens:
@@ -30,7 +38,11 @@ class _Tokens:
 
 def instruct_over(tokenizer: Tokenizer) -> Any:
     """NeMo's encoder of messages with the ids of ``tokenizer``, None if that lacks the control tokens for it."""
-    if tokenizer.bos_id is None or tokenizer.eos_id is None or any(tokenizer.added_id(name) is None for name in _NEEDED):
+    if (
+        tokenizer.bos_id is None
+        or tokenizer.eos_id is None
+        or any(tokenizer.added_id(name) is None for name in _NEEDED)
+    ):
         return None
     from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV3
 

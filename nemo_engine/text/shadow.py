@@ -136,7 +136,13 @@ def call_method(text: str, name: str, method: Callable[..., Any], args: tuple[An
         return getattr(plain(text), name)(*map(plain_value, args))
     if name in _CASE_NAMES:
         return like(text, getattr(plain(text), name)())
-    if kwargs or not args or not isinstance(args[0], str) or not args[0] or not (has_shadow(text) or has_shadow(args[0])):
+    if (
+        kwargs
+        or not args
+        or not isinstance(args[0], str)
+        or not args[0]
+        or not (has_shadow(text) or has_shadow(args[0]))
+    ):
         return method(*args, **kwargs)
     if name in ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix"):
         whole, wanted = plain(text), plain(args[0])

@@ -11,7 +11,9 @@ from datetime import datetime
 from typing import Any
 
 MAX_SECONDS = 3.0  # of the thread's own time, for one rendering
-MAX_CHARS = 1 << 26  # that a rendering makes in all, what it throws away too; and what one conversion to text may walk through
+MAX_CHARS = (
+    1 << 26
+)  # that a rendering makes in all, what it throws away too; and what one conversion to text may walk through
 MAX_NUMBER = 10_000  # a width, an indentation or another size that a filter or a method takes
 _LOOK_EVERY = 64  # steps after which the clock is read
 
