@@ -268,7 +268,9 @@ class EngineConfig:
     device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs.
     prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth: steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
     seed: of the noise of requests that bring none, and of dummy weights. max_logprobs: the most alternatives a request may ask for.
-    tokenizer: path of the tokenizer if it is not in the checkpoint. skip_tokenizer_init: token ids only.
+    tokenizer: path of the tokenizer if it is not in the checkpoint. skip_tokenizer_init: token ids only. chat_template: a file
+        with a Jinja template that makes prompts of conversations, or its text; "mistral" is Mistral's own format; None finds by trying
+        whether the checkpoint's template is Mistral's.
     scheduling_policy: "fcfs", or "priority" (a lower number first).
     tensor_parallel_size: 1; more comes later and is refused. revision: of a Hub repository.
     """
@@ -293,6 +295,7 @@ class EngineConfig:
     max_logprobs: int = 20
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
+    chat_template: str | None = None
     scheduling_policy: str = "fcfs"
     tensor_parallel_size: int = 1
     revision: str | None = None
@@ -317,9 +320,10 @@ class EngineConfig:
             ):
                 raise ValueError(f"prefer must map names of operations to implementations, got {self.prefer!r}")
             object.__setattr__(self, "prefer", dict(self.prefer))  # the caller's may change later
-        if isinstance(self.tokenizer, os.PathLike):
-            object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
-        for name in ("tokenizer", "revision"):
+        for name in ("tokenizer", "chat_template"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        for name in ("tokenizer", "revision", "chat_template"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name} must be a non-empty string, got {value!r}")

@@ -1,6 +1,7 @@
 """Text in and out: tokenizers, chat rendering to ids, tool calls, incremental detokenization. Knows no requests and no tensors."""
 
 from nemo_engine.text.chat import SystemPlacement, render_chat
+from nemo_engine.text.chat_renderer import ChatRenderers, Renderer
 from nemo_engine.text.detokenizer import Detokenizer
 from nemo_engine.text.messages import tool_call_id_for_prompt
 from nemo_engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -11,7 +12,9 @@ from nemo_engine.text.vocabulary import AddedToken
 __all__ = [
     "AddedToken",
     "AnswerParser",
+    "ChatRenderers",
     "Detokenizer",
+    "Renderer",
     "SystemPlacement",
     "ToolChoice",
     "Tokenizer",

@@ -47,7 +47,7 @@ class Renderer(Protocol):
         *,
         tools: Tools = None,
         documents: object = None,
-        variables: object = None,
+        chat_template_kwargs: object = None,
         strict: bool = False,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -55,7 +55,7 @@ class Renderer(Protocol):
         start_tool_calls: bool = False,
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Token ids of the prompt; see ``render_chat``. ``documents`` and ``variables`` are for templates. Raises ``ValueError``."""
+        """Token ids of the prompt; see ``render_chat``. ``documents`` and ``chat_template_kwargs`` are for templates. Raises ``ValueError``."""
         ...
 
 
@@ -81,7 +81,7 @@ class MistralRenderer:
         *,
         tools: Tools = None,
         documents: object = None,
-        variables: object = None,
+        chat_template_kwargs: object = None,
         **options: Any,
     ) -> list[int]:
         """See ``Renderer``."""
@@ -90,7 +90,7 @@ class MistralRenderer:
                 "chat needs a chat template, and this model has none, nor [INST] and the like for Mistral's format: give "
                 "chat_template=FILE, or use generate"
             )
-        for name, value in (("documents", documents), ("chat_template_kwargs", variables)):
+        for name, value in (("documents", documents), ("chat_template_kwargs", chat_template_kwargs)):
             if not asks_nothing(value):
                 raise ValueError(f"{name} is for chat templates, and Mistral's own format has no place for it")
         return render_chat(self._tokenizer, messages, tools=tools if tools is None else check_tools(tools), **options)
@@ -99,13 +99,13 @@ class MistralRenderer:
 class ChatRenderers:
     """The renderer of a checkpoint's conversations, and those of templates that requests bring.
 
-    ``why`` says why it is this one. ``chat_template``: a template's file or text, or "mistral"; None takes what the checkpoint has.
+    ``folders`` are those in which files are looked for, the tokenizer's first. ``why`` says why it is this one. ``chat_template``: a template's file or text, or "mistral"; None takes what the checkpoint has.
     Raises ``ValueError`` for a template that cannot be used.
     """
 
-    def __init__(self, tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._folder = folder
+    def __init__(self, tokenizer: Tokenizer, folders: Sequence[Path], chat_template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self._folders = folders
         self._given: TextCache[TemplateRenderer] = TextCache(self._of_text)
         self.default, self.why = self._choose(chat_template)
 
@@ -144,15 +144,15 @@ class ChatRenderers:
     def _template(self, templates: Templates) -> TemplateRenderer:
         from nemo_engine.text.template_renderer import TemplateRenderer
 
-        return TemplateRenderer(self._tokenizer, templates, special_texts(self._folder, self._tokenizer))
+        return TemplateRenderer(self.tokenizer, templates, special_texts(self._folders, self.tokenizer))
 
     def _choose(self, option: str | None) -> tuple[Renderer, str]:
-        mistral = MistralRenderer(self._tokenizer)
+        mistral = MistralRenderer(self.tokenizer)
         if option == MISTRAL:
             return mistral, "chat_template asks for it"
         if option is not None:
             return self._template(given_template(option)), "chat_template gives it"
-        templates = find_templates(self._folder)
+        templates = find_templates(self._folders)
         if templates is None:
             return mistral, "the checkpoint has no chat template"
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,16 @@ class Templates:
     texts: Mapping[str, str]
 
 
-def find_templates(folder: Path) -> Templates | None:
-    """The templates of the checkpoint in ``folder``, None if it has none.
+def find_templates(folders: Sequence[Path]) -> Templates | None:
+    """The templates of the first of ``folders`` that has some, None if none has.
 
     ``chat_template.jinja`` and ``additional_chat_templates/*.jinja`` come before ``tokenizer_config.json``, and that before
     ``chat_template.json``. Raises ``ValueError`` for a file that cannot be read.
     """
-    if not folder.is_dir():
-        return None
+    return next((found for folder in folders if (found := _find(folder)) is not None), None)
+
+
+def _find(folder: Path) -> Templates | None:
     texts: dict[str, str] = {}
     if (folder / TEMPLATE_NAME).is_file():
         texts["default"] = _read(folder / TEMPLATE_NAME)
@@ -60,16 +62,16 @@ def given_template(option: str) -> Templates:
     return Templates("chat_template", {"default": option})
 
 
-def special_texts(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+def special_texts(folders: Sequence[Path], tokenizer: Tokenizer) -> dict[str, str]:
     """What templates know as ``bos_token``, ``eos_token`` and so on."""
-    config = _object(folder / CONFIG_NAME) if folder.is_dir() else {}
-    legacy = _object(folder / MAP_NAME) if folder.is_dir() else {}
     found: dict[str, str] = {}
-    for name in _SPECIAL:
-        value = config.get(name) if config.get(name) is not None else legacy.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            found[name] = text
+    for path in [folder / name for folder in folders for name in (CONFIG_NAME, MAP_NAME)]:
+        said = _object(path)
+        for name in _SPECIAL:
+            value = said.get(name)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str) and text:
+                found.setdefault(name, text)
     for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if name not in found and token_id is not None and tokenizer.is_special(token_id):
             found[name] = tokenizer.special_text(token_id)

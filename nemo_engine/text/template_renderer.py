@@ -89,7 +89,7 @@ class TemplateRenderer:
         *,
         tools: Tools = None,
         documents: object = None,
-        variables: object = None,
+        chat_template_kwargs: object = None,
         strict: bool = False,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -118,7 +118,7 @@ class TemplateRenderer:
             [_for_template(raw, one, facts.form, extra) for raw, one in zip(messages, checked)],
             tools=[dict(tool) for tool in tools] if tools else None,
             documents=_check_documents(documents, template),
-            variables=_check_variables(variables, template),
+            variables=_check_variables(chat_template_kwargs, template),
             add_generation_prompt=add_generation_prompt and not is_open,
             continue_final_message=is_open,
         )
