@@ -93,7 +93,7 @@ def probe(template: ChatTemplate) -> TemplateFacts:
     ends = _find_ends(template, form)
     shown = _tools_shown(template, form)
     if not shown:
-        return TemplateFacts(form, ends, None, False, "it shows the model no tools")
+        return TemplateFacts(form, ends, None, False, "shows the model none")
     for short_ids in (False, True):
         for text_arguments in (False, True):
             for empty_content in (False, True):
@@ -106,7 +106,7 @@ def probe(template: ChatTemplate) -> TemplateFacts:
                 call_form = _read_calls(template, tried)
                 if call_form is not None:
                     return TemplateFacts(tried, ends, call_form, False, None)
-    return TemplateFacts(form, ends, None, False, "it writes calls in a form that is not read here")
+    return TemplateFacts(form, ends, None, False, "writes calls in a form that is not read here")
 
 
 def flat(parts: Sequence[Part]) -> str:

@@ -30,7 +30,8 @@ class Renderer(Protocol):
     """Makes prompts of conversations. ``source`` is a template's file. ``calls`` is how tool calls are written.
 
     ``end_ids`` end an answer, beside the model's own end-of-sequence tokens; ``end_names`` are the same as texts. ``no_tools``: why tools are
-    refused, None where they are taken. ``places_system``: ``system_placement`` has a meaning.
+    refused, None where they are taken. ``places_system``: ``system_placement`` has a meaning. ``fields`` of messages, beside the usual
+    ones, may have an effect.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Renderer(Protocol):
     calls: CallStyle | None
     no_tools: str | None
     places_system: bool
+    fields: frozenset[str]
 
     def render(
         self,
@@ -65,6 +67,7 @@ class MistralRenderer:
     name = MISTRAL
     source: str | None = None
     places_system = True
+    fields: frozenset[str] = frozenset()
     end_names: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()
 
@@ -134,9 +137,9 @@ class ChatRenderers:
     def line(self) -> str:
         """The same in one line."""
         said = self.describe()
-        by = f"the template {said['template']}" if said["template"] else "Mistral's format"
+        by = f"the template of {said['template']}" if said["template"] else "Mistral's format"
         ends = f"; {', '.join(said['ends'])} ends a turn" if said["ends"] else ""
-        return f"chat by {by}: {said['why']}{ends}; tools: {said['tools']}"
+        return f"chat by {by}: {said['why']}{ends}; {said['tools']}"
 
     def _of_text(self, text: str) -> TemplateRenderer:
         return self._template(Templates("chat_template", {"default": text}))
@@ -159,7 +162,7 @@ class ChatRenderers:
             made = self._template(templates)
         except ValueError as error:
             raise ValueError(
-                f'{error}; another can be given: chat_template=FILE, or chat_template="{MISTRAL}" for Mistral\'s own format'
+                f'chat template in {self._folders[0]}: {error}; another can be given: chat_template=FILE, or chat_template="{MISTRAL}" for Mistral\'s own format'
             ) from None
         difference = made.difference_from_mistral()
         if difference is None:

@@ -21,7 +21,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """Texts of templates by their names, "default" and "tool_use" among them; ``source`` is the file, or the option, that they are of."""
+    """Texts of templates by their names, "default" and "tool_use" among them; ``source`` names the file, or the option, that they are of."""
 
     source: str
     texts: Mapping[str, str]
@@ -44,11 +44,11 @@ def _find(folder: Path) -> Templates | None:
         texts[path.stem] = _read(path)
     if texts:
         name = TEMPLATE_NAME if "default" in texts else TEMPLATE_FOLDER
-        return Templates(str(folder / name), texts)
+        return Templates(name, texts)
     for name in (CONFIG_NAME, JSON_NAME):
         found = _object(folder / name).get("chat_template")
         if found is not None:
-            return Templates(str(folder / name), _named(folder / name, found))
+            return Templates(name, _named(folder / name, found))
     return None
 
 
@@ -58,7 +58,7 @@ def given_template(option: str) -> Templates:
         path = Path(option).expanduser()
         if not path.is_file():
             raise ValueError(f"chat_template must be a template's file or text, got {option!r}, which is no file")
-        return Templates(str(path), {"default": _read(path)})
+        return Templates(path.name, {"default": _read(path)})
     return Templates("chat_template", {"default": option})
 
 

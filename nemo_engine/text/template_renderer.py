@@ -54,7 +54,7 @@ class TemplateRenderer:
 
     def __init__(self, tokenizer: Tokenizer, templates: Templates, special: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
-        self.source = templates.source
+        self.source: str | None = templates.source
         self._control = control = ControlTokens(tokenizer)
         texts = templates.texts
         if "default" not in texts and "tool_use" not in texts:
@@ -68,19 +68,20 @@ class TemplateRenderer:
         self.end_ids = frozenset(token.id for token in ends)
         self.no_tools = None
         if self._tool_facts.no_tools is not None:
-            self.no_tools = f"tools are not taken: {self.source} is a template, and {self._tool_facts.no_tools}"
+            self.no_tools = f"tools are not taken: the chat template of {self.source} {self._tool_facts.no_tools}"
         self.calls: CallStyle | None = None
         if self._tool_facts.call_form is not None:
             self.calls = TaggedCalls(self._tool_facts.call_form, tokenizer)
         elif self._tool_facts.writes_list and tokenizer.tool_calls_id is not None:
             self.calls = ListCalls(tokenizer.tool_calls_id)
+        self.fields = _fields_beside(self._plain) | _fields_beside(self._with_tools)
         self._first_ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=True))
         self._ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=False))
 
     def _load(
         self, text: str, control: ControlTokens, special: Mapping[str, str]
     ) -> tuple[ChatTemplate, TemplateFacts]:
-        template = ChatTemplate(text, self.source, control, special)
+        template = ChatTemplate(text, str(self.source), control, special)
         return template, probe(template)
 
     def render(
@@ -102,7 +103,7 @@ class TemplateRenderer:
             raise ValueError(f'system_placement must be "last" or "first", got {system_placement!r}')
         if system_placement == "first":
             raise ValueError(
-                f'system_placement "first" is for Mistral\'s own format; here {self.source} decides where system text stands'
+                f'system_placement "first" is for Mistral\'s own format; here the template of {self.source} places system text'
             )
         if tools:
             check_tools(tools)
@@ -169,9 +170,9 @@ def _difference_from_mistral(template: TemplateRenderer, tokenizer: Tokenizer) -
         try:
             ids = template.render(messages, tools=tools)
         except ValueError as error:
-            return f"{template.source} does not take {what}: {error}"
+            return f"it does not take {what}: {error}"
         if ids != expected:
-            return f"{template.source} makes other prompts of {what} than Mistral's format"
+            return f"its prompts of {what} are others than those of Mistral's format"
     return None
 
 

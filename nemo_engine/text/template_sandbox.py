@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context, pass_eval_context
@@ -79,6 +79,7 @@ class _Generator(CodeGenerator):
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
         if isinstance(node.node, nodes.EnvironmentAttribute):
+            assert isinstance(node.args[0], nodes.Const)
             self.write(f"environment.tick({node.args[0].value})")
         else:
             super().visit_Call(node, frame, forward_caller=forward_caller)
@@ -161,10 +162,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
             raise TemplateLimitError(f"line {node.lineno} reads another file, which a chat template may not")
-        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            size = sum(len(data.data) for part in node.body for data in _data(part))
+        counted: Iterable[Any] = tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
+        for block in counted:
+            size = sum(len(data.data) for part in block.body for data in _data(part))
             call = nodes.Call(nodes.EnvironmentAttribute("tick"), [nodes.Const(size)], [], None, None)
-            node.body.insert(0, nodes.ExprStmt(call, lineno=node.lineno))
+            block.body.insert(0, nodes.ExprStmt(call, lineno=block.lineno))
         tree.set_environment(self)
         return tree
 
