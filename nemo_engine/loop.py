@@ -97,10 +97,11 @@ class EngineLoop:
         """Load the tokenizer before the weights; returns its number of ids, None if there is none."""
         if self.config.skip_tokenizer_init:
             return None
-        with self.ledger.stage("load tokenizer"):
+        with self.ledger.stage("load tokenizer") as stage:
             place = Path(self.config.tokenizer or checkpoint)
             self.tokenizer = load_tokenizer(place)
             if self.tokenizer is not None:
+                stage.name = f"load tokenizer ({self.tokenizer.describe()})"
                 folders = dict.fromkeys([place if place.is_dir() else checkpoint, checkpoint])
                 self.renderers = ChatRenderers(self.tokenizer, list(folders), self.config.chat_template)
                 _logger.info("%s", self.renderers.line())

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(("tokenizer", "none: token ids only"))
     else:
         rows.append(
-            ("tokenizer", f"{tokenizer.version}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
+            ("tokenizer", f"{tokenizer.describe()}; {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
         )
         difference = tokenizer.differs_from(checkpoint.model_config.vocab_size)
         if difference is not None:

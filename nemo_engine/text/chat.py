@@ -87,8 +87,7 @@ def _encode(
     from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool
     from mistral_common.protocol.instruct.tool_calls import ToolCall as WireCall
 
-    instruct = tokenizer.instruct
-    assert instruct is not None
+    instruct = tokenizer.mistral.instruct_tokenizer
     available = [Tool.from_openai(dict(tool)) for tool in tools] or None
     users = [index for index, message in enumerate(messages) if message.role == "user"]
     first, last = users[0], users[-1]

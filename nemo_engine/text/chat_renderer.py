@@ -88,7 +88,7 @@ class MistralRenderer:
         **options: Any,
     ) -> list[int]:
         """See ``Renderer``."""
-        if self._tokenizer.instruct is None:
+        if self._tokenizer.mistral is None:
             raise ValueError(
                 "chat needs a chat template, and this model has none, nor [INST] and the like for Mistral's format: give "
                 "chat_template=FILE, or use generate"

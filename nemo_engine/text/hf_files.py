@@ -47,6 +47,7 @@ class HFFiles:
     begin_ids: tuple[int, ...] = ()
     size: int = 0
     texts: dict[int, str] = field(default_factory=dict)  # of ``vocab``, by id
+    ids: dict[str, int] = field(default_factory=dict)  # of ``added``, by text
 
     def refuse(self, where: str, reason: str) -> NoReturn:
         """Raise the error that the file cannot be used."""
@@ -155,24 +156,18 @@ def _content(path: Path, where: str, value: Any) -> str:
     return value
 
 
-def _id_of(files: HFFiles, content: str) -> int | None:
-    """The id of a token by its text: an added one's, or one of the vocabulary."""
-    for token in files.added.values():
-        if token.content == content:
-            return token.id
-    return files.vocab.get(content)
-
-
 def _add(files: HFFiles, path: Path, where: str, token: AddedToken) -> None:
     """Take an added token in, if nothing else has its id or its text."""
     written = files.vocab.get(token.content, token.id)
     if written != token.id:
         refuse(path, where, f"gives {token.content!r} id {token.id}, and model.vocab gives it {written}")
+    if token.content in files.ids:
+        refuse(path, where, f"gives {token.content!r} id {token.id}, and it has {files.ids[token.content]}")
     known = files.added.get(token.id)
     other = files.texts.get(token.id, token.content) if known is None else known.content
     if other != token.content or known is not None:
         refuse(path, where, f"gives id {token.id} to {token.content!r}, and {other!r} has it")
-    files.added[token.id] = token
+    files.added[token.id], files.ids[token.content] = token, token.id
 
 
 def _read_decoder(files: HFFiles, config: Mapping[str, Any]) -> None:
@@ -181,7 +176,6 @@ def _read_decoder(files: HFFiles, config: Mapping[str, Any]) -> None:
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         refuse(path, "added_tokens_decoder", f"must be an object, got {_shown(decoder)}")
-    ids = {token.content: token.id for token in files.added.values()}
     for key, entry in decoder.items():
         where = f"added_tokens_decoder[{key!r}]"
         token_id = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else None
@@ -192,10 +186,10 @@ def _read_decoder(files: HFFiles, config: Mapping[str, Any]) -> None:
         other = known.content if known is not None else files.texts.get(token_id, token.content)
         if other != token.content:
             refuse(path, where, f"is {token.content!r}, and {FILE_NAME} gives id {token_id} to {other!r}")
-        other_id = ids.get(token.content, files.vocab.get(token.content, token_id))
+        other_id = files.ids.get(token.content, files.vocab.get(token.content, token_id))
         if other_id != token_id:
             refuse(path, where, f"is {token.content!r}, and {FILE_NAME} gives it id {other_id}")
-        files.added[token_id], ids[token.content] = token, token_id
+        files.added[token_id], files.ids[token.content] = token, token_id
 
 
 def _read_names(files: HFFiles, config: Mapping[str, Any]) -> None:
@@ -220,14 +214,14 @@ def _name(files: HFFiles, path: Path, name: str, entry: Any) -> None:
     content = entry.get("content") if isinstance(entry, dict) else entry
     where = f"{name}.content" if isinstance(entry, dict) else name
     content = _content(path, where, content)
-    token_id = _id_of(files, content)
+    token_id = files.ids.get(content, files.vocab.get(content))
     if token_id is None:
         if name in ("bos_token", "eos_token"):
             refuse(path, where, f"is {content!r}, which {FILE_NAME} does not have")
         _logger.warning("%s: %s is %r, which %s does not have: it is not used", path, where, content, FILE_NAME)
         return
     known = files.added.get(token_id, AddedToken(token_id, content))
-    files.added[token_id] = replace(known, special=True)
+    files.added[token_id], files.ids[content] = replace(known, special=True), token_id
     files.named[name] = token_id
 
 
@@ -241,22 +235,25 @@ def _check_ids(files: HFFiles) -> int:
 
 
 def _begin_ids(files: HFFiles, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """What stands in front of a prompt: the post-processor's, or BOS where ``add_bos_token`` says so."""
+    """What stands in front of a prompt: the post-processor's tokens, unless ``add_bos_token`` says otherwise."""
     path = files.path.with_name(CONFIG_NAME)
     begin, end = _template_ids(files, files.data.get("post_processor"))
-    adds: dict[str, bool] = {}
     for name in ("add_bos_token", "add_eos_token"):
-        value = config.get(name)
-        if value is not None and type(value) is not bool:
-            refuse(path, name, f"must be true or false, got {_shown(value)}")
-        if value is not None:
-            adds[name] = value
-    if adds:
-        bos = files.named.get("bos_token")
-        begin = (bos,) if adds.get("add_bos_token") and bos is not None else ()
-        end = (0,) if adds.get("add_eos_token") else ()
-    if end:
+        if not isinstance(config.get(name), bool | None):
+            refuse(path, name, f"must be true or false, got {_shown(config[name])}")
+    adds_bos = config.get("add_bos_token")
+    bos = files.named.get("bos_token")
+    if adds_bos and bos is None:
+        refuse(path, "add_bos_token", "is true, and no bos_token is named")
+    if adds_bos is not None and adds_bos != bool(begin):
+        _logger.warning(
+            "%s: add_bos_token is %s and counts, the post-processor of %s says otherwise", path, adds_bos, FILE_NAME
+        )
+        begin = () if bos is None or not adds_bos else (bos,)
+    if end or config.get("add_eos_token"):
         _logger.warning("%s: a prompt gets no end-of-sequence token here, though the tokenizer asks for it", files.path)
+    if len(begin) == 1:
+        files.named.setdefault("bos_token", begin[0])
     return begin
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nemo_engine.text.hf_files import HFFiles, read_files
+from nemo_engine.text.mistral_vocabulary import TEKKEN_PATTERN, mistral_format
 from nemo_engine.text.vocabulary import Vocabulary
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -23,7 +25,26 @@ _UNPRINTED = [byte for byte in range(256) if byte not in set(_PRINTED)]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(256 + index): byte for index, byte in enumerate(_UNPRINTED)}
 _TO_LATIN_1 = {ord(letter): byte for letter, byte in _BYTE_OF.items()}
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+_SHORT = 64  # characters of a piece whose ids are kept
+_MAX_KNOWN = 1 << 16
+# What such a regular expression matches never goes from a visible character to a space: those of NeMo, of Llama 3, of Qwen 2.
+_CUTS_AT_SPACES = {
+    TEKKEN_PATTERN,
+    *(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        + most
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        for most in ("{1,3}", "")
+    ),
+}
+_BEFORE_WORDS = re.compile(r"(?<=\S)(?= \S)")
+_BEFORE_SPACES = re.compile(f"(?<=[^ {_SPACE}])(?=[ {_SPACE}])")
 _LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")  # pre-tokenizers that only cut
+
+
+Merges = list[tuple[str, str]]
+
+BYTE_LEVEL, BYTE_FALLBACK = "byte-level-bpe", "byte-fallback-bpe"
 
 
 class HFVocabulary(Vocabulary):
@@ -39,9 +60,9 @@ class HFVocabulary(Vocabulary):
         self.eos_id = files.named.get("eos_token")
         self.begin_ids = files.begin_ids
         is_byte_level = not model.get("byte_fallback", False)
-        self.version = "byte-level-bpe" if is_byte_level else "byte-fallback-bpe"
+        self.version = BYTE_LEVEL if is_byte_level else BYTE_FALLBACK
         ordinary = {text: token_id for text, token_id in files.vocab.items() if token_id not in files.added}
-        written = _byte_level_bytes(files, ordinary) if is_byte_level else _byte_fallback_bytes(ordinary)
+        written = _byte_level_bytes(files, ordinary) if is_byte_level else _byte_fallback_bytes(files, ordinary)
         _check_bytes(files, written)
         self.token_bytes = [written.get(token_id, b"") for token_id in range(files.size)]
         for token in self.added:
@@ -52,27 +73,57 @@ class HFVocabulary(Vocabulary):
         else:
             self.drops_first_space = _check_byte_fallback(files)
         parts = {name: files.data.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-        self._ranked = _tiktoken(files, ordinary, written) if is_byte_level else None
-        self._start = self._later = None
-        if self._ranked is None:
-            self._start = _library(files, ordinary, parts)
-            self._later = self._start
-            later = _without_prefix(parts["pre_tokenizer"])
-            if later != parts["pre_tokenizer"]:
-                self._later = _library(files, ordinary, parts | {"pre_tokenizer": later})
         flags = [[token.id, token.content, token.special] for token in self.added]
-        merges = None if self._ranked is not None else model.get("merges")
+        merges = _split_merges(files)
         self.pattern = json.dumps([parts, self.begin_ids, flags, merges, model.get("ignore_merges", False)])
+        self._files, self._ordinary, self._written, self._merges = files, ordinary, written, merges
+        self._prefix = "never" if is_byte_level else _prefix_rule(files)
+        self._ranked: Any = None
+        self._library: Any = None
+        self._cut: re.Pattern[str] | None = None
+        self._known: dict[str, list[int]] = {}
+
+    def prepare(self) -> None:
+        """See ``Vocabulary``."""
+        files, ordinary, merges = self._files, self._ordinary, self._merges
+        self._ranked = _tiktoken(files, ordinary, self._written, merges) if self.version == BYTE_LEVEL else None
+        if self._ranked is None:
+            self._library = _library(files, ordinary, merges)
+            self._cut = _cut(files, ordinary)
+        regex = "" if self._ranked is None else self._ranked._pat_str
+        self.cuts_words = self._cut is not None or regex in _CUTS_AT_SPACES
+        del self._files, self._ordinary, self._written, self._merges
+
+    @cached_property
+    def mistral(self) -> Any:  # type: ignore[override]
+        """See ``Vocabulary``. In byte-level BPE alone: Mistral's format over SentencePiece has rules of its own for spaces."""
+        return mistral_format(self) if self.version == BYTE_LEVEL else None
 
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
         """See ``Vocabulary``."""
         if self._ranked is not None:
             ids: list[int] = self._ranked.encode_ordinary(text)
             return ids
-        library = self._start if is_start else self._later
-        assert library is not None
-        found: list[int] = library.encode(text, add_special_tokens=False).ids
+        is_prefixed = self._prefix == "each" or text[:1] not in (" ", _SPACE) and (self._prefix == "bare" or is_start)
+        if text and self._prefix != "never" and is_prefixed:
+            text = _SPACE + text
+        if self._cut is None or len(text) < _SHORT:
+            return self._encode(text)
+        known, found = self._known, []
+        for piece in self._cut.split(text):
+            made = known.get(piece)
+            if made is None:
+                made = self._encode(piece)
+                if len(piece) <= _SHORT:
+                    if len(known) >= _MAX_KNOWN:
+                        known.clear()
+                    known[piece] = made
+            found += made
         return found
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def _check_model(files: HFFiles, model: Mapping[str, Any]) -> None:
@@ -98,13 +149,14 @@ def _byte_level_bytes(files: HFFiles, ordinary: Mapping[str, int]) -> dict[int, 
         )
 
 
-def _byte_fallback_bytes(ordinary: Mapping[str, int]) -> dict[int, bytes]:
+def _byte_fallback_bytes(files: HFFiles, ordinary: Mapping[str, int]) -> dict[int, bytes]:
     made = {}
     for text, token_id in ordinary.items():
         found = _BYTE_PIECE.fullmatch(text)
-        made[token_id] = (
-            text.replace(_SPACE, " ").encode("utf-8", "replace") if found is None else bytes([int(found[1], 16)])
-        )
+        try:
+            made[token_id] = text.replace(_SPACE, " ").encode() if found is None else bytes([int(found[1], 16)])
+        except UnicodeEncodeError:
+            files.refuse(f"model.vocab[{text!r}]", "must be Unicode text")
     return made
 
 
@@ -159,6 +211,8 @@ def _check_byte_fallback(files: HFFiles) -> bool:
             files.refuse("normalizer", f"may put {_SPACE} in front and for spaces, got {step}")
     steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
     _check_lossless(files, [step for step in steps if step.get("type") != "Metaspace"])
+    if len(steps) > 1 and any(step.get("type") == "Metaspace" for step in steps):
+        files.refuse("pre_tokenizer", "must be Metaspace alone, or without it")
     if any(step.get("type") == "ByteLevel" for step in steps):
         files.refuse("pre_tokenizer", "must not be ByteLevel where model.byte_fallback is true")
     if any(step.get("type") == "Metaspace" and step.get("replacement") != _SPACE for step in steps):
@@ -180,19 +234,57 @@ def _check_byte_fallback(files: HFFiles) -> bool:
     return drops
 
 
-def _without_prefix(pre_tokenizer: Any) -> Any:
-    """The pre-tokenizer of what does not stand first, where it puts a space in front of what does."""
-    if not isinstance(pre_tokenizer, dict):
-        return pre_tokenizer
-    if pre_tokenizer.get("type") == "Sequence":
-        parts = [_without_prefix(part) for part in pre_tokenizer.get("pretokenizers", [])]
-        return pre_tokenizer | {"pretokenizers": parts}
-    if pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":
-        return pre_tokenizer | {"prepend_scheme": "never", "add_prefix_space": False}
-    return pre_tokenizer
+def _prefix_rule(files: HFFiles) -> str:
+    """Where BPE with byte fallback gets a space: in front of "each" piece of text between added tokens, of each that has none ("bare"),
+    of the "first" if it has none, or "never".
+    """
+    if any(step.get("type") == "Prepend" for step in _kinds(files.data.get("normalizer"), "normalizers")):
+        return "each"
+    for step in _kinds(files.data.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Metaspace":
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            if scheme not in ("always", "first", "never"):
+                files.refuse("pre_tokenizer.prepend_scheme", f"must be always, first or never, got {scheme!r}")
+            return {"always": "bare", "first": "first", "never": "never"}[scheme]
+    return "never"
 
 
-def _split_merges(files: HFFiles) -> list[tuple[str, str]]:
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts no space in front of a text."""
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Sequence":
+        inner = "normalizers" if "normalizers" in part else "pretokenizers"
+        kept = [_without_prefix(one) for one in part.get(inner, [])]
+        return part | {inner: [one for one in kept if one is not None]}
+    if part.get("type") == "Prepend":
+        return None
+    return part | {"prepend_scheme": "never"} if part.get("type") == "Metaspace" else part
+
+
+def _cut(files: HFFiles, ordinary: Mapping[str, int]) -> re.Pattern[str] | None:
+    """Where any text may be cut without an effect on its ids, None where no such place is known."""
+    steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
+    kinds = [step.get("type") for step in steps]
+    if files.data["model"].get("byte_fallback", False):
+        splits = kinds == ["Metaspace"] and steps[0].get("split", True)
+        is_whole = kinds in ([], ["Metaspace"]) and not splits and not files.data["model"].get("ignore_merges", False)
+        joins = any(re.search(f"[^{_SPACE}]{_SPACE}", text) for text in ordinary)
+        return _BEFORE_SPACES if splits or (is_whole and not joins) else None
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return _BEFORE_WORDS
+    if (
+        kinds == ["Split", "ByteLevel"]
+        and not steps[1].get("use_regex", True)
+        and steps[0].get("behavior") == "Isolated"
+    ):
+        pattern = steps[0].get("pattern")
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        return _BEFORE_WORDS if regex in _CUTS_AT_SPACES and not steps[0].get("invert") else None
+    return None
+
+
+def _split_merges(files: HFFiles) -> Merges:
     merges = []
     for index, merge in enumerate(files.data["model"]["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -202,13 +294,20 @@ def _split_merges(files: HFFiles) -> list[tuple[str, str]]:
     return merges
 
 
-def _library(files: HFFiles, ordinary: Mapping[str, int], parts: Mapping[str, Any]) -> Any:
+def _library(files: HFFiles, ordinary: Mapping[str, int], merges: Merges) -> Any:
     """The tokenizers library over the tokens that text may become."""
     import tokenizers
 
     model = files.data["model"]
-    merges = [pair for pair in _split_merges(files) if "".join(pair) in ordinary and set(pair) <= ordinary.keys()]
-    bare = {**parts, "version": "1.0", "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    merges = [pair for pair in merges if "".join(pair) in ordinary and set(pair) <= ordinary.keys()]
+    bare: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+    bare |= {name: _without_prefix(files.data.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
     unknown = model.get("unk_token")
     bare["model"] = model | {
         "type": "BPE",
@@ -224,7 +323,7 @@ def _library(files: HFFiles, ordinary: Mapping[str, int], parts: Mapping[str, An
         raise ValueError(f"tokenizer file {files.path} cannot be read: {type(error).__name__}: {error}") from None
 
 
-def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int, bytes]) -> Any:
+def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int, bytes], merges: Merges) -> Any:
     """tiktoken's encoding of the same ids, None where the merges are not those of byte strings by rank."""
     model = files.data["model"]
     steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
@@ -238,19 +337,20 @@ def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int,
     if byte_level.get("use_regex", True) or len({*written.values()}) != len(written):
         return None
     single = {data for data in written.values() if len(data) == 1}
-    if len(single) != 256 or not _is_ranked(files, ordinary):
+    if len(single) != 256 or not _is_ranked(merges, ordinary):
         return None
-    try:
-        import tiktoken
-    except ImportError:
-        return None
+    import tiktoken
+
     ranks = {data: token_id for token_id, data in written.items()}
-    return tiktoken.Encoding(str(files.path), pat_str=regex, mergeable_ranks=ranks, special_tokens={})
+    try:
+        return tiktoken.Encoding(str(files.path), pat_str=regex, mergeable_ranks=ranks, special_tokens={})
+    except ValueError:  # the library's regular expressions allow more than tiktoken's
+        return None
 
 
-def _is_ranked(files: HFFiles, ordinary: Mapping[str, int]) -> bool:
+def _is_ranked(merges: Merges, ordinary: Mapping[str, int]) -> bool:
     """Whether the merges are all pairs of tokens that make a token, in the order of its id."""
-    merges = [pair for pair in _split_merges(files) if set(pair) <= ordinary.keys()]
+    merges = [pair for pair in merges if set(pair) <= ordinary.keys()]
     made = [ordinary.get(left + right, -1) for left, right in merges]
     if -1 in made or any(before > after for before, after in pairwise(made)) or len(set(merges)) != len(merges):
         return False

@@ -154,7 +154,7 @@ class TemplateRenderer:
 
 
 def _difference_from_mistral(template: TemplateRenderer, tokenizer: Tokenizer) -> str | None:
-    if tokenizer.instruct is None:
+    if tokenizer.mistral is None:
         return "the tokenizer lacks control tokens of Mistral's format"
     called = call_messages(MessageForm(text_arguments=True, short_ids=True))
     tries: tuple[tuple[str, list[dict[str, Any]], Tools], ...] = (

@@ -1,6 +1,6 @@
-"""``Tokenizer``: text to token ids and back, for Tekken and SentencePiece files, over mistral-common.
+"""``Tokenizer``: text to token ids and back, over a ``Vocabulary`` of any kind; ``load_tokenizer``, which chooses the file.
 
-Owns the bytes of every token. mistral-common is imported when a tokenizer is loaded, not before.
+The libraries are imported when a tokenizer is loaded that needs them, not before.
 """
 
 from __future__ import annotations
@@ -10,58 +10,80 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nemo_engine.checks import check_unicode
 from nemo_engine.text.hf_files import FILE_NAME as HF_FILE_NAME
 from nemo_engine.text.hf_vocabulary import HFVocabulary
-from nemo_engine.text.mistral_vocabulary import MistralVocabulary
+from nemo_engine.text.mistral_vocabulary import MistralVocabulary, difference
 from nemo_engine.text.vocabulary import AddedToken, Vocabulary
 
 FILE_NAMES = ("tekken.json", "tokenizer.model.v3", "tokenizer.model", HF_FILE_NAME)
 
 _USUAL_LENGTH = 8  # characters of a token, and more
 _PIECE = 1 << 16  # characters that are encoded at a time where only their number of tokens is wanted
-_WORD_END = re.compile(r"(?<=[^\W\d_]) ")  # no token goes from a letter to a space
+_WORD_END = re.compile(r"(?<=[^\W\d_]) ")  # where ``Vocabulary.cuts_words`` holds
 
 _logger = logging.getLogger("nemo_engine")
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
-    """Load a tokenizer file, or that of a checkpoint directory; None if the directory has none that can be read.
+    """Load a tokenizer file, or that of a checkpoint directory; None if the directory has none.
 
-    Raises ``FileNotFoundError`` for a path that does not exist and ``ValueError`` for a broken file.
+    Of a directory with one of Mistral's files and ``tokenizer.json``, Mistral's serves if both have the same tokens, and else ``tokenizer.json``,
+    which fine-tunes change. Raises ``FileNotFoundError`` for a path that does not exist and ``ValueError`` for a broken file.
     """
     if path.is_file():
         return Tokenizer(path)
     if not path.is_dir():
         raise FileNotFoundError(f"tokenizer {str(path)!r} does not exist")
-    for name in FILE_NAMES:
-        if (path / name).exists():
-            return Tokenizer(path / name)
-    return None
+    files = [path / name for name in FILE_NAMES if (path / name).exists()]
+    if not files:
+        return None
+    if files[0].name == HF_FILE_NAME or files[-1].name != HF_FILE_NAME:
+        return Tokenizer(files[0])
+    return _choose(files[0], files[-1])
 
 
-def _open(path: Path) -> Vocabulary:
-    """Read a file as what its name says: mistral-common, too, knows Tekken files by theirs."""
-    is_hf = path.suffix == ".json" and "tekken" not in path.name
-    return HFVocabulary(path) if is_hf else MistralVocabulary(path)
+def _choose(own: Path, other: Path) -> Tokenizer:
+    """The tokenizer of a directory that has a file of Mistral's and ``tokenizer.json``."""
+    try:
+        mistral = MistralVocabulary(own)
+    except ImportError as error:
+        return Tokenizer(other, note=f"{own.name} needs a library that is not installed ({error})")
+    try:
+        hf = HFVocabulary(other)
+        reason = difference(mistral, hf)
+        if reason is None:
+            return Tokenizer(own, mistral, note=f"{other.name} has the same tokens")
+        hf.prepare()
+    except ValueError as error:
+        _logger.warning("%s: it is left aside for %s", error, own.name)
+        return Tokenizer(own, mistral, note=f"{other.name} cannot be used")
+    _logger.warning("%s serves and %s does not: %s", other, own.name, reason)
+    return Tokenizer(other, hf, note=f"{own.name} has other tokens: {reason}")
 
 
 class Tokenizer:
-    """One tokenizer file, Tekken (``tekken.json``) or SentencePiece v3.
+    """One tokenizer file: Tekken (``tekken.json``), SentencePiece v3, or Hugging Face's ``tokenizer.json``.
 
-    ``fingerprint`` is equal for two files exactly if they have the same version, pattern, tokens and control tokens.
+    ``fingerprint`` is equal for two files exactly if they have the same version, pattern, tokens and control tokens. ``note`` says why this
+    file was taken, where there was a choice. ``bos_id`` and ``eos_id`` are None where a ``tokenizer.json`` names none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._vocabulary: Vocabulary = _open(path)
+    def __init__(self, path: Path, vocabulary: Vocabulary | None = None, *, note: str = "") -> None:
+        if vocabulary is None:
+            # mistral-common, too, knows Tekken files by their name.
+            is_hf = path.suffix == ".json" and "tekken" not in path.name
+            vocabulary = HFVocabulary(path) if is_hf else MistralVocabulary(path)
+            vocabulary.prepare()
+        self._vocabulary: Vocabulary = vocabulary
         self._bytes, self._special = self._vocabulary.token_bytes, self._vocabulary.special
         self._longest = max(1, *map(len, self._bytes))
         self._added = {token.content: token for token in self._vocabulary.added}
         self.path = path
+        self.note = note
         self.vocab_size: int = len(self._bytes)
         self.bos_id: int | None = self._vocabulary.bos_id
         self.eos_id: int | None = self._vocabulary.eos_id
@@ -69,19 +91,17 @@ class Tokenizer:
         self.tool_calls_id: int | None = self.added_id("[TOOL_CALLS]")
         self.fingerprint: str = self._make_fingerprint()
 
+    def describe(self) -> str:
+        """Which file it is, of which kind, and why it was taken."""
+        reason = f", as {self.note}" if self.note else ""
+        return f"{self.path.name}, {self.version}{reason}"
+
     @property
     def mistral(self) -> Any:
-        """mistral-common's ``MistralTokenizer``, None where the file is not of its kind."""
+        """mistral-common's ``MistralTokenizer``, or for a ``tokenizer.json`` with the control tokens of Mistral's v3 what has its
+        ``instruct_tokenizer``; None where Mistral's rules cannot be written in these tokens.
+        """
         return self._vocabulary.mistral
-
-    @cached_property
-    def instruct(self) -> Any:
-        """mistral-common's encoder of messages with the ids of this tokenizer, None if it lacks the control tokens for that."""
-        if self.mistral is not None:
-            return self.mistral.instruct_tokenizer
-        from nemo_engine.text.mistral_format import instruct_over
-
-        return instruct_over(self)
 
     @property
     def added_tokens(self) -> tuple[AddedToken, ...]:
@@ -121,7 +141,7 @@ class Tokenizer:
         """
         if self.min_tokens(text) > limit:
             return True
-        if len(text) <= _USUAL_LENGTH * limit:
+        if len(text) <= _USUAL_LENGTH * limit or not self._vocabulary.cuts_words:
             return False
         start = count = 0
         while start < len(text) and count <= limit:

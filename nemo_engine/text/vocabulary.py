@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +25,13 @@ class AddedToken:
     normalized: bool = False
 
 
-class Vocabulary(ABC):
+class Vocabulary:
     """The tokens of one file, and text into ids.
 
     ``token_bytes`` has those of each id, none for control tokens. ``added`` is in the order of ids. ``begin_ids`` stand before a
     prompt. ``drops_first_space`` is whether a text loses the space at its very start. ``pattern`` is what else the ids of a text depend on.
-    ``mistral`` is the file as mistral-common has it, if that knows it.
+    ``cuts_words`` is whether a text may be cut between a letter and a space without an effect on its ids. ``mistral`` has an
+    ``instruct_tokenizer`` of mistral-common, if there is any.
     """
 
     version: str
@@ -43,8 +43,12 @@ class Vocabulary(ABC):
     begin_ids: Sequence[int]
     drops_first_space: bool
     pattern: str
+    cuts_words: bool = True
     mistral: Any = None
 
-    @abstractmethod
+    def prepare(self) -> None:
+        """Make ready to encode; ``ValueError`` where the file turns out not to allow it. What is said above needs none of it."""
+
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
         """Ids of ``text`` and nothing else; not ``is_start`` where a control token stands in front of it."""
+        raise NotImplementedError
