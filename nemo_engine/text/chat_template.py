@@ -55,13 +55,13 @@ class ControlTokens:
             lambda text: self.pattern.sub(lambda found: shadow.shadow_first(found[0]), text),
         )
 
-    def cast(self, value: Any, cast: Cast) -> Any:
+    def cast(self, value: Any, cast: Cast | None) -> Any:
         """A copy of ``value``, which is JSON, with shadows in its strings; of the keys in those alone that are no names."""
         if isinstance(value, str):
-            return cast(value)
+            return value if cast is None else cast(value)
         if isinstance(value, Mapping):
             return {
-                key if _PLAIN_KEY.fullmatch(key) else self._cast_key(key): self.cast(inner, cast)
+                key if cast is None or _PLAIN_KEY.fullmatch(key) else self._cast_key(key): self.cast(inner, cast)
                 for key, inner in value.items()
             }
         if isinstance(value, (list, tuple)):
@@ -148,7 +148,7 @@ class ChatTemplate:
 
     def _run(self, given: Mapping[str, Any], fixed: Mapping[str, Any], cast: Cast | None, continues: bool) -> str:
         """One rendering; what it makes is cut where the last message, if it is to be continued, ends."""
-        value = {**fixed, **self._control.cast(given, cast or str)}
+        value = {**fixed, **self._control.cast(given, cast)}
         for message, plain in zip(value["messages"], given["messages"]):
             message["role"] = plain["role"]  # one of a few words, which templates write into control tokens
         if continues:

@@ -197,6 +197,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         meter().step()
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, str):
+            for own in ("_loop_vars", "_block_vars"):  # Jinja's, for functions that want the context
+                kwargs.pop(own, None)
             return _call_of_text(owner, name, function, args, kwargs)
         if isinstance(owner, dict) and name == "get" and args:
             args = (_key(owner, args[0]), *args[1:])
