@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from nemo_engine.text.call_styles import CallForm
 from nemo_engine.text.chat_template import ChatTemplate, Part
+from nemo_engine.text.template_meter import Metered
 from nemo_engine.text.vocabulary import AddedToken
 
 Messages: TypeAlias = list[dict[str, Any]]
@@ -88,7 +89,12 @@ def put(form: MessageForm, messages: Sequence[dict[str, Any]]) -> Messages:
 
 
 def probe(template: ChatTemplate) -> TemplateFacts:
-    """Try a template. Raises ``ValueError`` if it takes no conversation at all."""
+    """Try a template. Raises ``ValueError`` if it takes no conversation at all. All tries together may cost what one rendering may."""
+    with Metered():
+        return _probe(template)
+
+
+def _probe(template: ChatTemplate) -> TemplateFacts:
     form = _find_form(template)
     ends = _find_ends(template, form)
     shown = _tools_shown(template, form)

@@ -7,6 +7,7 @@ those of Mistral's rules, these serve, with all that they can. Else the template
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -14,14 +15,15 @@ from nemo_engine.text.call_styles import CallStyle, ListCalls
 from nemo_engine.text.chat import SystemPlacement, render_chat
 from nemo_engine.text.chat_sources import Templates, find_templates, given_template, special_texts
 from nemo_engine.text.messages import asks_nothing
-from nemo_engine.text.text_cache import TextCache
 from nemo_engine.text.tokenizer import Tokenizer
 from nemo_engine.text.tools import check_tools
 
 if TYPE_CHECKING:
+    from nemo_engine.text.chat_template import ControlTokens
     from nemo_engine.text.template_renderer import TemplateRenderer
 
 MISTRAL = "mistral"  # as a value of ``chat_template``: Mistral's rules, whatever the checkpoint brings
+_MAX_GIVEN = 8  # templates of requests that are kept
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
 
@@ -102,14 +104,15 @@ class MistralRenderer:
 class ChatRenderers:
     """The renderer of a checkpoint's conversations, and those of templates that requests bring.
 
-    ``folders`` are those in which files are looked for, the tokenizer's first. ``why`` says why it is this one. ``chat_template``: a template's file or text, or "mistral"; None takes what the checkpoint has.
-    Raises ``ValueError`` for a template that cannot be used.
+    ``folders`` are those in which files are looked for, the tokenizer's first. ``why`` says why it is this one. ``chat_template``: a
+    template's file or text, or "mistral"; None takes what the checkpoint has. Raises ``ValueError`` for a template that cannot be used.
     """
 
     def __init__(self, tokenizer: Tokenizer, folders: Sequence[Path], chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._folders = folders
-        self._given: TextCache[TemplateRenderer] = TextCache(self._of_text)
+        self._control: ControlTokens | None = None
+        self._given = lru_cache(_MAX_GIVEN)(self._of_text)
         self.default, self.why = self._choose(chat_template)
 
     def of(self, chat_template: object = None) -> Renderer:
@@ -145,9 +148,12 @@ class ChatRenderers:
         return self._template(Templates("chat_template", {"default": text}))
 
     def _template(self, templates: Templates) -> TemplateRenderer:
+        from nemo_engine.text.chat_template import ControlTokens
         from nemo_engine.text.template_renderer import TemplateRenderer
 
-        return TemplateRenderer(self.tokenizer, templates, special_texts(self._folders, self.tokenizer))
+        if self._control is None:
+            self._control = ControlTokens(self.tokenizer)
+        return TemplateRenderer(self.tokenizer, self._control, templates, special_texts(self._folders, self.tokenizer))
 
     def _choose(self, option: str | None) -> tuple[Renderer, str]:
         mistral = MistralRenderer(self.tokenizer)
@@ -168,3 +174,11 @@ class ChatRenderers:
         if difference is None:
             return mistral, f"the template of {templates.source} makes the same prompts"
         return made, difference
+
+
+def chat_line(tokenizer: Tokenizer, folders: Sequence[Path]) -> str:
+    """What would make prompts of a checkpoint's conversations, in one line, or why nothing can. Loads no model."""
+    try:
+        return ChatRenderers(tokenizer, folders).line()
+    except ValueError as error:
+        return f"no chat: {error}"

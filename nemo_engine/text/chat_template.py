@@ -33,7 +33,7 @@ _SPACES = re.compile(r"\s*")
 
 
 class ControlTokens:
-    """The added tokens of a tokenizer that a template may write, and how shadows keep them out of texts.
+    """The added tokens of a tokenizer that a template may write, how shadows keep them out of texts, and prompts into ids.
 
     ``casts`` are the ways to cast shadows, from the most to the fewest.
     """
@@ -44,6 +44,8 @@ class ControlTokens:
         self.by_text: dict[str, AddedToken] = {token.content: token for token in tokens}
         longest_first = sorted(self.by_text, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")
+        self._first_ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=True))
+        self._ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=False))
         self._firsts = {text[0] for text in self.by_text}
         characters = {one for text in self.by_text for one in text if shadow.can_have_shadow(one)}
         signs = {one for one in characters if not one.isalnum()}
@@ -67,6 +69,16 @@ class ControlTokens:
         if isinstance(value, (list, tuple)):
             return [self.cast(inner, cast) for inner in value]
         return value
+
+    def encode(self, parts: Sequence[Part]) -> list[int]:
+        """Token ids of what a template wrote. Those of texts are kept, for most of a conversation comes again with its next turn."""
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            else:
+                ids += self._ids(part) if index else self._first_ids(part)
+        return ids
 
     def split(self, text: str, marked: str) -> list[Part]:
         """``text`` at the control tokens of ``marked``, which is ``text`` with shadows in it."""

@@ -80,12 +80,11 @@ def meter() -> Meter:
 
 
 class Metered:
-    """``with Metered():`` a rendering, or several that count as one."""
+    """``with Metered():`` a rendering, or several that count as one: inside of another, it counts with that."""
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> None:
         self._before = _current.meter
-        _current.meter = Meter()
-        return _current.meter
+        _current.meter = self._before or Meter()
 
     def __exit__(self, *_: object) -> None:
         _current.meter = self._before

@@ -24,10 +24,8 @@ from nemo_engine.text.chat_renderer import Messages, Tools
 from nemo_engine.text.chat_sources import Templates
 from nemo_engine.text.chat_template import ChatTemplate, ControlTokens, Part
 from nemo_engine.text.messages import ChatMessage, asks_nothing, check_messages
-from nemo_engine.text.text_cache import TextCache
 from nemo_engine.text.tokenizer import Tokenizer
 from nemo_engine.text.tools import check_tools
-from nemo_engine.text.vocabulary import AddedToken
 
 _TAKEN = (
     "messages",
@@ -52,10 +50,12 @@ class TemplateRenderer:
     name = "template"
     places_system = False
 
-    def __init__(self, tokenizer: Tokenizer, templates: Templates, special: Mapping[str, str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, control: ControlTokens, templates: Templates, special: Mapping[str, str]
+    ) -> None:
         self._tokenizer = tokenizer
         self.source: str | None = templates.source
-        self._control = control = ControlTokens(tokenizer)
+        self._control = control
         texts = templates.texts
         if "default" not in texts and "tool_use" not in texts:
             raise ValueError(f"{self.source} has no template named default or tool_use, but {', '.join(texts)}")
@@ -75,8 +75,6 @@ class TemplateRenderer:
         elif self._tool_facts.writes_list and tokenizer.tool_calls_id is not None:
             self.calls = ListCalls(tokenizer.tool_calls_id)
         self.fields = _fields_beside(self._plain) | _fields_beside(self._with_tools)
-        self._first_ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=True))
-        self._ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=False))
 
     def _load(
         self, text: str, control: ControlTokens, special: Mapping[str, str]
@@ -127,21 +125,11 @@ class TemplateRenderer:
             parts = self._started(parts, checked[-1], tools)
         if max_tokens is not None:
             check_length(self._tokenizer, [part for part in parts if isinstance(part, str)], max_tokens)
-        return self.encode(parts)
+        return self._control.encode(parts)
 
     def difference_from_mistral(self) -> str | None:
         """In what its prompts are others than those of Mistral's rules, None if they are the same where that was tried."""
         return _difference_from_mistral(self, self._tokenizer)
-
-    def encode(self, parts: Sequence[Part]) -> list[int]:
-        """Token ids of what a template wrote."""
-        ids: list[int] = []
-        for index, part in enumerate(parts):
-            if isinstance(part, AddedToken):
-                ids.append(part.id)
-            else:
-                ids += self._ids(part) if index else self._first_ids(part)
-        return ids
 
     def _started(self, parts: list[Part], last: ChatMessage, tools: Tools) -> list[Part]:
         """The prompt with the beginning of a call at its end."""

@@ -51,7 +51,9 @@ class Kit:
         return ChatTemplate(text, "the test's template", self.control, self.special)
 
     def renderer(self, text: str) -> TemplateRenderer:
-        return TemplateRenderer(self.tokenizer, Templates("the test's template", {"default": text}), self.special)
+        return TemplateRenderer(
+            self.tokenizer, self.control, Templates("the test's template", {"default": text}), self.special
+        )
 
     def their_ids(self, text: str, messages: Messages, **options: Any) -> list[int]:
         found = self.theirs.apply_chat_template(
