@@ -96,6 +96,7 @@ class EngineLoop:
     def _load_tokenizer(self, checkpoint: Path) -> int | None:
         """Load the tokenizer before the weights; returns its number of ids, None if there is none."""
         if self.config.skip_tokenizer_init:
+            self._check_no_template()
             return None
         with self.ledger.stage("load tokenizer") as stage:
             place = Path(self.config.tokenizer or checkpoint)
@@ -105,7 +106,13 @@ class EngineLoop:
                 folders = dict.fromkeys([place if place.is_dir() else checkpoint, checkpoint])
                 self.renderers = ChatRenderers(self.tokenizer, list(folders), self.config.chat_template)
                 _logger.info("%s", self.renderers.line())
+        if self.tokenizer is None:
+            self._check_no_template()
         return None if self.tokenizer is None else self.tokenizer.vocab_size
+
+    def _check_no_template(self) -> None:
+        if self.config.chat_template is not None:
+            raise ValueError("chat_template needs a tokenizer, and this engine has none")
 
     @property
     def inputs(self) -> InputProcessor:

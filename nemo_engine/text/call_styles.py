@@ -224,6 +224,9 @@ class TaggedReader:
         if self._call is not None:
             self._take(self._call, self._call.finish(), events)
             self.is_cut = self._call.is_cut
+            if self._call.num_calls == 0 and self._opened:
+                events.append(Content(self._opened))
+                self.is_cut = True
             self._held = "" if self._form.end_marker.startswith(self._tail) else self._tail
             self._close()
         if self._held and not (self.num_calls and self._held.isspace()):

@@ -43,7 +43,8 @@ class ControlTokens:
         tokens = [token for token in tokenizer.added_tokens if token.content and not token.content.isspace()]
         self.by_text: dict[str, AddedToken] = {token.content: token for token in tokens}
         longest_first = sorted(self.by_text, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")
+        pattern = re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")
+        self._lengths = sorted({len(text) for text in self.by_text}, reverse=True)
         self._first_ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=True))
         self._ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=False))
         self._firsts = {text[0] for text in self.by_text}
@@ -54,7 +55,7 @@ class ControlTokens:
         self.casts: tuple[Cast, ...] = (
             TextCache(shadow.Shadower(characters).cast),
             shadow.Shadower(signs | words).cast,
-            lambda text: self.pattern.sub(lambda found: shadow.shadow_first(found[0]), text),
+            lambda text: pattern.sub(lambda found: shadow.shadow_first(found[0]), text),
         )
 
     def cast(self, value: Any, cast: Cast | None) -> Any:
@@ -80,19 +81,23 @@ class ControlTokens:
                 ids += self._ids(part) if index else self._first_ids(part)
         return ids
 
+    def _token_at(self, text: str, place: int) -> AddedToken | None:
+        """The longest token that stands there."""
+        found = (self.by_text.get(text[place : place + length]) for length in self._lengths)
+        return next((token for token in found if token is not None), None)
+
     def split(self, text: str, marked: str) -> list[Part]:
         """``text`` at the control tokens of ``marked``, which is ``text`` with shadows in it."""
         parts: list[Part] = []
         start = 0
         for place in shadow.places_of(self._firsts, marked):
-            found = self.pattern.match(marked, place) if place >= start else None
-            if found is None:
+            token = self._token_at(marked, place) if place >= start else None
+            if token is None:
                 continue
-            token = self.by_text[found[0]]
-            begin, end = found.span()
-            if token.single_word and (text[begin - 1 : begin].isalnum() or text[end : end + 1].isalnum()):
+            end = place + len(token.content)
+            if token.single_word and (text[place - 1 : place].isalnum() or text[end : end + 1].isalnum()):
                 continue
-            before = text[start:begin]
+            before = text[start:place]
             parts += [before.rstrip() if token.lstrip else before, token]
             start = end
             if token.rstrip:

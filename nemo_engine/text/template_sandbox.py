@@ -222,10 +222,15 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def getitem(self, value: Any, argument: Any) -> Any:
         """``value[argument]``."""
+        if type(value) is dict and argument.__hash__ is not None and argument in value:
+            return value[argument]
         return super().getitem(value, _key(value, argument) if isinstance(value, dict) else argument)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operation that may make much of little."""
+        if type(left) is str and type(right) is str and operator == "+":  # by far the usual one
+            meter().charge(len(left) + len(right))
+            return left + right
         if operator == "+" and isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
             meter().charge(len(left) + len(right))
         elif operator in ("*", "**"):
