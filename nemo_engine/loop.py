@@ -98,17 +98,18 @@ class EngineLoop:
         if self.config.skip_tokenizer_init:
             self._check_no_template()
             return None
-        with self.ledger.stage("load tokenizer") as stage:
-            place = Path(self.config.tokenizer or checkpoint)
+        place = Path(self.config.tokenizer or checkpoint)
+        with self.ledger.stage("load tokenizer"):
             self.tokenizer = load_tokenizer(place)
-            if self.tokenizer is not None:
-                stage.name = f"load tokenizer ({self.tokenizer.describe()})"
-                folders = dict.fromkeys([place if place.is_dir() else checkpoint, checkpoint])
-                self.renderers = ChatRenderers(self.tokenizer, list(folders), self.config.chat_template)
-                _logger.info("%s", self.renderers.line())
+        _logger.info("tokenizer: %s", "none" if self.tokenizer is None else self.tokenizer.describe())
         if self.tokenizer is None:
             self._check_no_template()
-        return None if self.tokenizer is None else self.tokenizer.vocab_size
+            return None
+        with self.ledger.stage("try chat template"):
+            folders = dict.fromkeys([place if place.is_dir() else checkpoint, checkpoint])
+            self.renderers = ChatRenderers(self.tokenizer, list(folders), self.config.chat_template)
+        _logger.info("%s", self.renderers.line())
+        return self.tokenizer.vocab_size
 
     def _check_no_template(self) -> None:
         if self.config.chat_template is not None:

@@ -102,7 +102,9 @@ class HFVocabulary(Vocabulary):
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
         """See ``Vocabulary``."""
         if self._ranked is not None:
-            ids: list[int] = self._ranked.encode_ordinary(text)
+            ids: list[int] = self._ranked.encode(
+                text, disallowed_special=()
+            )  # encode_ordinary panics where this raises
             return ids
         is_prefixed = self._prefix == "each" or text[:1] not in (" ", _SPACE) and (self._prefix == "bare" or is_start)
         if text and self._prefix != "never" and is_prefixed:
@@ -122,7 +124,10 @@ class HFVocabulary(Vocabulary):
         return found
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing more particular
+            raise ValueError(f"the text cannot be encoded: {error}") from None
         return ids
 
 
@@ -287,8 +292,8 @@ def _cut(files: HFFiles, ordinary: Mapping[str, int]) -> re.Pattern[str] | None:
 def _split_merges(files: HFFiles) -> Merges:
     merges = []
     for index, merge in enumerate(files.data["model"]["merges"]):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        pair = merge.split(" ") if type(merge) is str else merge
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
             files.refuse(f"model.merges[{index}]", f"must be two tokens, got {merge!r}")
         merges.append((pair[0], pair[1]))
     return merges
@@ -350,7 +355,7 @@ def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int,
 
 def _is_ranked(merges: Merges, ordinary: Mapping[str, int]) -> bool:
     """Whether the merges are all pairs of tokens that make a token, in the order of its id."""
-    merges = [pair for pair in merges if set(pair) <= ordinary.keys()]
+    merges = [(left, right) for left, right in merges if left in ordinary and right in ordinary]
     made = [ordinary.get(left + right, -1) for left, right in merges]
     if -1 in made or any(before > after for before, after in pairwise(made)) or len(set(merges)) != len(merges):
         return False

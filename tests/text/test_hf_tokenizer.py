@@ -222,6 +222,12 @@ def test_a_long_text_is_refused_before_it_is_encoded(edited: Callable[..., Path]
         assert tokenizer.exceeds(text, count // 4) and not tokenizer.exceeds(text, count)
 
 
+def test_what_tekken_cannot_encode_is_an_error_as_there(edited: Callable[..., Path], tekken: Tokenizer) -> None:
+    for tokenizer in (tekken, Tokenizer(edited())):
+        with pytest.raises(ValueError, match="Max stack size exceeded"):
+            tokenizer.encode(" " * 1_000_000)
+
+
 # ---- text that stays text
 
 
