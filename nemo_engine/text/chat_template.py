@@ -165,13 +165,13 @@ class ChatTemplate:
 
     def _run(self, given: Mapping[str, Any], fixed: Mapping[str, Any], cast: Cast | None, continues: bool) -> str:
         """One rendering; what it makes is cut where the last message, if it is to be continued, ends."""
-        value = {**fixed, **self._control.cast(given, cast)}
-        for message, plain in zip(value["messages"], given["messages"]):
-            message["role"] = plain["role"]  # one of a few words, which templates write into control tokens
-        if continues:
-            self._tag(value["messages"][-1])
         pieces = []
         try:
+            value = {**fixed, **self._control.cast(given, cast)}
+            for message, plain in zip(value["messages"], given["messages"]):
+                message["role"] = plain["role"]  # one of a few words, which templates write into control tokens
+            if continues:
+                self._tag(value["messages"][-1])
             for piece in self._template.generate(value):
                 meter().charge(len(piece))
                 pieces.append(piece)

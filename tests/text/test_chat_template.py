@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from nemo_engine.text import ChatRenderers, Tokenizer, load_tokenizer, template_meter
+from nemo_engine.text import ChatRenderers, Tokenizer, load_tokenizer, shadow, template_meter
 from nemo_engine.text.chat_probe import flat
 from nemo_engine.text.chat_sources import Templates, special_texts
 from nemo_engine.text.chat_template import MAX_TEMPLATE, ChatTemplate, ControlTokens
@@ -22,9 +23,11 @@ from tests.text.chat_templates import (
     HERMES,
     HOSTILE,
     MISCHIEF,
+    NEMO,
     PHI,
     SHAPES,
     TEXTS,
+    TINY,
     TOOLS,
     conversations,
     tokens_of,
@@ -286,3 +289,74 @@ def test_the_checkpoints_files_are_looked_through_in_transformers_order(tmp_path
     ):
         ChatRenderers(tokenizer, [tmp_path])
     assert ChatRenderers(tokenizer, [tmp_path], "mistral").default.name == "mistral"
+
+
+def test_which_renderer_serves_is_found_by_trying(kit: Kit, tmp_path: Path) -> None:
+    """Of a checkpoint with tekken.json, too: Mistral's template under any name is Mistral's, and a foreign one is not."""
+    shutil.copy(TINY, tmp_path / "tekken.json")
+    tekken = load_tokenizer(tmp_path)
+    assert tekken is not None
+    user: Messages = [{"role": "user", "content": "q"}]
+    assert ChatRenderers(tekken, [tmp_path]).describe()["why"] == "the checkpoint has no chat template"
+    for tokenizer, folder in ((tekken, tmp_path), (kit.tokenizer, tmp_path)):
+        (tmp_path / "chat_template.jinja").write_text(NEMO)
+        chosen = ChatRenderers(tokenizer, [folder])
+        assert chosen.default.name == "mistral" and "makes the same prompts" in chosen.why
+        for changed, what in (
+            (NEMO.replace("[/INST]", " [/INST]"), "a question"),
+            (NEMO.replace("\\n\\n", "\\n"), "a system text"),
+            (NEMO.replace("tools | tojson", "tools | tojson(indent=1)"), "tools"),
+            (NEMO.replace(', "id": ', ', "call": '), "tool calls and their results"),
+            (CHATML, "a question"),
+        ):
+            (tmp_path / "chat_template.jinja").write_text(changed)
+            chosen = ChatRenderers(tokenizer, [folder])
+            assert chosen.default.name == "template" and f"prompts of {what} are others" in chosen.line(), chosen.line()
+            assert (
+                chosen.default.render(user) != ChatRenderers(tokenizer, [folder], "mistral").default.render(user)
+                or what != "a question"
+            )
+    (tmp_path / "chat_template.jinja").write_text(
+        NEMO.replace("{{- bos_token }}", "{{- raise_exception('no') if messages | length > 2 }}{{ bos_token }}")
+    )
+    assert "does not take several turns" in ChatRenderers(tekken, [tmp_path]).why
+
+
+def test_a_turn_encodes_what_is_new_alone(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = kit.tokenizer.encode_span
+    monkeypatch.setattr(
+        kit.tokenizer,
+        "encode_span",
+        lambda text, **more: [encoded.append(text), encode(text, **more)][1],  # type: ignore[func-returns-value]
+    )
+    cast: list[str] = []
+    shadower = shadow.Shadower.cast
+    monkeypatch.setattr(
+        shadow.Shadower,
+        "cast",
+        lambda self, text: [cast.append(text), shadower(self, text)][1],  # type: ignore[func-returns-value]
+    )
+    control = ControlTokens(kit.tokenizer)
+    renderer = TemplateRenderer(kit.tokenizer, control, Templates("t", {"default": CHATML}), kit.special)
+    said: Messages = []
+    for turn in range(30):
+        said.append({"role": "user", "content": f"question {turn}"})
+        encoded.clear()
+        cast.clear()
+        renderer.render(said)
+        assert len(encoded) <= 3 + (turn == 0) and len(cast) <= 2, (turn, encoded, cast)
+        said.append({"role": "assistant", "content": f"answer {turn}"})
+
+
+def test_values_that_are_nested_without_end_are_refused(kit: Kit) -> None:
+    renderer = kit.renderer("{{ x }}" + CHATML)
+    for depth in (50, 2_000, 100_000):
+        deep: Any = "x"
+        for _ in range(depth):
+            deep = [deep]
+        if depth == 50:
+            renderer.render([{"role": "user", "content": "q"}], chat_template_kwargs={"x": deep})
+        else:
+            with pytest.raises(ValueError, match="nested too deeply|cannot be written as JSON"):
+                renderer.render([{"role": "user", "content": "q"}], chat_template_kwargs={"x": deep})
