@@ -185,7 +185,9 @@ class TaggedCalls:
         """``text`` in a grammar, control tokens by id."""
         tags = "|".join(map(re.escape, self._special)) or "(?!)"
         pieces = [piece for piece in re.split(f"({tags})", text) if piece]
-        return " ".join([f"<[{self._special[one]}]>" if one in self._special else json.dumps(one) for one in pieces])
+        return " ".join(
+            [f"<[{self._special[element]}]>" if element in self._special else json.dumps(element) for element in pieces]
+        )
 
 
 class TaggedReader:
@@ -269,14 +271,14 @@ class TaggedReader:
         self._close()
         return tail.removeprefix(end)
 
-    def _take(self, call: ToolCallParser, found: list[Event], events: list[Event]) -> None:
+    def _take(self, call: ToolCallParser, hit: list[Event], events: list[Event]) -> None:
         """Passes on what the reader of one call says; text behind its object is kept."""
-        for one in found:
-            if isinstance(one, Content):
+        for element in hit:
+            if isinstance(element, Content):
                 if call.num_calls == 0 and self._opened:
                     events.append(Content(self._opened))
                     self._opened = ""
-                self._tail += one.text
+                self._tail += element.text
             else:
-                events.append(replace(one, index=self._num_before + one.index))
+                events.append(replace(element, index=self._num_before + element.index))
         self.is_malformed = self.is_malformed or call.is_malformed

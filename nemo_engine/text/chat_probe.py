@@ -83,8 +83,10 @@ def put(form: MessageForm, messages: Sequence[dict[str, Any]]) -> Messages:
     if not form.parts:
         return list(messages)
     return [
-        {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one.get("content"), str) else one
-        for one in messages
+        {**element, "content": [{"type": "text", "text": element["content"]}]}
+        if isinstance(element.get("content"), str)
+        else element
+        for element in messages
     ]
 
 
@@ -141,14 +143,14 @@ def _find_form(template: ChatTemplate) -> MessageForm:
 
 def _find_ends(template: ChatTemplate, form: MessageForm) -> tuple[AddedToken, ...]:
     """The control tokens that directly follow an answer: of the last turn, and of one that another follows."""
-    found: dict[int, AddedToken] = {}
+    hit: dict[int, AddedToken] = {}
     for messages in ([USER, ANSWER], [USER, ANSWER, THANKS]):
         parts = _try(template, put(form, messages), add_generation_prompt=False) or []
         for part, after in zip(parts, parts[1:]):
             is_end = isinstance(part, str) and part.rstrip().endswith(str(ANSWER["content"]))
             if is_end and isinstance(after, AddedToken):
-                found.setdefault(after.id, after)
-    return tuple(found.values())
+                hit.setdefault(after.id, after)
+    return tuple(hit.values())
 
 
 def _tools_shown(template: ChatTemplate, form: MessageForm) -> bool:
@@ -178,14 +180,14 @@ def _read_calls(template: ChatTemplate, form: MessageForm) -> CallForm | None:
         parts = _try(template, call_messages(form), tools=[TOOL], add_generation_prompt=False)
     text = flat(parts or ())
     spans = []
-    for found in re.finditer(r"<tool_call>\s*", text):
+    for hit in re.finditer(r"<tool_call>\s*", text):
         try:
-            call, length = json.JSONDecoder().raw_decode(text[found.end() :])
+            call, length = json.JSONDecoder().raw_decode(text[hit.end() :])
         except ValueError:
             continue
-        close = re.compile(r"\s*</tool_call>").match(text, found.end() + length)
+        close = re.compile(r"\s*</tool_call>").match(text, hit.end() + length)
         if close is not None and any(_is_call(call, word) for word in _WORDS):
-            spans.append((found.start(), found[0], close[0], close.end()))
+            spans.append((hit.start(), hit[0], close[0], close.end()))
     if len(spans) != (1 if single else 2):
         return None
     between = "\n" if single else text[spans[0][3] : spans[1][0]]

@@ -33,7 +33,7 @@ def find_templates(folders: Sequence[Path]) -> Templates | None:
     ``chat_template.jinja`` and ``additional_chat_templates/*.jinja`` come before ``tokenizer_config.json``, and that before
     ``chat_template.json``. Raises ``ValueError`` for a file that cannot be read.
     """
-    return next((found for folder in folders if (found := _find(folder)) is not None), None)
+    return next((hit for folder in folders if (hit := _find(folder)) is not None), None)
 
 
 def _find(folder: Path) -> Templates | None:
@@ -46,9 +46,9 @@ def _find(folder: Path) -> Templates | None:
         name = TEMPLATE_NAME if "default" in texts else TEMPLATE_FOLDER
         return Templates(name, texts)
     for name in (CONFIG_NAME, JSON_NAME):
-        found = _object(folder / name).get("chat_template")
-        if found is not None:
-            return Templates(name, _named(folder / name, found))
+        hit = _object(folder / name).get("chat_template")
+        if hit is not None:
+            return Templates(name, _named(folder / name, hit))
     return None
 
 
@@ -64,18 +64,18 @@ def given_template(option: str) -> Templates:
 
 def special_texts(folders: Sequence[Path], tokenizer: Tokenizer) -> dict[str, str]:
     """What templates know as ``bos_token``, ``eos_token`` and so on."""
-    found: dict[str, str] = {}
+    hit: dict[str, str] = {}
     for path in [folder / name for folder in folders for name in (CONFIG_NAME, MAP_NAME)]:
         said = _object(path)
         for name in _SPECIAL:
             value = said.get(name)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str) and text:
-                found.setdefault(name, text)
+                hit.setdefault(name, text)
     for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-        if name not in found and token_id is not None and tokenizer.is_special(token_id):
-            found[name] = tokenizer.special_text(token_id)
-    return found
+        if name not in hit and token_id is not None and tokenizer.is_special(token_id):
+            hit[name] = tokenizer.special_text(token_id)
+    return hit
 
 
 def _read(path: Path) -> str:

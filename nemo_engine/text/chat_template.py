@@ -48,14 +48,20 @@ class ControlTokens:
         self._first_ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=True))
         self._ids = TextCache(lambda text: tokenizer.encode_span(text, is_start=False))
         self._firsts = {text[0] for text in self.by_text}
-        characters = {one for text in self.by_text for one in text if shadow.can_have_shadow(one)}
-        signs = {one for one in characters if not one.isalnum()}
-        words = {one for text in self.by_text if not signs & set(text) for one in text if shadow.can_have_shadow(one)}
+        characters = {element for text in self.by_text for element in text if shadow.can_have_shadow(element)}
+        signs = {element for element in characters if not element.isalnum()}
+        words = {
+            element
+            for text in self.by_text
+            if not signs & set(text)
+            for element in text
+            if shadow.can_have_shadow(element)
+        }
         self._cast_key = shadow.Shadower(signs).cast
         self.casts: tuple[Cast, ...] = (
             TextCache(shadow.Shadower(characters).cast),
             shadow.Shadower(signs | words).cast,
-            lambda text: pattern.sub(lambda found: shadow.shadow_first(found[0]), text),
+            lambda text: pattern.sub(lambda hit: shadow.shadow_first(hit[0]), text),
         )
 
     def cast(self, value: Any, cast: Cast | None) -> Any:
@@ -83,8 +89,8 @@ class ControlTokens:
 
     def _token_at(self, text: str, place: int) -> AddedToken | None:
         """The longest token that stands there."""
-        found = (self.by_text.get(text[place : place + length]) for length in self._lengths)
-        return next((token for token in found if token is not None), None)
+        hit = (self.by_text.get(text[place : place + length]) for length in self._lengths)
+        return next((token for token in hit if token is not None), None)
 
     def split(self, text: str, marked: str) -> list[Part]:
         """``text`` at the control tokens of ``marked``, which is ``text`` with shadows in it."""

@@ -107,7 +107,7 @@ def as_text(value: Any) -> str:
     """``str(value)``; lists and objects write a shadow as an escape, which becomes one again."""
     text = str(value)
     if isinstance(value, (list, dict, tuple)) and "\\udc" in text:
-        return _ESCAPE.sub(lambda found: chr(_BASE + int(found[2], 16)) if found[2] else found[0], text)
+        return _ESCAPE.sub(lambda hit: chr(_BASE + int(hit[2], 16)) if hit[2] else hit[0], text)
     return text
 
 
@@ -127,7 +127,7 @@ def is_in(item: Any, container: Any) -> bool:
     if not isinstance(item, str) or isinstance(container, (str, range)):
         return False
     wanted = plain(item)
-    return any(isinstance(one, str) and plain(one) == wanted for one in container)
+    return any(isinstance(element, str) and plain(element) == wanted for element in container)
 
 
 def call_method(text: str, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

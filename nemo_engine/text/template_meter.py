@@ -51,18 +51,18 @@ class Meter:
         waiting = [value]
         while waiting:
             self.step()
-            one = waiting.pop()
-            if isinstance(one, str):
-                self.charge(len(one))
-            elif isinstance(one, dict):
-                self.charge(4 * len(one))
-                waiting += one.keys()
-                waiting += one.values()
-            elif isinstance(one, (list, tuple, set, frozenset)):
-                self.charge(2 * len(one))
-                waiting += one
-            elif isinstance(one, int) and not isinstance(one, bool):
-                self.charge(one.bit_length())
+            element = waiting.pop()
+            if isinstance(element, str):
+                self.charge(len(element))
+            elif isinstance(element, dict):
+                self.charge(4 * len(element))
+                waiting += element.keys()
+                waiting += element.values()
+            elif isinstance(element, (list, tuple, set, frozenset)):
+                self.charge(2 * len(element))
+                waiting += element
+            elif isinstance(element, int) and not isinstance(element, bool):
+                self.charge(element.bit_length())
             else:
                 self.charge(8)
 

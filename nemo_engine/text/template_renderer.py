@@ -114,7 +114,7 @@ class TemplateRenderer:
         if max_tokens is not None:
             check_length(self._tokenizer, [message.content for message in checked], max_tokens)
         parts = template.render(
-            [_for_template(raw, one, facts.form, extra) for raw, one in zip(messages, checked)],
+            [_for_template(raw, element, facts.form, extra) for raw, element in zip(messages, checked)],
             tools=[dict(tool) for tool in tools] if tools else None,
             documents=_check_documents(documents, template),
             variables=_check_variables(chat_template_kwargs, template),
@@ -233,12 +233,12 @@ def check_value(value: object, name: str) -> None:
 def _check_documents(documents: object, template: ChatTemplate) -> list[dict[str, Any]] | None:
     if asks_nothing(documents):
         return None
-    if not isinstance(documents, Sequence) or not all(isinstance(one, Mapping) for one in documents):
+    if not isinstance(documents, Sequence) or not all(isinstance(element, Mapping) for element in documents):
         raise ValueError(f"documents must be a list of objects, got {documents!r}")
     check_value(documents, "documents")
     if "documents" not in template.words:
         raise ValueError(f"documents are not taken: {template.name} does not read them")
-    return [dict(one) for one in documents]
+    return [dict(element) for element in documents]
 
 
 def _check_variables(variables: object, template: ChatTemplate) -> dict[str, Any]:

@@ -112,11 +112,11 @@ class _Namespace(Namespace):
     """``namespace`` of templates, without attributes that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # as Jinja's, so that namespace(self=...) works
-        own, args = args[0], args[1:]
+        current, args = args[0], args[1:]
         made = dict(*args, **kwargs)
         for name in made:
             _check_attribute(name)
-        Namespace.__init__(own, made)
+        Namespace.__init__(current, made)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_attribute(name)
@@ -172,9 +172,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def tick(self, num_chars: int) -> None:
         """A turn of a loop or a call of a macro, whose own text has ``num_chars``."""
-        own = meter()
-        own.step()
-        own.charge(num_chars)
+        current = meter()
+        current.step()
+        current.charge(num_chars)
 
     def compare(self, operator: str, left: Any, right: Any) -> bool:
         """``==``, ``!=``, ``in`` and ``not in`` of plain texts."""
@@ -197,8 +197,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         meter().step()
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, str):
-            for own in ("_loop_vars", "_block_vars"):  # Jinja's, for functions that want the context
-                kwargs.pop(own, None)
+            for current in ("_loop_vars", "_block_vars"):  # Jinja's, for functions that want the context
+                kwargs.pop(current, None)
             return _call_of_text(owner, name, function, args, kwargs)
         if isinstance(owner, dict) and name == "get" and args:
             args = (_key(owner, args[0]), *args[1:])
@@ -301,15 +301,15 @@ def _call_of_text(text: str, name: str, method: Any, args: tuple[Any, ...], kwar
 def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        own = meter()
-        own.step()
+        current = meter()
+        current.step()
         if name in _SIZED_FILTERS:
             check_numbers(f"the filter {name}", (*args[1:], *kwargs.values()))
         if name in _WALKING_FILTERS:
-            own.charge_value((args, kwargs))
+            current.charge_value((args, kwargs))
         made = function(*args, **kwargs)
         if isinstance(made, (str, list, tuple)):
-            own.charge(len(made))
+            current.charge(len(made))
         return made
 
     return wrapped
