@@ -18,7 +18,7 @@ from nemo_engine.loop import EngineLoop, check_ids
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import SchedulerStats
-from nemo_engine.text import Tokenizer
+from nemo_engine.text import ChatRenderers, Tokenizer
 
 __all__ = ["AsyncEngine", "EngineClosedError", "EngineDeadError"]
 
@@ -74,6 +74,11 @@ class AsyncEngine:
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, if it has one."""
         return self._loop.tokenizer
+
+    @property
+    def renderers(self) -> ChatRenderers | None:
+        """What makes prompts of conversations, if the model has a tokenizer."""
+        return self._loop.renderers
 
     @property
     def is_ready(self) -> bool:

@@ -256,10 +256,9 @@ class EngineConfig:
         checkpoint's claim, at most 131072. An explicit number may exceed 131072 but not the checkpoint's claim.
     max_num_seqs: requests that run at once. max_num_batched_tokens: tokens a step may compute, at least max_num_seqs; None takes 2048 on
         the CPU, where a step of more keeps the other requests waiting for long, else 8192, and max_num_seqs if that is more.
-    enable_prefix_caching: reuse the pages of equal prefixes.
-    page_size: tokens per KV page: a power of two from 16 to 128.
-    kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at
-        least one request of max_model_len if that is at most 4 GiB; on a GPU what the memory plan leaves.
+    enable_prefix_caching: reuse the pages of equal prefixes. page_size: tokens per KV page: a power of two from 16 to 128.
+    kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at least one request of
+        max_model_len if that is at most 4 GiB; on a GPU what the memory plan leaves.
     kv_cache_dtype: "auto" (FP8 where the checkpoint has a scheme for it, else the activations' dtype), "fp8" (e4m3; scales from the
         checkpoint, else 1), or the activations' dtype by name.
     quantization: "fp8" quantises a bf16 checkpoint while it loads (weights per output channel, activations per token), "fp8_block" by 128 x
@@ -269,8 +268,8 @@ class EngineConfig:
     prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth: steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
     seed: of the noise of requests that bring none, and of dummy weights. max_logprobs: the most alternatives a request may ask for.
     tokenizer: path of the tokenizer if it is not in the checkpoint. skip_tokenizer_init: token ids only.
-    scheduling_policy: "fcfs", or "priority" (a lower number first).
-    tensor_parallel_size: 1; more comes later and is refused. revision: of a Hub repository.
+    chat_template: a Jinja template's file or text, or "mistral" for Mistral's own format; None takes what the checkpoint's template turns out to be.
+    scheduling_policy: "fcfs", or "priority" (a lower number first). tensor_parallel_size: 1; more comes later and is refused. revision: of a Hub repository.
     """
 
     dtype: str = "auto"
@@ -293,6 +292,7 @@ class EngineConfig:
     max_logprobs: int = 20
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
+    chat_template: str | None = None
     scheduling_policy: str = "fcfs"
     tensor_parallel_size: int = 1
     revision: str | None = None
@@ -317,10 +317,10 @@ class EngineConfig:
             ):
                 raise ValueError(f"prefer must map names of operations to implementations, got {self.prefer!r}")
             object.__setattr__(self, "prefer", dict(self.prefer))  # the caller's may change later
-        if isinstance(self.tokenizer, os.PathLike):
-            object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
-        for name in ("tokenizer", "revision"):
+        for name in ("tokenizer", "revision", "chat_template"):
             value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, value := os.fspath(value))
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name} must be a non-empty string, got {value!r}")
 
@@ -339,8 +339,8 @@ class EngineConfig:
         if self.max_num_batched_tokens is not None:
             _check_int("max_num_batched_tokens", self.max_num_batched_tokens, low=1)
             if self.max_num_batched_tokens < self.max_num_seqs:
-                least = f"max_num_seqs ({self.max_num_seqs}), so that a step can decode every running request"
-                raise ValueError(f"max_num_batched_tokens must be at least {least}, got {self.max_num_batched_tokens}")
+                least = f"at least max_num_seqs ({self.max_num_seqs}), so that a step can decode every running request"
+                raise ValueError(f"max_num_batched_tokens must be {least}, got {self.max_num_batched_tokens}")
         if _check_int("page_size", self.page_size, low=16, high=128) not in (16, 32, 64, 128):
             raise ValueError(f"page_size must be a power of two from 16 to 128, got {self.page_size}")
         if self.kv_cache_gib is not None:

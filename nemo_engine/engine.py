@@ -50,6 +50,9 @@ class Engine(EngineLoop):
         sampling_params: Params = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         strict: bool = False,
@@ -62,10 +65,17 @@ class Engine(EngineLoop):
         recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the official
         template refuses, rather than merging neighbouring messages of one role. ``system_placement`` "first" puts system text and tools
         in front of the first user message rather than the last, so that the prefix stays cached from turn to turn.
+
+        ``chat_template``, the text of a Jinja template, serves this call instead of the model's; a template is code, run with limits but run.
+        ``documents`` and ``chat_template_kwargs`` are what a template may read besides, and refused where it does not. What ends a turn in the
+        template ends an answer.
         """
         encoded = self.inputs.encode_conversations(
             messages,
             tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,
@@ -88,6 +98,9 @@ class Engine(EngineLoop):
         sampling_params: Params = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         strict: bool = False,
@@ -97,6 +110,9 @@ class Engine(EngineLoop):
         encoded = self.inputs.encode_conversations(
             messages,
             tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,

@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 TORCH = {"torch", "numpy", "safetensors", "triton"}
-TOKENIZERS = {"mistral_common", "tokenizers", "tiktoken", "sentencepiece", "llguidance"}
+TOKENIZERS = {"mistral_common", "tokenizers", "tiktoken", "sentencepiece", "llguidance", "jinja2"}
 MAY_USE: dict[str, set[str]] = {
     "cli": {"torch", "tqdm"},
     "engine": {"tqdm"},

@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from nemo_engine.model.checkpoint import BUNDLED, open_checkpoint
-    from nemo_engine.text import load_tokenizer
+    from nemo_engine.text import chat_line, load_tokenizer
 
     # Of a Hub repository, only the configuration is fetched: its weights would be a long download for a few numbers.
     folder = BUNDLED.get(args.model, Path(args.model).expanduser())
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(
             ("tokenizer", f"{tokenizer.describe()}; {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
         )
+        rows.append(("chat", chat_line(tokenizer, [checkpoint.path]).removeprefix("chat ")))
         difference = tokenizer.differs_from(checkpoint.model_config.vocab_size)
         if difference is not None:
             rows.append(("", difference))

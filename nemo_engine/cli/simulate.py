@@ -213,17 +213,18 @@ def _encoder(args: argparse.Namespace) -> Any:
     path = NEMO_TINY if args.model == "nemo-tiny" else Path(args.model).expanduser()
     if not path.is_dir():
         return None
-    tokenizer = None
+    renderers = None
 
     def encode(prompt: Any) -> Sequence[int]:
-        nonlocal tokenizer
-        from nemo_engine.text import load_tokenizer, render_chat
+        nonlocal renderers
+        from nemo_engine.text import ChatRenderers, load_tokenizer
 
-        if tokenizer is None:
+        if renderers is None:
             tokenizer = load_tokenizer(path)
             if tokenizer is None:
                 raise ValueError(f"{path} has no tokenizer: a prompt of text needs prompt_tokens beside it")
-        return tokenizer.encode(prompt) if isinstance(prompt, str) else render_chat(tokenizer, list(prompt))
+            renderers = ChatRenderers(tokenizer, [path])
+        return renderers.tokenizer.encode(prompt) if isinstance(prompt, str) else renderers.default.render(list(prompt))
 
     return encode if any(path.glob("tekken*")) or any(path.glob("tokenizer*")) else None
 

@@ -203,6 +203,9 @@ def _copy_beside(source: Path, folder: Path) -> None:
         is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or ".safetensors." in file.name
         if file.is_file() and not is_weights and file.name not in ("config.json", "params.json"):
             shutil.copy(file, folder / file.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name)
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,6 +15,8 @@ SMALL_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "tokenizer.model",
     "tokenizer.model.v3",
 )
@@ -70,6 +72,7 @@ def download(repo_id: str, *, revision: str | None, needs_weights: bool) -> Path
                 f"{type(error).__name__}: {error}"
             ) from error
     wanted = [name for name in SMALL_FILES if name in files]
+    wanted += [name for name in files if name.startswith("additional_chat_templates/")]
     if needs_weights:
         weight_sets = weight_sets_of(files)
         if not weight_sets:

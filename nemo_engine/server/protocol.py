@@ -55,6 +55,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
     "web_search_options": (),
 }
+_OF_TEMPLATES = ("chat_template", "chat_template_kwargs", "documents")  # for chat alone
 INSTEAD = {
     "guided_json": "structured_outputs",
     "guided_regex": "structured_outputs",
@@ -217,6 +218,9 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """The body of ``/v1/chat/completions`` and its ``render``."""
 
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        name: values for name, values in UNSUPPORTED.items() if name not in _OF_TEMPLATES
+    }
     inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT, "messages": [MESSAGE], "tools": [TOOL]}
 
     messages: _Some[dict[str, Any]]
@@ -231,6 +235,9 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool | None = False
     add_special_tokens: bool | None = False
     echo: bool | None = False
+    documents: Items[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     system_placement: Literal["last", "first"] | None = None
     strict: bool | None = False
 
@@ -253,6 +260,8 @@ class TokenizeRequest(ApiRequest):
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
     return_token_strs: bool | None = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     system_placement: Literal["last", "first"] | None = None
 
 

@@ -64,6 +64,7 @@ def version(service: Service) -> dict[str, Any]:
         "tokenizer": None
         if tokenizer is None
         else {"version": tokenizer.version, "fingerprint": tokenizer.fingerprint},
+        "chat": None if engine.renderers is None else engine.renderers.describe(),
         "max_model_len": engine.max_model_len,
         "engine_config": dataclasses.asdict(engine.config),
         "model_config": dataclasses.asdict(engine.model_config),
@@ -93,6 +94,8 @@ def _tokenized(service: Service, request: TokenizeRequest, headers: dict[str, st
             tools=request.tools,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
+            chat_template=request.chat_template,
+            chat_template_kwargs=request.chat_template_kwargs,
             system_placement=request.system_placement,
         )
         ids = encode_conversation(service, chat).token_ids
