@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 
 from nemo_engine.outputs import NO_TOKEN_LEFT, FinishReason
 from nemo_engine.scheduler.constrained import refusal
@@ -13,7 +14,7 @@ from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, StepResult, TokenLogprobs
 
-_ERRORS = {
+ERRORS = {
     TOKEN_NOT_FINITE: "the model's logits are not finite (NaN or infinity): the weights or the cache are damaged",
     TOKEN_ALL_MASKED: NO_TOKEN_LEFT,
 }
@@ -41,10 +42,15 @@ class Committed:
 def failure_of(request: Request, token_id: int) -> str | None:
     """Why ``request`` cannot go on with ``token_id``, None if it can: its grammar has then taken the token in."""
     if token_id < 0:
-        return request.error or _ERRORS[token_id]
+        return request.error or ERRORS[token_id]
     if request.grammar is not None and token_id not in request.stop_token_ids:
         return refusal(request, token_id)
     return None
+
+
+def is_finite(entries: list[TokenLogprobs]) -> bool:
+    """Whether the logits were, that ``entries`` are made of: where one is NaN or infinite, a row's log-probabilities are not finite."""
+    return all(isfinite(entry.logprobs[0]) for entry in entries)
 
 
 def end_of(request: Request, token_id: int) -> tuple[FinishReason, int | None] | None:

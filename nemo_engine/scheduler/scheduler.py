@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_engine.outputs import FinishReason
-from nemo_engine.scheduler.ends import Committed, commit_each, restart
+from nemo_engine.scheduler.ends import ERRORS, Committed, commit_each, is_finite, restart
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.planned_step import PlannedStep
 from nemo_engine.scheduler.preemption import grow_in_turn, restart_readers
@@ -27,7 +27,7 @@ from nemo_engine.scheduler.prompts import plan_prompts
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.running import RunningSet
 from nemo_engine.scheduler.waiting import WaitingQueue
-from nemo_engine.step import StepPlan, StepResult
+from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +188,19 @@ class Scheduler:
         requests = step.decodes.requests + samplers if samplers else step.decodes.requests
         token_ids = result.token_ids
         assert len(token_ids) == len(requests), (len(token_ids), len(requests))
-        committed = Committed(prefilled=[request for request in samplers if step.counts_for(request)])
-        for index, entries in result.prompt_logprobs.items():  # before anybody ends
+        committed, bad = Committed(), set[int]()
+        for index, entries in result.prompt_logprobs.items():  # before anybody ends by a token
             request, row = step.prefills[index]
-            if step.counts_for(request):
+            if not step.counts_for(request):
+                continue
+            if is_finite(entries):
                 committed.prompt_logprobs.append((request, row.start + 1, entries))
+            else:
+                request.error = ERRORS[TOKEN_NOT_FINITE]
+                bad.update(self._discard(request))
+                self._end(request, "error")
+                committed.finished.append(request)
+        committed.prefilled = [request for request in samplers if step.counts_for(request)]
         is_plain = (
             step.num_departures == self._running.num_departures
             and not step.constrained
@@ -209,7 +217,7 @@ class Scheduler:
             committed.requests, committed.token_ids = requests, token_ids
             committed.logprobs = dict(result.logprobs)
         else:
-            bad = commit_each(step, requests, result, committed, self._end, self._discard)
+            bad |= commit_each(step, requests, result, committed, self._end, self._discard)
             if bad:
                 restart_readers(bad, self.kv, self._running, self._preempt)
         for request in step.last:
