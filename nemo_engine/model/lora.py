@@ -16,7 +16,7 @@ from nemo_engine.config import ModelConfig
 from nemo_engine.config_reader import MAX_VOCAB, MAX_WIDTH
 from nemo_engine.model.hub import ADAPTER_FILES
 from nemo_engine.model.layout import HF, ExpectedTensor
-from nemo_engine.model.safetensors_files import TensorInfo, read_header, read_json
+from nemo_engine.model.safetensors_files import TensorInfo, read_header, read_into, read_json
 
 FAULTS_SHOWN = 8  # in one error message
 
@@ -25,7 +25,7 @@ Key = tuple[int | None, str]  # (layer, part)
 # Fields of adapter_config.json that change nothing of a merged model, or that are read below.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_type", "peft_version", "revision",
-    "runtime_config", "task_type", "eva_config", "exclude_modules", "layers_pattern", "ensure_weight_tying",
+    "runtime_config", "task_type", "eva_config", "exclude_modules", "layers_pattern", "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
 _READ = {
     "alpha_pattern", "bias", "init_lora_weights", "layers_to_transform", "lora_alpha", "modules_to_save", "r", "rank_pattern",
@@ -47,6 +47,7 @@ _SUFFIXES = {
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".base_layer.weight": "whole",
     ".weight": "whole",
 }  # fmt: skip
+_REPLACED = ".original_module.weight"
 _FLOATING = ("bfloat16", "float16", "float32", "float64")
 _MAX_PATTERN = 256
 _NESTED = re.compile(r"\)\s*[*+{]")  # a repeated group can take exponential time
@@ -240,9 +241,13 @@ class _Taker:
         """The tensors by what they belong to: halves of products, and whole weights."""
         pairs: dict[Key, dict[str, TensorInfo]] = {}
         whole: dict[Key, TensorInfo] = {}
+        stems = {name.removeprefix("base_model.model.") for name in self._tensors}
         for name, info in self._tensors.items():
-            stem = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
-            stem = stem.replace(".default.weight", ".weight")  # an adapter's own name, as old files have it
+            # "default" is an adapter's name, as old files have it.
+            stem = name.removeprefix("base_model.model.").replace(".default.weight", ".weight")
+            if stem.endswith(_REPLACED) and stem.removesuffix(_REPLACED) + ".weight" in stems:
+                continue  # what the model had before, beside what takes its place
+            stem = stem.replace(".modules_to_save.weight", ".weight")
             suffix = next((suffix for suffix in _SUFFIXES if stem.endswith(suffix)), None)
             key = None if suffix is None else self._by_module.get(stem.removesuffix(suffix))
             if suffix is None or key is None or (_SUFFIXES[suffix] != "whole" and len(self._expected[key].shape) < 2):
@@ -253,9 +258,10 @@ class _Taker:
                 )
                 self._faults.append(f"{name}: {list(info.shape)} is not expected: {why}")
                 continue
-            is_twice = key in whole if _SUFFIXES[suffix] == "whole" else _SUFFIXES[suffix] in pairs.get(key, {})
-            if is_twice:
-                self._faults.append(f"{name}: is there twice, under two names")
+            other = whole.get(key) if _SUFFIXES[suffix] == "whole" else pairs.get(key, {}).get(_SUFFIXES[suffix])
+            if other is not None:  # PEFT writes embeddings that have grown under two names
+                if not _are_equal(info, other):
+                    self._faults.append(f"{name}: is there under two names, and the numbers differ")
             elif _SUFFIXES[suffix] == "whole":
                 whole[key] = info
             elif ("embedding" in suffix) != (self._expected[key].part == "embed_tokens"):
@@ -316,6 +322,16 @@ class _Taker:
             self._faults.append(
                 "embed_tokens: is there in full and lm_head is not, and tie_word_embeddings makes them one"
             )
+
+
+def _are_equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    buffers = bytearray(one.nbytes), bytearray(one.nbytes)
+    for info, buffer in zip((one, other), buffers, strict=True):
+        read_into(info, memoryview(buffer))
+    return buffers[0] == buffers[1]
 
 
 def _is_matrix(info: TensorInfo | None) -> bool:
