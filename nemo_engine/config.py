@@ -21,6 +21,7 @@ from nemo_engine.config_reader import (
     read_rope_theta,
     refuse_other_architecture,
 )
+from nemo_engine.option_names import refuse_unknown_options
 
 # Where both layouts are silent: transformers' MistralConfig and every tokenizer of Mistral's have these.
 DEFAULT_BOS_TOKEN_ID, DEFAULT_EOS_TOKEN_ID = 1, 2
@@ -157,7 +158,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What the user chose, with vLLM's names where it has one. Validated here; unknown names are a ``TypeError``.
+    """What the user chose, with vLLM's names where it has one. Validated here; unknown names are a ``ValueError``.
 
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32" or "float64" (float64 on the CPU only).
     max_model_len: tokens of prompt and output together; "auto" takes the largest that the KV cache holds; None takes the
@@ -206,6 +207,11 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     revision: str | None = None
     lora: str | None = None
+
+    def __new__(cls, *args: Any, **options: Any) -> EngineConfig:
+        """Refuse unknown names by a ``ValueError`` that says what to use, before the constructor would by a ``TypeError``."""
+        refuse_unknown_options("Engine", options, cls.__dataclass_fields__)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "quantize_lm_head"):

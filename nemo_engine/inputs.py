@@ -10,10 +10,12 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from inspect import signature
 from typing import Any, TypeAlias
 
 from nemo_engine.checks import check_unicode
 from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.option_names import refuse_unknown_options
 from nemo_engine.sampling_params import DEFAULT_TEMPERATURE, SamplingParams
 from nemo_engine.scheduler import Request
 from nemo_engine.structured_outputs import StructuredOutputsParams
@@ -147,6 +149,7 @@ class InputProcessor:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
         is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
+        refuse_unknown_options("chat", options, signature(render_chat).parameters.keys() - {"max_tokens"})
         options = {"max_tokens": self._max_model_len} | options
         rendered = [render_chat(self._tokenizer, conversation, **options) for conversation in conversations]
         return [EncodedPrompt(None, self.check_ids(ids, "messages")) for ids in rendered]

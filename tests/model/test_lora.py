@@ -326,9 +326,7 @@ def test_fp8_is_not_merged_with(tmp_path: Path) -> None:
     base.mkdir()
     write_fp8(base, config, random_state_dict(config), "compressed-tensors dynamic")
     adapter = write_adapter(tmp_path / "adapter", random_adapter(config))
-    with pytest.raises(
-        ValueError, match=r"changes model.layers.0.mlp.down_proj.weight, which .* holds in FP8: merge"
-    ):
+    with pytest.raises(ValueError, match=r"changes model.layers.0.mlp.down_proj.weight, which .* holds in FP8: merge"):
         open_checkpoint(base, lora=adapter)
 
 
