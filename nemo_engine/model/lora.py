@@ -15,7 +15,7 @@ from nemo_engine.checks import check_int, check_positive
 from nemo_engine.config import ModelConfig
 from nemo_engine.config_reader import MAX_VOCAB, MAX_WIDTH
 from nemo_engine.model.hub import ADAPTER_FILES
-from nemo_engine.model.layout import HF, ExpectedTensor
+from nemo_engine.model.layout import HF, WITH_VOCABULARY, ExpectedTensor
 from nemo_engine.model.safetensors_files import TensorInfo, read_header, read_into, read_json
 
 FAULTS_SHOWN = 8  # in one error message
@@ -49,7 +49,7 @@ _SUFFIXES = {
 }  # fmt: skip
 _REPLACED = ".original_module.weight"
 _FLOATING = ("bfloat16", "float16", "float32", "float64")
-_MAX_PATTERN = 256
+_MAX_PATTERN, _MAX_REPEATS = 256, 4  # characters; and repetitions, each of which multiplies the time by a name's length
 _NESTED = re.compile(r"\)\s*[*+{]")  # a repeated group can take exponential time
 
 
@@ -141,19 +141,30 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
     if isinstance(targets, str) and targets != "all-linear":
         _compile("target_modules", targets)
     elif targets is not None and not isinstance(targets, str):
-        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-            raise ValueError(f"target_modules must be names of modules, got {targets!r}")
+        _check_names("target_modules", targets)
+    if fields.get("modules_to_save") is not None:
+        _check_names("modules_to_save", fields["modules_to_save"])
+    layers = fields.get("layers_to_transform")
+    for layer in layers if isinstance(layers, list) else [0 if layers is None else layers]:
+        check_int("layers_to_transform", layer, low=0)
+
+
+def _check_names(name: str, value: object) -> None:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name} must be names of modules, got {value!r}")
 
 
 def _compile(name: str, pattern: str, form: str = "{}") -> re.Pattern[str]:
     """A pattern of the configuration. It is text from a stranger, so what could take exponential time is refused."""
-    if len(pattern) > _MAX_PATTERN or _NESTED.search(pattern):
+    repeats = sum(map(pattern.count, "*+{"))
+    if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or _NESTED.search(pattern):
         raise ValueError(
-            f"{name}: the pattern {pattern[:80]!r} is not supported: it is longer than {_MAX_PATTERN} characters or repeats a group"
+            f"{name}: the pattern {pattern[:80]!r} is not supported: it is longer than {_MAX_PATTERN} characters, has more than {_MAX_REPEATS} "
+            "repetitions, or repeats a group"
         )
     try:
         return re.compile(form.format(pattern))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
 
 
@@ -203,9 +214,9 @@ class _Taker:
         vocab_size = self._vocab_size(whole)
         for key, info in whole.items():
             expected = self._expected[key]
-            shape = (
-                (vocab_size, *expected.shape[1:]) if expected.part in ("embed_tokens", "lm_head") else expected.shape
-            )
+            if key[1] not in WITH_VOCABULARY and not self._is_saved(expected):
+                self._faults.append(f"{expected.module}: is there in full, and modules_to_save does not name it")
+            shape = (vocab_size, *expected.shape[1:]) if expected.part in WITH_VOCABULARY else expected.shape
             self._check(info, "in full", shape)
         low_rank = {}
         for key, pair in pairs.items():
@@ -220,12 +231,12 @@ class _Taker:
                 continue
             is_embedding = expected.part == "embed_tokens"
             rows, width = expected.shape[0], expected.shape[1]
-            if expected.part in ("embed_tokens", "lm_head"):
+            if expected.part in WITH_VOCABULARY:
                 rows = vocab_size
             self._check(pair["A"], "lora_A", (rank, rows if is_embedding else width))
             self._check(pair["B"], "lora_B", (width if is_embedding else rows, rank))
             low_rank[key] = LowRank(pair["A"], pair["B"], scaling, is_embedding)
-        self._check_targets(low_rank)
+        self._check_targets(whole, low_rank)
         self._check_tied(whole, low_rank)
         if not self._faults and not whole and not low_rank:
             self._faults.append("there are no tensors")
@@ -273,11 +284,7 @@ class _Taker:
     def _vocab_size(self, whole: Mapping[Key, TensorInfo]) -> int:
         """The vocabulary with the tokens that the adapter has added."""
         size = self._config.vocab_size
-        rows = {
-            part: whole[None, part].shape[0]
-            for part in ("embed_tokens", "lm_head")
-            if _is_matrix(whole.get((None, part)))
-        }
+        rows = {part: whole[None, part].shape[0] for part in WITH_VOCABULARY if _is_matrix(whole.get((None, part)))}
         for part, count in rows.items():
             if count < size or count > MAX_VOCAB:
                 self._faults.append(f"{part}: has {count} rows, and the model's vocab_size is {size}")
@@ -294,8 +301,14 @@ class _Taker:
         elif info.dtype not in _FLOATING:
             self._faults.append(f"{name}: must be {', '.join(_FLOATING[:-1])} or {_FLOATING[-1]}, found {info.dtype}")
 
-    def _check_targets(self, low_rank: Mapping[Key, LowRank]) -> None:
-        """Products must be those that ``target_modules`` names, no more and no fewer."""
+    def _is_saved(self, expected: ExpectedTensor) -> bool:
+        return any(expected.module.endswith(name) for name in self._fields.get("modules_to_save") or [])
+
+    def _check_targets(self, whole: Mapping[Key, TensorInfo], low_rank: Mapping[Key, LowRank]) -> None:
+        """Products must be those that ``target_modules`` names, no more and no fewer; and modules in full those of ``modules_to_save``."""
+        for name in self._fields.get("modules_to_save") or []:
+            if not any(self._expected[key].module.endswith(name) for key in whole):
+                self._faults.append(f"modules_to_save names {name}, and it is not there in full")
         targets, layers = self._fields.get("target_modules"), self._fields.get("layers_to_transform")
         if targets is None:
             return
@@ -313,7 +326,7 @@ class _Taker:
         """Where head and embeddings are one tensor, an adapter must say what both become."""
         if not self._config.tie_word_embeddings:
             return
-        for part in ("embed_tokens", "lm_head"):
+        for part in WITH_VOCABULARY:
             if (None, part) in low_rank:
                 self._faults.append(
                     f"{part}: lora_A and lora_B of what tie_word_embeddings makes one are not supported"

@@ -251,6 +251,11 @@ def test_a_quantised_checkpoint_is_that_of_the_merged_model(tmp_path: Path) -> N
         ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is not a regular expression"),
         ({"rank_pattern": {"(a*)*b": 2}}, "rank_pattern: the pattern .* repeats a group"),
         ({"target_modules": "((q|k)+)+_proj"}, "target_modules: the pattern .* repeats a group"),
+        ({"target_modules": ".*.*.*.*.*q_proj"}, "target_modules: the pattern .* more than 4 repetitions"),
+        ({"target_modules": "a{9999999999}"}, "target_modules: .* is not a regular expression"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform must be an integer, got '0'"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be names of modules, got 'lm_head'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, and it is not there in full"),
         ({"target_modules": 7}, "target_modules must be names of modules, got 7"),
         ({"r": 8}, r"layers.0.mlp.down_proj.lora_A.weight: lora_A must be \[8, 40\], found \[4, 40\]"),
         ({"rank_pattern": {"q_proj": 2}}, rf"{Q0}: lora_A must be \[2, 24\], found \[4, 24\]"),
@@ -285,6 +290,7 @@ def change(**changes: Tensor | None) -> StateDict:
         (change(**{Q0.replace("layers.0", "layers.9"): torch.zeros(4, 24)}), "layers.9.* belongs to nothing in this model"),
         (change(**{"base_model.model.score.weight": torch.zeros(2, 24)}), "score.weight: .*belongs to nothing"),
         (change(**{"base_model.model.model.norm.weight": torch.zeros(25)}), r"norm.weight: in full must be \[24\]"),
+        (change(**{f"{PREFIX}mlp.up_proj.weight": torch.zeros(40, 24)}), "up_proj: is there in full, and modules_to_save"),
         (ADAPTER | grown(CONFIG, 2, "lm_head"), "the vocabulary grows from 97 to 99, and embed_tokens is not in the"),
         (ADAPTER | grown(CONFIG, -1), "embed_tokens: has 96 rows, and the model's vocab_size is 97"),
         (ADAPTER | grown(CONFIG, 2, "model.embed_tokens") | grown(CONFIG, 3, "lm_head"), r"must be \[100, 24\], found \[99"),
@@ -306,7 +312,7 @@ def test_numbers_that_are_none(value: float, tmp_path: Path) -> None:
         load(open_checkpoint(base, lora=write_adapter(tmp_path / "half", bad)))
     bad = change(**{"base_model.model.model.norm.weight": torch.full((24,), value)})
     with pytest.raises(ValueError, match=r"adapter_model.safetensors: model.norm holds NaN or infinity"):
-        load(open_checkpoint(base, lora=write_adapter(tmp_path / "whole", bad)))
+        load(open_checkpoint(base, lora=write_adapter(tmp_path / "whole", bad, modules_to_save=["norm"])))
     bad = change(**{Q0: torch.full((4, 24), 3e38), Q0.replace("_A", "_B"): torch.full((32, 4), 3e38)})
     with pytest.raises(ValueError, match=r"what is added to .*q_proj is not finite in fp32"):
         load(open_checkpoint(base, lora=write_adapter(tmp_path / "product", bad)))
