@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "workload",
         "benchmarks",
         "model.checkpoint",
+        "model.hub",
         "model.inventory",
         "model.layout",
         *ROW_1,

@@ -45,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if the model would be refused."""
     from nemo_engine.model.checkpoint import open_checkpoint
+    from nemo_engine.model.hub import DownloadError
 
     gpus = [Gpu(f"{gib:g} GiB", "", 0, gib, 1.0, 1.0, None, 1.0, "") for gib in args.gib or ()]
     if args.model in BUILT_IN and args.revision is None and args.lora is None:
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     try:
         checkpoint = open_checkpoint(args.model, revision=args.revision, needs="headers", lora=args.lora)
-    except FileNotFoundError:
+    except (FileNotFoundError, DownloadError):  # nothing is known of the model
         raise
     except ValueError as error:
         _print([("model", args.model), ("runs", f"no: {error}")])

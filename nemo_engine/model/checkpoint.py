@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_engine.config import ModelConfig
-from nemo_engine.model.hub import ADAPTER_FILES, Needs, download, download_adapter, weight_sets_of
+from nemo_engine.model.hub import ADAPTER_FILES, CONVERSION, Needs, download, download_adapter, weight_sets_of
 from nemo_engine.model.layout import HF, MISTRAL, WITH_VOCABULARY, Layout, TensorNames, names_in
 from nemo_engine.model.lora import Adapter, read_adapter
 from nemo_engine.model.quantization import (
@@ -30,11 +30,6 @@ BUNDLED = {"nemo-tiny": Path(__file__).parent.parent / "assets" / "nemo-tiny"}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _TOKENIZER_FILES = ("tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer.model.v3")
-# Lines that end so can be typed as three or as one: the command line prints an error as one.
-CONVERSION = """
-from transformers import AutoModelForCausalLM, AutoTokenizer;
-AutoModelForCausalLM.from_pretrained({path!r}, torch_dtype="auto").save_pretrained("converted");
-AutoTokenizer.from_pretrained({path!r}).save_pretrained("converted")"""
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -313,13 +308,19 @@ def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """``checkpoint`` as ``adapter`` makes it: tensors that it brings whole take the place of the model's."""
     names, config = checkpoint.names, checkpoint.model_config
     whole = {names.tensor(part, layer): info for (layer, part), info in adapter.whole.items()}
-    brings_head = names.tensor("lm_head") in whole
     config = replace(
         config,
         vocab_size=adapter.vocab_size,
-        tie_word_embeddings=config.tie_word_embeddings and not brings_head,
+        tie_word_embeddings=config.tie_word_embeddings
+        and not adapter.whole.keys() & {(None, "embed_tokens"), (None, "lm_head")},
     )
-    tensors = dict(checkpoint.tensors) | (whole if checkpoint.tensors else {})
+    tensors = dict(checkpoint.tensors)
+    if tensors:
+        untied = checkpoint.model_config.tie_word_embeddings and not config.tie_word_embeddings
+        if untied and names.tensor("embed_tokens") in tensors:
+            # Training saw the head that the embeddings were; an adapter that brings the embeddings alone leaves it as it was.
+            tensors[names.tensor("lm_head")] = tensors[names.tensor("embed_tokens")]
+        tensors |= whole
     for layer, part in adapter.low_rank:
         stored = tensors.get(names.tensor(part, layer))
         if stored is not None and stored.dtype.startswith("float8"):

@@ -29,7 +29,17 @@ _TEXT_FILES = (
 SMALL_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", "params.json", *_TEXT_FILES)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
+# Lines that end so can be typed as three or as one: the command line prints an error as one.
+CONVERSION = """
+from transformers import AutoModelForCausalLM, AutoTokenizer;
+AutoModelForCausalLM.from_pretrained({path!r}, torch_dtype="auto").save_pretrained("converted");
+AutoTokenizer.from_pretrained({path!r}).save_pretrained("converted")"""
+
 _logger = logging.getLogger("nemo_engine")
+
+
+class DownloadError(ValueError):
+    """A repository could not be had, which says nothing of what is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,7 @@ def weight_sets_of(files: Iterable[str]) -> list[WeightSet]:
 def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path, Headers | None]:
     """Download ``repo_id`` into huggingface_hub's cache and return the directory; for "headers", also those of its weights.
 
-    Raises ``ValueError`` where the repository cannot be had or holds no weights.
+    Raises ``DownloadError`` where the repository cannot be had, and ``ValueError`` where it holds no weights.
     """
     import huggingface_hub
 
@@ -84,7 +94,7 @@ def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path,
 
 
 def download_adapter(repo_id: str) -> Path:
-    """Download a PEFT adapter, and its tokenizer if it brings one. Raises ``ValueError`` where it cannot be had."""
+    """Download a PEFT adapter, and its tokenizer if it brings one. Raises ``DownloadError`` where it cannot be had."""
     import huggingface_hub
 
     try:
@@ -100,7 +110,7 @@ def _snapshot(repo_id: str, revision: str | None, wanted: list[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
     except Exception as error:
-        raise ValueError(
+        raise DownloadError(
             f"downloading {repo_id!r} failed, try again to go on: {_reason(error)}; {_what_may_help(error)}"
         ) from error
 
@@ -112,7 +122,7 @@ def _cached(repo_id: str, revision: str | None, prefix: str, error: Exception) -
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
     except Exception:
-        raise ValueError(
+        raise DownloadError(
             f"{prefix} the Hub does not have it or cannot be reached: {_reason(error)}; {_what_may_help(error)}"
         ) from error
 
@@ -134,7 +144,7 @@ def _remote_headers(repo_id: str, revision: str | None, folder: Path, weights: W
         try:
             read = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=revision)
         except Exception as error:
-            raise ValueError(
+            raise DownloadError(
                 f"the header of {name} in {repo_id!r} cannot be read: {_reason(error)}; {_what_may_help(error)}"
             ) from error
         entries: dict[str, Any] = {}
@@ -153,7 +163,8 @@ def _no_weights_message(repo_id: str, files: list[str]) -> str:
         return f"{message}: it holds GGUF files, for llama.cpp; take the repository that they were made from"
     if any(name.startswith("pytorch_model") and name.endswith(".bin") for name in files):
         return (
-            f"{message}: it holds pickles (.bin); load it with transformers and save it anew, which writes safetensors"
+            f"{message}: it holds pickles (.bin), which may hold code: where you trust it, convert it with"
+            + CONVERSION.format(path=repo_id)
         )
     return message
 

@@ -237,7 +237,7 @@ class _Taker:
             self._check(pair["B"], "lora_B", (width if is_embedding else rows, rank))
             low_rank[key] = LowRank(pair["A"], pair["B"], scaling, is_embedding)
         self._check_targets(whole, low_rank)
-        self._check_tied(whole, low_rank)
+        self._check_tied(low_rank)
         if not self._faults and not whole and not low_rank:
             self._faults.append("there are no tensors")
         if self._faults:
@@ -289,7 +289,7 @@ class _Taker:
             if count < size or count > MAX_VOCAB:
                 self._faults.append(f"{part}: has {count} rows, and the model's vocab_size is {size}")
         grown = max([size, *rows.values()])
-        if grown > size and len(rows) < 2 and not self._config.tie_word_embeddings:
+        if grown > size and len(rows) < 2:
             absent = "lm_head" if "embed_tokens" in rows else "embed_tokens"
             self._faults.append(f"the vocabulary grows from {size} to {grown}, and {absent} is not in the adapter")
         return grown
@@ -322,19 +322,13 @@ class _Taker:
             elif is_named and key not in low_rank and not self._fields.get("exclude_modules"):
                 self._faults.append(f"{expected.module}: target_modules names it, and lora_A and lora_B are not there")
 
-    def _check_tied(self, whole: Mapping[Key, TensorInfo], low_rank: Mapping[Key, LowRank]) -> None:
-        """Where head and embeddings are one tensor, an adapter must say what both become."""
-        if not self._config.tie_word_embeddings:
-            return
+    def _check_tied(self, low_rank: Mapping[Key, LowRank]) -> None:
+        """Where head and embeddings are one tensor, a product for one of them would change the other, which training did not."""
         for part in WITH_VOCABULARY:
-            if (None, part) in low_rank:
+            if self._config.tie_word_embeddings and (None, part) in low_rank:
                 self._faults.append(
                     f"{part}: lora_A and lora_B of what tie_word_embeddings makes one are not supported"
                 )
-        if (None, "embed_tokens") in whole and (None, "lm_head") not in whole:
-            self._faults.append(
-                "embed_tokens: is there in full and lm_head is not, and tie_word_embeddings makes them one"
-            )
 
 
 def _are_equal(one: TensorInfo, other: TensorInfo) -> bool:

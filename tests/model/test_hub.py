@@ -49,60 +49,70 @@ def run(code: str, cwd: Path, **settings: str) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def info(model: str, *more: str) -> str:
-    return f"import sys; from nemo_engine.cli import main; sys.exit(main({['info', model, *more]!r}))"
+def infos(*models: str) -> str:
+    """``nemo-engine info`` of each, with its exit code behind it."""
+    return f"from nemo_engine.cli import main\nfor model in {models}: print('exit', main(['info', *model.split()]))"
 
 
 def test_what_is_downloaded_to_answer(repos: dict[str, Path], tmp_path: Path) -> None:
+    whole, shards = ("org/whole --lora org/adapter", "org/shards")
     with serve(repos) as hub:
-        for repo in ("org/whole", "org/shards"):
-            done = run(info(repo, "--lora", "org/adapter"), tmp_path, HF_ENDPOINT=hub.url)
-            assert done.returncode == 0, done.stderr
-            assert re.search(r"^runs +yes$", done.stdout, re.MULTILINE) and "(by the file headers)" in done.stdout
-            assert "LoRA of rank 4" in done.stdout
-        done = run(info("org/broken"), tmp_path, HF_ENDPOINT=hub.url)
-        assert done.returncode == 1 and "model.norm.weight: expected [24], found [25]" in done.stdout
-        done = run(info("org/pickled"), tmp_path, HF_ENDPOINT=hub.url)
-        assert done.returncode == 1 and "it holds pickles (.bin); load it with transformers" in done.stdout
-        done = run(info("org/adapter"), tmp_path, HF_ENDPOINT=hub.url)
-        assert done.returncode == 1 and "it is an adapter; give the model" in done.stdout
+        done = run(
+            infos(whole, shards, "org/broken", "org/pickled", "org/adapter", "org/nothing"),
+            tmp_path,
+            HF_ENDPOINT=hub.url,
+        )
+    answers = re.split(r"^exit (\d)$", done.stdout, flags=re.MULTILINE)
+    assert answers[1::2] == list("001112"), done.stderr
+    for answer in answers[0:3:2]:
+        assert re.search(r"^runs +yes$", answer, re.MULTILINE) and "(by the file headers)" in answer
+    assert "LoRA of rank 4" in answers[0]
+    assert "model.norm.weight: expected [24], found [25]" in answers[4]
+    assert "it holds pickles (.bin)" in answers[6] and "from_pretrained('org/pickled'" in answers[6]
+    assert "it is an adapter; give the model" in answers[8]
+    assert "'org/nothing' is no local directory" in done.stderr
+    assert "is the id right, and the revision? A private repository needs HF_TOKEN" in done.stderr
     weights = [sent for _, path, sent in hub.asked if re.search(r"resolve/.*/model.*\.safetensors$", path)]
     assert 0 < max(weights) <= 100_001 < (repos["org/whole"] / "model.safetensors").stat().st_size
     assert not list((tmp_path / "home").rglob("model*.safetensors"))
 
 
 def test_where_files_go_and_offline(repos: dict[str, Path], tmp_path: Path) -> None:
-    code = OPEN.format("org/whole")
+    cache = str(tmp_path / "elsewhere")
     with serve(repos) as hub:
-        done = run(code, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(tmp_path / "elsewhere"))
-        assert str(tmp_path / "elsewhere") in done.stdout, done.stderr
+        done = run(OPEN.format("org/whole"), tmp_path, HF_ENDPOINT=hub.url, HF_HUB_CACHE=cache)
+        assert done.stdout.startswith(cache), done.stderr
         assert not (tmp_path / "home" / "hub").exists()
-        assert run(code, tmp_path, HF_ENDPOINT=hub.url).stdout.startswith(str(tmp_path / "home"))
+        done = run(OPEN.format("org/whole"), tmp_path, HF_ENDPOINT=hub.url)
+        assert done.stdout.startswith(str(tmp_path / "home"))
         asked = len(hub.asked)
+        code = f"{OPEN.format('org/whole')}; open_checkpoint('org/shards')"
         offline = run(code, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
         assert offline.stdout.startswith(str(tmp_path / "home")) and len(hub.asked) == asked
-        absent = run(OPEN.format("org/shards"), tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
-        assert "HF_HUB_OFFLINE is set: unset it, or let HF_HOME or HF_HUB_CACHE name" in absent.stderr
-        assert len(hub.asked) == asked
+        assert "HF_HUB_OFFLINE is set: unset it, or let HF_HOME or HF_HUB_CACHE name" in offline.stderr
 
 
 def test_a_token(repos: dict[str, Path], tmp_path: Path) -> None:
-    code = OPEN.format("org/whole")
+    code = f"""
+import os
+for os.environ["HF_TOKEN"] in ("", "other", "secret"):
+    try:
+        {OPEN.format("org/whole")}
+    except ValueError as error:
+        print(error)
+"""
     with serve(repos, token="secret") as hub:
-        denied = run(code, tmp_path, HF_ENDPOINT=hub.url)
-        assert "gated or private needs HF_TOKEN of an account that may read it\n" in denied.stderr
-        wrong = run(code, tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN="other")
-        assert "and the one that is set may not" in wrong.stderr and "other" not in wrong.stderr.split("HF_TOKEN")[-1]
-        assert run(code, tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN="secret").returncode == 0
+        done = run(code, tmp_path, HF_ENDPOINT=hub.url)
+    denied, wrong, taken = done.stdout.splitlines()
+    assert denied.endswith("gated or private needs HF_TOKEN of an account that may read it")
+    assert wrong.endswith("HF_TOKEN of an account that may read it, and the one that is set may not")
+    assert "21 tensors" in taken
 
 
-def test_a_hub_that_does_not_have_it(repos: dict[str, Path], tmp_path: Path) -> None:
-    with serve(repos) as hub:
-        done = run(OPEN.format("org/nothing"), tmp_path, HF_ENDPOINT=hub.url)
-        assert "'org/nothing' is no local directory" in done.stderr
-        assert "is the id right, and the revision? A private repository needs HF_TOKEN" in done.stderr
+def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        done = run(OPEN.format("org/whole"), tmp_path, HF_ENDPOINT=url)
+        done = run(infos("org/whole"), tmp_path, HF_ENDPOINT=url)
+    assert done.stdout == "exit 2\n" and done.stderr.count("\n") == 1
     assert f"asked was {url}: HF_ENDPOINT may name a mirror, HF_HOME or HF_HUB_CACHE a cache" in done.stderr

@@ -318,12 +318,27 @@ def test_numbers_that_are_none(value: float, tmp_path: Path) -> None:
         load(open_checkpoint(base, lora=write_adapter(tmp_path / "product", bad)))
 
 
-def test_tied_embeddings_must_be_said_for_both(tmp_path: Path) -> None:
+def test_tied_embeddings_and_an_adapter_of_one_of_the_two(tmp_path: Path) -> None:
     config = tiny_config(tie_word_embeddings=True)
-    base = write_hf(tmp_path / "base", config, random_state_dict(config))
-    state = random_adapter(config, ("q_proj",)) | grown(config, 0, "model.embed_tokens")
-    with pytest.raises(ValueError, match="embed_tokens: is there in full and lm_head is not"):
-        open_checkpoint(base, lora=write_adapter(tmp_path / "adapter", state, target_modules=["q_proj"]))
+    state = random_state_dict(config)
+    base = write_hf(tmp_path / "base", config, state)
+    adapter = random_adapter(config, ("q_proj",))
+    old = state["model.embed_tokens.weight"]
+    for name, head in (("model.embed_tokens", old), ("lm_head", None)):
+        saved = grown(config, 0, name)
+        new = saved[f"base_model.model.{name}.weight"]
+        path = write_adapter(tmp_path / name, adapter | saved, target_modules=["q_proj"])
+        found = load(open_checkpoint(base, lora=path))
+        assert torch.equal(found.embed_tokens, old if head is None else new)
+        assert torch.equal(found.lm_head.weight, new if head is None else head)
+        path = write_adapter(tmp_path / f"grown {name}", adapter | grown(config, 2, name), target_modules=["q_proj"])
+        with pytest.raises(ValueError, match="the vocabulary grows from 97 to 99, and .* is not in the adapter"):
+            open_checkpoint(base, lora=path)
+    halves = {"A.weight": torch.ones(4, 24), "B.weight": torch.ones(97, 4)}
+    product = {f"base_model.model.lm_head.lora_{name}": half for name, half in halves.items()}
+    path = write_adapter(tmp_path / "product", adapter | product, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head: lora_A and lora_B of what tie_word_embeddings makes one"):
+        open_checkpoint(base, lora=path)
 
 
 def test_fp8_is_not_merged_with(tmp_path: Path) -> None:
