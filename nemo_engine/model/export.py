@@ -22,6 +22,7 @@ from torch import Tensor
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.calibration import Calibration
 from nemo_engine.model.checkpoint import Checkpoint
+from nemo_engine.model.hub import TEXT_FILES
 from nemo_engine.model.inventory import take_inventory
 from nemo_engine.model.layout import HF, PARTS, PROJECTION_OF
 from nemo_engine.model.loading import TensorReader
@@ -60,7 +61,9 @@ def export_fp8(
         _write_shards(partial, tensors, shard_bytes)
         _copy_beside(checkpoint.path, partial)
         if checkpoint.tokenizer_path != checkpoint.path:  # an adapter's, of its grown vocabulary
-            _copy_beside(checkpoint.tokenizer_path, partial)
+            for name in TEXT_FILES:
+                if (checkpoint.tokenizer_path / name).is_file():
+                    shutil.copy(checkpoint.tokenizer_path / name, partial / name)
         config = _config(checkpoint) | {"quantization_config": _scheme(scheme, kv_scales, quantize_lm_head)}
         config["vocab_size"] = checkpoint.model_config.vocab_size
         config["tie_word_embeddings"] = checkpoint.model_config.tie_word_embeddings and not quantize_lm_head
@@ -203,10 +206,9 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byt
 
 def _copy_beside(source: Path, folder: Path) -> None:
     """Everything small that is not weights or configuration: tokenizer, generation settings, licence, templates."""
-    skipped = ("config.json", "params.json", "adapter_config.json")
     for file in sorted(source.iterdir()):
         is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or ".safetensors." in file.name
-        if file.is_file() and not is_weights and file.name not in skipped:
+        if file.is_file() and not is_weights and file.name not in ("config.json", "params.json"):
             shutil.copy(file, folder / file.name)
 
 

@@ -16,7 +16,7 @@ from nemo_engine.model.safetensors_files import Headers, read_json, tensors_of_h
 
 Needs = Literal["weights", "headers", "config"]
 
-_TEXT_FILES = (
+TEXT_FILES = (
     "tekken.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,7 +26,7 @@ _TEXT_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-SMALL_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", "params.json", *_TEXT_FILES)
+SMALL_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", "params.json", *TEXT_FILES)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # Lines that end so can be typed as three or as one: the command line prints an error as one.
@@ -78,7 +78,12 @@ def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path,
     try:
         files = huggingface_hub.list_repo_files(repo_id, revision=revision)
     except Exception as error:  # offline, unknown, gated, ...: a complete copy in the cache still serves
-        return _cached(repo_id, revision, f"model {repo_id!r} is no local directory, and", error), None
+        folder = _cached(repo_id, revision, f"model {repo_id!r} is no local directory, and", error)
+        if needs != "config" and not weight_sets_of(file.name for file in folder.iterdir()):
+            raise DownloadError(
+                f"the cache holds no weights of model {repo_id!r}, and the Hub cannot be asked: {_reason(error)}; {_what_may_help(error)}"
+            ) from error
+        return folder, None
     wanted = [name for name in SMALL_FILES if name in files]
     weight_sets = weight_sets_of(files)
     if needs != "config" and not weight_sets:
@@ -101,7 +106,7 @@ def download_adapter(repo_id: str) -> Path:
         files = huggingface_hub.list_repo_files(repo_id)
     except Exception as error:
         return _cached(repo_id, None, f"lora {repo_id!r} is no local directory, and", error)
-    return _snapshot(repo_id, None, [name for name in (*ADAPTER_FILES, *_TEXT_FILES) if name in files])
+    return _snapshot(repo_id, None, [name for name in (*ADAPTER_FILES, *TEXT_FILES) if name in files])
 
 
 def _snapshot(repo_id: str, revision: str | None, wanted: list[str]) -> Path:
@@ -169,6 +174,16 @@ def _no_weights_message(repo_id: str, files: list[str]) -> str:
     return message
 
 
+def _status(error: BaseException | None) -> int | None:
+    """The status of the response that an error, or what caused it, is about."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -177,10 +192,9 @@ def _what_may_help(error: Exception) -> str:
     """The settings of huggingface_hub with which what failed may work."""
     from huggingface_hub import constants, errors
 
-    text = str(error)
     if constants.HF_HUB_OFFLINE or isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it, or let HF_HOME or HF_HUB_CACHE name a cache that holds it"
-    if isinstance(error, errors.GatedRepoError) or "401" in text or "403" in text:
+    if isinstance(error, errors.GatedRepoError) or _status(error) in (401, 403):
         return "a repository that is gated or private needs HF_TOKEN of an account that may read it" + (
             ", and the one that is set may not" if os.environ.get("HF_TOKEN") else ""
         )

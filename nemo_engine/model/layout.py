@@ -132,16 +132,16 @@ def names_in(layout: Layout, tensors: Iterable[str]) -> TensorNames:
     Raises ``ValueError`` if there are several embeddings or several heads, so that one would have to be guessed.
     """
     usual = HF if layout == "hf" else MISTRAL
-    found: list[str] = []
+    prefixes: list[str] = []
     for part, default in (("embed_tokens", usual.prefix), ("lm_head", usual.head_prefix)):
         ending = _OUTER_NAMES[part][0 if layout == "hf" else 1] + ".weight"
         names = [name for name in tensors if name == ending or name.endswith("." + ending)]
         if layout == "mistral" and part == "lm_head":  # "output" is also what others call their last layer
-            names = [name for name in names if name == found[0] + ending]
+            names = [name for name in names if name == prefixes[0] + ending]
         if len(names) > 1:
             raise ValueError(f"there are several {part}, and only one can be this model's: {', '.join(sorted(names))}")
-        found.append(names[0].removesuffix(ending) if names else default)
-    return TensorNames(layout, *found)
+        prefixes.append(names[0].removesuffix(ending) if names else default)
+    return TensorNames(layout, *prefixes)
 
 
 def size_fields(layout: Layout, part: str) -> str:

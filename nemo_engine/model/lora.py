@@ -331,12 +331,12 @@ class _Taker:
                 )
 
 
-def _are_equal(one: TensorInfo, other: TensorInfo) -> bool:
+def _are_equal(first: TensorInfo, second: TensorInfo) -> bool:
     """Whether two tensors hold the same numbers."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
-    buffers = bytearray(one.nbytes), bytearray(one.nbytes)
-    for info, buffer in zip((one, other), buffers, strict=True):
+    buffers = bytearray(first.nbytes), bytearray(first.nbytes)
+    for info, buffer in zip((first, second), buffers, strict=True):
         read_into(info, memoryview(buffer))
     return buffers[0] == buffers[1]
 

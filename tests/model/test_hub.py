@@ -83,13 +83,24 @@ def test_where_files_go_and_offline(repos: dict[str, Path], tmp_path: Path) -> N
         done = run(OPEN.format("org/whole"), tmp_path, HF_ENDPOINT=hub.url, HF_HUB_CACHE=cache)
         assert done.stdout.startswith(cache), done.stderr
         assert not (tmp_path / "home" / "hub").exists()
-        done = run(OPEN.format("org/whole"), tmp_path, HF_ENDPOINT=hub.url)
-        assert done.stdout.startswith(str(tmp_path / "home"))
+        code = f"{OPEN.format('org/whole')}; open_checkpoint('org/broken', needs='config')"
+        assert run(code, tmp_path, HF_ENDPOINT=hub.url).stdout.startswith(str(tmp_path / "home"))
         asked = len(hub.asked)
-        code = f"{OPEN.format('org/whole')}; open_checkpoint('org/shards')"
+        code = f"""
+{OPEN.format("org/whole")}
+for model in "org/shards", "org/broken":
+    try:
+        open_checkpoint(model)
+    except ValueError as error:
+        print(error)
+"""
         offline = run(code, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
-        assert offline.stdout.startswith(str(tmp_path / "home")) and len(hub.asked) == asked
-        assert "HF_HUB_OFFLINE is set: unset it, or let HF_HOME or HF_HUB_CACHE name" in offline.stderr
+        assert len(hub.asked) == asked
+    whole, shards, broken = offline.stdout.splitlines()
+    assert whole.startswith(str(tmp_path / "home"))
+    for message in (shards, broken):
+        assert "HF_HUB_OFFLINE is set: unset it, or let HF_HOME or HF_HUB_CACHE name" in message
+    assert "the cache holds no weights of model 'org/broken', and the Hub cannot be asked" in broken
 
 
 def test_a_token(repos: dict[str, Path], tmp_path: Path) -> None:
