@@ -390,3 +390,8 @@ def test_an_unreachable_hub(hub: FakeHub) -> None:
     hub.is_reachable = False
     assert open_checkpoint("org/name").model_config == CONFIG  # from the cache
     assert len(hub.downloads) == 1
+    (hub.cache / "model.safetensors").unlink()
+    assert open_checkpoint("org/name", needs="config").model_config == CONFIG
+    for needs in ("weights", "headers"):
+        with pytest.raises(ValueError, match=r"the cache holds no weights of model 'org/name'.* no route.*HF_ENDPOINT"):
+            open_checkpoint("org/name", needs=needs)

@@ -100,7 +100,6 @@ for model in "org/shards", "org/broken":
     assert whole.startswith(str(tmp_path / "home"))
     for message in (shards, broken):
         assert "HF_HUB_OFFLINE is set: unset it, or let HF_HOME or HF_HUB_CACHE name" in message
-    assert "the cache holds no weights of model 'org/broken', and the Hub cannot be asked" in broken
 
 
 def test_a_token(repos: dict[str, Path], tmp_path: Path) -> None:
