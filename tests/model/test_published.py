@@ -92,6 +92,12 @@ def test_quantised_tensors_after_another_prefix(prefix: str, head: str, tmp_path
         inventories = [take_inventory(each, config) for each in (found, expected)]
         assert inventories[0].kinds == inventories[1].kinds
         assert len(inventories[0].kv_scales) == config.num_layers
+    data["quantization_config"]["ignore"] = ["model.layers.0.self_attn.o_proj", "lm_head"]
+    write_hf(other, config, renamed(stored, prefix, head), **data)
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn.o_proj.weight: found float8.*the configuration leaves it out"
+    ):
+        take_inventory(open_checkpoint(other), config)
 
 
 def test_names_that_leave_a_choice_are_refused(tmp_path: Path) -> None:
