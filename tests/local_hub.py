@@ -62,7 +62,7 @@ def serve(repos: dict[str, Path], token: str | None = None) -> Iterator[LocalHub
 
         def _content(self, path: str) -> tuple[int, dict[str, str], bytes]:
             if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
-                return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b""
+                return 401, {}, b""
             for repo, folder in hub.repos.items():
                 files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
                 if path.startswith(f"/api/models/{repo}/tree/"):

@@ -195,8 +195,9 @@ def _what_may_help(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE or isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it, or let HF_HOME or HF_HUB_CACHE name a cache that holds it"
     if isinstance(error, errors.GatedRepoError) or _status(error) in (401, 403):
-        return "a repository that is gated or private needs HF_TOKEN of an account that may read it" + (
-            ", and the one that is set may not" if os.environ.get("HF_TOKEN") else ""
+        return (
+            "is the id right? A repository that is gated or private needs HF_TOKEN of an account that may read it"
+            + (", and the one that is set may not" if os.environ.get("HF_TOKEN") else "")
         )
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         return "is the id right, and the revision? A private repository needs HF_TOKEN"
