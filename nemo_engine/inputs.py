@@ -10,10 +10,12 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from inspect import signature
 from typing import Any, TypeAlias
 
 from nemo_engine.checks import check_unicode
 from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.option_names import refuse_unknown_options
 from nemo_engine.sampling_params import DEFAULT_TEMPERATURE, SamplingParams
 from nemo_engine.scheduler import Request
 from nemo_engine.structured_outputs import StructuredOutputsParams
@@ -30,6 +32,7 @@ _LEAST_MAX_TEXT = 1 << 20  # characters that may be encoded beyond the context: 
 _MAX_TEXT_PER_TOKEN = 16  # and so many for each token of the context
 _MAX_BAD_WORD_TOKENS = 1 << 20  # compared in every step
 CHAT_MAX_TOKENS = 1024  # of ``chat`` without sampling parameters
+_CHAT_OPTIONS = {"chat_template", *signature(Renderer.render).parameters} - {"self", "messages", "max_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,7 @@ class InputProcessor:
         """
         if self._renderers is None:
             raise ValueError("chat needs a tokenizer, and this engine has none: use generate with prompt_token_ids")
+        refuse_unknown_options("chat", options, _CHAT_OPTIONS)
         renderer = self._renderers.of(options.pop("chat_template", None))
         if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
             raise ValueError(f"messages must be a list of messages, got {messages!r}")

@@ -69,7 +69,7 @@ class _Lock:
 class EngineLoop:
     """Takes prepared requests and advances all of them step by step; outputs go to each request's own sink.
 
-    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``TypeError``. Methods may be called from any thread. Use it as a
+    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``ValueError`` that says what to use. Methods may be called from any thread. Use it as a
     context manager, or call ``close()``, to give all memory back. In a process that is forked from this one, they raise ``RuntimeError``.
     """
 

@@ -326,7 +326,7 @@ def test_one_bad_prompt_of_many_is_named_and_nothing_is_queued(engine: Engine) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_seqs": 4}, TypeError, "max_seqs"),
+        ({"max_seqs": 4}, ValueError, "max_seqs.: did you mean max_num_seqs"),
         ({"page_size": 48}, ValueError, "page_size"),
         ({"num_kv_pages": 0}, ValueError, "num_kv_pages"),
         ({"max_num_batched_tokens": 4}, ValueError, "max_num_batched_tokens"),

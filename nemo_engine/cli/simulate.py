@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_engine.cli.files import check_results
 from nemo_engine.cli.planning import (
-    NEMO_TINY,
     OPTIONS,
     add_model_arguments,
     config_of,
@@ -22,6 +21,7 @@ from nemo_engine.cli.planning import (
     results_folder,
     seconds,
 )
+from nemo_engine.model.checkpoint import BUNDLED
 
 if TYPE_CHECKING:
     from nemo_engine.config import EngineConfig
@@ -210,7 +210,7 @@ def _items(args: argparse.Namespace, encode: Any) -> Iterator[Item]:
 
 def _encoder(args: argparse.Namespace) -> Any:
     """Makes token ids of texts and messages, if the model comes with a tokenizer; None without."""
-    path = NEMO_TINY if args.model == "nemo-tiny" else Path(args.model).expanduser()
+    path = BUNDLED.get(args.model, Path(args.model).expanduser())
     if not path.is_dir():
         return None
     renderers = None

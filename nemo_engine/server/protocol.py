@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr
 
+from nemo_engine.option_names import advice
 from nemo_engine.sampling_params import MAX_BAD_WORDS, MAX_N, MAX_STOP
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.fields import MESSAGE, RESPONSE_FORMAT, TOOL, Ignored
@@ -57,10 +58,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 _OF_TEMPLATES = ("chat_template", "chat_template_kwargs", "documents")  # for chat alone
 INSTEAD = {
-    "guided_json": "structured_outputs",
-    "guided_regex": "structured_outputs",
-    "guided_choice": "structured_outputs",
-    "guided_grammar": "structured_outputs",
     "functions": "tools",
     "function_call": "tool_choice",
 }
@@ -120,8 +117,13 @@ class ApiRequest(BaseModel):
             if not asks_nothing(value) and not any(
                 value == harmless and not isinstance(value, bool) for harmless in self.unsupported[name]
             ):
-                hint = f"; use {self.instead[name]}" if name in self.instead else ""
-                raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
+                hint = f"use {self.instead[name]}" if name in self.instead else advice(name, ())
+                raise ApiError(
+                    400,
+                    f"{name} is not supported" + (f"; {hint}" if hint else ""),
+                    param=name,
+                    code="unsupported_parameter",
+                )
         for name, value in extra.items():
             if self._ignored.is_full:  # a hostile body may hold any number
                 break
