@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -173,15 +174,14 @@ class Player:
         if kind == "result":
             launch = core.runner.launch
 
-            class Handle:
-                def result(self) -> Any:
-                    raise error
+            def result() -> Any:
+                self._is_armed = False
+                raise error
 
             def broken_launch(plan: Any) -> Any:
                 core.runner.launch = launch  # type: ignore[method-assign]
-                self._is_armed = False
                 launch(plan)
-                return Handle()
+                return SimpleNamespace(result=result)
 
             core.runner.launch = broken_launch  # type: ignore[method-assign]
             return
