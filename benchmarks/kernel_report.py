@@ -211,7 +211,7 @@ def inspect(kernel: str, variant: str, compiled: Any) -> Facts:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = read_usage(tool("cuobjdump", "--dump-resource-usage", file.name))
-        code = tool("nvdisasm", file.name)
+        code = tool("nvdisasm", "--no-dataflow", file.name)
     shared = compiled.metadata.shared
     return Facts(
         kernel=kernel.strip("_"),
