@@ -213,7 +213,7 @@ class InputProcessor:
         if params.n > 1 and not self._config.enable_prefix_caching:
             salt = blake2b(f"{request_id}\0{next(self._salts)}".encode(), digest_size=16).digest()
         ends = self._eos_token_ids | prompt.end_ids
-        if params.structured_outputs is not None:
+        if params.structured_outputs is not None and ends:  # without any, a text ends where its grammar does
             ends |= self._chat_end_ids  # a grammar lets a text end with any of them
         siblings = []
         for index in range(params.n):
