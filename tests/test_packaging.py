@@ -145,7 +145,7 @@ def test_python_m_is_the_same_command() -> None:
 
 def test_mandatory_dependencies_are_few() -> None:
     names = {re.split(r"[ <>=!~;\[]", text)[0] for text in PROJECT["dependencies"]}
-    text = {"mistral-common", "tokenizers", "tiktoken", "huggingface_hub"}
+    text = {"mistral-common", "tokenizers", "tiktoken", "huggingface_hub", "jinja2"}
     assert names == {"torch", "triton", "safetensors", "numpy", *text}
 
 

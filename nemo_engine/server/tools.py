@@ -76,7 +76,7 @@ class ToolUse:
         """``message``, an error of what ``structured_outputs`` made, with the tool or the part of ``asked`` whose fault it is."""
         for index, tool in enumerate(self.tools):
             if tool["function"]["name"] in self.choice.names:
-                wrong = _fault(tool["function"]["parameters"])
+                wrong = _fault(tool["function"].get("parameters") or {})
                 if wrong:
                     return f"tools[{index}].function.parameters: {wrong}"
         if not self.is_forced:

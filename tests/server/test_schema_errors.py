@@ -68,8 +68,8 @@ def test_what_no_schema_alone_is_to_blame_for(engine: AsyncEngine) -> None:
     """Each is small, and the grammar of all calls is too large."""
     many = [GOOD | {"properties": {"a": {"enum": [f"{index}" + "x" * 20_000]}}} for index in range(16)]
     request = ChatRequest(messages=[{"role": "user", "content": "Hi"}], **tools(*many), tool_choice="required")
-    assert engine.tokenizer is not None
-    use = ToolUse.of(request, engine.tokenizer)
+    assert engine.renderers is not None
+    use = ToolUse.of(request, engine.renderers.default)
     with pytest.raises(ValueError) as error:
         SamplingParams(structured_outputs=use.structured_outputs(None))  # type: ignore[arg-type]
     message = use.blamed(str(error.value), None)
