@@ -33,7 +33,7 @@ class BuildKernels(build_ext):
 CPU = Extension(
     "nemo_engine._cpu",
     sources=["csrc/cpu/kernels.cpp", "csrc/cpu/module.cpp"],
-    depends=["csrc/cpu/kernels.h", "csrc/cpu/vector.h"],
+    depends=["csrc/cpu/kernels.h", "csrc/cpu/rows.h", "csrc/cpu/vector.h"],
     extra_compile_args=[
         "-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi",
     ],

@@ -6,15 +6,11 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from csrc import build
-from tests.test_packaging import pip, tree
-
-__all__ = ["tree"]
 
 ROOT = Path(__file__).parent.parent
 NVCC, WHY_NOT = build.find_nvcc()
@@ -63,22 +59,6 @@ def test_bad_arguments_are_named(library: Path) -> None:
 def test_a_launch_that_fails_names_its_kernel(library: Path) -> None:
     said = run(library, "m.rms_norm(16, 0, 16, 0, 16, 4, 16, 16, 0, 1e-5, 0)").stderr
     assert "RuntimeError: launch of rms_norm: cudaError" in said and "grid 4x1x1" in said
-
-
-@needs_nvcc
-def test_the_wheel_holds_the_library(tree: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Of one family, for the sake of time: how it gets into the wheel does not depend on which."""
-    for family in (tree / "csrc").iterdir():
-        if (family / "bind.cpp").exists() and family.name != "norm":
-            (family / "bind.cpp").rename(family / "bind.not")
-    assert NVCC is not None
-    said = pip(
-        "wheel", "-q", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), ".", cwd=tree, cuda="1"
-    )
-    (path,) = tmp_path.glob("*.whl")
-    assert "py3-none-any" not in path.name and "without its CUDA kernels" not in said
-    (name,) = [name for name in zipfile.ZipFile(path).namelist() if re.match(r"nemo_engine/_C\..*so$", name)]
-    assert zipfile.ZipFile(path).getinfo(name).compress_size < 8 << 20
 
 
 # ---- machine code

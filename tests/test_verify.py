@@ -28,6 +28,20 @@ from tests.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.fp8_checkpoints import write_fp8
 
 ANY = Limits(100, 100, 0)
+
+
+@pytest.fixture
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of the stored prompts, where figures are compared with each other and not with limits."""
+    material_for = verify_module.material_for
+
+    def first(*args: Any) -> Any:
+        material = material_for(*args)
+        return replace(material, prompts=material.prompts[:8])
+
+    monkeypatch.setattr(verify_module, "material_for", first)
+
+
 SHORT = (
     "The module provides functions for reading and writing files. If the file does not exist, an error is raised. " * 4
 )
@@ -60,6 +74,7 @@ def test_the_stored_results_meet_the_contract() -> None:
     assert len(reference["retrieval"]) == len(both["retrieval"]) == 3
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_checkpoint_that_is_fp8_is_measured_against_its_dequantised_weights(tmp_path: Path) -> None:
     out = tmp_path / "fp8"
     export_fp8(open_checkpoint("nemo-tiny"), out)
@@ -74,6 +89,7 @@ def test_a_checkpoint_that_is_fp8_is_measured_against_its_dequantised_weights(tm
     assert [replace(each, name="") for each in made_of] == [replace(each, name="") for each in online]
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_fault_in_fp8_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Some rows of one projection of one layer beside their scales' rows."""
     load = verify_module.load_weights
@@ -157,6 +173,7 @@ def test_blocks_of_a_checkpoint_without_them_are_a_conflict(tmp_path: Path) -> N
         verify(tmp_path, quantization="fp8_block", device="cpu")
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_scales_of_keys_and_values_are_the_models(tmp_path: Path) -> None:
     """Of an FP8 checkpoint, also where its weights are those of the reference."""
     config = tiny_config(vocab_size=6145, head_dim=64)
@@ -174,6 +191,7 @@ def test_scales_of_keys_and_values_are_the_models(tmp_path: Path) -> None:
     assert 0 < fitting.mean_kl < 0.01 < saturated.mean_kl
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_short_context_and_an_odd_vocabulary(tmp_path: Path) -> None:
     path = random_model(tmp_path, max_position_embeddings=300)
     found = verify(path, device="cpu", limits=ANY)
@@ -181,6 +199,7 @@ def test_a_short_context_and_an_odd_vocabulary(tmp_path: Path) -> None:
     assert "found at" not in report(found)
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_without_a_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = random_model(tmp_path, has_tokenizer=False, vocab_size=97)
     found = verify(path, device="cpu", limits=ANY, max_context=512)
@@ -207,6 +226,7 @@ def test_another_model_as_the_reference_is_refused(tmp_path: Path) -> None:
         verify("nemo-tiny", against="bf17", device="cpu")
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_what_overflows_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """NaN in the reference; and in FP8 alone, beside which the reference has figures, retrieval among them."""
     path = random_model(tmp_path / "in", scale=1e38)

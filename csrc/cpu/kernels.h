@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
-#include "vector.h"
-
 namespace nemo {
+
+struct Bf16 {
+  uint16_t bits;
+};
 
 constexpr int MAX_HEAD_DIM = 256;
 

@@ -1,31 +1,10 @@
-// Sixteen fp32 numbers at a time, in the compiler's own vectors: what a machine lacks in width, it does in several steps.
-#pragma once
+// LANES fp32 numbers at a time, in the compiler's own vectors. Included once for each width, inside a namespace of its own: vectors wider
+// than the machine's are taken apart by the compiler, through memory, and several times slower.
 
-#include <cstdint>
-#include <cstring>
-#include <limits>
-
-// A function marked so is compiled for each of these, and the one that the machine knows is taken when the library is loaded. What it calls
-// must be inlined into it; parallel regions are outlined before that choice, so they stand outside.
-#if defined(__x86_64__) && defined(__linux__)
-#define NEMO_HOT __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define NEMO_HOT
-#endif
-#define NEMO_INLINE inline __attribute__((always_inline))
-
-namespace nemo {
-
-constexpr int LANES = 16;
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-struct Bf16 {
-  uint16_t bits;
-};
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 NEMO_INLINE Floats all(float x) { return Floats{} + x; }
 
@@ -33,7 +12,7 @@ NEMO_INLINE Floats pick(Ints mask, Floats yes, Floats no) {
   return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
 }
 
-// The first n of 16 numbers at p, the rest zero.
+// The first n of LANES numbers at p, the rest zero.
 NEMO_INLINE Floats load(const float* p, int n = LANES) {
   Floats x{};
   if (n >= LANES)
@@ -82,9 +61,11 @@ NEMO_INLINE Floats as_stored(Floats x, const Bf16*) { return (Floats)(rounded(x)
 typedef float Four __attribute__((vector_size(16)));
 
 NEMO_INLINE Four quarters(Floats x) {
-  Four parts[4];
+  Four parts[LANES / 4];
   std::memcpy(parts, &x, sizeof x);
-  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  for (int n = LANES / 8; n; n /= 2)
+    for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
+  return parts[0];
 }
 
 NEMO_INLINE float sum(Floats x) {
@@ -136,5 +117,3 @@ NEMO_INLINE Floats exponential(Floats x) {
   y = pick(x > 88.72284f, all(std::numeric_limits<float>::infinity()), y);
   return pick(x != x, x, y);
 }
-
-}  // namespace nemo

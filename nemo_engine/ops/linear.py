@@ -121,6 +121,7 @@ LINEAR = Op(
         Impl("triton", "nemo_engine.kernels.linear:linear", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.linear:linear", cuda_supports),
         Impl("onednn", "nemo_engine.ops.packed:linear", packed.supports),
+        Impl("widened", "nemo_engine.ops.packed:linear_widened", packed.supports_widened),
     ),
     _cases,
     _cost,

@@ -1,4 +1,4 @@
-"""bf16 products on a CPU by oneDNN, whose weights are kept in the order in which it reads them."""
+"""bf16 products on a CPU: by oneDNN, whose weights are kept in the order in which it reads them; in fp32 where it has no such products."""
 
 from __future__ import annotations
 
@@ -12,16 +12,31 @@ from nemo_engine.ops.op import Site
 _EVERY_COUNT = 64
 _ROWS = 32
 
+# Without bf16 products torch multiplies them number by number: from 8 rows on it costs less to widen the weight, 4 MiB at a time.
+_WIDENED_FROM = 8
+_WIDENED = 1 << 20  # numbers at once, that they stay in the core's cache
+
 
 def supports(site: Site) -> str | None:
     """What the packed order needs: bf16 on a CPU for which oneDNN has bf16 products."""
+    return _is_bf16_on_a_cpu(site) or (None if _has_products() else "oneDNN has no bf16 products on this CPU")
+
+
+def supports_widened(site: Site) -> str | None:
+    """What ``linear_widened`` is for: bf16 on a CPU for which oneDNN has no bf16 products."""
+    return _is_bf16_on_a_cpu(site) or ("oneDNN has bf16 products on this CPU" if _has_products() else None)
+
+
+def _is_bf16_on_a_cpu(site: Site) -> str | None:
     if site.device_type != "cpu":
         return "made for the CPU"
     if site.dtype != torch.bfloat16:
-        return f"packs bfloat16, the model is {str(site.dtype).removeprefix('torch.')}"
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return "oneDNN has no bf16 products on this CPU"
+        return f"multiplies bfloat16, the model is {str(site.dtype).removeprefix('torch.')}"
     return None
+
+
+def _has_products() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -39,3 +54,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, -rows % _ROWS))
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return product[:rows]
+
+
+def linear_widened(x: Tensor, weight: Tensor) -> Tensor:
+    """See ``linear.linear``; many rows are multiplied in fp32, and the result is rounded once."""
+    if x.shape[0] < _WIDENED_FROM:
+        return F.linear(x, weight)
+    wide = x.float()
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    outputs = max(1, _WIDENED // weight.shape[1])
+    for start in range(0, weight.shape[0], outputs):
+        y[:, start : start + outputs] = F.linear(wide, weight[start : start + outputs].float())
+    return y

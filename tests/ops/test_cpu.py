@@ -124,6 +124,17 @@ def test_packed_products(rows: int, outputs: int, width: int) -> None:
     assert torch.equal(packed.linear(x, weight), F.linear(x, weight))  # one that is not packed
 
 
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 65])
+def test_widened_products(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of outputs, the last of which is smaller; the result is rounded once."""
+    monkeypatch.setattr(packed, "_WIDENED", 500)
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, 48, generator=generator).bfloat16() for n in (rows, 33))
+    torch.testing.assert_close(
+        packed.linear_widened(x, weight).double(), x.double() @ weight.double().T, rtol=2**-8, atol=1e-5
+    )
+
+
 @packs
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_packing_a_model(is_tied: bool) -> None:

@@ -180,7 +180,7 @@ def gap_beside(stream: Stream, url: str, path: str, body: bytes) -> tuple[float,
     connection.request("POST", path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     response.read()
-    time.sleep(0.1)
+    time.sleep(0.05)
     connection.close()
     return stream.worst(), response.status
 
@@ -193,10 +193,10 @@ def test_no_body_stops_the_streams_of_others(server: str, name: str) -> None:
     stream = Stream(server)
     ratios = []
     try:
-        time.sleep(0.2)
+        time.sleep(0.05)
         for _ in range(NUM_TRIES):
             stream.worst()
-            time.sleep(0.25)
+            time.sleep(0.1)
             alone = max(stream.worst(), LEAST_ALONE)
             beside, status = gap_beside(stream, server, path, body)
             assert expected == str(status) or (not expected and status in (200, 400))
