@@ -191,7 +191,6 @@ def test_scales_of_keys_and_values_are_the_models(tmp_path: Path) -> None:
     assert 0 < fitting.mean_kl < 0.01 < saturated.mean_kl
 
 
-@pytest.mark.usefixtures("few_prompts")
 def test_a_short_context_and_an_odd_vocabulary(tmp_path: Path) -> None:
     path = random_model(tmp_path, max_position_embeddings=300)
     found = verify(path, device="cpu", limits=ANY)
