@@ -55,3 +55,11 @@ def emulated_library() -> Any:
     if reason:
         pytest.skip(reason)
     return load()
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels launch as on a GPU of 8 multiprocessors: the interpreter runs a launch's programs one after the other."""
+    from nemo_engine.kernels import device
+
+    monkeypatch.setattr(device, "elsewhere", device.Facts(8, device.HOPPER.shared))

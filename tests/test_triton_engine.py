@@ -41,6 +41,7 @@ def run(model: Path = TINY, prompts: Any = PROMPTS, **options: Any) -> list[tupl
 
 # In FP8 a sum in another order may round to the other of two neighbours, which lie an eighth apart.
 @pytest.mark.interpreted
+@pytest.mark.usefixtures("small_gpu")
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [({}, 1e-4), ({"quantization": "fp8", "kv_cache_dtype": "fp8"}, 0.1)],

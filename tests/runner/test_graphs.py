@@ -116,6 +116,7 @@ def play(runner: Runner, steps: int = 20) -> list[StepResult]:
 
 
 @pytest.mark.interpreted
+@pytest.mark.usefixtures("small_gpu")
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["fp32", "fp8"])
 def test_emulated_graphs_equal_eager_steps(is_fp8: bool, tmp_path: Path) -> None:
     from tests.runner.emulated_graphs import emulated_capture
@@ -132,10 +133,11 @@ def test_emulated_graphs_equal_eager_steps(is_fp8: bool, tmp_path: Path) -> None
         assert one.logprobs.keys() == other.logprobs.keys()
         for row, entry in one.logprobs.items():
             assert entry.token_ids == other.logprobs[row].token_ids and entry.ranks == other.logprobs[row].ranks
-    assert is_fp8 or sum(len(result.logprobs) for result in graphed) > 5
+    assert is_fp8 or sum(len(result.logprobs) for result in graphed) > 3
 
 
 @pytest.mark.interpreted
+@pytest.mark.usefixtures("small_gpu")
 def test_padding_leaves_no_trace(tmp_path: Path) -> None:
     """Rows that only fill a graph up write to page 0 and slot 0's scratch, and nowhere else."""
     from tests.runner.emulated_graphs import emulated_capture
