@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,11 +184,11 @@ class StartedCore:
 
 
 def start_core(
-    model: str | Path, config: EngineConfig, ledger: Ledger, count_tokens: Callable[[Path], int | None]
+    model: str | Path, config: EngineConfig, ledger: Ledger, count_tokens: Callable[[Sequence[Path]], int | None]
 ) -> StartedCore:
     """Load ``model`` and build runner, scheduler and core as ``config`` says.
 
-    ``count_tokens`` is asked, before the weights are read, how many ids the tokenizer of the checkpoint in that directory has.
+    ``count_tokens`` is asked, before the weights are read, how many ids the tokenizer has that is looked for in these directories.
     """
     from nemo_engine.runner.startup import start_device_half  # brings torch in
 

@@ -93,21 +93,22 @@ class EngineLoop:
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
 
-    def _load_tokenizer(self, checkpoint: Path) -> int | None:
-        """Load the tokenizer before the weights; returns its number of ids, None if there is none."""
+    def _load_tokenizer(self, folders: Sequence[Path]) -> int | None:
+        """Load the tokenizer before the weights, of the first of ``folders`` that has one; returns its number of ids, None if there is none."""
         if self.config.skip_tokenizer_init:
             self._check_no_template()
             return None
-        place = Path(self.config.tokenizer or checkpoint)
+        given = self.config.tokenizer
+        places = folders if given is None else [Path(given)]
         with self.ledger.stage("load tokenizer"):
-            self.tokenizer = load_tokenizer(place)
+            self.tokenizer = next((made for place in places if (made := load_tokenizer(place)) is not None), None)
         _logger.info("tokenizer: %s", "none" if self.tokenizer is None else self.tokenizer.describe())
         if self.tokenizer is None:
             self._check_no_template()
             return None
         with self.ledger.stage("try chat template"):
-            folders = dict.fromkeys([place if place.is_dir() else checkpoint, checkpoint])
-            self.renderers = ChatRenderers(self.tokenizer, list(folders), self.config.chat_template)
+            looked_in = dict.fromkeys([*(place for place in places if place.is_dir()), *folders])
+            self.renderers = ChatRenderers(self.tokenizer, list(looked_in), self.config.chat_template)
         _logger.info("%s", self.renderers.line())
         return self.tokenizer.vocab_size
 

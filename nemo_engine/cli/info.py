@@ -133,14 +133,13 @@ def text_rows(checkpoint: Checkpoint) -> Rows:
     from nemo_engine.text import chat_line, load_tokenizer
 
     config = checkpoint.model_config
-    folders = [checkpoint.tokenizer_path, checkpoint.path]
     ends = ", ".join(map(str, config.eos_token_ids)) or "none"
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     if tokenizer is None:
         return [("tokenizer", "none: token ids only"), ("bos, eos", f"{config.bos_token_id}, {ends}")]
     rows = [
         ("tokenizer", f"{tokenizer.describe()}; {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}"),
-        ("chat", chat_line(tokenizer, folders).removeprefix("chat ")),
+        ("chat", chat_line(tokenizer, checkpoint.text_folders).removeprefix("chat ")),
         ("bos, eos", f"{config.bos_token_id}, {ends}"),
     ]
     difference = tokenizer.differs_from(config.vocab_size)

@@ -56,11 +56,15 @@ class Checkpoint:
         return self.names.layout
 
     @property
+    def text_folders(self) -> tuple[Path, ...]:
+        """Where tokenizer and chat template are looked for, each by itself: what an adapter brings goes before what the model has."""
+        return (self.path,) if self.adapter is None else (self.adapter.path, self.path)
+
+    @property
     def tokenizer_path(self) -> Path:
-        """The directory whose tokenizer is this model's: the adapter's if it brings one, as it does with a grown vocabulary."""
-        if self.adapter is not None and any((self.adapter.path / name).exists() for name in _TOKENIZER_FILES):
-            return self.adapter.path
-        return self.path
+        """The first of ``text_folders`` that has a tokenizer, the model's own if none has."""
+        places = [folder / name for folder in self.text_folders for name in _TOKENIZER_FILES]
+        return next((place.parent for place in places if place.exists()), self.path)
 
     @property
     def num_bytes(self) -> int:

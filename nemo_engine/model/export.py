@@ -22,11 +22,12 @@ from torch import Tensor
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.calibration import Calibration
 from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.hub import TEXT_FILES
+from nemo_engine.model.hub import TEMPLATE_FILES, TEMPLATE_FOLDER, TEXT_FILES
 from nemo_engine.model.inventory import take_inventory
 from nemo_engine.model.layout import HF, PARTS, PROJECTION_OF
 from nemo_engine.model.loading import TensorReader
 from nemo_engine.model.quantization import BLOCK
+from nemo_engine.model.safetensors_files import read_json
 from nemo_engine.ops.blocks import quantize_weight_blocks
 from nemo_engine.ops.quantize import quantize_channels
 
@@ -60,10 +61,8 @@ def export_fp8(
         tensors = _tensors(checkpoint, scheme, calibration, kv_scales, quantize_lm_head, advance)
         _write_shards(partial, tensors, shard_bytes)
         _copy_beside(checkpoint.path, partial)
-        if checkpoint.tokenizer_path != checkpoint.path:  # an adapter's, of its grown vocabulary
-            for name in TEXT_FILES:
-                if (checkpoint.tokenizer_path / name).is_file():
-                    shutil.copy(checkpoint.tokenizer_path / name, partial / name)
+        if checkpoint.adapter is not None:
+            _copy_text(checkpoint, partial)
         config = _config(checkpoint) | {"quantization_config": _scheme(scheme, kv_scales, quantize_lm_head)}
         config["vocab_size"] = checkpoint.model_config.vocab_size
         config["tie_word_embeddings"] = checkpoint.model_config.tie_word_embeddings and not quantize_lm_head
@@ -210,9 +209,41 @@ def _copy_beside(source: Path, folder: Path) -> None:
         is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or ".safetensors." in file.name
         if file.is_file() and not is_weights and file.name not in ("config.json", "params.json"):
             shutil.copy(file, folder / file.name)
-    templates = source / "additional_chat_templates"
+    templates = source / TEMPLATE_FOLDER
     if templates.is_dir():
         shutil.copytree(templates, folder / templates.name)
+
+
+def _copy_text(checkpoint: Checkpoint, folder: Path) -> None:
+    """Where a model has an adapter: the tokenizer and the chat template that serve both, each of the first directory that has one."""
+    if checkpoint.tokenizer_path != checkpoint.path:
+        for name in TEXT_FILES:
+            if name not in TEMPLATE_FILES and (checkpoint.tokenizer_path / name).is_file():
+                shutil.copy(checkpoint.tokenizer_path / name, folder / name)
+    source = next((place for place in checkpoint.text_folders if _has_template(place)), None)
+    if source is None:
+        return
+    for name in TEMPLATE_FILES:
+        (folder / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
+    shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)
+    if (source / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
+    template, data = _tokenizer_config(source).get("chat_template"), _tokenizer_config(folder)
+    if template != data.get("chat_template"):
+        (folder / "tokenizer_config.json").write_text(json.dumps(data | {"chat_template": template}, indent=2) + "\n")
+
+
+def _has_template(folder: Path) -> bool:
+    files = [folder / name for name in TEMPLATE_FILES] + [*folder.glob(f"{TEMPLATE_FOLDER}/*.jinja")]
+    return any(file.is_file() for file in files) or _tokenizer_config(folder).get("chat_template") is not None
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    data = read_json(file) if file.is_file() else {}
+    return data if isinstance(data, dict) else {}
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:

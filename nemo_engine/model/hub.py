@@ -16,6 +16,8 @@ from nemo_engine.model.safetensors_files import Headers, read_json, tensors_of_h
 
 Needs = Literal["weights", "headers", "config"]
 
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TEMPLATE_FOLDER = "additional_chat_templates"
 TEXT_FILES = (
     "tekken.json",
     "tokenizer.json",
@@ -23,8 +25,7 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "tokenizer.model.v3",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TEMPLATE_FILES,
 )
 SMALL_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", "params.json", *TEXT_FILES)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -88,7 +89,7 @@ def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path,
     weight_sets = weight_sets_of(files)
     if needs != "config" and not weight_sets:
         raise ValueError(_no_weights_message(repo_id, files))
-    wanted += [name for name in files if name.startswith("additional_chat_templates/")]
+    wanted += [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")]
     if needs == "weights":
         chosen = weight_sets[0]
         wanted += chosen.files
@@ -107,7 +108,8 @@ def download_adapter(repo_id: str) -> Path:
         files = huggingface_hub.list_repo_files(repo_id)
     except Exception as error:
         return _cached(repo_id, None, f"lora {repo_id!r} is no local directory, and", error)
-    return _snapshot(repo_id, None, [name for name in (*ADAPTER_FILES, *TEXT_FILES) if name in files])
+    wanted = [name for name in (*ADAPTER_FILES, *TEXT_FILES) if name in files]
+    return _snapshot(repo_id, None, wanted + [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")])
 
 
 def _snapshot(repo_id: str, revision: str | None, wanted: list[str]) -> Path:

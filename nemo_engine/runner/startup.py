@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def start_device_half(
     model: str | Path,
     config: EngineConfig,
     ledger: Ledger,
-    count_tokens: Callable[[Path], int | None] = lambda _: None,
+    count_tokens: Callable[[Sequence[Path]], int | None] = lambda _: None,
 ) -> DeviceHalf:
     """Bring up ``model`` as ``config`` says. Raises ``ValueError`` for what cannot work, before anything is allocated, and ``RuntimeError`` in
     a forked process that cannot compute.
@@ -65,7 +65,7 @@ def start_device_half(
         needs: Needs = "config" if config.load_format == "dummy" else "weights"
         checkpoint = open_checkpoint(model, revision=config.revision, needs=needs, lora=config.lora)
     model_config = checkpoint.model_config
-    num_tokens = count_tokens(checkpoint.tokenizer_path)
+    num_tokens = count_tokens(checkpoint.text_folders)
     precision = resolve_precision(config, checkpoint, device)
     site = Site.of(model_config, config.page_size, precision.dtype, device, precision.kv_dtype)
     ops = Ops.select(site, config.prefer or {})

@@ -72,6 +72,8 @@ class ChatForm:
             parallel_tool_calls=request.parallel_tool_calls,
             response_format=self._response_format(request),
             system_placement=request.system_placement,
+            chat_template=request.chat_template,
+            chat_template_kwargs=request.chat_template_kwargs,
         )
 
     def renamed(self, text: str) -> str:

@@ -41,7 +41,9 @@ _METADATA = WithJsonSchema(
     }
 )
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = UNSUPPORTED | {
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    name: UNSUPPORTED[name] for name in UNSUPPORTED if "template" not in name
+} | {
     "access_programs": (),
     "background": (),
     "background_options": (),
@@ -117,6 +119,8 @@ class ResponsesRequest(SamplingRequest):
     reasoning: dict[str, Any] | None = None
     stream_options: ResponseStreamOptions | None = None
     system_placement: Literal["last", "first"] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def ignored_fields(self) -> list[str]:
         """Fields that had no effect, those of ``text`` and ``stream_options`` among them; ``ApiError`` for what is refused."""
