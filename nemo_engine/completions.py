@@ -61,7 +61,8 @@ class Completion:
         if self.detokenizer is None or not new or self.stop_string is not None or self.is_reading:
             self.num_read_tokens += len(new)
             return None
-        ends_at_stop_token = request.finish_reason == "stop" and new[-1] in request.stop_token_ids
+        # Whatever the reason: a failure may come between the token and the end that it brings.
+        ends_at_stop_token = new[-1] in request.stop_token_ids
         self.is_reading = True
         self.stop_string = self.detokenizer.append(new, last_is_stop_token=ends_at_stop_token)
         self.num_read_tokens += len(new)

@@ -313,3 +313,23 @@ def test_a_dead_engine_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     engine._thread.post(dies)
     engine._thread._thread.join(30)
     assert ready == [False] and not engine.is_ready and engine.error is not None
+
+
+def test_a_stop_token_is_no_text_although_its_end_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure between the token and the end that it brings: the request ends by the error, and its text has no more than it would have."""
+    from nemo_engine.scheduler import ends
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    with Engine("nemo-tiny", device="cpu", num_kv_pages=16, max_model_len=64) as engine:
+        params = SamplingParams(temperature=0.0, max_tokens=8, allowed_token_ids=[2000], stop_token_ids=[2000])
+        engine.add_request("a", "The", params)
+        with monkeypatch.context() as patch:
+            patch.setattr(ends, "end_of", fail)
+            with pytest.raises(RuntimeError, match="planted"):
+                for _ in range(4):
+                    engine.step()
+        outputs = [output for _ in range(4) for output in engine.step()]
+        (completion,) = outputs[-1].outputs
+        assert (completion.finish_reason, completion.token_ids, completion.text) == ("error", [2000], "")
