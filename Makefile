@@ -11,8 +11,8 @@ PYTHON ?=
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python) python3.12)
 GPU_PACKAGES ?= torch==2.11.0 triton==3.6.0 numpy safetensors pytest pytest-xdist cmake ninja pybind11
 PYTEST_ARGS ?=
-# In two processes, each file in one of them.
-PYTEST_WAYS := -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
+# Each file in one of three processes: on two cores the third works while another waits for a server or a timer.
+PYTEST_WAYS := -q --durations=10 -n 3 --dist loadfile --no-loadscope-reorder
 
 # The suite starts hundreds of processes: each would compile every file again where the caller's environment forbids bytecode.
 export PYTHONDONTWRITEBYTECODE :=

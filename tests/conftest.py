@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         apart = [item for item in items if item.get_closest_marker("interpreted")]
         config.hook.pytest_deselected(items=apart)
         items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
-    # `make test` gives whole files to two processes: the long ones first, so that neither is left with one at the end.
+    # `make test` gives whole files to three processes: the long ones first, so that none is left with one at the end.
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests:
