@@ -13,7 +13,7 @@ from nemo_engine.engine import Engine
 from nemo_engine.sampling_params import SamplingParams
 
 NUM_PROMPTS = 64
-NEW_TOKENS = 12
+NEW_TOKENS = 24
 
 
 def make_prompts(engine: Engine) -> list[list[int]]:

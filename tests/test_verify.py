@@ -89,7 +89,6 @@ def test_a_checkpoint_that_is_fp8_is_measured_against_its_dequantised_weights(tm
     assert [replace(each, name="") for each in made_of] == [replace(each, name="") for each in online]
 
 
-@pytest.mark.usefixtures("few_prompts")
 def test_a_fault_in_fp8_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Some rows of one projection of one layer beside their scales' rows."""
     load = verify_module.load_weights

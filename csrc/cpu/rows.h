@@ -1,7 +1,7 @@
 // The work on one row, on vectors of LANES numbers. Included once for each width, inside a namespace of its own.
 
-constexpr int KEYS = 64;             // whose scores are held at once
-constexpr int HEADS = 4;             // query heads that share a pass over their keys, at most
+constexpr int KEYS = 64;  // whose scores are held at once
+constexpr int HEADS = 4;  // query heads that share a pass over their keys, at most
 
 NEMO_INLINE int left(int64_t width, int64_t i) { return static_cast<int>(std::min<int64_t>(LANES, width - i)); }
 

@@ -12,9 +12,9 @@ from nemo_engine.ops.op import Site
 _EVERY_COUNT = 64
 _ROWS = 32
 
-# Without bf16 products torch multiplies them number by number: from 8 rows on it costs less to widen the weight, 4 MiB at a time.
-_WIDENED_FROM = 8
-_WIDENED = 1 << 20  # numbers at once, that they stay in the core's cache
+# Without bf16 products torch multiplies number by number: from so many rows on it costs less to widen the weight, 4 MiB at a time.
+WIDENED_FROM = 8
+_WIDENED = 1 << 20  # numbers at once, so that they stay in a cache
 
 
 def supports(site: Site) -> str | None:
@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_widened(x: Tensor, weight: Tensor) -> Tensor:
     """See ``linear.linear``; many rows are multiplied in fp32, and the result is rounded once."""
-    if x.shape[0] < _WIDENED_FROM:
+    if x.shape[0] < WIDENED_FROM:
         return F.linear(x, weight)
     wide = x.float()
     y = x.new_empty(x.shape[0], weight.shape[0])

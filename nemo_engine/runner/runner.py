@@ -7,6 +7,7 @@ CUDA it never waits; ``Handle.result`` does.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from nemo_engine.model.nemo import ModelInputs, Nemo
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import Ops
 from nemo_engine.ops.attention import AttentionMeta, Workspace
+from nemo_engine.ops.packed import WIDENED_FROM, linear_widened
 from nemo_engine.runner.graphs import Capture, DecodeGraph
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.request_table import RequestTable
@@ -144,7 +146,8 @@ class Runner:
         )
         page_bytes = self._kv_cache.num_bytes // (num_pages + 1)
         is_cpu = device.type == "cpu"
-        self._cores = Cores(weights.num_bytes, page_bytes, adapts=not _is_fp32(weights)) if is_cpu else None
+        adapts_below = _adapts_below(weights, ops)
+        self._cores = Cores(weights.num_bytes, page_bytes, adapts_below=adapts_below) if is_cpu else None
         self._sampler = Sampler(config.max_num_seqs, model_config.vocab_size, ops, device, without_token)
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._workspace = Workspace()
@@ -369,9 +372,11 @@ def _padding_rows(num_tokens: int, longest: int) -> list[int]:
     return [longest] * whole + [rest] * (rest > 0)
 
 
-def _is_fp32(weights: NemoWeights) -> bool:
-    """Whether a CPU multiplies in fp32, whose sums the number of threads splits. FP8 is computed so there."""
-    return weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear)
+def _adapts_below(weights: NemoWeights, ops: Ops) -> float:
+    """From how many tokens on a CPU multiplies in fp32, whose sums the number of threads splits; infinity if never. FP8 is computed so too."""
+    if weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear):
+        return 0
+    return WIDENED_FROM if ops.linear is linear_widened else math.inf
 
 
 def _powers_of_two(most: int) -> list[int]:

@@ -31,16 +31,16 @@ class Cores:
     a kind, which are those of like numbers of tokens and pages, begin with what ``is_small`` says; now and then one of them tries the
     other number, as often as trials cost 2 % of the time at most.
 
-    weight_bytes, page_bytes: of all layers. adapts: False if the bits of a step depend on the number of threads, as those of MKL's fp32
-    products do: a clock must not choose them, so what ``is_small`` says stays. clock: seconds.
+    weight_bytes, page_bytes: of all layers. adapts_below: steps of as many tokens or more keep to what ``is_small`` says, since their bits
+    depend on the number of threads, as those of MKL's fp32 products do, and a clock must not choose bits. clock: seconds.
     """
 
     def __init__(
-        self, weight_bytes: int, page_bytes: int, *, adapts: bool, clock: Callable[[], float] = time.perf_counter
+        self, weight_bytes: int, page_bytes: int, *, adapts_below: float, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._weight_bytes = weight_bytes
         self._page_bytes = page_bytes
-        self._adapts = adapts
+        self._adapts_below = adapts_below
         self._clock = clock
         self._allowed = allowed_cores()
         self._credit = 0.0  # seconds that trials may still cost
@@ -61,7 +61,8 @@ class Cores:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind(takes_all=not self.is_small(num_tokens, num_pages))
-        is_trial = most > 1 and self._adapts and kind.may_try(self._credit)
+        adapts = most > 1 and num_tokens < self._adapts_below
+        is_trial = adapts and kind.may_try(self._credit)
         takes_all = most > 1 and kind.takes_all is not is_trial
         count = most if takes_all else 1
         if count != before:
@@ -73,7 +74,7 @@ class Cores:
             seconds = self._clock() - began
             if count != before:
                 self._cpu.set_num_threads(before)
-        if most > 1 and self._adapts:
+        if adapts:
             self._credit = min(1.0, self._credit + _TRIALS_SHARE * seconds)
             if is_trial:
                 self._credit -= max(0.0, seconds - kind.seconds(kind.takes_all))

@@ -56,7 +56,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
     "web_search_options": (),
 }
-_OF_TEMPLATES = ("chat_template", "chat_template_kwargs", "documents")  # for chat alone
+_OF_TEMPLATES = ("chat_template", "chat_template_kwargs", "documents")  # for chat; the first two for responses too
 INSTEAD = {
     "functions": "tools",
     "function_call": "tool_choice",

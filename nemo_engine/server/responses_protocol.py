@@ -42,7 +42,7 @@ _METADATA = WithJsonSchema(
 )
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    name: UNSUPPORTED[name] for name in UNSUPPORTED if "template" not in name
+    name: UNSUPPORTED[name] for name in UNSUPPORTED if name not in ("chat_template", "chat_template_kwargs")
 } | {
     "access_programs": (),
     "background": (),

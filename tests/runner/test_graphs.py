@@ -122,7 +122,7 @@ def test_emulated_graphs_equal_eager_steps(is_fp8: bool, tmp_path: Path) -> None
     from tests.runner.emulated_graphs import emulated_capture
 
     device = torch.device("cpu")
-    steps = 5 if is_fp8 else 16  # five kinds of requests come, and one goes
+    steps = 6 if is_fp8 else 20
     eager = play(make_runner(tmp_path, device, torch.float32, is_fp8=is_fp8), steps)
     runner = make_runner(tmp_path, device, torch.float32, is_fp8=is_fp8)
     runner.capture((1, 2, 4, 7), emulated_capture)
@@ -133,7 +133,7 @@ def test_emulated_graphs_equal_eager_steps(is_fp8: bool, tmp_path: Path) -> None
         assert one.logprobs.keys() == other.logprobs.keys()
         for row, entry in one.logprobs.items():
             assert entry.token_ids == other.logprobs[row].token_ids and entry.ranks == other.logprobs[row].ranks
-    assert is_fp8 or sum(len(result.logprobs) for result in graphed) > 3
+    assert is_fp8 or sum(len(result.logprobs) for result in graphed) > 5
 
 
 @pytest.mark.interpreted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 
 from nemo_engine import AsyncEngine, Engine, SamplingParams
 from nemo_engine.ops.op import compiled_for_cpu
+from nemo_engine.ops.packed import WIDENED_FROM
 from nemo_engine.runner import threads
 from nemo_engine.runner.runner import Runner
 from nemo_engine.runner.threads import Cores, allowed_cores
 
 MIB = 1 << 20
+HAS_PRODUCTS = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # of bf16
 needs_kernels = pytest.mark.skipif(compiled_for_cpu() is None, reason="csrc/cpu was not built")
 
 
@@ -27,7 +30,7 @@ class Machine:
         self.now = 0.0
         self.taken: list[int] = []
         monkeypatch.setattr(threads, "allowed_cores", lambda: 4)
-        self.cores = cores or Cores(16 * MIB, MIB // 4, adapts=True, clock=lambda: self.now)
+        self.cores = cores or Cores(16 * MIB, MIB // 4, adapts_below=math.inf, clock=lambda: self.now)
 
     def run(self, steps: int, alone: float, together: float, num_tokens: int = 1, late_every: int = 0) -> float:
         """The seconds of ``steps``. late_every: of so many steps on all cores, one waits 4 ms for a thread."""
@@ -94,7 +97,7 @@ def test_kinds_of_steps_are_told_apart(machine: Machine) -> None:
         (16, 1, 1, True), (16, 16, 64, True), (16, 17, 64, False), (16, 1, 65, False), (32, 1, 0, True),
         (33, 1, 0, False), (24_000, 1, 1, False),
     ]:  # fmt: skip
-        assert Cores(weights * MIB, MIB // 4, adapts=True).is_small(tokens, pages) is is_small
+        assert Cores(weights * MIB, MIB // 4, adapts_below=math.inf).is_small(tokens, pages) is is_small
 
 
 @needs_kernels
@@ -148,7 +151,7 @@ def test_a_step_takes_no_more_cores_than_the_quota(monkeypatch: pytest.MonkeyPat
     before = torch.get_num_threads()
     kernels.set_num_threads(6)
     try:
-        with Cores(1 << 40, MIB, adapts=True).step(4096, 1):
+        with Cores(1 << 40, MIB, adapts_below=math.inf).step(4096, 1):
             assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 6
     finally:
@@ -191,9 +194,17 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     before, found = torch.get_num_threads(), []
     prompts = [{"prompt_token_ids": [1, *range(3 + i, 23 + 14 * i)]} for i in range(6)]
     params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2, ignore_eos=True)
-    with Engine("nemo-tiny", device="cpu", dtype="bfloat16", num_kv_pages=64, max_model_len=256) as engine:
+    # Steps of as many tokens as the clock chooses for: of any number, or of few where more are multiplied in fp32.
+    most = 2048 if HAS_PRODUCTS else WIDENED_FROM - 1
+    options: dict[str, Any] = {
+        "max_num_batched_tokens": most,
+        "max_num_seqs": 6,
+        "num_kv_pages": 64,
+        "max_model_len": 256,
+    }
+    with Engine("nemo-tiny", device="cpu", dtype="bfloat16", **options) as engine:
         runner = engine._core.runner
-        assert isinstance(runner, Runner) and runner._cores is not None and runner._cores._adapts
+        assert isinstance(runner, Runner) and runner._cores is not None and runner._cores._adapts_below > most
         runner._cores = None
         for count in (1, 2, 5):
             kernels.set_num_threads(count)
@@ -205,15 +216,29 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 
 
 @needs_kernels
+def test_the_clock_chooses_for_few_tokens_alone_where_many_are_multiplied_in_fp32(machine: Machine) -> None:
+    machine.cores._adapts_below = 8
+    machine.run(500, 5e-3, 1e-3, num_tokens=7)
+    assert machine.taken[0] == 1 and machine.taken[-100:].count(4) >= 97
+    machine.taken.clear()
+    machine.run(500, 5e-3, 1e-3, num_tokens=8)
+    assert machine.taken == [1] * 500
+    with Engine("nemo-tiny", device="cpu", dtype="bfloat16", num_kv_pages=64, max_model_len=256) as engine:
+        runner = engine._core.runner
+        assert isinstance(runner, Runner) and runner._cores is not None
+        assert runner._cores._adapts_below == (math.inf if HAS_PRODUCTS else WIDENED_FROM)
+
+
+@needs_kernels
 def test_the_clock_chooses_nothing_where_bits_depend_on_it(machine: Machine) -> None:
-    machine.cores._adapts = False
+    machine.cores._adapts_below = 0
     machine.run(500, 5e-3, 1e-3)
     machine.run(500, 1e-3, 5e-3, num_tokens=64)
     assert machine.taken == [1] * 500 + [4] * 500
     for dtype in ("float32", "float64"):
         with Engine("nemo-tiny", device="cpu", dtype=dtype, num_kv_pages=64, max_model_len=256) as engine:
             runner = engine._core.runner
-            assert isinstance(runner, Runner) and runner._cores is not None and not runner._cores._adapts
+            assert isinstance(runner, Runner) and runner._cores is not None and runner._cores._adapts_below == 0
 
 
 @needs_kernels

@@ -180,7 +180,7 @@ def gap_beside(stream: Stream, url: str, path: str, body: bytes) -> tuple[float,
     connection.request("POST", path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     response.read()
-    time.sleep(0.05)
+    time.sleep(0.1)
     connection.close()
     return stream.worst(), response.status
 
