@@ -14,7 +14,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from nemo_engine import AsyncEngine, Engine, SamplingParams
+from nemo_engine.cli.info import text_rows
 from nemo_engine.config import ModelConfig
+from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.quantize import quantize_checkpoint
 from tests import hf_tokenizers
 from tests.checkpoints import random_adapter, random_state_dict, tiny_config, write_adapter, write_hf
 from tests.fp8_checkpoints import write_fp8
@@ -110,7 +113,7 @@ def named_templates(folder: Path) -> Published:
 
 def minitron(folder: Path) -> Published:
     """Its shape has queries as wide as the hidden states; LlamaForCausalLM; and no name for the end of a turn but the next turn's beginning."""
-    size = write_text(folder, {14: "<extra_id_0>", 15: "<extra_id_1>"}, chat_template=MINITRON, add_bos_token=False)
+    size = write_text(folder, {14: "<extra_id_0>", 15: "<extra_id_1>"}, chat_template=MINITRON)
     config = tiny_config(vocab_size=size, hidden_size=32, num_heads=4, num_kv_heads=1, head_dim=8, intermediate_size=90)
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1}
     write_hf(folder, config, random_state_dict(config), **llama)
@@ -200,8 +203,6 @@ def test_prompts_are_those_of_transformers(kit: Kit) -> None:
         assert kit.post("/tokenize", messages=messages)["tokens"] == ids
     (output,) = kit.engine.chat([USER, ANSWER], one, continue_final_message=True, add_generation_prompt=False)
     continued = kit.their_ids([USER, ANSWER], continue_final_message=True, add_generation_prompt=False)
-    if kit.published.renderer == "mistral":  # transformers cuts at the text, which is what Mistral's rules do
-        assert kit.engine.tokenizer is not None and continued[-1] != 2
     assert output.prompt_token_ids == continued
     text = "def f(x):\n    return '\u00e9 \u65e5'"
     (output,) = kit.engine.generate(text, one)
@@ -209,7 +210,9 @@ def test_prompts_are_those_of_transformers(kit: Kit) -> None:
 
 
 def test_the_text_of_a_user_is_text(kit: Kit) -> None:
-    names = " ".join(token.content for token in kit.theirs.added_tokens_decoder.values() if "SPECIAL" not in token.content)
+    names = " ".join(
+        token.content for token in kit.theirs.added_tokens_decoder.values() if "SPECIAL" not in token.content
+    )
     added = {*kit.theirs.added_tokens_decoder}
     prompts = kit.engine.chat([[{"role": "user", "content": x}] for x in ("hi", names)], SamplingParams(max_tokens=1))
     plain, hostile = ([i for i in output.prompt_token_ids if i in added] for output in prompts)
@@ -223,30 +226,31 @@ def test_the_end_of_a_turn_ends_an_answer(kit: Kit) -> None:
         params = SamplingParams(logit_bias={end: 100.0}, max_tokens=9)
         (output,) = kit.engine.chat([USER], params)
         assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("", "stop")
-        choice = kit.chat(messages=[USER], logit_bias={str(end): 100}, max_tokens=9, min_tokens=2)
-        assert choice["finish_reason"] == "stop" and choice["message"]["content"]
+        body = {"messages": [USER], "logit_bias": {str(end): 100}, "max_tokens": 9, "min_tokens": 2}
+        choice = kit.chat(**body, return_token_ids=True)
+        assert choice["finish_reason"] == "stop"
+        assert choice["token_ids"][2:] == [end] and end not in choice["token_ids"][:2]
 
 
 def test_answers_whole_and_streamed(kit: Kit) -> None:
-    params = SamplingParams(max_tokens=24, temperature=1.0, seed=5)
+    asked: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "skip_special_tokens": False}
+    params = SamplingParams(**asked)
     (whole,) = kit.engine.chat([SYSTEM, USER], params)
     text = whole.outputs[0].text
-    assert text and whole.outputs[0].token_ids
-    assert "".join(part.outputs[0].text for part in kit.engine.stream_chat([SYSTEM, USER], params)) == text
-    body = {"messages": [SYSTEM, USER], "max_tokens": 24, "temperature": 1.0, "seed": 5}
+    assert text and "".join(part.outputs[0].text for part in kit.engine.stream_chat([SYSTEM, USER], params)) == text
+    body = asked | {"messages": [SYSTEM, USER]}
     choice = kit.chat(**body, return_token_ids=True)
     assert choice["message"]["content"] == text and choice["token_ids"] == whole.outputs[0].token_ids
     deltas = [event["choices"][0]["delta"] for event in kit.events("/v1/chat/completions", **body)]
     assert "".join(delta.get("content") or "" for delta in deltas) == text
     (completed,) = kit.engine.generate("Once", params)
-    assert completed.outputs[0].text
-    answer = kit.post("/v1/completions", prompt="Once", max_tokens=24, temperature=1.0, seed=5)
-    assert answer["choices"][0]["text"] == completed.outputs[0].text
+    answer = kit.post("/v1/completions", prompt="Once", **asked)
+    assert completed.outputs[0].text and answer["choices"][0]["text"] == completed.outputs[0].text
 
 
 def test_answers_of_the_responses_route(kit: Kit) -> None:
-    body = {"instructions": SYSTEM["content"], "input": USER["content"], "max_output_tokens": 24, "temperature": 1.0}
-    expected = kit.chat(messages=[SYSTEM, USER], max_tokens=24, temperature=1.0, seed=5)["message"]["content"]
+    body = {"instructions": SYSTEM["content"], "input": USER["content"], "max_output_tokens": 12, "temperature": 1.0}
+    expected = kit.chat(messages=[SYSTEM, USER], max_tokens=12, temperature=1.0, seed=5)["message"]["content"]
     made = kit.post("/v1/responses", **body, seed=5)
     assert made["output"][0]["content"][0]["text"] == expected
     events = list(kit.events("/v1/responses", **body, seed=5))
@@ -292,3 +296,35 @@ def test_tools(kit: Kit) -> None:
         for piece in event["choices"][0]["delta"].get("tool_calls", ())
     ]
     assert "".join(pieces) == made["function"]["arguments"]
+
+
+@pytest.mark.parametrize("brings", ["tokenizer", "template", "template among the settings", "nothing"])
+def test_what_an_adapter_lacks_of_tokenizer_and_template_is_the_models(brings: str, tmp_path: Path) -> None:
+    """When it is served, and when it is written with the model."""
+    base, path, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    config = write_model(base, write_text(base, RENAMED, chat_template=CHATML))
+    write_adapter(path, random_adapter(config))
+    template, name = CHATML, "tokenizer_config.json"
+    if brings == "tokenizer":
+        write_text(path, RENAMED | {16: "<other>"})
+        (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": None}))
+    elif brings != "nothing":
+        template = CHATML.replace("assistant", "bot")
+        if brings == "template":
+            name = "chat_template.jinja"
+            (path / name).write_text(template)
+        else:
+            (base / "chat_template.jinja").write_text(ZEPHYR)
+            (path / name).write_text(json.dumps({"chat_template": template}))
+    expected = PreTrainedTokenizerFast.from_pretrained(base).apply_chat_template(
+        [USER], chat_template=template, add_generation_prompt=True, return_dict=False
+    )
+    quantize_checkpoint(base, out, lora=path)
+    for model, options in ((base, {"lora": str(path)}), (out, {})):
+        with Engine(model, **OPTIONS, **options) as engine:
+            (output,) = engine.chat([USER], SamplingParams(max_tokens=1))
+            assert output.prompt_token_ids == list(expected)
+            assert engine.tokenizer is not None
+            assert engine.tokenizer.special_text(16) == ("<other>" if brings == "tokenizer" else TAGS[0])
+        rows = dict(text_rows(open_checkpoint(model, **options)))
+        assert rows["chat"].startswith(f"by the template of {name}")

@@ -163,6 +163,21 @@ def test_a_clients_template_is_taken_where_the_server_trusts_it(server: LiveServ
         assert post(closed, messages=USER, max_tokens=1).status_code == 200
 
 
+def test_the_responses_route_takes_a_template_by_the_same_rule(server: LiveServer, tuned: AsyncEngine) -> None:
+    body = {"input": "Hi", "max_output_tokens": 3, "seed": 1, "chat_template_kwargs": {"greeting": "Well"}}
+    template = "{{ greeting }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    answer = post(server, "/v1/responses", **body, chat_template=template).json()
+    said = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"greeting": "Well"}}
+    prompt = post(server, CHAT + "/render", **said, chat_template=template).json()
+    assert prompt["prompt"] == "WellHi<|im_end|>" and answer["usage"]["input_tokens"] == len(prompt["token_ids"])
+    refused = post(server, "/v1/responses", **body)
+    assert refused.status_code == 400 and "greeting has no effect" in refused.json()["error"]["message"]
+    assert post(server, "/v1/responses", input="Hi", max_output_tokens=1, documents=[{"text": "x"}]).status_code == 400
+    with LiveServer(tuned) as closed:
+        refused = post(closed, "/v1/responses", **body, chat_template=template)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "chat_template"
+
+
 def test_a_template_without_end_costs_its_own_request_alone(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
