@@ -29,6 +29,7 @@ Part: TypeAlias = str | AddedToken
 Cast: TypeAlias = Callable[[str], str]
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, so that templates treat it as they do there
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.$-]*")
+_USUAL_KEYS = frozenset(("role", "content"))
 _SPACES = re.compile(r"\s*")
 
 
@@ -68,11 +69,17 @@ class ControlTokens:
         """A copy of ``value``, which is JSON, with shadows in its strings; of the keys in those alone that are no names."""
         if isinstance(value, str):
             return value if cast is None else cast(value)
-        if isinstance(value, Mapping):
-            return {
-                key if cast is None or _PLAIN_KEY.fullmatch(key) else self._cast_key(key): self.cast(inner, cast)
-                for key, inner in value.items()
-            }
+        if isinstance(value, dict) or isinstance(value, Mapping):  # the second takes a while
+            made = {}
+            for key, inner in value.items():
+                if cast is not None and key not in _USUAL_KEYS and not _PLAIN_KEY.fullmatch(key):
+                    key = self._cast_key(key)
+                if not isinstance(inner, str):
+                    inner = self.cast(inner, cast)
+                elif cast is not None:
+                    inner = cast(inner)
+                made[key] = inner
+            return made
         if isinstance(value, (list, tuple)):
             return [self.cast(inner, cast) for inner in value]
         return value
@@ -89,8 +96,11 @@ class ControlTokens:
 
     def _token_at(self, text: str, place: int) -> AddedToken | None:
         """The longest token that stands there."""
-        hit = (self.by_text.get(text[place : place + length]) for length in self._lengths)
-        return next((token for token in hit if token is not None), None)
+        for length in self._lengths:
+            token = self.by_text.get(text[place : place + length])
+            if token is not None:
+                return token
+        return None
 
     def split(self, text: str, marked: str) -> list[Part]:
         """``text`` at the control tokens of ``marked``, which is ``text`` with shadows in it."""

@@ -155,7 +155,8 @@ def _check_message(message: object, name: str, ids: CallIds, known: Collection[s
         role = "system"
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{name}.role must be one of {', '.join(ROLES)}, got {role!r}")
-    refuse_unknown(message, _KEYS[role].union(known), name, f"a message of role {role}")
+    if not message.keys() <= _KEYS[role]:
+        refuse_unknown(message, _KEYS[role].union(known), name, f"a message of role {role}")
     if message.get("name") is not None and not isinstance(message["name"], str):
         raise ValueError(f"{name}.name must be a string, got {message['name']!r}")
     if role == "assistant":

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context, pass_eval_context
-from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
@@ -25,6 +24,7 @@ from jinja2.tests import TESTS
 from jinja2.utils import Namespace
 
 from nemo_engine.text import shadow
+from nemo_engine.text.template_generator import TemplateGenerator
 from nemo_engine.text.template_meter import TemplateLimitError, check_numbers, meter
 
 _REFUSED_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
@@ -33,6 +33,8 @@ _PADDING_METHODS = ("center", "expandtabs", "ljust", "rjust", "zfill")
 _SIZED_FILTERS = ("batch", "center", "indent", "round", "slice", "truncate", "tojson")
 _WALKING_FILTERS = ("format", "string", "sum", "tojson")
 _MAX_BITS = 1 << 16  # of an integer
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_TEXT_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)|\{[^{}]*\d{5}")  # a width of five digits, or one that is an argument
 _INNER_FIELD = re.compile(r"\{[^{}]*\{")
 _MAX_DATE_FORMAT = 200
@@ -55,50 +57,6 @@ class _Generation(Extension):
 
     def _content(self, caller: Macro) -> str:
         return str(caller())
-
-
-class _Generator(CodeGenerator):
-    """Comparisons, ``~`` and new lists go through the environment."""
-
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        if len(node.ops) == 1 and node.ops[0].op in ("eq", "ne", "in", "notin"):
-            self.write(f"environment.compare({node.ops[0].op!r}, ")
-            self.visit(node.expr, frame)
-            self.write(", ")
-            self.visit(node.ops[0].expr, frame)
-            self.write(")")
-        else:
-            super().visit_Compare(node, frame)
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.joined((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
-        if isinstance(node.node, nodes.EnvironmentAttribute):
-            assert isinstance(node.args[0], nodes.Const)
-            self.write(f"environment.tick({node.args[0].value})")
-        else:
-            super().visit_Call(node, frame, forward_caller=forward_caller)
-
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._visit_made(node, node.items, super().visit_List, frame)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        items = node.items if node.ctx == "load" else []
-        self._visit_made(node, items, super().visit_Tuple, frame)
-
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._visit_made(node, [pair.value for pair in node.items], super().visit_Dict, frame)
-
-    def _visit_made(self, node: Any, parts: list[Any], visit: Callable[[Any, Frame], None], frame: Frame) -> None:
-        is_made = not all(isinstance(part, nodes.Const) for part in parts)
-        self.write("environment.made(" if is_made else "")
-        visit(node, frame)
-        self.write(")" if is_made else "")
 
 
 class _Dict:
@@ -134,7 +92,7 @@ def _check_attribute(name: object) -> None:
 class ChatEnvironment(ImmutableSandboxedEnvironment):
     """The environment of all chat templates."""
 
-    code_generator_class = _Generator
+    code_generator_class = TemplateGenerator
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
@@ -187,6 +145,16 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         meter().charge_value(parts)
         return "".join([shadow.as_text(part) for part in parts])
 
+    def added(self, context: Context, terms: tuple[Any, ...]) -> Any:
+        """``a + b + ...``: texts at once, and anything else one after the other."""
+        size = 0
+        for term in terms:
+            if type(term) is not str:
+                return functools.reduce(lambda left, right: self.call_binop(context, "+", left, right), terms)
+            size += len(term)
+        meter().charge(size)
+        return "".join(terms)
+
     def made(self, value: Any) -> Any:
         """A new list, tuple or object. One that holds another twice is as large as both: so none can grow beyond all bounds."""
         meter().charge_value(value)
@@ -220,6 +188,14 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
         return wrapped
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """``obj.attribute``; what nearly all templates ask for, fields of messages and methods of texts, needs no further look."""
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute]
+        if type(obj) is str and attribute in _TEXT_METHODS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
     def getitem(self, value: Any, argument: Any) -> Any:
         """``value[argument]``."""
         if type(value) is dict and argument.__hash__ is not None and argument in value:
@@ -228,9 +204,6 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operation that may make much of little."""
-        if type(left) is str and type(right) is str and operator == "+":  # by far the usual one
-            meter().charge(len(left) + len(right))
-            return left + right
         if operator == "+" and isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
             meter().charge(len(left) + len(right))
         elif operator in ("*", "**"):

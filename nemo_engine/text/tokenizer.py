@@ -139,6 +139,8 @@ class Tokenizer:
 
         Encodes little more than ``limit`` tokens, and nothing if the length of the text tells.
         """
+        if len(text) <= min(_USUAL_LENGTH, self._longest / 4) * limit:  # a character has at most 4 bytes
+            return False
         if self.min_tokens(text) > limit:
             return True
         if len(text) <= _USUAL_LENGTH * limit or not self._vocabulary.cuts_words:
