@@ -97,18 +97,25 @@ def places_of(characters: Iterable[str], text: str) -> list[int]:
 
 
 def plain_value(value: Any) -> Any:
-    """A string without shadows, a tuple of strings each without; anything else as it is."""
+    """``value`` with all strings in it without shadows."""
     if isinstance(value, str):
         return plain(value)
-    return tuple(map(plain_value, value)) if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {plain_value(key): plain_value(inner) for key, inner in value.items()}
+    return type(value)(map(plain_value, value)) if type(value) in (list, tuple) else value
+
+
+def from_escapes(text: str) -> str:
+    """``text`` in which a shadow stands where an escape of a shadow stood."""
+    return (
+        _ESCAPE.sub(lambda hit: chr(_BASE + int(hit[2], 16)) if hit[2] else hit[0], text) if "\\udc" in text else text
+    )
 
 
 def as_text(value: Any) -> str:
     """``str(value)``; lists and objects write a shadow as an escape, which becomes one again."""
     text = str(value)
-    if isinstance(value, (list, dict, tuple)) and "\\udc" in text:
-        return _ESCAPE.sub(lambda hit: chr(_BASE + int(hit[2], 16)) if hit[2] else hit[0], text)
-    return text
+    return from_escapes(text) if isinstance(value, (list, dict, tuple)) else text
 
 
 def are_equal(left: Any, right: Any) -> bool:

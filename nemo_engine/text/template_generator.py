@@ -13,14 +13,14 @@ class TemplateGenerator(CodeGenerator):
     """Comparisons, ``~``, sums and new lists go through the environment."""
 
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        if len(node.ops) == 1 and node.ops[0].op in ("eq", "ne", "in", "notin"):
+        if len(node.ops) == 1:
             self.write(f"environment.compare({node.ops[0].op!r}, ")
             self.visit(node.expr, frame)
             self.write(", ")
             self.visit(node.ops[0].expr, frame)
             self.write(")")
         else:
-            super().visit_Compare(node, frame)
+            super().visit_Compare(node, frame)  # a < b < c
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.joined((")

@@ -8,15 +8,14 @@ and what makes text or lists says first how much. Questions that a template asks
 from __future__ import annotations
 
 import functools
-import json
+import operator
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jinja2 import TemplateError, nodes, pass_context, pass_eval_context
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -24,18 +23,21 @@ from jinja2.tests import TESTS
 from jinja2.utils import Namespace
 
 from nemo_engine.text import shadow
+from nemo_engine.text.template_filters import OUR_TESTS, are_equal, call_of_text, made_filters
 from nemo_engine.text.template_generator import TemplateGenerator
 from nemo_engine.text.template_meter import TemplateLimitError, check_numbers, meter
 
-_REFUSED_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
-_REFUSED_METHODS = ("encode", "maketrans", "translate")
-_PADDING_METHODS = ("center", "expandtabs", "ljust", "rjust", "zfill")
-_SIZED_FILTERS = ("batch", "center", "indent", "round", "slice", "truncate", "tojson")
-_WALKING_FILTERS = ("format", "string", "sum", "tojson")
 _MAX_BITS = 1 << 16  # of an integer
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _TEXT_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)|\{[^{}]*\d{5}")  # a width of five digits, or one that is an argument
+_QUOTED = re.compile(r"%[^a-zA-Z%]*[ra]")  # what writes a shadow as an escape
+_ORDERS: dict[str, Callable[[Any, Any], Any]] = {
+    "lt": operator.lt,
+    "lteq": operator.le,
+    "gt": operator.gt,
+    "gteq": operator.ge,
+}
 _INNER_FIELD = re.compile(r"\{[^{}]*\{")
 _MAX_DATE_FORMAT = 200
 
@@ -104,10 +106,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, loopcontrols],
             finalize=_finalize,
         )
-        self.filters = {name: _filter(name, made) for name, made in (FILTERS | _FILTERS).items()}
-        for name in _REFUSED_FILTERS:
-            del self.filters[name]
-        self.tests = TESTS | _TESTS
+        self.filters = made_filters()
+        self.tests = TESTS | OUR_TESTS
         self.globals |= {
             "raise_exception": _raise,
             "strftime_now": _strftime_now,
@@ -135,10 +135,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         current.charge(num_chars)
 
     def compare(self, operator: str, left: Any, right: Any) -> bool:
-        """``==``, ``!=``, ``in`` and ``not in`` of plain texts."""
+        """Comparisons of plain texts."""
         if operator in ("eq", "ne"):
-            return shadow.are_equal(left, right) == (operator == "eq")
-        return shadow.is_in(left, right) == (operator == "in")
+            return are_equal(left, right) == (operator == "eq")
+        if operator in ("in", "notin"):
+            return shadow.is_in(left, right) == (operator == "in")
+        return bool(_ORDERS[operator](shadow.plain_value(left), shadow.plain_value(right)))
 
     def joined(self, parts: tuple[Any, ...]) -> str:
         """The parts as one text."""
@@ -167,7 +169,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             for current in ("_loop_vars", "_block_vars"):  # Jinja's, for functions that want the context
                 kwargs.pop(current, None)
-            return _call_of_text(owner, name, function, args, kwargs)
+            return call_of_text(owner, name, function, args, kwargs)
         if isinstance(owner, dict) and name == "get" and args:
             args = (_key(owner, args[0]), *args[1:])
         return super().call(context, function, *args, **kwargs)
@@ -211,6 +213,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "%" and isinstance(left, str):
             _check_widths(left)
             meter().charge_value((left, right))
+            return shadow.from_escapes(left % right) if _QUOTED.search(left) else left % right
         return super().call_binop(context, operator, left, right)
 
 
@@ -253,100 +256,3 @@ def _check_product(operator: str, left: Any, right: Any) -> None:
         bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
         if bits > _MAX_BITS:
             raise TemplateLimitError(f"a number may have at most {_MAX_BITS} bits")
-
-
-def _call_of_text(text: str, name: str, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if name in _REFUSED_METHODS:
-        raise SecurityError(f"the method {name} of texts is not available")
-    if name in _PADDING_METHODS:
-        check_numbers(name, (*args, *kwargs.values()))
-    elif name == "join" and args:
-        args = (list(args[0]), *args[1:])
-        meter().charge_value(args)
-        meter().charge(len(text) * len(args[0]))
-    elif name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
-        meter().charge(len(text) + len(args[1]) * (shadow.plain(text).count(shadow.plain(args[0]))))
-    made = shadow.call_method(text, name, method, args, kwargs)
-    meter().charge(len(made) if isinstance(made, (str, list, tuple)) else 1)
-    return made
-
-
-def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        current = meter()
-        current.step()
-        if name in _SIZED_FILTERS:
-            check_numbers(f"the filter {name}", (*args[1:], *kwargs.values()))
-        if name in _WALKING_FILTERS:
-            current.charge_value((args, kwargs))
-        made = function(*args, **kwargs)
-        if isinstance(made, (str, list, tuple)):
-            current.charge(len(made))
-        return made
-
-    return wrapped
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@pass_eval_context
-def _join(context: nodes.EvalContext, value: Any, d: str = "", attribute: Any = None) -> Any:
-    parts = list(value)
-    meter().charge_value((parts, d))
-    meter().charge(len(parts) * len(str(d)))
-    return FILTERS["join"](context, parts, d, attribute)
-
-
-def _text_filter(name: str) -> Callable[..., Any]:
-    def applied(value: Any, *args: Any) -> Any:
-        text = shadow.as_text(value)
-        return _call_of_text(text, name, getattr(text, name), args, {})
-
-    return applied
-
-
-def _title(value: Any) -> str:
-    text = shadow.as_text(value)
-    return shadow.like(text, FILTERS["title"](shadow.plain(text)))
-
-
-def _replace(value: Any, old: str, new: str, count: int | None = None) -> Any:
-    text = shadow.as_text(value)
-    more = () if count is None else (count,)
-    return _call_of_text(text, "replace", text.replace, (str(old), str(new), *more), {})
-
-
-def _trim(value: Any, chars: str | None = None) -> Any:
-    text = shadow.as_text(value)
-    return _call_of_text(text, "strip", text.strip, () if chars is None else (chars,), {})
-
-
-def _number(name: str) -> Callable[..., Any]:
-    def applied(value: Any, *args: Any, **kwargs: Any) -> Any:
-        return FILTERS[name](shadow.plain_value(value), *args, **kwargs)
-
-    return applied
-
-
-_FILTERS: dict[str, Callable[..., Any]] = {
-    "tojson": _tojson,
-    "string": shadow.as_text,
-    "join": _join,
-    "title": _title,
-    "replace": _replace,
-    "trim": _trim,
-    **{name: _text_filter(name) for name in ("capitalize", "lower", "upper")},
-    **{name: _number(name) for name in ("int", "float")},
-}
-_TESTS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("eq", "==", "equalto"), shadow.are_equal),
-    **dict.fromkeys(("ne", "!="), lambda left, right: not shadow.are_equal(left, right)),
-    "in": shadow.is_in,
-    "lower": lambda value: shadow.plain(str(value)).islower(),
-    "upper": lambda value: shadow.plain(str(value)).isupper(),
-}

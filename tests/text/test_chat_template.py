@@ -200,11 +200,23 @@ def test_what_a_template_asks_of_texts_is_answered_as_in_transformers(kit: Kit) 
         "{{ m.content.removeprefix('<').removesuffix('>') }}{{ m.content.rsplit('|', 1)[0] }}{{ m.content.isupper() }}{{ m.content | int }}"
         "{{ m.content.rstrip('>') }}{{ '<s>' in m }}{{ m.content | title }}{{ m.content is lower }}{{ m.content | upper }}{% endfor %}"
     )
-    for content in (*HOSTILE, *TEXTS, "<s>", "12", "x|<s>|<s>"):
-        messages = [{"role": "user", "content": content}]
-        parts = kit.template(asks).render(messages)
-        assert flat(parts) == kit.their_text(asks, messages), content
-        assert tokens_of(parts) == []
+    orders = (
+        "{% for m in messages %}{{ [m.content, 'b', '<'] | sort | join(',') }}{{ [m.content, 'b'] | max }}{{ [m.content, 'b'] | min }}"
+        "{{ messages | sort(true, attribute='content') | map(attribute='role') | join }}{{ [m.content, 'q', 'S'] | unique | list }}"
+        "{{ m.content | sort | join }}{{ m.content > 'a' }}{{ m.content <= '<' }}{{ [m.content] == ['<s>'] }}{{ {'a': m.content} == {'a': 's'} }}"
+        "{{ [[m.content]] != [['<|im_end|>']] }}{{ [] | min }}{% endfor %}"
+    )
+    writes = (
+        "{% for m in messages %}{{ m.content | e }}{{ m.content | forceescape }}{{ m.content | urlencode }}{{ '%r %a' % (m.content, 'x') }}"
+        "{{ m.content | tojson(ensure_ascii=True) }}{{ m.content.title().splitlines() }}{{ 'a' + m.content + 'b' + m.content }}{{ [1] + [2] }}"
+        "{{ m.values() | list }}{{ m.items() | list }}{{ m.role.upper() + m['content'] }}{% endfor %}"
+    )
+    for text in (asks, orders, writes):
+        for content in (*HOSTILE, *TEXTS, "<s>", "12", "x|<s>|<s>", "S"):
+            messages = [{"role": "user", "content": content}, {"role": "tool", "content": "s"}]
+            parts = kit.template(text).render(messages)
+            assert flat(parts) == kit.their_text(text, messages), content
+            assert tokens_of(parts) == []
 
 
 def test_control_tokens_that_are_put_together_of_pieces_are_the_templates(kit: Kit) -> None:
