@@ -233,7 +233,7 @@ class OutputProcessor:
 
     def _view(self, completion: Completion, now: float) -> RequestView:
         request = completion.request
-        num_computed = self._scheduler.num_computed_tokens(request)
+        num_computed = request.num_computed_tokens
         is_prefilling = num_computed < len(request.token_ids) - 1
         is_running = request.status is RequestStatus.RUNNING
         return RequestView(

@@ -1,17 +1,15 @@
-"""What a token that came out of a step means for its request: a failure, an end, or neither; and what a broken step means for all."""
+"""How requests end: what a token means for its request, and what a broken step means for all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 
 from nemo_engine.outputs import NO_TOKEN_LEFT, FinishReason
+from nemo_engine.sampling_params import RepetitionDetection
 from nemo_engine.scheduler.constrained import refusal
-from nemo_engine.scheduler.planned_step import PlannedStep
-from nemo_engine.scheduler.repetition import ends_in_repetition
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.waiting import WaitingQueue
-from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, StepResult, TokenLogprobs
+from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 
 _ERRORS = {
     TOKEN_NOT_FINITE: "the model's logits are not finite (NaN or infinity): the weights or the cache are damaged",
@@ -19,36 +17,17 @@ _ERRORS = {
 }
 
 
-@dataclass(slots=True)
-class Committed:
-    """What one committed step changed. ``token_ids[i]`` was appended to ``requests[i]``.
-
-    ``prefilled`` are those of ``requests`` whose prompt (or, after a preemption, all known tokens) this step completed.
-    ``logprobs`` maps an index into ``requests``; ``prompt_logprobs`` holds ``(request, first position, entries)``.
-    ``finished`` requests have their ``finish_reason``; those in ``requests`` too got their last token in this step.
-    After a failure nothing was committed: whatever ran has ended, and may have done so before in a step that was never reported.
-    """
-
-    requests: list[Request] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    prefilled: list[Request] = field(default_factory=list)
-    finished: list[Request] = field(default_factory=list)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: list[tuple[Request, int, list[TokenLogprobs]]] = field(default_factory=list)
-    failure: str | None = None
-
-
-def failure_of(request: Request, token_id: int) -> str | None:
-    """Why ``request`` cannot go on with ``token_id``, None if it can: its grammar has then taken the token in."""
+def failure_of(request: Request, token_id: int, mask_errors: Mapping[Request, str]) -> str | None:
+    """Why ``request`` cannot go on with ``token_id``; None if it can, and its grammar has then taken the token in."""
     if token_id < 0:
-        return request.error or _ERRORS[token_id]
+        return mask_errors.get(request) or _ERRORS[token_id]
     if request.grammar is not None and token_id not in request.stop_token_ids:
         return refusal(request, token_id)
     return None
 
 
 def end_of(request: Request, token_id: int) -> tuple[FinishReason, int | None] | None:
-    """Finish and stop reason if ``request`` ends with ``token_id``, its last token by now."""
+    """Finish and stop reason if ``request`` ends with ``token_id``, its last token by now, whatever its length."""
     if token_id in request.stop_token_ids:
         return "stop", None if token_id in request.eos_token_ids else token_id
     if request.grammar is not None and not request.eos_token_ids and request.grammar.is_finished:
@@ -59,51 +38,30 @@ def end_of(request: Request, token_id: int) -> tuple[FinishReason, int | None] |
     return None
 
 
-def commit_each(
-    step: PlannedStep,
-    requests: list[Request],
-    result: StepResult,
-    to: Committed,
-    end: Callable[..., None],
-    discard: Callable[[Request], list[int]],
-) -> set[int]:
-    """Give each of ``requests`` its token; ``end(request, reason, stop_reason)`` is called for those that end with it.
+def ends_in_repetition(token_ids: Sequence[int], num_output_tokens: int, rule: RepetitionDetection) -> bool:
+    """Whether the last output tokens are ``rule.min_count`` copies of one pattern of an allowed size.
 
-    ``discard`` takes the pages from a request whose logits were not finite. Returns those that were in doubt.
+    Cost: at most ``max_pattern_size * min_count`` comparisons per pattern size, whatever the length of the output.
     """
-    bad: set[int] = set()
-    for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
-        if not step.counts_for(request):
-            continue
-        request.error = failure_of(request, token_id)
-        request.is_sound = request.is_sound or token_id >= 0
-        if request.error is not None:
-            if token_id == TOKEN_NOT_FINITE:
-                bad.update(discard(request))
-            end(request, "error")
-            to.finished.append(request)
-            continue
-        request.token_ids.append(token_id)
-        if index in result.logprobs:
-            to.logprobs[len(to.requests)] = result.logprobs[index]
-        to.requests.append(request)
-        to.token_ids.append(token_id)
-        reasons = end_of(request, token_id)
-        if reasons is not None:
-            end(request, *reasons)
-            to.finished.append(request)
-    return bad
+    for size in range(max(1, rule.min_pattern_size), rule.max_pattern_size + 1):
+        span = size * rule.min_count
+        if span > num_output_tokens:
+            return False
+        start = len(token_ids) - span
+        if all(token_ids[i] == token_ids[i + size] for i in range(len(token_ids) - size - 1, start - 1, -1)):
+            return True
+    return False
 
 
 def restart(requests: Iterable[Request], message: str, or_first: bool) -> tuple[WaitingQueue, list[Request]]:
-    """All that holds of ``requests`` after a failure: those that wait, without pages, and those that it ended, with ``message``.
+    """After a failure: a new queue of ``requests`` that wait, without pages, and those that ran, which end in ``message``.
 
-    ``or_first``: if nobody ran, the first of those that wait ends.
+    ``or_first``: if none ran, the first of those that wait ends.
     """
     waiting, ended = WaitingQueue(), []
     for request in requests:
         request.pages, request.num_hashed_pages, request.pages_wanted, request.hash_wanted = [], 0, 0, None
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.compute_limit = 0
         if request.status is RequestStatus.WAITING:
             waiting.push(request)
         else:

@@ -1,14 +1,12 @@
-"""Decides what each step computes, and takes in what came out of it.
-
-Owns the request lists, the slots and, through the KV manager, the pages. Knows no tensors and no text.
+"""Decides what each step computes, and takes in what came out of it. Knows no tensors and no text.
 
 There are no phases: a request has ``len(token_ids)`` known tokens and a count of computed ones, and a step spends a
-budget of tokens on closing the gap, running requests first. A running request is *prefilling* while more than one token
-is missing and then *decodes*, one token in every step. What the running requests need in which step is noted ahead (see
-``running``), so a step in which nothing is due repeats the plan of the step before, and costs one append per request, done in C.
+budget of tokens on closing the gap. A running request is *prefilling* while more than one token is missing, and then
+*decodes*, one token in every step. Steps go first to the requests that decode, then to prompts, the most urgent first.
 
-Steps may be scheduled before earlier ones are committed (overlap): the schedule depends on counts alone. What a later
-step computed for a request that turned out to have finished is dropped in ``commit``.
+Steps may be scheduled before earlier ones are committed (overlap), so a schedule depends on counts alone, and
+``num_computed_tokens`` counts what launched steps will have computed. What a step computes for a request that has left
+its slot in the meantime is dropped in ``commit``.
 """
 
 from __future__ import annotations
@@ -19,15 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_engine.outputs import FinishReason
-from nemo_engine.scheduler.ends import Committed, commit_each, restart
+from nemo_engine.scheduler.ends import end_of, failure_of, restart
 from nemo_engine.scheduler.kv_manager import KVManager
-from nemo_engine.scheduler.planned_step import PlannedStep
-from nemo_engine.scheduler.preemption import grow_in_turn, restart_readers
-from nemo_engine.scheduler.prompts import plan_prompts
 from nemo_engine.scheduler.request import Request, RequestStatus
-from nemo_engine.scheduler.running import RunningSet
+from nemo_engine.scheduler.running import URGENCY, RunningRequests
+from nemo_engine.scheduler.scheduled_step import Committed, ScheduledStep
 from nemo_engine.scheduler.waiting import WaitingQueue
-from nemo_engine.step import StepPlan, StepResult
+from nemo_engine.step import TOKEN_NOT_FINITE, PrefillRow, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +41,8 @@ class SchedulerStats:
     total_prefix_hit_tokens: int
 
     @classmethod
-    def of(cls, num_running: int, num_waiting: int, total_preemptions: int, kv: KVManager) -> SchedulerStats:
-        """Put together from the scheduler's own counts and those of its KV manager."""
+    def of(cls, num_running: int, num_waiting: int, num_preemptions: int, kv: KVManager) -> SchedulerStats:
+        """The scheduler's counts and those of its KV manager together."""
         return cls(
             num_running=num_running,
             num_waiting=num_waiting,
@@ -54,7 +50,7 @@ class SchedulerStats:
             num_free_pages=kv.pool.num_free,
             num_cached_pages=kv.pool.num_cached,
             peak_used_pages=kv.pool.peak_used,
-            total_preemptions=total_preemptions,
+            total_preemptions=num_preemptions,
             total_prefix_queried_tokens=kv.num_queried_tokens,
             total_prefix_hit_tokens=kv.num_hit_tokens,
         )
@@ -63,11 +59,9 @@ class SchedulerStats:
 class Scheduler:
     """Continuous batching over ``num_pages`` pages and ``max_num_seqs`` slots.
 
-    As ``max_num_batched_tokens >= max_num_seqs``, every decoding request takes part in every step. Waiting requests enter in
-    order, when a slot and pages for all their known tokens are free, and prompts are computed in that order too. A decoding request that
-    finds no free page preempts the least urgent, newest one, which is computed anew later.
-
-    Requests are known by their ``request_id``, which whoever makes them must not take from a user.
+    As ``max_num_batched_tokens >= max_num_seqs``, every decoding request takes part in every step. Waiting requests
+    enter in order, when a slot and pages for all their known tokens are free. A decoding request that finds no free
+    page preempts the least urgent, newest one, which is computed anew later.
     """
 
     def __init__(
@@ -84,21 +78,23 @@ class Scheduler:
         assert max_num_batched_tokens >= max_num_seqs >= 1
         self.kv = KVManager(num_pages, page_size, enable_prefix_caching)
         self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_seqs = max_num_seqs
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
-        self._running = RunningSet(max_num_seqs, page_size)
-        self._launched: deque[PlannedStep] = deque()
-        self._step_id = self._num_arrivals = self._num_preemptions = 0
+        self.num_preemptions = self._step_id = self._num_arrivals = 0
+        self._running = RunningRequests(max_num_seqs)
+        self._in_flight: deque[ScheduledStep] = deque()
+
+    # ---- requests
 
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """The largest length (prompt and output) that a request may reach; ``ValueError`` if it could never finish."""
         return self.kv.max_total_tokens(num_prompt_tokens, max_tokens, self.max_model_len)
 
     def add(self, request: Request) -> None:
-        """Queue a new request. Raises ``ValueError`` if its id is in use or it could never finish."""
+        """Queue a new request, whose id is not a user's. ``ValueError`` if it is in use, or if it could never finish."""
         if request.request_id in self._requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
@@ -123,11 +119,19 @@ class Scheduler:
         """All requests that wait or run."""
         return list(self._requests.values())
 
-    def num_computed_tokens(self, request: Request) -> int:
-        """Tokens of ``request`` whose keys and values the launched steps compute."""
-        if self._running.is_decoding(request):
-            return self._step_id + request.decode_offset + 1
-        return request.num_computed_tokens
+    def running(self) -> list[Request]:
+        """All requests that hold a slot, those that prefill last."""
+        return self._running.all()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return self.max_num_seqs - len(self._running.free_slots)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, for the first time or again."""
+        return len(self._waiting)
 
     def num_waiting_of(self, client: str) -> int:
         """Requests of ``client`` that wait and have not run yet. From any thread."""
@@ -135,109 +139,154 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
-        return SchedulerStats.of(len(self._running), len(self._waiting), self._num_preemptions, self.kv)
+        return SchedulerStats.of(self.num_running, self.num_waiting, self.num_preemptions, self.kv)
+
+    # ---- planning a step
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
-        step = self._plan_step()
-        return None if step is None else step.plan()
-
-    def _plan_step(self) -> PlannedStep | None:
-        running = self._running
-        step_id = self._step_id + 1
-        num_departures = running.num_departures
-        oldest = self._launched[0].step_id if self._launched else step_id
-        ready = running.constrained.ready(oldest) if running.constrained.requests else []
-        new_pages = self._grow(step_id, ready)
-        decodes = running.decode_set
-        last = running.take_last_due(step_id)
-        if ready:
-            ready = [one for one in ready if one.status is RequestStatus.RUNNING]  # the others were just preempted
-            decodes = running.constrained.join(decodes, ready)
-            last += running.launch_constrained(ready, step_id)
-        left = self.max_num_batched_tokens - len(decodes.requests)
-        step = PlannedStep(step_id, decodes, last, running.num_departures, left, ready[:], new_pages)
-        nobody_left = running.num_departures == num_departures  # by preemption
-        plan_prompts(step, self.kv, self._running, self._waiting, self._clock, may_admit=nobody_left)
-        if not decodes.requests and not step.prefills:
+        decodes = self._running.ready_to_decode(self._in_flight)
+        new_pages, num_preemptions = [], self.num_preemptions
+        at_limit = [request for request in decodes if request.num_computed_tokens == request.compute_limit]
+        if at_limit:
+            new_pages = self._grow([request for request in at_limit if request.has_steps_left])
+            decodes = [request for request in decodes if request.num_computed_tokens < request.compute_limit]
+        for request in decodes:
+            request.num_computed_tokens += 1
+        step = ScheduledStep(self._step_id + 1, decodes, new_pages)
+        self._schedule_prompts(step, may_admit=self.num_preemptions == num_preemptions)
+        if not decodes and not step.prefills:
             return None
-        self._step_id = step_id
-        self._launched.append(step)
-        return step
+        plan = step.plan()
+        self._step_id = step.step_id
+        self._in_flight.append(step)
+        return plan
 
-    def _grow(self, step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
-        """Give a page to every decoding request, those of ``ready`` among them, that starts one in this step, the most urgent first."""
-        due = self._running.take_page_due(step_id, ready)
-        if not due:
-            return []
-        self.kv.cache_all_pages(due)
-        pages = self.kv.append_pages(due)
-        if pages is None:
-            due, pages = grow_in_turn(due, self.kv, self._running, self._preempt)
-        self._running.note_next_pages(due, step_id)
-        return [(request.slot, len(request.pages) - 1, page) for request, page in zip(due, pages)]
+    def _grow(self, full: list[Request]) -> list[tuple[int, int, int]]:
+        """Give a page to each of ``full``, whose pages are full, preempting others if need be.
 
-    def _num_known_tokens(self, request: Request) -> int:
-        return len(request.token_ids)
+        Returns (slot, index, page) for those that got one.
+        """
+        full.sort(key=URGENCY)
+        for request in full:
+            self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
+        if self.kv.append_pages(full) is None:
+            for request in full:
+                while request.status is RequestStatus.RUNNING and self.kv.append_pages([request]) is None:
+                    self.preempt(self._running.least_urgent())
+            full = [request for request in full if request.status is RequestStatus.RUNNING]
+        return [(request.slot, len(request.pages) - 1, request.pages[-1]) for request in full]
+
+    def _schedule_prompts(self, step: ScheduledStep, may_admit: bool) -> None:
+        """Spend what is left of the budget on prompts by urgency, whether they are under way or have yet to enter."""
+        budget = self.max_num_batched_tokens - len(step.decodes)
+        under_way = deque(self._running.prefilling)
+        while budget > 0:
+            first = self._waiting.first() if may_admit and self._waiting and self._running.free_slots else None
+            if first is not None and (not under_way or first.urgency < under_way[0].urgency):
+                may_admit = self.kv.admit(first)
+                if may_admit:
+                    self._enter(first, step)
+                    budget -= self._prefill(first, step, budget)
+            elif under_way:
+                budget -= self._prefill(under_way.popleft(), step, budget)
+            else:
+                break
+
+    def _enter(self, request: Request, step: ScheduledStep) -> None:
+        """Give a slot to ``request``, the first that waits, which has its pages."""
+        self._waiting.pop()
+        if request.scheduled_ts is None:
+            request.scheduled_ts = self._clock()
+            request.num_cached_tokens = request.num_computed_tokens
+        self._running.enter(request)
+        step.fill_slot(request)
+
+    def _prefill(self, request: Request, step: ScheduledStep, budget: int) -> int:
+        """Schedule the next chunk of ``request``, of at most ``budget`` tokens; returns its tokens."""
+        start = request.num_computed_tokens
+        count = min(budget, len(request.token_ids) - start)
+        request.num_computed_tokens += count
+        # Other rows may read the pages in this very step: keys and values are written before any row attends.
+        self.kv.cache_pages(request, request.num_computed_tokens)
+        samples = request.num_computed_tokens == len(request.token_ids)
+        step.prefills.append((request, PrefillRow(request.slot, start, count, samples)))
+        if samples:
+            self._running.end_prefill(request)
+        return count
+
+    # ---- taking in a step
 
     def commit(self, result: StepResult) -> Committed:
         """Take in the results of the oldest launched step: append tokens, end requests, free what they held."""
-        step = self._launched.popleft()
-        assert step.step_id == result.step_id, (step.step_id, result.step_id)
-        samplers = [request for request, row in step.prefills if row.samples]
-        requests = step.decodes.requests + samplers if samplers else step.decodes.requests
-        token_ids = result.token_ids
-        assert len(token_ids) == len(requests), (len(token_ids), len(requests))
-        committed = Committed(prefilled=[request for request in samplers if step.counts_for(request)])
-        for index, entries in result.prompt_logprobs.items():  # before anybody ends
-            request, row = step.prefills[index]
-            if step.counts_for(request):
-                committed.prompt_logprobs.append((request, row.start + 1, entries))
-        is_plain = (
-            step.num_departures == self._running.num_departures
-            and not step.constrained
-            and self._running.num_watched == 0
-            and self._running.stop_token_ids.isdisjoint(token_ids)
-            and (not token_ids or min(token_ids) >= 0)
-        )
-        if is_plain:
-            lists = step.decodes.token_lists
-            token_lists = lists + [request.token_ids for request in samplers] if samplers else lists
-            deque(map(list.append, token_lists, token_ids), maxlen=0)
-            for request in samplers:
-                request.is_sound = True
-            committed.requests, committed.token_ids = requests, token_ids
-            committed.logprobs = dict(result.logprobs)
-        else:
-            bad = commit_each(step, requests, result, committed, self._end, self._discard)
-            if bad:
-                restart_readers(bad, self.kv, self._running, self._preempt)
-        for request in step.last:
-            if step.counts_for(request):
-                self._end(request, "length")
-                committed.finished.append(request)
+        step = self._in_flight.popleft()
+        requests, token_ids, departed = step.sampling, result.token_ids, step.departed
+        assert (result.step_id, len(token_ids)) == (step.step_id, len(requests)), (result, step.step_id, len(requests))
+        committed = step.committed(result)
+        at_limit: list[Request] = []
+        for request, token_id in zip(requests, token_ids):
+            if departed and request in departed:
+                continue
+            if token_id < 0 or request.is_watched or token_id in request.stop_token_ids:
+                self._take(request, token_id, step, committed)
+                if request.status is RequestStatus.FINISHED:
+                    continue
+            else:
+                request.token_ids.append(token_id)
+            if len(request.token_ids) == request.max_total_tokens:
+                at_limit.append(request)
+        self._restart_readers(step.bad_pages)
+        for request in at_limit:
+            self._end(request, "length")
+            committed.finished.append(request)
+        committed.add_tokens(requests, result, departed)
         return committed
 
-    def _discard(self, request: Request) -> list[int]:
-        return self.kv.discard(request, self._num_good_tokens(request))
+    def _take(self, request: Request, token_id: int, step: ScheduledStep, committed: Committed) -> None:
+        """Take in a token that may be a failure, or may end its request."""
+        request.error = failure_of(request, token_id, step.mask_errors)
+        if request.error is None:
+            request.token_ids.append(token_id)
+            reasons = end_of(request, token_id)
+        else:
+            reasons = "error", None
+            step.departed.add(request)
+            if token_id == TOKEN_NOT_FINITE:
+                step.bad_pages.update(self.kv.discard(request, request.num_good_tokens))
+        if reasons is not None:
+            self._end(request, *reasons)
+            committed.finished.append(request)
+
+    def _restart_readers(self, bad_pages: set[int]) -> None:
+        """Preempt who has ``bad_pages`` and no token to show for them: what it computed from them is as bad."""
+        while readers := [
+            request for request in self.running() if not request.is_sound and not bad_pages.isdisjoint(request.pages)
+        ]:
+            for request in readers:
+                bad_pages.update(self.kv.discard(request))
+                self.preempt(request)
 
     def fail_running(self, message: str, or_first: bool = False) -> Committed:
-        """A step broke, or a change of the books was cut short, wherever it was: end every running request with an error.
+        """End every running request with an error: a step broke, or a change of the books was cut short.
 
-        What waits goes on waiting. Launched steps are forgotten, and so is all that was noted of pages and slots: it may be half done, and
-        the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if nobody runs, the first of those
-        that wait ends instead.
+        What waits goes on waiting. Launched steps are forgotten, and so are pages and slots: their books may be half
+        written, and the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if
+        nobody runs, the first of those that wait ends instead.
         """
-        waiting, failed = restart(self._requests.values(), message, or_first)
-        self._launched.clear()
+        waiting, ended = restart(self._requests.values(), message, or_first)
+        self._running = RunningRequests(self.max_num_seqs)
+        self._in_flight.clear()
         self.kv.reset()
-        self._running = RunningSet(self._max_num_seqs, self.kv.page_size)
-        self._requests, self._waiting = {request.request_id: request for request in waiting.requests()}, waiting
-        return Committed(finished=failed, failure=message)
+        self._requests = {name: r for name, r in self._requests.items() if r.status is RequestStatus.WAITING}
+        self._waiting = waiting
+        return Committed(finished=ended, failure=message)
 
-    def _preempt(self, request: Request) -> None:
+    # ---- leaving
+
+    def preempt(self, request: Request) -> None:
+        """Take slot and pages from a running request, which waits again and is computed anew."""
         self._leave(request)
-        self._num_preemptions += 1
+        self.num_preemptions += 1
         request.num_preemptions += 1
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
@@ -250,14 +299,11 @@ class Scheduler:
         request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.request_id]
 
-    def _num_good_tokens(self, request: Request) -> int:
-        """Leading tokens of ``request`` whose keys and values are known to be good: those that its last token came out of."""
-        return self._num_known_tokens(request) - 1 if request.is_sound else 0
-
     def _leave(self, request: Request) -> None:
         """Give back pages and slot. Steps in flight may still write to them: later steps run after those."""
         if request.pages:
-            num_good = self._num_good_tokens(request)
-            self.kv.cache_pages(request, num_good)
-            self.kv.free(request, num_good)
+            self.kv.cache_pages(request, request.num_good_tokens)
+            self.kv.free(request, request.num_good_tokens)
         self._running.leave(request)
+        for step in self._in_flight:
+            step.departed.add(request)

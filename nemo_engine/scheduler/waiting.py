@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
-from bisect import insort
+from bisect import bisect_left, insort
 from operator import attrgetter
 
 from nemo_engine.scheduler.request import Request
@@ -17,32 +16,23 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}  # by priority; none is empty
-        self._priorities: list[int] = []  # a heap of these, and of some that are no longer, each once
-        self._queued: set[int] = set()  # what the heap holds
+        self._priorities: list[int] = []  # of the levels, the smallest first
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
-
-    def requests(self) -> list[Request]:
-        """All, in no order."""
-        return [request for level in self._levels.values() for request in level.requests()]
 
     def push(self, request: Request) -> None:
         """Add ``request``."""
         level = self._levels.get(request.priority)
         if level is None:
             level = self._levels[request.priority] = _Level()
-            if request.priority not in self._queued:
-                self._queued.add(request.priority)
-                heapq.heappush(self._priorities, request.priority)
+            insort(self._priorities, request.priority)
         level.push(request)
         self._count += 1
 
     def first(self) -> Request:
         """The most urgent request; the queue must not be empty."""
-        while self._priorities[0] not in self._levels:
-            self._queued.remove(heapq.heappop(self._priorities))
         return self._levels[self._priorities[0]].first()
 
     def pop(self) -> None:
@@ -57,6 +47,7 @@ class WaitingQueue:
         level.remove(request)
         if not level:
             del self._levels[request.priority]
+            del self._priorities[bisect_left(self._priorities, request.priority)]
         self._count -= 1
 
     def count_of(self, client: str) -> int:
@@ -69,15 +60,11 @@ class _Level:
 
     def __init__(self) -> None:
         self._preempted: list[Request] = []  # by arrival
-        self._clients: dict[
-            str, dict[int, Request]
-        ] = {}  # in the order of their turns; each by arrival, and none empty
+        # In the order of their turns, each client's by arrival; a client without requests has no entry.
+        self._clients: dict[str, dict[int, Request]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._preempted or self._clients)
-
-    def requests(self) -> list[Request]:
-        return [*self._preempted, *(request for own in self._clients.values() for request in own.values())]
 
     def push(self, request: Request) -> None:
         if request.num_preemptions:
@@ -99,9 +86,9 @@ class _Level:
         if request.num_preemptions:
             self._preempted.remove(request)
             return
-        own = self._clients[request.client]
-        del own[request.arrival]
-        if not own:
+        requests = self._clients[request.client]
+        del requests[request.arrival]
+        if not requests:
             del self._clients[request.client]
 
     def count_of(self, client: str) -> int:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from nemo_engine.planner.roofline import StepCost
 from nemo_engine.scheduler import Request
-from nemo_engine.simulator.scheduler import SimulatedRequest, VirtualScheduler
+from nemo_engine.simulator.scheduler import ANSWER, SimulatedRequest, SteadyRun, VirtualScheduler
 from nemo_engine.simulator.statistics import Sketch, Timeline
+from nemo_engine.step import StepPlan, StepResult
 
 _TIMELINE = ("running", "waiting", "kv_used", "decode_rows")
 
@@ -66,7 +67,7 @@ class Replica:
         self._cost = cost
         self._on_finish = on_finish
         self._device_free = 0.0
-        self._in_flight: deque[tuple[float, int]] = deque()  # (end, decode rows)
+        self._in_flight: deque[tuple[float, StepPlan]] = deque()  # with the time at which it is done
         self._lines: dict[int, tuple[float, float, float]] = {}
         self._is_blocked = False  # the first of those that wait found no room, and nothing was freed since
         # Behind the scheduler's own queue, so that a long queue costs no token lists: (priority, order, makes the request).
@@ -110,8 +111,7 @@ class Replica:
             if self._launch() and len(in_flight) < depth:
                 continue
             assert in_flight, "requests wait, and nothing runs"
-            end, num_decodes = in_flight.popleft()
-            ends += self._commit(end, num_decodes)
+            ends += self._commit(*in_flight.popleft())
 
     def _line(self, num_decodes: int) -> tuple[float, float, float]:
         """Of a step of decode rows: seconds, seconds per token of context, seconds of the host."""
@@ -126,12 +126,12 @@ class Replica:
         """Plan a step and put its end on the clock; False if there is none."""
         scheduler = self.scheduler
         num_preemptions = scheduler.num_preemptions
-        step = scheduler.plan_step()
-        if step is None:
+        plan = scheduler.schedule()
+        if plan is None:
             return False
-        num_decodes = len(step.decodes.requests)
-        if step.prefills:
-            chunks = [(row.start, row.num_tokens) for _, row in step.prefills]
+        num_decodes = len(plan.decode_slots)
+        if plan.prefills:
+            chunks = [(row.start, row.num_tokens) for row in plan.prefills]
             seconds = self._cost.step_seconds(num_decodes, scheduler.step_context, chunks)
             host = self._cost.host_seconds(num_decodes + len(chunks))
             self.num_prefill_tokens += sum([count for _, count in chunks])
@@ -144,32 +144,33 @@ class Replica:
         start = max(self._device_free, self.now)
         self._device_free = start + seconds
         self.busy_s += seconds
-        self._in_flight.append((self._device_free, num_decodes))
+        self._in_flight.append((self._device_free, plan))
         return True
 
-    def _commit(self, end: float, num_decodes: int) -> int:
+    def _commit(self, end: float, plan: StepPlan) -> int:
         """A step is done: its tokens are out. Returns how many requests ended."""
         scheduler = self.scheduler
         now = max(self.now, end)
         before = scheduler.last_commit_s
         numbers = self._numbers()  # until now: before requests leave
-        prefilled, finished, in_vain = scheduler.commit_oldest()
-        num_decodes -= in_vain
+        num_tokens = len(plan.decode_slots) + sum([row.samples for row in plan.prefills])
+        committed = scheduler.commit(StepResult(plan.step_id, [ANSWER] * num_tokens))
+        num_decodes = len(committed.requests) - len(committed.prefilled)
         if num_decodes:
             self.itl.add(now - before, num_decodes)
         self.num_steps += 1
         self.num_decode_tokens += num_decodes
         self.timeline.add(before, now - before, (*numbers, num_decodes))
         self.now = scheduler.last_commit_s = now
-        for request in prefilled:
+        for request in committed.prefilled:
             assert isinstance(request, SimulatedRequest)
             if request.first_token_s is None:
                 request.first_token_s = now
             elif request.last_token_s is not None:
                 self.itl.add(now - request.last_token_s)
-        for request in finished:
+        for request in committed.finished:
             self._finish(request, now)
-        return len(finished)
+        return len(committed.finished)
 
     def _finish(self, request: Request, now: float) -> None:
         assert isinstance(request, SimulatedRequest)
@@ -182,36 +183,38 @@ class Replica:
         """Requests that run and that wait, and the part of the pages in use."""
         scheduler = self.scheduler
         waiting = scheduler.num_waiting + len(self._held)
-        return scheduler.num_running, waiting, scheduler.num_used_pages / self._shape.num_pages
+        return scheduler.num_running, waiting, self._num_used_pages() / self._shape.num_pages
+
+    def _num_used_pages(self) -> int:
+        return self._shape.num_pages - self.scheduler.kv.pool.num_free
 
     def _jump(self, limit: float) -> bool:
         """Go through the coming steps in which requests decode and start pages and nothing else happens, without planning any.
 
-        Returns whether there were any: up to ``limit`` at most, or to the end of an interval of the timeline.
+        Returns whether there may be more: it goes up to ``limit`` at most, and to the end of an interval of the timeline.
         """
         scheduler = self.scheduler
-        if len(self._in_flight) != self._shape.pipeline_depth - 1 or not scheduler.is_steady:
+        if len(self._in_flight) != self._shape.pipeline_depth - 1:
             return False
-        pages, ends = scheduler.calendars
+        run = SteadyRun(scheduler)
+        if not run.max_steps:
+            return False
         # A page that is filled may be what a request waits for.
-        may_grow = scheduler.num_waiting == 0 or not scheduler.has_free_slot
-        step = done = first = scheduler.next_step
-        num_decodes = scheduler.num_decoding
+        may_grow = scheduler.num_waiting == 0 or scheduler.num_running == self._shape.max_num_seqs
+        step, max_steps, num_decodes = 0, run.max_steps, len(run.requests)
         base, slope, host = self._line(num_decodes)
-        context, now, free = scheduler.context, self.now, self._device_free
+        context, now, free = run.context, self.now, self._device_free
         start = before = scheduler.last_commit_s
         limit = min(limit, self.timeline.end_of_interval(start))
         pending = self._in_flight[0][0] if self._in_flight else None
         busy = used_s = 0.0
-        used = scheduler.num_used_pages
+        used = self._num_used_pages()
         gaps = []
-        while now < limit and step not in ends:
-            if step in pages:
-                scheduler.skip(step - done)
-                done = step
-                if not may_grow or not scheduler.grow():
+        while now < limit and step < max_steps:
+            if run.starts_pages(step):
+                if not may_grow or not run.grow(step):
                     break
-                used = scheduler.num_used_pages
+                used = self._num_used_pages()
             step += 1
             now += host
             seconds = base + slope * context
@@ -228,23 +231,23 @@ class Replica:
             gaps.append(gap)
             used_s += gap * used
             before = now
-        if not gaps:
+        run.end(step)
+        if not step:
             return False
-        scheduler.skip(step - done)
         self.itl.add_all(gaps, num_decodes)
         running, waiting, _ = self._numbers()
         mean_used = used_s / (now - start) / self._shape.num_pages if now > start else 0.0
         self.timeline.add(start, now - start, (running, waiting, mean_used, num_decodes))
         if pending is not None:
-            self._in_flight[0] = (pending, num_decodes)
+            self._in_flight[0] = (pending, self._in_flight[0][1])
         self.now = scheduler.last_commit_s = now
         self._device_free = free
         self.busy_s += busy
-        self.num_steps += step - first
-        self.num_decode_tokens += (step - first) * num_decodes
-        return True
+        self.num_steps += step
+        self.num_decode_tokens += step * num_decodes
+        return now >= limit
 
     def num_matching_pages(self, request: Request) -> int:
         """Leading pages of ``request`` that the prefix cache has now."""
         kv = self.scheduler.kv
-        return len(kv._match(request)) if kv.enable_prefix_caching else 0
+        return len(kv.match(request)) if kv.enable_prefix_caching else 0

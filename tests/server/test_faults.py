@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from nemo_engine import AsyncEngine
-from nemo_engine.scheduler.invariants import check
+from tests.scheduler.invariants import check
 from nemo_engine.step import TOKEN_NOT_FINITE, StepResult
 from nemo_engine.text import grammar_trial
 from tests.server.live import ENGINE_OPTIONS, LiveServer

@@ -16,10 +16,9 @@ from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of
 from nemo_engine.planner.roofline import Roofline, StepCost
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
-from nemo_engine.scheduler.invariants import check
-from nemo_engine.scheduler.planned_step import PlannedStep
+from tests.scheduler.invariants import check
 from nemo_engine.simulator.replica import EngineShape, Replica
-from nemo_engine.simulator.scheduler import SimulatedRequest
+from nemo_engine.simulator.scheduler import SimulatedRequest, SteadyRun
 from nemo_engine.simulator.statistics import Sketch
 from nemo_engine.step import StepPlan, StepResult
 from tests.simulator.costs import SimpleCost
@@ -123,7 +122,7 @@ def reference(shape: EngineShape, arrivals: Sequence[Arrival], cost: SimpleCost)
             context = sum(computed[slot] + 1 for slot in plan.decode_slots)
             for slot in plan.decode_slots:
                 computed[slot] += 1
-            requests = {request.slot: request for request in scheduler._running.requests()}
+            requests = {request.slot: request for request in scheduler.running()}
             for row in plan.prefills:
                 computed[row.slot] += row.num_tokens
                 end = min(row.start + row.num_tokens, most_computed.get(requests[row.slot], 0))

@@ -1,0 +1,120 @@
+"""What the scheduler keeps of a step from its plan to its commit, and what a commit changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_engine.scheduler.constrained import mask_of
+from nemo_engine.scheduler.request import Request
+from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """The requests behind the rows of a plan."""
+
+    step_id: int
+    decodes: list[Request]
+    new_pages: list[tuple[int, int, int]]
+    prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
+    fills: list[SlotFill] = field(default_factory=list)
+    mask_errors: dict[Request, str] = field(default_factory=dict)  # for the requests whose grammar gave no mask
+    bad_pages: set[int] = field(default_factory=set)  # of requests that failed; others may have read them
+    departed: set[Request] = field(default_factory=set)  # left their slot since: what the step gives them is dropped
+
+    @property
+    def has_constrained(self) -> bool:
+        """Whether a request with a grammar decodes. These come last."""
+        return bool(self.decodes) and self.decodes[-1].grammar is not None
+
+    @property
+    def sampling(self) -> list[Request]:
+        """The requests for which the step chooses a token, in the order of ``StepResult.token_ids``."""
+        if not self.prefills:
+            return self.decodes
+        return self.decodes + [request for request, row in self.prefills if row.samples]
+
+    def fill_slot(self, request: Request) -> None:
+        """``request`` enters its slot in this step."""
+        self.fills.append(
+            SlotFill(
+                slot=request.slot,
+                token_ids=request.token_ids[:],
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_computed_tokens=request.num_computed_tokens,
+                pages=tuple(request.pages),
+                params=request.params,
+                seed=request.seed,
+                stop_token_ids=request.stop_token_ids,
+                bad_words_token_ids=request.bad_words_token_ids,
+            )
+        )
+
+    def plan(self) -> StepPlan:
+        """The step as the device half gets it, with the masks of the constrained requests that sample."""
+        masks = []
+        for request in self._constrained():
+            mask, error = mask_of(request)
+            masks.append((request.slot, mask))
+            if error is not None:
+                self.mask_errors[request] = error
+        return StepPlan(
+            step_id=self.step_id,
+            decode_slots=tuple([request.slot for request in self.decodes]),
+            prefills=tuple([row for _, row in self.prefills]),
+            fills=tuple(self.fills),
+            new_pages=tuple(self.new_pages),
+            masks=tuple(masks),
+        )
+
+    def _constrained(self) -> list[Request]:
+        """The requests with a grammar that sample."""
+        decodes = [request for request in self.decodes if request.grammar is not None] if self.has_constrained else []
+        return decodes + [request for request, row in self.prefills if row.samples and request.grammar is not None]
+
+    def committed(self, result: StepResult) -> Committed:
+        """What ``result`` says of prompts."""
+        committed = Committed()
+        for index, entries in result.prompt_logprobs.items():
+            request, row = self.prefills[index]
+            if request not in self.departed:
+                committed.prompt_logprobs.append((request, row.start + 1, entries))
+        token_ids = iter(result.token_ids[len(self.decodes) :])
+        for request, row in self.prefills:
+            if row.samples:
+                token_id = next(token_ids)
+                if request not in self.departed:
+                    committed.prefilled.append(request)
+                    request.is_sound = token_id >= 0
+        return committed
+
+
+@dataclass(slots=True)
+class Committed:
+    """What one committed step changed. ``token_ids[i]`` was appended to ``requests[i]``.
+
+    ``prefilled``: requests whose prompt (after a preemption, all known tokens) this step completed.
+    ``logprobs`` maps an index into ``requests``; ``prompt_logprobs`` holds ``(request, first position, entries)``.
+    ``finished`` requests have their ``finish_reason``; those in ``requests`` too got their last token in this step.
+    ``failure``: why nothing was committed. ``finished`` are then all requests that were running; some of them may have
+    ended before, in a step that was never reported.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prefilled: list[Request] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: list[tuple[Request, int, list[TokenLogprobs]]] = field(default_factory=list)
+    failure: str | None = None
+
+    def add_tokens(self, requests: list[Request], result: StepResult, departed: set[Request]) -> None:
+        """``requests`` have got the tokens of ``result``, but for those in ``departed``."""
+        index_of = {index: index for index in result.logprobs}
+        self.requests, self.token_ids = requests, result.token_ids
+        if departed:
+            kept = [index for index, request in enumerate(requests) if request not in departed]
+            self.requests = [requests[index] for index in kept]
+            self.token_ids = [result.token_ids[index] for index in kept]
+            index_of = {index: new_index for new_index, index in enumerate(kept)}
+        self.logprobs = {index_of[index]: entry for index, entry in result.logprobs.items() if index in index_of}
