@@ -11,8 +11,8 @@ import pytest
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
-from tests.scheduler.invariants import check
 from nemo_engine.step import TOKEN_ALL_MASKED, StepPlan, StepResult
+from tests.scheduler.invariants import check
 from tests.scheduler.scripted import ScriptedGrammar
 from tests.scheduler.test_units import count_calls, make_scheduler, steady
 
@@ -108,9 +108,7 @@ def test_those_that_come_later_join_the_others_in_one_step(before: int) -> None:
             scheduler.add(make("b", Log()))
         plan = scheduler.schedule()
         assert plan is not None
-        together.append(
-            {"a", "b"} & {r.request_id for r in scheduler.running() if r.slot in plan.decode_slots}
-        )
+        together.append({"a", "b"} & {r.request_id for r in scheduler.running() if r.slot in plan.decode_slots})
         in_flight.append(plan)
         if len(in_flight) == 2:
             commit(scheduler, in_flight.popleft(), 7)

@@ -11,8 +11,8 @@ import pytest
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
-from tests.scheduler.invariants import check
 from nemo_engine.step import StepPlan, StepResult
+from tests.scheduler.invariants import check
 from tests.scheduler.scripted import VOCAB, next_token
 
 

@@ -10,8 +10,8 @@ import pytest
 from nemo_engine.core import EngineCore
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
 from nemo_engine.scheduler import Request, RequestStatus, Scheduler
-from tests.scheduler.invariants import check
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
+from tests.scheduler.invariants import check
 from tests.scheduler.scripted import VOCAB, ScriptedGrammar, ScriptedRunner, expected_output
 
 EOS = frozenset([2])
