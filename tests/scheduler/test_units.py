@@ -20,7 +20,7 @@ from nemo_engine.scheduler import Request, Scheduler
 from nemo_engine.scheduler.ends import ends_in_repetition
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.page_pool import PagePool
-from nemo_engine.step import StepResult
+from nemo_engine.step import TOKEN_NOT_FINITE, StepResult
 from tests.scheduler.invariants import check, check_pages
 
 
@@ -244,6 +244,23 @@ def test_finish_reasons(more: dict[str, Any], reason: str, stop_reason: int | No
     while scheduler.has_unfinished():
         step(scheduler)
     assert (request.finish_reason, request.stop_reason) == (reason, stop_reason)
+
+
+@pytest.mark.parametrize("token", [TOKEN_NOT_FINITE, 7])
+def test_two_that_fail_in_one_step_end_though_one_has_read_what_the_other_wrote(token: int) -> None:
+    scheduler = make_scheduler()
+    requests = [make_request(name, [5] * 9) for name in "abc"]
+    for request in requests:
+        scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan is not None and [row.num_tokens for row in plan.prefills] == [9, 1, 1]
+    committed = scheduler.commit(StepResult(plan.step_id, [TOKEN_NOT_FINITE, TOKEN_NOT_FINITE, token]))
+    check(scheduler)
+    ended = requests if token < 0 else requests[:2]
+    assert committed.finished == ended and {request.finish_reason for request in ended} == {"error"}
+    assert scheduler.stats().num_waiting == 0 and committed.requests == ([] if token < 0 else requests[2:])
+    scheduler.finish("c", "abort")
+    assert scheduler.stats().num_free_pages == 100
 
 
 def test_the_newest_of_the_least_urgent_is_preempted() -> None:
