@@ -54,7 +54,7 @@ def ends_in_repetition(token_ids: Sequence[int], num_output_tokens: int, rule: R
 
 
 def restart(requests: Iterable[Request], message: str, or_first: bool) -> tuple[WaitingQueue, list[Request]]:
-    """After a failure: a new queue of ``requests`` that wait, without pages, and those that ran, which end in ``message``.
+    """After a failure: a new queue of the requests that wait, and those that ran, which end with ``message``.
 
     ``or_first``: if none ran, the first of those that wait ends.
     """

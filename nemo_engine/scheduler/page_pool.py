@@ -54,7 +54,7 @@ class PagePool:
         return page_hash in self._evicted or page_hash in self._evicted_before
 
     def states(self) -> bytes:
-        """A byte for each page, from page 1 on: 0 free, 1 free and cached, 2 in use, 3 in use by several. O(pages)."""
+        """A byte a page, from page 1 on: 0 free, 1 free and cached, 2 in use, 3 in use by several. O(pages)."""
         cached = self._hash_of
         return bytes(
             [
@@ -113,7 +113,7 @@ class PagePool:
                     self._cached[page] = None
 
     def remember(self, pages: Iterable[int], page_hashes: Iterable[bytes]) -> None:
-        """Make the contents of ``pages`` findable. Of two pages with one content, the first is the one that is found."""
+        """Make the contents of ``pages`` findable. Of two pages with one content, the first is found."""
         for page, page_hash in zip(pages, page_hashes):
             if page_hash not in self._page_of and self._hash_of[page] is None:
                 self._page_of[page_hash] = page

@@ -54,5 +54,5 @@ class RunningRequests:
         return self.decoding + [r for r in self.constrained if r.num_computed_tokens < len(r.token_ids)]
 
     def least_urgent(self) -> Request:
-        """The request to preempt: of those with steps to come the one with the largest priority, the newest of these."""
+        """The request to preempt: the newest of those that have steps to come and the largest priority number."""
         return max([request for request in self.all() if request.has_steps_left], key=URGENCY)

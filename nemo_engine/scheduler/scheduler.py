@@ -94,7 +94,7 @@ class Scheduler:
         return self.kv.max_total_tokens(num_prompt_tokens, max_tokens, self.max_model_len)
 
     def add(self, request: Request) -> None:
-        """Queue a new request, whose id is not a user's. ``ValueError`` if it is in use, or if it could never finish."""
+        """Queue a new request, whose id is no user's. ``ValueError`` if it is in use or it could never finish."""
         if request.request_id in self._requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)

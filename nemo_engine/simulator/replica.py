@@ -189,9 +189,9 @@ class Replica:
         return self._shape.num_pages - self.scheduler.kv.pool.num_free
 
     def _jump(self, limit: float) -> bool:
-        """Go through the coming steps in which requests decode and start pages and nothing else happens, without planning any.
+        """Go through the coming steps of a ``SteadyRun`` without planning any.
 
-        Returns whether there may be more: it goes up to ``limit`` at most, and to the end of an interval of the timeline.
+        It goes up to ``limit`` at most, and to the end of an interval of the timeline; returns whether there may be more.
         """
         scheduler = self.scheduler
         if len(self._in_flight) != self._shape.pipeline_depth - 1:

@@ -1,7 +1,7 @@
 """The real scheduler on a virtual clock. It decides as ever; what is added here is what a simulation wants to know.
 
-``SteadyRun`` passes over steps in which requests decode and start pages and nothing else happens: it leaves requests and
-pages as the scheduler would have left them.
+``SteadyRun`` passes over steps in which requests decode and start pages and nothing else happens: it leaves requests
+and pages as the scheduler would have left them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class SimulatedRequest(Request):
 
 
 class VirtualScheduler(Scheduler):
-    """A scheduler of ``SimulatedRequest``, which end by their ``max_tokens`` only. ``step_context`` is that of the last plan."""
+    """A scheduler of ``SimulatedRequest``, which end by their ``max_tokens`` only."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.kv = QuickKVManager(options["num_pages"], options["page_size"], options["enable_prefix_caching"])
-        self.step_context = 0  # keys to which the decode rows attend
+        self.step_context = 0  # keys to which the decode rows of the last plan attend
         self.num_recomputed_tokens = 0  # in prefills, of what had been computed before a preemption
         self.last_commit_s = 0.0  # set by whoever keeps the clock
 
