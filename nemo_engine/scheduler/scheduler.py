@@ -226,7 +226,7 @@ class Scheduler:
         at_limit: list[Request] = []
         for request, token_id in zip(requests, token_ids):
             if departed and request in departed:
-                continue
+                continue  # what the step computed for it is dropped
             if token_id < 0 or request.is_watched or token_id in request.stop_token_ids:
                 self._take(request, token_id, step, committed)
                 if request.status is RequestStatus.FINISHED:
@@ -280,8 +280,6 @@ class Scheduler:
         self._requests = {name: r for name, r in self._requests.items() if r.status is RequestStatus.WAITING}
         self._waiting = waiting
         return Committed(finished=ended, failure=message)
-
-    # ---- leaving
 
     def preempt(self, request: Request) -> None:
         """Take slot and pages from a running request, which waits again and is computed anew."""
