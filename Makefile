@@ -14,6 +14,9 @@ PYTEST_ARGS ?=
 # In two processes, each file in one of them.
 PYTEST_WAYS := -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
+# The suite starts hundreds of processes: each would compile every file again where the caller's environment forbids bytecode.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 SETUP := TORCH="$(TORCH)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" .ci/setup $(VENV)
 SETUP_FILES := pyproject.toml setup.py csrc/build.py $(wildcard csrc/cpu/*) .ci/setup .ci/missing.py

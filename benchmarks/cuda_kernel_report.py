@@ -199,7 +199,7 @@ def compiled(nvcc: Path) -> dict[str, Compiled]:
 def kernels_of(cubin: Path) -> dict[str, Compiled]:
     """Every kernel in a cubin."""
     mangled = re.findall(r"Function (\w+):\n(.*)", tool("cuobjdump", "--dump-resource-usage", str(cubin)))
-    listing = tool("nvdisasm", str(cubin))
+    listing = tool("nvdisasm", "--no-dataflow", str(cubin))
     code = dict(re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\s*\.section|\Z)", listing, re.DOTALL))
     names = demangle([name for name, _ in mangled])
     return {

@@ -205,13 +205,22 @@ def run_fp8(capability: int, ranks: int) -> None:
         ops.paged_attention(q, kv, kv, meta, 0.1, scales, scales)
 
 
-def inspect(kernel: str, variant: str, compiled: Any) -> Facts:
-    """Read a compiled kernel."""
+def read(compiled: Any, name: str, *options: str) -> str:
+    """What a tool says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = read_usage(tool("cuobjdump", "--dump-resource-usage", file.name))
-        code = tool("nvdisasm", file.name)
+        return tool(name, *options, file.name)
+
+
+def usage_of(compiled: Any) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of a compiled kernel."""
+    return read_usage(read(compiled, "cuobjdump", "--dump-resource-usage"))
+
+
+def inspect(kernel: str, variant: str, compiled: Any) -> Facts:
+    """Read a compiled kernel."""
+    usage, code = usage_of(compiled), read(compiled, "nvdisasm", "--no-dataflow")
     shared = compiled.metadata.shared
     return Facts(
         kernel=kernel.strip("_"),

@@ -29,12 +29,12 @@ class TokenPrompts:
         """The whole prompt of a turn after the ``answers`` to those before. ``ValueError`` naming the request that cannot be rendered."""
         prompts = [one.prompt for one in item.turns]
         if any(isinstance(one, tuple) and not isinstance(one[0], int) for one in prompts):
-            from nemo_engine.text.chat import render_chat
+            from nemo_engine.text import ChatRenderers
 
             tokenizer = self._tokenizer(item)
             try:
                 said = prompt_messages(item, turn, [tokenizer.decode(answer) for answer in answers])
-                return render_chat(tokenizer, said)
+                return ChatRenderers(tokenizer, [self._path]).default.render(said)
             except ValueError as error:
                 raise ValueError(f"request {item.request_id!r}, turn {turn}: {error}") from None
         if any(isinstance(one, str) for one in prompts):

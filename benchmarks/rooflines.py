@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def measured_roofline(folder: Path, model: ModelConfig, config: EngineConfig, ceilings: Ceilings) -> Roofline:
     """Of ``model`` as ``config`` runs it: every weight read once, every key and value once, every product at the device's best rate."""
-    planned = read_model(str(folder)) or PlannedModel(str(folder), model)
-    return roofline_of(planned, config, ceilings)
+    return roofline_of(replace(read_model(str(folder)), config=model), config, ceilings)
 
 
 def roofline_of(model: PlannedModel, config: EngineConfig, ceilings: Ceilings) -> Roofline:

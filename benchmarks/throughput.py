@@ -190,7 +190,7 @@ def _roofline(model: BenchModel, config: EngineConfig) -> tuple[Roofline, Record
     ceilings = measure_ceilings(timer_for(device), device)
     if is_cuda:
         torch.cuda.empty_cache()
-    shape = open_checkpoint(model.path, needs_weights=False).model_config
+    shape = open_checkpoint(model.path, needs="config").model_config
     found = rooflines.measured_roofline(model.path, shape, config, ceilings)
     return found, {"device": device.type, "ceilings": asdict(ceilings)}
 

@@ -15,10 +15,11 @@ from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.engine_thread import EngineClosedError, EngineDeadError, EngineThread, Stream
 from nemo_engine.inputs import EncodedPrompt, InputProcessor, Message, Prompt
 from nemo_engine.loop import EngineLoop, check_ids
+from nemo_engine.option_names import refuse_unknown_arguments
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import SchedulerStats
-from nemo_engine.text import Tokenizer
+from nemo_engine.text import ChatRenderers, Tokenizer
 
 __all__ = ["AsyncEngine", "EngineClosedError", "EngineDeadError"]
 
@@ -76,6 +77,11 @@ class AsyncEngine:
         return self._loop.tokenizer
 
     @property
+    def renderers(self) -> ChatRenderers | None:
+        """What makes prompts of conversations, if the model has a tokenizer."""
+        return self._loop.renderers
+
+    @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
         thread = self._thread
@@ -123,6 +129,7 @@ class AsyncEngine:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        **unknown: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Complete one prompt; yields outputs as ``sampling_params.output_kind`` says, the last one with ``finished``.
 
@@ -130,6 +137,7 @@ class AsyncEngine:
         The first ``next`` raises ``ValueError`` for bad input, ``EngineClosedError`` or ``EngineDeadError``. ``request_id`` None makes
         one up.
         """
+        refuse_unknown_arguments(self.generate, unknown)
         inputs = self.inputs
 
         def encode() -> tuple[EncodedPrompt, SamplingParams]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_engine.inputs import EncodedPrompt, Message, Params, Prompt
 from nemo_engine.loop import EngineLoop, PreparedRequest
+from nemo_engine.option_names import refuse_unknown_arguments
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.text import SystemPlacement
@@ -20,7 +21,7 @@ class Engine(EngineLoop):
     """Generates text or token ids with one model.
 
     ``model`` is a directory (Hugging Face or Mistral format), a Hub repository id, or "nemo-tiny", the bundled model.
-    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``TypeError``.
+    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``ValueError`` that says what to use.
 
     Methods may be called from any thread; calls of several threads share the steps. Use it as a context manager, or call
     ``close()``, to give all memory back.
@@ -32,7 +33,12 @@ class Engine(EngineLoop):
         self._ready: list[RequestOutput] = []  # of add_request, for step()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, progress: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        progress: bool = False,
+        **unknown: Any,
     ) -> list[RequestOutput]:
         """Complete one prompt or a list of them; returns the final outputs in the order of the prompts.
 
@@ -40,6 +46,7 @@ class Engine(EngineLoop):
         one per prompt. ``progress`` shows a bar. Raises ``ValueError`` for bad input before anything is computed; a
         request that fails while it runs has finish reason "error", and the others are not disturbed.
         """
+        refuse_unknown_arguments(self.generate, unknown)
         encoded = self.inputs.encode_all(prompts)
         params = self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False)
         return self._run(encoded, params, progress)
@@ -50,11 +57,15 @@ class Engine(EngineLoop):
         sampling_params: Params = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         strict: bool = False,
         system_placement: SystemPlacement = "last",
         progress: bool = False,
+        **unknown: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or a list of them; returns the final outputs in that order.
 
@@ -62,10 +73,18 @@ class Engine(EngineLoop):
         recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the official
         template refuses, rather than merging neighbouring messages of one role. ``system_placement`` "first" puts system text and tools
         in front of the first user message rather than the last, so that the prefix stays cached from turn to turn.
+
+        ``chat_template``, the text of a Jinja template, serves this call instead of the model's; a template is code, run with limits but run.
+        ``documents`` and ``chat_template_kwargs`` are what a template may read besides, and refused where it does not. What ends a turn in the
+        template ends an answer.
         """
+        refuse_unknown_arguments(self.chat, unknown)
         encoded = self.inputs.encode_conversations(
             messages,
             tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,
@@ -73,12 +92,15 @@ class Engine(EngineLoop):
         )
         return self._run(encoded, self.chat_params(encoded, sampling_params), progress)
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, **unknown: Any
+    ) -> Iterator[RequestOutput]:
         """As ``generate``, but yields deltas as they come, those of several prompts interleaved.
 
         ``request_id`` is the index of the prompt in the list, as text. The texts of one completion, joined, equal its
         final text. Dropping the iterator aborts what is unfinished.
         """
+        refuse_unknown_arguments(self.stream, unknown)
         encoded = self.inputs.encode_all(prompts)
         return self._stream(encoded, self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False))
 
@@ -88,15 +110,23 @@ class Engine(EngineLoop):
         sampling_params: Params = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         strict: bool = False,
         system_placement: SystemPlacement = "last",
+        **unknown: Any,
     ) -> Iterator[RequestOutput]:
         """As ``chat``, but yields deltas like ``stream``."""
+        refuse_unknown_arguments(self.stream_chat, unknown)
         encoded = self.inputs.encode_conversations(
             messages,
             tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             strict=strict,

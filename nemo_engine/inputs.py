@@ -10,14 +10,16 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from inspect import signature
 from typing import Any, TypeAlias
 
 from nemo_engine.checks import check_unicode
 from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.option_names import refuse_unknown_options
 from nemo_engine.sampling_params import DEFAULT_TEMPERATURE, SamplingParams
 from nemo_engine.scheduler import Request
 from nemo_engine.structured_outputs import StructuredOutputsParams
-from nemo_engine.text import Tokenizer, render_chat
+from nemo_engine.text import ChatRenderers, Renderer
 from nemo_engine.text.grammar import Grammar, GrammarCompiler
 
 Prompt: TypeAlias = str | Mapping[str, Any]
@@ -30,31 +32,40 @@ _LEAST_MAX_TEXT = 1 << 20  # characters that may be encoded beyond the context: 
 _MAX_TEXT_PER_TOKEN = 16  # and so many for each token of the context
 _MAX_BAD_WORD_TOKENS = 1 << 20  # compared in every step
 CHAT_MAX_TOKENS = 1024  # of ``chat`` without sampling parameters
+_CHAT_OPTIONS = {"chat_template", *signature(Renderer.render).parameters} - {"self", "messages", "max_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as token ids, with the text it came from if it was text. Prefixes match only between prompts of equal ``cache_salt``."""
+    """A prompt as token ids, with the text it came from if it was text. Prefixes match only between prompts of equal ``cache_salt``.
+
+    ``end_ids`` end what is generated, beside the model's own end-of-sequence tokens.
+    """
 
     text: str | None
     token_ids: list[int]
     cache_salt: str = ""
+    end_ids: frozenset[int] = frozenset()
 
 
 class InputProcessor:
     """Checks and encodes, in any thread. Stateless but for the count of requests, from which unseeded ones get their noise."""
 
     def __init__(
-        self, model_config: ModelConfig, config: EngineConfig, tokenizer: Tokenizer | None, max_model_len: int
+        self, model_config: ModelConfig, config: EngineConfig, renderers: ChatRenderers | None, max_model_len: int
     ) -> None:
         self._max_model_len = max_model_len
         self._vocab_size = model_config.vocab_size
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._config = config
-        self._tokenizer = tokenizer
+        self._renderers = renderers
+        self._tokenizer = tokenizer = None if renderers is None else renderers.tokenizer
         self._grammars = None
-        if tokenizer is not None:
-            self._grammars = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+        self._chat_end_ids: frozenset[int] = frozenset()
+        if renderers is not None and tokenizer is not None:
+            self._chat_end_ids = self._end_ids(renderers.default)
+            ends = (*model_config.eos_token_ids, *sorted(renderers.default.end_ids))
+            self._grammars = GrammarCompiler(tokenizer, model_config.vocab_size, ends)
         self._unseeded = itertools.count(1)
         self._salts = itertools.count()
         self._numbers = itertools.count(1)
@@ -140,16 +151,27 @@ class InputProcessor:
     def encode_conversations(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
     ) -> list[EncodedPrompt]:
-        """Render one conversation or a list of them; ``options`` are those of ``render_chat``."""
-        if self._tokenizer is None:
+        """Render one conversation or a list of them; ``options`` are those of ``Renderer.render``, and ``chat_template``, the text of
+        a template that serves instead of the model's.
+        """
+        if self._renderers is None:
             raise ValueError("chat needs a tokenizer, and this engine has none: use generate with prompt_token_ids")
+        refuse_unknown_options("chat", options, _CHAT_OPTIONS)
+        renderer = self._renderers.of(options.pop("chat_template", None))
         if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
         is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
         options = {"max_tokens": self._max_model_len} | options
-        rendered = [render_chat(self._tokenizer, conversation, **options) for conversation in conversations]
-        return [EncodedPrompt(None, self.check_ids(ids, "messages")) for ids in rendered]
+        rendered = [renderer.render(conversation, **options) for conversation in conversations]
+        ends = self._end_ids(renderer)
+        return [EncodedPrompt(None, self.check_ids(ids, "messages"), end_ids=ends) for ids in rendered]
+
+    def _end_ids(self, renderer: Renderer) -> frozenset[int]:
+        """What ends an answer: the tokenizer's own end, and what the renderer ends a turn with."""
+        assert self._tokenizer is not None
+        eos = () if self._tokenizer.eos_id is None else (self._tokenizer.eos_id,)
+        return frozenset(token_id for token_id in (*eos, *renderer.end_ids) if token_id < self._vocab_size)
 
     def params_per_prompt(self, params: Params, count: int, *, is_chat: bool) -> list[SamplingParams]:
         """The effective parameters of each of ``count`` prompts, given one for all or one for each."""
@@ -190,6 +212,9 @@ class InputProcessor:
         salt = prompt.cache_salt.encode() if self._config.enable_prefix_caching else b""
         if params.n > 1 and not self._config.enable_prefix_caching:
             salt = blake2b(f"{request_id}\0{next(self._salts)}".encode(), digest_size=16).digest()
+        ends = self._eos_token_ids | prompt.end_ids
+        if params.structured_outputs is not None and ends:  # without any, a text ends where its grammar does
+            ends |= self._chat_end_ids  # a grammar lets a text end with any of them
         siblings = []
         for index in range(params.n):
             # Prompt log-probabilities are the same for all siblings: the first one computes them.
@@ -204,7 +229,7 @@ class InputProcessor:
                     prompt.token_ids,
                     own,
                     seed=self._seed(params.seed, unseeded, index),
-                    eos_token_ids=self._eos_token_ids,
+                    eos_token_ids=ends,
                     bad_words_token_ids=tuple(bad_words),
                     priority=priority,
                     client=client,

@@ -23,7 +23,7 @@ from nemo_engine.ledger import Ledger
 from nemo_engine.outputs import RequestView, StepRecord
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import SchedulerStats
-from nemo_engine.text import Tokenizer, load_tokenizer
+from nemo_engine.text import ChatRenderers, Tokenizer, load_tokenizer
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -69,7 +69,7 @@ class _Lock:
 class EngineLoop:
     """Takes prepared requests and advances all of them step by step; outputs go to each request's own sink.
 
-    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``TypeError``. Methods may be called from any thread. Use it as a
+    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``ValueError`` that says what to use. Methods may be called from any thread. Use it as a
     context manager, or call ``close()``, to give all memory back. In a process that is forked from this one, they raise ``RuntimeError``.
     """
 
@@ -77,6 +77,7 @@ class EngineLoop:
         self.config = EngineConfig(**options)
         self.ledger = Ledger()
         self.tokenizer: Tokenizer | None = None
+        self.renderers: ChatRenderers | None = None
         started = start_core(model, self.config, self.ledger, self._load_tokenizer)
         self._core = started.core
         self._is_closed = False
@@ -88,17 +89,31 @@ class EngineLoop:
         difference = None if self.tokenizer is None else self.tokenizer.differs_from(self.model_config.vocab_size)
         if difference is not None:
             _logger.warning("%s", difference)
-        self._inputs = InputProcessor(self.model_config, self.config, self.tokenizer, self.max_model_len)
+        self._inputs = InputProcessor(self.model_config, self.config, self.renderers, self.max_model_len)
         self._outputs = OutputProcessor(self._core.scheduler, self.tokenizer)
         self.ledger.log()
 
     def _load_tokenizer(self, checkpoint: Path) -> int | None:
         """Load the tokenizer before the weights; returns its number of ids, None if there is none."""
         if self.config.skip_tokenizer_init:
+            self._check_no_template()
             return None
+        place = Path(self.config.tokenizer or checkpoint)
         with self.ledger.stage("load tokenizer"):
-            self.tokenizer = load_tokenizer(Path(self.config.tokenizer or checkpoint))
-        return None if self.tokenizer is None else self.tokenizer.vocab_size
+            self.tokenizer = load_tokenizer(place)
+        _logger.info("tokenizer: %s", "none" if self.tokenizer is None else self.tokenizer.describe())
+        if self.tokenizer is None:
+            self._check_no_template()
+            return None
+        with self.ledger.stage("try chat template"):
+            folders = dict.fromkeys([place if place.is_dir() else checkpoint, checkpoint])
+            self.renderers = ChatRenderers(self.tokenizer, list(folders), self.config.chat_template)
+        _logger.info("%s", self.renderers.line())
+        return self.tokenizer.vocab_size
+
+    def _check_no_template(self) -> None:
+        if self.config.chat_template is not None:
+            raise ValueError("chat_template needs a tokenizer, and this engine has none")
 
     @property
     def inputs(self) -> InputProcessor:

@@ -31,15 +31,19 @@ def quantize_checkpoint(
     device: str = "auto",
     revision: str | None = None,
     tokenizer: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> str:
     """Quantise ``model`` (a directory, a Hub repository id, or a bundled model) into the directory ``out``; returns a line about it.
 
     scheme: weights per output channel with inputs per token ("dynamic") or with static scales ("static"), or by 128 x 128 ("block").
     kv_scales: of keys and values, one per layer ("tensor") or one per head. texts: for static scales, of at most ``max_tokens`` tokens
-    together, run on ``device``. tokenizer: its path, if it is not in the checkpoint. ``out`` appears when it is complete. Raises ``ValueError``
+    together, run on ``device``. tokenizer: its path, if it is not in the checkpoint. lora: a PEFT adapter to merge first. ``out`` appears when it is complete. Raises ``ValueError``
     for what cannot be done, before anything is read.
     """
-    source, out = open_checkpoint(model, revision=revision), Path(out).resolve()  # "." is another directory afterwards
+    source, out = (
+        open_checkpoint(model, revision=revision, lora=lora),
+        Path(out).resolve(),
+    )  # "." is another directory afterwards
     check_wanted(source, out, scheme, kv_scales, has_texts=bool(texts))
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -69,7 +73,7 @@ def quantize_checkpoint(
 def _calibrate(
     checkpoint: Checkpoint, texts: Sequence[str], max_tokens: int, device_name: str, tokenizer_path: str | Path | None
 ) -> Calibration:
-    place = checkpoint.path if tokenizer_path is None else Path(tokenizer_path)
+    place = checkpoint.tokenizer_path if tokenizer_path is None else Path(tokenizer_path)
     tokenizer = load_tokenizer(place)
     if tokenizer is None:
         raise ValueError(f"{place} has no tokenizer, which calibration needs: give tokenizer")

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from nemo_engine.checks import check_unicode
+from nemo_engine.option_names import refuse_unknown_options
 from nemo_engine.structured_outputs import StructuredOutputsParams
 
 MAX_N = 16384
@@ -127,6 +128,11 @@ class SamplingParams:
     repetition_detection: RepetitionDetection | None = None
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     extra_args: Mapping[str, Any] | None = None
+
+    def __new__(cls, *args: Any, **options: Any) -> SamplingParams:
+        """Refuse unknown names by a ``ValueError`` that says what to use, before the constructor would by a ``TypeError``."""
+        refuse_unknown_options("SamplingParams", options, cls.__dataclass_fields__)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         put = _Setter(self)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nemo_engine.option_names import refuse_unknown_options
+
 MAX_JSON_NESTING = 64
 MAX_JSON_VALUES = 50_000  # keywords, names and values of a schema
 MAX_SCHEMA_CHARS = 256 * 1024  # of a schema or a choice as JSON
@@ -46,6 +48,11 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
+
+    def __new__(cls, *args: Any, **options: Any) -> StructuredOutputsParams:
+        """Refuse unknown names by a ``ValueError``, before the constructor would by a ``TypeError``."""
+        refuse_unknown_options("StructuredOutputsParams", options, cls.__dataclass_fields__)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         if self.structural_tag is not None:

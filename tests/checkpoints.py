@@ -64,7 +64,7 @@ def random_state_dict(config: ModelConfig, seed: int = 0, dtype: torch.dtype = t
 
     state: StateDict = {}
     for name, (shape, scale) in scales.items():
-        generator = torch.Generator().manual_seed(seed * 0x9E3779B1 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
         noise = torch.randn(shape, generator=generator)
         state[name] = (noise * scale if scale else 1.0 + 0.1 * noise).to(dtype)
     return state
@@ -179,3 +179,58 @@ def write_mistral(
     write_shards(path, "consolidated", mistral_state_dict(config, state), shards)
     (path / "params.json").write_text(json.dumps(mistral_params(config) | param_changes, indent=2))
     return path
+
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every projection of every layer, by Hugging Face's name of the module."""
+    q, kv, hidden, inner = config.q_size, config.kv_size, config.hidden_size, config.intermediate_size
+    shapes = dict(
+        zip(
+            SEVEN,
+            ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner)),
+            strict=True,
+        )
+    )
+    return {
+        f"model.layers.{layer}.{'mlp' if part.endswith(('gate_proj', 'up_proj', 'down_proj')) else 'self_attn'}.{part}": shape
+        for layer in range(config.num_layers)
+        for part, shape in shapes.items()
+    }
+
+
+def random_adapter(
+    config: ModelConfig, targets: Mapping[str, int] | tuple[str, ...] = SEVEN, seed: int = 7, rank: int = 4
+) -> StateDict:
+    """Both halves of a PEFT adapter's products, fp32, for ``targets``: names of projections, or such names and their ranks."""
+    ranks = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(targets, rank)
+    generator = torch.Generator().manual_seed(seed)
+    state: StateDict = {}
+    for module, (rows, width) in module_shapes(config).items():
+        size = ranks.get(module.rpartition(".")[2])
+        if size is not None:
+            state[f"base_model.model.{module}.lora_A.weight"] = torch.randn(size, width, generator=generator)
+            state[f"base_model.model.{module}.lora_B.weight"] = 0.1 * torch.randn(rows, size, generator=generator)
+    return state
+
+
+def write_adapter(path: Path, state: Mapping[str, torch.Tensor], **fields: Any) -> Path:
+    """A PEFT adapter in ``path``; ``fields`` go into ``adapter_config.json``. Returns ``path``."""
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state), path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(SEVEN), "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps(config | fields))
+    return path
+
+
+def merged(state: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], scaling: float) -> StateDict:
+    """``state`` plus ``scaling`` times each product of ``adapter``, added in fp32: the formula of PEFT's documentation."""
+    result = dict(state)
+    for name, a in adapter.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = adapter[name.replace("lora_A", "lora_B")]
+            result[f"{module}.weight"] = state[f"{module}.weight"].float() + scaling * (b.float() @ a.float())
+    return result

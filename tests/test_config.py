@@ -221,7 +221,7 @@ def test_defaults_of_the_device(options: dict[str, Any], on_cpu: tuple[int, int]
 
 
 def test_unknown_options_and_changes() -> None:
-    with pytest.raises(TypeError, match="gpu_memory_utilization"):
+    with pytest.raises(ValueError, match="gpu_memory_utilization.*kv_cache_gib"):
         EngineConfig(gpu_memory_utilization=0.9)  # type: ignore[call-arg]
     config = EngineConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):

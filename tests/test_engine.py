@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from nemo_engine.engine import Engine
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
+from nemo_engine.step import StepPlan, TokenLogprobs
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
 
 VOCAB = 97
@@ -323,7 +326,7 @@ def test_one_bad_prompt_of_many_is_named_and_nothing_is_queued(engine: Engine) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_seqs": 4}, TypeError, "max_seqs"),
+        ({"max_seqs": 4}, ValueError, "max_seqs.: did you mean max_num_seqs"),
         ({"page_size": 48}, ValueError, "page_size"),
         ({"num_kv_pages": 0}, ValueError, "num_kv_pages"),
         ({"max_num_batched_tokens": 4}, ValueError, "max_num_batched_tokens"),
@@ -393,6 +396,30 @@ def test_nan_weights_fail_the_request_that_meets_them_and_no_other(tmp_path: Pat
         for _ in range(30):
             assert engine.generate(ids(*prompt, 6), params)[0].outputs[0].finish_reason == "length"
             engine.reset_prefix_cache()
+
+
+def test_log_probabilities_of_a_prompt_that_are_not_finite_fail_their_request(model: Path) -> None:
+    """Also in a chunk from which nothing is sampled, so that no token shows it; what it computed cannot be found."""
+    with small_engine(model, max_num_batched_tokens=8) as engine:
+        launch, chunks = engine._core.runner.launch, []
+
+        def spoilt(plan: StepPlan) -> Any:
+            result = launch(plan).result()
+            bad = {
+                index: [TokenLogprobs([token], [float("nan")], [1]) for token in range(len(entries))]
+                for index, entries in result.prompt_logprobs.items()
+            }
+            chunks.extend(bad)
+            return SimpleNamespace(result=lambda: replace(result, prompt_logprobs=bad))
+
+        expected = engine.generate(ids(*range(5)), GREEDY)[0].outputs[0].token_ids
+        engine._core.runner.launch = spoilt  # type: ignore[method-assign]
+        prompts = [ids(*range(1, 41)), ids(*range(5))]
+        bad, good = engine.generate(prompts, [SamplingParams(max_tokens=3, prompt_logprobs=0), GREEDY])
+        assert bad.outputs[0].finish_reason == "error" and "not finite" in (bad.outputs[0].error or "")
+        assert len(chunks) == 1 and good.outputs[0].token_ids == expected
+        engine._core.runner.launch = launch  # type: ignore[method-assign]
+        assert engine.generate(prompts[0], GREEDY)[0].num_cached_tokens == 0
 
 
 def test_masks_that_leave_nothing_fail_that_request(engine: Engine) -> None:

@@ -15,8 +15,20 @@ PACKAGE = ROOT / "nemo_engine"
 
 # ---- the table: what each part may import of nemo_engine, and of other distributions
 
-CONTRACTS = {"checks", "config", "sampling_params", "structured_outputs", "outputs", "step", "ledger"}
+CONTRACTS = {
+    "checks",
+    "config",
+    "config_reader",
+    "option_names",
+    "sampling_params",
+    "structured_outputs",
+    "outputs",
+    "step",
+    "ledger",
+}
 ROW_1 = CONTRACTS | {"text"}
+
+TORCH_FREE_MODEL = {f"model.{name}" for name in ("checkpoint", "hub", "inventory", "layout", "lora", "quantization")}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # Row 7. `chat` shows the defaults that `inputs` fills in; `info` reads a checkpoint's headers without loading it.
@@ -31,6 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "workload",
         "benchmarks",
         "model.checkpoint",
+        "model.hub",
+        "model.inventory",
         "model.layout",
         *ROW_1,
     },
@@ -52,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Row 4
     "scheduler": CONTRACTS,
     "runner": {"model", "ops", "parallel", "planner.memory", *CONTRACTS},
-    "planner": {"model.layout", "model.quantization", "workload", *CONTRACTS},
+    "planner": {*TORCH_FREE_MODEL, "workload", *CONTRACTS},
     # Row 3
     "model": {"ops", "parallel", *CONTRACTS},
     # Row 2
@@ -66,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 TORCH = {"torch", "numpy", "safetensors", "triton"}
-TOKENIZERS = {"mistral_common", "tokenizers", "sentencepiece", "llguidance"}
+TOKENIZERS = {"mistral_common", "tokenizers", "tiktoken", "sentencepiece", "llguidance", "jinja2"}
 MAY_USE: dict[str, set[str]] = {
     "cli": {"torch", "tqdm"},
     "engine": {"tqdm"},

@@ -145,7 +145,8 @@ def test_python_m_is_the_same_command() -> None:
 
 def test_mandatory_dependencies_are_few() -> None:
     names = {re.split(r"[ <>=!~;\[]", text)[0] for text in PROJECT["dependencies"]}
-    assert names == {"torch", "triton", "safetensors", "numpy", "mistral-common"}
+    text = {"mistral-common", "tokenizers", "tiktoken", "huggingface_hub", "jinja2"}
+    assert names == {"torch", "triton", "safetensors", "numpy", *text}
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0", "2.13.0+cpu"])

@@ -19,7 +19,7 @@ from nemo_engine.model.weights import empty_weights
 from nemo_engine.planner.efficiency import Efficiencies, Figure
 from nemo_engine.planner.gpus import GPUS, find_gpu
 from nemo_engine.planner.memory import GIB, DoesNotFitError, num_parameters, plan_kv_cache, plan_memory, weight_bytes
-from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of, projection_kinds, read_model
+from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of, read_model
 from nemo_engine.planner.plan import Load, Plan, alternatives, make_plan, operating, shard
 from nemo_engine.planner.report import as_json, report
 from nemo_engine.planner.roofline import Roofline, num_pairs
@@ -120,8 +120,7 @@ def test_weights_on_paper_are_those_of_the_engine(name: str | None, head: bool, 
     "options", [{}, {"kv_cache_dtype": "fp8"}, {"page_size": 16, "max_model_len": 500}, {"num_kv_pages": 77}]
 )
 def test_an_engine_takes_what_was_planned(options: dict[str, Any]) -> None:
-    found = read_model(str(Path(__file__).parent.parent / "nemo_engine/assets/nemo-tiny"))
-    assert found is not None
+    found = read_model("nemo-tiny")
     config = EngineConfig(device="cpu", skip_tokenizer_init=True, kv_cache_gib=None, **({"num_kv_pages": 50} | options))
     formats = formats_of(found, config)
     pages, length, _ = plan_kv_cache(found.config, config, formats.sizes, None)
@@ -142,7 +141,6 @@ def test_dummy_weights_take_what_was_planned(options: dict[str, Any], tmp_path: 
     )
     write_hf(tmp_path, config, random_state_dict(config))
     found = read_model(str(tmp_path))
-    assert found is not None
     formats = formats_of(found, EngineConfig(**options))
     more: dict[str, Any] = {"load_format": "dummy", "device": "cpu", "skip_tokenizer_init": True, "num_kv_pages": 20}
     with Engine(tmp_path, **more, **options) as engine:
@@ -161,9 +159,9 @@ def test_a_quantised_checkpoint_is_read_without_torch_as_the_engine_reads_it(tmp
     write_fp8(tmp_path, config, random_state_dict(config, dtype=torch.bfloat16), flavour)
     found = read_model(str(tmp_path))
     checkpoint = open_checkpoint(tmp_path)
-    assert found is not None and found.quantization == checkpoint.quantization is not None
+    assert found.quantization == checkpoint.quantization is not None
     inventory = take_inventory(checkpoint, checkpoint.model_config)
-    kinds = projection_kinds(found.config, found.quantization, None)
+    kinds = planned_inventory(found.config, found.quantization, None).kinds
     assert {key: kind.scales for key, kind in kinds.items()} == {
         key: kind.scales for key, kind in inventory.kinds.items()
     }

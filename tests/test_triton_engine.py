@@ -1,4 +1,4 @@
-"""The whole engine on nemo-tiny with every operation in Triton gives the tokens of the torch path."""
+"""The whole engine with every operation in Triton gives the tokens of the torch path: of a small model interpreted, of nemo-tiny on a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from nemo_engine import Engine, SamplingParams
 from nemo_engine.ops import ALL_OPS
+from tests.checkpoints import random_state_dict, tiny_config, write_hf
 
 TINY = Path(__file__).parent.parent / "nemo_engine" / "assets" / "nemo-tiny"
 # Asked for by name, each is served or the engine refuses.
@@ -22,11 +23,11 @@ PARAMS = [
 ]
 
 
-def run(**options: Any) -> list[tuple[list[int], list[float]]]:
+def run(model: Path = TINY, prompts: Any = PROMPTS, **options: Any) -> list[tuple[list[int], list[float]]]:
     """Tokens and log-probabilities of the prompts, prefilled in chunks beside each other's decode steps."""
-    engine = Engine(str(TINY), page_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=16, **options)
+    engine = Engine(str(model), page_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=16, **options)
     try:
-        outputs = [output.outputs[0] for output in engine.generate(PROMPTS, PARAMS)]
+        outputs = [output.outputs[0] for output in engine.generate(prompts, PARAMS)]
     finally:
         engine.close()
     return [
@@ -45,9 +46,14 @@ def run(**options: Any) -> list[tuple[list[int], list[float]]]:
     [({}, 1e-4), ({"quantization": "fp8", "kv_cache_dtype": "fp8"}, 0.1)],
     ids=["fp32", "fp8"],
 )
-def test_interpreted_engine_equals_the_torch_path(options: dict[str, Any], tolerance: float) -> None:
-    ours = run(device="cpu", dtype="float32", prefer=TRITON, **options)
-    expected = run(device="cpu", dtype="float32", **options)
+def test_interpreted_engine_equals_the_torch_path(options: dict[str, Any], tolerance: float, tmp_path: Path) -> None:
+    config = tiny_config(
+        num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64, intermediate_size=48, eos_token_ids=()
+    )
+    write_hf(tmp_path, config, random_state_dict(config, seed=6))
+    prompts = [{"prompt_token_ids": [(7 * i + length) % 97 for i in range(length)]} for length in (5, 22, 1)]
+    ours = run(tmp_path, prompts, device="cpu", dtype="float32", prefer=TRITON, **options)
+    expected = run(tmp_path, prompts, device="cpu", dtype="float32", **options)
     assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in expected]
     assert [len(tokens) for tokens, _ in expected] == [4, 3, 4]
     torch.testing.assert_close(torch.tensor(ours[0][1]), torch.tensor(expected[0][1]), rtol=0, atol=tolerance)

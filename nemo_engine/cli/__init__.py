@@ -12,10 +12,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from nemo_engine import __version__
 from nemo_engine.cli import bench, chat, demo, generate, info, plan, quantize, serve, simulate, verify
+from nemo_engine.option_names import advice
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # a request ended with an error
@@ -78,7 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line: the flags are many, and ``--help`` lists them."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but unknown flags are refused here, by the sub-command that has others like them."""
+        self._words = list(sys.argv[1:] if args is None else args)  # which ``error`` looks at
+        known, rest = super().parse_known_args(args, namespace)
+        flag = next((text.partition("=")[0] for text in rest if text.startswith("--") and text != "--"), None)
+        if flag is not None:
+            flags = [name[2:].replace("-", "_") for name in self._option_string_actions if name.startswith("--")]
+            hint = advice(flag[2:].replace("-", "_"), flags, as_flags=True)
+            self.error(f"unrecognized arguments: {flag}" + (f": {hint}" if hint else ""))
+        return known, rest
+
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            takers = [flag for action in self._actions if action.nargs == "+" for flag in action.option_strings]
+            for flag in [word for word in self._words if word in takers][-1:]:
+                message += f"; {flag} takes all words behind it, so write MODEL first: {self.prog} MODEL {flag} ..."
         self.exit(EXIT_BAD_INPUT, f"nemo-engine: error: {message} ({self.prog} --help lists what it takes)\n")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_engine.config import EngineConfig
+from nemo_engine.option_names import advice
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.server.options import ServerOptions
 
@@ -154,7 +155,8 @@ def parse_sampling_option(text: str) -> dict[str, Any]:
     add_sampling_arguments(parser)
     field = next((f for f in dataclasses.fields(SamplingParams) if f.name == name and name not in NO_FLAGS), None)
     if field is None:
-        raise ValueError(f"unknown sampling option {name!r}")
+        hint = advice(name, (field.name for field in dataclasses.fields(SamplingParams) if field.name not in NO_FLAGS))
+        raise ValueError(f"unknown sampling option {name!r}" + (f": {hint}" if hint else ""))
     flag = "--" + name.replace("_", "-")
     if field.type != "bool":
         return sampling_options(parser.parse_args([f"{flag}={value}"]))

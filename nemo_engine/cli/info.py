@@ -1,131 +1,188 @@
-"""``nemo-engine info``: what a checkpoint is and what it needs, read from its configuration and file headers alone."""
+"""``nemo-engine info``: whether a model will run here, and what it is: from its configuration and file headers alone, without torch."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_engine.config import DEFAULT_CONTEXT_CAP, ModelConfig
+from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.config_reader import DEFAULT_CONTEXT_CAP
+from nemo_engine.planner.gpus import GPUS, Gpu
+from nemo_engine.planner.memory import GIB, DoesNotFitError, plan_kv_cache
+from nemo_engine.planner.models import BUILT_IN, ITEMSIZE, Formats, PlannedModel, formats_of
 
 if TYPE_CHECKING:
     from nemo_engine.model.checkpoint import Checkpoint
+    from nemo_engine.model.inventory import Inventory
 
-GIB = 1 << 30
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-_MEMORY_GIB = (8.0, 16.0, 24.0, 40.0, 80.0, 141.0)
+Rows = list[tuple[str, str]]
+
+_NO = 1  # exit code: the model would be refused
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = commands.add_parser(
         "info",
-        help="show what a checkpoint is, its sizes, and what context fits",
-        description="Show a checkpoint's configuration and sizes, the KV cache's bytes per token, and what fits into so much "
-        "memory. Loads no weights.",
+        help="show what a model is, whether it will run, and which GPUs it fits",
+        description="Show what a model is, its tokenizer, sizes and quantisation, whether it would be refused and why, and which GPUs it fits. "
+        "Loads no weights: of a Hub repository, configuration and headers are read. Exit code 1 if the model would be refused.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="PATH", help="a checkpoint directory, a Hub repository id, or nemo-tiny")
+    names = ", ".join(BUILT_IN)
     parser.add_argument(
-        "--gib", type=_positive, action="append", metavar="X", help="memory for weights and KV cache; may be repeated"
+        "model", metavar="MODEL", help=f"a checkpoint directory, a Hub repository id, nemo-tiny, or one of {names}"
+    )
+    parser.add_argument(
+        "--gib", type=_positive, action="append", metavar="X", help="free memory of another GPU; may be repeated"
     )
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
+    parser.add_argument("--lora", metavar="PATH", help="a PEFT adapter, a directory or a Hub repository")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    from nemo_engine.model.checkpoint import BUNDLED, open_checkpoint
-    from nemo_engine.text import load_tokenizer
+    """Run the command; 1 if the model would be refused."""
+    from nemo_engine.model.checkpoint import open_checkpoint
+    from nemo_engine.model.hub import DownloadError
 
-    # Of a Hub repository, only the configuration is fetched: its weights would be a long download for a few numbers.
-    folder = BUNDLED.get(args.model, Path(args.model).expanduser())
-    has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
-    checkpoint = open_checkpoint(args.model, revision=args.revision, needs_weights=has_weights)
-    sizes = sizes_of(checkpoint)
-    rows = describe(checkpoint, sizes)
-    tokenizer = load_tokenizer(checkpoint.path)
-    if tokenizer is None:
-        rows.append(("tokenizer", "none: token ids only"))
-    else:
-        rows.append(
-            ("tokenizer", f"{tokenizer.version}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
-        )
-        difference = tokenizer.differs_from(checkpoint.model_config.vocab_size)
-        if difference is not None:
-            rows.append(("", difference))
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
-    print("\n" + "\n".join(fits(checkpoint.model_config, sizes.num_bytes, args.gib or _MEMORY_GIB)))
+    gpus = [Gpu(f"{gib:g} GiB", "", 0, gib, 1.0, 1.0, None, 1.0, "") for gib in args.gib or ()]
+    if args.model in BUILT_IN and args.revision is None and args.lora is None:
+        config = BUILT_IN[args.model]
+        _print([("model", f"{args.model}, by its published configuration"), *describe(config), *sizes(config)])
+        _print_gpus(PlannedModel(args.model, config), None, gpus)
+        return 0
+    try:
+        checkpoint = open_checkpoint(args.model, revision=args.revision, needs="headers", lora=args.lora)
+    except (FileNotFoundError, DownloadError):  # nothing is known of the model
+        raise
+    except ValueError as error:
+        _print([("model", args.model), ("runs", f"no: {error}")])
+        return _NO
+    inventory, reason = check(checkpoint)
+    try:
+        text = text_rows(checkpoint)
+    except (ValueError, ImportError) as error:
+        text = [("tokenizer", f"none: {error}")]
+        reason = reason or f"{error}; with skip_tokenizer_init it runs for token ids"
+    rows = [("model", checkpoint.describe()), ("runs", "yes" if reason is None else f"no: {reason}")]
+    rows += describe(checkpoint.model_config) + sizes(checkpoint.model_config, checkpoint) + text
+    _print(rows)
+    if reason is not None:
+        return _NO
+    _print_gpus(PlannedModel(args.model, checkpoint.model_config, checkpoint.quantization), inventory, gpus)
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Of a checkpoint's tensors; ``source`` is "file headers" or "configuration"."""
+def check(checkpoint: Checkpoint) -> tuple[Inventory | None, str | None]:
+    """What the files hold, and why the engine would refuse them; None if it would not."""
+    from nemo_engine.model.checkpoint import no_weights_message
+    from nemo_engine.model.inventory import take_inventory
 
-    num_tensors: int
-    num_parameters: int
-    num_bytes: int
-    source: str
-
-
-def sizes_of(checkpoint: Checkpoint) -> Sizes:
-    """Sizes as the files state them, or without weight files as they follow from the configuration."""
-    from nemo_engine.model.layout import expected_tensors
-
-    config = checkpoint.model_config
-    expected = expected_tensors(config, checkpoint.layout)
-    if checkpoint.tensors:
-        names = {tensor.name for tensor in expected}  # the others are scales
-        num_parameters = sum(prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if name in names)
-        return Sizes(len(checkpoint.tensors), num_parameters, checkpoint.num_bytes, "file headers")
-    num_parameters = sum(prod(tensor.shape) for tensor in expected)
-    return Sizes(len(expected), num_parameters, num_parameters * _DTYPE_BYTES[config.dtype], "configuration")
+    if not checkpoint.tensors:
+        return None, no_weights_message(checkpoint.path)
+    try:
+        return take_inventory(checkpoint, checkpoint.model_config), None
+    except ValueError as error:
+        return None, str(error)
 
 
-def describe(checkpoint: Checkpoint, sizes: Sizes) -> list[tuple[str, str]]:
-    """Names and values of what the configuration and the headers say."""
-    config = checkpoint.model_config
-    kv_bytes = config.kv_bytes_per_token(_DTYPE_BYTES["bfloat16"])
+def describe(config: ModelConfig) -> Rows:
+    """What the configuration says."""
     context = f"{config.max_position_embeddings} tokens"
     if config.max_position_embeddings > DEFAULT_CONTEXT_CAP:
         context += f" claimed, {DEFAULT_CONTEXT_CAP} served unless max_model_len asks for more"
-    tokens = context_of(config)
-    kv_cache = f"{kv_bytes:,} bytes per token in bf16; {size(kv_bytes * tokens)} for {tokens} tokens; half in FP8"
     return [
-        ("checkpoint", checkpoint.describe()),
         ("layers", f"{config.num_layers}"),
         ("hidden size", f"{config.hidden_size}, intermediate {config.intermediate_size}"),
         ("heads", f"{config.num_heads} query, {config.num_kv_heads} KV, of {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size}, embeddings {'tied' if config.tie_word_embeddings else 'untied'}"),
         ("RoPE theta", f"{config.rope_theta:g}"),
         ("context", context),
-        ("bos, eos", f"{config.bos_token_id}, {', '.join(map(str, config.eos_token_ids)) or 'none'}"),
         ("dtype", config.dtype),
-        ("parameters", f"{sizes.num_parameters:,} in {sizes.num_tensors} tensors (by the {sizes.source})"),
-        ("weights", f"{size(sizes.num_bytes)} ({sizes.num_bytes:,} bytes)"),
+    ]
+
+
+def sizes(config: ModelConfig, checkpoint: Checkpoint | None = None) -> Rows:
+    """Sizes as the files state them, or without weight files as they follow from the configuration."""
+    from nemo_engine.model.layout import HF
+
+    names = HF if checkpoint is None else checkpoint.names
+    expected = names.expected(config)
+    num_parameters = sum(prod(tensor.shape) for tensor in expected)
+    num_tensors, num_bytes, source = len(expected), num_parameters * ITEMSIZE[config.dtype], "configuration"
+    scheme = None if checkpoint is None else checkpoint.quantization
+    if checkpoint is not None and checkpoint.tensors:
+        num_tensors, num_bytes, source = len(checkpoint.tensors), checkpoint.num_bytes, "file headers"
+    kv_bytes, tokens = config.kv_bytes_per_token(2), context_of(config)
+    kv_cache = f"{kv_bytes:,} bytes per token in bf16; {size(kv_bytes * tokens)} for {tokens} tokens; half in FP8"
+    return [
+        ("parameters", f"{num_parameters:,} in {num_tensors} tensors (by the {source})"),
+        ("weights", f"{size(num_bytes)} ({num_bytes:,} bytes)"),
+        ("quantisation", "none" if scheme is None else scheme.describe()),
         ("KV cache", kv_cache),
     ]
 
 
-def fits(config: ModelConfig, weight_bytes: int, memory_gib: tuple[float, ...] | list[float]) -> list[str]:
-    """Lines of a table: what KV cache is left in so much memory beside the weights; activations are not counted."""
-    kv_bytes = config.kv_bytes_per_token(_DTYPE_BYTES["bfloat16"])
-    heads = ("memory GiB", "KV cache GiB", "tokens", f"requests of {context_of(config)}")
-    rows = [heads]
-    for gib in memory_gib:
-        left = int(gib * GIB) - weight_bytes
-        tokens = max(left, 0) // kv_bytes
-        if left <= 0:
-            rows.append((f"{gib:g}", "-", "weights do not fit", "-"))
-        else:
-            rows.append((f"{gib:g}", f"{left / GIB:.2f}", f"{tokens:,}", f"{tokens / context_of(config):.2f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return ["What fits: weights as stored, KV cache in bf16, activations not counted", *lines]
+def text_rows(checkpoint: Checkpoint) -> Rows:
+    """What turns text into ids and back, what renders a conversation, and what ends an answer.
+
+    This is the place of all that ``nemo_engine.text`` knows of a checkpoint's text.
+    """
+    from nemo_engine.text import chat_line, load_tokenizer
+
+    config = checkpoint.model_config
+    folders = [checkpoint.tokenizer_path, checkpoint.path]
+    ends = ", ".join(map(str, config.eos_token_ids)) or "none"
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+    if tokenizer is None:
+        return [("tokenizer", "none: token ids only"), ("bos, eos", f"{config.bos_token_id}, {ends}")]
+    rows = [
+        ("tokenizer", f"{tokenizer.describe()}; {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}"),
+        ("chat", chat_line(tokenizer, folders).removeprefix("chat ")),
+        ("bos, eos", f"{config.bos_token_id}, {ends}"),
+    ]
+    difference = tokenizer.differs_from(config.vocab_size)
+    return rows if difference is None else [rows[0], ("", difference), *rows[1:]]
+
+
+def fits(model: PlannedModel, inventory: Inventory | None, gpus: list[Gpu]) -> list[str]:
+    """Lines of a table: on each GPU, the tokens that its KV cache holds beside everything else, as the engine plans it at start-up."""
+    rows = [("GPU", "GiB", "as it is", "quantization fp8", "and kv_cache_dtype fp8")]
+    made: list[tuple[EngineConfig, Formats] | None] = []
+    for weights, kv_cache in ((None, "auto"), ("fp8", "auto"), ("fp8", "fp8")):
+        config = EngineConfig(quantization=weights, kv_cache_dtype=kv_cache)
+        try:
+            made.append((config, formats_of(model, config, inventory if weights is None else None)))
+        except ValueError:  # not of this checkpoint: it is FP8 in blocks, or float64
+            made.append(None)
+    for gpu in gpus:
+        free = gpu.free_bytes if gpu.marketing_gb else int(gpu.memory_gib * GIB)
+        cells = ["-" if each is None else _tokens(model.config, *each, free) for each in made]
+        rows.append((gpu.name, f"{gpu.memory_gib:g}", cells[0], cells[1], cells[2]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return ["What fits: tokens of KV cache beside weights and steps, as the engine plans them", *lines]
+
+
+def _tokens(config: ModelConfig, engine: EngineConfig, formats: Formats, free: int) -> str:
+    """How many tokens the KV cache holds in ``free`` bytes, or how much is missing."""
+    try:
+        pages, length, _ = plan_kv_cache(config, engine, formats.sizes, free)
+    except DoesNotFitError as error:
+        return f"no, by {size(error.missing)}"
+    tokens = pages * engine.page_size
+    return f"{tokens:,}, context {length:,}"
+
+
+def _print(rows: Rows) -> None:
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
+
+
+def _print_gpus(model: PlannedModel, inventory: Inventory | None, gpus: list[Gpu]) -> None:
+    print("\n" + "\n".join(fits(model, inventory, gpus or list(GPUS.values()))))
 
 
 def context_of(config: ModelConfig) -> int:

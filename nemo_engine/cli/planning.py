@@ -11,7 +11,6 @@ from nemo_engine.config import EngineConfig
 from nemo_engine.planner.gpus import GPUS, Gpu, find_gpu
 from nemo_engine.planner.models import BUILT_IN, PlannedModel, read_model
 
-NEMO_TINY = Path(__file__).parent.parent / "assets" / "nemo-tiny"
 OPTIONS = ("dtype", "quantization", "quantize_lm_head", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
            "page_size", "kv_cache_gib", "num_kv_pages", "pipeline_depth")  # fmt: skip
 _UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
@@ -31,21 +30,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...
 
 
 def model_of(args: argparse.Namespace) -> PlannedModel:
-    """The model that was named, by its configuration alone."""
-    name = args.model
-    found = None
-    if name == "nemo-tiny":
-        found = read_model(str(NEMO_TINY))
-        assert found is not None
-        return PlannedModel(name, found.config, found.quantization)
-    if args.revision is None:
-        found = read_model(name)
-    if found is None:
-        from nemo_engine.model.checkpoint import open_checkpoint  # brings torch in
-
-        checkpoint = open_checkpoint(name, revision=args.revision, needs_weights=Path(name).is_dir())
-        found = PlannedModel(name, checkpoint.model_config, checkpoint.quantization)
-    return found
+    """The model that was named, by its configuration and its headers alone."""
+    return read_model(args.model, args.revision)
 
 
 def gpu_of(args: argparse.Namespace) -> Gpu:

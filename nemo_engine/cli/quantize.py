@@ -42,6 +42,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of calibration [auto]")
     parser.add_argument("--tokenizer", metavar="PATH", help="of calibration, if it is not in the checkpoint")
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
+    parser.add_argument(
+        "--lora",
+        metavar="PATH",
+        help="a PEFT adapter, a directory or a Hub repository, to merge before anything is quantised",
+    )
     return parser
 
 
@@ -61,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             revision=args.revision,
             tokenizer=args.tokenizer,
+            lora=args.lora,
         )
     )
     return 0

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_engine.cli.files import check_results
 from nemo_engine.cli.planning import (
-    NEMO_TINY,
     OPTIONS,
     add_model_arguments,
     config_of,
@@ -22,6 +21,7 @@ from nemo_engine.cli.planning import (
     results_folder,
     seconds,
 )
+from nemo_engine.model.checkpoint import BUNDLED
 
 if TYPE_CHECKING:
     from nemo_engine.config import EngineConfig
@@ -210,20 +210,21 @@ def _items(args: argparse.Namespace, encode: Any) -> Iterator[Item]:
 
 def _encoder(args: argparse.Namespace) -> Any:
     """Makes token ids of texts and messages, if the model comes with a tokenizer; None without."""
-    path = NEMO_TINY if args.model == "nemo-tiny" else Path(args.model).expanduser()
+    path = BUNDLED.get(args.model, Path(args.model).expanduser())
     if not path.is_dir():
         return None
-    tokenizer = None
+    renderers = None
 
     def encode(prompt: Any) -> Sequence[int]:
-        nonlocal tokenizer
-        from nemo_engine.text import load_tokenizer, render_chat
+        nonlocal renderers
+        from nemo_engine.text import ChatRenderers, load_tokenizer
 
-        if tokenizer is None:
+        if renderers is None:
             tokenizer = load_tokenizer(path)
             if tokenizer is None:
                 raise ValueError(f"{path} has no tokenizer: a prompt of text needs prompt_tokens beside it")
-        return tokenizer.encode(prompt) if isinstance(prompt, str) else render_chat(tokenizer, list(prompt))
+            renderers = ChatRenderers(tokenizer, [path])
+        return renderers.tokenizer.encode(prompt) if isinstance(prompt, str) else renderers.default.render(list(prompt))
 
     return encode if any(path.glob("tekken*")) or any(path.glob("tokenizer*")) else None
 

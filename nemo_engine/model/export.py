@@ -22,8 +22,10 @@ from torch import Tensor
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.calibration import Calibration
 from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.layout import PARTS, attention_module, expected_tensors, tensor_name
-from nemo_engine.model.loading import half_split
+from nemo_engine.model.hub import TEXT_FILES
+from nemo_engine.model.inventory import take_inventory
+from nemo_engine.model.layout import HF, PARTS, PROJECTION_OF
+from nemo_engine.model.loading import TensorReader
 from nemo_engine.model.quantization import BLOCK
 from nemo_engine.ops.blocks import quantize_weight_blocks
 from nemo_engine.ops.quantize import quantize_channels
@@ -31,7 +33,6 @@ from nemo_engine.ops.quantize import quantize_channels
 Scheme = Literal["dynamic", "static", "block"]
 KVScales = Literal["none", "tensor", "head"]
 SHARD_BYTES = 4 << 30
-_PROJECTION_OF = {part: projection for projection, parts in PARTS.items() for part in parts} | {"lm_head": "lm_head"}
 
 
 def export_fp8(
@@ -59,9 +60,13 @@ def export_fp8(
         tensors = _tensors(checkpoint, scheme, calibration, kv_scales, quantize_lm_head, advance)
         _write_shards(partial, tensors, shard_bytes)
         _copy_beside(checkpoint.path, partial)
+        if checkpoint.tokenizer_path != checkpoint.path:  # an adapter's, of its grown vocabulary
+            for name in TEXT_FILES:
+                if (checkpoint.tokenizer_path / name).is_file():
+                    shutil.copy(checkpoint.tokenizer_path / name, partial / name)
         config = _config(checkpoint) | {"quantization_config": _scheme(scheme, kv_scales, quantize_lm_head)}
-        if quantize_lm_head:  # a copy of its own, where it was tied
-            config["tie_word_embeddings"] = False
+        config["vocab_size"] = checkpoint.model_config.vocab_size
+        config["tie_word_embeddings"] = checkpoint.model_config.tie_word_embeddings and not quantize_lm_head
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in partial.iterdir():
             file.chmod(0o644)  # temporary folders and safetensors are made for their owner alone
@@ -106,8 +111,8 @@ def check_wanted(checkpoint: Checkpoint, out: Path, scheme: Scheme, kv_scales: K
 def _check_blocks(config: ModelConfig) -> None:
     """Raise ``ValueError`` for sizes that the readers of scheme "block" cannot take."""
     last = {parts[-1] for parts in PARTS.values()}
-    for tensor in expected_tensors(config, "hf"):
-        if tensor.layer is None or tensor.part not in _PROJECTION_OF:
+    for tensor in HF.expected(config):
+        if tensor.layer is None or tensor.part not in PROJECTION_OF:
             continue
         rows, width = tensor.shape
         if width % BLOCK:  # compressed-tensors takes inputs in whole groups
@@ -131,32 +136,34 @@ def _tensors(
     """Names in Hugging Face's layout and tensors, one after the other."""
     config = checkpoint.model_config
     dtype = getattr(torch, config.dtype)
-    expected = expected_tensors(config, checkpoint.layout)
+    tensors = list(take_inventory(checkpoint, config).tensors)
     if quantize_lm_head and config.tie_word_embeddings:
-        expected += [replace(tensor, part="lm_head") for tensor in expected if tensor.part == "embed_tokens"]
-    for tensor in expected:
-        x = checkpoint.read(tensor.name)
-        advance(x.nbytes)
-        name = tensor_name("hf", tensor.part, tensor.layer)
-        if checkpoint.layout == "mistral" and tensor.part in ("q_proj", "k_proj"):
-            x = half_split(x, config.head_dim)
-        projection = _PROJECTION_OF.get(tensor.part)
+        tensors += [
+            replace(stored, expected=replace(stored.expected, part="lm_head", module="lm_head"))
+            for stored in tensors
+            if stored.expected.part == "embed_tokens"
+        ]
+    reader = TensorReader(checkpoint, config.head_dim)
+    for stored in tensors:
+        x, tensor = reader.whole(stored), stored.expected
+        advance(stored.info.nbytes)
+        name = f"{tensor.module}.weight"
+        projection = PROJECTION_OF.get(tensor.part)
         if projection is None or (projection == "lm_head" and not quantize_lm_head):
             yield name, x.to(dtype)
             continue
         values, scales = (quantize_weight_blocks if scheme == "block" else quantize_channels)(x)
         if not scales.isfinite().all():
             raise ValueError(f"{tensor.name} holds NaN or infinity, and cannot be quantised to FP8")
-        module = name.removesuffix(".weight")
         yield name, values
-        yield f"{module}.weight_scale", scales
+        yield f"{tensor.module}.weight_scale", scales
         if scheme == "static":
             assert calibration is not None
-            yield f"{module}.input_scale", calibration.inputs[tensor.layer, projection].reshape(1).clone()
+            yield f"{tensor.module}.input_scale", calibration.inputs[tensor.layer, projection].reshape(1).clone()
     if kv_scales != "none":
         assert calibration is not None
         for layer in range(config.num_layers):
-            module = attention_module("hf", layer)
+            module = HF.attention(layer)
             for letter, scales in (("k", calibration.keys[layer]), ("v", calibration.values[layer])):
                 yield (
                     f"{module}.{letter}_scale",
@@ -203,6 +210,9 @@ def _copy_beside(source: Path, folder: Path) -> None:
         is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or ".safetensors." in file.name
         if file.is_file() and not is_weights and file.name not in ("config.json", "params.json"):
             shutil.copy(file, folder / file.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name)
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:

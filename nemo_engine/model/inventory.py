@@ -1,25 +1,19 @@
-"""What a checkpoint's tensors are, held against its configuration before anything is allocated; reads headers only."""
+"""What a checkpoint's tensors are, held against its configuration before anything is allocated: each with its name, file and scheme.
+
+Reads headers only. ``loading`` takes what stands here and looks nothing up again. Must not know torch.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.layout import (
-    PARTS,
-    ExpectedTensor,
-    attention_module,
-    expected_tensors,
-    is_ignored,
-    size_fields,
-    tensor_name,
-)
+from nemo_engine.model.layout import HF, PROJECTION_OF, ExpectedTensor, is_ignored, size_fields
+from nemo_engine.model.lora import LowRank
 from nemo_engine.model.quantization import (
     BLOCK,
     INPUT_SCALES,
@@ -28,14 +22,25 @@ from nemo_engine.model.quantization import (
     Quantization,
     is_unused_scale,
 )
-from nemo_engine.model.weights import DENSE, LinearKind
-from nemo_engine.ops.quantize import FP8
+from nemo_engine.model.safetensors_files import TensorInfo
 
 FAULTS_SHOWN = 8  # in one error message
 
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_PROJECTION_OF = {part: projection for projection, parts in PARTS.items() for part in parts} | {"lm_head": "lm_head"}
+_FLOATING = ("bfloat16", "float16", "float32", "float64")
+_FP8 = "float8_e4m3fn"
 _logger = logging.getLogger("nemo_engine")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearKind:
+    """What a projection is: dense ("none"), or FP8 with a scale per output ("channel") or per 128 x 128 ("block")."""
+
+    scales: Literal["none", "channel", "block"] = "none"
+    has_input_scale: bool = False
+
+
+DENSE = LinearKind()
+KindOf = Callable[[int | None, str], LinearKind]  # of (layer, projection), and of (None, "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +53,30 @@ class StoredScales:
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
-    """The scales of each FP8 tensor, by its name; of each layer's keys and values; and what each projection becomes."""
+class StoredTensor:
+    """A tensor of the model as files hold it.
 
-    scales: Mapping[str, StoredScales] = field(default_factory=dict)
+    ``scales`` are those of FP8 numbers. ``low_rank`` is what an adapter adds, ``is_of_adapter`` says that an adapter brings the tensor. The
+    rows of a query or key head may be in Mistral's order (``is_interleaved``).
+    """
+
+    expected: ExpectedTensor
+    info: TensorInfo
+    scales: StoredScales | None = None
+    low_rank: LowRank | None = None
+    is_interleaved: bool = False
+    is_of_adapter: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The tensors of a model; the names of the scales of each layer's keys and values; and what each projection becomes.
+
+    ``repeated_head`` is the head that a checkpoint holds though its embeddings are tied.
+    """
+
+    tensors: tuple[StoredTensor, ...] = ()
+    repeated_head: StoredTensor | None = None
     kv_scales: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     kinds: Mapping[tuple[int | None, str], LinearKind] = field(default_factory=dict)
 
@@ -77,19 +102,16 @@ def take_inventory(checkpoint: Checkpoint, config: ModelConfig, online: Quantiza
 def planned_inventory(config: ModelConfig, quantization: Quantization | None, online: Quantization | None) -> Inventory:
     """What a checkpoint of ``config`` and ``quantization`` would hold, for weights that are made up."""
     kinds: dict[tuple[int | None, str], LinearKind] = {}
-    for tensor in expected_tensors(config, "hf"):
-        if tensor.part not in _PROJECTION_OF:
+    for tensor in HF.expected(config):
+        if tensor.part not in PROJECTION_OF:
             continue
-        key = (tensor.layer, _PROJECTION_OF[tensor.part])
-        module = tensor.name.removesuffix(".weight")
         for scheme in (online, quantization):
-            is_covered = scheme is not None and (
-                tensor.part != "lm_head" if scheme.covers(module) is None else scheme.covers(module)
-            )
-            if scheme is not None and is_covered and scheme.activations != "none":
-                kinds[key] = LinearKind(
-                    "block" if scheme.weights == "block" else "channel", scheme.activations == "static"
-                )
+            if scheme is None or scheme.activations == "none":
+                continue
+            covered = scheme.covers(tensor.module)
+            if tensor.part != "lm_head" if covered is None else covered:
+                by: Literal["channel", "block"] = "block" if scheme.weights == "block" else "channel"
+                kinds[tensor.layer, PROJECTION_OF[tensor.part]] = LinearKind(by, scheme.activations == "static")
     return Inventory(kinds=kinds)
 
 
@@ -103,28 +125,26 @@ class _Taker:
         self.faults: list[str] = []
 
     def take(self, online: Quantization | None) -> Inventory:
-        layout, config = self.checkpoint.layout, self.config
-        expected = expected_tensors(config, layout)
-        if config.tie_word_embeddings:  # may repeat its embeddings
-            head = tensor_name(layout, "lm_head")
-            repeated = [ExpectedTensor(head, (config.vocab_size, config.hidden_size), "lm_head", None)]
-        else:
-            repeated = []
+        names, config = self.checkpoint.names, self.config
+        expected = names.expected(config, has_head=True)
+        head = names.tensor("lm_head")
+        if config.tie_word_embeddings and head not in self.tensors:  # may repeat its embeddings
+            expected = [tensor for tensor in expected if tensor.part != "lm_head"]
         used = set()
-        scales: dict[str, StoredScales] = {}
-        for tensor in expected + [tensor for tensor in repeated if tensor.name in self.tensors]:
+        stored = []
+        for tensor in expected:
             used.add(tensor.name)
             if tensor.name not in self.tensors:
-                self.faults.append(f"{tensor.name}: expected {list(tensor.shape)}, not found")
+                self.faults.append(f"{tensor.name}: expected {list(tensor.shape)}, not found{_without_head(tensor)}")
             elif not self._has_shape(tensor.name, tensor.shape):
-                self.faults[-1] += f"; expected is {size_fields(layout, tensor.part)}"
-            elif self._is_fp8(tensor):
-                stored = self._scales_of(tensor)
-                if stored is not None:
-                    scales[tensor.name] = stored
-                    used |= {name for name in (stored.weight, stored.input) if name is not None}
+                self.faults[-1] += f"; expected is {size_fields(names.layout, tensor.part)}"
+            else:
+                scales = self._scales_of(tensor) if self._is_fp8(tensor) else None
+                if scales is not None:
+                    used |= {name for name in (scales.weight, scales.input) if name is not None}
+                stored.append(self._stored(tensor, scales))
         kv_scales = dict(self._kv_scales())
-        used |= {name for names in kv_scales.values() for name in names}
+        used |= {name for pair in kv_scales.values() for name in pair}
         for name, info in self.tensors.items():
             if name in used:
                 continue
@@ -134,8 +154,19 @@ class _Taker:
                 _logger.info("%s in %s is not used: queries and attention stay unquantised", name, info.file.name)
             else:
                 self.faults.append(f"{name}: not expected, found {list(info.shape)} in {info.file.name}")
-        kinds = dict(self._kinds(expected, scales, online))
-        return Inventory(scales, kv_scales, kinds)
+        repeated = next((tensor for tensor in stored if self._is_tied_copy(tensor.expected)), None)
+        loaded = tuple(tensor for tensor in stored if tensor is not repeated)
+        quantised = {tensor.expected.name for tensor in loaded if tensor.scales is not None}
+        kinds = dict(self._kinds([tensor for tensor in expected if not self._is_tied_copy(tensor)], quantised, online))
+        return Inventory(loaded, repeated, kv_scales, kinds)
+
+    def _stored(self, tensor: ExpectedTensor, scales: StoredScales | None) -> StoredTensor:
+        info, adapter = self.tensors[tensor.name], self.checkpoint.adapter
+        key = (tensor.layer, tensor.part)
+        is_of_adapter = adapter is not None and key in adapter.whole
+        is_interleaved = self.checkpoint.layout == "mistral" and tensor.part in ("q_proj", "k_proj")
+        low_rank = None if adapter is None else adapter.low_rank.get(key)
+        return StoredTensor(tensor, info, scales, low_rank, is_interleaved and not is_of_adapter, is_of_adapter)
 
     def _has_shape(self, name: str, *shapes: tuple[int, ...]) -> bool:
         info = self.tensors[name]
@@ -149,24 +180,23 @@ class _Taker:
         """A fault unless ``name`` has one of ``shapes``, and numbers that are scales as they are."""
         info = self.tensors[name]
         if self._has_shape(name, *shapes) and info.dtype not in _FLOATING:
-            found = str(info.dtype).removeprefix("torch.")
             self.faults.append(
-                f"{name}: expected bfloat16, float16, float32 or float64, found {found} in {info.file.name}"
+                f"{name}: expected bfloat16, float16, float32 or float64, found {info.dtype} in {info.file.name}"
             )
 
     def _is_fp8(self, tensor: ExpectedTensor) -> bool:
         """Whether it is stored as FP8, as its configuration says it is or may be."""
         info, quantization = self.tensors[tensor.name], self.checkpoint.quantization
-        is_linear = tensor.part in _PROJECTION_OF
-        found = str(info.dtype).removeprefix("torch.")
-        if info.dtype != FP8 and info.dtype not in _FLOATING:
+        is_linear = tensor.part in PROJECTION_OF
+        found = info.dtype
+        if info.dtype != _FP8 and info.dtype not in _FLOATING:
             self.faults.append(
                 f"{tensor.name}: expected bfloat16, float16, float32 or float8_e4m3fn, found {found} in {info.file.name}"
             )
             return False
         module = tensor.name.removesuffix(".weight")
-        covered = None if quantization is None else quantization.covers(module)
-        if info.dtype == FP8:
+        covered = None if quantization is None else quantization.covers(module, tensor.module)
+        if info.dtype == _FP8:
             if is_linear and quantization is not None and covered is not False and not self._is_tied_copy(tensor):
                 return True
             reason = (
@@ -223,7 +253,7 @@ class _Taker:
         heads = self.config.num_kv_heads
         shapes = ((), (1,), (1, 1), (1, 1, 1), (heads,), (heads, 1), (1, heads), (heads, 1, 1))
         for layer in range(self.config.num_layers):
-            module = attention_module(self.checkpoint.layout, layer)
+            module = self.checkpoint.names.attention(layer)
             names = {
                 kind: next((name for form in forms if (name := form.format(module)) in self.tensors), None)
                 for kind, forms in KV_SCALES.items()
@@ -246,21 +276,21 @@ class _Taker:
         yield from found.items()
 
     def _kinds(
-        self, expected: list[ExpectedTensor], scales: Mapping[str, StoredScales], online: Quantization | None
+        self, expected: list[ExpectedTensor], in_fp8: set[str], online: Quantization | None
     ) -> Iterator[tuple[tuple[int | None, str], LinearKind]]:
         """What each projection becomes; its parts must agree."""
         quantization = self.checkpoint.quantization
         groups: dict[tuple[int | None, str], list[ExpectedTensor]] = {}
         for tensor in expected:
-            if tensor.part in _PROJECTION_OF:
-                groups.setdefault((tensor.layer, _PROJECTION_OF[tensor.part]), []).append(tensor)
+            if tensor.part in PROJECTION_OF:
+                groups.setdefault((tensor.layer, PROJECTION_OF[tensor.part]), []).append(tensor)
         if self.config.tie_word_embeddings:
             groups[None, "lm_head"] = []
         for key, tensors in groups.items():
             names = [tensor.name for tensor in tensors]
-            quantised = [name for name in names if name in scales]
+            quantised = [name for name in names if name in in_fp8]
             if quantised and len(quantised) < len(names):
-                plain = next(name for name in names if name not in scales)
+                plain = next(name for name in names if name not in in_fp8)
                 self.faults.append(f"{plain}: is not FP8, and {quantised[0]} of the same fused projection is")
             kind = DENSE
             if quantised and quantization is not None and quantization.activations != "none":
@@ -281,3 +311,13 @@ class _Taker:
     def _module(self, key: tuple[int | None, str]) -> str:
         layer, projection = key
         return projection if layer is None else f"model.layers.{layer}.{projection}"
+
+
+def _without_head(tensor: ExpectedTensor) -> str:
+    """What may be the matter with a checkpoint that has no head."""
+    if tensor.part != "lm_head":
+        return ""
+    return (
+        " (if the embeddings are the head, config.json says so by tie_word_embeddings; MistralModel is saved without one: save it from "
+        "MistralForCausalLM)"
+    )

@@ -1,4 +1,4 @@
-"""From a checkpoint's files into weights: as stored, or quantised on the way.
+"""From a checkpoint's files into weights: as stored, merged with an adapter, or quantised on the way.
 
 Everything is checked before anything is allocated, then tensors go one by one to where they belong; so the peak is the weights plus one
 tensor. FP8 numbers are never quantised again: each part of a fused projection keeps its scales.
@@ -7,6 +7,7 @@ tensor. FP8 numbers are never quantised again: each part of a fused projection k
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -14,16 +15,15 @@ import torch
 from nemo_engine.config import ModelConfig
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.inventory import Inventory, StoredScales, take_inventory
-from nemo_engine.model.layout import ExpectedTensor, expected_tensors, tensor_name
+from nemo_engine.model.inventory import Inventory, StoredTensor, take_inventory
 from nemo_engine.model.linear import Fp8Linear, Linear
 from nemo_engine.model.progress import progress_bar
 from nemo_engine.model.quantization import Quantization
+from nemo_engine.model.safetensors_files import TensorInfo, read_into
 from nemo_engine.model.weights import LayerWeights, NemoWeights, Place, empty_weights, place_of
 from nemo_engine.ops.linear import SCALE_BLOCK
-from nemo_engine.ops.quantize import FP8
 
-_ROWS = 1024  # of FP8 numbers that are widened at once
+_ROWS = 1024  # of numbers that are widened at once
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -46,27 +46,26 @@ def load_weights(
     progress: shows a bar; None shows one on a terminal if loading takes longer than a second. online: quantise the projections that it
     covers and that are not FP8 already. inventory: of this checkpoint and ``online``, if it has been taken. needs_kv_scales: read the scales of keys and values, where there are any. is_widened: FP8 weights
     are kept as fp32 numbers. Raises ``ValueError`` listing the tensors that are missing, too many, or of wrong shape or dtype, and for
-    NaN or infinity in what is or becomes FP8.
+    NaN or infinity in what is or becomes FP8, or in an adapter.
     """
     ledger = Ledger() if ledger is None else ledger
     if inventory is None:
         with ledger.stage("check tensors"):
             inventory = take_inventory(checkpoint, config, online)
     has_kv_scales = needs_kv_scales and bool(inventory.kv_scales)
-    with ledger.stage(_stage_name(checkpoint.quantization, inventory, online, is_widened)) as stage:
+    with ledger.stage(_stage_name(checkpoint, inventory, online, is_widened)) as stage:
         weights = empty_weights(config, dtype, torch.device(device), inventory.kind_of, has_kv_scales=has_kv_scales)
-        expected = expected_tensors(config, checkpoint.layout)
-        expected.sort(key=lambda tensor: _place_on_disk(checkpoint, tensor))
-        total = sum(checkpoint.tensors[tensor.name].nbytes for tensor in expected)
-        loader = _TensorLoader(checkpoint, config, weights, inventory)
-        with progress_bar("load weights", total, progress) as advance:
-            for tensor in expected:
+        tensors = sorted(inventory.tensors, key=lambda tensor: (tensor.info.file.name, tensor.info.offset))
+        loader = _TensorLoader(checkpoint, config, weights)
+        with progress_bar("load weights", sum(tensor.info.nbytes for tensor in tensors), progress) as advance:
+            for tensor in tensors:
                 loader.load(tensor)
-                advance(checkpoint.tensors[tensor.name].nbytes)
+                advance(tensor.info.nbytes)
         if has_kv_scales:
-            loader.load_kv_scales()
+            loader.load_kv_scales(inventory)
+        if inventory.repeated_head is not None:
+            loader.check_repeated_head(inventory.repeated_head)
         del loader  # and its buffer
-        _check_tied_head(checkpoint, config, weights)
         if is_widened:
             layers, rest = list(weights.layers), replace(weights, layers=())
             del weights  # so that a layer's FP8 numbers go as it is widened
@@ -75,157 +74,205 @@ def load_weights(
     return weights
 
 
-def _stage_name(
-    stored: Quantization | None, inventory: Inventory, online: Quantization | None, is_widened: bool
-) -> str:
-    """What loading does with FP8, for the ledger."""
+def _stage_name(checkpoint: Checkpoint, inventory: Inventory, online: Quantization | None, is_widened: bool) -> str:
+    """What loading does with adapters and FP8, for the ledger."""
+    stored = checkpoint.quantization
     parts = []
-    if inventory.scales and stored is not None:
+    if checkpoint.adapter is not None:
+        parts.append(f"merged with {checkpoint.adapter.describe()}")
+    in_fp8 = stored is not None and any(tensor.scales is not None for tensor in inventory.tensors)
+    if stored is not None and in_fp8:
         parts.append(stored.describe())
         if stored.activations == "none":
             parts.append("dequantised, as inputs are not quantised")
     if online is not None:
         parts.append(f"quantised to FP8, a scale per {online.weights}")
-    if is_widened and parts:
+    if is_widened and (in_fp8 or online is not None):
         parts.append("kept as fp32 numbers")
     return "load weights" + (f" ({'; '.join(parts)})" if parts else "")
 
 
-def _place_on_disk(checkpoint: Checkpoint, tensor: ExpectedTensor) -> tuple[str, int]:
-    """Sorts tensors so that files are read from front to back."""
-    info = checkpoint.tensors[tensor.name]
-    return info.file.name, info.offset
+class TensorReader:
+    """Reads tensors as the model has them: heads in half-split order, an adapter merged, FP8 numbers times their scales.
 
-
-class _TensorLoader:
-    """Reads tensors straight to their places, or through one buffer where order, dtype or device differ.
-
-    The buffer is allocated once: freed and allocated anew, buffers of changing sizes leave holes in the heap.
+    What is not wanted in a place of its own goes through one buffer, allocated once: freed and allocated anew, buffers of changing sizes
+    leave holes in the heap.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights, inventory: Inventory) -> None:
+    def __init__(self, checkpoint: Checkpoint, head_dim: int) -> None:
         self._checkpoint = checkpoint
-        self._config = config
-        self._weights = weights
-        self._inventory = inventory
+        self._head_dim = head_dim
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def load(self, tensor: ExpectedTensor) -> None:
-        """One tensor, and its scales."""
-        place = place_of(self._weights, self._config, tensor)
-        stored = self._inventory.scales.get(tensor.name)
-        if stored is None:
-            self._load_numbers(tensor, place)
-            if tensor.part == "embed_tokens" and self._config.tie_word_embeddings:
-                self._load_tied_head(tensor)
-            return
-        if place.scales is None:
-            self._dequantise(tensor, place, stored)
-            return
-        self._load_numbers(tensor, place)
-        scales = self._weight_scales(tensor, stored, place.is_by_block)
-        _check_numbers(tensor.name, place.values, stored.weight, scales)
-        place.scales.copy_(scales)
-        if stored.input is not None:
-            assert isinstance(place.linear, Fp8Linear) and place.linear.input_scale is not None
-            # Parts of a fused projection have one input; where their scales differ all the same, none may saturate.
-            largest = place.linear.input_scale
-            scale = self._scale(stored.input, may_be_zero=False).to(largest.device).view(())
-            if largest > 0 and scale != largest:
-                _logger.info("%s differs from its neighbours' scales: the largest is taken", stored.input)
-            torch.maximum(largest, scale, out=largest)
+    def stored(self, tensor: StoredTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The numbers of the file, rows in half-split order: in ``out``, of their shape and dtype, or in the buffer until the next."""
+        if out is None:
+            if self._buffer.numel() == 0:
+                self._buffer = torch.empty(
+                    max(info.nbytes for info in self._checkpoint.tensors.values()), dtype=torch.uint8
+                )
+            out = self._buffer[: tensor.info.nbytes].view(getattr(torch, tensor.info.dtype)).view(tensor.info.shape)
+        read_tensor(tensor.info, out)
+        if tensor.is_interleaved:
+            for head in out.view(torch.uint8).unflatten(0, (-1, self._head_dim)):
+                head.copy_(half_split(head, self._head_dim))
+        if tensor.is_of_adapter and not out.isfinite().all():
+            raise ValueError(f"{tensor.info.file}: {tensor.expected.module} holds NaN or infinity")
+        return out
 
-    def load_kv_scales(self) -> None:
-        """Scales of keys and values of every layer: one for all heads, or one per head."""
-        for layer, names in self._inventory.kv_scales.items():
-            weights = self._weights.layers[layer]
-            for name, to in zip(names, (weights.k_scale, weights.v_scale), strict=True):
-                assert to is not None
-                to.copy_(self._scale(name, may_be_zero=False).reshape(-1).expand_as(to))
-
-    def _load_numbers(self, tensor: ExpectedTensor, place: Place) -> None:
-        """The values of ``tensor`` as they are stored, or in the place's dtype, or quantised."""
-        info = self._checkpoint.tensors[tensor.name]
-        out = place.values
-        is_interleaved = self._is_interleaved(tensor)
-        if out.device.type == "cpu" and out.dtype == info.dtype and not is_interleaved:
-            self._checkpoint.read(tensor.name, out=out)
+    def rows(self, tensor: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) of the tensor's values: all as they are stored, or in fp32, some at a time, if anything is done to them."""
+        numbers = self.stored(tensor)
+        if tensor.scales is None and tensor.low_rank is None:
+            yield 0, numbers
             return
-        stored = self._read(tensor.name)
-        if place.scales is not None and info.dtype != FP8:
-            place.store(tensor.name, half_split(stored, self._config.head_dim) if is_interleaved else stored)
-            return
-        if info.dtype == FP8:
-            out, stored = out.view(torch.uint8), stored.view(torch.uint8)
-        if is_interleaved:
-            out = _paired(out, self._config.head_dim, is_half_split=True)
-            stored = _paired(stored, self._config.head_dim)
-        out.copy_(stored)
-
-    def _load_tied_head(self, tensor: ExpectedTensor) -> None:
-        """The head of tied embeddings, where it is a copy because it is FP8."""
-        place = place_of(self._weights, self._config, replace(tensor, part="lm_head"))
-        if place.scales is not None:
-            place.store(tensor.name, self._weights.embed_tokens)
-
-    def _dequantise(self, tensor: ExpectedTensor, place: Place, stored: StoredScales) -> None:
-        """FP8 numbers times their scales, into a dense projection."""
-        numbers = self._read(tensor.name)
-        if self._is_interleaved(tensor):
-            numbers = half_split(numbers.view(torch.uint8), self._config.head_dim).view(FP8)
-        is_by_block = stored.kind == "block"
-        scales = self._weight_scales(tensor, stored, is_by_block)
-        _check_numbers(tensor.name, numbers, stored.weight, scales)
+        scales, delta, is_by_block = None, None, False
+        if tensor.scales is not None:
+            is_by_block = tensor.scales.kind == "block"
+            scales = self.weight_scales(tensor, is_by_block=is_by_block)
+            _check_numbers(tensor.expected.name, numbers, tensor.scales.weight, scales)
+        if tensor.low_rank is not None:
+            delta = _Delta(tensor)
         for start in range(0, numbers.shape[0], _ROWS):
             wide = numbers[start : start + _ROWS].float()
-            if is_by_block:
-                rows = scales.repeat_interleave(SCALE_BLOCK, 0)[start : start + wide.shape[0]]
-                wide *= rows.repeat_interleave(SCALE_BLOCK, 1)[:, : wide.shape[1]]
-            else:
-                wide *= scales[start : start + _ROWS]
-            place.values[start : start + _ROWS].copy_(wide)
+            if scales is not None:
+                wide *= _scales_of_rows(scales, is_by_block, start, *wide.shape)
+            if delta is not None:
+                wide += delta.rows(start, wide.shape[0])
+            yield start, wide
 
-    def _weight_scales(self, tensor: ExpectedTensor, stored: StoredScales, is_by_block: bool) -> torch.Tensor:
+    def whole(self, tensor: StoredTensor) -> torch.Tensor:
+        """The tensor's values in memory of their own."""
+        if tensor.scales is None and tensor.low_rank is None:
+            return self.stored(tensor, torch.empty(tensor.info.shape, dtype=getattr(torch, tensor.info.dtype)))
+        return torch.cat([rows for _, rows in self.rows(tensor)])
+
+    def weight_scales(self, tensor: StoredTensor, *, is_by_block: bool) -> torch.Tensor:
         """(rows, 1) fp32, whatever the checkpoint has a scale for, in our order of rows; or (blocks, blocks)."""
-        scales = self._scale(stored.weight)
+        assert tensor.scales is not None
+        scales = self.scale(tensor.scales.weight)
         if is_by_block:
             return scales
-        scales = scales.reshape(-1, 1).expand(tensor.shape[0], 1)
-        return half_split(scales, self._config.head_dim).reshape(-1, 1) if self._is_interleaved(tensor) else scales
+        scales = scales.reshape(-1, 1).expand(tensor.expected.shape[0], 1)
+        return half_split(scales, self._head_dim) if tensor.is_interleaved else scales
 
-    def _scale(self, name: str, *, may_be_zero: bool = True) -> torch.Tensor:
+    def scale(self, name: str, *, may_be_zero: bool = True) -> torch.Tensor:
         """A tensor of scales in fp32. Raises ``ValueError`` if one cannot be a scale; 0 may be one of weights that are 0."""
-        scales = self._checkpoint.read(name).float()
+        scales = read_tensor(self._checkpoint.tensors[name]).float()
         wrong = ~scales.isfinite() | (scales < 0 if may_be_zero else scales <= 0)
         if wrong.any():
             limit = "not negative" if may_be_zero else "greater than 0"
             raise ValueError(f"{name} must be finite and {limit}, got {scales[wrong][:8].tolist()}")
         return scales
 
-    def _read(self, name: str) -> torch.Tensor:
-        """A tensor in the buffer; valid until the next."""
-        info = self._checkpoint.tensors[name]
-        if self._buffer.numel() == 0:
-            largest = max(info.nbytes for info in self._checkpoint.tensors.values())
-            self._buffer = torch.empty(largest, dtype=torch.uint8)
-        stored = self._buffer[: info.nbytes].view(info.dtype).view(info.shape)
-        self._checkpoint.read(name, out=stored)
-        return stored
 
-    def _is_interleaved(self, tensor: ExpectedTensor) -> bool:
-        return self._checkpoint.layout == "mistral" and tensor.part in ("q_proj", "k_proj")
+class _Delta:
+    """What an adapter adds to a tensor, in fp32, as PEFT computes it: (B A) times the scaling."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        assert tensor.low_rank is not None
+        self._low_rank, self._module = tensor.low_rank, tensor.expected.module
+        self._a, self._b = (self._read(info) for info in (tensor.low_rank.a, tensor.low_rank.b))
+        if self._low_rank.is_embedding:  # the transpose of the product
+            self._a, self._b = self._b.T, self._a.T
+
+    def rows(self, start: int, count: int) -> torch.Tensor:
+        """``count`` rows from ``start`` on."""
+        delta = (self._b[start : start + count] @ self._a).mul_(self._low_rank.scaling)
+        if not delta.isfinite().all():
+            raise ValueError(f"{self._low_rank.a.file}: what is added to {self._module} is not finite in fp32")
+        return delta
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
+        half = read_tensor(info).float()
+        if not half.isfinite().all():
+            letter = "A" if info is self._low_rank.a else "B"
+            raise ValueError(f"{info.file}: lora_{letter} of {self._module} holds NaN or infinity")
+        return half
+
+
+class _TensorLoader:
+    """Puts tensors into their places: straight from the file where order, dtype and device allow it."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:
+        self._config = config
+        self._weights = weights
+        self._names = checkpoint.names
+        self._reader = TensorReader(checkpoint, config.head_dim)
+
+    def load(self, tensor: StoredTensor) -> None:
+        """One tensor, and its scales."""
+        expected, stored = tensor.expected, tensor.scales
+        place = place_of(self._weights, self._config, expected)
+        dtype = getattr(torch, tensor.info.dtype)
+        is_as_stored = tensor.low_rank is None and (stored is None) == (place.scales is None)
+        if is_as_stored and place.values.device.type == "cpu" and place.values.dtype == dtype:
+            self._reader.stored(tensor, place.values)
+        elif stored is not None and place.scales is not None:
+            place.values.view(torch.uint8).copy_(self._reader.stored(tensor).view(torch.uint8))
+        else:
+            for start, rows in self._reader.rows(tensor):
+                place.store(expected.name, rows, start)
+        if stored is not None and place.scales is not None:
+            scales = self._reader.weight_scales(tensor, is_by_block=place.is_by_block)
+            _check_numbers(expected.name, place.values, stored.weight, scales)
+            place.scales.copy_(scales)
+            if stored.input is not None:
+                self._load_input_scale(place, stored.input)
+        if expected.part == "embed_tokens" and self._config.tie_word_embeddings:
+            # The head of tied embeddings is a copy where it is FP8.
+            head = place_of(self._weights, self._config, replace(expected, part="lm_head"))
+            if head.scales is not None:
+                head.store(expected.name, self._weights.embed_tokens)
+
+    def _load_input_scale(self, place: Place, name: str) -> None:
+        assert isinstance(place.linear, Fp8Linear) and place.linear.input_scale is not None
+        # Parts of a fused projection have one input; where their scales differ all the same, none may saturate.
+        largest = place.linear.input_scale
+        scale = self._reader.scale(name, may_be_zero=False).to(largest.device).view(())
+        if largest > 0 and scale != largest:
+            _logger.info("%s differs from its neighbours' scales: the largest is taken", name)
+        torch.maximum(largest, scale, out=largest)
+
+    def load_kv_scales(self, inventory: Inventory) -> None:
+        """Scales of keys and values of every layer: one for all heads, or one per head."""
+        for layer, names in inventory.kv_scales.items():
+            weights = self._weights.layers[layer]
+            for name, to in zip(names, (weights.k_scale, weights.v_scale), strict=True):
+                assert to is not None
+                to.copy_(self._reader.scale(name, may_be_zero=False).reshape(-1).expand_as(to))
+
+    def check_repeated_head(self, head: StoredTensor) -> None:
+        """A tied checkpoint may repeat the embeddings as its head; if they differ, one of the two would be dropped."""
+        embeddings = self._weights.embed_tokens
+        if not torch.equal(self._reader.stored(head).to(embeddings.device, embeddings.dtype), embeddings):
+            raise ValueError(
+                f"{head.info.file.parent}: the configuration ties lm_head to the embeddings, but {head.expected.name} in "
+                f"{head.info.file.name} differs from {self._names.tensor('embed_tokens')}"
+            )
+
+
+def read_tensor(info: TensorInfo, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor as the file holds it, on the CPU; into ``out`` (of its dtype and shape, contiguous) if given."""
+    dtype = getattr(torch, info.dtype)
+    if out is None:
+        out = torch.empty(info.shape, dtype=dtype)
+    assert out.is_contiguous() and out.dtype == dtype and out.shape == info.shape and out.device.type == "cpu"
+    read_into(info, out.view(-1).view(torch.uint8).numpy().data)
+    return out
 
 
 def half_split(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows of heads in interleaved rotary order, copied into half-split order."""
-    return _paired(rows, head_dim).flatten(0, 2)
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _paired(rows: torch.Tensor, head_dim: int, *, is_half_split: bool = False) -> torch.Tensor:
-    """A view of (heads, 2, D / 2, ...): the halves of a head, whose rows lie in either order."""
-    if is_half_split:
-        return rows.unflatten(0, (-1, 2, head_dim // 2))
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)
+def _scales_of_rows(scales: torch.Tensor, is_by_block: bool, start: int, count: int, width: int) -> torch.Tensor:
+    """The scales of ``count`` rows from ``start``, the first of a block, on: (count, 1), or (count, width)."""
+    if not is_by_block:
+        return scales[start : start + count]
+    blocks = scales[start // SCALE_BLOCK :][: -(-count // SCALE_BLOCK)]
+    return blocks.repeat_interleave(SCALE_BLOCK, 0)[:count].repeat_interleave(SCALE_BLOCK, 1)[:, :width]
 
 
 def _check_numbers(name: str, numbers: torch.Tensor, scale_name: str, scales: torch.Tensor) -> None:
@@ -255,16 +302,3 @@ def _widened(layers: list[LayerWeights], rest: NemoWeights) -> NemoWeights:
             down=widen(layer.down),
         )
     return replace(rest, layers=tuple(layers), lm_head=widen(rest.lm_head))
-
-
-def _check_tied_head(checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:
-    """A tied checkpoint may repeat the embeddings as its head; if they differ, one of the two would be dropped."""
-    name = tensor_name(checkpoint.layout, "lm_head")
-    if not config.tie_word_embeddings or name not in checkpoint.tensors:
-        return
-    head = checkpoint.read(name)
-    if not torch.equal(head.to(weights.embed_tokens.device, weights.embed_tokens.dtype), weights.embed_tokens):
-        raise ValueError(
-            f"{checkpoint.path}: the configuration ties lm_head to the embeddings, but {name} in "
-            f"{checkpoint.tensors[name].file.name} differs from {tensor_name(checkpoint.layout, 'embed_tokens')}"
-        )

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SECONDS_BEFORE_BAR = 1.0  # unasked, a bar is shown only for what takes longer
 
-_logger = logging.getLogger("nemo_engine")
-
 
 @contextmanager
 def progress_bar(what: str, total: int, wanted: bool | None, unit: str = "B") -> Iterator[Callable[[int], object]]:
     """Yields a function to call with the bytes (or ``unit``) just done.
 
-    ``wanted`` True shows a bar, False none, None one on a terminal if it takes longer than a second. Without tqdm, a bar
-    that was asked for is ten lines in the log.
+    ``wanted`` True shows a bar, False none, None one on a terminal if it takes longer than a second.
     """
     if wanted is False or (wanted is None and not sys.stderr.isatty()):
         yield lambda num_bytes: None
         return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield _log_lines(what, total) if wanted else lambda num_bytes: None
-        return
+    from tqdm import tqdm
+
     delay = 0.0 if wanted else SECONDS_BEFORE_BAR
     divisor = 1024 if unit == "B" else 1000
     with tqdm(desc=what, total=total, unit=unit, unit_scale=True, unit_divisor=divisor, delay=delay) as bar:
         yield bar.update
-
-
-def _log_lines(what: str, total_bytes: int) -> Callable[[int], None]:
-    done = tenths = 0
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done, tenths
-        done += num_bytes
-        if 10 * done // max(total_bytes, 1) > tenths:
-            tenths = 10 * done // max(total_bytes, 1)
-            _logger.info("%s: %d %%", what, 10 * tenths)
-
-    return advance

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from nemo_engine.config import EngineConfig
 
 BLOCK = 128  # rows and columns of a weight that share a scale in the block scheme
 
@@ -55,13 +57,13 @@ class Quantization:
     ignored: tuple[str, ...] = ()
     kv_cache: bool = False
 
-    def covers(self, module: str) -> bool | None:
-        """Whether ``module`` ("model.layers.0.mlp.down_proj") is to be FP8; None where only its tensor tells."""
+    def covers(self, *names: str) -> bool | None:
+        """Whether a module of these names ("model.layers.0.mlp.down_proj") is to be FP8; None where only its tensor tells."""
         if self.method == "mistral":
             return None
-        if any(self._matches(pattern, module) for pattern in self.ignored):
+        if any(self._matches(pattern, name) for pattern in self.ignored for name in names):
             return False
-        return any(self._matches(pattern, module) for pattern in self.targets)
+        return any(self._matches(pattern, name) for pattern in self.targets for name in names)
 
     def _matches(self, pattern: str, module: str) -> bool:
         if pattern.startswith("re:"):
@@ -85,6 +87,21 @@ ONLINE = {
     "fp8": Quantization("online", "channel", "dynamic", ignored=("lm_head",)),
     "fp8_block": Quantization("online", "block", "dynamic", ignored=("lm_head",)),
 }
+
+
+def resolve_online(config: EngineConfig, stored: Quantization | None) -> Quantization | None:
+    """What becomes FP8 while a checkpoint of ``stored`` loads. Raises ``ValueError`` where ``config`` wants what it cannot become."""
+    name = config.quantization
+    head = replace(ONLINE["fp8"], targets=("lm_head",), ignored=()) if config.quantize_lm_head else None
+    if stored is not None and stored.weights != "none":
+        if name is not None and (stored.activations == "none" or (name == "fp8_block") != (stored.weights == "block")):
+            raise ValueError(
+                f"quantization {name!r} conflicts with what the checkpoint is already: {stored.describe()}"
+            )
+        return head
+    if name is None:
+        return head
+    return replace(ONLINE[name], ignored=()) if config.quantize_lm_head else ONLINE[name]
 
 
 def is_unused_scale(name: str) -> bool:
@@ -120,7 +137,7 @@ def quantization_of(
         return _of_plain_fp8(block)
     if method.startswith("modelopt"):
         return _of_modelopt(_object("config.json: quantization_config.quantization", block.get("quantization", block)))
-    raise _unsupported(f"quant_method {method!r}", _bits_of(block))
+    raise _unsupported(f"quant_method {method!r}", _bits_of(block), what=method)
 
 
 def _of_compressed_tensors(block: Mapping[str, Any]) -> Quantization:
@@ -262,12 +279,30 @@ def _bits_of(block: Mapping[str, Any]) -> str:
     return f"{'FP' if kind == 'float' else 'INT'}{bits}"
 
 
-def _unsupported(scheme: str, bits: str = "unnamed") -> ValueError:
+# What a checkpoint of a ``quant_method`` is; the others are said to be in a form that has no kernels here.
+_KNOWN_METHODS = {
+    "awq": "4-bit integers by AWQ",
+    "gptq": "integers of 2 to 8 bits by GPTQ",
+    "bitsandbytes": "made by bitsandbytes (load_in_4bit or load_in_8bit)",
+}
+
+
+def _unsupported(scheme: str, bits: str = "unnamed", what: str = "") -> ValueError:
     named = "" if bits == "unnamed" else f" ({bits})"
+    known = f", {_KNOWN_METHODS[what]}" if what in _KNOWN_METHODS else ""
     return ValueError(
-        f"the checkpoint's quantisation is not supported: {scheme}{named}; FP8 (e4m3) of compressed-tensors, quant_method 'fp8', ModelOpt "
-        "and Mistral are, and quantization='fp8' of an unquantised checkpoint"
+        f"the checkpoint's quantisation is not supported: {scheme}{named}{known}; take the unquantised checkpoint that it was made from, with "
+        "quantization='fp8' where memory is short, or an FP8 (e4m3) one of compressed-tensors, quant_method 'fp8', ModelOpt or Mistral"
     )
+
+
+def refuse_foreign_tensors(names: Iterable[str]) -> None:
+    """Raise ``ValueError`` if the names of tensors show numbers that are packed as AWQ, GPTQ or bitsandbytes pack them."""
+    for name in names:
+        if name.endswith((".qweight", ".qzeros", ".g_idx")):
+            raise _unsupported(f"tensor {name} is of AWQ or GPTQ", "integers of 2 to 8 bits")
+        if name.endswith((".absmax", ".quant_map", ".SCB")) or ".quant_state." in name:
+            raise _unsupported(f"tensor {name} is of bitsandbytes", what="bitsandbytes")
 
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:

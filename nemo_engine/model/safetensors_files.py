@@ -1,6 +1,6 @@
 """Safetensors files: where each tensor lies, and its bytes. Files are believed only after their sizes have been compared.
 
-Tensors are read, not mapped: a mapped file would count as resident memory beside the weights. Must not know models.
+Tensors are read, not mapped: a mapped file would count as resident memory beside the weights. Must not know models, nor torch.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
-
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
+# What the format calls a dtype: torch's name, and bytes of one number.
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: ``nbytes`` bytes from byte ``offset`` on, row-major, little-endian."""
+    """One tensor of a file: ``nbytes`` bytes from byte ``offset`` on, row-major, little-endian; ``dtype`` by torch's name."""
 
     file: Path
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     nbytes: int
     offset: int
@@ -54,14 +53,20 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON (half-written?): {error}") from None
 
 
-def read_weight_set(directory: Path, stem: str) -> dict[str, TensorInfo]:
+Headers = Mapping[str, dict[str, TensorInfo]]  # by the name of the file
+
+
+def read_weight_set(directory: Path, stem: str, remote: Headers | None = None) -> dict[str, TensorInfo]:
     """The tensors of ``stem.safetensors``, or else of the shards that ``stem.safetensors.index.json`` names.
 
-    Raises ``ValueError`` (``FileNotFoundError`` for an absent shard) where index and files disagree, or a file is cut off.
+    remote: the headers of files that lie elsewhere, to be used in place of those in ``directory``. Raises ``ValueError``
+    (``FileNotFoundError`` for an absent shard) where index and files disagree, a file is cut off, or an index leaves its directory.
     """
-    single = directory / f"{stem}.safetensors"
-    if single.exists():
-        return read_header(single)
+    single = f"{stem}.safetensors"
+    if remote is not None and single in remote:
+        return remote[single]
+    if (directory / single).exists():
+        return read_header(directory / single)
     index_file = directory / f"{stem}.safetensors.index.json"
     index = read_json(index_file)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -72,14 +77,14 @@ def read_weight_set(directory: Path, stem: str) -> dict[str, TensorInfo]:
         if not isinstance(file, str) or not file or Path(file).name != file:
             raise ValueError(f"{index_file}: tensor {name} must lie in a file of the same directory, got {file!r}")
         files.setdefault(file, []).append(name)
-    absent = sorted(file for file in files if not (directory / file).is_file())
+    absent = sorted(file for file in files if not ((directory / file).is_file() if remote is None else file in remote))
     if absent:
         raise FileNotFoundError(
             f"{index_file} names {len(files)} files, and {len(absent)} of them are absent: {', '.join(absent)}"
         )
     tensors: dict[str, TensorInfo] = {}
     for file, names in sorted(files.items()):
-        header = read_header(directory / file)
+        header = read_header(directory / file) if remote is None else remote[file]
         for name in names:
             if name not in header:
                 raise ValueError(f"{index_file} places tensor {name} in {file}, which does not hold it")
@@ -112,24 +117,28 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ValueError(f"{path} has a broken safetensors header: {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a broken safetensors header: it is not an object")
-    header.pop("__metadata__", None)
-    tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
-    end = 8 + length
+    return tensors_of_header(path, header, 8 + length, size)
+
+
+def tensors_of_header(path: Path, header: dict[str, Any], data_start: int, size: int | None) -> dict[str, TensorInfo]:
+    """The tensors of a header whose data begin at byte ``data_start`` of a file of ``size`` bytes; None where that is not known."""
+    tensors = {
+        name: _tensor_info(path, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"
+    }
+    end = data_start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
             raise ValueError(f"{path}: tensor {name} starts at byte {info.offset}, and the one before ends at {end}")
         end += info.nbytes
-    if end > size:
-        raise ValueError(f"{path} is cut off: its tensors end at byte {end}, and the file has {size}")
-    if end < size:
-        raise ValueError(f"{path} is damaged: its tensors end at byte {end}, and the file has {size}")
+    if size is not None and end != size:
+        state = "cut off" if end > size else "damaged"
+        raise ValueError(f"{path} is {state}: its tensors end at byte {end}, and the file has {size}")
     return tensors
 
 
-def read_into(info: TensorInfo, out: torch.Tensor) -> None:
-    """Read a tensor into ``out``, contiguous, on the CPU, of its dtype and shape. Raises ``ValueError`` at an early end."""
-    assert out.is_contiguous() and out.dtype == info.dtype and out.shape == info.shape and out.device.type == "cpu"
-    buffer = out.view(-1).view(torch.uint8).numpy().data
+def read_into(info: TensorInfo, buffer: memoryview) -> None:
+    """Read a tensor's bytes into ``buffer``, which has as many. Raises ``ValueError`` at an early end."""
+    assert len(buffer) == info.nbytes
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.offset)
         done = 0
@@ -148,13 +157,14 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
         raise ValueError(f"{path}: tensor {name} has dtype {dtype!r}, which is not supported")
     if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{path} has a broken safetensors header: tensor {name} has shape {shape}, offsets {offsets}")
-    nbytes = prod(shape) * _DTYPES[dtype].itemsize
+    torch_name, itemsize = _DTYPES[dtype]
+    nbytes = prod(shape) * itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise ValueError(
             f"{path}: tensor {name} of {dtype} {list(shape)} takes {nbytes} bytes, and its offsets {offsets} "
             f"span {offsets[1] - offsets[0]}"
         )
-    return TensorInfo(path, _DTYPES[dtype], tuple(shape), nbytes, data_start + offsets[0])
+    return TensorInfo(path, torch_name, tuple(shape), nbytes, data_start + offsets[0])
 
 
 def _is_counts(value: object) -> TypeGuard[list[int]]:

@@ -6,14 +6,13 @@ Must not know how checkpoints are found or read.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from nemo_engine.config import ModelConfig
-from nemo_engine.model.layout import PARTS, ExpectedTensor, expected_tensors
+from nemo_engine.model.inventory import DENSE, KindOf, LinearKind
+from nemo_engine.model.layout import HF, PARTS, PROJECTION_OF, ExpectedTensor
 from nemo_engine.model.linear import DenseLinear, Fp8Linear, Linear
 from nemo_engine.ops.blocks import quantize_weight_blocks
 from nemo_engine.ops.linear import SCALE_BLOCK
@@ -22,18 +21,6 @@ from nemo_engine.ops.quantize import FP8, quantize_channels
 DUMMY_PERIOD = 262_139  # random numbers drawn per dummy tensor, then repeated; prime, so that no two rows are alike
 _DUMMY_INPUT_SCALE = 0.02  # of static activations, which dummy weights keep near 1
 _CHUNK = 1 << 20  # numbers quantised at once, or 128 rows: their wide copies take little beside one tensor
-
-
-@dataclass(frozen=True, slots=True)
-class LinearKind:
-    """What a projection is: dense ("none"), or FP8 with a scale per output ("channel") or per 128 x 128 ("block")."""
-
-    scales: Literal["none", "channel", "block"] = "none"
-    has_input_scale: bool = False
-
-
-DENSE = LinearKind()
-KindOf = Callable[[int | None, str], LinearKind]  # of (layer, projection), and of (None, "lm_head")
 
 
 def all_dense(layer: int | None, projection: str) -> LinearKind:
@@ -102,20 +89,23 @@ class Place:
         """Whether ``scales`` are of blocks."""
         return self.scales is not None and self.scales.shape != (self.values.shape[0], 1)
 
-    def store(self, name: str, x: torch.Tensor) -> None:
-        """Put ``x`` here, quantised if this is FP8. Raises ``ValueError`` naming the tensor if it is not finite then."""
+    def store(self, name: str, x: torch.Tensor, start: int = 0) -> None:
+        """Put ``x`` here, from row ``start`` (of a block) on, quantised if this is FP8.
+
+        Raises ``ValueError`` naming the tensor if it is not finite then.
+        """
+        end = start + x.shape[0]
         if self.scales is None:
-            self.values.copy_(x)
+            self.values[start:end].copy_(x)
             return
         quantize, unit = (quantize_weight_blocks, SCALE_BLOCK) if self.is_by_block else (quantize_channels, 1)
         rows = max(1, _CHUNK // x.shape[1] // SCALE_BLOCK) * SCALE_BLOCK
-        for start in range(0, x.shape[0], rows):
-            values, scales = quantize(x[start : start + rows].to(self.values.device))
+        for first in range(start, end, rows):
+            values, scales = quantize(x[first - start : first - start + rows].to(self.values.device))
             if not scales.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity, and cannot be quantised to FP8")
-            first = start // unit
-            self.scales[first : first + scales.shape[0]] = scales
-            self.values[start : start + rows].view(torch.uint8).copy_(values.view(torch.uint8))
+            self.scales[first // unit : first // unit + scales.shape[0]] = scales
+            self.values[first : first + values.shape[0]].view(torch.uint8).copy_(values.view(torch.uint8))
 
 
 def dummy_weights(
@@ -132,7 +122,7 @@ def dummy_weights(
     """
     weights = empty_weights(config, dtype, torch.device(device), kind_of)
     residual_scale = (2 * config.num_layers) ** -0.5  # 2 additions per layer together add a variance near 1
-    for tensor in expected_tensors(config, "hf"):
+    for tensor in HF.expected(config):
         place = place_of(weights, config, tensor)
         if len(tensor.shape) == 1:
             place.values.fill_(1.0)
@@ -218,7 +208,7 @@ def place_of(weights: NemoWeights, config: ModelConfig, tensor: ExpectedTensor) 
         return Place(getattr(layer, tensor.part))
     q, kv, inner, hidden = config.q_size, config.kv_size, config.intermediate_size, config.hidden_size
     sizes = {"qkv": (q, kv, kv), "o": (hidden,), "gate_up": (inner, inner), "down": (hidden,)}
-    (projection,) = (name for name, parts in PARTS.items() if tensor.part in parts)
+    projection = PROJECTION_OF[tensor.part]
     index = PARTS[projection].index(tensor.part)
     return _place_in(getattr(layer, projection), sum(sizes[projection][:index]), sizes[projection][index])
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.model.layout import PARTS, expected_tensors
-from nemo_engine.model.quantization import ONLINE, Quantization, quantization_of
+from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.hub import Needs
+from nemo_engine.model.inventory import DENSE, Inventory, LinearKind, planned_inventory
+from nemo_engine.model.quantization import Quantization, resolve_online
 from nemo_engine.planner.memory import Sizes, weight_bytes
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -44,19 +45,11 @@ class PlannedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightKind:
-    """What a projection is stored as, see ``memory.Kind``."""
-
-    scales: Literal["none", "channel", "block"] = "none"
-    has_input_scale: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Formats:
     """What numbers are stored and multiplied as, for one model and one ``EngineConfig``."""
 
     sizes: Sizes
-    kinds: Mapping[tuple[int | None, str], WeightKind]
+    kinds: Mapping[tuple[int | None, str], LinearKind]
 
     @property
     def is_linear_fp8(self) -> bool:
@@ -73,55 +66,32 @@ class Formats:
         """Whether keys and values are FP8."""
         return self.sizes.kv_cache == 1
 
-    def kind_of(self, layer: int | None, projection: str) -> WeightKind:
+    def kind_of(self, layer: int | None, projection: str) -> LinearKind:
         """What ``projection`` of ``layer`` is stored as."""
-        return self.kinds.get((layer, projection), WeightKind())
+        return self.kinds.get((layer, projection), DENSE)
 
 
-def read_model(name: str) -> PlannedModel | None:
-    """A built-in model by name, or the configuration of a directory; None for what only the engine can open (a Hub id, a lack of head_dim).
+def read_model(name: str, revision: str | None = None) -> PlannedModel:
+    """A built-in model by name, or what ``open_checkpoint`` opens; of its files, configuration and headers alone are read.
 
-    Raises ``ValueError`` naming the file and what is wrong with it.
+    Raises ``ValueError`` or ``FileNotFoundError`` naming the file and what is wrong with it.
     """
-    if name in BUILT_IN:
+    if name in BUILT_IN and revision is None:
         return PlannedModel(name, BUILT_IN[name])
-    folder = Path(name).expanduser()
-    is_mistral = not (folder / "config.json").is_file()
-    file = folder / ("params.json" if is_mistral else "config.json")
-    if not file.is_file():
-        return None
-    data = _read_object(file)
-    if data.get("head_dim") is None:
-        return None
-    extra = {key: folder / f"{key}.json" for key in ("generation_config", "hf_quant_config")}
-    found = {key: _read_object(path) for key, path in extra.items() if path.is_file() and not is_mistral}
-    try:
-        if is_mistral:
-            config = ModelConfig.from_mistral(data)
-        else:
-            config = ModelConfig.from_hf(data, generation_config=found.get("generation_config"))
-        quantization = quantization_of(data, found.get("hf_quant_config"), is_mistral=is_mistral)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    return PlannedModel(name, config, quantization)
+    needs: Needs = "headers" if Path(name).is_dir() else "config"
+    checkpoint = open_checkpoint(name, revision=revision, needs=needs)
+    return PlannedModel(name, checkpoint.model_config, checkpoint.quantization)
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(data).__name__}")
-    return data
+def formats_of(model: PlannedModel, config: EngineConfig, inventory: Inventory | None = None) -> Formats:
+    """What ``config`` makes of ``model``, as start-up resolves it; ``inventory``, where it has been taken, says what is stored.
 
-
-def formats_of(model: PlannedModel, config: EngineConfig) -> Formats:
-    """What ``config`` makes of ``model``, as start-up resolves it. Raises ``ValueError`` where they conflict."""
+    Raises ``ValueError`` where they conflict.
+    """
     dtype = model.config.dtype if config.dtype == "auto" else config.dtype
     itemsize = ITEMSIZE[dtype]
-    stored, online = model.quantization, _online(config, model.quantization)
-    kinds = projection_kinds(model.config, stored, online)
+    stored, online = model.quantization, resolve_online(config, model.quantization)
+    kinds = (inventory or planned_inventory(model.config, stored, online)).kinds
     if kinds and dtype == "float64":
         raise ValueError(f"dtype {dtype!r} computes nothing in FP8, and the model is quantised")
     kv = config.kv_cache_dtype
@@ -138,38 +108,3 @@ def formats_of(model: PlannedModel, config: EngineConfig) -> Formats:
     formats = Formats(Sizes(itemsize, kv_itemsize), kinds)
     num_bytes = weight_bytes(model.config, itemsize, formats.kind_of)
     return replace(formats, sizes=Sizes(itemsize, kv_itemsize, num_bytes))
-
-
-def _online(config: EngineConfig, stored: Quantization | None) -> Quantization | None:
-    """What becomes FP8 while it loads."""
-    name = config.quantization
-    head = replace(ONLINE["fp8"], targets=("lm_head",), ignored=()) if config.quantize_lm_head else None
-    if stored is not None and stored.weights != "none":
-        if name is not None and (stored.activations == "none" or (name == "fp8_block") != (stored.weights == "block")):
-            raise ValueError(
-                f"quantization {name!r} conflicts with what the checkpoint is already: {stored.describe()}"
-            )
-        return head
-    if name is None:
-        return head
-    return replace(ONLINE[name], ignored=()) if config.quantize_lm_head else ONLINE[name]
-
-
-def projection_kinds(
-    config: ModelConfig, stored: Quantization | None, online: Quantization | None
-) -> dict[tuple[int | None, str], WeightKind]:
-    """The projections that are FP8, in a checkpoint of ``stored`` whose others become what ``online`` says."""
-    projection_of = {part: projection for projection, parts in PARTS.items() for part in parts} | {"lm_head": "lm_head"}
-    kinds: dict[tuple[int | None, str], WeightKind] = {}
-    for tensor in expected_tensors(config, "hf"):
-        if tensor.part not in projection_of:
-            continue
-        module = tensor.name.removesuffix(".weight")
-        for scheme in (online, stored):
-            if scheme is None or scheme.activations == "none":
-                continue
-            covered = scheme.covers(module)
-            if tensor.part != "lm_head" if covered is None else covered:
-                by: Literal["channel", "block"] = "block" if scheme.weights == "block" else "channel"
-                kinds[tensor.layer, projection_of[tensor.part]] = WeightKind(by, scheme.activations == "static")
-    return kinds

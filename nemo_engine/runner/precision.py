@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from nemo_engine.config import EngineConfig
 from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.quantization import ONLINE, Quantization
+from nemo_engine.model.quantization import Quantization, resolve_online
 from nemo_engine.ops.quantize import FP8
 
 _KV_DTYPES = {"fp8": FP8, "fp8_e4m3": FP8}
@@ -28,7 +28,7 @@ def resolve_precision(config: EngineConfig, checkpoint: Checkpoint, device: torc
     """What ``config`` and ``checkpoint`` come to on ``device``. Raises ``ValueError`` where they conflict."""
     stored = checkpoint.quantization
     dtype = resolve_dtype(config.dtype, checkpoint.model_config.dtype, device)
-    online = _resolve_online(config, stored)
+    online = resolve_online(config, stored)
     is_fp8 = online is not None or (stored is not None and stored.activations != "none")
     if is_fp8 and dtype is torch.float64:
         raise ValueError(
@@ -53,19 +53,6 @@ def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> tor
     if dtype is torch.float64 and device.type != "cpu":
         raise ValueError(f"dtype 'float64' works on the CPU only, got device {str(device)!r}")
     return dtype
-
-
-def _resolve_online(config: EngineConfig, stored: Quantization | None) -> Quantization | None:
-    name = config.quantization
-    if stored is not None and stored.weights != "none":
-        if name is not None and (stored.activations == "none" or (name == "fp8_block") != (stored.weights == "block")):
-            raise ValueError(
-                f"quantization {name!r} conflicts with what the checkpoint is already: {stored.describe()}"
-            )
-        return replace(ONLINE["fp8"], targets=("lm_head",), ignored=()) if config.quantize_lm_head else None
-    if name is None:
-        return replace(ONLINE["fp8"], targets=("lm_head",), ignored=()) if config.quantize_lm_head else None
-    return replace(ONLINE[name], ignored=()) if config.quantize_lm_head else ONLINE[name]
 
 
 def _resolve_kv_dtype(name: str, stored: Quantization | None, dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.ledger import Ledger
 from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
+from nemo_engine.model.hub import Needs
 from nemo_engine.model.inventory import Inventory, planned_inventory, take_inventory
 from nemo_engine.model.loading import load_weights
 from nemo_engine.model.weights import NemoWeights, dummy_weights
@@ -60,9 +62,10 @@ def start_device_half(
     check_threads()
     device = resolve_device(config.device)
     with ledger.stage("open checkpoint"):
-        checkpoint = open_checkpoint(model, revision=config.revision, needs_weights=config.load_format != "dummy")
+        needs: Needs = "config" if config.load_format == "dummy" else "weights"
+        checkpoint = open_checkpoint(model, revision=config.revision, needs=needs, lora=config.lora)
     model_config = checkpoint.model_config
-    num_tokens = count_tokens(checkpoint.path)
+    num_tokens = count_tokens(checkpoint.tokenizer_path)
     precision = resolve_precision(config, checkpoint, device)
     site = Site.of(model_config, config.page_size, precision.dtype, device, precision.kv_dtype)
     ops = Ops.select(site, config.prefer or {})
@@ -198,5 +201,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} is not there: torch {torch.__version__} finds no CUDA device; use 'cpu'")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r}, which may hide one)"
+        raise ValueError(
+            f"device {name!r} is not there: torch {torch.__version__} finds no CUDA device{hidden}; use 'cpu'"
+        )
     return torch.device(name)

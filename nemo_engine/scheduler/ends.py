@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 
 from nemo_engine.outputs import NO_TOKEN_LEFT, FinishReason
 from nemo_engine.sampling_params import RepetitionDetection
 from nemo_engine.scheduler.constrained import refusal
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.waiting import WaitingQueue
-from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
+from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, TokenLogprobs
 
-_ERRORS = {
+ERRORS = {
     TOKEN_NOT_FINITE: "the model's logits are not finite (NaN or infinity): the weights or the cache are damaged",
     TOKEN_ALL_MASKED: NO_TOKEN_LEFT,
 }
@@ -20,10 +21,15 @@ _ERRORS = {
 def failure_of(request: Request, token_id: int, mask_errors: Mapping[Request, str]) -> str | None:
     """Why ``request`` cannot go on with ``token_id``; None if it can, and its grammar has then taken the token in."""
     if token_id < 0:
-        return mask_errors.get(request) or _ERRORS[token_id]
+        return mask_errors.get(request) or ERRORS[token_id]
     if request.grammar is not None and token_id not in request.stop_token_ids:
         return refusal(request, token_id)
     return None
+
+
+def is_finite(entries: Iterable[TokenLogprobs]) -> bool:
+    """Whether the logits behind ``entries`` were finite: a NaN or +inf among a row's logits spoils all its log-probabilities."""
+    return all(isfinite(entry.logprobs[0]) for entry in entries)
 
 
 def end_of(request: Request, token_id: int) -> tuple[FinishReason, int | None] | None:

@@ -72,22 +72,6 @@ class ScheduledStep:
         decodes = [request for request in self.decodes if request.grammar is not None] if self.has_constrained else []
         return decodes + [request for request, row in self.prefills if row.samples and request.grammar is not None]
 
-    def committed(self, result: StepResult) -> Committed:
-        """What ``result`` says of prompts."""
-        committed = Committed()
-        for index, entries in result.prompt_logprobs.items():
-            request, row = self.prefills[index]
-            if request not in self.departed:
-                committed.prompt_logprobs.append((request, row.start + 1, entries))
-        token_ids = iter(result.token_ids[len(self.decodes) :])
-        for request, row in self.prefills:
-            if row.samples:
-                token_id = next(token_ids)
-                if request not in self.departed:
-                    committed.prefilled.append(request)
-                    request.is_sound = token_id >= 0
-        return committed
-
 
 @dataclass(slots=True)
 class Committed:

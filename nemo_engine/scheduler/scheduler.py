@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_engine.outputs import FinishReason
-from nemo_engine.scheduler.ends import end_of, failure_of, restart
+from nemo_engine.scheduler.ends import ERRORS, end_of, failure_of, is_finite, restart
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.running import URGENCY, RunningRequests
@@ -222,7 +222,7 @@ class Scheduler:
         step = self._in_flight.popleft()
         requests, token_ids, departed = step.sampling, result.token_ids, step.departed
         assert (result.step_id, len(token_ids)) == (step.step_id, len(requests)), (result, step.step_id, len(requests))
-        committed = step.committed(result)
+        committed = self._commit_prompts(step, result)
         at_limit: list[Request] = []
         for request, token_id in zip(requests, token_ids):
             if departed and request in departed:
@@ -240,6 +240,30 @@ class Scheduler:
             self._end(request, "length")
             committed.finished.append(request)
         committed.add_tokens(requests, result, departed)
+        return committed
+
+    def _commit_prompts(self, step: ScheduledStep, result: StepResult) -> Committed:
+        """Take in what ``result`` says of prompts; the tokens that follow them are yet to come."""
+        committed = Committed()
+        for index, entries in result.prompt_logprobs.items():
+            request, row = step.prefills[index]
+            if request in step.departed:
+                continue
+            if is_finite(entries):
+                committed.prompt_logprobs.append((request, row.start + 1, entries))
+            else:
+                request.error = ERRORS[TOKEN_NOT_FINITE]
+                step.bad_pages.update(self.kv.discard(request, request.num_good_tokens))
+                step.departed.add(request)
+                self._end(request, "error")
+                committed.finished.append(request)
+        token_ids = iter(result.token_ids[len(step.decodes) :])
+        for request, row in step.prefills:
+            if row.samples:
+                token_id = next(token_ids)
+                if request not in step.departed:
+                    committed.prefilled.append(request)
+                    request.is_sound = token_id >= 0
         return committed
 
     def _take(self, request: Request, token_id: int, step: ScheduledStep, committed: Committed) -> None:

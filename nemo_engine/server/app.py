@@ -16,6 +16,7 @@ from nemo_engine.server import errors, state
 from nemo_engine.server.access import Access
 from nemo_engine.server.chat import create_chat_completion
 from nemo_engine.server.completions import create_completion
+from nemo_engine.server.document import describe
 from nemo_engine.server.monitor import monitor_routes
 from nemo_engine.server.options import ServerOptions
 from nemo_engine.server.parsing import Workers
@@ -100,7 +101,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
     )
     app.state.service = service
     errors.install(app)
-    _say_vocabulary(app, engine.model_config.vocab_size)
+    _complete_document(app, service)
     app.include_router(_routes(service))
     app.include_router(monitor_routes(service), responses=_ERRORS)
     app.add_middleware(Access, service=service)
@@ -115,18 +116,13 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
     return app
 
 
-def _say_vocabulary(app: FastAPI, vocab_size: int) -> None:
-    """Have the OpenAPI document say which token ids there are."""
+def _complete_document(app: FastAPI, service: Service) -> None:
+    """Have the OpenAPI document say what FastAPI does not know."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = make()["components"]["schemas"].values()
-            for field in (field for schema in schemas for field in schema.get("properties", {}).values()):
-                for one in field.get("anyOf", [field]):
-                    items = one.get("items", {})
-                    if items.get("type") == "integer" and "minimum" in items:
-                        items["maximum"] = vocab_size - 1
+            describe(make(), service)
         assert app.openapi_schema is not None
         return app.openapi_schema
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
+from nemo_engine.inputs import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, RequestOutput
 from nemo_engine.server.answer import respond
 from nemo_engine.server.completions import is_answer_long
@@ -15,23 +16,15 @@ from nemo_engine.server.errors import ApiError
 from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
 from nemo_engine.server.logprobs import chat_logprobs, prompt_logprobs
-from nemo_engine.server.params import effective
-from nemo_engine.server.prompts import encode_conversation, structured_outputs
+from nemo_engine.server.params import Effective, effective
+from nemo_engine.server.prompts import encode_conversation
 from nemo_engine.server.protocol import ChatRequest
 from nemo_engine.server.service import Service, while_connected
 from nemo_engine.server.sse import DONE, EventStream, event
 from nemo_engine.server.tools import ToolUse
+from nemo_engine.text.call_styles import CallReader
 from nemo_engine.text.messages import check_content
-from nemo_engine.text.tool_calls import (
-    AnswerParser,
-    ArgumentsDelta,
-    CallStarted,
-    Content,
-    Event,
-    ToolCall,
-    parse_answer,
-    parse_tool_calls,
-)
+from nemo_engine.text.tool_calls import ArgumentsDelta, CallStarted, Content, Event, ToolCall
 
 
 async def create_chat_completion(service: Service, http: Request, request: ChatRequest) -> Response:
@@ -56,29 +49,27 @@ class Chat:
         self.echo = echo
         self.shows_special = shows_special
 
-    def parser(self) -> AnswerParser:
-        """A reader of one streamed answer."""
-        return AnswerParser(shows_special=self.shows_special, starts_with_calls=self.tools.is_forced)
+    def parser(self) -> CallReader:
+        """A reader of one streamed answer in which calls are looked for."""
+        assert self.tools.style is not None
+        return self.tools.style.reader(is_forced=self.tools.is_forced, shows_special=self.shows_special)
 
     def parse(self, completion: CompletionOutput) -> tuple[str, list[ToolCall]]:
         """(content, calls) of one whole answer."""
-        if not self.tools.is_on:
+        if not self.tools.is_on or self.tools.style is None:
             return completion.text, []
-        is_truncated = completion.finish_reason == "length"
-        if self.tools.is_forced:
-            content, calls = parse_tool_calls(completion.text, is_truncated=is_truncated)
-        else:
-            content, calls = parse_answer(
-                completion.text,
-                completion.tool_calls_start,
-                is_truncated=is_truncated,
-                shows_special=self.shows_special,
-            )
+        content, calls = self.tools.style.read(
+            completion.text,
+            completion.tool_calls_start,
+            is_forced=self.tools.is_forced,
+            is_truncated=completion.finish_reason == "length",
+            shows_special=self.shows_special,
+        )
         return content, calls if self.tools.parallel else calls[:1]
 
 
-def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl-") -> Chat:
-    """Check a request and put it into the form that the engine takes. Runs outside the event loop: grammars may be compiled."""
+def checked_chat(service: Service, request: ChatRequest) -> tuple[ToolUse, EncodedPrompt, Effective]:
+    """The tools, the prompt and the parameters of a request; ``ValueError`` or ``ApiError`` for what is wrong."""
     if request.add_special_tokens:
         raise ApiError(400, "add_special_tokens must be false: chat begins with its own", param="add_special_tokens")
     if request.top_logprobs is not None and not request.logprobs:
@@ -90,8 +81,9 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
     most = service.engine.config.max_logprobs
     if request.top_logprobs is not None and most != -1 and not 0 <= request.top_logprobs <= most:
         raise ApiError(400, f"top_logprobs must be in [0, {most}], got {request.top_logprobs}", param="top_logprobs")
-    service.check_admission(request.n or 1, service.turn_of(http))
-    tools = ToolUse.of(request, service.tokenizer)
+    tools = ToolUse.of(request, service.renderer(request.chat_template))
+    if tools.is_on and tools.style is not None and tools.style.shows_special:
+        request.skip_special_tokens = False  # else the tags of calls would not be seen
     prompt = encode_conversation(service, request, tools)
     logprobs = None
     if request.logprobs:
@@ -103,8 +95,15 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
         len(prompt.token_ids),
         asked_tokens=asked,
         logprobs=logprobs,
-        structured=tools.structured_outputs(structured_outputs(request)),
+        tools=tools,
     )
+    return tools, prompt, own
+
+
+def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl-") -> Chat:
+    """Check a request and put it into the form that the engine takes. Runs outside the event loop: grammars may be compiled."""
+    service.check_admission(request.n or 1, service.turn_of(http))
+    tools, prompt, own = checked_chat(service, request)
     echo = ""
     if request.echo and request.messages[-1].get("role") == "assistant":
         echo = check_content(request.messages[-1].get("content"), "messages[-1].content") or ""
@@ -176,7 +175,7 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
                 if completion.finish_reason is not None:
                     events += parser.finish()
                 delta = _delta(events, chat.tools.parallel, delta)
-                has_calls = parser.calls.num_calls > 0
+                has_calls = parser.num_calls > 0
             elif completion.text:
                 delta["content"] = delta.get("content", "") + completion.text
             entry: dict[str, Any] = {

@@ -17,7 +17,7 @@ from nemo_engine.server.generation import Generation, raise_failure
 from nemo_engine.server.headers import response_headers
 from nemo_engine.server.logprobs import TextOffsets, completion_logprobs, prompt_logprobs
 from nemo_engine.server.params import effective
-from nemo_engine.server.prompts import encode_prompts, structured_outputs
+from nemo_engine.server.prompts import encode_prompts
 from nemo_engine.server.protocol import CompletionRequest, GenerationRequest
 from nemo_engine.server.service import Service, while_connected
 from nemo_engine.server.sse import DONE, EventStream, event
@@ -71,7 +71,6 @@ def _prepare(service: Service, http: Request, request: CompletionRequest) -> _Ru
             len(prompt.token_ids),
             asked_tokens=1 if drops_output else request.max_tokens,
             logprobs=request.logprobs,
-            structured=structured_outputs(request),
         )
         for prompt in prompts
     ]

@@ -29,10 +29,9 @@ _CALL: Names = {
 MESSAGE: Names = {
     "role": None, "content": [_PART], "name": None, "tool_calls": [_CALL], "tool_call_id": None, "refusal": None,
     "annotations": None, "parsed": None, "prefix": None,
-    **dict.fromkeys(
-        ("audio", "function_call", "images", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks"),
-        REFUSED,
-    ),
+    # Some chat templates read these; where none does, the messages are refused.
+    "reasoning": None, "reasoning_content": None, "thinking": None,
+    **dict.fromkeys(("audio", "function_call", "images", "reasoning_details", "thinking_blocks"), REFUSED),
 }  # fmt: skip
 TOOL: Names = {"type": None, "function": {"name": None, "description": None, "parameters": None, "strict": None}}
 RESPONSE_FORMAT: Names = {

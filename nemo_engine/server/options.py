@@ -43,7 +43,8 @@ class ServerOptions:
     metrics_prefix: what the names in /metrics start with; "vllm" lets dashboards made for vLLM work. page: serve the page at /.
     default_sampling_params: sampling parameters for requests that do not set them, over the model's own. system_placement:
     where chat puts the system prompt: "last" (before the last user message, as the model was trained) or "first" (stays in the
-    prefix cache from turn to turn). otlp_endpoint: where to send OpenTelemetry spans; needs the extra otel.
+    prefix cache from turn to turn). trust_request_chat_template: take the field chat_template of requests; a template is code, run with
+    limits but run. otlp_endpoint: where to send OpenTelemetry spans; needs the extra otel.
     """
 
     host: str = "127.0.0.1"
@@ -76,6 +77,7 @@ class ServerOptions:
     page: bool = True
     default_sampling_params: dict[str, str] | None = None
     system_placement: str = "last"
+    trust_request_chat_template: bool = False
     otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:

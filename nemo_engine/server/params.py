@@ -11,8 +11,10 @@ from typing import Any
 from nemo_engine.inputs import CHAT_TEMPERATURE
 from nemo_engine.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
 from nemo_engine.server.errors import ApiError
+from nemo_engine.server.prompts import structured_outputs
 from nemo_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from nemo_engine.server.service import Service
+from nemo_engine.server.tools import ToolUse
 
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions; chat has the rest of the context
 _PLAIN = (
@@ -49,12 +51,12 @@ def effective(
     *,
     asked_tokens: int | None,
     logprobs: int | None,
-    structured: object | None,
+    tools: ToolUse | None = None,
 ) -> Effective:
     """The parameters of ``request`` for a prompt of that length; ``ValueError`` or ``ApiError`` for what is wrong.
 
     ``asked_tokens`` is the request's own limit of output tokens. It and every default are cut to what the context and the cache hold
-    beside the prompt.
+    beside the prompt. The form of the answer is what the request asks for, or with ``tools`` that of their calls.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -72,8 +74,7 @@ def effective(
     if request.repetition_detection is not None:
         values["repetition_detection"] = RepetitionDetection(**request.repetition_detection.model_dump())
         origins["repetition_detection"] = "request"
-    if structured is not None:
-        values["structured_outputs"], origins["structured_outputs"] = structured, "request"
+    asked_form = structured_outputs(request)
     is_chat = isinstance(request, ChatRequest)
     if is_chat and "temperature" not in values:
         values["temperature"] = CHAT_TEMPERATURE
@@ -81,15 +82,21 @@ def effective(
     _set_max_tokens(service, request, num_prompt_tokens, asked_tokens, values, origins)
     values["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     try:
+        structured = asked_form if tools is None else tools.structured_outputs(asked_form)
+        if structured is not None:
+            values["structured_outputs"], origins["structured_outputs"] = structured, "request"
         params = service.engine.inputs.effective_params(SamplingParams(**values))
     except ValueError as error:
-        raise ValueError(_in_words_of(request, str(error))) from None
+        message = str(error)
+        if tools is not None and tools.has_grammar(asked_form) and message.startswith("structured_outputs"):
+            message = tools.blamed(message, asked_form)
+        raise ValueError(_in_words_of(request, message)) from None
     return Effective(params, origins)
 
 
 def _in_words_of(request: GenerationRequest, message: str) -> str:
     """``message`` with the field that the client sent: what ``response_format`` asks is ``structured_outputs`` to the engine."""
-    if request.response_format is None:
+    if request.response_format is None or request.response_format.get("type") == "text":
         return message
     whole, kind = "response_format", request.response_format.get("type")
     schema = "response_format.json_schema.schema" if kind == "json_schema" else whole
@@ -114,11 +121,13 @@ def _set_max_tokens(
     limit = service.options.max_completion_tokens
     if asked is not None:
         values["max_tokens"], origins["max_tokens"] = asked, "request"
-        name = "max_tokens" if getattr(request, "max_completion_tokens", None) is None else "max_completion_tokens"
-        if asked < 1:
-            raise ApiError(400, f"{name} must be at least 1, got {asked}", param=name)
-        if limit is not None and asked > limit:
-            raise ApiError(400, f"{name} must be at most {limit} on this server, got {asked}", param=name)
+        is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        for name in ("max_completion_tokens", "max_tokens"):  # of which the first counts, and both are checked
+            given = getattr(request, name, None)
+            if given is not None and given < 1 and not (given == 0 and is_echo):
+                raise ApiError(400, f"{name} must be at least 1, got {given}", param=name)
+            if given is not None and limit is not None and given > limit:
+                raise ApiError(400, f"{name} must be at most {limit} on this server, got {given}", param=name)
     elif "max_tokens" not in values and isinstance(request, CompletionRequest):
         values["max_tokens"] = _DEFAULT_MAX_TOKENS
     room = service.engine.room_for(num_prompt_tokens)

@@ -13,8 +13,9 @@ from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from nemo_engine.server.service import Service
 from nemo_engine.server.tools import ToolUse
-from nemo_engine.text.messages import refuse_unknown
+from nemo_engine.text.messages import asks_nothing, refuse_unknown
 
+_READ_BY_TEMPLATES = frozenset(("reasoning", "reasoning_content", "thinking"))  # by some
 _SCHEMA_KEYS = {"name", "schema", "strict", "description"}
 
 
@@ -49,10 +50,19 @@ def _encode(
 
 def encode_conversation(service: Service, request: ChatRequest, tools: ToolUse | None = None) -> EncodedPrompt:
     """The conversation of a chat request; ``tools`` None reads them from it."""
-    tools = tools or ToolUse.of(request, service.tokenizer)
+    renderer = service.renderer(request.chat_template)
+    tools = tools or ToolUse.of(request, renderer)
+    for name in _READ_BY_TEMPLATES - renderer.fields:
+        for index, message in enumerate(request.messages):
+            if not asks_nothing(message.get(name)):
+                place = f"messages[{index}].{name}"
+                raise ApiError(400, f"{place} is not supported", param=place, code="unsupported_parameter")
     (prompt,) = service.engine.inputs.encode_conversations(
         [request.messages],
         tools=tools.shown(),
+        documents=request.documents,
+        chat_template=request.chat_template or None,
+        chat_template_kwargs=request.chat_template_kwargs,
         add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,
         continue_final_message=bool(request.continue_final_message),
         strict=bool(request.strict),
@@ -75,7 +85,8 @@ def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt)
         most = service.engine.max_model_len - 1 if most == -1 else most
         if len(prompt.token_ids) > most:
             ids = prompt.token_ids
-            prompt = EncodedPrompt(None, ids[:most] if request.truncation_side == "right" else ids[-most:])
+            kept = ids[:most] if request.truncation_side == "right" else ids[-most:]
+            prompt = replace(prompt, text=None, token_ids=kept)
     limit = service.options.max_prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:
         raise ApiError(

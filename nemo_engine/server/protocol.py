@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr
 
+from nemo_engine.option_names import advice
 from nemo_engine.sampling_params import MAX_BAD_WORDS, MAX_N, MAX_STOP
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.fields import MESSAGE, RESPONSE_FORMAT, TOOL, Ignored
@@ -55,11 +56,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
     "web_search_options": (),
 }
+_OF_TEMPLATES = ("chat_template", "chat_template_kwargs", "documents")  # for chat alone
 INSTEAD = {
-    "guided_json": "structured_outputs",
-    "guided_regex": "structured_outputs",
-    "guided_choice": "structured_outputs",
-    "guided_grammar": "structured_outputs",
     "functions": "tools",
     "function_call": "tool_choice",
 }
@@ -91,13 +89,6 @@ _TokenId = Annotated[int, Limits(minimum=0)]
 _SEED_SHOWN = Limits(
     minimum=-(2**62), maximum=2**63
 )  # the document's numbers are floats: what lies within is taken in any case
-_LOGIT_BIAS = WithJsonSchema(
-    {
-        "type": "object",
-        "propertyNames": {"pattern": "^[0-9]+$"},
-        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-    }
-)
 
 
 class ApiRequest(BaseModel):
@@ -126,8 +117,13 @@ class ApiRequest(BaseModel):
             if not asks_nothing(value) and not any(
                 value == harmless and not isinstance(value, bool) for harmless in self.unsupported[name]
             ):
-                hint = f"; use {self.instead[name]}" if name in self.instead else ""
-                raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
+                hint = f"use {self.instead[name]}" if name in self.instead else advice(name, ())
+                raise ApiError(
+                    400,
+                    f"{name} is not supported" + (f"; {hint}" if hint else ""),
+                    param=name,
+                    code="unsupported_parameter",
+                )
         for name, value in extra.items():
             if self._ignored.is_full:  # a hostile body may hold any number
                 break
@@ -148,7 +144,7 @@ class StreamOptions(ApiRequest):
 class RepetitionDetectionFields(BaseModel):
     """``SamplingParams.repetition_detection``."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     max_pattern_size: int = 0
     min_pattern_size: int = 0
@@ -166,7 +162,7 @@ class SamplingRequest(ApiRequest):
     top_p: Annotated[float | None, Limits(exclusiveMinimum=0, maximum=1)] = None
     frequency_penalty: Annotated[float | None, Limits(minimum=-2, maximum=2)] = None
     presence_penalty: Annotated[float | None, Limits(minimum=-2, maximum=2)] = None
-    logit_bias: Annotated[dict[str, Any], _LOGIT_BIAS] | None = None
+    logit_bias: dict[str, Any] | None = None
     # vLLM's extras
     top_k: Annotated[int | None, Limits(minimum=-1)] = None
     min_p: Annotated[float | None, Limits(minimum=0, maximum=1)] = None
@@ -224,6 +220,9 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """The body of ``/v1/chat/completions`` and its ``render``."""
 
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        name: values for name, values in UNSUPPORTED.items() if name not in _OF_TEMPLATES
+    }
     inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT, "messages": [MESSAGE], "tools": [TOOL]}
 
     messages: _Some[dict[str, Any]]
@@ -238,6 +237,9 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool | None = False
     add_special_tokens: bool | None = False
     echo: bool | None = False
+    documents: Items[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     system_placement: Literal["last", "first"] | None = None
     strict: bool | None = False
 
@@ -260,6 +262,8 @@ class TokenizeRequest(ApiRequest):
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
     return_token_strs: bool | None = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     system_placement: Literal["last", "first"] | None = None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest, SamplingRequest
 from nemo_engine.server.responses_protocol import ResponsesRequest
-from nemo_engine.text.messages import refuse_unknown
+from nemo_engine.text.messages import asks_nothing, refuse_unknown
 
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXT_PARTS = ("input_text", "output_text", "text")
@@ -98,7 +98,7 @@ class ChatForm:
         self._messages.append(message)
 
     def _add_item(self, name: str, item: Mapping[str, Any]) -> None:
-        kind = item.get("type") or "message"
+        kind = "message" if asks_nothing(item.get("type")) else item["type"]
         if not isinstance(kind, str) or kind not in _ITEM_KEYS:
             known = ", ".join(_ITEM_KEYS)
             raise ApiError(
@@ -126,6 +126,8 @@ class ChatForm:
 
     def _response_format(self, request: ResponsesRequest) -> dict[str, Any] | None:
         form = None if request.text is None else request.text.format
+        if form is not None and form.get("type") in ("text", "json_object"):
+            refuse_unknown(form, {"type"}, "text.format", f"a format of type {form['type']}")
         if form is None or form.get("type") != "json_schema":
             return form
         refuse_unknown(
@@ -179,7 +181,11 @@ def _tool(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
             code="unsupported_parameter",
         )
     direct = {"allowed_callers": ["direct"], "defer_loading": False, "async": False}
-    given = {key: value for key, value in tool.items() if key not in direct or value != direct[key]}
+    given = {
+        key: value
+        for key, value in tool.items()
+        if key not in direct or value != direct[key] or type(value) is not type(direct[key])
+    }
     refuse_unknown(given, _TOOL_KEYS, name, "a function")
     return {
         "type": "function",

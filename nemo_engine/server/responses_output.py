@@ -26,7 +26,7 @@ class Run:
         self.has_logprobs = request.has_logprobs
         self._request = request
         self._service = service
-        self._tool_calls_id = service.tokenizer.tool_calls_id
+        self._tool_calls_id = None if chat.tools.style is None else chat.tools.style.trigger_id
 
     def response(
         self, status: str, output: list[dict[str, Any]], error: ApiError | None = None, *, is_over: bool = True

@@ -163,7 +163,7 @@ class ResponsesRequest(SamplingRequest):
         effort = (self.reasoning or {}).get("effort")
         if not asks_nothing(effort) and effort != "none":
             refused, detail = "reasoning.effort", f"{effort!r}: this model does not reason"
-        if self.text is not None and self.text.verbosity not in (None, "medium"):
+        if self.text is not None and self.text.verbosity not in (None, "", "medium"):
             refused, detail = "text.verbosity", f"{self.text.verbosity!r}"
         if self.stream_options is not None and self.stream_options.include_obfuscation:
             refused, detail = "stream_options.include_obfuscation", "true"

@@ -70,6 +70,8 @@ async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) 
     scheme = "https" if options.ssl_certfile else "http"
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     print(f"nemo-engine: {service.model_name} at {scheme}://{host}:{address[1]}", file=sys.stderr, flush=True)
+    if service.engine.renderers is not None:
+        print(f"nemo-engine: {service.engine.renderers.line()}", file=sys.stderr, flush=True)
     if options.api_key_file is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_keys_again, service)
     watcher = asyncio.create_task(server.watch_engine())

@@ -19,7 +19,7 @@ from nemo_engine.server.metrics import Metrics
 from nemo_engine.server.options import ServerOptions
 from nemo_engine.server.parsing import Workers
 from nemo_engine.server.tracing import Tracing
-from nemo_engine.text import Tokenizer
+from nemo_engine.text import Renderer, Tokenizer
 
 # Of a checkpoint's generation_config.json, by our names.
 _MODEL_DEFAULTS = {
@@ -57,6 +57,7 @@ class Service:
         self.running: dict[tuple[Client, str], set[str]] = {}
         self.owners: dict[str, Client] = {}
         self.server_defaults = options.sampling_defaults()
+        _check_placement(engine, options)
         self.model_defaults = _read_model_defaults(engine)
         if self.model_defaults:
             _logger.warning("sampling defaults of the model's generation_config.json: %s", self.model_defaults)
@@ -73,6 +74,20 @@ class Service:
         if tokenizer is None:
             raise ApiError(400, "this model has no tokenizer: send token ids to /v1/completions")
         return tokenizer
+
+    def renderer(self, chat_template: str | None = None) -> Renderer:
+        """What makes prompts of conversations, by the template that a request brings if the server allows it. Raises ``ApiError``."""
+        renderers = self.engine.renderers
+        if renderers is None:
+            raise ApiError(400, "this model has no tokenizer: send token ids to /v1/completions")
+        if chat_template and not self.options.trust_request_chat_template:
+            raise ApiError(
+                400,
+                "chat_template is not taken by this server: it was not started with --trust-request-chat-template",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        return renderers.of(chat_template or None)
 
     @property
     def num_waiting(self) -> int:
@@ -152,6 +167,13 @@ async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _check_placement(engine: AsyncEngine, options: ServerOptions) -> None:
+    """``ValueError`` for a placement of system text where that is not ours to choose."""
+    renderers = engine.renderers
+    if renderers is not None and options.system_placement == "first" and not renderers.default.places_system:
+        raise ValueError(f'system_placement "first" is for Mistral\'s own format, and here is {renderers.line()}')
 
 
 def _read_model_defaults(engine: AsyncEngine) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from nemo_engine import __version__
 from nemo_engine.server.answer import written
+from nemo_engine.server.chat import checked_chat
 from nemo_engine.server.errors import RETRY_AFTER, ApiError
 from nemo_engine.server.headers import response_headers
 from nemo_engine.server.prompts import encode_conversation
@@ -63,6 +64,7 @@ def version(service: Service) -> dict[str, Any]:
         "tokenizer": None
         if tokenizer is None
         else {"version": tokenizer.version, "fingerprint": tokenizer.fingerprint},
+        "chat": None if engine.renderers is None else engine.renderers.describe(),
         "max_model_len": engine.max_model_len,
         "engine_config": dataclasses.asdict(engine.config),
         "model_config": dataclasses.asdict(engine.model_config),
@@ -92,6 +94,8 @@ def _tokenized(service: Service, request: TokenizeRequest, headers: dict[str, st
             tools=request.tools,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
+            chat_template=request.chat_template,
+            chat_template_kwargs=request.chat_template_kwargs,
             system_placement=request.system_placement,
         )
         ids = encode_conversation(service, chat).token_ids
@@ -118,14 +122,14 @@ def _detokenized(service: Service, request: DetokenizeRequest, headers: dict[str
 
 
 async def render(service: Service, http: Request, request: ChatRequest) -> Response:
-    """``/v1/chat/completions/render``: the prompt that a chat request would become, as ids and as text."""
+    """``/v1/chat/completions/render``: the prompt that a chat request would become, as ids and as text; what chat refuses is refused."""
     headers = response_headers(request)
     service.check_model(request.model)
     return await service.workers.run(http, _rendered, service, request, headers)
 
 
 def _rendered(service: Service, request: ChatRequest, headers: dict[str, str]) -> Response:
-    prompt = encode_conversation(service, request)
+    _, prompt, _ = checked_chat(service, request)
     text = service.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
     body = {"object": "chat.completion.render", "model": service.model_name, "token_ids": prompt.token_ids,
             "prompt": text, "count": len(prompt.token_ids)}  # fmt: skip

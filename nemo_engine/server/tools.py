@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest
 from nemo_engine.structured_outputs import StructuredOutputsParams
-from nemo_engine.text import Tokenizer
-from nemo_engine.text.grammar import tool_call_grammar
-from nemo_engine.text.tools import ToolChoice, check_tool_choice, check_tools, tool_call_schema
+from nemo_engine.text import Renderer
+from nemo_engine.text.call_styles import CallStyle
+from nemo_engine.text.grammar import check_schema
+from nemo_engine.text.tools import ToolChoice, check_tool_choice, check_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,25 +24,25 @@ class ToolUse:
     is_on: bool
     parallel: bool
     choice: ToolChoice
-    tools: tuple[Mapping[str, Any], ...]
-    trigger_id: int | None  # of [TOOL_CALLS]
+    tools: tuple[Mapping[str, Any], ...]  # as they were sent
+    style: CallStyle | None  # how calls are written, None where tools are not taken
 
     @classmethod
-    def of(cls, request: ChatRequest, tokenizer: Tokenizer) -> ToolUse:
+    def of(cls, request: ChatRequest, renderer: Renderer) -> ToolUse:
         """Read ``tools``, ``tool_choice`` and ``parallel_tool_calls``; ``ValueError`` or ``ApiError`` for what does not fit."""
         tools = check_tools(request.tools) if request.tools else None
         choice = check_tool_choice(request.tool_choice, tools)
-        if tools and tokenizer.tool_calls_id is None:
-            raise ApiError(400, "tools need a tokenizer with [TOOL_CALLS], and this model's has none", param="tools")
+        if tools and renderer.no_tools is not None:
+            raise ApiError(400, renderer.no_tools, param="tools")
         if choice.mode == "required" and request.continue_final_message:
             raise ApiError(400, "tool_choice that forces a call excludes continue_final_message", param="tool_choice")
         is_named = isinstance(request.tool_choice, Mapping) and request.tool_choice["type"] == "function"
         parallel = request.parallel_tool_calls is not False and not is_named  # a function by name means one call of it
-        return cls(choice.mode != "none", parallel, choice, tuple(tools or ()), tokenizer.tool_calls_id)
+        return cls(choice.mode != "none", parallel, choice, tuple(request.tools or ()), renderer.calls)
 
     @property
     def is_forced(self) -> bool:
-        """Whether the answer is calls and nothing else: its prompt then ends with [TOOL_CALLS]."""
+        """Whether the answer is calls and nothing else: its prompt then ends with the beginning of one."""
         return self.choice.mode == "required"
 
     def shown(self) -> list[dict[str, Any]] | None:
@@ -55,13 +57,53 @@ class ToolUse:
         ``asked`` is the form of text, of which an answer of forced calls has none.
         """
         if self.is_forced:
-            return {"json": tool_call_schema(self.tools, self.choice.names, self.parallel)}
+            assert self.style is not None
+            return self.style.forced(self.tools, self.choice.names, self.parallel)
         if not self.is_on or asked is None:
             return asked
         form = StructuredOutputsParams.of(asked)
-        if form.json is None and not form.json_object:
+        schema = _answer_schema(form)
+        if schema is None:
             return form  # expressions and grammars mean the whole answer
-        assert self.trigger_id is not None
-        schema = {"type": "object"} if form.json is None else json.loads(str(form.json))
-        calls = tool_call_schema(self.tools, self.choice.names, self.parallel)
-        return tool_call_grammar(self.trigger_id, calls, schema)
+        assert self.style is not None
+        return self.style.optional(self.tools, self.choice.names, self.parallel, schema)
+
+    def has_grammar(self, asked: object | None) -> bool:
+        """Whether the form of the answer is made of the tools' parameters."""
+        return self.is_forced or (self.is_on and asked is not None)
+
+    def blamed(self, message: str, asked: object | None) -> str:
+        """``message``, an error of what ``structured_outputs`` made, with the tool or the part of ``asked`` whose fault it is."""
+        for index, tool in enumerate(self.tools):
+            if tool["function"]["name"] in self.choice.names:
+                wrong = _fault(tool["function"].get("parameters") or {})
+                if wrong:
+                    return f"tools[{index}].function.parameters: {wrong}"
+        if not self.is_forced:
+            try:
+                schema = _answer_schema(StructuredOutputsParams.of(asked))
+            except ValueError as error:
+                return str(error)
+            if schema is None:
+                return message
+            wrong = _fault(schema)
+            if wrong:
+                return f"structured_outputs.json: {wrong}"
+        return re.sub(r"structured_outputs\.\w+", "tools: the schema of all calls", message, count=1)
+
+
+def _answer_schema(form: StructuredOutputsParams) -> dict[str, Any] | None:
+    """The JSON schema that ``form`` asks for, None if it asks for something else."""
+    if form.json is not None:
+        schema: dict[str, Any] = json.loads(str(form.json))
+        return schema
+    return {"type": "object"} if form.json_object else None
+
+
+def _fault(schema: Mapping[str, Any]) -> str:
+    """What is wrong with ``schema`` by itself, "" if nothing that shows before it is compiled."""
+    try:
+        check_schema(schema)
+    except ValueError as error:
+        return str(error)
+    return ""

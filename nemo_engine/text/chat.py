@@ -64,7 +64,7 @@ def render_chat(
     merged = _merge(checked)
     system = _join(*[message.content for message in checked if message.role == "system"])
     if max_tokens is not None:
-        _check_length(tokenizer, [system, *(message.content for message in merged)], max_tokens)
+        check_length(tokenizer, [system, *(message.content for message in merged)], max_tokens)
     try:
         ids = _encode(tokenizer, merged, system, tools or (), system_placement, continue_final_message)
     except (MistralCommonException, ValueError, AssertionError, KeyError, TypeError, RecursionError) as error:
@@ -135,7 +135,8 @@ def _tool_calls_start(tokenizer: Tokenizer, last: ChatMessage, tools: Sequence[M
     return [tokenizer.tool_calls_id]
 
 
-def _check_length(tokenizer: Tokenizer, texts: list[str], most: int) -> None:
+def check_length(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> None:
+    """Refuse messages whose ``texts`` alone have more than ``most`` tokens, before they are encoded as a whole."""
     left = most
     for text in texts:
         if left < 0 or tokenizer.exceeds(text, left):

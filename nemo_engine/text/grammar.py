@@ -95,7 +95,8 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size) or [tokenizer.eos_id]
+        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self._eos = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size) or [*own]
         self._vocabulary: Any = None
         self._loading = threading.Lock()
         self._known: OrderedDict[StructuredOutputsParams, Grammar | str] = OrderedDict()
@@ -135,7 +136,7 @@ class GrammarCompiler:
     def _load(self) -> Any:
         with self._loading:
             if self._vocabulary is None:
-                if self._eos[0] >= self._vocab_size:
+                if not self._eos or self._eos[0] >= self._vocab_size:
                     raise ValueError(
                         f"structured_outputs needs an end-of-sequence token that the model has: it has {self._vocab_size} ids, and none is named"
                     )
@@ -235,6 +236,11 @@ def _schema_lark(schema: dict[str, Any], white_space: str) -> tuple[str, bool]:
     doubtful = made.doubtful
     text = made.lark(white_space, find_empty(doubtful) if doubtful else ())
     return text, made.is_harmless and len(text) <= _HARMLESS_CHARS
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for what in a JSON schema cannot be kept, as far as that shows before it is compiled."""
+    SchemaGrammar(dict(schema)).lark(JSON_WHITE_SPACE)
 
 
 def _grammar_spec(grammar: str) -> tuple[dict[str, Any], bool]:

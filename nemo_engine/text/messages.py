@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,10 +78,11 @@ class CallIds:
         return self._short[call_id]
 
 
-def check_messages(messages: object) -> list[ChatMessage]:
+def check_messages(messages: object, known: Collection[str] = ()) -> list[ChatMessage]:
     """The messages, checked one by one and tool results against calls. Raises ``ValueError`` naming message and field.
 
-    A tool's message must answer a call of the assistant's turn before it. Calls may stay without an answer.
+    A tool's message must answer a call of the assistant's turn before it. Calls may stay without an answer. ``known`` are fields that
+    a message may have besides.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ValueError(f"messages must be a non-empty list of messages, got {messages!r}")
@@ -91,7 +92,7 @@ def check_messages(messages: object) -> list[ChatMessage]:
     before = ""
     for index, raw in enumerate(messages):
         name = f"messages[{index}]"
-        message = _check_message(raw, name, ids)
+        message = _check_message(raw, name, ids, known)
         if message.role == "tool":
             if message.call_id not in waiting:
                 raise ValueError(
@@ -146,7 +147,7 @@ def asks_nothing(value: object, depth: int = 8) -> bool:
     return value is None or value is False or (isinstance(value, str) and not value)
 
 
-def _check_message(message: object, name: str, ids: CallIds) -> ChatMessage:
+def _check_message(message: object, name: str, ids: CallIds, known: Collection[str]) -> ChatMessage:
     if not isinstance(message, Mapping):
         raise ValueError(f"{name} must be an object with role and content, got {message!r}")
     role = message.get("role")
@@ -154,7 +155,7 @@ def _check_message(message: object, name: str, ids: CallIds) -> ChatMessage:
         role = "system"
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{name}.role must be one of {', '.join(ROLES)}, got {role!r}")
-    refuse_unknown(message, _KEYS[role], name, f"a message of role {role}")
+    refuse_unknown(message, _KEYS[role].union(known), name, f"a message of role {role}")
     if message.get("name") is not None and not isinstance(message["name"], str):
         raise ValueError(f"{name}.name must be a string, got {message['name']!r}")
     if role == "assistant":

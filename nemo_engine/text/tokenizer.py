@@ -1,6 +1,6 @@
-"""``Tokenizer``: text to token ids and back, for Tekken and SentencePiece files, over mistral-common.
+"""``Tokenizer``: text to token ids and back, over a ``Vocabulary`` of any kind; ``load_tokenizer``, which chooses the file.
 
-Owns the bytes of every token. mistral-common is imported when a tokenizer is loaded, not before.
+The libraries are imported when a tokenizer is loaded that needs them, not before.
 """
 
 from __future__ import annotations
@@ -14,91 +14,109 @@ from pathlib import Path
 from typing import Any
 
 from nemo_engine.checks import check_unicode
+from nemo_engine.text.hf_files import FILE_NAME as HF_FILE_NAME
+from nemo_engine.text.hf_vocabulary import HFVocabulary
+from nemo_engine.text.mistral_vocabulary import MistralVocabulary, difference
+from nemo_engine.text.vocabulary import AddedToken, Vocabulary
 
-FILE_NAMES = ("tekken.json", "tokenizer.model.v3", "tokenizer.model")
+FILE_NAMES = ("tekken.json", "tokenizer.model.v3", "tokenizer.model", HF_FILE_NAME)
 
-MAX_SPECIAL_TOKENS = 1 << 16  # those that a file does not name are made up
 _USUAL_LENGTH = 8  # characters of a token, and more
 _PIECE = 1 << 16  # characters that are encoded at a time where only their number of tokens is wanted
-_WORD_END = re.compile(r"(?<=[^\W\d_]) ")  # no token goes from a letter to a space
+_WORD_END = re.compile(r"(?<=[^\W\d_]) ")  # where ``Vocabulary.cuts_words`` holds
 
 _logger = logging.getLogger("nemo_engine")
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
-    """Load a tokenizer file, or that of a checkpoint directory; None if the directory has none that can be read.
+    """Load a tokenizer file, or that of a checkpoint directory; None if the directory has none.
 
-    Raises ``FileNotFoundError`` for a path that does not exist and ``ValueError`` for a broken file.
+    Of a directory with one of Mistral's files and ``tokenizer.json``, Mistral's serves if both have the same tokens, and else ``tokenizer.json``,
+    which fine-tunes change. Raises ``FileNotFoundError`` for a path that does not exist and ``ValueError`` for a broken file.
     """
     if path.is_file():
         return Tokenizer(path)
     if not path.is_dir():
         raise FileNotFoundError(f"tokenizer {str(path)!r} does not exist")
-    for name in FILE_NAMES:
-        if (path / name).exists():
-            return Tokenizer(path / name)
-    if (path / "tokenizer.json").exists():
-        _logger.warning(
-            "%s holds tokenizer.json but none of %s: text is off and token ids work; copy the model's tekken.json there, "
-            "or pass tokenizer=",
-            path,
-            ", ".join(FILE_NAMES),
-        )
-    return None
+    files = [path / name for name in FILE_NAMES if (path / name).exists()]
+    if not files:
+        return None
+    if files[0].name == HF_FILE_NAME or files[-1].name != HF_FILE_NAME:
+        return Tokenizer(files[0])
+    return _choose(files[0], files[-1])
 
 
-def _check_sizes(path: Path) -> None:
-    """Refuse a Tekken file whose numbers of tokens are not backed by its content, before anything of that size is made."""
-    if path.suffix != ".json":
-        return
+def _choose(own: Path, other: Path) -> Tokenizer:
+    """The tokenizer of a directory that has a file of Mistral's and ``tokenizer.json``."""
     try:
-        data = json.loads(path.read_bytes())
-        config, count = data["config"], len(data["vocab"])
-        num_special, size = config["default_num_special_tokens"], config["default_vocab_size"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"tokenizer file {path} cannot be read: {type(error).__name__}: {error}") from None
-    if type(num_special) is not int or not 0 <= num_special <= MAX_SPECIAL_TOKENS:
-        raise ValueError(
-            f"tokenizer file {path}: config.default_num_special_tokens must be an integer from 0 to {MAX_SPECIAL_TOKENS}, got {num_special!r}"
-        )
-    if type(size) is not int or not num_special < size <= num_special + count:
-        raise ValueError(
-            f"tokenizer file {path}: config.default_vocab_size must be an integer from {num_special + 1} to {num_special + count}, as there are "
-            f"{num_special} special tokens and {count} in vocab, got {size!r}"
-        )
+        mistral = MistralVocabulary(own)
+    except ImportError as error:
+        return Tokenizer(other, note=f"{own.name} needs a library that is not installed ({error})")
+    try:
+        hf = HFVocabulary(other)
+        reason = difference(mistral, hf)
+        if reason is None:
+            return Tokenizer(own, mistral, note=f"{other.name} has the same tokens")
+        hf.prepare()
+    except ValueError as error:
+        _logger.warning("%s: it is left aside for %s", error, own.name)
+        return Tokenizer(own, mistral, note=f"{other.name} cannot be used")
+    _logger.warning("%s serves and %s does not: %s", other, own.name, reason)
+    return Tokenizer(other, hf, note=f"{own.name} has other tokens: {reason}")
 
 
 class Tokenizer:
-    """One tokenizer file, Tekken (``tekken.json``) or SentencePiece v3.
+    """One tokenizer file: Tekken (``tekken.json``), SentencePiece v3, or Hugging Face's ``tokenizer.json``.
 
-    ``fingerprint`` is equal for two files exactly if they have the same version, pattern, tokens and control tokens.
+    ``fingerprint`` is equal for two files exactly if they have the same version, pattern, tokens and control tokens. ``note`` says why this
+    file was taken, where there was a choice. ``bos_id`` and ``eos_id`` are None where a ``tokenizer.json`` names none.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-        except ImportError as error:
-            raise ImportError("text needs mistral-common: pip install mistral-common") from error
-        _check_sizes(path)
-        try:
-            self.mistral: Any = MistralTokenizer.from_file(str(path))
-            self._raw: Any = self.mistral.instruct_tokenizer.tokenizer
-            self._is_tekken: bool = type(self._raw).__name__ == "Tekkenizer"
-            self._special: dict[int, str] = self._special_tokens()
-            self._bytes: list[bytes] = [self._bytes_of(token_id) for token_id in range(self._raw.n_words)]
-        except ImportError:
-            raise
-        except Exception as error:
-            raise ValueError(f"tokenizer file {path} cannot be read: {type(error).__name__}: {error}") from error
+    def __init__(self, path: Path, vocabulary: Vocabulary | None = None, *, note: str = "") -> None:
+        if vocabulary is None:
+            # mistral-common, too, knows Tekken files by their name.
+            is_hf = path.suffix == ".json" and "tekken" not in path.name
+            vocabulary = HFVocabulary(path) if is_hf else MistralVocabulary(path)
+            vocabulary.prepare()
+        self._vocabulary: Vocabulary = vocabulary
+        self._bytes, self._special = self._vocabulary.token_bytes, self._vocabulary.special
         self._longest = max(1, *map(len, self._bytes))
+        self._added = {token.content: token for token in self._vocabulary.added}
         self.path = path
-        self.vocab_size: int = self._raw.n_words
-        self.bos_id: int = self._raw.bos_id
-        self.eos_id: int = self._raw.eos_id
-        self.version = f"{self._raw.version.value}-{'tekken' if self._is_tekken else 'sentencepiece'}"
-        names = {text: token_id for token_id, text in self._special.items()}
-        self.tool_calls_id: int | None = names.get("[TOOL_CALLS]")
+        self.note = note
+        self.vocab_size: int = len(self._bytes)
+        self.bos_id: int | None = self._vocabulary.bos_id
+        self.eos_id: int | None = self._vocabulary.eos_id
+        self.version: str = self._vocabulary.version
+        self.tool_calls_id: int | None = self.added_id("[TOOL_CALLS]")
         self.fingerprint: str = self._make_fingerprint()
+
+    def describe(self) -> str:
+        """Which file it is, of which kind, and why it was taken."""
+        reason = f", as {self.note}" if self.note else ""
+        return f"{self.path.name}, {self.version}{reason}"
+
+    @property
+    def mistral(self) -> Any:
+        """mistral-common's ``MistralTokenizer``, or for a ``tokenizer.json`` with the control tokens of Mistral's v3 what has its
+        ``instruct_tokenizer``; None where Mistral's rules cannot be written in these tokens.
+        """
+        return self._vocabulary.mistral
+
+    @property
+    def added_tokens(self) -> tuple[AddedToken, ...]:
+        """The control tokens and all others that no text becomes, by ascending id."""
+        return tuple(self._vocabulary.added)
+
+    def added_id(self, content: str) -> int | None:
+        """The id of the added token that is written ``content``, None if there is none."""
+        token = self._added.get(content)
+        return None if token is None else token.id
+
+    def encode_span(self, text: str, *, is_start: bool = False) -> list[int]:
+        """Ids of a part of a prompt that stands between control tokens, or at the very start of it; no BOS, and text is text."""
+        check_unicode("text", text)
+        return self._vocabulary.encode(text, is_start=is_start)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of ``text``, after exactly one BOS if ``bos``; never an EOS.
@@ -106,11 +124,11 @@ class Tokenizer:
         Text is text: "[INST]" in it becomes ordinary tokens. With ``bos``, one literal "<s>" at its start is taken for
         the BOS that stands there anyway.
         """
-        if bos and text.startswith("<s>"):
-            text = text[3:]
+        begin = self._vocabulary.begin_ids if bos else ()
+        for token_id in begin:
+            text = text.removeprefix(self._special.get(token_id) or "")
         check_unicode("text", text)
-        ids: list[int] = self._raw.encode(text, bos=bos, eos=False)
-        return ids
+        return [*begin, *self._vocabulary.encode(text)]
 
     def min_tokens(self, text: str) -> int:
         """The least number of tokens that ``text`` can have: as if all were of the longest."""
@@ -123,13 +141,13 @@ class Tokenizer:
         """
         if self.min_tokens(text) > limit:
             return True
-        if len(text) <= _USUAL_LENGTH * limit:
+        if len(text) <= _USUAL_LENGTH * limit or not self._vocabulary.cuts_words:
             return False
         start = count = 0
         while start < len(text) and count <= limit:
             found = _WORD_END.search(text, start + _PIECE)
             end = len(text) if found is None else found.start()
-            count += len(self._raw.encode(text[start:end], bos=False, eos=False))
+            count += len(self._vocabulary.encode(text[start:end]))
             start = end
         return count > limit
 
@@ -172,7 +190,7 @@ class Tokenizer:
 
     def strip_start(self, data: bytes) -> bytes:
         """The first bytes of a text without the space that SentencePiece puts there."""
-        return data if self._is_tekken else data.removeprefix(b" ")
+        return data.removeprefix(b" ") if self._vocabulary.drops_first_space else data
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
         """The bytes that ``token_id`` adds to a text; those of a control token are its name, or none.
@@ -208,25 +226,9 @@ class Tokenizer:
         """One token on its own, to be shown beside its log-probability; U+FFFD where it is part of a character."""
         return self.token_bytes(token_id, skip_special_tokens=False).decode("utf-8", "replace")
 
-    def _special_tokens(self) -> dict[int, str]:
-        if self._is_tekken:
-            return {i: self._raw.id_to_piece(i) for i in range(self._raw.num_special_tokens)}
-        return {i: self._raw.id_to_piece(i) for i in range(self._raw.n_words) if self._raw.is_special(i)}
-
-    def _bytes_of(self, token_id: int) -> bytes:
-        if token_id in self._special:
-            return b""
-        if self._is_tekken:
-            data: bytes = self._raw.id_to_byte_piece(token_id)
-            return data
-        piece: str = self._raw.id_to_piece(token_id)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("\u2581", " ").encode()
-
     def _make_fingerprint(self) -> str:
         digest = hashlib.sha256(self.version.encode())
-        pattern = getattr(getattr(self._raw, "_model", None), "_pat_str", "") if self._is_tekken else ""
+        pattern = self._vocabulary.pattern
         digest.update(json.dumps([pattern, self.bos_id, self.eos_id, sorted(self._special.items())]).encode())
         for data in self._bytes:
             digest.update(len(data).to_bytes(4, "little") + data)

@@ -302,6 +302,11 @@ class AnswerParser:
         self._num_seen = 0
         self._num_skipped = len(MARKER) if shows_special and not starts_with_calls else 0
 
+    @property
+    def num_calls(self) -> int:
+        """Calls that have started."""
+        return self.calls.num_calls
+
     def feed(self, text: str, tool_calls_start: int | None = None) -> list[Event]:
         """Take in the ``text`` and ``tool_calls_start`` of one ``CompletionOutput`` with deltas."""
         events: list[Event] = []

@@ -60,7 +60,7 @@ class WordHash:
 def material_for(checkpoint: Checkpoint, tokenizer: str | Path | None, text: str | None, max_context: int) -> Material:
     """What is run, within the context and the vocabulary of ``checkpoint``."""
     config = checkpoint.model_config
-    place = checkpoint.path if tokenizer is None else Path(tokenizer)
+    place = checkpoint.tokenizer_path if tokenizer is None else Path(tokenizer)
     encoder: Encoder | None = load_tokenizer(place)
     if encoder is None:
         if tokenizer is not None:

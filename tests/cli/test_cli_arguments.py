@@ -105,7 +105,8 @@ def test_one_sampling_option_as_text() -> None:
     assert arguments.parse_sampling_option("stop=a=b") == {"stop": ["a=b"]}
     for text, message in [
         ("top_p", "KEY=VALUE"),
-        ("topp=1", "unknown sampling option 'topp'"),
+        ("topp=1", "unknown sampling option 'topp': did you mean top_p?"),
+        ("max_new_tokens=1", "unknown sampling option 'max_new_tokens': use max_tokens"),
         ("detokenize=false", "unknown sampling option"),
         ("max_tokens=x", "invalid int value: 'x'"),
         ("ignore_eos=1", "ignore_eos must be true or false"),

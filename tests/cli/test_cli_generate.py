@@ -88,6 +88,11 @@ def test_a_failed_request_is_exit_code_1(
         (["generate", "m"], "stdin holds no line of text"),
         (["generate", "m", "--bogus"], "unrecognized arguments: --bogus"),
         (["generate"], "the following arguments are required: MODEL"),
+        (
+            ["serve", "--served-model-name", "a", "m"],
+            "write MODEL first: nemo-engine serve MODEL --served-model-name ...",
+        ),
+        (["serve", "--allowed-hosts", "a", "m", "--port", "1"], "--allowed-hosts takes all words behind it"),
         (["generate", "m", "--n", "two"], "invalid int value: 'two'"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         ([], "required: COMMAND"),

@@ -12,7 +12,10 @@ from nemo_engine import RepetitionDetection, RequestOutputKind
 from nemo_engine.config import ModelConfig
 
 TOKENS = 6144  # of the bundled tokenizer
-NAMES = ("a", "a#0", "a#1", "b", "b#1", "c", "0", "0'")  # those that an engine could take for its own
+# Ids as clients write them, and what may stand before and after one in a name that an engine makes of it for itself.
+IDS = ("x", "x", "x", "0", "x-0", "x#1", "é\0 ", "", "x" * 3000)
+BEFORE = ("", "", "", "", "0-", "1-", "0_", "1_")
+AFTER = ("", "", "", "#0", "#1", "-0", "-1", "_0", "_1", ":1", "#1#2")
 
 
 @dataclass
@@ -117,6 +120,7 @@ def engine_case(seed: int, number: int) -> EngineCase:
             prompt = [rng.randrange(model.config.vocab_size) for _ in range(rng.randint(1, 3))]
             arrival = rng.randint(4, 60)
             requests.append(RequestCase(index, f"r{index}", prompt, dict(params), None, 0, arrival, None))
+    requests += named_alike(f"{seed} {number}", len(requests), model, options)
     return EngineCase(f"{seed} {number}", model, options, requests, fault)
 
 
@@ -143,7 +147,7 @@ def request_case(
     params = _params(rng, model, max_tokens)
     return RequestCase(
         index,
-        rng.choice(NAMES) if rng.random() < 0.25 else f"r{index}",
+        client_id(rng) if rng.random() < 0.25 else f"r{index}",
         prompt,
         params,
         rng.choice([None, None, None, "x", "y"]),
@@ -151,6 +155,30 @@ def request_case(
         rng.choice([0, rng.randint(0, 10), rng.randint(0, 40)]),
         rng.randint(0, 30) if rng.random() < 0.2 else None,
     )
+
+
+def client_id(rng: random.Random, base: str | None = None) -> str:
+    """An id of ``IDS`` or ``base``, perhaps dressed as the name of another."""
+    return rng.choice(BEFORE) + (rng.choice(IDS) if base is None else base) + rng.choice(AFTER)
+
+
+def named_alike(seed: str, index: int, model: ModelCase, options: dict[str, Any]) -> list[RequestCase]:
+    """Requests of several completions, and others beside them whose ids could be the names of these; none in some engines."""
+    rng = random.Random(f"names {seed}")
+    if rng.random() < 0.6:
+        return []
+    base = rng.choice([name for name in IDS if name])
+    start, requests = rng.randint(0, 30), []
+    for position in range(index, index + rng.randint(3, 5)):
+        is_many = rng.random() < 0.5
+        room = options["max_model_len"] - 1
+        params: dict[str, Any] = {"max_tokens": min(room, rng.choice([2, 12, 30])), "seed": 3, "ignore_eos": True}
+        params |= {"n": rng.choice([2, 3])} if is_many else {}
+        name = base if is_many else client_id(rng, base)
+        prompt = [rng.randrange(model.config.vocab_size)]
+        abort = rng.randint(0, 10) if rng.random() < 0.1 else None
+        requests.append(RequestCase(position, name, prompt, params, None, 0, start + rng.randint(0, 9), abort))
+    return requests
 
 
 def _params(rng: random.Random, model: ModelCase, max_tokens: int | None) -> dict[str, Any]:

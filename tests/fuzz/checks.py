@@ -125,8 +125,9 @@ class Checker:
         entries = final.prompt_logprobs
         if entries is None or len(entries) != len(one.prompt) or entries[0] is not None:
             raise Wrong(f"request {one.index}: prompt log-probabilities {entries}")
-        if one.index in self.player.aborted and any(entry is None for entry in entries[1:]):
-            return  # it ended within its prompt
+        is_cut = one.index in self.player.aborted or final.outputs[0].finish_reason == "error"
+        if is_cut and any(entry is None for entry in entries[1:]):
+            return  # its first completion ended within the prompt
         for position in range(1, len(one.prompt)):
             entry = entries[position]
             if entry is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,6 +52,7 @@ class Player:
         self.num_steps = 0
         self.is_dead = False
         self._is_armed = False  # what was planted has yet to happen
+        self._is_stepping = False  # it happens in a step, not where the test itself asks
         self._undo: Callable[[], None] | None = None
 
     # ---- playing
@@ -89,6 +92,8 @@ class Player:
         if one.salt is not None:
             prompt["cache_salt"] = one.salt
         reasons = []
+        if not one.name:
+            reasons.append("must be a non-empty string")
         if one.name in self.active:
             reasons.append("in use")
         if len(one.prompt) + (1 if params.max_tokens is None else params.max_tokens) > self.limit:
@@ -123,6 +128,7 @@ class Player:
             self._plant(self.case.fault[0])
         if self._is_armed:
             self.may_fail |= {one.index for one in self.active.values()}
+        self._is_stepping = True
         try:
             outputs = self.engine.step()
         except (PlantedError, PlantedInterrupt):
@@ -133,6 +139,8 @@ class Player:
                 self.counts["dead"] += 1
                 return
             raise
+        finally:
+            self._is_stepping = False
         if self.case.fault is not None and self.case.fault[0] == "nan" and self.num_steps > self.case.fault[1]:
             self._restore()
         for output in outputs:
@@ -166,32 +174,35 @@ class Player:
         if kind == "result":
             launch = core.runner.launch
 
-            class Handle:
-                def result(self) -> Any:
-                    raise error
+            def result() -> Any:
+                self._is_armed = False
+                raise error
 
             def broken_launch(plan: Any) -> Any:
                 core.runner.launch = launch  # type: ignore[method-assign]
-                self._is_armed = False
                 launch(plan)
-                return Handle()
+                return SimpleNamespace(result=result)
 
             core.runner.launch = broken_launch  # type: ignore[method-assign]
             return
-        kv = core.scheduler.kv
         places = [(core.runner, "launch")]
         if kind.startswith("inner"):
+            scheduler = core.scheduler
+            states = [scheduler, scheduler.kv.pool, *vars(scheduler).values()]
             places = [
-                (kv, "admit"), (kv, "append_pages"), (kv, "cache_pages"), (kv, "free"), (kv.pool, "allocate"),
-                (kv.pool, "release"), (kv.pool, "remember"), (kv.pool, "share"),
-                (core.scheduler._running, "end_prefill"), (core.scheduler._running, "enter"),
-                (core.scheduler._running, "leave"), (core.scheduler, "_prefill"), (core.scheduler, "_end"),
-            ]  # fmt: skip
+                (state, name)
+                for state in states
+                if type(state).__module__.startswith("nemo_engine.scheduler.") and hasattr(state, "__dict__")
+                for name, member in vars(type(state)).items()
+                if inspect.isfunction(member) and not name.startswith("__")
+            ]
         owner, name = rng.choice(places)
         is_after = rng.random() < 0.5
         original = getattr(owner, name)
 
         def broken(*args: Any, **options: Any) -> Any:
+            if not self._is_stepping:
+                return original(*args, **options)
             setattr(owner, name, original)
             self._is_armed = False
             if is_after:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from fuzz.cases import FAULTS
 from fuzz.play import play
 from fuzz.run import ENGINES, cases_of, try_seed
 
+from nemo_engine.completions import OutputProcessor, UserRequest
+from nemo_engine.core import EngineCore
+from nemo_engine.inputs import InputProcessor
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.runner import Runner
 from nemo_engine.scheduler import Committed, Request, Scheduler
@@ -95,6 +99,34 @@ def test_ended_requests_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Scheduler, "_end", keep)
     assert "is held by ['list" in found(SEEDS)
+
+
+@pytest.mark.parametrize(("form", "is_mended"), [("{id}#{index}", False), ("{index}_{id}", True)])
+def test_keys_made_of_clients_ids(monkeypatch: pytest.MonkeyPatch, form: str, is_mended: bool) -> None:
+    """``is_mended``: what a collision leaves half done is cleaned up, and a client is told that its id is taken."""
+    requests = InputProcessor.requests
+
+    def named(self: InputProcessor, request_id: str, *args: Any) -> list[Request]:
+        siblings = requests(self, request_id, *args)
+        for index, sibling in enumerate(siblings):
+            sibling.request_id = form.format(id=request_id, index=index) if len(siblings) > 1 else request_id
+        return siblings
+
+    def add(self: OutputProcessor, user: UserRequest) -> None:
+        for completion in user.completions:
+            self._scheduler.add(completion.request)
+        self._users[user] = None
+        self._by_id[user.request_id] = user
+        for completion in user.completions:
+            self._completions[completion.request] = completion
+            if user.wants_every_step:
+                self._attended[completion.request] = completion
+
+    monkeypatch.setattr(InputProcessor, "requests", named)
+    if not is_mended:
+        monkeypatch.setattr(OutputProcessor, "add", add)
+        monkeypatch.setattr(EngineCore, "change", lambda self: nullcontext())
+    assert "is in use by an unfinished request" in found(SEEDS)
 
 
 def test_prefixes_that_are_found_across_salts(monkeypatch: pytest.MonkeyPatch) -> None:

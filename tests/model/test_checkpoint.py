@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.model.loading import read_tensor
 from nemo_engine.model.safetensors_files import read_header
 from tests.checkpoints import hf_config, random_state_dict, tiny_config, write_hf, write_mistral
 
@@ -49,7 +50,7 @@ def test_both_layouts(tmp_path: Path, write: Callable[..., Path], shards: int) -
     for file in tmp_path.glob("*.safetensors"):
         stored |= load_file(file)
     assert checkpoint.tensors.keys() == stored.keys()
-    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in stored.items())
+    assert all(torch.equal(read_tensor(checkpoint.tensors[name]), tensor) for name, tensor in stored.items())
 
 
 def test_a_directory_with_both_takes_one_and_says_which(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -76,7 +77,7 @@ def test_head_dim_is_read_from_the_tensors(tmp_path: Path, write: Callable[..., 
     write(tmp_path, CONFIG, STATE, head_dim=None)
     assert open_checkpoint(tmp_path).model_config == CONFIG
     with pytest.raises(ValueError, match="has no head_dim"):
-        open_checkpoint(tmp_path, needs_weights=False)
+        open_checkpoint(tmp_path, needs="config")
 
 
 def test_head_dim_that_tensors_disagree_about(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_dtype_and_generation_config(tmp_path: Path) -> None:
 
 def test_configuration_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
-    checkpoint = open_checkpoint(tmp_path, needs_weights=False)
+    checkpoint = open_checkpoint(tmp_path, needs="config")
     assert checkpoint.model_config == CONFIG and not checkpoint.tensors
     assert "configuration only" in checkpoint.describe()
     with pytest.raises(FileNotFoundError, match="it has no weights at all; needed is model.safetensors"):
@@ -152,8 +153,11 @@ def test_no_model(model: Any) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["pytorch_model.bin"], "it has pytorch_model.bin, which cannot be read"),
-        (["nemo.Q4_K_M.gguf"], "it has nemo.Q4_K_M.gguf, which cannot be read; needed is model.safetensors"),
+        (
+            ["pytorch_model.bin"],
+            r"holds its weights as a pickle .*convert it with\nfrom transformers import .*\n.*\n.*",
+        ),
+        (["nemo.Q4_K_M.gguf"], "holds a GGUF file, .*llama.cpp.* or give the safetensors checkpoint"),
         (["model-00001-of-00002.safetensors"], "shards of safetensors but not their index"),
         (["adapter_model.safetensors"], "it has adapter_model.safetensors, which cannot be read"),
     ],
@@ -366,7 +370,7 @@ def test_the_hub_with_consolidated_weights_only(hub: FakeHub) -> None:
 
 def test_the_hub_for_dummy_weights(hub: FakeHub) -> None:
     write_hf(hub.source, CONFIG, STATE)
-    assert open_checkpoint("org/name", needs_weights=False).model_config == CONFIG
+    assert open_checkpoint("org/name", needs="config").model_config == CONFIG
     assert not [name for name in hub.downloads[0][2] if name.endswith(".safetensors")]
 
 
@@ -386,3 +390,8 @@ def test_an_unreachable_hub(hub: FakeHub) -> None:
     hub.is_reachable = False
     assert open_checkpoint("org/name").model_config == CONFIG  # from the cache
     assert len(hub.downloads) == 1
+    (hub.cache / "model.safetensors").unlink()
+    assert open_checkpoint("org/name", needs="config").model_config == CONFIG
+    for needs in ("weights", "headers"):
+        with pytest.raises(ValueError, match=r"the cache holds no weights of model 'org/name'.* no route.*HF_ENDPOINT"):
+            open_checkpoint("org/name", needs=needs)

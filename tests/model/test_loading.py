@@ -315,15 +315,6 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("load weights: 100%" in shown) is (wanted is True)
 
 
-def test_progress_without_tqdm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    caplog.set_level("INFO", "nemo_engine")
-    with progress_bar("load weights", 100, True) as advance:
-        for _ in range(50):
-            advance(2)
-    assert [record.getMessage() for record in caplog.records] == [f"load weights: {n} %" for n in range(10, 101, 10)]
-
-
 def test_the_helpers_write_what_transformers_reads(tmp_path: Path) -> None:
     """The checkpoints of these tests are the format's, not only ours."""
     from transformers import AutoModelForCausalLM

@@ -182,3 +182,18 @@ def test_a_proof_catches(kind: str, name: str) -> None:
         except AssertionError:
             caught += 1
     assert caught >= 3, f"only {caught} cases see it"
+
+
+@pytest.mark.interpreted
+def test_the_interpreter_finds_an_offset_that_32_bits_do_not_hold() -> None:
+    triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
+
+    @triton.jit
+    def offset(at, rows, width: tl.constexpr) -> None:
+        tl.store(at, rows * width)
+
+    at = torch.zeros(1, dtype=torch.int64)
+    offset[(1,)](at, 1 << 15, 1 << 15)
+    assert at.item() == 1 << 30
+    with pytest.raises(Exception, match="int32 overflow"):
+        offset[(1,)](at, 1 << 16, 1 << 15)

@@ -95,12 +95,12 @@ def test_what_would_change_the_prompt_is_refused_by_its_place_unless_it_asks_for
 
 
 def test_known_fields_of_a_body_that_are_not_supported_ask_for_nothing_by_the_same_values(live: LiveServer) -> None:
-    from nemo_engine.server.protocol import UNSUPPORTED
+    from nemo_engine.server.protocol import ChatRequest
 
     for value in NOTHING:
-        answer = post(live, CHAT, user(**dict.fromkeys(UNSUPPORTED, value)))
+        answer = post(live, CHAT, user(**dict.fromkeys(ChatRequest.unsupported, value)))
         assert answer.status_code == 200 and "x-ignored-fields" not in answer.headers, (value, answer.text)
-    for name in UNSUPPORTED:
+    for name in ChatRequest.unsupported:
         answer = post(live, CHAT, user(**{name: "something"}))
         assert answer.status_code == 400 and answer.json()["error"]["param"] == name
     assert post(live, CHAT, user(best_of=True)).status_code == 400

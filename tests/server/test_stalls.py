@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,53 +43,53 @@ def tool(index: int) -> dict[str, Any]:
     return {"type": "function", "function": TOOL["function"] | {"name": f"f{index}"}}  # type: ignore[operator]
 
 
-# Each is within the largest size of a body; what is answered, after "/".
-BODIES: dict[str, tuple[str, bytes]] = {
-    "ids to abort/413": other("/abort", request_id=["x"] * M),
-    "ids to abort, fewer/400": other("/abort", request_id=["x"] * 240_000),
-    "ids to abort, few/200": other("/abort", request_id=["x"] * 4096),
-    "unknown fields/413": completion(**{f"k{i}": i for i in range(700_000)}),
-    "unknown fields, fewer/200": completion(**{f"k{i}": i for i in range(40_000)}),
-    "names of unknown fields/200": completion(**{f"{i}" + "k" * 5000: i for i in range(2000)}),
-    "text to encode/400": other("/tokenize", prompt="a" * 10 * M),
-    "text to encode, less/200": other("/tokenize", prompt="a" * M),
-    "text to encode, words/200": other("/tokenize", prompt="some words " * (M // 12), return_token_strs=True),
-    "ids to decode/413": other("/detokenize", tokens=[2000] * (2 * M)),
-    "ids to decode, fewer/200": other("/detokenize", tokens=[2000] * 200_000),
-    "long prompt/400": completion(prompt="a" * 15 * M),
-    "long prompt, words/400": completion(prompt="some words " * M),
-    "long prompt without special tokens/400": completion(prompt="a" * 10 * M, add_special_tokens=False),
-    "long prompt, cut/200": completion(prompt="some words " * (M // 12), truncate_prompt_tokens=5),
-    "long prompt of ids/400": completion(prompt=[2000] * 240_000),
-    "many prompts/400": completion(prompt=["a"] * 240_000),
-    "many prompts of ids/400": completion(prompt=[[5]] * 49_000),
-    "ids and a text/400": completion(prompt=[5] * 200_000 + ["a"]),
-    "escapes/413": ("/v1/completions", b'{"prompt":"' + rb"\u00e9" * 2_600_000 + b'"}'),
-    "escapes, fewer/400": ("/v1/completions", b'{"prompt":"' + rb"\u00e9" * 900_000 + b'"}'),
-    "quotes/413": ("/v1/completions", b'{"prompt":"' + rb"\"" * (7 * M) + b'"}'),
-    "lists/413": ("/v1/completions", b'{"prompt":' + b"[" + b"[]," * (4 * M) + b"[]]}"),
-    "depth/413": ("/v1/completions", b'{"prompt":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
-    "digits/400": ("/v1/completions", b'{"prompt":"a","seed":' + b"9" * (15 * M) + b"}"),
-    "stop strings/400": completion(stop=[f"s{i}" for i in range(240_000)]),
-    "a long stop string/400": completion(stop="s" * 10 * M),
-    "bad words/200": completion(bad_words=[f"{i}" for i in range(10_000)]),
-    "too many bad words/400": completion(bad_words=[f"{i}" for i in range(240_000)]),
-    "a long bad word/400": completion(bad_words=["s" * 10 * M, "t"]),
-    "bad words of many tokens/400": completion(bad_words=["s" * 1000] + [f"{i}" for i in range(9999)]),
-    "biases/200": completion(logit_bias={str(i): 1 for i in range(6000)}),
-    "wrong biases/400": completion(logit_bias={str(i): "x" for i in range(49_000)}),
-    "too many biases/413": completion(logit_bias={str(i): 1 for i in range(100_000)}),
-    "stop ids/400": completion(stop_token_ids=list(range(240_000))),
-    "allowed ids, not numbers/400": completion(allowed_token_ids=["x"] * 240_000),
-    "long model/400": completion(model="m" * 15 * M),
-    "long salt/400": completion(cache_salt="m" * 15 * M),
-    "many completions/200": completion(prompt=[2000] * 100, n=128),
-    "many completions with stop strings/400": completion(n=128, stop=[f"s{i}" for i in range(1024)]),
-    "messages/400": chat(messages=[MESSAGE] * 24_000),
-    "too many messages/413": chat(messages=[MESSAGE] * 100_000),
-    "long messages/400": chat(messages=[MESSAGE | {"content": "a" * 1000}] * 12_000),
-    "parts/400": chat(messages=[{"role": "user", "content": [{"type": "text", "text": "word"}] * 24_000}]),
-    "calls that are answered/400": chat(
+# Each is within the largest size of a body, and made when it is sent; what is answered, after "/".
+BODIES: dict[str, Callable[[], tuple[str, bytes]]] = {
+    "ids to abort/413": lambda: other("/abort", request_id=["x"] * M),
+    "ids to abort, fewer/400": lambda: other("/abort", request_id=["x"] * 240_000),
+    "ids to abort, few/200": lambda: other("/abort", request_id=["x"] * 4096),
+    "unknown fields/413": lambda: completion(**{f"k{i}": i for i in range(700_000)}),
+    "unknown fields, fewer/200": lambda: completion(**{f"k{i}": i for i in range(40_000)}),
+    "names of unknown fields/200": lambda: completion(**{f"{i}" + "k" * 5000: i for i in range(2000)}),
+    "text to encode/400": lambda: other("/tokenize", prompt="a" * 10 * M),
+    "text to encode, less/200": lambda: other("/tokenize", prompt="a" * M),
+    "text to encode, words/200": lambda: other("/tokenize", prompt="some words " * (M // 12), return_token_strs=True),
+    "ids to decode/413": lambda: other("/detokenize", tokens=[2000] * (2 * M)),
+    "ids to decode, fewer/200": lambda: other("/detokenize", tokens=[2000] * 200_000),
+    "long prompt/400": lambda: completion(prompt="a" * 15 * M),
+    "long prompt, words/400": lambda: completion(prompt="some words " * M),
+    "long prompt without special tokens/400": lambda: completion(prompt="a" * 10 * M, add_special_tokens=False),
+    "long prompt, cut/200": lambda: completion(prompt="some words " * (M // 12), truncate_prompt_tokens=5),
+    "long prompt of ids/400": lambda: completion(prompt=[2000] * 240_000),
+    "many prompts/400": lambda: completion(prompt=["a"] * 240_000),
+    "many prompts of ids/400": lambda: completion(prompt=[[5]] * 49_000),
+    "ids and a text/400": lambda: completion(prompt=[5] * 200_000 + ["a"]),
+    "escapes/413": lambda: ("/v1/completions", b'{"prompt":"' + rb"\u00e9" * 2_600_000 + b'"}'),
+    "escapes, fewer/400": lambda: ("/v1/completions", b'{"prompt":"' + rb"\u00e9" * 900_000 + b'"}'),
+    "quotes/413": lambda: ("/v1/completions", b'{"prompt":"' + rb"\"" * (7 * M) + b'"}'),
+    "lists/413": lambda: ("/v1/completions", b'{"prompt":' + b"[" + b"[]," * (4 * M) + b"[]]}"),
+    "depth/413": lambda: ("/v1/completions", b'{"prompt":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+    "digits/400": lambda: ("/v1/completions", b'{"prompt":"a","seed":' + b"9" * (15 * M) + b"}"),
+    "stop strings/400": lambda: completion(stop=[f"s{i}" for i in range(240_000)]),
+    "a long stop string/400": lambda: completion(stop="s" * 10 * M),
+    "bad words/200": lambda: completion(bad_words=[f"{i}" for i in range(10_000)]),
+    "too many bad words/400": lambda: completion(bad_words=[f"{i}" for i in range(240_000)]),
+    "a long bad word/400": lambda: completion(bad_words=["s" * 10 * M, "t"]),
+    "bad words of many tokens/400": lambda: completion(bad_words=["s" * 1000] + [f"{i}" for i in range(9999)]),
+    "biases/200": lambda: completion(logit_bias={str(i): 1 for i in range(6000)}),
+    "wrong biases/400": lambda: completion(logit_bias={str(i): "x" for i in range(49_000)}),
+    "too many biases/413": lambda: completion(logit_bias={str(i): 1 for i in range(100_000)}),
+    "stop ids/400": lambda: completion(stop_token_ids=list(range(240_000))),
+    "allowed ids, not numbers/400": lambda: completion(allowed_token_ids=["x"] * 240_000),
+    "long model/400": lambda: completion(model="m" * 15 * M),
+    "long salt/400": lambda: completion(cache_salt="m" * 15 * M),
+    "many completions/200": lambda: completion(prompt=[2000] * 100, n=128),
+    "many completions with stop strings/400": lambda: completion(n=128, stop=[f"s{i}" for i in range(1024)]),
+    "messages/400": lambda: chat(messages=[MESSAGE] * 24_000),
+    "too many messages/413": lambda: chat(messages=[MESSAGE] * 100_000),
+    "long messages/400": lambda: chat(messages=[MESSAGE | {"content": "a" * 1000}] * 12_000),
+    "parts/400": lambda: chat(messages=[{"role": "user", "content": [{"type": "text", "text": "word"}] * 24_000}]),
+    "calls that are answered/400": lambda: chat(
         messages=[
             MESSAGE,
             {"role": "assistant", "tool_calls": [
@@ -98,30 +98,30 @@ BODIES: dict[str, tuple[str, bytes]] = {
             *({"role": "tool", "tool_call_id": f"c{i}", "content": "1"} for i in range(4999, -1, -1)),
         ]
     ),
-    "JSON in a result/400": chat(
+    "JSON in a result/400": lambda: chat(
         messages=[
             MESSAGE,
             {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
             {"role": "tool", "tool_call_id": "c", "content": "[" + "[]," * (4 * M) + "[]]"},
         ]
     ),
-    "tools/400": chat(tools=[tool(i) for i in range(4000)]),
-    "allowed tools/400": chat(
+    "tools/400": lambda: chat(tools=[tool(i) for i in range(4000)]),
+    "allowed tools/400": lambda: chat(
         tools=[tool(i) for i in range(2000)],
         tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
             {"type": "function", "function": {"name": f"f{i}"}} for i in range(2000)
         ]}},
     ),
-    "a large schema/": completion(structured_outputs={"json": {"type": "object", "properties": {f"k{i}": {} for i in range(24_000)}}}),
-    "a large enum/": completion(structured_outputs={"json": {"enum": [f"k{i}" for i in range(200_000)]}}),
-    "a large choice/": completion(structured_outputs={"choice": [f"k{i}" for i in range(200_000)]}),
-    "a long expression/": completion(structured_outputs={"regex": "(a|b)*" * 200_000}),
-    "a costly expression/": completion(structured_outputs={"regex": "(a{1,1000}b{1,1000}){1,1000}"}),
-    "an unknown format/400": completion(response_format={"type": "x" * 10 * M}),
-    "input/400": answer(input=[MESSAGE] * 24_000),
-    "long input/400": answer(input="some words " * M),
-    "metadata/400": answer(metadata={f"k{i}": "v" for i in range(49_000)}),
-    "include/400": answer(include=["x"] * 240_000),
+    "a large schema/": lambda: completion(structured_outputs={"json": {"type": "object", "properties": {f"k{i}": {} for i in range(24_000)}}}),
+    "a large enum/": lambda: completion(structured_outputs={"json": {"enum": [f"k{i}" for i in range(200_000)]}}),
+    "a large choice/": lambda: completion(structured_outputs={"choice": [f"k{i}" for i in range(200_000)]}),
+    "a long expression/": lambda: completion(structured_outputs={"regex": "(a|b)*" * 200_000}),
+    "a costly expression/": lambda: completion(structured_outputs={"regex": "(a{1,1000}b{1,1000}){1,1000}"}),
+    "an unknown format/400": lambda: completion(response_format={"type": "x" * 10 * M}),
+    "input/400": lambda: answer(input=[MESSAGE] * 24_000),
+    "long input/400": lambda: answer(input="some words " * M),
+    "metadata/400": lambda: answer(metadata={f"k{i}": "v" for i in range(49_000)}),
+    "include/400": lambda: answer(include=["x"] * 240_000),
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def gap_beside(stream: Stream, url: str, path: str, body: bytes) -> tuple[float,
 
 @pytest.mark.parametrize("name", BODIES)
 def test_no_body_stops_the_streams_of_others(server: str, name: str) -> None:
-    path, body = BODIES[name]
+    path, body = BODIES[name]()
     assert len(body) < 16 * 2**20
     expected = name.partition("/")[2]
     stream = Stream(server)

@@ -145,11 +145,8 @@ def test_white_space_may_be_a_bad_word(path: Path, space: str) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)) == space.encode()
 
 
-def test_what_cannot_be_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) is None
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert load_tokenizer(tmp_path) is None
-    assert "tekken.json" in caplog.text
     with pytest.raises(FileNotFoundError, match="no/such/file"):
         load_tokenizer(Path("no/such/file"))
     for content in ("", "{", "{}", '{"config": {}}', (TINY / "tekken.json").read_text()[:5000]):

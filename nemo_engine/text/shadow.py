@@ -1,0 +1,178 @@
+"""Shadows: characters of users' text, marked so that they are known again in what a template makes of them.
+
+A shadow is a lone surrogate that stands for an ASCII character. No text that is taken in holds one (``checks.check_unicode``), and
+templates hold none, so wherever a shadow shows up it came from a user. A text and its shadow have the same length, so what is cut out of
+one is cut out of the other. What templates ask of texts (``==``, ``in``, ``split``, ``upper``, ...) sees through shadows: the
+functions here give what the plain texts would, with the shadows kept where they stood.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+_BASE = 0xDC00  # the shadow of character c is chr(_BASE + ord(c))
+_ANY = re.compile("[\udc00-\udc7f]")
+_ESCAPE = re.compile(r"\\(\\|udc([0-7][0-9a-f]))")
+_TEST_NAMES = frozenset(
+    ("startswith", "endswith", "find", "rfind", "index", "rindex", "count", "isdigit", "isdecimal", "isnumeric", "isalpha", "isalnum",
+     "isupper", "islower", "istitle", "isspace", "isidentifier", "isprintable", "isascii")
+)  # fmt: skip
+_CASE_NAMES = frozenset(("upper", "lower", "capitalize", "title", "swapcase", "casefold"))
+
+
+def _codes(text: str) -> np.ndarray:
+    """The code points of ``text``. numpy drops NULs at the end of a text, so something else stands there."""
+    return np.array(text + "x").reshape(1).view(np.uint32)[:-1]
+
+
+def _text(codes: np.ndarray) -> str:
+    return str(np.append(codes, np.uint32(ord("x"))).view(f"<U{len(codes) + 1}")[0])[:-1]
+
+
+class Shadower:
+    """Casts shadows of some ASCII characters."""
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self._table = np.arange(128, dtype=np.uint32)
+        for character in characters:
+            self._table[ord(character)] = _BASE + ord(character)
+        self._pattern = re.compile("[" + "".join(map(re.escape, sorted(characters))) + "]" if characters else "(?!)")
+
+    def cast(self, text: str) -> str:
+        """``text`` with the shadows of its characters."""
+        if self._pattern.search(text) is None:
+            return text
+        codes = _codes(text).copy()
+        is_ascii = codes < 128
+        codes[is_ascii] = self._table[codes[is_ascii]]
+        return _text(codes)
+
+
+def shadow_first(text: str) -> str:
+    """``text`` with its first ASCII character in the shadow that is neither white space nor what JSON escapes."""
+    for index, character in enumerate(text):
+        if can_have_shadow(character):
+            return text[:index] + chr(_BASE + ord(character)) + text[index + 1 :]
+    return text
+
+
+def can_have_shadow(character: str) -> bool:
+    """Whether it is ASCII, no white space, and nothing that JSON or Python would escape."""
+    return "!" <= character <= "~" and character not in "\"'\\"
+
+
+def has_shadow(text: str) -> bool:
+    """Whether any character of ``text`` is a shadow."""
+    return not text.isascii() and _ANY.search(text) is not None
+
+
+def plain(text: str) -> str:
+    """``text`` without shadows."""
+    if not has_shadow(text):
+        return text
+    codes = _codes(text)
+    return _text(np.where((codes >= _BASE) & (codes < _BASE + 128), codes - _BASE, codes))
+
+
+def are_alike(text: str, marked: str) -> bool:
+    """Whether ``marked`` is ``text`` but for shadows."""
+    if len(text) != len(marked):
+        return False
+    before, after = _codes(text), _codes(marked)
+    return bool(((before == after) | (after - np.uint32(_BASE) == before)).all())
+
+
+def places_of(characters: Iterable[str], text: str) -> list[int]:
+    """Where in ``text`` one of the characters stands."""
+    codes = _codes(text)
+    is_one = np.zeros(len(codes), dtype=bool)
+    for character in characters:
+        is_one |= codes == ord(character)
+    places: list[int] = np.flatnonzero(is_one).tolist()
+    return places
+
+
+def plain_value(value: Any) -> Any:
+    """A string without shadows, a tuple of strings each without; anything else as it is."""
+    if isinstance(value, str):
+        return plain(value)
+    return tuple(map(plain_value, value)) if isinstance(value, tuple) else value
+
+
+def as_text(value: Any) -> str:
+    """``str(value)``; lists and objects write a shadow as an escape, which becomes one again."""
+    text = str(value)
+    if isinstance(value, (list, dict, tuple)) and "\\udc" in text:
+        return _ESCAPE.sub(lambda hit: chr(_BASE + int(hit[2], 16)) if hit[2] else hit[0], text)
+    return text
+
+
+def are_equal(left: Any, right: Any) -> bool:
+    """``left == right`` of the plain texts."""
+    if isinstance(left, str) and isinstance(right, str):
+        return len(left) == len(right) and (left == right or plain(left) == plain(right))
+    return bool(left == right)
+
+
+def is_in(item: Any, container: Any) -> bool:
+    """``item in container`` of the plain texts."""
+    if isinstance(container, str) and isinstance(item, str):
+        return item in container or plain(item) in plain(container)
+    if item in container:
+        return True
+    if not isinstance(item, str) or isinstance(container, (str, range)):
+        return False
+    wanted = plain(item)
+    return any(isinstance(element, str) and plain(element) == wanted for element in container)
+
+
+def call_method(text: str, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``text.name(*args)``, of the plain texts."""
+    if name in _TEST_NAMES:
+        return getattr(plain(text), name)(*map(plain_value, args))
+    if name in _CASE_NAMES:
+        return like(text, getattr(plain(text), name)())
+    if (
+        kwargs
+        or not args
+        or not isinstance(args[0], str)
+        or not args[0]
+        or not (has_shadow(text) or has_shadow(args[0]))
+    ):
+        return method(*args, **kwargs)
+    if name in ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix"):
+        whole, wanted = plain(text), plain(args[0])
+        start = 0
+        if name in ("strip", "lstrip", "removeprefix"):
+            head = whole.removeprefix(wanted) if name == "removeprefix" else whole.lstrip(wanted)
+            start = len(whole) - len(head)
+        return text[start : start + len(getattr(whole, name)(wanted))]
+    if name in ("split", "rsplit", "partition", "rpartition"):
+        return _cut(text, name, plain(args[0]), args[1:])
+    if name == "replace" and len(args) > 1 and isinstance(args[1], str):
+        return args[1].join(_cut(text, "split", plain(args[0]), args[2:]))
+    return method(*args, **kwargs)
+
+
+def _cut(text: str, name: str, separator: str, more: tuple[Any, ...]) -> Any:
+    whole = plain(text)
+    pieces = getattr(whole, name)(separator, *more)
+    gap = len(separator) if name in ("split", "rsplit") else 0
+    start, cut = 0, []
+    for piece in pieces:
+        cut.append(text[start : start + len(piece)])
+        start += len(piece) + gap
+    return tuple(cut) if isinstance(pieces, tuple) else cut
+
+
+def like(text: str, changed: str) -> str:
+    """``changed``, in the shadow wherever ``text``, from which it was made letter by letter, was."""
+    if len(changed) != len(text) or not has_shadow(text):
+        return changed
+    before, after = _codes(text), _codes(changed)
+    is_shadow = (before >= _BASE) & (before < _BASE + 128) & (after < 128)
+    return _text(np.where(is_shadow, after + _BASE, after))
