@@ -140,7 +140,7 @@ def test_nothing_is_left(way: str, depth: int, monkeypatch: pytest.MonkeyPatch) 
     rest(engine)
     assert reachable() == before
     waiting = engine._core.scheduler._waiting
-    assert not waiting._levels and not waiting._priorities
+    assert not waiting._preempted and not waiting._new and not waiting._priorities
 
 
 @pytest.mark.parametrize("way", ["end", "abort", "client gone", "loop gone"])

@@ -119,6 +119,11 @@ class KVManager:
         request.pages = []
         request.num_hashed_pages = request.compute_limit = 0
 
+    def forget_request(self, request: Request) -> None:
+        """``request`` has no pages; nothing that was noted of those that it had is true."""
+        request.pages, request.num_hashed_pages, request.pages_wanted, request.hash_wanted = [], 0, 0, None
+        request.num_computed_tokens = request.compute_limit = 0
+
     def discard(self, request: Request, num_good_tokens: int = 0) -> list[int]:
         """As ``free``, and forget what all the pages hold: the content of a failed request must not be reused.
 

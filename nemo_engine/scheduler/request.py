@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
-from functools import lru_cache
+from operator import attrgetter
 from typing import Protocol
 
 from nemo_engine.outputs import CacheReport, FinishReason
 from nemo_engine.sampling_params import SamplingParams
-
-_SHARED_IDS = 16  # the largest set of stop ids that is shared
 
 
 class RequestStatus(Enum):
@@ -34,12 +32,6 @@ class Grammar(Protocol):
     @property
     def is_finished(self) -> bool:
         """Whether nothing may follow but an end-of-sequence token, or one has come."""
-
-
-@lru_cache(maxsize=256)
-def _shared(token_ids: frozenset[int]) -> frozenset[int]:
-    """Equal sets as the same object, which stays in the CPU's cache: each step looks into it once a row."""
-    return token_ids
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -75,6 +67,7 @@ class Request:
     # While it runs:
     slot: int = field(init=False, default=0)
     num_computed_tokens: int = field(init=False, default=0)  # counts what launched steps compute as done
+    mask_error: str | None = field(init=False, default=None)  # why its grammar gave no mask for the step in flight
     is_sound: bool = field(init=False, default=False)  # a token came out of its pages, so what they hold is good
 
     # Of the KV manager:
@@ -91,8 +84,8 @@ class Request:
         if self.params.ignore_eos:
             self.eos_token_ids = frozenset()
         self.is_watched = self.grammar is not None or self.params.repetition_detection is not None
-        stop_token_ids = self.eos_token_ids.union(self.params.stop_token_ids or ())
-        self.stop_token_ids = _shared(stop_token_ids) if len(stop_token_ids) <= _SHARED_IDS else stop_token_ids
+        more = self.params.stop_token_ids
+        self.stop_token_ids = self.eos_token_ids.union(more) if more else self.eos_token_ids
 
     @property
     def urgency(self) -> tuple[int, int]:
@@ -120,5 +113,13 @@ class Request:
         """The generated tokens, as a new list."""
         return self.token_ids[self.num_prompt_tokens :]
 
+    def end(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        """It is finished, for good."""
+        self.status = RequestStatus.FINISHED
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
+
     def __repr__(self) -> str:
         return f"Request({self.request_id!r}, {self.status.name}, {len(self.token_ids)} tokens, slot {self.slot})"
+
+
+URGENCY = attrgetter("urgency")  # a key to sort requests by

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from operator import attrgetter
 
-from nemo_engine.scheduler.request import Request, RequestStatus
+from nemo_engine.scheduler.request import URGENCY, Request, RequestStatus
 from nemo_engine.scheduler.scheduled_step import ScheduledStep
-
-URGENCY = attrgetter("urgency")
 
 
 class RunningRequests:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_engine.scheduler.constrained import mask_of
 from nemo_engine.scheduler.request import Request
+from nemo_engine.scheduler.token_rules import mask_of
 from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult, TokenLogprobs
 
 
@@ -14,24 +14,21 @@ class ScheduledStep:
     """The requests behind the rows of a plan."""
 
     step_id: int
-    decodes: list[Request]
+    decodes: list[Request]  # those with a grammar last
     new_pages: list[tuple[int, int, int]]
     prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
     fills: list[SlotFill] = field(default_factory=list)
-    mask_errors: dict[Request, str] = field(default_factory=dict)  # for the requests whose grammar gave no mask
-    bad_pages: set[int] = field(default_factory=set)  # of requests that failed; others may have read them
     departed: set[Request] = field(default_factory=set)  # left their slot since: what the step gives them is dropped
+    bad_pages: set[int] = field(default_factory=set)  # of requests that failed; others may have read them
 
     @property
     def has_constrained(self) -> bool:
-        """Whether a request with a grammar decodes. These come last."""
+        """Whether a request with a grammar decodes."""
         return bool(self.decodes) and self.decodes[-1].grammar is not None
 
     @property
     def sampling(self) -> list[Request]:
         """The requests for which the step chooses a token, in the order of ``StepResult.token_ids``."""
-        if not self.prefills:
-            return self.decodes
         return self.decodes + [request for request, row in self.prefills if row.samples]
 
     def fill_slot(self, request: Request) -> None:
@@ -52,25 +49,15 @@ class ScheduledStep:
 
     def plan(self) -> StepPlan:
         """The step as the device half gets it, with the masks of the constrained requests that sample."""
-        masks = []
-        for request in self._constrained():
-            mask, error = mask_of(request)
-            masks.append((request.slot, mask))
-            if error is not None:
-                self.mask_errors[request] = error
+        may_be_masked = self.sampling if self.has_constrained else self.sampling[len(self.decodes) :]
         return StepPlan(
             step_id=self.step_id,
             decode_slots=tuple([request.slot for request in self.decodes]),
             prefills=tuple([row for _, row in self.prefills]),
             fills=tuple(self.fills),
             new_pages=tuple(self.new_pages),
-            masks=tuple(masks),
+            masks=tuple([(request.slot, mask_of(request)) for request in may_be_masked if request.grammar is not None]),
         )
-
-    def _constrained(self) -> list[Request]:
-        """The requests with a grammar that sample."""
-        decodes = [request for request in self.decodes if request.grammar is not None] if self.has_constrained else []
-        return decodes + [request for request, row in self.prefills if row.samples and request.grammar is not None]
 
 
 @dataclass(slots=True)
@@ -94,11 +81,9 @@ class Committed:
 
     def add_tokens(self, requests: list[Request], result: StepResult, departed: set[Request]) -> None:
         """``requests`` have got the tokens of ``result``, but for those in ``departed``."""
-        index_of = {index: index for index in result.logprobs}
-        self.requests, self.token_ids = requests, result.token_ids
+        self.requests, self.token_ids, self.logprobs = requests, result.token_ids, dict(result.logprobs)
         if departed:
             kept = [index for index, request in enumerate(requests) if request not in departed]
             self.requests = [requests[index] for index in kept]
             self.token_ids = [result.token_ids[index] for index in kept]
-            index_of = {index: new_index for new_index, index in enumerate(kept)}
-        self.logprobs = {index_of[index]: entry for index, entry in result.logprobs.items() if index in index_of}
+            self.logprobs = {new: result.logprobs[old] for new, old in enumerate(kept) if old in result.logprobs}

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_engine.outputs import FinishReason
-from nemo_engine.scheduler.ends import ERRORS, end_of, failure_of, is_finite, restart
 from nemo_engine.scheduler.kv_manager import KVManager
-from nemo_engine.scheduler.request import Request, RequestStatus
-from nemo_engine.scheduler.running import URGENCY, RunningRequests
+from nemo_engine.scheduler.request import URGENCY, Request, RequestStatus
+from nemo_engine.scheduler.running import RunningRequests
 from nemo_engine.scheduler.scheduled_step import Committed, ScheduledStep
+from nemo_engine.scheduler.token_rules import ERRORS, end_of, failure_of, is_finite
 from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import TOKEN_NOT_FINITE, PrefillRow, StepPlan, StepResult
 
@@ -39,21 +39,6 @@ class SchedulerStats:
     total_preemptions: int
     total_prefix_queried_tokens: int
     total_prefix_hit_tokens: int
-
-    @classmethod
-    def of(cls, num_running: int, num_waiting: int, num_preemptions: int, kv: KVManager) -> SchedulerStats:
-        """The scheduler's counts and those of its KV manager together."""
-        return cls(
-            num_running=num_running,
-            num_waiting=num_waiting,
-            num_pages=kv.pool.num_pages,
-            num_free_pages=kv.pool.num_free,
-            num_cached_pages=kv.pool.num_cached,
-            peak_used_pages=kv.pool.peak_used,
-            total_preemptions=num_preemptions,
-            total_prefix_queried_tokens=kv.num_queried_tokens,
-            total_prefix_hit_tokens=kv.num_hit_tokens,
-        )
 
 
 class Scheduler:
@@ -139,7 +124,18 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
-        return SchedulerStats.of(self.num_running, self.num_waiting, self.num_preemptions, self.kv)
+        pool = self.kv.pool
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_pages=pool.num_pages,
+            num_free_pages=pool.num_free,
+            num_cached_pages=pool.num_cached,
+            peak_used_pages=pool.peak_used,
+            total_preemptions=self.num_preemptions,
+            total_prefix_queried_tokens=self.kv.num_queried_tokens,
+            total_prefix_hit_tokens=self.kv.num_hit_tokens,
+        )
 
     # ---- planning a step
 
@@ -222,7 +218,10 @@ class Scheduler:
         step = self._in_flight.popleft()
         requests, token_ids, departed = step.sampling, result.token_ids, step.departed
         assert (result.step_id, len(token_ids)) == (step.step_id, len(requests)), (result, step.step_id, len(requests))
-        committed = self._commit_prompts(step, result)
+        committed = Committed()
+        self._commit_prompts(step, result, committed)
+        if departed:
+            departed.intersection_update(requests)  # the others had no token to come from this step
         at_limit: list[Request] = []
         for request, token_id in zip(requests, token_ids):
             if departed and request in departed:
@@ -242,21 +241,15 @@ class Scheduler:
         committed.add_tokens(requests, result, departed)
         return committed
 
-    def _commit_prompts(self, step: ScheduledStep, result: StepResult) -> Committed:
+    def _commit_prompts(self, step: ScheduledStep, result: StepResult, committed: Committed) -> None:
         """Take in what ``result`` says of prompts; the tokens that follow them are yet to come."""
-        committed = Committed()
         for index, entries in result.prompt_logprobs.items():
             request, row = step.prefills[index]
-            if request in step.departed:
-                continue
-            if is_finite(entries):
-                committed.prompt_logprobs.append((request, row.start + 1, entries))
-            else:
-                request.error = ERRORS[TOKEN_NOT_FINITE]
-                step.bad_pages.update(self.kv.discard(request, request.num_good_tokens))
-                step.departed.add(request)
-                self._end(request, "error")
-                committed.finished.append(request)
+            if request not in step.departed:
+                if is_finite(entries):
+                    committed.prompt_logprobs.append((request, row.start + 1, entries))
+                else:
+                    self._fail(request, ERRORS[TOKEN_NOT_FINITE], step, committed, is_damaged=True)
         token_ids = iter(result.token_ids[len(step.decodes) :])
         for request, row in step.prefills:
             if row.samples:
@@ -264,28 +257,30 @@ class Scheduler:
                 if request not in step.departed:
                     committed.prefilled.append(request)
                     request.is_sound = token_id >= 0
-        return committed
 
     def _take(self, request: Request, token_id: int, step: ScheduledStep, committed: Committed) -> None:
         """Take in a token that may be a failure, or may end its request."""
-        request.error = failure_of(request, token_id, step.mask_errors)
-        if request.error is None:
-            request.token_ids.append(token_id)
-            reasons = end_of(request, token_id)
-        else:
-            reasons = "error", None
-            step.departed.add(request)
-            if token_id == TOKEN_NOT_FINITE:
-                step.bad_pages.update(self.kv.discard(request, request.num_good_tokens))
+        error = failure_of(request, token_id)
+        if error is not None:
+            self._fail(request, error, step, committed, is_damaged=token_id == TOKEN_NOT_FINITE)
+            return
+        request.token_ids.append(token_id)
+        reasons = end_of(request)
         if reasons is not None:
             self._end(request, *reasons)
             committed.finished.append(request)
 
+    def _fail(self, request: Request, error: str, step: ScheduledStep, committed: Committed, is_damaged: bool) -> None:
+        """End ``request`` with ``error``. ``is_damaged``: its logits were not finite, so its pages may be bad."""
+        if is_damaged:
+            step.bad_pages.update(self.kv.discard(request, request.num_good_tokens))
+        self._end(request, "error", error=error)
+        step.departed.add(request)
+        committed.finished.append(request)
+
     def _restart_readers(self, bad_pages: set[int]) -> None:
         """Preempt who has ``bad_pages`` and no token to show for them: what it computed from them is as bad."""
-        while readers := [
-            request for request in self.running() if not request.is_sound and not bad_pages.isdisjoint(request.pages)
-        ]:
+        while readers := [r for r in self.running() if not (r.is_sound or bad_pages.isdisjoint(r.pages))]:
             for request in readers:
                 bad_pages.update(self.kv.discard(request))
                 self.preempt(request)
@@ -297,13 +292,27 @@ class Scheduler:
         written, and the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if
         nobody runs, the first of those that wait ends instead.
         """
-        waiting, ended = restart(self._requests.values(), message, or_first)
+        waiting, ended = WaitingQueue(), list[Request]()
+        for request in self._requests.values():
+            self.kv.forget_request(request)
+            if request.status is RequestStatus.WAITING:
+                waiting.push(request)
+            else:
+                ended.append(request)
+        if or_first and not ended and waiting:
+            ended.append(waiting.first())
+            waiting.pop()
+        for request in ended:
+            if request.status is not RequestStatus.FINISHED:  # otherwise it had its end, and nobody was told
+                request.end("error", error=message)
+        self.kv.reset()
         self._running = RunningRequests(self.max_num_seqs)
         self._in_flight.clear()
-        self.kv.reset()
         self._requests = {name: r for name, r in self._requests.items() if r.status is RequestStatus.WAITING}
         self._waiting = waiting
         return Committed(finished=ended, failure=message)
+
+    # ---- leaving
 
     def preempt(self, request: Request) -> None:
         """Take slot and pages from a running request, which waits again and is computed anew."""
@@ -314,11 +323,12 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         self._waiting.push(request)
 
-    def _end(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+    def _end(
+        self, request: Request, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None
+    ) -> None:
         if request.status is RequestStatus.RUNNING:
             self._leave(request)
-        request.status = RequestStatus.FINISHED
-        request.finish_reason, request.stop_reason = reason, stop_reason
+        request.end(reason, stop_reason, error)
         del self._requests[request.request_id]
 
     def _leave(self, request: Request) -> None:
