@@ -282,7 +282,7 @@ class OutputProcessor:
 
     def _settle(self, failure: str, now: float) -> None:
         """A failure ended what ran, and may have hidden what ended before: look at everybody."""
-        for request in self._scheduler.unfinished():
+        for request in list(self._scheduler.requests.values()):
             if request not in self._completions:  # it was being added
                 self._scheduler.finish(request.request_id, "abort")
         for user in list(self._users):

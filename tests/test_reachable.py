@@ -139,7 +139,7 @@ def test_nothing_is_left(way: str, depth: int, monkeypatch: pytest.MonkeyPatch) 
     WAYS[way](engine)
     rest(engine)
     assert reachable() == before
-    waiting = engine._core.scheduler._waiting
+    waiting = engine._core.scheduler.waiting
     assert not waiting._preempted and not waiting._new and not waiting._priorities
 
 

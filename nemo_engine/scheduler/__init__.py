@@ -2,6 +2,6 @@
 
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.scheduled_step import Committed
-from nemo_engine.scheduler.scheduler import Scheduler, SchedulerStats
+from nemo_engine.scheduler.scheduler import Scheduler
 
-__all__ = ["Committed", "Request", "RequestStatus", "Scheduler", "SchedulerStats"]
+__all__ = ["Committed", "Request", "RequestStatus", "Scheduler"]

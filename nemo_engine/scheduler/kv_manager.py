@@ -43,20 +43,17 @@ class KVManager:
         Raises ``ValueError`` with the arithmetic for what could never finish. The last token's key and value are never
         computed, so n pages hold a request of ``n * page_size + 1`` tokens.
         """
-        page_size, num_pages = self.page_size, self.pool.num_pages
-        limit = min(max_model_len, num_pages * page_size + 1)
-        if max_tokens is None:
-            total = max(limit, num_prompt_tokens + 1)
-        else:
-            total = num_prompt_tokens + max_tokens
+        num_pages = self.pool.num_pages
+        limit = min(max_model_len, num_pages * self.page_size + 1)
+        total = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
         if total <= limit:
-            return total
-        asked = "at least 1 output token" if max_tokens is None else f"max_tokens {max_tokens}"
-        text = f"a prompt of {num_prompt_tokens} tokens and {asked} make {total} tokens"
+            return total if max_tokens is not None else limit
+        output = "at least 1 output token" if max_tokens is None else f"max_tokens {max_tokens}"
+        text = f"a prompt of {num_prompt_tokens} tokens and {output} make {total} tokens"
         if total > max_model_len:
             raise ValueError(f"{text}: more than max_model_len {max_model_len}")
         raise ValueError(
-            f"{text} and need {self.num_pages_for(total - 1)} KV pages of {page_size} tokens: the cache has "
+            f"{text} and need {self.num_pages_for(total - 1)} KV pages of {self.page_size} tokens: the cache has "
             f"{num_pages} (at most {limit} tokens per request; raise kv_cache_gib or num_kv_pages)"
         )
 
@@ -108,33 +105,31 @@ class KVManager:
         # The last token is sampled from the position before it; its own key and value are never computed.
         request.compute_limit = min(len(request.pages) * self.page_size, request.max_total_tokens - 1)
 
-    def free(self, request: Request, num_good_tokens: int = 0) -> None:
-        """Take all pages from ``request``, the first ``num_good_tokens`` of whose tokens were soundly computed.
+    def free(self, request: Request) -> None:
+        """Take all pages from ``request``.
 
-        What full pages hold of these stays findable until they are handed out again; what others hold, while another
-        request that has them may yet prove it.
+        What full pages hold of its good tokens stays findable until they are handed out again; what others hold, while
+        another request that has them may yet prove it.
         """
-        self.pool.prove(request.pages[: num_good_tokens // self.page_size])
-        self.pool.release(request.pages)
-        request.pages = []
-        request.num_hashed_pages = request.compute_limit = 0
+        num_good_tokens = request.num_good_tokens
+        self.cache_pages(request, num_good_tokens)
+        self.pool.set_doubt(request.pages[: num_good_tokens // self.page_size], False)
+        self._release(request)
 
-    def forget_request(self, request: Request) -> None:
-        """``request`` has no pages; nothing that was noted of those that it had is true."""
-        request.pages, request.num_hashed_pages, request.pages_wanted, request.hash_wanted = [], 0, 0, None
-        request.num_computed_tokens = request.compute_limit = 0
-
-    def discard(self, request: Request, num_good_tokens: int = 0) -> list[int]:
-        """As ``free``, and forget what all the pages hold: the content of a failed request must not be reused.
+    def discard(self, request: Request) -> list[int]:
+        """Take all pages from a failed request, and forget what they hold: it must not be reused.
 
         Returns the pages that were in doubt, which others may have read.
         """
-        self.pool.prove(request.pages[: num_good_tokens // self.page_size])
-        bad = self.pool.doubtful(request.pages)
-        for page in request.pages:
-            self.pool.forget(page)
-        self.free(request)
-        return bad
+        self.pool.set_doubt(request.pages[: request.num_good_tokens // self.page_size], False)
+        bad_pages = self.pool.discard(request.pages)
+        self._release(request)
+        return bad_pages
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.pages)
+        request.pages = []
+        request.num_hashed_pages = request.compute_limit = 0
 
     # ---- the prefix cache
 
@@ -159,7 +154,7 @@ class KVManager:
         if end > first and self._writes_cache(request):
             self._extend_hashes(request, end)
             self.pool.remember(request.pages[first:end], request.page_hashes[first:end])
-            self.pool.doubt(request.pages[first:end])
+            self.pool.set_doubt(request.pages[first:end], True)
             request.num_hashed_pages = end
 
     def page_hash(self, request: Request, index: int) -> bytes:

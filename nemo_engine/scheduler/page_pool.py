@@ -25,8 +25,7 @@ class PagePool:
         self._hash_of: list[bytes | None] = [None] * (num_pages + 1)
         self._page_of: dict[bytes, int] = {}
         self._in_doubt = bytearray(num_pages + 1)
-        self._blank = list(range(num_pages, 0, -1))  # free pages without content; the next to be handed out is last
-        self._cached: OrderedDict[int, None] = OrderedDict()  # those released with content, least recently used first
+        self._free = OrderedDict[int, None].fromkeys(range(1, num_pages + 1))  # the next to be handed out is first
         # Hashes of content that had to make room: of at least the last num_pages evictions.
         self._evicted: set[bytes] = set()
         self._evicted_before: set[bytes] = set()
@@ -34,7 +33,7 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that can be handed out now, those with cached content among them."""
-        return len(self._blank) + len(self._cached)
+        return len(self._free)
 
     @property
     def num_cached(self) -> int:
@@ -66,33 +65,25 @@ class PagePool:
     def allocate(self, count: int) -> list[int]:
         """Hand out ``count`` pages with one user each; their content is forgotten. ``count`` must be at most num_free."""
         assert count <= self.num_free, (count, self.num_free)
-        pages = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        pages = [self._free.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
             self._num_users[page] = 1
             self._in_doubt[page] = False
+            page_hash = self._hash_of[page]
+            if page_hash is not None:
+                self.forget(page)
+                self._evicted.add(page_hash)
         if len(self._evicted) > self.num_pages:
             self._evicted_before, self._evicted = self._evicted, set()
-        self._note_peak()
+        self.peak_used = max(self.peak_used, self.num_pages - self.num_free)
         return pages
-
-    def _evict(self) -> int:
-        """Take the least recently used free page, and forget its content."""
-        page, _ = self._cached.popitem(last=False)
-        page_hash = self._hash_of[page]
-        if page_hash is not None:
-            self.forget(page)
-            self._evicted.add(page_hash)
-        return page
 
     def share(self, pages: Iterable[int]) -> None:
         """Add one user to each page, taking it off the free pages if nobody used it."""
         for page in pages:
             if self._num_users[page] == 0:
-                del self._cached[page]
+                del self._free[page]
             self._num_users[page] += 1
-        self._note_peak()
-
-    def _note_peak(self) -> None:
         self.peak_used = max(self.peak_used, self.num_pages - self.num_free)
 
     def release(self, pages: Sequence[int]) -> None:
@@ -107,10 +98,9 @@ class PagePool:
             if users == 0:
                 if self._in_doubt[page]:
                     self.forget(page)
+                self._free[page] = None
                 if self._hash_of[page] is None:
-                    self._blank.append(page)
-                else:
-                    self._cached[page] = None
+                    self._free.move_to_end(page, last=False)  # nothing is lost if it is handed out next
 
     def remember(self, pages: Iterable[int], page_hashes: Iterable[bytes]) -> None:
         """Make the contents of ``pages`` findable. Of two pages with one content, the first is found."""
@@ -119,18 +109,15 @@ class PagePool:
                 self._page_of[page_hash] = page
                 self._hash_of[page] = page_hash
 
-    def doubt(self, pages: Iterable[int]) -> None:
-        """Put ``pages``, in use, in doubt."""
+    def set_doubt(self, pages: Iterable[int], is_in_doubt: bool) -> None:
+        """Put ``pages``, in use, in doubt; or take them out of it, as what they hold is known to be sound."""
         for page in pages:
-            self._in_doubt[page] = True
+            self._in_doubt[page] = is_in_doubt
 
-    def prove(self, pages: Iterable[int]) -> None:
-        """What ``pages`` hold is known to be sound."""
+    def discard(self, pages: Sequence[int]) -> list[int]:
+        """Forget what ``pages``, in use, hold; returns those that are in doubt."""
         for page in pages:
-            self._in_doubt[page] = False
-
-    def doubtful(self, pages: Iterable[int]) -> list[int]:
-        """Those of ``pages`` that are in doubt."""
+            self.forget(page)
         return [page for page in pages if self._in_doubt[page]]
 
     def forget(self, page: int) -> None:

@@ -88,11 +88,6 @@ class Request:
         self.stop_token_ids = self.eos_token_ids.union(more) if more else self.eos_token_ids
 
     @property
-    def urgency(self) -> tuple[int, int]:
-        """The smallest is the most urgent."""
-        return self.priority, self.arrival
-
-    @property
     def has_steps_left(self) -> bool:
         """Whether a token may follow those that launched steps choose."""
         # The last token is sampled from the position before it, and its own position is never computed.
@@ -108,11 +103,6 @@ class Request:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        """The generated tokens, as a new list."""
-        return self.token_ids[self.num_prompt_tokens :]
-
     def end(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
         """It is finished, for good."""
         self.status = RequestStatus.FINISHED
@@ -122,4 +112,4 @@ class Request:
         return f"Request({self.request_id!r}, {self.status.name}, {len(self.token_ids)} tokens, slot {self.slot})"
 
 
-URGENCY = attrgetter("urgency")  # a key to sort requests by
+by_urgency = attrgetter("priority", "arrival")  # a key to sort requests by; the smallest is the most urgent

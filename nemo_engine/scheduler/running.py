@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 
-from nemo_engine.scheduler.request import URGENCY, Request, RequestStatus
+from nemo_engine.scheduler.request import Request, RequestStatus, by_urgency
 from nemo_engine.scheduler.scheduled_step import ScheduledStep
 
 
@@ -18,16 +18,22 @@ class RunningRequests:
         self.constrained: list[Request] = []  # the same, of requests with a grammar
         self.free_slots = list(range(max_num_seqs, 0, -1))  # the next to be given is last
 
+    def __len__(self) -> int:
+        return len(self.decoding) + len(self.constrained) + len(self.prefilling)
+
     def all(self) -> list[Request]:
-        """All requests that hold a slot."""
+        """All requests that hold a slot, those that prefill last."""
         return [*self.decoding, *self.constrained, *self.prefilling]
 
-    def enter(self, request: Request) -> None:
-        """Give ``request`` a slot; it prefills."""
+    def enter(self, request: Request, now: float) -> None:
+        """Give ``request``, which has its pages, a slot; it prefills."""
+        if request.scheduled_ts is None:
+            request.scheduled_ts = now
+            request.num_cached_tokens = request.num_computed_tokens
         request.status = RequestStatus.RUNNING
         request.slot = self.free_slots.pop()
         request.is_sound = False
-        insort(self.prefilling, request, key=URGENCY)
+        insort(self.prefilling, request, key=by_urgency)
 
     def end_prefill(self, request: Request) -> None:
         """The step that is being planned computes the last known token of ``request``."""
@@ -44,7 +50,9 @@ class RunningRequests:
     def ready_to_decode(self, in_flight: Iterable[ScheduledStep]) -> list[Request]:
         """The requests that the next step decodes if they have steps and pages left, in row order.
 
-        Those with a grammar take part, all together, if none of ``in_flight`` decodes one: see ``constrained``.
+        The mask of a request with a grammar follows from the token before it, which is known when its step is
+        committed. So it sits out while a step of its is in flight, and with d steps in flight it takes part in every
+        d-th, together with all others that have a grammar: masks are uploaded for one step in d.
         """
         if not self.constrained or any(step.has_constrained for step in in_flight):
             return self.decoding[:]
@@ -52,4 +60,4 @@ class RunningRequests:
 
     def least_urgent(self) -> Request:
         """The request to preempt: the newest of those that have steps to come and the largest priority number."""
-        return max([request for request in self.all() if request.has_steps_left], key=URGENCY)
+        return max([request for request in self.all() if request.has_steps_left], key=by_urgency)

@@ -10,6 +10,35 @@ from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult, TokenLo
 
 
 @dataclass(slots=True)
+class Committed:
+    """What one committed step changed. ``token_ids[i]`` was appended to ``requests[i]``.
+
+    ``prefilled``: requests whose prompt (after a preemption, all known tokens) this step completed.
+    ``logprobs`` maps an index into ``requests``; ``prompt_logprobs`` holds ``(request, first position, entries)``.
+    ``finished`` requests have their ``finish_reason``; those in ``requests`` too got their last token in this step.
+    ``failure``: why nothing was committed. ``finished`` are then all requests that were running; some of them may have
+    ended before, in a step that was never reported.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prefilled: list[Request] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: list[tuple[Request, int, list[TokenLogprobs]]] = field(default_factory=list)
+    failure: str | None = None
+
+    def add_tokens(self, requests: list[Request], result: StepResult, departed: set[Request]) -> None:
+        """``requests`` have got the tokens of ``result``, but for those in ``departed``."""
+        self.requests, self.token_ids, self.logprobs = requests, result.token_ids, dict(result.logprobs)
+        if departed:
+            kept = [index for index, request in enumerate(requests) if request not in departed]
+            self.requests = [requests[index] for index in kept]
+            self.token_ids = [result.token_ids[index] for index in kept]
+            self.logprobs = {new: result.logprobs[old] for new, old in enumerate(kept) if old in result.logprobs}
+
+
+@dataclass(slots=True)
 class ScheduledStep:
     """The requests behind the rows of a plan."""
 
@@ -19,6 +48,9 @@ class ScheduledStep:
     prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
     fills: list[SlotFill] = field(default_factory=list)
     departed: set[Request] = field(default_factory=set)  # left their slot since: what the step gives them is dropped
+
+    # Filled in by the commit:
+    committed: Committed = field(default_factory=Committed)
     bad_pages: set[int] = field(default_factory=set)  # of requests that failed; others may have read them
 
     @property
@@ -47,6 +79,16 @@ class ScheduledStep:
             )
         )
 
+    def prefill(self, request: Request, max_tokens: int) -> PrefillRow:
+        """Compute the next ``max_tokens`` known tokens of ``request``, or as many as are left."""
+        start = request.num_computed_tokens
+        count = min(max_tokens, len(request.token_ids) - start)
+        request.num_computed_tokens += count
+        samples = request.num_computed_tokens == len(request.token_ids)
+        row = PrefillRow(request.slot, start, count, samples)
+        self.prefills.append((request, row))
+        return row
+
     def plan(self) -> StepPlan:
         """The step as the device half gets it, with the masks of the constrained requests that sample."""
         may_be_masked = self.sampling if self.has_constrained else self.sampling[len(self.decodes) :]
@@ -58,32 +100,3 @@ class ScheduledStep:
             new_pages=tuple(self.new_pages),
             masks=tuple([(request.slot, mask_of(request)) for request in may_be_masked if request.grammar is not None]),
         )
-
-
-@dataclass(slots=True)
-class Committed:
-    """What one committed step changed. ``token_ids[i]`` was appended to ``requests[i]``.
-
-    ``prefilled``: requests whose prompt (after a preemption, all known tokens) this step completed.
-    ``logprobs`` maps an index into ``requests``; ``prompt_logprobs`` holds ``(request, first position, entries)``.
-    ``finished`` requests have their ``finish_reason``; those in ``requests`` too got their last token in this step.
-    ``failure``: why nothing was committed. ``finished`` are then all requests that were running; some of them may have
-    ended before, in a step that was never reported.
-    """
-
-    requests: list[Request] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    prefilled: list[Request] = field(default_factory=list)
-    finished: list[Request] = field(default_factory=list)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: list[tuple[Request, int, list[TokenLogprobs]]] = field(default_factory=list)
-    failure: str | None = None
-
-    def add_tokens(self, requests: list[Request], result: StepResult, departed: set[Request]) -> None:
-        """``requests`` have got the tokens of ``result``, but for those in ``departed``."""
-        self.requests, self.token_ids, self.logprobs = requests, result.token_ids, dict(result.logprobs)
-        if departed:
-            kept = [index for index, request in enumerate(requests) if request not in departed]
-            self.requests = [requests[index] for index in kept]
-            self.token_ids = [result.token_ids[index] for index in kept]
-            self.logprobs = {new: result.logprobs[old] for new, old in enumerate(kept) if old in result.logprobs}

@@ -14,31 +14,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from nemo_engine.outputs import FinishReason
+from nemo_engine.outputs import FinishReason, SchedulerStats
 from nemo_engine.scheduler.kv_manager import KVManager
-from nemo_engine.scheduler.request import URGENCY, Request, RequestStatus
+from nemo_engine.scheduler.request import Request, RequestStatus, by_urgency
 from nemo_engine.scheduler.running import RunningRequests
 from nemo_engine.scheduler.scheduled_step import Committed, ScheduledStep
 from nemo_engine.scheduler.token_rules import ERRORS, end_of, failure_of, is_finite
 from nemo_engine.scheduler.waiting import WaitingQueue
-from nemo_engine.step import TOKEN_NOT_FINITE, PrefillRow, StepPlan, StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Counts at one moment; pages and tokens are totals since the start where the name says so."""
-
-    num_running: int
-    num_waiting: int
-    num_pages: int
-    num_free_pages: int
-    num_cached_pages: int
-    peak_used_pages: int
-    total_preemptions: int
-    total_prefix_queried_tokens: int
-    total_prefix_hit_tokens: int
+from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan, StepResult
 
 
 class Scheduler:
@@ -66,11 +50,14 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self._clock = clock
-        self._requests: dict[str, Request] = {}
-        self._waiting = WaitingQueue()
+        self.requests: dict[str, Request] = {}  # all that wait or run, by id, in the order of their arrival
         self.num_preemptions = self._step_id = self._num_arrivals = 0
-        self._running = RunningRequests(max_num_seqs)
-        self._in_flight: deque[ScheduledStep] = deque()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.waiting = WaitingQueue()
+        self.running = RunningRequests(self.max_num_seqs)
+        self._in_flight = deque[ScheduledStep]()  # launched and not committed, the oldest first
 
     # ---- requests
 
@@ -80,54 +67,32 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a new request, whose id is no user's. ``ValueError`` if it is in use or it could never finish."""
-        if request.request_id in self._requests:
+        if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
         request.arrival = self._num_arrivals = self._num_arrivals + 1
-        self._requests[request.request_id] = request
-        self._waiting.push(request)
+        self.requests[request.request_id] = request
+        self.waiting.push(request)
 
     def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> Request | None:
         """End a request from outside (abort, stop string) between steps; None if it is not known or has finished."""
-        request = self._requests.get(request_id)
+        request = self.requests.get(request_id)
         if request is not None:
             if request.status is RequestStatus.WAITING:
-                self._waiting.remove(request)
+                self.waiting.remove(request)
             self._end(request, reason, stop_reason)
         return request
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._requests)
-
-    def unfinished(self) -> list[Request]:
-        """All requests that wait or run."""
-        return list(self._requests.values())
-
-    def running(self) -> list[Request]:
-        """All requests that hold a slot, those that prefill last."""
-        return self._running.all()
-
-    @property
-    def num_running(self) -> int:
-        """Requests that hold a slot."""
-        return self.max_num_seqs - len(self._running.free_slots)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait, for the first time or again."""
-        return len(self._waiting)
-
-    def num_waiting_of(self, client: str) -> int:
-        """Requests of ``client`` that wait and have not run yet. From any thread."""
-        return self._waiting.count_of(client)
+        return bool(self.requests)
 
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
         pool = self.kv.pool
         return SchedulerStats(
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
             num_pages=pool.num_pages,
             num_free_pages=pool.num_free,
             num_cached_pages=pool.num_cached,
@@ -141,7 +106,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
-        decodes = self._running.ready_to_decode(self._in_flight)
+        decodes = self.running.ready_to_decode(self._in_flight)
         new_pages, num_preemptions = [], self.num_preemptions
         at_limit = [request for request in decodes if request.num_computed_tokens == request.compute_limit]
         if at_limit:
@@ -163,53 +128,40 @@ class Scheduler:
 
         Returns (slot, index, page) for those that got one.
         """
-        full.sort(key=URGENCY)
+        full.sort(key=by_urgency)
         for request in full:
             self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
         if self.kv.append_pages(full) is None:
             for request in full:
                 while request.status is RequestStatus.RUNNING and self.kv.append_pages([request]) is None:
-                    self.preempt(self._running.least_urgent())
+                    self.preempt(self.running.least_urgent())
             full = [request for request in full if request.status is RequestStatus.RUNNING]
         return [(request.slot, len(request.pages) - 1, request.pages[-1]) for request in full]
 
     def _schedule_prompts(self, step: ScheduledStep, may_admit: bool) -> None:
         """Spend what is left of the budget on prompts by urgency, whether they are under way or have yet to enter."""
         budget = self.max_num_batched_tokens - len(step.decodes)
-        under_way = deque(self._running.prefilling)
+        under_way = deque(self.running.prefilling)
         while budget > 0:
-            first = self._waiting.first() if may_admit and self._waiting and self._running.free_slots else None
-            if first is not None and (not under_way or first.urgency < under_way[0].urgency):
-                may_admit = self.kv.admit(first)
-                if may_admit:
-                    self._enter(first, step)
-                    budget -= self._prefill(first, step, budget)
+            first = self.waiting.first() if may_admit and self.waiting and self.running.free_slots else None
+            if first is not None and (not under_way or by_urgency(first) < by_urgency(under_way[0])):
+                if not self.kv.admit(first):
+                    may_admit = False
+                    continue
+                self.waiting.pop()
+                self.running.enter(first, self._clock())
+                step.fill_slot(first)
+                request = first
             elif under_way:
-                budget -= self._prefill(under_way.popleft(), step, budget)
+                request = under_way.popleft()
             else:
-                break
-
-    def _enter(self, request: Request, step: ScheduledStep) -> None:
-        """Give a slot to ``request``, the first that waits, which has its pages."""
-        self._waiting.pop()
-        if request.scheduled_ts is None:
-            request.scheduled_ts = self._clock()
-            request.num_cached_tokens = request.num_computed_tokens
-        self._running.enter(request)
-        step.fill_slot(request)
-
-    def _prefill(self, request: Request, step: ScheduledStep, budget: int) -> int:
-        """Schedule the next chunk of ``request``, of at most ``budget`` tokens; returns its tokens."""
-        start = request.num_computed_tokens
-        count = min(budget, len(request.token_ids) - start)
-        request.num_computed_tokens += count
-        # Other rows may read the pages in this very step: keys and values are written before any row attends.
-        self.kv.cache_pages(request, request.num_computed_tokens)
-        samples = request.num_computed_tokens == len(request.token_ids)
-        step.prefills.append((request, PrefillRow(request.slot, start, count, samples)))
-        if samples:
-            self._running.end_prefill(request)
-        return count
+                return
+            row = step.prefill(request, budget)
+            budget -= row.num_tokens
+            # Other rows may read the pages in this very step: keys and values are written before any row attends.
+            self.kv.cache_pages(request, request.num_computed_tokens)
+            if row.samples:
+                self.running.end_prefill(request)
 
     # ---- taking in a step
 
@@ -218,8 +170,7 @@ class Scheduler:
         step = self._in_flight.popleft()
         requests, token_ids, departed = step.sampling, result.token_ids, step.departed
         assert (result.step_id, len(token_ids)) == (step.step_id, len(requests)), (result, step.step_id, len(requests))
-        committed = Committed()
-        self._commit_prompts(step, result, committed)
+        self._commit_prompts(step, result)
         if departed:
             departed.intersection_update(requests)  # the others had no token to come from this step
         at_limit: list[Request] = []
@@ -227,7 +178,7 @@ class Scheduler:
             if departed and request in departed:
                 continue  # what the step computed for it is dropped
             if token_id < 0 or request.is_watched or token_id in request.stop_token_ids:
-                self._take(request, token_id, step, committed)
+                self._take(request, token_id, step)
                 if request.status is RequestStatus.FINISHED:
                     continue
             else:
@@ -237,50 +188,48 @@ class Scheduler:
         self._restart_readers(step.bad_pages)
         for request in at_limit:
             self._end(request, "length")
-            committed.finished.append(request)
-        committed.add_tokens(requests, result, departed)
-        return committed
+            step.committed.finished.append(request)
+        step.committed.add_tokens(requests, result, departed)
+        return step.committed
 
-    def _commit_prompts(self, step: ScheduledStep, result: StepResult, committed: Committed) -> None:
+    def _commit_prompts(self, step: ScheduledStep, result: StepResult) -> None:
         """Take in what ``result`` says of prompts; the tokens that follow them are yet to come."""
         for index, entries in result.prompt_logprobs.items():
             request, row = step.prefills[index]
             if request not in step.departed:
                 if is_finite(entries):
-                    committed.prompt_logprobs.append((request, row.start + 1, entries))
+                    step.committed.prompt_logprobs.append((request, row.start + 1, entries))
                 else:
-                    self._fail(request, ERRORS[TOKEN_NOT_FINITE], step, committed, is_damaged=True)
-        token_ids = iter(result.token_ids[len(step.decodes) :])
-        for request, row in step.prefills:
-            if row.samples:
-                token_id = next(token_ids)
-                if request not in step.departed:
-                    committed.prefilled.append(request)
-                    request.is_sound = token_id >= 0
+                    self._fail(request, ERRORS[TOKEN_NOT_FINITE], step, is_damaged=True)
+        num_decodes = len(step.decodes)
+        for request, token_id in zip(step.sampling[num_decodes:], result.token_ids[num_decodes:]):
+            if request not in step.departed:
+                step.committed.prefilled.append(request)
+                request.is_sound = token_id >= 0
 
-    def _take(self, request: Request, token_id: int, step: ScheduledStep, committed: Committed) -> None:
+    def _take(self, request: Request, token_id: int, step: ScheduledStep) -> None:
         """Take in a token that may be a failure, or may end its request."""
         error = failure_of(request, token_id)
         if error is not None:
-            self._fail(request, error, step, committed, is_damaged=token_id == TOKEN_NOT_FINITE)
+            self._fail(request, error, step, is_damaged=token_id == TOKEN_NOT_FINITE)
             return
         request.token_ids.append(token_id)
         reasons = end_of(request)
         if reasons is not None:
             self._end(request, *reasons)
-            committed.finished.append(request)
+            step.committed.finished.append(request)
 
-    def _fail(self, request: Request, error: str, step: ScheduledStep, committed: Committed, is_damaged: bool) -> None:
+    def _fail(self, request: Request, error: str, step: ScheduledStep, is_damaged: bool) -> None:
         """End ``request`` with ``error``. ``is_damaged``: its logits were not finite, so its pages may be bad."""
         if is_damaged:
-            step.bad_pages.update(self.kv.discard(request, request.num_good_tokens))
+            step.bad_pages.update(self.kv.discard(request))
         self._end(request, "error", error=error)
         step.departed.add(request)
-        committed.finished.append(request)
+        step.committed.finished.append(request)
 
     def _restart_readers(self, bad_pages: set[int]) -> None:
         """Preempt who has ``bad_pages`` and no token to show for them: what it computed from them is as bad."""
-        while readers := [r for r in self.running() if not (r.is_sound or bad_pages.isdisjoint(r.pages))]:
+        while readers := [r for r in self.running.all() if not (r.is_sound or bad_pages.isdisjoint(r.pages))]:
             for request in readers:
                 bad_pages.update(self.kv.discard(request))
                 self.preempt(request)
@@ -292,24 +241,22 @@ class Scheduler:
         written, and the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if
         nobody runs, the first of those that wait ends instead.
         """
-        waiting, ended = WaitingQueue(), list[Request]()
-        for request in self._requests.values():
-            self.kv.forget_request(request)
+        self._begin_anew()
+        self.kv.reset()
+        ended = []
+        for request in self.requests.values():
+            request.pages = []
             if request.status is RequestStatus.WAITING:
-                waiting.push(request)
+                self.waiting.push(request)
             else:
                 ended.append(request)
-        if or_first and not ended and waiting:
-            ended.append(waiting.first())
-            waiting.pop()
+        if or_first and not ended and self.waiting:
+            ended.append(self.waiting.first())
+            self.waiting.remove(ended[0])
         for request in ended:
-            if request.status is not RequestStatus.FINISHED:  # otherwise it had its end, and nobody was told
+            if request.status is not RequestStatus.FINISHED:  # or it had ended when the books were cut short
                 request.end("error", error=message)
-        self.kv.reset()
-        self._running = RunningRequests(self.max_num_seqs)
-        self._in_flight.clear()
-        self._requests = {name: r for name, r in self._requests.items() if r.status is RequestStatus.WAITING}
-        self._waiting = waiting
+        self.requests = {name: r for name, r in self.requests.items() if r.status is not RequestStatus.FINISHED}
         return Committed(finished=ended, failure=message)
 
     # ---- leaving
@@ -321,7 +268,7 @@ class Scheduler:
         request.num_preemptions += 1
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
-        self._waiting.push(request)
+        self.waiting.push(request)
 
     def _end(
         self, request: Request, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None
@@ -329,13 +276,12 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._leave(request)
         request.end(reason, stop_reason, error)
-        del self._requests[request.request_id]
+        del self.requests[request.request_id]
 
     def _leave(self, request: Request) -> None:
         """Give back pages and slot. Steps in flight may still write to them: later steps run after those."""
         if request.pages:
-            self.kv.cache_pages(request, request.num_good_tokens)
-            self.kv.free(request, request.num_good_tokens)
-        self._running.leave(request)
+            self.kv.free(request)
+        self.running.leave(request)
         for step in self._in_flight:
             step.departed.add(request)

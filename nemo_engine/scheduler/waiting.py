@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 
-from nemo_engine.scheduler.request import URGENCY, Request
+from nemo_engine.scheduler.request import Request, by_urgency
 
 
 class WaitingQueue:
@@ -27,7 +27,7 @@ class WaitingQueue:
         """Add ``request``."""
         self._count += 1
         if request.num_preemptions:
-            insort(self._preempted, request, key=URGENCY)
+            insort(self._preempted, request, key=by_urgency)
             return
         if request.priority not in self._new:
             self._new[request.priority] = {}

@@ -48,6 +48,7 @@ class Replica:
     ) -> None:
         self.now = 0.0
         self.scheduler = VirtualScheduler(
+            has_overlap=shape.pipeline_depth > 1,
             num_pages=shape.num_pages,
             page_size=shape.page_size,
             max_num_seqs=shape.max_num_seqs,
@@ -85,7 +86,7 @@ class Replica:
         self.num_unfinished += 1
         self._num_submitted += 1
         key = (priority, self._num_submitted)
-        if key > self._urgency_inside and (self._held or self.scheduler.num_waiting >= self._room):
+        if key > self._urgency_inside and (self._held or len(self.scheduler.waiting) >= self._room):
             heapq.heappush(self._held, (*key, make))
         else:
             self._enter(key, make)
@@ -100,10 +101,10 @@ class Replica:
         scheduler, in_flight, depth = self.scheduler, self._in_flight, self._shape.pipeline_depth
         ends = 0
         while self.now < limit and self.num_unfinished and ends < max_ends:
-            while self._held and scheduler.num_waiting < self._room:
+            while self._held and len(scheduler.waiting) < self._room:
                 priority, order, make = heapq.heappop(self._held)
                 self._enter((priority, order), make)
-            if scheduler.num_waiting == 0 or self._is_blocked:
+            if len(scheduler.waiting) == 0 or self._is_blocked:
                 while self._jump(limit):
                     pass
                 if self.now >= limit:
@@ -139,7 +140,7 @@ class Replica:
         else:
             base, slope, host = self._line(num_decodes)
             seconds = base + slope * scheduler.step_context
-            self._is_blocked = scheduler.num_waiting > 0 and scheduler.num_preemptions == num_preemptions
+            self._is_blocked = len(scheduler.waiting) > 0 and scheduler.num_preemptions == num_preemptions
         self.now += host
         start = max(self._device_free, self.now)
         self._device_free = start + seconds
@@ -182,8 +183,8 @@ class Replica:
     def _numbers(self) -> tuple[int, int, float]:
         """Requests that run and that wait, and the part of the pages in use."""
         scheduler = self.scheduler
-        waiting = scheduler.num_waiting + len(self._held)
-        return scheduler.num_running, waiting, self._num_used_pages() / self._shape.num_pages
+        waiting = len(scheduler.waiting) + len(self._held)
+        return len(scheduler.running), waiting, self._num_used_pages() / self._shape.num_pages
 
     def _num_used_pages(self) -> int:
         return self._shape.num_pages - self.scheduler.kv.pool.num_free
@@ -191,30 +192,35 @@ class Replica:
     def _jump(self, limit: float) -> bool:
         """Go through the coming steps of a ``SteadyRun`` without planning any.
 
-        It goes up to ``limit`` at most, and to the end of an interval of the timeline; returns whether there may be more.
+        It goes up to ``limit`` at most, and to the end of an interval of the timeline; returns whether there may be
+        more.
         """
         scheduler = self.scheduler
-        if len(self._in_flight) != self._shape.pipeline_depth - 1:
+        if len(self._in_flight) != self._shape.pipeline_depth - 1 or not scheduler.running:
+            return False
+        if scheduler.running.prefilling or any([plan.prefills for _, plan in self._in_flight]):
             return False
         run = SteadyRun(scheduler)
-        if not run.max_steps:
-            return False
         # A page that is filled may be what a request waits for.
-        may_grow = scheduler.num_waiting == 0 or scheduler.num_running == self._shape.max_num_seqs
-        step, max_steps, num_decodes = 0, run.max_steps, len(run.requests)
-        base, slope, host = self._line(num_decodes)
-        context, now, free = run.context, self.now, self._device_free
-        start = before = scheduler.last_commit_s
+        may_grow = not scheduler.waiting or len(scheduler.running) == self._shape.max_num_seqs
+        now, start = self.now, scheduler.last_commit_s
         limit = min(limit, self.timeline.end_of_interval(start))
+        if now >= limit or (run.next_due == 0 and not (may_grow and run.grow(0))):
+            return False
+        next_due = run.next_due
+        step, num_decodes = 0, len(run.requests)
+        base, slope, host = self._line(num_decodes)
+        context, free, before = run.context, self._device_free, start
         pending = self._in_flight[0][0] if self._in_flight else None
         busy = used_s = 0.0
         used = self._num_used_pages()
         gaps = []
-        while now < limit and step < max_steps:
-            if run.starts_pages(step):
+        while now < limit:
+            if step == next_due:
                 if not may_grow or not run.grow(step):
                     break
                 used = self._num_used_pages()
+                next_due = run.next_due
             step += 1
             now += host
             seconds = base + slope * context
@@ -232,8 +238,6 @@ class Replica:
             used_s += gap * used
             before = now
         run.end(step)
-        if not step:
-            return False
         self.itl.add_all(gaps, num_decodes)
         running, waiting, _ = self._numbers()
         mean_used = used_s / (now - start) / self._shape.num_pages if now > start else 0.0

@@ -1,18 +1,19 @@
 """The real scheduler on a virtual clock. It decides as ever; what is added here is what a simulation wants to know.
 
 ``SteadyRun`` passes over steps in which requests decode and start pages and nothing else happens: it leaves requests
-and pages as the scheduler would have left them.
+and pages as the scheduler would have left them. ``Calendar`` says how far it may go without a look at every request.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
-from nemo_engine.scheduler import Request, Scheduler
+from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
 from nemo_engine.scheduler.kv_manager import KVManager
-from nemo_engine.step import StepPlan
+from nemo_engine.scheduler.request import by_urgency
+from nemo_engine.step import StepPlan, StepResult
 
 ANSWER = 0  # the id of every generated token
 
@@ -41,12 +42,65 @@ class SimulatedRequest(Request):
     num_passed_over: int = field(init=False, default=0)  # steps of the present ``SteadyRun`` that it has taken
 
 
-class VirtualScheduler(Scheduler):
-    """A scheduler of ``SimulatedRequest``, which end by their ``max_tokens`` only."""
+class Calendar:
+    """The steps at which decoding requests are due: what they may compute is computed, so they start a page or end.
 
-    def __init__(self, **options: Any) -> None:
+    Steps are counted from the first. ``has_overlap``: a step stays in flight while the next ones are planned. Without,
+    a request that ends is due one step earlier, in the step that yields its last token.
+    """
+
+    def __init__(self, has_overlap: bool) -> None:
+        self.num_steps = 0  # planned or passed over
+        self._lead = 0 if has_overlap else 1
+        # (step, arrival, preemptions, request). What is no longer true is noticed when it comes to be the first.
+        self._entries: list[tuple[int, int, int, SimulatedRequest]] = []
+
+    def add(self, request: SimulatedRequest) -> None:
+        """``request`` decodes from now on, or is due at another step than it was."""
+        heapq.heappush(self._entries, (self._due(request), request.arrival, request.num_preemptions, request))
+
+    def next_due(self) -> int:
+        """The first step at which a request is due; a step that never comes if none is."""
+        while self._entries:
+            step, _, num_preemptions, request = self._entries[0]
+            decodes = request.status is RequestStatus.RUNNING and request.num_preemptions == num_preemptions
+            if decodes and self._due(request) == step:
+                return step
+            heapq.heappop(self._entries)
+            if decodes:  # it has started a page in a step that was planned
+                self.add(request)
+        return 1 << 62
+
+    def take(self, step: int) -> list[SimulatedRequest]:
+        """Take out the requests that are due at ``step``; those that stay are to be added again."""
+        requests = []
+        while self.next_due() == step:
+            requests.append(heapq.heappop(self._entries)[-1])
+        return requests
+
+    def ends(self, request: SimulatedRequest) -> bool:
+        """Whether ``request``, when it is due, is about to end; else it starts a page."""
+        return request.compute_limit >= self._end_of(request)
+
+    def _due(self, request: SimulatedRequest) -> int:
+        num_computed_tokens = request.num_computed_tokens - request.num_passed_over
+        return self.num_steps + min(request.compute_limit, self._end_of(request)) - num_computed_tokens
+
+    def _end_of(self, request: SimulatedRequest) -> int:
+        """The computed tokens with which it is about to end: the last token's key and value are never computed."""
+        return request.max_total_tokens - 1 - self._lead
+
+
+class VirtualScheduler(Scheduler):
+    """A scheduler of ``SimulatedRequest``, which end by their ``max_tokens`` only.
+
+    ``has_overlap``: whether a step stays in flight while the next one is planned.
+    """
+
+    def __init__(self, has_overlap: bool, **options: Any) -> None:
         super().__init__(**options)
         self.kv = QuickKVManager(options["num_pages"], options["page_size"], options["enable_prefix_caching"])
+        self.calendar = Calendar(has_overlap)
         self.step_context = 0  # keys to which the decode rows of the last plan attend
         self.num_recomputed_tokens = 0  # in prefills, of what had been computed before a preemption
         self.last_commit_s = 0.0  # set by whoever keeps the clock
@@ -56,16 +110,28 @@ class VirtualScheduler(Scheduler):
         plan = super().schedule()
         if plan is None:
             return None
-        slots = set(plan.decode_slots)
-        self.step_context = sum([request.num_computed_tokens for request in self.running() if request.slot in slots])
+        self.calendar.num_steps += 1
+        decoding = self.running.decoding
+        if len(decoding) > len(plan.decode_slots):  # some have just ended their prefill or had their last step
+            slots = set(plan.decode_slots)
+            decoding = [request for request in decoding if request.slot in slots]
+        self.step_context = sum([request.num_computed_tokens for request in decoding])
         if self.num_preemptions and plan.prefills:
-            requests = {request.slot: request for request in self.running()}
+            requests = {request.slot: request for request in self.running.all()}
             for row in plan.prefills:
                 request = requests[row.slot]
                 assert isinstance(request, SimulatedRequest)
                 end = min(row.start + row.num_tokens, request.num_computed_before)
                 self.num_recomputed_tokens += max(0, end - row.start)
         return plan
+
+    def commit(self, result: StepResult) -> Committed:
+        """As there."""
+        committed = super().commit(result)
+        for request in committed.prefilled:
+            assert isinstance(request, SimulatedRequest)
+            self.calendar.add(request)
+        return committed
 
     def preempt(self, request: Request) -> None:
         """As there."""
@@ -79,24 +145,15 @@ class VirtualScheduler(Scheduler):
 class SteadyRun:
     """The coming steps in which the requests that run decode, start pages, and do nothing else.
 
-    ``max_steps``: 0 if the next step is none of these. Steps are numbered from 0.
+    To be made when all of them have had a token since they were let in. Steps are numbered from 0.
     """
 
     def __init__(self, scheduler: VirtualScheduler) -> None:
-        self.requests: list[Any] = scheduler.running()  # SimulatedRequest; those that prefill come last
-        self.max_steps = 0
+        self.requests: list[Any] = scheduler.running.decoding[:]  # SimulatedRequest
         self._kv = scheduler.kv
-        self._due: dict[int, list[Any]] = {}  # the requests that start a page, by step
-        self._grown: list[Any] = []  # those that have started one
-        if not self.requests or not self.requests[-1].is_sound or not all([r.is_sound for r in self.requests]):
-            return  # a prompt is not computed yet, or its first token not committed
-        # The last token of a request comes in none of these steps.
-        self.max_steps = max(0, min([r.max_total_tokens - r.num_computed_tokens for r in self.requests]) - 2)
-        if self.max_steps:
-            steps = [request.compute_limit - request.num_computed_tokens for request in self.requests]
-            for step, request in zip(steps, self.requests):
-                if step < self.max_steps:
-                    self._due.setdefault(step, []).append(request)
+        self._calendar = scheduler.calendar
+        self._first = scheduler.calendar.num_steps
+        self._grown: list[SimulatedRequest] = []  # those that have started a page
 
     @property
     def context(self) -> int:
@@ -104,29 +161,31 @@ class SteadyRun:
         computed: list[int] = [request.num_computed_tokens for request in self.requests]
         return sum(computed) + len(computed)
 
-    def starts_pages(self, step: int) -> bool:
-        """Whether a request starts a page in ``step``."""
-        return step in self._due
+    @property
+    def next_due(self) -> int:
+        """The first step in which a request starts a page or which is none of these as a request ends."""
+        return self._calendar.next_due() - self._first
 
     def grow(self, step: int) -> bool:
-        """Give pages to those that start one in ``step``; False, and nothing is done, if there are too few."""
-        requests = self._due[step]
-        if len(requests) > self._kv.pool.num_free:
-            return False
-        requests.sort(key=attrgetter("urgency"))
-        self._decode(requests, step)
+        """Give pages to those that start one in ``step``; False, and nothing is done, if one ends or pages lack."""
+        requests = self._calendar.take(self._first + step)
+        may_grow = len(requests) <= self._kv.pool.num_free and not any(map(self._calendar.ends, requests))
+        if may_grow:
+            requests.sort(key=by_urgency)
+            self._decode(requests, step)
+            for request in requests:
+                request.num_passed_over = step
+                self._kv.cache_pages(request, request.num_computed_tokens)
+            self._kv.append_pages(requests)
+            self._grown += requests
         for request in requests:
-            request.num_passed_over = step
-            self._kv.cache_pages(request, request.num_computed_tokens)
-        self._kv.append_pages(requests)
-        self._grown += requests
-        for request in requests:
-            self._due.setdefault(step + request.compute_limit - request.num_computed_tokens, []).append(request)
-        return True
+            self._calendar.add(request)
+        return may_grow
 
     def end(self, num_steps: int) -> None:
         """Leave the requests as ``num_steps`` steps would have left them."""
         self._decode(self.requests, num_steps)
+        self._calendar.num_steps += num_steps
         for request in self._grown:
             request.num_passed_over = 0
 
@@ -135,8 +194,10 @@ class SteadyRun:
         """Bring ``requests`` to where they are after ``num_steps`` of these steps."""
         answers = [ANSWER] * num_steps
         for request in requests:
-            count = num_steps
             if request.num_passed_over:
-                count -= request.num_passed_over
-            request.num_computed_tokens += count
-            request.token_ids += answers if count == num_steps else answers[:count]
+                count = num_steps - request.num_passed_over
+                request.num_computed_tokens += count
+                request.token_ids += answers[:count]
+            else:
+                request.num_computed_tokens += num_steps
+                request.token_ids += answers

@@ -10,15 +10,15 @@ from nemo_engine.scheduler.page_pool import PagePool
 
 def check(scheduler: Scheduler) -> None:
     """Assert the invariants of pages, slots and lists. O(everything)."""
-    running = scheduler.running()
+    running = scheduler.running.all()
     check_pages(scheduler.kv.pool, [request.pages for request in running])
     slots = [request.slot for request in running]
-    assert sorted(slots + scheduler._running.free_slots) == list(range(1, scheduler.max_num_seqs + 1))
+    assert sorted(slots + scheduler.running.free_slots) == list(range(1, scheduler.max_num_seqs + 1))
     for request in running:
         assert request.status is RequestStatus.RUNNING
         assert len(request.pages) * scheduler.kv.page_size >= request.compute_limit >= request.num_computed_tokens
         assert len(request.token_ids) <= request.max_total_tokens
-    assert len(scheduler.unfinished()) == len(running) + scheduler.num_waiting
+    assert len(scheduler.requests) == len(running) + len(scheduler.waiting)
 
 
 def check_pages(pool: PagePool, page_lists: Iterable[Sequence[int]]) -> None:
@@ -30,11 +30,11 @@ def check_pages(pool: PagePool, page_lists: Iterable[Sequence[int]]) -> None:
             assert 1 <= page <= pool.num_pages, page
             users[page] += 1
     assert users == pool._num_users, "user counts differ from the page tables"
-    free = sorted([*pool._blank, *pool._cached])
-    assert free == [page for page in range(1, pool.num_pages + 1) if users[page] == 0], "free pages"
+    assert sorted(pool._free) == [page for page in range(1, pool.num_pages + 1) if users[page] == 0], "free pages"
     assert all(users[page] or not pool._in_doubt[page] for page in pool._page_of.values()), (
         "free, findable, and in doubt"
     )
-    assert all(pool._hash_of[page] is None for page in pool._blank), "a blank page has content"
+    blank = [pool._hash_of[page] is None for page in pool._free]
+    assert blank == sorted(blank, reverse=True), "a page with content would be handed out before one without"
     assert all(pool._hash_of[page] == page_hash for page_hash, page in pool._page_of.items()), "hash map"
     assert len(pool._page_of) == sum(page_hash is not None for page_hash in pool._hash_of), "hash map size"

@@ -60,7 +60,7 @@ def play(scheduler: Scheduler, depth: int, steps: int = 10**6, token: int = 7) -
         plan = scheduler.schedule()
         check(scheduler)
         if plan is not None:
-            by_slot = {request.slot: request.request_id for request in scheduler.running()}
+            by_slot = {request.slot: request.request_id for request in scheduler.running.all()}
             slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
             played.append((plan, {by_slot[slot] for slot in slots}))
             in_flight.append(plan)
@@ -108,7 +108,7 @@ def test_those_that_come_later_join_the_others_in_one_step(before: int) -> None:
             scheduler.add(make("b", Log()))
         plan = scheduler.schedule()
         assert plan is not None
-        together.append({"a", "b"} & {r.request_id for r in scheduler.running() if r.slot in plan.decode_slots})
+        together.append({"a", "b"} & {r.request_id for r in scheduler.running.all() if r.slot in plan.decode_slots})
         in_flight.append(plan)
         if len(in_flight) == 2:
             commit(scheduler, in_flight.popleft(), 7)
@@ -210,7 +210,11 @@ def test_the_end_of_a_grammar(depth: int) -> None:
     request = make("a", grammar)
     scheduler.add(request)
     play(scheduler, depth, token=2)
-    assert (request.output_token_ids, request.finish_reason, request.stop_reason) == ([2], "stop", None)
+    assert (request.token_ids[request.num_prompt_tokens :], request.finish_reason, request.stop_reason) == (
+        [2],
+        "stop",
+        None,
+    )
     assert grammar.calls == ["mask"]
 
 
@@ -241,7 +245,7 @@ def test_a_request_that_came_back_to_another_slot_is_decoded_there() -> None:
         plan = scheduler.schedule()
         if plan is None:
             continue
-        running = {request.slot: request for request in scheduler.running()}
+        running = {request.slot: request for request in scheduler.running.all()}
         assert {*plan.decode_slots, *[row.slot for row in plan.prefills]} <= set(running)
         assert {slot for slot, _ in plan.masks} <= set(running)
         commit(scheduler, plan, 7)

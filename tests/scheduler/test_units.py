@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
-from nemo_engine.scheduler.token_rules import ends_in_repetition
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.page_pool import PagePool
+from nemo_engine.scheduler.token_rules import ends_in_repetition
 from nemo_engine.step import TOKEN_NOT_FINITE, StepResult
 from tests.scheduler.invariants import check, check_pages
 

@@ -155,17 +155,17 @@ def test_every_request_generates_what_it_would_alone(block: int) -> None:
             output, reason, stop_reason = expected_output(workload.prompts[request.request_id], request)
             if request.request_id in ended:
                 assert request.finish_reason == ended[request.request_id]
-                assert request.output_token_ids == output[: request.num_output_tokens]
+                assert request.token_ids[request.num_prompt_tokens :] == output[: request.num_output_tokens]
             elif request.finish_reason == "error" and "planted" in (request.error or ""):
                 broken += 1
-                assert (request.output_token_ids, reason) == (output, "error")
+                assert (request.token_ids[request.num_prompt_tokens :], reason) == (output, "error")
             elif request.finish_reason == "error":
                 errors += 1
                 history = request.token_ids
                 assert workload.has_faults and fault(history, request.seed) is not None and request.error
-                assert request.output_token_ids == output[: request.num_output_tokens]
+                assert request.token_ids[request.num_prompt_tokens :] == output[: request.num_output_tokens]
             else:
-                assert (request.output_token_ids, request.finish_reason, request.stop_reason) == (
+                assert (request.token_ids[request.num_prompt_tokens :], request.finish_reason, request.stop_reason) == (
                     output,
                     reason,
                     stop_reason,

@@ -125,7 +125,7 @@ def reference(shape: EngineShape, arrivals: Sequence[Arrival], cost: SimpleCost)
             context = sum(computed[slot] + 1 for slot in plan.decode_slots)
             for slot in plan.decode_slots:
                 computed[slot] += 1
-            requests = {request.slot: request for request in scheduler.running()}
+            requests = {request.slot: request for request in scheduler.running.all()}
             for row in plan.prefills:
                 computed[row.slot] += row.num_tokens
                 end = min(row.start + row.num_tokens, most_computed.get(requests[row.slot], 0))
@@ -188,11 +188,10 @@ def simulated(
 
     class SeenRun(SteadyRun):
         def grow(self, step: int) -> bool:
-            requests = list(self._due[step])
+            before = len(self._grown)
             has_grown = super().grow(step)
             if has_grown:
-                requests.sort(key=lambda request: request.urgency)
-                new_pages = [(request.slot, len(request.pages) - 1, request.pages[-1]) for request in requests]
+                new_pages = [(r.slot, len(r.pages) - 1, r.pages[-1]) for r in self._grown[before:]]
                 seen.new_pages[last + step + 1] = tuple(new_pages)
             return has_grown
 
