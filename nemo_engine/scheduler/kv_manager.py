@@ -136,7 +136,7 @@ class KVManager:
     def match(self, request: Request) -> list[int]:
         """The cached pages that hold the longest prefix of ``request``, its last token excepted."""
         num_full = self._num_matchable(request)
-        self._extend_hashes(request, num_full)
+        self.extend_hashes(request, num_full)
         pages: list[int] = []
         for page_hash in request.page_hashes[:num_full]:
             page = self.pool.find(page_hash)
@@ -152,22 +152,21 @@ class KVManager:
         """
         first, end = request.num_hashed_pages, num_computed_tokens // self.page_size
         if end > first and self._writes_cache(request):
-            self._extend_hashes(request, end)
+            self.extend_hashes(request, end)
             self.pool.remember(request.pages[first:end], request.page_hashes[first:end])
             self.pool.set_doubt(request.pages[first:end], True)
             request.num_hashed_pages = end
 
-    def page_hash(self, request: Request, index: int) -> bytes:
-        """The hash of a full page of ``request``: BLAKE2b of the hash of the page before it and of its token ids."""
-        parent = (
-            request.page_hashes[index - 1] if index else blake2b(request.cache_salt, digest_size=_HASH_BYTES).digest()
-        )
-        content = array("i", request.token_ids[index * self.page_size : (index + 1) * self.page_size]).tobytes()
-        return blake2b(parent + content, digest_size=_HASH_BYTES).digest()
+    def extend_hashes(self, request: Request, num_pages: int) -> None:
+        """Make ``page_hashes`` those of the first ``num_pages`` pages, all full.
 
-    def _extend_hashes(self, request: Request, num_pages: int) -> None:
-        for index in range(len(request.page_hashes), num_pages):
-            request.page_hashes.append(self.page_hash(request, index))
+        Each is BLAKE2b of the hash of the page before it and of its token ids.
+        """
+        hashes, size = request.page_hashes, self.page_size
+        for start in range(len(hashes) * size, num_pages * size, size):
+            parent = hashes[-1] if hashes else blake2b(request.cache_salt, digest_size=_HASH_BYTES).digest()
+            content = array("i", request.token_ids[start : start + size]).tobytes()
+            hashes.append(blake2b(parent + content, digest_size=_HASH_BYTES).digest())
 
     def _num_matchable(self, request: Request) -> int:
         """Full pages before the last token."""

@@ -52,8 +52,9 @@ class Request:
     token_ids: list[int] = field(init=False)  # the prompt, then what has been generated
     num_prompt_tokens: int = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)  # they end the request; eos_token_ids are among them
-    is_watched: bool = field(init=False)  # a grammar or a repetition rule has to look at each of its tokens
     max_total_tokens: int = field(init=False, default=0)  # of prompt and output; set when the scheduler takes it
+    # While it has fewer tokens, only a stop id ends it; 0 if a grammar or a repetition rule looks at each token.
+    num_plain_tokens: int = field(init=False, default=0)
     arrival: int = field(init=False, default=0)  # counts the requests that the scheduler has taken
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
     finish_reason: FinishReason | None = field(init=False, default=None)
@@ -83,7 +84,6 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         if self.params.ignore_eos:
             self.eos_token_ids = frozenset()
-        self.is_watched = self.grammar is not None or self.params.repetition_detection is not None
         more = self.params.stop_token_ids
         self.stop_token_ids = self.eos_token_ids.union(more) if more else self.eos_token_ids
 

@@ -10,20 +10,21 @@ from nemo_engine.scheduler.scheduled_step import ScheduledStep
 
 
 class RunningRequests:
-    """Each request here is in one of three lists, by what the next steps do for it."""
+    """Each request here is in one of four lists, by what the next steps do for it."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self.prefilling: list[Request] = []  # the most urgent first
         self.decoding: list[Request] = []  # a step was planned for all known tokens; in row order
         self.constrained: list[Request] = []  # the same, of requests with a grammar
+        self.ending: list[Request] = []  # their last step is planned
         self.free_slots = list(range(max_num_seqs, 0, -1))  # the next to be given is last
 
     def __len__(self) -> int:
-        return len(self.decoding) + len(self.constrained) + len(self.prefilling)
+        return len(self.decoding) + len(self.constrained) + len(self.ending) + len(self.prefilling)
 
     def all(self) -> list[Request]:
         """All requests that hold a slot, those that prefill last."""
-        return [*self.decoding, *self.constrained, *self.prefilling]
+        return [*self.decoding, *self.constrained, *self.ending, *self.prefilling]
 
     def enter(self, request: Request, now: float) -> None:
         """Give ``request``, which has its pages, a slot; it prefills."""
@@ -40,9 +41,14 @@ class RunningRequests:
         self.prefilling.remove(request)
         (self.decoding if request.grammar is None else self.constrained).append(request)
 
+    def end_decode(self, request: Request) -> None:
+        """No step is left to be planned for ``request``."""
+        (self.decoding if request.grammar is None else self.constrained).remove(request)
+        self.ending.append(request)
+
     def leave(self, request: Request) -> None:
         """Take the slot from ``request``."""
-        for requests in (self.decoding, self.constrained, self.prefilling):
+        for requests in (self.decoding, self.constrained, self.ending, self.prefilling):
             if request in requests:
                 requests.remove(request)
         self.free_slots.append(request.slot)

@@ -70,6 +70,8 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
+        if request.grammar is None and request.params.repetition_detection is None:
+            request.num_plain_tokens = request.max_total_tokens - 1
         request.arrival = self._num_arrivals = self._num_arrivals + 1
         self.requests[request.request_id] = request
         self.waiting.push(request)
@@ -110,8 +112,8 @@ class Scheduler:
         new_pages, num_preemptions = [], self.num_preemptions
         at_limit = [request for request in decodes if request.num_computed_tokens == request.compute_limit]
         if at_limit:
-            new_pages = self._grow([request for request in at_limit if request.has_steps_left])
-            decodes = [request for request in decodes if request.num_computed_tokens < request.compute_limit]
+            new_pages = self._grow(at_limit)
+            decodes = self.running.ready_to_decode(self._in_flight)
         for request in decodes:
             request.num_computed_tokens += 1
         step = ScheduledStep(self._step_id + 1, decodes, new_pages)
@@ -123,12 +125,15 @@ class Scheduler:
         self._in_flight.append(step)
         return plan
 
-    def _grow(self, full: list[Request]) -> list[tuple[int, int, int]]:
-        """Give a page to each of ``full``, whose pages are full, preempting others if need be.
+    def _grow(self, at_limit: list[Request]) -> list[tuple[int, int, int]]:
+        """Give a page to each of ``at_limit`` that has steps left, preempting others if need be.
 
         Returns (slot, index, page) for those that got one.
         """
-        full.sort(key=by_urgency)
+        full = sorted([request for request in at_limit if request.has_steps_left], key=by_urgency)
+        for request in at_limit:
+            if not request.has_steps_left:
+                self.running.end_decode(request)
         for request in full:
             self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
         if self.kv.append_pages(full) is None:
@@ -177,14 +182,13 @@ class Scheduler:
         for request, token_id in zip(requests, token_ids):
             if departed and request in departed:
                 continue  # what the step computed for it is dropped
-            if token_id < 0 or request.is_watched or token_id in request.stop_token_ids:
+            known = request.token_ids
+            if token_id < 0 or token_id in request.stop_token_ids or len(known) >= request.num_plain_tokens:
                 self._take(request, token_id, step)
-                if request.status is RequestStatus.FINISHED:
-                    continue
+                if len(known) == request.max_total_tokens and request.status is RequestStatus.RUNNING:
+                    at_limit.append(request)
             else:
-                request.token_ids.append(token_id)
-            if len(request.token_ids) == request.max_total_tokens:
-                at_limit.append(request)
+                known.append(token_id)
         self._restart_readers(step.bad_pages)
         for request in at_limit:
             self._end(request, "length")

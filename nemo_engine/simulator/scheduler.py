@@ -21,13 +21,17 @@ ANSWER = 0  # the id of every generated token
 class QuickKVManager(KVManager):
     """Knows pages by Python's hash of their tokens in place of a cryptographic one."""
 
-    def page_hash(self, request: Request, index: int) -> Any:
+    def extend_hashes(self, request: Request, num_pages: int) -> None:
         """As there. Many pages are one token over and over, which then stands for all."""
-        parent = request.page_hashes[index - 1] if index else 0
-        if index * self.page_size >= request.num_prompt_tokens:
-            return hash((parent, ANSWER))
-        page = request.token_ids[index * self.page_size : (index + 1) * self.page_size]
-        return hash((parent, page[0]) if page.count(page[0]) == self.page_size else (parent, *page))
+        hashes: list[Any] = request.page_hashes
+        size, tokens, num_prompt_tokens = self.page_size, request.token_ids, request.num_prompt_tokens
+        for start in range(len(hashes) * size, num_pages * size, size):
+            parent = hashes[-1] if hashes else 0
+            if start >= num_prompt_tokens:
+                hashes.append(hash((parent, ANSWER)))
+                continue
+            page = tokens[start : start + size]
+            hashes.append(hash((parent, page[0]) if page.count(page[0]) == size else (parent, *page)))
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -80,15 +84,12 @@ class Calendar:
 
     def ends(self, request: SimulatedRequest) -> bool:
         """Whether ``request``, when it is due, is about to end; else it starts a page."""
-        return request.compute_limit >= self._end_of(request)
+        return request.compute_limit >= request.max_total_tokens - 1 - self._lead
 
     def _due(self, request: SimulatedRequest) -> int:
-        num_computed_tokens = request.num_computed_tokens - request.num_passed_over
-        return self.num_steps + min(request.compute_limit, self._end_of(request)) - num_computed_tokens
-
-    def _end_of(self, request: SimulatedRequest) -> int:
-        """The computed tokens with which it is about to end: the last token's key and value are never computed."""
-        return request.max_total_tokens - 1 - self._lead
+        due = request.compute_limit - request.num_computed_tokens + request.num_passed_over + self.num_steps
+        # The last token's key and value are never computed.
+        return due - 1 if self._lead and request.compute_limit == request.max_total_tokens - 1 else due
 
 
 class VirtualScheduler(Scheduler):
@@ -111,10 +112,8 @@ class VirtualScheduler(Scheduler):
         if plan is None:
             return None
         self.calendar.num_steps += 1
-        decoding = self.running.decoding
-        if len(decoding) > len(plan.decode_slots):  # some have just ended their prefill or had their last step
-            slots = set(plan.decode_slots)
-            decoding = [request for request in decoding if request.slot in slots]
+        # Those that decode for the first time in the next step come last.
+        decoding = self.running.decoding[: len(plan.decode_slots)]
         self.step_context = sum([request.num_computed_tokens for request in decoding])
         if self.num_preemptions and plan.prefills:
             requests = {request.slot: request for request in self.running.all()}
