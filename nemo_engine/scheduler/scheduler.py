@@ -189,7 +189,8 @@ class Scheduler:
                     at_limit.append(request)
             else:
                 known.append(token_id)
-        self._restart_readers(step.bad_pages)
+        if step.bad_pages:
+            self._restart_readers(step.bad_pages)
         for request in at_limit:
             self._end(request, "length")
             step.committed.finished.append(request)

@@ -73,7 +73,7 @@ class Replica:
         self._is_blocked = False  # the first of those that wait found no room, and nothing was freed since
         # Behind the scheduler's own queue, so that a long queue costs no token lists: (priority, order, makes the request).
         self._held: list[tuple[int, int, Callable[[], SimulatedRequest]]] = []
-        self._num_submitted = 0
+        self._num_submitted = self._num_finished = 0
         self._urgency_inside = (-(1 << 62), 0)  # no request in the scheduler's queue is less urgent
         self._room = shape.max_num_seqs + 8  # as many as one step could admit
 
@@ -99,20 +99,17 @@ class Replica:
     def run_until(self, limit: float, max_ends: float = float("inf")) -> None:
         """Plan and commit steps while ``now`` is before ``limit``, until nothing is left, or until so many requests ended."""
         scheduler, in_flight, depth = self.scheduler, self._in_flight, self._shape.pipeline_depth
-        ends = 0
-        while self.now < limit and self.num_unfinished and ends < max_ends:
+        stop = self._num_finished + max_ends
+        while self.now < limit and self.num_unfinished and self._num_finished < stop:
             while self._held and len(scheduler.waiting) < self._room:
                 priority, order, make = heapq.heappop(self._held)
                 self._enter((priority, order), make)
-            if len(scheduler.waiting) == 0 or self._is_blocked:
-                while self._jump(limit):
-                    pass
-                if self.now >= limit:
-                    return
+            if (self._is_blocked or not scheduler.waiting) and self._jump(limit):
+                continue
             if self._launch() and len(in_flight) < depth:
                 continue
             assert in_flight, "requests wait, and nothing runs"
-            ends += self._commit(*in_flight.popleft())
+            self._commit(*in_flight.popleft())
 
     def _line(self, num_decodes: int) -> tuple[float, float, float]:
         """Of a step of decode rows: seconds, seconds per token of context, seconds of the host."""
@@ -148,8 +145,8 @@ class Replica:
         self._in_flight.append((self._device_free, plan))
         return True
 
-    def _commit(self, end: float, plan: StepPlan) -> int:
-        """A step is done: its tokens are out. Returns how many requests ended."""
+    def _commit(self, end: float, plan: StepPlan) -> None:
+        """A step is done: its tokens are out."""
         scheduler = self.scheduler
         now = max(self.now, end)
         before = scheduler.last_commit_s
@@ -171,12 +168,12 @@ class Replica:
                 self.itl.add(now - request.last_token_s)
         for request in committed.finished:
             self._finish(request, now)
-        return len(committed.finished)
 
     def _finish(self, request: Request, now: float) -> None:
         assert isinstance(request, SimulatedRequest)
         request.last_token_s = now
         self.num_unfinished -= 1
+        self._num_finished += 1
         self._is_blocked = False
         self._on_finish(request, now)
 
@@ -190,38 +187,38 @@ class Replica:
         return self._shape.num_pages - self.scheduler.kv.pool.num_free
 
     def _jump(self, limit: float) -> bool:
-        """Go through the coming steps of a ``SteadyRun`` without planning any.
+        """Go through the coming steps of a ``SteadyRun`` without planning any; False if there is none.
 
-        It goes up to ``limit`` at most, and to the end of an interval of the timeline; returns whether there may be
-        more.
+        It goes up to ``limit`` at most, to the end of an interval of the timeline, and until requests end.
         """
-        scheduler = self.scheduler
-        if len(self._in_flight) != self._shape.pipeline_depth - 1 or not scheduler.running:
+        scheduler, running = self.scheduler, self.scheduler.running
+        has_prefills = running.prefilling or any([plan.prefills for _, plan in self._in_flight])
+        if has_prefills or not running.decoding or len(self._in_flight) != self._shape.pipeline_depth - 1:
             return False
-        if scheduler.running.prefilling or any([plan.prefills for _, plan in self._in_flight]):
-            return False
-        run = SteadyRun(scheduler)
         # A page that is filled may be what a request waits for.
-        may_grow = not scheduler.waiting or len(scheduler.running) == self._shape.max_num_seqs
-        now, start = self.now, scheduler.last_commit_s
+        may_grow = not scheduler.waiting or len(running) == self._shape.max_num_seqs
+        run = SteadyRun(scheduler)
+        start = scheduler.last_commit_s
         limit = min(limit, self.timeline.end_of_interval(start))
-        if now >= limit or (run.next_due == 0 and not (may_grow and run.grow(0))):
+        if self.now >= limit or (run.next_due == 0 and not run.meet(0, may_grow)):
             return False
-        next_due = run.next_due
-        step, num_decodes = 0, len(run.requests)
+        now, before, free = self.now, start, self._device_free
+        num_decodes, context = len(run.requests), run.context
         base, slope, host = self._line(num_decodes)
-        context, free, before = run.context, self._device_free, start
         pending = self._in_flight[0][0] if self._in_flight else None
         busy = used_s = 0.0
         used = self._num_used_pages()
-        gaps = []
-        while now < limit:
-            if step == next_due:
-                if not may_grow or not run.grow(step):
+        gaps: list[float] = []
+        next_due = run.next_due
+        while now < limit and not (run.ending and gaps):
+            if len(gaps) == next_due:
+                if not run.meet(next_due, may_grow):
                     break
                 used = self._num_used_pages()
                 next_due = run.next_due
-            step += 1
+            if run.ending and pending is not None:  # this step is already without them
+                base, slope, host = self._line(num_decodes - len(run.ending))
+                context -= sum([request.max_total_tokens for request in run.ending])
             now += host
             seconds = base + slope * context
             busy += seconds
@@ -237,19 +234,21 @@ class Replica:
             gaps.append(gap)
             used_s += gap * used
             before = now
-        run.end(step)
         self.itl.add_all(gaps, num_decodes)
-        running, waiting, _ = self._numbers()
+        running_now, waiting, _ = self._numbers()
         mean_used = used_s / (now - start) / self._shape.num_pages if now > start else 0.0
-        self.timeline.add(start, now - start, (running, waiting, mean_used, num_decodes))
+        self.timeline.add(start, now - start, (running_now, waiting, mean_used, num_decodes))
         if pending is not None:
             self._in_flight[0] = (pending, self._in_flight[0][1])
         self.now = scheduler.last_commit_s = now
         self._device_free = free
         self.busy_s += busy
-        self.num_steps += step
-        self.num_decode_tokens += step * num_decodes
-        return now >= limit
+        self.num_steps += len(gaps)
+        self.num_decode_tokens += len(gaps) * num_decodes
+        run.end(len(gaps))
+        for request in run.ending:
+            self._finish(request, now)
+        return True
 
     def num_matching_pages(self, request: Request) -> int:
         """Leading pages of ``request`` that the prefix cache has now."""

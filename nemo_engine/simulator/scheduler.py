@@ -47,15 +47,15 @@ class SimulatedRequest(Request):
 
 
 class Calendar:
-    """The steps at which decoding requests are due: what they may compute is computed, so they start a page or end.
+    """The steps at which decoding requests are due: they start a page in it, or end when a step is committed after it.
 
-    Steps are counted from the first. ``has_overlap``: a step stays in flight while the next ones are planned. Without,
-    a request that ends is due one step earlier, in the step that yields its last token.
+    Steps are counted from the first. ``has_overlap``: a step stays in flight while the next one is planned. So a request
+    is due to end in the step after its last one; without overlap, in its last one.
     """
 
     def __init__(self, has_overlap: bool) -> None:
+        self.has_overlap = has_overlap
         self.num_steps = 0  # planned or passed over
-        self._lead = 0 if has_overlap else 1
         # (step, arrival, preemptions, request). What is no longer true is noticed when it comes to be the first.
         self._entries: list[tuple[int, int, int, SimulatedRequest]] = []
 
@@ -82,14 +82,10 @@ class Calendar:
             requests.append(heapq.heappop(self._entries)[-1])
         return requests
 
-    def ends(self, request: SimulatedRequest) -> bool:
-        """Whether ``request``, when it is due, is about to end; else it starts a page."""
-        return request.compute_limit >= request.max_total_tokens - 1 - self._lead
-
     def _due(self, request: SimulatedRequest) -> int:
         due = request.compute_limit - request.num_computed_tokens + request.num_passed_over + self.num_steps
         # The last token's key and value are never computed.
-        return due - 1 if self._lead and request.compute_limit == request.max_total_tokens - 1 else due
+        return due if self.has_overlap or request.compute_limit < request.max_total_tokens - 1 else due - 1
 
 
 class VirtualScheduler(Scheduler):
@@ -142,14 +138,15 @@ class VirtualScheduler(Scheduler):
 
 
 class SteadyRun:
-    """The coming steps in which the requests that run decode, start pages, and do nothing else.
+    """The coming steps in which the requests that run decode and start pages, up to a step after which one ends.
 
     To be made when all of them have had a token since they were let in. Steps are numbered from 0.
     """
 
     def __init__(self, scheduler: VirtualScheduler) -> None:
         self.requests: list[Any] = scheduler.running.decoding[:]  # SimulatedRequest
-        self._kv = scheduler.kv
+        self.ending: list[SimulatedRequest] = []  # after the last of these steps
+        self._scheduler = scheduler
         self._calendar = scheduler.calendar
         self._first = scheduler.calendar.num_steps
         self._grown: list[SimulatedRequest] = []  # those that have started a page
@@ -162,31 +159,45 @@ class SteadyRun:
 
     @property
     def next_due(self) -> int:
-        """The first step in which a request starts a page or which is none of these as a request ends."""
+        """The first step that some request is due at."""
         return self._calendar.next_due() - self._first
 
-    def grow(self, step: int) -> bool:
-        """Give pages to those that start one in ``step``; False, and nothing is done, if one ends or pages lack."""
-        requests = self._calendar.take(self._first + step)
-        may_grow = len(requests) <= self._kv.pool.num_free and not any(map(self._calendar.ends, requests))
-        if may_grow:
-            requests.sort(key=by_urgency)
-            self._decode(requests, step)
-            for request in requests:
-                request.num_passed_over = step
-                self._kv.cache_pages(request, request.num_computed_tokens)
-            self._kv.append_pages(requests)
-            self._grown += requests
-        for request in requests:
-            self._calendar.add(request)
-        return may_grow
+    def meet(self, step: int, may_grow: bool) -> bool:
+        """Give pages to those that start one in ``step``, and set ``ending``.
+
+        False, and nothing is done, if pages are to be given and lack or ``may_grow`` is false, or if no request is left.
+        """
+        due = self._calendar.take(self._first + step)
+        growing = [r for r in due if r.compute_limit < r.max_total_tokens - 1]
+        # Without overlap, a request may start a page in its last step.
+        last = 1 if self._calendar.has_overlap else 2
+        ending = [r for r in due if r.compute_limit >= r.max_total_tokens - last]
+        kv = self._scheduler.kv
+        if (growing and not may_grow) or len(growing) > kv.pool.num_free or len(ending) == len(self.requests):
+            for request in due:
+                self._calendar.add(request)
+            return False
+        growing.sort(key=by_urgency)
+        self._decode(growing, step)
+        for request in growing:
+            request.num_passed_over = step
+            kv.cache_pages(request, request.num_computed_tokens)
+        kv.append_pages(growing)
+        for request in growing:
+            if request not in ending:
+                self._calendar.add(request)
+        self._grown += growing
+        self.ending = sorted(ending, key=self.requests.index)
+        return True
 
     def end(self, num_steps: int) -> None:
-        """Leave the requests as ``num_steps`` steps would have left them."""
+        """Leave everything as ``num_steps`` steps would have left it, all but the one in flight committed."""
         self._decode(self.requests, num_steps)
         self._calendar.num_steps += num_steps
         for request in self._grown:
             request.num_passed_over = 0
+        for request in self.ending:
+            self._scheduler.finish(request.request_id, "length")
 
     @staticmethod
     def _decode(requests: list[Any], num_steps: int) -> None:

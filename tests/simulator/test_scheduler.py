@@ -187,13 +187,13 @@ def simulated(
         return plan
 
     class SeenRun(SteadyRun):
-        def grow(self, step: int) -> bool:
+        def meet(self, step: int, may_grow: bool) -> bool:
             before = len(self._grown)
-            has_grown = super().grow(step)
-            if has_grown:
+            is_met = super().meet(step, may_grow)
+            if len(self._grown) > before:
                 new_pages = [(r.slot, len(r.pages) - 1, r.pages[-1]) for r in self._grown[before:]]
                 seen.new_pages[last + step + 1] = tuple(new_pages)
-            return has_grown
+            return is_met
 
         def end(self, num_steps: int) -> None:
             nonlocal last, num_passed_over
