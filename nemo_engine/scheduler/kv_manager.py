@@ -91,15 +91,14 @@ class KVManager:
             self.num_hit_tokens += request.num_computed_tokens
         return True
 
-    def append_pages(self, requests: Sequence[Request]) -> list[int] | None:
-        """Add a page to each request; returns the pages, or None, and nothing changes, if fewer are free."""
+    def append_pages(self, requests: Sequence[Request]) -> bool:
+        """Add a page to each request, or change nothing if fewer are free."""
         if self.pool.num_free < len(requests):
-            return None
-        pages = self.pool.allocate(len(requests))
-        for request, page in zip(requests, pages):
+            return False
+        for request, page in zip(requests, self.pool.allocate(len(requests))):
             request.pages.append(page)
             self._set_limit(request)
-        return pages
+        return True
 
     def _set_limit(self, request: Request) -> None:
         # The last token is sampled from the position before it; its own key and value are never computed.
@@ -113,7 +112,7 @@ class KVManager:
         """
         num_good_tokens = request.num_good_tokens
         self.cache_pages(request, num_good_tokens)
-        self.pool.set_doubt(request.pages[: num_good_tokens // self.page_size], False)
+        self.pool.prove(request.pages[: num_good_tokens // self.page_size])
         self._release(request)
 
     def discard(self, request: Request) -> list[int]:
@@ -121,7 +120,7 @@ class KVManager:
 
         Returns the pages that were in doubt, which others may have read.
         """
-        self.pool.set_doubt(request.pages[: request.num_good_tokens // self.page_size], False)
+        self.pool.prove(request.pages[: request.num_good_tokens // self.page_size])
         bad_pages = self.pool.discard(request.pages)
         self._release(request)
         return bad_pages
@@ -154,7 +153,6 @@ class KVManager:
         if end > first and self._writes_cache(request):
             self.extend_hashes(request, end)
             self.pool.remember(request.pages[first:end], request.page_hashes[first:end])
-            self.pool.set_doubt(request.pages[first:end], True)
             request.num_hashed_pages = end
 
     def extend_hashes(self, request: Request, num_pages: int) -> None:

@@ -65,8 +65,10 @@ class PagePool:
     def allocate(self, count: int) -> list[int]:
         """Hand out ``count`` pages with one user each; their content is forgotten. ``count`` must be at most num_free."""
         assert count <= self.num_free, (count, self.num_free)
-        pages = [self._free.popitem(last=False)[0] for _ in range(count)]
-        for page in pages:
+        pages = []
+        for _ in range(count):
+            page, _ = self._free.popitem(last=False)
+            pages.append(page)
             self._num_users[page] = 1
             self._in_doubt[page] = False
             page_hash = self._hash_of[page]
@@ -75,7 +77,7 @@ class PagePool:
                 self._evicted.add(page_hash)
         if len(self._evicted) > self.num_pages:
             self._evicted_before, self._evicted = self._evicted, set()
-        self.peak_used = max(self.peak_used, self.num_pages - self.num_free)
+        self.peak_used = max(self.peak_used, self.num_pages - len(self._free))
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -84,7 +86,7 @@ class PagePool:
             if self._num_users[page] == 0:
                 del self._free[page]
             self._num_users[page] += 1
-        self.peak_used = max(self.peak_used, self.num_pages - self.num_free)
+        self.peak_used = max(self.peak_used, self.num_pages - len(self._free))
 
     def release(self, pages: Sequence[int]) -> None:
         """Take one user off each page of one request, given in order of position.
@@ -103,16 +105,17 @@ class PagePool:
                     self._free.move_to_end(page, last=False)  # nothing is lost if it is handed out next
 
     def remember(self, pages: Iterable[int], page_hashes: Iterable[bytes]) -> None:
-        """Make the contents of ``pages`` findable. Of two pages with one content, the first is found."""
+        """Make the contents of ``pages``, in use, findable, in doubt. Of two pages with one content, the first is found."""
         for page, page_hash in zip(pages, page_hashes):
+            self._in_doubt[page] = True
             if page_hash not in self._page_of and self._hash_of[page] is None:
                 self._page_of[page_hash] = page
                 self._hash_of[page] = page_hash
 
-    def set_doubt(self, pages: Iterable[int], is_in_doubt: bool) -> None:
-        """Put ``pages``, in use, in doubt; or take them out of it, as what they hold is known to be sound."""
+    def prove(self, pages: Iterable[int]) -> None:
+        """What ``pages`` hold is known to be sound."""
         for page in pages:
-            self._in_doubt[page] = is_in_doubt
+            self._in_doubt[page] = False
 
     def discard(self, pages: Sequence[int]) -> list[int]:
         """Forget what ``pages``, in use, hold; returns those that are in doubt."""

@@ -136,9 +136,9 @@ class Scheduler:
                 self.running.end_decode(request)
         for request in full:
             self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
-        if self.kv.append_pages(full) is None:
+        if not self.kv.append_pages(full):
             for request in full:
-                while request.status is RequestStatus.RUNNING and self.kv.append_pages([request]) is None:
+                while request.status is RequestStatus.RUNNING and not self.kv.append_pages([request]):
                     self.preempt(self.running.least_urgent())
             full = [request for request in full if request.status is RequestStatus.RUNNING]
         return [(request.slot, len(request.pages) - 1, request.pages[-1]) for request in full]

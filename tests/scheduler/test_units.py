@@ -55,7 +55,9 @@ def test_pages_are_handed_out_unfindable_first_then_least_recently_used() -> Non
     pool = PagePool(4)
     assert pool.allocate(4) == [1, 2, 3, 4] and pool.num_free == 0
     pool.remember([1], [b"a"])
+    pool.prove([1])
     pool.remember([3], [b"c"])
+    pool.prove([3])
     pool.release([1, 2])
     pool.release([3, 4])
     assert (pool.num_free, pool.num_cached) == (4, 2)
@@ -86,6 +88,7 @@ def test_the_free_list_is_that_of_a_plain_one(seed: int) -> None:
             if page not in content:
                 content[page] = f"{step}".encode()
                 pool.remember([page], [content[page]])
+                pool.prove([page])
         elif choice < 0.7 and content:
             page = rng.choice(list(content))
             assert pool.find(content[page]) == page
@@ -114,6 +117,7 @@ def test_the_end_of_a_prefix_is_evicted_before_its_start() -> None:
     pages = pool.allocate(3)
     for page, name in zip(pages, (b"a", b"b", b"c"), strict=True):
         pool.remember([page], [name])
+        pool.prove([page])
     pool.release(pages)
     pool.allocate(1)
     assert [pool.find(name) for name in (b"a", b"b", b"c")] == [1, 2, None]
@@ -123,6 +127,7 @@ def test_shared_pages_are_free_when_their_last_user_goes() -> None:
     pool = PagePool(2)
     pages = pool.allocate(1)
     pool.remember([1], [b"a"])
+    pool.prove([1])
     pool.share(pages)
     pool.release(pages)
     assert pool.num_free == 1 and not pool.is_free(1)
@@ -142,7 +147,9 @@ def test_of_two_equal_pages_the_first_is_found() -> None:
     pool = PagePool(2)
     pool.allocate(2)
     pool.remember([1], [b"a"])
+    pool.prove([1])
     pool.remember([2], [b"a"])
+    pool.prove([2])
     assert pool.find(b"a") == 1
     pool.forget(2)
     assert pool.find(b"a") == 1
