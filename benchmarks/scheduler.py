@@ -35,7 +35,7 @@ from nemo_engine.step import StepResult
 GOALS = {256: 150.0, 1024: 600.0}  # microseconds, median
 _BUDGET = 8192  # tokens a step may compute
 # Whose methods a profile times.
-_MODULES = ("scheduler", "running", "kv_manager", "page_pool", "waiting", "decode_set", "planned_step")
+_MODULES = ("scheduler", "running", "kv_manager", "page_pool", "waiting", "scheduled_step", "token_rules")
 _ADAPTER = "vllm_scheduler.py"
 Rounds = list[list[float]]  # microseconds of each step, by round
 

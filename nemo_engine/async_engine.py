@@ -16,9 +16,8 @@ from nemo_engine.engine_thread import EngineClosedError, EngineDeadError, Engine
 from nemo_engine.inputs import EncodedPrompt, InputProcessor, Message, Prompt
 from nemo_engine.loop import EngineLoop, check_ids
 from nemo_engine.option_names import refuse_unknown_arguments
-from nemo_engine.outputs import RequestOutput
+from nemo_engine.outputs import RequestOutput, SchedulerStats
 from nemo_engine.sampling_params import SamplingParams
-from nemo_engine.scheduler import SchedulerStats
 from nemo_engine.text import ChatRenderers, Tokenizer
 
 __all__ = ["AsyncEngine", "EngineClosedError", "EngineDeadError"]

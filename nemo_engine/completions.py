@@ -234,7 +234,7 @@ class OutputProcessor:
 
     def _view(self, completion: Completion, now: float) -> RequestView:
         request = completion.request
-        num_computed = self._scheduler.num_computed_tokens(request)
+        num_computed = request.num_computed_tokens
         is_prefilling = num_computed < len(request.token_ids) - 1
         is_running = request.status is RequestStatus.RUNNING
         return RequestView(
@@ -283,7 +283,7 @@ class OutputProcessor:
 
     def _settle(self, failure: str, now: float) -> None:
         """A failure ended what ran, and may have hidden what ended before: look at everybody."""
-        for request in self._scheduler.unfinished():
+        for request in list(self._scheduler.requests.values()):
             if request not in self._completions:  # it was being added
                 self._scheduler.finish(request.request_id, "abort")
         for user in list(self._users):

@@ -20,9 +20,8 @@ from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.core import start_core
 from nemo_engine.inputs import CHAT_MAX_TOKENS, EncodedPrompt, InputProcessor, Params
 from nemo_engine.ledger import Ledger
-from nemo_engine.outputs import RequestView, StepRecord
+from nemo_engine.outputs import RequestView, SchedulerStats, StepRecord
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
-from nemo_engine.scheduler import SchedulerStats
 from nemo_engine.text import ChatRenderers, Tokenizer, load_tokenizer
 
 _logger = logging.getLogger("nemo_engine")
@@ -220,7 +219,7 @@ class EngineLoop:
 
     def num_waiting_of(self, client: str) -> int:
         """Completions of ``client`` that wait. Takes no lock."""
-        return self._core.scheduler.num_waiting_of(client)
+        return self._core.scheduler.waiting.count_of(client)
 
     def stats(self) -> SchedulerStats:
         """Requests and pages at this moment, and totals since the start."""

@@ -134,3 +134,18 @@ class RequestView(NamedTuple):
     num_output_tokens: int
     num_pages: int
     num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counts at one moment; pages and tokens are totals since the start where the name says so."""
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int
+    num_cached_pages: int
+    peak_used_pages: int
+    total_preemptions: int
+    total_prefix_queried_tokens: int
+    total_prefix_hit_tokens: int

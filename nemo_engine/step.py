@@ -1,7 +1,7 @@
 """The wire between the two halves of the engine: ``StepPlan`` goes down, ``StepResult`` comes back.
 
 The host half (``scheduler``) decides *what* a step computes and never sees a tensor; the device half (``runner``)
-computes it and never sees a request. Both dataclasses hold plain Python data, so a plan can be broadcast to other
+computes it and never sees a request. Both dataclasses are values of plain Python data: a plan can be sent to other
 ranks, replayed by a scripted runner in a test, or timed by a simulator.
 
 Conventions shared by both sides:
@@ -63,10 +63,9 @@ class PrefillRow:
 class StepPlan:
     """One step. ``fills`` and ``new_pages`` are applied before anything is computed.
 
-    ``decode_slots`` is the very same tuple object for as long as the decode rows do not change.
     ``new_pages`` holds ``(slot, index in the slot's page table, page)``.
-    ``masks`` holds ``(slot, allowed tokens)`` for sampling rows that may not choose freely: bit i of the little-endian 32-bit
-    words is token i. Bytes of another length than the vocabulary's words allow nothing.
+    ``masks`` holds ``(slot, allowed tokens)`` for sampling rows that may not choose freely: bit i of the little-endian
+    32-bit words is token i. Bytes of another length than the vocabulary's words allow nothing.
     Row order everywhere: decode rows, then prefill rows.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_engine.engine import Engine
-from nemo_engine.scheduler.invariants import check
+from tests.scheduler.invariants import check
 
 
 def check_every_step(engine: Engine) -> Engine:

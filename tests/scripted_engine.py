@@ -12,9 +12,9 @@ from nemo_engine.async_engine import AsyncEngine
 from nemo_engine.core import EngineCore, StartedCore
 from nemo_engine.engine import Engine
 from nemo_engine.scheduler import Scheduler
-from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import StepPlan
 from tests.checkpoints import tiny_config
+from tests.scheduler.invariants import check
 from tests.scheduler.scripted import VOCAB, Fault, ScriptedHandle, ScriptedRunner
 
 E = TypeVar("E", Engine, AsyncEngine)

@@ -15,7 +15,7 @@ import pytest
 
 from nemo_engine import AsyncEngine, Engine, EngineClosedError, EngineDeadError, RequestOutput, SamplingParams
 from nemo_engine.sampling_params import RequestOutputKind
-from nemo_engine.scheduler.invariants import check
+from tests.scheduler.invariants import check
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "dtype": "float64", "page_size": 16, "num_kv_pages": 200, "max_num_seqs": 16, "max_num_batched_tokens": 128,

@@ -15,12 +15,12 @@ from nemo_engine.completions import Completion, UserRequest
 from nemo_engine.engine_thread import Stream
 from nemo_engine.loop import PreparedRequest
 from nemo_engine.scheduler import Request
-from nemo_engine.scheduler.planned_step import PlannedStep
+from nemo_engine.scheduler.scheduled_step import ScheduledStep
 from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan
 from tests.scheduler.scripted import VOCAB, next_token
 from tests.scripted_engine import EOS, scripted_engine
 
-KINDS = (Request, Completion, UserRequest, PreparedRequest, PlannedStep, StepPlan, Stream)
+KINDS = (Request, Completion, UserRequest, PreparedRequest, ScheduledStep, StepPlan, Stream)
 LONG = 300  # tokens that nobody gets to
 
 
@@ -148,9 +148,8 @@ def test_nothing_is_left(way: str, depth: int, monkeypatch: pytest.MonkeyPatch) 
     WAYS[way](engine)
     rest(engine)
     assert reachable() == before
-    running = engine._core.scheduler._running
-    assert not running._last_due and not running._page_due and not engine._core.scheduler._waiting._levels
-    assert len(engine._core.scheduler._waiting._heap) <= 3
+    waiting = engine._core.scheduler.waiting
+    assert not waiting._preempted and not waiting._new and not waiting._priorities
 
 
 @pytest.mark.parametrize("way", ["end", "abort", "client gone", "loop gone"])

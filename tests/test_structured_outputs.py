@@ -220,7 +220,7 @@ def test_a_grammar_that_dies_ends_its_request_alone(
     expected = trained.generate(["x"] * 3, params)
     for index, own in enumerate(params):
         trained.add_request(f"r{index}", "x", own)
-    victim = trained._core.scheduler.unfinished()[1].grammar
+    victim = list(trained._core.scheduler.requests.values())[1].grammar
     name = "mask" if method.startswith("copy") else method
     original, calls = getattr(Grammar, name), []
 

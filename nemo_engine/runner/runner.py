@@ -214,7 +214,7 @@ class Runner:
         """The rows on the device, in the graph's own words if there is one: uploaded only if they changed since the step before."""
         size = len(slots) if graph is None else graph.size
         changes = self._table.num_changes
-        if self._last is not None and self._last[0] is slots and self._last[1:3] == (size, changes):
+        if self._last is not None and self._last[:3] == (slots, size, changes):
             return self._last[3]
         self._last = None
         padded = [*slots, *[0] * (size - len(slots))]

@@ -4,7 +4,7 @@ Owns the sampling parameters, seeds and token counts of all slots. Must not know
 
 Decisions (does any row sample, are any logits edited, ...) are made on the host, from what ``fill`` was given: a step asks
 the device nothing, and a feature that no row of a batch uses costs nothing. What follows from a batch's slots is kept
-for as long as the runner passes the very same tuple.
+until other slots are sampled or one is filled.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Sampler:
         """Whether the logits of these slots go straight into ``sample_``: none are masked or edited, none reported."""
         if masks:
             return False
-        if self._only_tokens[0] is not slots:
+        if self._only_tokens[0] != slots:
             plain = not any(slot in self._edits or self._params[slot].has_logprobs for slot in slots)
             self._only_tokens = (slots, plain)
         return self._only_tokens[1]
@@ -162,7 +162,7 @@ class Sampler:
         if not slots:
             return torch.empty(0, dtype=torch.int64, device=logits.device), []
         batch = self._batch
-        if batch is None or batch.slots is not slots:
+        if batch is None or batch.slots != slots:
             batch = self._batch = self._make_batch(slots)
         shown = self._hidden(logits, slot_ids)
         if batch.edits is None and not masks:

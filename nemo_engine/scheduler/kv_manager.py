@@ -43,47 +43,45 @@ class KVManager:
         Raises ``ValueError`` with the arithmetic for what could never finish. The last token's key and value are never
         computed, so n pages hold a request of ``n * page_size + 1`` tokens.
         """
-        page_size, num_pages = self.page_size, self.pool.num_pages
-        limit = min(max_model_len, num_pages * page_size + 1)
-        if max_tokens is None:
-            total = max(limit, num_prompt_tokens + 1)
-        else:
-            total = num_prompt_tokens + max_tokens
+        num_pages = self.pool.num_pages
+        limit = min(max_model_len, num_pages * self.page_size + 1)
+        total = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
         if total <= limit:
-            return total
-        asked = "at least 1 output token" if max_tokens is None else f"max_tokens {max_tokens}"
-        text = f"a prompt of {num_prompt_tokens} tokens and {asked} make {total} tokens"
+            return total if max_tokens is not None else limit
+        output = "at least 1 output token" if max_tokens is None else f"max_tokens {max_tokens}"
+        text = f"a prompt of {num_prompt_tokens} tokens and {output} make {total} tokens"
         if total > max_model_len:
             raise ValueError(f"{text}: more than max_model_len {max_model_len}")
         raise ValueError(
-            f"{text} and need {self.num_pages_for(total - 1)} KV pages of {page_size} tokens: the cache has "
+            f"{text} and need {self.num_pages_for(total - 1)} KV pages of {self.page_size} tokens: the cache has "
             f"{num_pages} (at most {limit} tokens per request; raise kv_cache_gib or num_kv_pages)"
         )
+
+    # ---- giving pages, and taking them back
 
     def admit(self, request: Request) -> bool:
         """Give ``request`` pages for all its tokens, as many as possible from the cache, or change nothing.
 
         Sets ``num_computed_tokens`` to what the cached pages hold. The last token is never taken from the cache: its
-        logits are needed. After a failure, trying again costs O(1) as long as fewer pages are free than it
+        logits are needed. After a failure, trying again costs O(1) as long as fewer pages are free than the request
         would have to be given, and the next page of its prefix has not been cached.
         """
-        if request.pages_wanted > self.pool.num_free and not (
-            request.hash_wanted is not None and self.pool.find(request.hash_wanted) is not None
-        ):
+        may_match_more = request.hash_wanted is not None and self.pool.find(request.hash_wanted) is not None
+        if request.pages_wanted > self.pool.num_free and not may_match_more:
             return False
         num_tokens = len(request.token_ids)
         reads_cache = self._reads_cache(request)
-        matched = self._match(request) if reads_cache else []
+        matched = self.match(request) if reads_cache else []
         num_new = self.num_pages_for(num_tokens) - len(matched)
-        wanted = num_new + sum(map(self.pool.is_free, matched))
-        if wanted > self.pool.num_free:
+        if num_new + sum(map(self.pool.is_free, matched)) > self.pool.num_free:
             request.pages_wanted = num_new  # the matched pages may be in use by others next time
-            missing = request.page_hashes[len(matched) : (num_tokens - 1) // self.page_size] if reads_cache else []
+            missing = request.page_hashes[len(matched) : self._num_matchable(request)] if reads_cache else []
             request.hash_wanted = missing[0] if missing else None
             return False
         request.pages_wanted = 0
         self.pool.share(matched)
         request.pages = matched + self.pool.allocate(num_new)
+        self._set_limit(request)
         request.num_computed_tokens = len(matched) * self.page_size
         request.num_hashed_pages = len(matched)
         if request.num_preemptions == 0:
@@ -93,13 +91,57 @@ class KVManager:
             self.num_hit_tokens += request.num_computed_tokens
         return True
 
-    def append_pages(self, requests: Sequence[Request]) -> list[int] | None:
-        """Add a page to each request, all of which have filled their last; None, and nothing changes, if fewer are free."""
+    def append_pages(self, requests: Sequence[Request]) -> bool:
+        """Add a page to each request, or change nothing if fewer are free."""
         if self.pool.num_free < len(requests):
-            return None
-        pages = self.pool.allocate(len(requests))
-        for request, page in zip(requests, pages):
+            return False
+        for request, page in zip(requests, self.pool.allocate(len(requests))):
             request.pages.append(page)
+            self._set_limit(request)
+        return True
+
+    def _set_limit(self, request: Request) -> None:
+        # The last token is sampled from the position before it; its own key and value are never computed.
+        request.compute_limit = min(len(request.pages) * self.page_size, request.max_total_tokens - 1)
+
+    def free(self, request: Request) -> None:
+        """Take all pages from ``request``.
+
+        What full pages hold of its good tokens stays findable until they are handed out again; what others hold, while
+        another request that has them may yet prove it.
+        """
+        num_good_tokens = request.num_good_tokens
+        self.cache_pages(request, num_good_tokens)
+        self.pool.prove(request.pages[: num_good_tokens // self.page_size])
+        self._release(request)
+
+    def discard(self, request: Request) -> list[int]:
+        """Take all pages from a failed request, and forget what they hold: it must not be reused.
+
+        Returns the pages that were in doubt, which others may have read.
+        """
+        self.pool.prove(request.pages[: request.num_good_tokens // self.page_size])
+        bad_pages = self.pool.discard(request.pages)
+        self._release(request)
+        return bad_pages
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.pages)
+        request.pages = []
+        request.num_hashed_pages = request.compute_limit = 0
+
+    # ---- the prefix cache
+
+    def match(self, request: Request) -> list[int]:
+        """The cached pages that hold the longest prefix of ``request``, its last token excepted."""
+        num_full = self._num_matchable(request)
+        self.extend_hashes(request, num_full)
+        pages: list[int] = []
+        for page_hash in request.page_hashes[:num_full]:
+            page = self.pool.find(page_hash)
+            if page is None:
+                break
+            pages.append(page)
         return pages
 
     def cache_pages(self, request: Request, num_computed_tokens: int) -> None:
@@ -109,39 +151,24 @@ class KVManager:
         """
         first, end = request.num_hashed_pages, num_computed_tokens // self.page_size
         if end > first and self._writes_cache(request):
-            if len(request.page_hashes) < end:
-                self._extend_hashes(request, end)
+            self.extend_hashes(request, end)
             self.pool.remember(request.pages[first:end], request.page_hashes[first:end])
-            self.pool.doubt(request.pages[first:end])
             request.num_hashed_pages = end
 
-    def cache_all_pages(self, requests: Sequence[Request]) -> None:
-        """As ``cache_pages``, for requests that have computed all tokens that their pages hold; not all of these need be known."""
-        for request in requests:
-            self.cache_pages(request, min(len(request.pages) * self.page_size, len(request.token_ids)))
+    def extend_hashes(self, request: Request, num_pages: int) -> None:
+        """Make ``page_hashes`` those of the first ``num_pages`` pages, all full.
 
-    def free(self, request: Request, num_good_tokens: int = 0) -> None:
-        """Take all pages from ``request``, the first ``num_good_tokens`` of whose tokens were soundly computed.
-
-        What full pages hold of these stays findable until they are handed out again; what others hold, while another request that
-        has them may yet prove it.
+        Each is BLAKE2b of the hash of the page before it and of its token ids.
         """
-        self.pool.prove(request.pages[: num_good_tokens // self.page_size])
-        self.pool.release(request.pages)
-        request.pages = []
-        request.num_hashed_pages = 0
+        hashes, size = request.page_hashes, self.page_size
+        for start in range(len(hashes) * size, num_pages * size, size):
+            parent = hashes[-1] if hashes else blake2b(request.cache_salt, digest_size=_HASH_BYTES).digest()
+            content = array("i", request.token_ids[start : start + size]).tobytes()
+            hashes.append(blake2b(parent + content, digest_size=_HASH_BYTES).digest())
 
-    def discard(self, request: Request, num_good_tokens: int = 0) -> list[int]:
-        """As ``free``, and forget what all the pages hold: the content of a failed request must not be reused.
-
-        Returns the pages that were in doubt, which others may have read.
-        """
-        self.pool.prove(request.pages[: num_good_tokens // self.page_size])
-        bad = self.pool.doubtful(request.pages)
-        for page in request.pages:
-            self.pool.forget(page)
-        self.free(request)
-        return bad
+    def _num_matchable(self, request: Request) -> int:
+        """Full pages before the last token."""
+        return (len(request.token_ids) - 1) // self.page_size
 
     def _writes_cache(self, request: Request) -> bool:
         return self.enable_prefix_caching or bool(request.cache_salt)
@@ -150,30 +177,11 @@ class KVManager:
         # Prompt log-probabilities need the logits of every prompt position, so all of them are computed.
         return self._writes_cache(request) and request.params.prompt_logprobs is None
 
-    def _match(self, request: Request) -> list[int]:
-        num_full = (len(request.token_ids) - 1) // self.page_size
-        self._extend_hashes(request, num_full)
-        pages: list[int] = []
-        for page_hash in request.page_hashes[:num_full]:
-            page = self.pool.find(page_hash)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
-
     def _report(self, request: Request, num_matched: int, reads_cache: bool) -> CacheReport:
-        num_full = (len(request.token_ids) - 1) // self.page_size
+        num_full = self._num_matchable(request)
         reason: CacheMiss | None = None
         if not reads_cache:
             reason = "prompt_logprobs" if request.params.prompt_logprobs is not None else "disabled"
         elif num_matched < num_full:
             reason = "evicted" if self.pool.was_evicted(request.page_hashes[num_matched]) else "not_seen"
         return CacheReport(self.page_size, num_full, num_matched, reason)
-
-    def _extend_hashes(self, request: Request, num_pages: int) -> None:
-        """Continue the chain: hash(page) = BLAKE2b(hash of the page before it, its token ids)."""
-        hashes, size = request.page_hashes, self.page_size
-        for index in range(len(hashes), num_pages):
-            parent = hashes[-1] if hashes else blake2b(request.cache_salt, digest_size=_HASH_BYTES).digest()
-            content = array("i", request.token_ids[index * size : (index + 1) * size]).tobytes()
-            hashes.append(blake2b(parent + content, digest_size=_HASH_BYTES).digest())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import Protocol
 
 from nemo_engine.outputs import CacheReport, FinishReason
@@ -32,114 +34,82 @@ class Grammar(Protocol):
         """Whether nothing may follow but an end-of-sequence token, or one has come."""
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Request:
-    """State of one completion. Written by the scheduler and its KV manager only; others read.
+    """State of one completion. The scheduler and its KV manager write it; others read."""
 
-    ``token_ids`` is the prompt followed by what has been generated. ``stop_token_ids`` end the request, the
-    end-of-sequence tokens among them (``eos_token_ids``), which leave ``stop_reason`` None.
-    ``cache_salt`` keeps pages apart: prefixes match only between requests of equal salt.
-    A larger ``priority`` is less urgent; those of equal priority are taken from each ``client`` in turn; ``max_total_tokens`` (prompt and output) is set when the scheduler takes the request.
-    """
+    request_id: str
+    prompt_token_ids: InitVar[Sequence[int]]
+    params: SamplingParams
+    seed: int = field(default=0, kw_only=True)
+    eos_token_ids: frozenset[int] = field(default=frozenset(), kw_only=True)  # emptied if params.ignore_eos
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = field(default=(), kw_only=True)
+    priority: int = field(default=0, kw_only=True)  # a larger number is less urgent
+    client: str = field(default="", kw_only=True)  # clients take turns among waiting requests of equal priority
+    cache_salt: bytes = field(default=b"", kw_only=True)  # prefixes match only between requests of equal salt
+    grammar: Grammar | None = field(default=None, kw_only=True)  # has accepted the output up to the last known token
 
-    __slots__ = (
-        "admitted_step",
-        "arrival",
-        "bad_words_token_ids",
-        "cache_report",
-        "cache_salt",
-        "client",
-        "decode_offset",
-        "eos_token_ids",
-        "error",
-        "finish_reason",
-        "grammar",
-        "hash_wanted",
-        "is_sound",
-        "last_due",
-        "launched_step",
-        "max_total_tokens",
-        "num_cached_tokens",
-        "num_computed_tokens",
-        "num_hashed_pages",
-        "num_preemptions",
-        "num_prompt_tokens",
-        "page_due",
-        "page_hashes",
-        "pages",
-        "pages_wanted",
-        "params",
-        "priority",
-        "request_id",
-        "scheduled_ts",
-        "seed",
-        "slot",
-        "status",
-        "stop_reason",
-        "stop_token_ids",
-        "token_ids",
-    )  # fmt: skip
+    token_ids: list[int] = field(init=False)  # the prompt, then what has been generated
+    num_prompt_tokens: int = field(init=False)
+    stop_token_ids: frozenset[int] = field(init=False)  # they end the request; eos_token_ids are among them
+    max_total_tokens: int = field(init=False, default=0)  # of prompt and output; set when the scheduler takes it
+    # While it has fewer tokens, only a stop id ends it; 0 if a grammar or a repetition rule looks at each token.
+    num_plain_tokens: int = field(init=False, default=0)
+    arrival: int = field(init=False, default=0)  # counts the requests that the scheduler has taken
+    status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
+    finish_reason: FinishReason | None = field(init=False, default=None)
+    stop_reason: int | str | None = field(init=False, default=None)  # None if an end-of-sequence token ended it
+    error: str | None = field(init=False, default=None)  # text beside the finish reason "error"
+    scheduled_ts: float | None = field(init=False, default=None)  # of the first admission
+    num_cached_tokens: int = field(init=False, default=0)  # that the first admission found in the prefix cache
+    cache_report: CacheReport | None = field(init=False, default=None)
+    num_preemptions: int = field(init=False, default=0)
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        seed: int = 0,
-        eos_token_ids: frozenset[int] = frozenset(),
-        bad_words_token_ids: tuple[tuple[int, ...], ...] = (),
-        priority: int = 0,
-        client: str = "",
-        cache_salt: bytes = b"",
-        grammar: Grammar | None = None,
-    ) -> None:
-        self.request_id = request_id
+    # While it runs:
+    slot: int = field(init=False, default=0)
+    num_computed_tokens: int = field(init=False, default=0)  # counts what launched steps compute as done
+    mask_error: str | None = field(init=False, default=None)  # why its grammar gave no mask for the step in flight
+    is_sound: bool = field(init=False, default=False)  # a token came out of its pages, so what they hold is good
+
+    # Of the KV manager:
+    pages: list[int] = field(init=False, default_factory=list)
+    compute_limit: int = field(init=False, default=0)  # tokens that may be computed: what its pages hold, less the last
+    page_hashes: list[bytes] = field(init=False, default_factory=list)  # of full pages, as far as they were needed
+    num_hashed_pages: int = field(init=False, default=0)  # leading pages that were offered to the prefix cache
+    pages_wanted: int = field(init=False, default=0)  # new pages that the last failed admission would have taken
+    hash_wanted: bytes | None = field(init=False, default=None)  # the first page that it did not find in the cache
+
+    def __post_init__(self, prompt_token_ids: Sequence[int]) -> None:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
-        self.params = params
-        self.seed = seed
-        self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
-        self.stop_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
-        self.bad_words_token_ids = bad_words_token_ids
-        self.priority = priority
-        self.client = client
-        self.cache_salt = cache_salt
-        self.grammar = grammar  # stands behind the last of token_ids, also while the request waits again
-        self.max_total_tokens = 0
-        self.arrival = 0
-        self.status = RequestStatus.WAITING
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self.error: str | None = None
-        self.scheduled_ts: float | None = None
-        self.num_cached_tokens = 0
-        self.cache_report: CacheReport | None = None
-        self.num_preemptions = 0
-        # While it runs:
-        self.slot = 0
-        self.is_sound = False  # a token has come out of what its pages hold, so all that was computed before is good
-        self.admitted_step = 0
-        self.num_computed_tokens = 0  # by launched steps; while it decodes, Scheduler.num_computed_tokens knows
-        self.launched_step = 0  # the last one that takes it, if it has a grammar
-        self.decode_offset = 0  # while it decodes: position computed in a step, less the step's id
-        self.page_due = 0  # the step in which it next starts a page, while it decodes without a grammar
-        self.last_due = 0  # the step of its last token, likewise
-        # Owned by the KV manager:
-        self.pages: list[int] = []
-        self.page_hashes: list[bytes] = []  # chain over the full pages of token_ids, as far as it was needed
-        self.num_hashed_pages = 0  # leading pages offered to the prefix cache
-        self.pages_wanted = 0  # new pages that the last failed admission would have taken
-        self.hash_wanted: bytes | None = None  # first page that it did not find in the cache
+        if self.params.ignore_eos:
+            self.eos_token_ids = frozenset()
+        more = self.params.stop_token_ids
+        self.stop_token_ids = self.eos_token_ids.union(more) if more else self.eos_token_ids
+
+    @property
+    def has_steps_left(self) -> bool:
+        """Whether a token may follow those that launched steps choose."""
+        # The last token is sampled from the position before it, and its own position is never computed.
+        return self.num_computed_tokens + 1 < self.max_total_tokens
+
+    @property
+    def num_good_tokens(self) -> int:
+        """Leading tokens whose keys and values are known to be good: those that the last token came out of."""
+        return len(self.token_ids) - 1 if self.is_sound else 0
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        """The generated tokens, as a new list."""
-        return self.token_ids[self.num_prompt_tokens :]
+    def end(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        """It is finished, for good."""
+        self.status = RequestStatus.FINISHED
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
 
     def __repr__(self) -> str:
         return f"Request({self.request_id!r}, {self.status.name}, {len(self.token_ids)} tokens, slot {self.slot})"
+
+
+by_urgency = attrgetter("priority", "arrival")  # a key to sort requests by; the smallest is the most urgent

@@ -1,14 +1,12 @@
-"""Decides what each step computes, and takes in what came out of it.
-
-Owns the request lists, the slots and, through the KV manager, the pages. Knows no tensors and no text.
+"""Decides what each step computes, and takes in what came out of it. Knows no tensors and no text.
 
 There are no phases: a request has ``len(token_ids)`` known tokens and a count of computed ones, and a step spends a
-budget of tokens on closing the gap, running requests first. A running request is *prefilling* while more than one token
-is missing and then *decodes*, one token in every step. What the running requests need in which step is noted ahead (see
-``running``), so a step in which nothing is due repeats the plan of the step before, and costs one append per request, done in C.
+budget of tokens on closing the gap. A running request is *prefilling* while more than one token is missing, and then
+*decodes*, one token in every step. Steps go first to the requests that decode, then to prompts, the most urgent first.
 
-Steps may be scheduled before earlier ones are committed (overlap): the schedule depends on counts alone. What a later
-step computed for a request that turned out to have finished is dropped in ``commit``.
+Steps may be scheduled before earlier ones are committed (overlap), so a schedule depends on counts alone, and
+``num_computed_tokens`` counts what launched steps will have computed. What a step computes for a request that has left
+its slot in the meantime is dropped in ``commit``.
 """
 
 from __future__ import annotations
@@ -16,58 +14,23 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from nemo_engine.outputs import FinishReason
-from nemo_engine.scheduler.ends import ERRORS, Committed, commit_each, is_finite, restart
+from nemo_engine.outputs import FinishReason, SchedulerStats
 from nemo_engine.scheduler.kv_manager import KVManager
-from nemo_engine.scheduler.planned_step import PlannedStep
-from nemo_engine.scheduler.preemption import grow_in_turn, restart_readers
-from nemo_engine.scheduler.prompts import plan_prompts
-from nemo_engine.scheduler.request import Request, RequestStatus
-from nemo_engine.scheduler.running import RunningSet
+from nemo_engine.scheduler.request import Request, RequestStatus, by_urgency
+from nemo_engine.scheduler.running import RunningRequests
+from nemo_engine.scheduler.scheduled_step import Committed, ScheduledStep
+from nemo_engine.scheduler.token_rules import ERRORS, end_of, failure_of, is_finite
 from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan, StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Counts at one moment; pages and tokens are totals since the start where the name says so."""
-
-    num_running: int
-    num_waiting: int
-    num_pages: int
-    num_free_pages: int
-    num_cached_pages: int
-    peak_used_pages: int
-    total_preemptions: int
-    total_prefix_queried_tokens: int
-    total_prefix_hit_tokens: int
-
-    @classmethod
-    def of(cls, num_running: int, num_waiting: int, total_preemptions: int, kv: KVManager) -> SchedulerStats:
-        """Put together from the scheduler's own counts and those of its KV manager."""
-        return cls(
-            num_running=num_running,
-            num_waiting=num_waiting,
-            num_pages=kv.pool.num_pages,
-            num_free_pages=kv.pool.num_free,
-            num_cached_pages=kv.pool.num_cached,
-            peak_used_pages=kv.pool.peak_used,
-            total_preemptions=total_preemptions,
-            total_prefix_queried_tokens=kv.num_queried_tokens,
-            total_prefix_hit_tokens=kv.num_hit_tokens,
-        )
 
 
 class Scheduler:
     """Continuous batching over ``num_pages`` pages and ``max_num_seqs`` slots.
 
-    As ``max_num_batched_tokens >= max_num_seqs``, every decoding request takes part in every step. Waiting requests enter in
-    order, when a slot and pages for all their known tokens are free, and prompts are computed in that order too. A decoding request that
-    finds no free page preempts the least urgent, newest one, which is computed anew later.
-
-    Requests are known by their ``request_id``, which whoever makes them must not take from a user.
+    As ``max_num_batched_tokens >= max_num_seqs``, every decoding request takes part in every step. Waiting requests
+    enter in order, when a slot and pages for all their known tokens are free. A decoding request that finds no free
+    page preempts the least urgent, newest one, which is computed anew later.
     """
 
     def __init__(
@@ -84,188 +47,246 @@ class Scheduler:
         assert max_num_batched_tokens >= max_num_seqs >= 1
         self.kv = KVManager(num_pages, page_size, enable_prefix_caching)
         self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_seqs = max_num_seqs
         self._clock = clock
-        self._requests: dict[str, Request] = {}
-        self._waiting = WaitingQueue()
-        self._running = RunningSet(max_num_seqs, page_size)
-        self._launched: deque[PlannedStep] = deque()
-        self._step_id = self._num_arrivals = self._num_preemptions = 0
+        self.requests: dict[str, Request] = {}  # all that wait or run, by id, in the order of their arrival
+        self.num_preemptions = self._step_id = self._num_arrivals = 0
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.waiting = WaitingQueue()
+        self.running = RunningRequests(self.max_num_seqs)
+        self._in_flight = deque[ScheduledStep]()  # launched and not committed, the oldest first
+
+    # ---- requests
 
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """The largest length (prompt and output) that a request may reach; ``ValueError`` if it could never finish."""
         return self.kv.max_total_tokens(num_prompt_tokens, max_tokens, self.max_model_len)
 
     def add(self, request: Request) -> None:
-        """Queue a new request. Raises ``ValueError`` if its id is in use or it could never finish."""
-        if request.request_id in self._requests:
+        """Queue a new request, whose id is no user's. ``ValueError`` if it is in use or it could never finish."""
+        if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
+        if request.grammar is None and request.params.repetition_detection is None:
+            request.num_plain_tokens = request.max_total_tokens - 1
         request.arrival = self._num_arrivals = self._num_arrivals + 1
-        self._requests[request.request_id] = request
-        self._waiting.push(request)
+        self.requests[request.request_id] = request
+        self.waiting.push(request)
 
     def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> Request | None:
         """End a request from outside (abort, stop string) between steps; None if it is not known or has finished."""
-        request = self._requests.get(request_id)
+        request = self.requests.get(request_id)
         if request is not None:
             if request.status is RequestStatus.WAITING:
-                self._waiting.remove(request)
+                self.waiting.remove(request)
             self._end(request, reason, stop_reason)
         return request
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._requests)
-
-    def unfinished(self) -> list[Request]:
-        """All requests that wait or run."""
-        return list(self._requests.values())
-
-    def num_computed_tokens(self, request: Request) -> int:
-        """Tokens of ``request`` whose keys and values the launched steps compute."""
-        if self._running.is_decoding(request):
-            return self._step_id + request.decode_offset + 1
-        return request.num_computed_tokens
-
-    def num_waiting_of(self, client: str) -> int:
-        """Requests of ``client`` that wait and have not run yet. From any thread."""
-        return self._waiting.count_of(client)
+        return bool(self.requests)
 
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
-        return SchedulerStats.of(len(self._running), len(self._waiting), self._num_preemptions, self.kv)
+        pool = self.kv.pool
+        return SchedulerStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_pages=pool.num_pages,
+            num_free_pages=pool.num_free,
+            num_cached_pages=pool.num_cached,
+            peak_used_pages=pool.peak_used,
+            total_preemptions=self.num_preemptions,
+            total_prefix_queried_tokens=self.kv.num_queried_tokens,
+            total_prefix_hit_tokens=self.kv.num_hit_tokens,
+        )
+
+    # ---- planning a step
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
-        step = self._plan_step()
-        return None if step is None else step.plan()
-
-    def _plan_step(self) -> PlannedStep | None:
-        running = self._running
-        step_id = self._step_id + 1
-        num_departures = running.num_departures
-        oldest = self._launched[0].step_id if self._launched else step_id
-        ready = running.constrained.ready(oldest) if running.constrained.requests else []
-        new_pages = self._grow(step_id, ready)
-        decodes = running.decode_set
-        last = running.take_last_due(step_id)
-        if ready:
-            ready = [one for one in ready if one.status is RequestStatus.RUNNING]  # the others were just preempted
-            decodes = running.constrained.join(decodes, ready)
-            last += running.launch_constrained(ready, step_id)
-        left = self.max_num_batched_tokens - len(decodes.requests)
-        step = PlannedStep(step_id, decodes, last, running.num_departures, left, ready[:], new_pages)
-        nobody_left = running.num_departures == num_departures  # by preemption
-        plan_prompts(step, self.kv, self._running, self._waiting, self._clock, may_admit=nobody_left)
-        if not decodes.requests and not step.prefills:
+        decodes = self.running.ready_to_decode(self._in_flight)
+        new_pages, num_preemptions = [], self.num_preemptions
+        at_limit = [request for request in decodes if request.num_computed_tokens == request.compute_limit]
+        if at_limit:
+            new_pages = self._grow(at_limit)
+            decodes = self.running.ready_to_decode(self._in_flight)
+        for request in decodes:
+            request.num_computed_tokens += 1
+        step = ScheduledStep(self._step_id + 1, decodes, new_pages)
+        self._schedule_prompts(step, may_admit=self.num_preemptions == num_preemptions)
+        if not decodes and not step.prefills:
             return None
-        self._step_id = step_id
-        self._launched.append(step)
-        return step
+        plan = step.plan()
+        self._step_id = step.step_id
+        self._in_flight.append(step)
+        return plan
 
-    def _grow(self, step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
-        """Give a page to every decoding request, those of ``ready`` among them, that starts one in this step, the most urgent first."""
-        due = self._running.take_page_due(step_id, ready)
-        if not due:
-            return []
-        self.kv.cache_all_pages(due)
-        pages = self.kv.append_pages(due)
-        if pages is None:
-            due, pages = grow_in_turn(due, self.kv, self._running, self._preempt)
-        self._running.note_next_pages(due, step_id)
-        return [(request.slot, len(request.pages) - 1, page) for request, page in zip(due, pages)]
+    def _grow(self, at_limit: list[Request]) -> list[tuple[int, int, int]]:
+        """Give a page to each of ``at_limit`` that has steps left, preempting others if need be.
 
-    def _num_known_tokens(self, request: Request) -> int:
-        return len(request.token_ids)
+        Returns (slot, index, page) for those that got one.
+        """
+        full = sorted([request for request in at_limit if request.has_steps_left], key=by_urgency)
+        for request in at_limit:
+            if not request.has_steps_left:
+                self.running.end_decode(request)
+        for request in full:
+            self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
+        if not self.kv.append_pages(full):
+            for request in full:
+                while request.status is RequestStatus.RUNNING and not self.kv.append_pages([request]):
+                    self.preempt(self.running.least_urgent())
+            full = [request for request in full if request.status is RequestStatus.RUNNING]
+        return [(request.slot, len(request.pages) - 1, request.pages[-1]) for request in full]
+
+    def _schedule_prompts(self, step: ScheduledStep, may_admit: bool) -> None:
+        """Spend what is left of the budget on prompts by urgency, whether they are under way or have yet to enter."""
+        budget = self.max_num_batched_tokens - len(step.decodes)
+        under_way = deque(self.running.prefilling)
+        while budget > 0:
+            first = self.waiting.first() if may_admit and self.waiting and self.running.free_slots else None
+            if first is not None and (not under_way or by_urgency(first) < by_urgency(under_way[0])):
+                if not self.kv.admit(first):
+                    may_admit = False
+                    continue
+                self.waiting.pop()
+                self.running.enter(first, self._clock())
+                step.fill_slot(first)
+                request = first
+            elif under_way:
+                request = under_way.popleft()
+            else:
+                return
+            row = step.prefill(request, budget)
+            budget -= row.num_tokens
+            # Other rows may read the pages in this very step: keys and values are written before any row attends.
+            self.kv.cache_pages(request, request.num_computed_tokens)
+            if row.samples:
+                self.running.end_prefill(request)
+
+    # ---- taking in a step
 
     def commit(self, result: StepResult) -> Committed:
         """Take in the results of the oldest launched step: append tokens, end requests, free what they held."""
-        step = self._launched.popleft()
-        assert step.step_id == result.step_id, (step.step_id, result.step_id)
-        samplers = [request for request, row in step.prefills if row.samples]
-        requests = step.decodes.requests + samplers if samplers else step.decodes.requests
-        token_ids = result.token_ids
-        assert len(token_ids) == len(requests), (len(token_ids), len(requests))
-        committed, bad = Committed(), set[int]()
-        for index, entries in result.prompt_logprobs.items():  # before anybody ends by a token
-            request, row = step.prefills[index]
-            if not step.counts_for(request):
-                continue
-            if is_finite(entries):
-                committed.prompt_logprobs.append((request, row.start + 1, entries))
+        step = self._in_flight.popleft()
+        requests, token_ids, departed = step.sampling, result.token_ids, step.departed
+        assert (result.step_id, len(token_ids)) == (step.step_id, len(requests)), (result, step.step_id, len(requests))
+        self._commit_prompts(step, result)
+        if departed:
+            departed.intersection_update(requests)  # the others had no token to come from this step
+        at_limit: list[Request] = []
+        for request, token_id in zip(requests, token_ids):
+            if departed and request in departed:
+                continue  # what the step computed for it is dropped
+            known = request.token_ids
+            if token_id < 0 or token_id in request.stop_token_ids or len(known) >= request.num_plain_tokens:
+                self._take(request, token_id, step)
+                if len(known) == request.max_total_tokens and request.status is RequestStatus.RUNNING:
+                    at_limit.append(request)
             else:
-                request.error = ERRORS[TOKEN_NOT_FINITE]
-                bad.update(self._discard(request))
-                self._end(request, "error")
-                committed.finished.append(request)
-        committed.prefilled = [request for request in samplers if step.counts_for(request)]
-        is_plain = (
-            step.num_departures == self._running.num_departures
-            and not step.constrained
-            and self._running.num_watched == 0
-            and self._running.stop_token_ids.isdisjoint(token_ids)
-            and (not token_ids or min(token_ids) >= 0)
-        )
-        if is_plain:
-            lists = step.decodes.token_lists
-            token_lists = lists + [request.token_ids for request in samplers] if samplers else lists
-            deque(map(list.append, token_lists, token_ids), maxlen=0)
-            for request in samplers:
-                request.is_sound = True
-            committed.requests, committed.token_ids = requests, token_ids
-            committed.logprobs = dict(result.logprobs)
-        else:
-            bad |= commit_each(step, requests, result, committed, self._end, self._discard)
-            if bad:
-                restart_readers(bad, self.kv, self._running, self._preempt)
-        for request in step.last:
-            if step.counts_for(request):
-                self._end(request, "length")
-                committed.finished.append(request)
-        return committed
+                known.append(token_id)
+        if step.bad_pages:
+            self._restart_readers(step.bad_pages)
+        for request in at_limit:
+            self._end(request, "length")
+            step.committed.finished.append(request)
+        step.committed.add_tokens(requests, result, departed)
+        return step.committed
 
-    def _discard(self, request: Request) -> list[int]:
-        return self.kv.discard(request, self._num_good_tokens(request))
+    def _commit_prompts(self, step: ScheduledStep, result: StepResult) -> None:
+        """Take in what ``result`` says of prompts; the tokens that follow them are yet to come."""
+        for index, entries in result.prompt_logprobs.items():
+            request, row = step.prefills[index]
+            if request not in step.departed:
+                if is_finite(entries):
+                    step.committed.prompt_logprobs.append((request, row.start + 1, entries))
+                else:
+                    self._fail(request, ERRORS[TOKEN_NOT_FINITE], step, is_damaged=True)
+        num_decodes = len(step.decodes)
+        for request, token_id in zip(step.sampling[num_decodes:], result.token_ids[num_decodes:]):
+            if request not in step.departed:
+                step.committed.prefilled.append(request)
+                request.is_sound = token_id >= 0
+
+    def _take(self, request: Request, token_id: int, step: ScheduledStep) -> None:
+        """Take in a token that may be a failure, or may end its request."""
+        error = failure_of(request, token_id)
+        if error is not None:
+            self._fail(request, error, step, is_damaged=token_id == TOKEN_NOT_FINITE)
+            return
+        request.token_ids.append(token_id)
+        reasons = end_of(request)
+        if reasons is not None:
+            self._end(request, *reasons)
+            step.committed.finished.append(request)
+
+    def _fail(self, request: Request, error: str, step: ScheduledStep, is_damaged: bool) -> None:
+        """End ``request`` with ``error``. ``is_damaged``: its logits were not finite, so its pages may be bad."""
+        if is_damaged:
+            step.bad_pages.update(self.kv.discard(request))
+        self._end(request, "error", error=error)
+        step.departed.add(request)
+        step.committed.finished.append(request)
+
+    def _restart_readers(self, bad_pages: set[int]) -> None:
+        """Preempt who has ``bad_pages`` and no token to show for them: what it computed from them is as bad."""
+        while readers := [r for r in self.running.all() if not (r.is_sound or bad_pages.isdisjoint(r.pages))]:
+            for request in readers:
+                bad_pages.update(self.kv.discard(request))
+                self.preempt(request)
 
     def fail_running(self, message: str, or_first: bool = False) -> Committed:
-        """A step broke, or a change of the books was cut short, wherever it was: end every running request with an error.
+        """End every running request with an error: a step broke, or a change of the books was cut short.
 
-        What waits goes on waiting. Launched steps are forgotten, and so is all that was noted of pages and slots: it may be half done, and
-        the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if nobody runs, the first of those
-        that wait ends instead.
+        What waits goes on waiting. Launched steps are forgotten, and so are pages and slots: their books may be half
+        written, and the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if
+        nobody runs, the first of those that wait ends instead.
         """
-        waiting, failed = restart(self._requests.values(), message, or_first)
-        self._launched.clear()
+        self._begin_anew()
         self.kv.reset()
-        self._running = RunningSet(self._max_num_seqs, self.kv.page_size)
-        self._requests, self._waiting = {request.request_id: request for request in waiting.requests()}, waiting
-        return Committed(finished=failed, failure=message)
+        ended = []
+        for request in self.requests.values():
+            request.pages = []
+            if request.status is RequestStatus.WAITING:
+                self.waiting.push(request)
+            else:
+                ended.append(request)
+        if or_first and not ended and self.waiting:
+            ended.append(self.waiting.first())
+            self.waiting.remove(ended[0])
+        for request in ended:
+            if request.status is not RequestStatus.FINISHED:  # or it had ended when the books were cut short
+                request.end("error", error=message)
+        self.requests = {name: r for name, r in self.requests.items() if r.status is not RequestStatus.FINISHED}
+        return Committed(finished=ended, failure=message)
 
-    def _preempt(self, request: Request) -> None:
+    # ---- leaving
+
+    def preempt(self, request: Request) -> None:
+        """Take slot and pages from a running request, which waits again and is computed anew."""
         self._leave(request)
-        self._num_preemptions += 1
+        self.num_preemptions += 1
         request.num_preemptions += 1
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
-        self._waiting.push(request)
+        self.waiting.push(request)
 
-    def _end(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+    def _end(
+        self, request: Request, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None
+    ) -> None:
         if request.status is RequestStatus.RUNNING:
             self._leave(request)
-        request.status = RequestStatus.FINISHED
-        request.finish_reason, request.stop_reason = reason, stop_reason
-        del self._requests[request.request_id]
-
-    def _num_good_tokens(self, request: Request) -> int:
-        """Leading tokens of ``request`` whose keys and values are known to be good: those that its last token came out of."""
-        return self._num_known_tokens(request) - 1 if request.is_sound else 0
+        request.end(reason, stop_reason, error)
+        del self.requests[request.request_id]
 
     def _leave(self, request: Request) -> None:
         """Give back pages and slot. Steps in flight may still write to them: later steps run after those."""
         if request.pages:
-            num_good = self._num_good_tokens(request)
-            self.kv.cache_pages(request, num_good)
-            self.kv.free(request, num_good)
-        self._running.leave(request)
+            self.kv.free(request)
+        self.running.leave(request)
+        for step in self._in_flight:
+            step.departed.add(request)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
-from operator import attrgetter
 
-from nemo_engine.scheduler.request import Request
+from nemo_engine.scheduler.request import Request, by_urgency
 
 
 class WaitingQueue:
@@ -16,93 +14,55 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._levels: dict[int, _Level] = {}  # by priority; none is empty
-        self._heap: list[int] = []  # a heap of these, and of some that are no longer, each once
-        self._queued: set[int] = set()  # what the heap holds
+        self._preempted: list[Request] = []  # the most urgent first
+        # Requests that have not run, by priority, by client in the order of turns, and by arrival. No entry is empty.
+        self._new: dict[int, dict[str, dict[int, Request]]] = {}
+        self._priorities: list[int] = []  # the keys of _new, the smallest first
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def requests(self) -> list[Request]:
-        """All, in no order."""
-        return [request for level in self._levels.values() for request in level.requests()]
-
     def push(self, request: Request) -> None:
         """Add ``request``."""
-        level = self._levels.get(request.priority)
-        if level is None:
-            level = self._levels[request.priority] = _Level()
-            if request.priority not in self._queued:
-                self._queued.add(request.priority)
-                heapq.heappush(self._heap, request.priority)
-        level.push(request)
         self._count += 1
+        if request.num_preemptions:
+            insort(self._preempted, request, key=by_urgency)
+            return
+        if request.priority not in self._new:
+            self._new[request.priority] = {}
+            insort(self._priorities, request.priority)
+        self._new[request.priority].setdefault(request.client, {})[request.arrival] = request
 
     def first(self) -> Request:
         """The most urgent request; the queue must not be empty."""
-        while self._heap[0] not in self._levels:
-            self._queued.remove(heapq.heappop(self._heap))
-        return self._levels[self._heap[0]].first()
+        if self._preempted and not (self._priorities and self._priorities[0] < self._preempted[0].priority):
+            return self._preempted[0]
+        clients = self._new[self._priorities[0]]
+        return next(iter(next(iter(clients.values())).values()))
 
     def pop(self) -> None:
         """Take the first request out; it is the next client's turn."""
         request = self.first()
-        self._levels[request.priority].end_turn(request)
         self.remove(request)
+        clients = self._new.get(request.priority, {})
+        if not request.num_preemptions and request.client in clients:
+            clients[request.client] = clients.pop(request.client)  # goes to the end of the order
 
     def remove(self, request: Request) -> None:
         """Take out a request that waits."""
-        level = self._levels[request.priority]
-        level.remove(request)
-        if not level:
-            del self._levels[request.priority]
         self._count -= 1
-
-    def count_of(self, client: str) -> int:
-        """How many requests of ``client`` wait that have not run yet. From any thread."""
-        return sum(level.count_of(client) for level in list(self._levels.values()))
-
-
-class _Level:
-    """The waiting requests of one priority."""
-
-    def __init__(self) -> None:
-        self._preempted: list[Request] = []  # by arrival
-        self._clients: dict[
-            str, dict[int, Request]
-        ] = {}  # in the order of their turns; each by arrival, and none empty
-
-    def __bool__(self) -> bool:
-        return bool(self._preempted or self._clients)
-
-    def requests(self) -> list[Request]:
-        return [*self._preempted, *(request for own in self._clients.values() for request in own.values())]
-
-    def push(self, request: Request) -> None:
-        if request.num_preemptions:
-            insort(self._preempted, request, key=attrgetter("arrival"))
-        else:
-            self._clients.setdefault(request.client, {})[request.arrival] = request
-
-    def first(self) -> Request:
-        if self._preempted:
-            return self._preempted[0]
-        return next(iter(next(iter(self._clients.values())).values()))
-
-    def end_turn(self, request: Request) -> None:
-        """``request`` is about to leave by its turn: those of its client that stay go behind the other clients'."""
-        if not request.num_preemptions:
-            self._clients[request.client] = self._clients.pop(request.client)
-
-    def remove(self, request: Request) -> None:
         if request.num_preemptions:
             self._preempted.remove(request)
             return
-        own = self._clients[request.client]
-        del own[request.arrival]
-        if not own:
-            del self._clients[request.client]
+        clients = self._new[request.priority]
+        del clients[request.client][request.arrival]
+        if not clients[request.client]:
+            del clients[request.client]
+        if not clients:
+            del self._new[request.priority]
+            self._priorities.remove(request.priority)
 
     def count_of(self, client: str) -> int:
-        return len(self._clients.get(client, ()))
+        """How many requests of ``client`` wait that have not run yet. From any thread."""
+        return sum(len(clients.get(client, ())) for clients in list(self._new.values()))

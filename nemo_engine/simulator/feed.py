@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from nemo_engine.sampling_params import SamplingParams
-from nemo_engine.simulator.scheduler import ANSWER, SimulatedRequest
+from nemo_engine.simulator.scheduler import SimulatedRequest
 from nemo_engine.workload import Arrivals, Item
 from nemo_engine.workload.items import Messages
 
@@ -75,7 +75,6 @@ class Contents:
             code = self._prefix_codes.setdefault(item.prefix, _FIRST_PREFIX_CODE - len(self._prefix_codes))
             tokens = [code] * item.prefix_tokens
         ids = self._ids(conversation)
-        num_varied = len(tokens) if isinstance(turn.prompt, int) else None
         tokens = [*tokens, *ids] if tokens else list(ids)
         params = self._params.get(turn.output_tokens)
         if params is None:
@@ -84,9 +83,9 @@ class Contents:
             params = SamplingParams(temperature=0.0, max_tokens=turn.output_tokens, ignore_eos=True)
             self._params[turn.output_tokens] = params
         self._num_requests += 1
-        request = SimulatedRequest(str(self._num_requests), tokens, params, item.priority, arrived_s, num_varied)
-        request.origin = conversation
-        return request
+        return SimulatedRequest(
+            str(self._num_requests), tokens, params, priority=item.priority, arrived_s=arrived_s, origin=conversation
+        )
 
 
 class Feed:
@@ -164,8 +163,3 @@ class Feed:
             self._push(now + turns[conversation.turn].think_s, conversation)
         elif self._arrivals.kind == "closed":
             self._start_next(now)
-
-
-def answered(token_ids: list[int], total: int) -> list[int]:
-    """``token_ids`` with the answer's, up to ``total``."""
-    return token_ids + [ANSWER] * (total - len(token_ids))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from nemo_engine.planner.roofline import StepCost
 from nemo_engine.scheduler import Request
-from nemo_engine.simulator.scheduler import SimulatedRequest, VirtualScheduler
+from nemo_engine.simulator.scheduler import ANSWER, SimulatedRequest, SteadyRun, VirtualScheduler
 from nemo_engine.simulator.statistics import Sketch, Timeline
+from nemo_engine.step import StepPlan, StepResult
 
 _TIMELINE = ("running", "waiting", "kv_used", "decode_rows")
 
@@ -47,6 +48,7 @@ class Replica:
     ) -> None:
         self.now = 0.0
         self.scheduler = VirtualScheduler(
+            has_overlap=shape.pipeline_depth > 1,
             num_pages=shape.num_pages,
             page_size=shape.page_size,
             max_num_seqs=shape.max_num_seqs,
@@ -66,12 +68,12 @@ class Replica:
         self._cost = cost
         self._on_finish = on_finish
         self._device_free = 0.0
-        self._in_flight: deque[tuple[float, int]] = deque()  # (end, decode rows)
+        self._in_flight: deque[tuple[float, StepPlan]] = deque()  # with the time at which it is done
         self._lines: dict[int, tuple[float, float, float]] = {}
         self._is_blocked = False  # the first of those that wait found no room, and nothing was freed since
         # Behind the scheduler's own queue, so that a long queue costs no token lists: (priority, order, makes the request).
         self._held: list[tuple[int, int, Callable[[], SimulatedRequest]]] = []
-        self._num_submitted = 0
+        self._num_submitted = self._num_finished = 0
         self._urgency_inside = (-(1 << 62), 0)  # no request in the scheduler's queue is less urgent
         self._room = shape.max_num_seqs + 8  # as many as one step could admit
 
@@ -84,7 +86,7 @@ class Replica:
         self.num_unfinished += 1
         self._num_submitted += 1
         key = (priority, self._num_submitted)
-        if key > self._urgency_inside and (self._held or self.scheduler.num_waiting >= self._room):
+        if key > self._urgency_inside and (self._held or len(self.scheduler.waiting) >= self._room):
             heapq.heappush(self._held, (*key, make))
         else:
             self._enter(key, make)
@@ -97,21 +99,17 @@ class Replica:
     def run_until(self, limit: float, max_ends: float = float("inf")) -> None:
         """Plan and commit steps while ``now`` is before ``limit``, until nothing is left, or until so many requests ended."""
         scheduler, in_flight, depth = self.scheduler, self._in_flight, self._shape.pipeline_depth
-        ends = 0
-        while self.now < limit and self.num_unfinished and ends < max_ends:
-            while self._held and scheduler.num_waiting < self._room:
+        stop = self._num_finished + max_ends
+        while self.now < limit and self.num_unfinished and self._num_finished < stop:
+            while self._held and len(scheduler.waiting) < self._room:
                 priority, order, make = heapq.heappop(self._held)
                 self._enter((priority, order), make)
-            if scheduler.num_waiting == 0 or self._is_blocked:
-                while self._jump(limit):
-                    pass
-                if self.now >= limit:
-                    return
+            if (self._is_blocked or not scheduler.waiting) and self._jump(limit):
+                continue
             if self._launch() and len(in_flight) < depth:
                 continue
             assert in_flight, "requests wait, and nothing runs"
-            end, num_decodes = in_flight.popleft()
-            ends += self._commit(end, num_decodes)
+            self._commit(*in_flight.popleft())
 
     def _line(self, num_decodes: int) -> tuple[float, float, float]:
         """Of a step of decode rows: seconds, seconds per token of context, seconds of the host."""
@@ -126,12 +124,12 @@ class Replica:
         """Plan a step and put its end on the clock; False if there is none."""
         scheduler = self.scheduler
         num_preemptions = scheduler.num_preemptions
-        step = scheduler.plan_step()
-        if step is None:
+        plan = scheduler.schedule()
+        if plan is None:
             return False
-        num_decodes = len(step.decodes.requests)
-        if step.prefills:
-            chunks = [(row.start, row.num_tokens) for _, row in step.prefills]
+        num_decodes = len(plan.decode_slots)
+        if plan.prefills:
+            chunks = [(row.start, row.num_tokens) for row in plan.prefills]
             seconds = self._cost.step_seconds(num_decodes, scheduler.step_context, chunks)
             host = self._cost.host_seconds(num_decodes + len(chunks))
             self.num_prefill_tokens += sum([count for _, count in chunks])
@@ -139,80 +137,88 @@ class Replica:
         else:
             base, slope, host = self._line(num_decodes)
             seconds = base + slope * scheduler.step_context
-            self._is_blocked = scheduler.num_waiting > 0 and scheduler.num_preemptions == num_preemptions
+            self._is_blocked = len(scheduler.waiting) > 0 and scheduler.num_preemptions == num_preemptions
         self.now += host
         start = max(self._device_free, self.now)
         self._device_free = start + seconds
         self.busy_s += seconds
-        self._in_flight.append((self._device_free, num_decodes))
+        self._in_flight.append((self._device_free, plan))
         return True
 
-    def _commit(self, end: float, num_decodes: int) -> int:
-        """A step is done: its tokens are out. Returns how many requests ended."""
+    def _commit(self, end: float, plan: StepPlan) -> None:
+        """A step is done: its tokens are out."""
         scheduler = self.scheduler
         now = max(self.now, end)
         before = scheduler.last_commit_s
         numbers = self._numbers()  # until now: before requests leave
-        prefilled, finished, in_vain = scheduler.commit_oldest()
-        num_decodes -= in_vain
+        num_tokens = len(plan.decode_slots) + sum([row.samples for row in plan.prefills])
+        committed = scheduler.commit(StepResult(plan.step_id, [ANSWER] * num_tokens))
+        num_decodes = len(committed.requests) - len(committed.prefilled)
         if num_decodes:
             self.itl.add(now - before, num_decodes)
         self.num_steps += 1
         self.num_decode_tokens += num_decodes
         self.timeline.add(before, now - before, (*numbers, num_decodes))
         self.now = scheduler.last_commit_s = now
-        for request in prefilled:
+        for request in committed.prefilled:
             assert isinstance(request, SimulatedRequest)
             if request.first_token_s is None:
                 request.first_token_s = now
             elif request.last_token_s is not None:
                 self.itl.add(now - request.last_token_s)
-        for request in finished:
+        for request in committed.finished:
             self._finish(request, now)
-        return len(finished)
 
     def _finish(self, request: Request, now: float) -> None:
         assert isinstance(request, SimulatedRequest)
         request.last_token_s = now
         self.num_unfinished -= 1
+        self._num_finished += 1
         self._is_blocked = False
         self._on_finish(request, now)
 
     def _numbers(self) -> tuple[int, int, float]:
         """Requests that run and that wait, and the part of the pages in use."""
         scheduler = self.scheduler
-        waiting = scheduler.num_waiting + len(self._held)
-        return scheduler.num_running, waiting, scheduler.num_used_pages / self._shape.num_pages
+        waiting = len(scheduler.waiting) + len(self._held)
+        return len(scheduler.running), waiting, self._num_used_pages() / self._shape.num_pages
+
+    def _num_used_pages(self) -> int:
+        return self._shape.num_pages - self.scheduler.kv.pool.num_free
 
     def _jump(self, limit: float) -> bool:
-        """Go through the coming steps in which requests decode and start pages and nothing else happens, without planning any.
+        """Go through the coming steps of a ``SteadyRun`` without planning any; False if there is none.
 
-        Returns whether there were any: up to ``limit`` at most, or to the end of an interval of the timeline.
+        It goes up to ``limit`` at most, to the end of an interval of the timeline, and until requests end.
         """
-        scheduler = self.scheduler
-        if len(self._in_flight) != self._shape.pipeline_depth - 1 or not scheduler.is_steady:
+        scheduler, running = self.scheduler, self.scheduler.running
+        has_prefills = running.prefilling or any([plan.prefills for _, plan in self._in_flight])
+        if has_prefills or not running.decoding or len(self._in_flight) != self._shape.pipeline_depth - 1:
             return False
-        pages, ends = scheduler.calendars
         # A page that is filled may be what a request waits for.
-        may_grow = scheduler.num_waiting == 0 or not scheduler.has_free_slot
-        step = done = first = scheduler.next_step
-        num_decodes = scheduler.num_decoding
-        base, slope, host = self._line(num_decodes)
-        context, now, free = scheduler.context, self.now, self._device_free
-        start = before = scheduler.last_commit_s
+        may_grow = not scheduler.waiting or len(running) == self._shape.max_num_seqs
+        run = SteadyRun(scheduler)
+        start = scheduler.last_commit_s
         limit = min(limit, self.timeline.end_of_interval(start))
+        due, step = scheduler.calendar.due, run.first_step
+        if self.now >= limit or (step in due and not run.meet(step, may_grow)):
+            return False
+        now, before, free = self.now, start, self._device_free
+        num_decodes, context = len(run.requests), run.context
+        base, slope, host = self._line(num_decodes)
         pending = self._in_flight[0][0] if self._in_flight else None
         busy = used_s = 0.0
-        used = scheduler.num_used_pages
-        gaps = []
-        while now < limit and step not in ends:
-            if step in pages:
-                scheduler.skip(step - done)
-                done = step
-                if not may_grow or not scheduler.grow():
+        used = self._num_used_pages()
+        gaps: list[float] = []
+        while now < limit and not (run.ending and gaps):
+            if step in due:
+                if not run.meet(step, may_grow):
                     break
-                used = scheduler.num_used_pages
+                used = self._num_used_pages()
             step += 1
+            if run.ending and pending is not None:  # this step is already without them
+                base, slope, host = self._line(num_decodes - len(run.ending))
+                context -= sum([request.max_total_tokens for request in run.ending])
             now += host
             seconds = base + slope * context
             busy += seconds
@@ -228,23 +234,23 @@ class Replica:
             gaps.append(gap)
             used_s += gap * used
             before = now
-        if not gaps:
-            return False
-        scheduler.skip(step - done)
         self.itl.add_all(gaps, num_decodes)
-        running, waiting, _ = self._numbers()
+        running_now, waiting, _ = self._numbers()
         mean_used = used_s / (now - start) / self._shape.num_pages if now > start else 0.0
-        self.timeline.add(start, now - start, (running, waiting, mean_used, num_decodes))
+        self.timeline.add(start, now - start, (running_now, waiting, mean_used, num_decodes))
         if pending is not None:
-            self._in_flight[0] = (pending, num_decodes)
+            self._in_flight[0] = (pending, self._in_flight[0][1])
         self.now = scheduler.last_commit_s = now
         self._device_free = free
         self.busy_s += busy
-        self.num_steps += step - first
-        self.num_decode_tokens += (step - first) * num_decodes
+        self.num_steps += len(gaps)
+        self.num_decode_tokens += len(gaps) * num_decodes
+        run.end(len(gaps))
+        for request in run.ending:
+            self._finish(request, now)
         return True
 
     def num_matching_pages(self, request: Request) -> int:
         """Leading pages of ``request`` that the prefix cache has now."""
         kv = self.scheduler.kv
-        return len(kv._match(request)) if kv.enable_prefix_caching else 0
+        return len(kv.match(request)) if kv.enable_prefix_caching else 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from nemo_engine.planner.roofline import StepCost
-from nemo_engine.simulator.feed import Contents, Conversation, Encode, Feed, answered
+from nemo_engine.simulator.feed import Contents, Conversation, Encode, Feed
 from nemo_engine.simulator.replica import EngineShape, Replica
 from nemo_engine.simulator.results import Results, Tally
 from nemo_engine.simulator.routing import Router
@@ -136,7 +136,7 @@ class _Simulation:
         conversation = request.origin
         assert isinstance(conversation, Conversation)
         is_last = conversation.turn + 1 == len(conversation.item.turns)
-        self._ended(conversation, [] if is_last else answered(request.token_ids, request.max_total_tokens), now)
+        self._ended(conversation, [] if is_last else request.token_ids, now)
 
     def _ended(self, conversation: Conversation, token_ids: list[int] | None, now: float) -> None:
         assert self.feed is not None

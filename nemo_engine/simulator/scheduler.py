@@ -1,241 +1,202 @@
-"""The real scheduler on a virtual clock: its decisions, page for page, without the tokens that nobody looks at.
+"""The real scheduler on a virtual clock. It decides as ever; what is added here is what a simulation wants to know.
 
-``Scheduler`` decides; nothing of that is written again here. What differs is the bookkeeping around it, for speed:
-
-* A decoding request is given its tokens when somebody will look at them (it is preempted), not in every step.
-* The sum of all contexts is kept as requests come and go.
-* Pages are known by a quicker hash, for which a page of equal tokens need not be looked at token by token.
-* A step is kept as it was decided; no plan for a device is made of it.
-* Steps in which requests decode and start pages, and nothing else is due, can be passed over: the pages are given as ever, by ``_grow``.
-
-So this class reads and writes what ``Scheduler`` and ``RunningSet`` keep to themselves; a change there is noticed by
-``tests/simulator/test_scheduler.py``, which holds every decision against the plain scheduler's.
+``SteadyRun`` passes over steps in which requests decode and start pages and nothing else happens: it leaves requests
+and pages as the scheduler would have left them. ``Calendar`` says how far it may go without a look at every request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_engine.outputs import CacheReport
-from nemo_engine.sampling_params import SamplingParams
-from nemo_engine.scheduler import Request, Scheduler
+from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
 from nemo_engine.scheduler.kv_manager import KVManager
-from nemo_engine.scheduler.planned_step import PlannedStep
+from nemo_engine.scheduler.request import by_urgency
+from nemo_engine.step import StepPlan, StepResult
 
 ANSWER = 0  # the id of every generated token
-_NO_REPORT = CacheReport(1, 0, 0, None)
-_NEVER = -(1 << 60)  # the offset of a request that does not decode
 
 
-class _QuickKVManager(KVManager):
+class QuickKVManager(KVManager):
     """Knows pages by Python's hash of their tokens in place of a cryptographic one."""
 
-    def _extend_hashes(self, request: Request, num_pages: int) -> None:
-        assert isinstance(request, SimulatedRequest)
+    def extend_hashes(self, request: Request, num_pages: int) -> None:
+        """As there. Many pages are one token over and over, which then stands for all."""
         hashes: list[Any] = request.page_hashes
-        size, tokens, num_prompt = self.page_size, request.token_ids, request.num_prompt_tokens
-        parent = hashes[-1] if hashes else 0
+        size, tokens, num_prompt_tokens = self.page_size, request.token_ids, request.num_prompt_tokens
         for start in range(len(hashes) * size, num_pages * size, size):
-            # Of a page of equal tokens, the token stands for all.
-            if start >= num_prompt:
-                parent = hash((parent, ANSWER))
-            elif start >= request.num_varied and start + size <= num_prompt:
-                parent = hash((parent, tokens[start]))
-            else:
-                page = tokens[start : start + size]
-                page += [ANSWER] * (size - len(page))
-                is_uniform = page.count(page[0]) == size
-                parent = hash((parent, page[0]) if is_uniform else (parent, *page))
-            hashes.append(parent)
-
-    def cache_all_pages(self, requests: Sequence[Request]) -> None:
-        # Only what was generated last may be unknown, so all that the pages hold is known, in or out of ``token_ids``.
-        if not self.enable_prefix_caching:
-            return
-        pages, page_hashes = [], []
-        for request in requests:
-            first, known = request.num_hashed_pages, request.page_hashes
-            end = len(request.pages)
-            if len(known) == end - 1 and first * self.page_size >= request.num_prompt_tokens:
-                known.append(hash((known[-1], ANSWER)))  # type: ignore[arg-type]
-            elif len(known) < end:
-                self._extend_hashes(request, end)
-            pages += request.pages[first:]
-            page_hashes += known[first:end]
-            request.num_hashed_pages = end
-        self.pool.remember(pages, page_hashes)
-        self.pool.doubt(pages)
-
-    def _report(self, request: Request, num_matched: int, reads_cache: bool) -> CacheReport:
-        return _NO_REPORT  # nobody asks
+            parent = hashes[-1] if hashes else 0
+            if start >= num_prompt_tokens:
+                hashes.append(hash((parent, ANSWER)))
+                continue
+            page = tokens[start : start + size]
+            hashes.append(hash((parent, page[0]) if page.count(page[0]) == size else (parent, *page)))
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class SimulatedRequest(Request):
-    """A request with the times at which things happened to it, in seconds of the virtual clock.
+    """A request with the times at which things happened to it, in seconds of the virtual clock."""
 
-    num_varied: leading tokens of the prompt that may differ; all that follow are equal. ``token_ids`` lacks generated tokens, all of
-    which are ``ANSWER``.
+    arrived_s: float = field(default=0.0, kw_only=True)
+    origin: Any = field(default=None, kw_only=True)  # what it was made from, for whoever made it
+    first_token_s: float | None = field(init=False, default=None)
+    last_token_s: float | None = field(init=False, default=None)  # set where it is preempted or ends
+    num_computed_before: int = field(init=False, default=0)  # the most that it had computed when it was preempted
+    num_passed_over: int = field(init=False, default=0)  # steps of the present ``SteadyRun`` that it has taken
+
+
+class Calendar:
+    """The steps at which decoding requests are due: they start a page in it, or end when a step is committed after it.
+
+    Steps are counted from the first. ``has_overlap``: a step stays in flight while the next one is planned. So a request
+    is due to end in the step after its last one; without overlap, in its last one.
     """
 
-    __slots__ = ("arrived_s", "first_token_s", "last_token_s", "num_computed_before", "num_varied", "origin")
+    def __init__(self, has_overlap: bool) -> None:
+        self.has_overlap = has_overlap
+        self.num_steps = 0  # planned or passed over
+        # Of the steps to come. A request that was preempted may still be here; ``take`` leaves it out.
+        self.due: dict[int, set[SimulatedRequest]] = {}
 
-    def __init__(
-        self,
-        request_id: str,
-        token_ids: list[int],
-        params: SamplingParams,
-        priority: int,
-        arrived_s: float,
-        num_varied: int | None = None,
-    ) -> None:
-        super().__init__(request_id, token_ids, params, priority=priority)
-        self.decode_offset = _NEVER
-        self.num_varied = self.num_prompt_tokens if num_varied is None else num_varied
-        self.num_computed_before = 0  # the most that it had computed when it was preempted
-        self.arrived_s = arrived_s
-        self.first_token_s: float | None = None
-        self.last_token_s: float | None = None
-        self.origin: object = None
+    def add(self, request: SimulatedRequest) -> None:
+        """``request`` decodes from now on, or is due at another step than it was."""
+        self.due.setdefault(self._step_of(request), set()).add(request)
+
+    def take(self, step: int) -> list[SimulatedRequest]:
+        """Take out the requests that are due at ``step``; those that stay are to be added again."""
+        requests = self.due.pop(step, ())
+        return [r for r in requests if r.status is RequestStatus.RUNNING and self._step_of(r) == step]
+
+    def step_is_planned(self) -> None:
+        """The next step is planned as ever: those that were due in it have their pages."""
+        requests = self.due.pop(self.num_steps, ())
+        self.num_steps += 1
+        for request in requests:
+            if request.status is RequestStatus.RUNNING and request.has_steps_left:
+                self.add(request)
+
+    def _step_of(self, request: SimulatedRequest) -> int:
+        step = request.compute_limit - request.num_computed_tokens + request.num_passed_over + self.num_steps
+        # The last token's key and value are never computed.
+        return step if self.has_overlap or request.compute_limit < request.max_total_tokens - 1 else step - 1
 
 
 class VirtualScheduler(Scheduler):
-    """Requests end by their ``max_tokens`` only, and nothing but ``commit_oldest`` commits."""
+    """A scheduler of ``SimulatedRequest``, which end by their ``max_tokens`` only.
 
-    context = 0  # keys that the decoding requests attend to in the next step
-    step_context = 0  # the same, of the step that was planned last
-    committed_step = 0
-    num_recomputed_tokens = 0  # in prefills, of what had been computed before a preemption
-    last_commit_s = 0.0  # set by whoever keeps the clock
+    ``has_overlap``: whether a step stays in flight while the next one is planned.
+    """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, has_overlap: bool, **options: Any) -> None:
         super().__init__(**options)
-        self.kv = _QuickKVManager(options["num_pages"], options["page_size"], options["enable_prefix_caching"])
-        self._in_vain: dict[int, int] = {}  # decode rows of requests that were preempted since, by launched step
+        self.kv = QuickKVManager(options["num_pages"], options["page_size"], options["enable_prefix_caching"])
+        self.calendar = Calendar(has_overlap)
+        self.step_context = 0  # keys to which the decode rows of the last plan attend
+        self.num_recomputed_tokens = 0  # in prefills, of what had been computed before a preemption
+        self.last_commit_s = 0.0  # set by whoever keeps the clock
+
+    def schedule(self) -> StepPlan | None:
+        """As there."""
+        plan = super().schedule()
+        if plan is None:
+            return None
+        self.calendar.step_is_planned()
+        # Those that decode for the first time in the next step come last.
+        decoding = self.running.decoding[: len(plan.decode_slots)]
+        self.step_context = sum([request.num_computed_tokens for request in decoding])
+        if self.num_preemptions and plan.prefills:
+            requests = {request.slot: request for request in self.running.all()}
+            for row in plan.prefills:
+                request = requests[row.slot]
+                assert isinstance(request, SimulatedRequest)
+                end = min(row.start + row.num_tokens, request.num_computed_before)
+                self.num_recomputed_tokens += max(0, end - row.start)
+        return plan
+
+    def commit(self, result: StepResult) -> Committed:
+        """As there."""
+        committed = super().commit(result)
+        for request in committed.prefilled:
+            assert isinstance(request, SimulatedRequest)
+            self.calendar.add(request)
+        return committed
+
+    def preempt(self, request: Request) -> None:
+        """As there."""
+        assert isinstance(request, SimulatedRequest)
+        request.num_computed_before = max(request.num_computed_before, request.num_computed_tokens)
+        if request.is_sound:  # it has had a token since it was let in, the last one when all had theirs
+            request.last_token_s = self.last_commit_s
+        super().preempt(request)
+
+
+class SteadyRun:
+    """The coming steps in which the requests that run decode and start pages, up to a step after which one ends.
+
+    To be made when all of them have had a token since they were let in. Steps are numbered as in ``Calendar``.
+    """
+
+    def __init__(self, scheduler: VirtualScheduler) -> None:
+        self.requests: list[Any] = scheduler.running.decoding[:]  # SimulatedRequest
+        self.ending: list[SimulatedRequest] = []  # after the last of these steps
+        self._scheduler = scheduler
+        self._calendar = scheduler.calendar
+        self.first_step = scheduler.calendar.num_steps
+        self._grown: list[SimulatedRequest] = []  # those that have started a page
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that wait here."""
-        return len(self._waiting)
+    def context(self) -> int:
+        """Keys to which the rows of the first step attend."""
+        computed: list[int] = [request.num_computed_tokens for request in self.requests]
+        return sum(computed) + len(computed)
 
-    @property
-    def num_running(self) -> int:
-        """Requests that hold a slot."""
-        return len(self._running)
+    def meet(self, step: int, may_grow: bool) -> bool:
+        """Give pages to those that start one in ``step``, and set ``ending``.
 
-    @property
-    def num_decoding(self) -> int:
-        """Requests that take part in every step."""
-        return len(self._running._decoding)
-
-    @property
-    def has_free_slot(self) -> bool:
-        """Whether a request that waits could enter if there are pages for it."""
-        return self._running.has_free_slot
-
-    @property
-    def num_used_pages(self) -> int:
-        """Pages that requests hold."""
-        return self.kv.pool.num_pages - self.kv.pool.num_free
-
-    @property
-    def num_preemptions(self) -> int:
-        """So far."""
-        return self._num_preemptions
-
-    def plan_step(self) -> PlannedStep | None:
-        """As ``schedule``, without the plan for the device half."""
-        step = self._plan_step()
-        if step is not None:
-            self.step_context = self.context
-            self.context += len(step.decodes.requests)
-            for request in step.last:
-                if request.decode_offset != _NEVER:
-                    self.context -= request.num_computed_tokens + 1
-            for request, row in step.prefills:
-                if row.samples and request.decode_offset != _NEVER:
-                    self.context += row.start + row.num_tokens + 1
-                if request.num_preemptions:
-                    assert isinstance(request, SimulatedRequest)
-                    again = min(row.start + row.num_tokens, request.num_computed_before) - row.start
-                    self.num_recomputed_tokens += max(0, again)
-        return step
-
-    def commit_oldest(self) -> tuple[list[Request], list[Request], int]:
-        """The oldest launched step is done: (requests that it gave a token after a prefill, requests that it ended, decode rows in vain)."""
-        step = self._launched.popleft()
-        self.committed_step = step.step_id
-        prefilled = []
-        for request, row in step.prefills:
-            if row.samples and step.counts_for(request):
-                request.token_ids.append(ANSWER)
-                request.is_sound = True
-                prefilled.append(request)
-        finished = [request for request in step.last if step.counts_for(request)]
-        for request in finished:
-            self._end(request, "length")
-        return prefilled, finished, self._in_vain.pop(step.step_id, 0)
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether the next step repeats the one before unless something is due in it: nobody prefills, leaves or has just begun to decode."""
-        running = self._running
-        if running.prefilling or not running._decoding:
+        False, and nothing is done, if pages are to be given and lack or ``may_grow`` is false, or if no request is left.
+        """
+        due = self._calendar.take(step)
+        growing = [r for r in due if r.compute_limit < r.max_total_tokens - 1]
+        # Without overlap, a request may start a page in its last step.
+        last = 1 if self._calendar.has_overlap else 2
+        ending = [r for r in due if r.compute_limit >= r.max_total_tokens - last]
+        kv = self._scheduler.kv
+        if (growing and not may_grow) or len(growing) > kv.pool.num_free or len(ending) == len(self.requests):
+            for request in due:
+                self._calendar.add(request)
             return False
-        return not any(step.prefills or step.last for step in self._launched)
-
-    @property
-    def next_step(self) -> int:
-        """The number of the step that is planned next."""
-        return self._step_id + 1
-
-    @property
-    def calendars(self) -> tuple[Container[int], Container[int]]:
-        """The steps in which a request starts a page, and those that are the last of one."""
-        return self._running._page_due, self._running._last_due
-
-    def skip(self, count: int) -> None:
-        """Plan and commit ``count`` steps in which nothing is due that is not done already; as many stay in flight as were."""
-        self._step_id += count
-        self.committed_step += count
-        self.context += count * len(self._running._decoding)
-        for step in self._launched:
-            step.step_id += count
-
-    def grow(self) -> bool:
-        """Give a page to every request that starts one in the next step; False, and nothing is done, if there may be too few."""
-        step_id = self._step_id + 1
-        if len(self._running._page_due.get(step_id, ())) > self.kv.pool.num_free:
-            return False
-        self._grow(step_id, [])
+        growing.sort(key=by_urgency)
+        num_passed_over = step - self.first_step
+        self._decode(growing, num_passed_over)
+        for request in growing:
+            request.num_passed_over = num_passed_over
+            kv.cache_pages(request, request.num_computed_tokens)
+        kv.append_pages(growing)
+        for request in growing:
+            if request not in ending:
+                self._calendar.add(request)
+        self._grown += growing
+        self.ending = sorted(ending, key=self.requests.index)
         return True
 
-    def _settle(self, request: Request) -> None:
-        """Give ``request`` the tokens that committed decode steps made for it."""
-        missing = self.committed_step + request.decode_offset + 2 - len(request.token_ids)
-        if missing > 0:
-            request.token_ids += [ANSWER] * missing
+    def end(self, num_steps: int) -> None:
+        """Leave everything as ``num_steps`` steps would have left it, all but the one in flight committed."""
+        self._decode(self.requests, num_steps)
+        self._calendar.num_steps += num_steps
+        for request in self._grown:
+            request.num_passed_over = 0
+        for request in self.ending:
+            self._scheduler.finish(request.request_id, "length")
 
-    def _num_known_tokens(self, request: Request) -> int:
-        if request.decode_offset == _NEVER:
-            return len(request.token_ids)
-        known = self.committed_step + request.decode_offset + 2
-        return known if known > len(request.token_ids) else len(request.token_ids)
-
-    def _preempt(self, request: Request) -> None:
-        assert isinstance(request, SimulatedRequest)
-        request.num_computed_before = max(request.num_computed_before, self.num_computed_tokens(request))
-        if self._running.is_decoding(request):
-            self._settle(request)
-            self.context -= self._step_id + request.decode_offset + 2
-            for step in self._launched:
-                if request in step.decodes.requests:
-                    self._in_vain[step.step_id] = self._in_vain.get(step.step_id, 0) + 1
-            is_prefill_out = all(request is not other for step in self._launched for other, _ in step.prefills)
-            if is_prefill_out:
-                request.last_token_s = self.last_commit_s
-        super()._preempt(request)
-
-    def _leave(self, request: Request) -> None:
-        super()._leave(request)
-        request.decode_offset = _NEVER
+    @staticmethod
+    def _decode(requests: list[Any], num_steps: int) -> None:
+        """Bring ``requests`` to where they are after ``num_steps`` of these steps."""
+        answers = [ANSWER] * num_steps
+        for request in requests:
+            if request.num_passed_over:
+                count = num_steps - request.num_passed_over
+                request.num_computed_tokens += count
+                request.token_ids += answers[:count]
+            else:
+                request.num_computed_tokens += num_steps
+                request.token_ids += answers

@@ -15,7 +15,7 @@ from nemo_engine.benchmarks.scheduler import DecodeLoop, longest_output, timed_s
 from nemo_engine.benchmarks.stage_times import StageTimes
 from nemo_engine.cli import main
 from nemo_engine.scheduler import Scheduler
-from nemo_engine.scheduler.invariants import check
+from tests.scheduler.invariants import check
 
 
 def bench(path: Path, *options: object) -> tuple[int, list[dict[str, Any]]]:

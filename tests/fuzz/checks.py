@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nemo_engine import CompletionOutput, Logprob, RequestOutput, RequestOutputKind, SamplingParams
 from nemo_engine.outputs import NO_TOKEN_LEFT
-from nemo_engine.scheduler.invariants import check
+from tests.scheduler.invariants import check
 
 if TYPE_CHECKING:
     from fuzz.play import Player

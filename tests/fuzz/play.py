@@ -20,7 +20,7 @@ from fuzz.texts import TEKKEN
 
 from nemo_engine import Engine, RequestOutput, SamplingParams
 from nemo_engine.scheduler import Request
-from nemo_engine.scheduler.invariants import check
+from tests.scheduler.invariants import check
 
 
 class PlantedError(RuntimeError):

@@ -130,14 +130,14 @@ def test_keys_made_of_clients_ids(monkeypatch: pytest.MonkeyPatch, form: str, is
 
 
 def test_prefixes_that_are_found_across_salts(monkeypatch: pytest.MonkeyPatch) -> None:
-    extend = KVManager._extend_hashes
+    extend = KVManager.extend_hashes
 
     def unsalted(self: KVManager, request: Request, count: int) -> None:
         salt, request.cache_salt = request.cache_salt, b""
         extend(self, request, count)
         request.cache_salt = salt
 
-    monkeypatch.setattr(KVManager, "_extend_hashes", unsalted)
+    monkeypatch.setattr(KVManager, "extend_hashes", unsalted)
     assert "content that no request had" in found(SEEDS)
 
 

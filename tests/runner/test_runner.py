@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.model.loading import load_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.runner import runner as runner_module
-from nemo_engine.runner.runner import Runner
+from nemo_engine.runner.runner import Runner, StepRows
 from nemo_engine.runner.sampler import Sampler
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, PrefillRow, SlotFill, StepPlan, StepResult
@@ -173,18 +174,28 @@ def test_a_mixed_batch_equals_each_request_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.stack(logits[row]), torch.stack(right_logits), rtol=0, atol=1e-11)
 
 
-def test_the_same_slots_decode_on_without_anything_in_the_plan(tmp_path: Path) -> None:
-    """The device keeps the counters: a plan of decode rows is the same tuple, whether or not the runner sees it is."""
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_the_same_slots_decode_on_without_anything_in_the_plan(
+    is_sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device keeps the counters, and rows that stay are uploaded once, also where plans come from another process."""
     config = tiny_config()
     ids = random_ids(20)
+    packed: list[Any] = []
+    pack = StepRows.pack
+    monkeypatch.setattr(StepRows, "pack", staticmethod(lambda *args: packed.append(args) or pack(*args)))
     results = []
-    for fresh in (False, True):
+    for slots in ((2, 5), (5, 2)):
         runner = make_runner(tmp_path, config)
         run(runner, StepPlan(0, (), (PrefillRow(2, 0, 20, True), PrefillRow(5, 0, 3, True)),
                              (fill(2, ids, (3, 4, 5)), fill(5, ids[:3], (6, 7)))))  # fmt: skip
-        slots = (2, 5)
-        results.append([run(runner, StepPlan(i, tuple(list(slots)) if fresh else slots)).token_ids for i in range(12)])
-    assert results[0] == results[1]
+        packed.clear()
+        plans = [StepPlan(number, slots) for number in range(12)]
+        if is_sent:
+            plans = [pickle.loads(pickle.dumps(plan)) for plan in plans]
+        results.append([run(runner, plan).token_ids for plan in plans])
+        assert len(packed) == 1
+    assert results[0] == [pair[::-1] for pair in results[1]]
     assert len({tuple(pair) for pair in results[0]}) > 1
 
 

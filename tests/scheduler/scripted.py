@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from nemo_engine.scheduler import Request
-from nemo_engine.scheduler.repetition import ends_in_repetition
+from nemo_engine.scheduler.token_rules import ends_in_repetition
 from nemo_engine.step import TOKEN_ALL_MASKED, SlotFill, StepPlan, StepResult
 
 VOCAB = 11

@@ -11,8 +11,8 @@ import pytest
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
-from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import TOKEN_ALL_MASKED, StepPlan, StepResult
+from tests.scheduler.invariants import check
 from tests.scheduler.scripted import ScriptedGrammar
 from tests.scheduler.test_units import count_calls, make_scheduler, steady
 
@@ -60,7 +60,7 @@ def play(scheduler: Scheduler, depth: int, steps: int = 10**6, token: int = 7) -
         plan = scheduler.schedule()
         check(scheduler)
         if plan is not None:
-            by_slot = {request.slot: request.request_id for request in scheduler._running.requests()}
+            by_slot = {request.slot: request.request_id for request in scheduler.running.all()}
             slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
             played.append((plan, {by_slot[slot] for slot in slots}))
             in_flight.append(plan)
@@ -108,9 +108,7 @@ def test_those_that_come_later_join_the_others_in_one_step(before: int) -> None:
             scheduler.add(make("b", Log()))
         plan = scheduler.schedule()
         assert plan is not None
-        together.append(
-            {"a", "b"} & {r.request_id for r in scheduler._running.requests() if r.slot in plan.decode_slots}
-        )
+        together.append({"a", "b"} & {r.request_id for r in scheduler.running.all() if r.slot in plan.decode_slots})
         in_flight.append(plan)
         if len(in_flight) == 2:
             commit(scheduler, in_flight.popleft(), 7)
@@ -126,7 +124,7 @@ def test_a_failure_that_a_preemption_made_void_is_forgotten() -> None:
     play(scheduler, 1, 2)
     plan = scheduler.schedule()
     assert plan is not None and plan.masks == ((request.slot, b""),)
-    scheduler._preempt(request)
+    scheduler.preempt(request)
     commit(scheduler, plan, 7)
     play(scheduler, 1, token=2)
     assert (request.finish_reason, request.error, request.num_output_tokens) == ("stop", None, 3)
@@ -212,7 +210,11 @@ def test_the_end_of_a_grammar(depth: int) -> None:
     request = make("a", grammar)
     scheduler.add(request)
     play(scheduler, depth, token=2)
-    assert (request.output_token_ids, request.finish_reason, request.stop_reason) == ([2], "stop", None)
+    assert (request.token_ids[request.num_prompt_tokens :], request.finish_reason, request.stop_reason) == (
+        [2],
+        "stop",
+        None,
+    )
     assert grammar.calls == ["mask"]
 
 
@@ -243,7 +245,7 @@ def test_a_request_that_came_back_to_another_slot_is_decoded_there() -> None:
         plan = scheduler.schedule()
         if plan is None:
             continue
-        running = {request.slot: request for request in scheduler._running.requests()}
+        running = {request.slot: request for request in scheduler.running.all()}
         assert {*plan.decode_slots, *[row.slot for row in plan.prefills]} <= set(running)
         assert {slot for slot, _ in plan.masks} <= set(running)
         commit(scheduler, plan, 7)
@@ -256,7 +258,7 @@ def test_slots_repeat_while_nothing_changes() -> None:
     scheduler.add(make("free", None))
     scheduler.add(make("a", Log()))
     plans = [plan for plan, _ in play(scheduler, 1, 12)][3:]
-    assert all(a.decode_slots is b.decode_slots for a, b in pairwise(plans))
+    assert all(a.decode_slots == b.decode_slots for a, b in pairwise(plans))
 
 
 def test_a_step_after_a_constrained_request_is_as_cheap_as_before() -> None:

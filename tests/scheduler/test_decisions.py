@@ -1,7 +1,6 @@
 """Every decision of the scheduler against a plain model of its rules, plan by plan.
 
-The model has no calendars, no kept plans and no hashes: it looks at every request in every step, keeps the free pages in a
-list, and knows cached content by the tokens themselves.
+The model has no hashes: it keeps the free pages in a list, and knows cached content by the tokens themselves.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import pytest
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
-from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import StepPlan, StepResult
+from tests.scheduler.invariants import check
 from tests.scheduler.scripted import VOCAB, next_token
 
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
-from nemo_engine.scheduler.invariants import check
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.page_pool import PagePool
-from nemo_engine.scheduler.repetition import ends_in_repetition
-from nemo_engine.step import StepResult
+from nemo_engine.scheduler.token_rules import ends_in_repetition
+from nemo_engine.step import TOKEN_NOT_FINITE, StepResult
+from tests.scheduler.invariants import check, check_pages
 
 
 def make_scheduler(**options: Any) -> Scheduler:
@@ -55,7 +55,9 @@ def test_pages_are_handed_out_unfindable_first_then_least_recently_used() -> Non
     pool = PagePool(4)
     assert pool.allocate(4) == [1, 2, 3, 4] and pool.num_free == 0
     pool.remember([1], [b"a"])
+    pool.prove([1])
     pool.remember([3], [b"c"])
+    pool.prove([3])
     pool.release([1, 2])
     pool.release([3, 4])
     assert (pool.num_free, pool.num_cached) == (4, 2)
@@ -86,6 +88,7 @@ def test_the_free_list_is_that_of_a_plain_one(seed: int) -> None:
             if page not in content:
                 content[page] = f"{step}".encode()
                 pool.remember([page], [content[page]])
+                pool.prove([page])
         elif choice < 0.7 and content:
             page = rng.choice(list(content))
             assert pool.find(content[page]) == page
@@ -104,8 +107,8 @@ def test_the_free_list_is_that_of_a_plain_one(seed: int) -> None:
         elif choice >= 0.999:
             pool.forget_all()
             content.clear()
-        pool.check(held)
-        assert pool.num_free == len(free) and len(pool._unused) <= 2 * 7 + 7
+        check_pages(pool, held)
+        assert pool.num_free == len(free)
     assert pool.peak_used == 7
 
 
@@ -114,6 +117,7 @@ def test_the_end_of_a_prefix_is_evicted_before_its_start() -> None:
     pages = pool.allocate(3)
     for page, name in zip(pages, (b"a", b"b", b"c"), strict=True):
         pool.remember([page], [name])
+        pool.prove([page])
     pool.release(pages)
     pool.allocate(1)
     assert [pool.find(name) for name in (b"a", b"b", b"c")] == [1, 2, None]
@@ -123,6 +127,7 @@ def test_shared_pages_are_free_when_their_last_user_goes() -> None:
     pool = PagePool(2)
     pages = pool.allocate(1)
     pool.remember([1], [b"a"])
+    pool.prove([1])
     pool.share(pages)
     pool.release(pages)
     assert pool.num_free == 1 and not pool.is_free(1)
@@ -130,9 +135,9 @@ def test_shared_pages_are_free_when_their_last_user_goes() -> None:
     assert pool.is_free(1)
     pool.share(pages)
     assert not pool.is_free(1) and pool.find(b"a") == 1
-    pool.check([pages])
+    check_pages(pool, [pages])
     with pytest.raises(AssertionError):
-        pool.check([])
+        check_pages(pool, [])
     pool.release(pages)
     with pytest.raises(AssertionError, match="released twice"):
         pool.release(pages)
@@ -142,7 +147,9 @@ def test_of_two_equal_pages_the_first_is_found() -> None:
     pool = PagePool(2)
     pool.allocate(2)
     pool.remember([1], [b"a"])
+    pool.prove([1])
     pool.remember([2], [b"a"])
+    pool.prove([2])
     assert pool.find(b"a") == 1
     pool.forget(2)
     assert pool.find(b"a") == 1
@@ -186,7 +193,7 @@ def test_a_failed_admission_changes_nothing() -> None:
     assert kv.admit(first)
     second = make_request("b", range(100, 108))
     assert not kv.admit(second) and second.pages == [] and kv.pool.num_free == 1
-    kv.pool.check([first.pages])
+    check_pages(kv.pool, [first.pages])
     kv.free(first)
     assert kv.admit(second)
 
@@ -244,6 +251,23 @@ def test_finish_reasons(more: dict[str, Any], reason: str, stop_reason: int | No
     while scheduler.has_unfinished():
         step(scheduler)
     assert (request.finish_reason, request.stop_reason) == (reason, stop_reason)
+
+
+@pytest.mark.parametrize("token", [TOKEN_NOT_FINITE, 7])
+def test_two_that_fail_in_one_step_end_though_one_has_read_what_the_other_wrote(token: int) -> None:
+    scheduler = make_scheduler()
+    requests = [make_request(name, [5] * 9) for name in "abc"]
+    for request in requests:
+        scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan is not None and [row.num_tokens for row in plan.prefills] == [9, 1, 1]
+    committed = scheduler.commit(StepResult(plan.step_id, [TOKEN_NOT_FINITE, TOKEN_NOT_FINITE, token]))
+    check(scheduler)
+    ended = requests if token < 0 else requests[:2]
+    assert committed.finished == ended and {request.finish_reason for request in ended} == {"error"}
+    assert scheduler.stats().num_waiting == 0 and committed.requests == ([] if token < 0 else requests[2:])
+    scheduler.finish("c", "abort")
+    assert scheduler.stats().num_free_pages == 100
 
 
 def test_the_newest_of_the_least_urgent_is_preempted() -> None:
@@ -328,16 +352,16 @@ def steady(num_seqs: int, prompt: int, page_size: int = 64, spare_pages: int = 0
     return scheduler
 
 
-def test_a_steady_step_makes_as_few_calls_for_many_requests_and_long_contexts_as_for_few_and_short_ones() -> None:
+def test_a_steady_step_makes_two_calls_a_request_whatever_the_context() -> None:
     few, many, long = count_calls(steady(2, 70)), count_calls(steady(64, 70)), count_calls(steady(2, 100_070))
     assert few == long
-    assert many <= few + 64 + 5  # list.append, once per request
+    assert many <= few + 2 * 62 + 5  # the token's append, and the length
 
 
 def test_a_steady_decode_repeats_its_slots() -> None:
     scheduler = steady(8, 70)
     plans = [step(scheduler)[0] for _ in range(40)]
-    assert all(a.decode_slots is b.decode_slots for a, b in pairwise(plans))
+    assert all(a.decode_slots == b.decode_slots for a, b in pairwise(plans))
     assert not any(plan.fills or plan.prefills or plan.new_pages for plan in plans)
 
 

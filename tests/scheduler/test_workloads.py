@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import dataclass, field
 
@@ -10,9 +11,9 @@ import pytest
 from nemo_engine.core import EngineCore
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
 from nemo_engine.scheduler import Request, RequestStatus, Scheduler
-from nemo_engine.scheduler.invariants import check
-from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
-from tests.scheduler.scripted import VOCAB, ScriptedGrammar, ScriptedRunner, expected_output
+from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, StepPlan
+from tests.scheduler.invariants import check
+from tests.scheduler.scripted import VOCAB, ScriptedGrammar, ScriptedHandle, ScriptedRunner, expected_output
 
 EOS = frozenset([2])
 
@@ -91,7 +92,18 @@ def fault(history: object, seed: int) -> int | None:
     return {0: TOKEN_NOT_FINITE, 1: TOKEN_ALL_MASKED}.get(dice)
 
 
-def run(workload: Workload, rng: random.Random) -> tuple[Scheduler, ScriptedRunner, dict[str, str]]:
+class DistantRunner(ScriptedRunner):
+    """Gets its plans from another process."""
+
+    def launch(self, plan: StepPlan) -> ScriptedHandle:
+        received = pickle.loads(pickle.dumps(plan))
+        assert received == plan
+        return super().launch(received)
+
+
+def run(
+    workload: Workload, rng: random.Random, kind: type[ScriptedRunner] = ScriptedRunner
+) -> tuple[Scheduler, ScriptedRunner, dict[str, str]]:
     """Play ``workload`` to its end with random aborts; returns who was ended from outside, and how."""
     scheduler = Scheduler(
         num_pages=workload.num_pages,
@@ -101,7 +113,7 @@ def run(workload: Workload, rng: random.Random) -> tuple[Scheduler, ScriptedRunn
         max_model_len=10**6,
         enable_prefix_caching=workload.caching,
     )
-    runner = ScriptedRunner(workload.page_size, fault) if workload.has_faults else ScriptedRunner(workload.page_size)
+    runner = kind(workload.page_size, fault) if workload.has_faults else kind(workload.page_size)
     core = EngineCore(scheduler, runner, workload.depth)
     arrivals = list(workload.arrivals)
     total = sum(len(workload.prompts[r.request_id]) + 60 for _, r in arrivals)
@@ -143,17 +155,17 @@ def test_every_request_generates_what_it_would_alone(block: int) -> None:
             output, reason, stop_reason = expected_output(workload.prompts[request.request_id], request)
             if request.request_id in ended:
                 assert request.finish_reason == ended[request.request_id]
-                assert request.output_token_ids == output[: request.num_output_tokens]
+                assert request.token_ids[request.num_prompt_tokens :] == output[: request.num_output_tokens]
             elif request.finish_reason == "error" and "planted" in (request.error or ""):
                 broken += 1
-                assert (request.output_token_ids, reason) == (output, "error")
+                assert (request.token_ids[request.num_prompt_tokens :], reason) == (output, "error")
             elif request.finish_reason == "error":
                 errors += 1
                 history = request.token_ids
                 assert workload.has_faults and fault(history, request.seed) is not None and request.error
-                assert request.output_token_ids == output[: request.num_output_tokens]
+                assert request.token_ids[request.num_prompt_tokens :] == output[: request.num_output_tokens]
             else:
-                assert (request.output_token_ids, request.finish_reason, request.stop_reason) == (
+                assert (request.token_ids[request.num_prompt_tokens :], request.finish_reason, request.stop_reason) == (
                     output,
                     reason,
                     stop_reason,
@@ -167,3 +179,15 @@ def test_every_request_generates_what_it_would_alone(block: int) -> None:
     assert preemptions > 20 and hits > 100 and errors > 5 and broken > 2 and constrained > 5, (
         "the workloads do not reach what they are meant to test"
     )
+
+
+def test_plans_are_values_that_can_be_sent() -> None:
+    num_masks = num_fills = 0
+    for number in range(40):
+        workload, distant = make_workload(random.Random(number)), make_workload(random.Random(number))
+        _, runner, _ = run(workload, random.Random(number))
+        _, other, _ = run(distant, random.Random(number), DistantRunner)
+        assert runner.plans == other.plans
+        num_masks += sum(len(plan.masks) for plan in runner.plans)
+        num_fills += sum(len(plan.fills) for plan in runner.plans)
+    assert num_masks > 100 and num_fills > 100

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from nemo_engine import AsyncEngine
-from nemo_engine.scheduler.invariants import check
 from nemo_engine.step import TOKEN_NOT_FINITE, StepResult
 from nemo_engine.text import grammar_trial
+from tests.scheduler.invariants import check
 from tests.server.live import ENGINE_OPTIONS, LiveServer
 
 LONG = {"prompt": [1, 2000, 2001], "max_tokens": 900, "ignore_eos": True, "seed": 1}

@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from nemo_engine import AsyncEngine, Engine, SamplingParams
-from nemo_engine.scheduler.invariants import check
+from tests.scheduler.invariants import check
 from tests.server.live import LiveServer
 
 # In fp64 a request's tokens are the same in any batch.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import pytest
 
@@ -16,12 +18,12 @@ from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of
 from nemo_engine.planner.roofline import Roofline, StepCost
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
-from nemo_engine.scheduler.invariants import check
-from nemo_engine.scheduler.planned_step import PlannedStep
+from nemo_engine.simulator import replica as replica_module
 from nemo_engine.simulator.replica import EngineShape, Replica
-from nemo_engine.simulator.scheduler import SimulatedRequest
+from nemo_engine.simulator.scheduler import ANSWER, SimulatedRequest, SteadyRun
 from nemo_engine.simulator.statistics import Sketch
 from nemo_engine.step import StepPlan, StepResult
+from tests.scheduler.invariants import check
 from tests.simulator.costs import SimpleCost
 
 
@@ -123,7 +125,7 @@ def reference(shape: EngineShape, arrivals: Sequence[Arrival], cost: SimpleCost)
             context = sum(computed[slot] + 1 for slot in plan.decode_slots)
             for slot in plan.decode_slots:
                 computed[slot] += 1
-            requests = {request.slot: request for request in scheduler._running.requests()}
+            requests = {request.slot: request for request in scheduler.running.all()}
             for row in plan.prefills:
                 computed[row.slot] += row.num_tokens
                 end = min(row.start + row.num_tokens, most_computed.get(requests[row.slot], 0))
@@ -168,44 +170,62 @@ def simulated(
         assert isinstance(index, int) and request.first_token_s is not None
         seen.firsts[index], seen.ends[index] = request.first_token_s, now
         assert request.max_total_tokens == len(arrivals[index].tokens) + arrivals[index].num_out
-        assert request.token_ids[: len(arrivals[index].tokens)] == arrivals[index].tokens
+        assert request.token_ids == arrivals[index].tokens + [ANSWER] * arrivals[index].num_out
 
     replica = Replica(shape, cost, finished)
     scheduler = replica.scheduler
-    plan_step, grow = scheduler.plan_step, scheduler._grow
+    schedule, num_passed_over = scheduler.schedule, 0
+    last = 0  # the number of the step that was planned or passed over last
 
-    def planned() -> PlannedStep | None:
-        step = plan_step()
-        if step is not None:
-            seen.plans[step.step_id] = step.plan()
+    def planned() -> StepPlan | None:
+        nonlocal last
+        plan = schedule()
+        if plan is not None:
+            last = plan.step_id + num_passed_over
+            seen.plans[last] = dataclasses.replace(plan, step_id=last)
         check(scheduler)
-        return step
+        return plan
 
-    def grown(step_id: int, ready: list[Request]) -> list[tuple[int, int, int]]:
-        pages = grow(step_id, ready)
-        seen.new_pages[step_id] = tuple(pages)
-        return pages
+    class SeenRun(SteadyRun):
+        def meet(self, step: int, may_grow: bool) -> bool:
+            before = len(self._grown)
+            is_met = super().meet(step, may_grow)
+            if len(self._grown) > before:
+                new_pages = [(r.slot, len(r.pages) - 1, r.pages[-1]) for r in self._grown[before:]]
+                seen.new_pages[last + step - self.first_step + 1] = tuple(new_pages)
+            return is_met
 
-    scheduler.plan_step, scheduler._grow = planned, grown  # type: ignore[method-assign]
+        def end(self, num_steps: int) -> None:
+            nonlocal last, num_passed_over
+            super().end(num_steps)
+            last, num_passed_over = last + num_steps, num_passed_over + num_steps
+            check(scheduler)
+
+    scheduler.schedule = planned  # type: ignore[method-assign]
     if is_stepwise:
         replica._jump = lambda limit: False  # type: ignore[method-assign]
+    with patch.object(replica_module, "SteadyRun", SeenRun):
+        submit(replica, arrivals)
+        replica.run_until(float("inf"))
+    stats = replica.scheduler.stats()
+    assert stats.num_free_pages == shape.num_pages and replica.num_unfinished == 0
+    seen.itl, seen.num_steps = replica.itl, replica.num_steps
+    seen.hits, seen.preemptions = stats.total_prefix_hit_tokens, stats.total_preemptions
+    seen.recomputed = scheduler.num_recomputed_tokens
+    return seen, replica
+
+
+def submit(replica: Replica, arrivals: Sequence[Arrival]) -> None:
     for index, arrival in enumerate(arrivals):
         replica.run_until(arrival.time)
 
         def make(index: int = index, arrival: Arrival = arrival) -> SimulatedRequest:
             params = SamplingParams(max_tokens=arrival.num_out, ignore_eos=True)
-            request = SimulatedRequest(str(index), arrival.tokens, params, arrival.priority, arrival.time)
-            request.origin = index
-            return request
+            return SimulatedRequest(
+                str(index), arrival.tokens, params, priority=arrival.priority, arrived_s=arrival.time, origin=index
+            )
 
         replica.submit(arrival.time, arrival.priority, make)
-    replica.run_until(float("inf"))
-    stats = replica.scheduler.stats()
-    assert stats.num_free_pages == shape.num_pages and replica.num_unfinished == 0 and replica.scheduler.context == 0
-    seen.itl, seen.num_steps = replica.itl, replica.num_steps
-    seen.hits, seen.preemptions = stats.total_prefix_hit_tokens, stats.total_preemptions
-    seen.recomputed = scheduler.num_recomputed_tokens
-    return seen, replica
 
 
 @pytest.mark.parametrize(
@@ -258,7 +278,8 @@ def test_steps_that_are_passed_over_are_those_that_would_have_been_planned(first
         assert (got.ends, got.firsts, got.num_steps) == (expected.ends, expected.firsts, expected.num_steps), seed
         assert (got.hits, got.preemptions) == (expected.hits, expected.preemptions), seed
         pages = {step: plan.new_pages for step, plan in expected.plans.items() if plan.new_pages}
-        assert {step: new for step, new in got.new_pages.items() if new} == pages, seed
+        planned = {step: plan.new_pages for step, plan in got.plans.items() if plan.new_pages}
+        assert got.new_pages | planned == pages, seed
         assert got.itl._buckets == expected.itl._buckets and got.itl.largest == expected.itl.largest
         assert got.itl.total == pytest.approx(expected.itl.total, rel=1e-12)
         assert (replica.num_decode_tokens, replica.num_prefill_tokens, replica.now) == (
