@@ -246,31 +246,26 @@ def linear_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
 
 
 def fused_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Linear layers with what comes before or after them, against the same composed in torch. FP8 with scales per token and channel."""
+    """Linear layers with what comes before them, against the same composed in torch. FP8 with scales per token and channel."""
     model = scale.model
     hidden, inner = model.hidden_size, model.intermediate_size
     qkv, gate_up, down = (model.q_size + 2 * model.kv_size, hidden), (2 * inner, hidden), (hidden, inner)
     shapes = {
         "norm_linear": {"qkv": qkv, "gate_up": gate_up},
         "silu_mul_linear": {"down": down},
-        "linear_add_fp8": {"o": (hidden, model.q_size), "down": down},
-        "linear_silu_mul_fp8": {"gate_up": gate_up},
     }
     base, is_fp8 = op.name.removesuffix("_fp8"), op.name.endswith("_fp8")
 
     def make(rows: int, n: int, k: int) -> Args:
         weight = bf16(n, k, device=device)
         weights = (weight.to(FP8), torch.rand(n, 1, device=device) + 0.5) if is_fp8 else (weight,)
-        x8 = (bf16(rows, k, device=device).to(FP8), torch.rand(rows, 1, device=device) + 0.5, *weights)
         tail: Args = (None,) if is_fp8 else ()
         if base == "norm_linear":
             x, residual = (bf16(rows, k, device=device) for _ in range(2))
             return x, residual, bf16(k, device=device), 1e-5, *weights, *tail
-        if base == "silu_mul_linear":
-            return bf16(rows, 2 * k, device=device), *weights, *tail
-        return (*x8, bf16(rows, n, device=device)) if op.name == "linear_add_fp8" else (*x8, *tail)
+        return bf16(rows, 2 * k, device=device), *weights, *tail
 
-    for name, (n, k) in (shapes.get(op.name) or shapes[base]).items():
+    for name, (n, k) in shapes[base].items():
         for rows in scale.products:
             yield Size(f"{name} {rows}x{k}x{n}", partial(make, rows, n, k), definition(op))
 
@@ -381,7 +376,6 @@ SIZES: dict[str, Callable[[Op, Scale, torch.device], Iterator[Size]]] = {
     "linear": linear_sizes,
     "linear_fp8": linear_sizes,
     **dict.fromkeys(("norm_linear", "norm_linear_fp8", "silu_mul_linear", "silu_mul_linear_fp8"), fused_sizes),
-    **dict.fromkeys(("linear_add_fp8", "linear_silu_mul_fp8"), fused_sizes),
     "quantize_tokens": row_sizes,
     "quantize_channels": row_sizes,
     "sample_": sample_sizes,

@@ -53,7 +53,7 @@ class Mistake:
 
 
 SPLIT, PREFIXES = "heads of 128, one very long decode", "heads of 128, chunks over prefixes"
-TILES = "linear_add_fp8", "257x144x400 add"
+TILES = "linear_fp8", "257x144x400 channel"
 MISTAKES = {
     # decode
     "a key of the next page": Mistake(

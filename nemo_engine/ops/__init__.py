@@ -12,7 +12,6 @@ from nemo_engine.ops.activation import SILU_MUL, SILU_MUL_FP8
 from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
 from nemo_engine.ops.blocks import QUANTIZE_TOKEN_BLOCKS
-from nemo_engine.ops.epilogues import LINEAR_ADD_FP8, LINEAR_SILU_MUL_FP8
 from nemo_engine.ops.fused import (
     NORM_LINEAR,
     NORM_LINEAR_FP8,
@@ -35,8 +34,6 @@ ALL_OPS: tuple[Op, ...] = (
     RMS_NORM_FP8,
     LINEAR,
     LINEAR_FP8,
-    LINEAR_ADD_FP8,
-    LINEAR_SILU_MUL_FP8,
     NORM_LINEAR,
     NORM_LINEAR_FP8,
     ROPE_AND_APPEND_KV,
@@ -79,8 +76,6 @@ class Ops:
     rms_norm_fp8: Callable[..., Any]
     linear: Callable[..., Any]
     linear_fp8: Callable[..., Any]
-    linear_add_fp8: Callable[..., Any]
-    linear_silu_mul_fp8: Callable[..., Any]
     norm_linear: Callable[..., Any]
     norm_linear_fp8: Callable[..., Any]
     rope_and_append_kv_: Callable[..., Any]

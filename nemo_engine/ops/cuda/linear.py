@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nemo_engine.ops.cuda import library, row_stride, stream_of
 from nemo_engine.ops.cuda.activation import quantize_token_blocks, quantize_tokens, silu_mul, silu_mul_fp8
-from nemo_engine.ops.cuda.gemm import linear_fp8_large
 from nemo_engine.ops.cuda.norm import rms_norm, rms_norm_fp8
 from nemo_engine.ops.fused import (
     compose_norm_linear,
@@ -61,7 +60,7 @@ def linear_fp8(
     assert out_dtype == torch.bfloat16, out_dtype
     rows, outputs = x8.shape[0], w8.shape[0]
     if rows > SMALL_ROWS and outputs % 8 == 0:
-        return linear_fp8_large(x8, x_scales, w8, w_scales)
+        return _large(x8, x_scales, w8, w_scales)
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x8.device)
     _check(x8, w8, torch.float8_e4m3fn)
     for first in range(0, rows, SMALL_ROWS):
@@ -177,18 +176,40 @@ def _small(
     if w_scales is None:
         library().small_linear(*arguments, stream_of(x))
         return
+    is_block = _check_scales(rows, weight, w_scales, x_scales)
+    library().small_linear_fp8(
+        *arguments, _address(x_scales), 0 if x_scales is None else row_stride(x_scales), w_scales.data_ptr(),
+        _scale_stride(w_scales), is_block, stream_of(x),
+    )  # fmt: skip
+
+
+def _large(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor) -> Tensor:
+    (rows, width), outputs = x8.shape, w8.shape[0]
+    _check(x8, w8, torch.float8_e4m3fn)
+    assert x8.stride(1) == w8.stride(1) == 1, (x8.stride(), w8.stride())
+    is_block = _check_scales(rows, w8, w_scales, x_scales)
+    y = torch.empty(rows, outputs, dtype=torch.bfloat16, device=x8.device)
+    library().gemm_fp8(
+        y.data_ptr(), x8.data_ptr(), row_stride(x8), x_scales.data_ptr(), row_stride(x_scales), w8.data_ptr(),
+        row_stride(w8), w_scales.data_ptr(), _scale_stride(w_scales), is_block, rows, outputs, width, stream_of(x8),
+    )  # fmt: skip
+    return y
+
+
+def _scale_stride(w_scales: Tensor) -> int:
+    return w_scales.stride(0) if w_scales.numel() > 1 else 0
+
+
+def _check_scales(rows: int, weight: Tensor, w_scales: Tensor, x_scales: Tensor | None) -> bool:
+    """Returns whether the scales are those of blocks."""
     is_block = has_blocks(weight, w_scales)
     assert w_scales.dtype == torch.float32 and (not is_block or row_stride(w_scales, 1) == 1), w_scales.stride()
-    w_stride = w_scales.stride(0) if w_scales.numel() > 1 else 0
     if x_scales is not None:
-        expected = (rows, -(-width // 128) if is_block else 1)
+        expected = (rows, -(-weight.shape[1] // 128) if is_block else 1)
         assert x_scales.dtype == torch.float32 and x_scales.shape == expected and row_stride(x_scales, 1) == 1, (
             x_scales.shape
         )
-    x_stride = 0 if x_scales is None else row_stride(x_scales)
-    library().small_linear_fp8(
-        *arguments, _address(x_scales), x_stride, w_scales.data_ptr(), w_stride, is_block, stream_of(x)
-    )
+    return is_block
 
 
 def _check(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
