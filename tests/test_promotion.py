@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.cuda.attention import paged_attention
 from nemo_engine.ops.cuda.linear import linear_fp8
+from nemo_engine.ops.paged_kv import PagedKV
 from tests.emulation.library import emulated
 from tests.test_emulation import a_registers, b_registers
 
@@ -69,5 +70,5 @@ def test_the_values_of_131072_tokens(library: Any) -> None:
         num_pages=keys // page,
         longest=1,
     )
-    got = paged_attention(q, k_cache, v_cache, meta, 0.1)
+    got = paged_attention(q, PagedKV(k_cache, v_cache), meta, 0.1)
     assert (got.view(128).double() / exact - 1).abs().max() <= 2**-8

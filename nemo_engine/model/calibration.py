@@ -99,8 +99,8 @@ def calibrate(
         hidden = sequence.feed(ids)
         normed, _ = ops.rms_norm(hidden[0], weights.norm, config.rms_norm_eps, hidden[1])
         last = torch.maximum(last, normed.abs().max().float().cpu())
-        for caches, found in zip(sequence.kv_cache, largest, strict=True):
-            for index, cache in enumerate(caches):  # what was not written is 0
+        for kv, found in zip(sequence.kv_cache, largest, strict=True):
+            for index, cache in enumerate(kv.caches):  # what was not written is 0
                 found[index] = torch.maximum(found[index], cache.abs().amax((0, 2, 3)).float().cpu())
         num_tokens += len(ids)
         advance(len(ids))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from nemo_engine.ops import Ops
-from nemo_engine.ops.packed import pack_weight
+from nemo_engine.ops.cpu.packed import pack_weight
 
 
 class Linear(Protocol):
@@ -44,7 +44,7 @@ class DenseLinear:
     weight: torch.Tensor
 
     def pack(self) -> None:
-        """Put the weight into the order that ``ops.packed.linear`` multiplies fastest; nothing else can read it then."""
+        """Put the weight into the order that ``ops.cpu.packed.linear`` multiplies fastest; nothing else can read it then."""
         self.weight = pack_weight(self.weight)
 
     @property

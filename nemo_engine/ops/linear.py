@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops import packed
+from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, needs_fp8, triton_runs
 from nemo_engine.ops.quantize import FP8
 
@@ -120,7 +120,7 @@ LINEAR = Op(
         Impl("cublas", "torch.nn.functional:linear", _cublas_supports),
         Impl("triton", "nemo_engine.kernels.linear:linear", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.linear:linear", cuda_supports),
-        Impl("onednn", "nemo_engine.ops.packed:linear", packed.supports),
+        Impl("onednn", "nemo_engine.ops.cpu.packed:linear", packed.supports),
     ),
     _cases,
     _cost,

@@ -46,7 +46,7 @@ class Runner:
     ) -> None:
         self._device = device
         self._max_num_batched_tokens = config.tokens_per_step(device.type)
-        self._kv_cache = KVCache(model_config, num_pages, config.page_size, kv_dtype, device)
+        self._kv_cache = KVCache(model_config, weights, num_pages, config.page_size, kv_dtype)
         vocab_size = model_config.vocab_size
         self._table = RequestTable(config.max_num_seqs, max_model_len, config.page_size, num_pages, vocab_size, device)
         self._sampler = Sampler(config.max_num_seqs, vocab_size, ops, device, without_token)

@@ -14,8 +14,9 @@ from nemo_engine.ops.attention import attention_inputs
 from nemo_engine.ops.cuda import activation, linear, norm, rope
 from nemo_engine.ops.cuda import attention as cuda_attention
 from nemo_engine.ops.op import Op
+from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.quantize import FP8, quantize_channels, quantize_tokens
-from nemo_engine.ops.rope import rope_and_append_kv_, rope_table
+from nemo_engine.ops.rope import RopeMeta, rope_and_append_kv_, rope_table
 from tests.emulation.library import emulated, watched
 from tests.ops.proofs import prove
 from tests.ops.test_ops import site
@@ -209,14 +210,14 @@ def test_launches_of_a_decode_layer_at_true_size(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
 
-    q, k_cache, v_cache, meta, scale, *scales = attention_inputs([(1, 70)] * rows, heads, kv_heads, 128, 64, torch.bfloat16, is_fp8)  # fmt: skip
+    q, cache, meta, scale = attention_inputs([(1, 70)] * rows, heads, kv_heads, 128, 64, torch.bfloat16, is_fp8)  # fmt: skip
     x, residual, norm_weight, ints = empty(rows, hidden), empty(rows, hidden), empty(hidden), torch.zeros(rows).long()
     kv = empty(rows, kv_heads, 128)
     suffix = "_fp8" if is_fp8 else ""
     norm_linear, activated = getattr(linear, f"norm_linear{suffix}"), getattr(linear, f"silu_mul_linear{suffix}")
     norm_linear(x, residual, norm_weight, 1e-5, *weight((heads + 2 * kv_heads) * 128, hidden))
-    rope.rope_and_append_kv_(q, kv, kv, torch.empty(80, 2, 64), ints, ints, k_cache, v_cache, *scales)
-    cuda_attention.paged_attention(q, k_cache, v_cache, meta, scale, *scales)
+    rope.rope_and_append_kv_(q, kv, kv, cache, RopeMeta(torch.empty(80, 2, 64), ints, ints))
+    cuda_attention.paged_attention(q, cache, meta, scale)
     out = empty(rows, heads * 128)
     linear.quantize_linear_fp8(out, *weight(hidden, heads * 128)) if is_fp8 else linear.linear(out, *weight(hidden, heads * 128))  # fmt: skip
     norm_linear(x, residual, norm_weight, 1e-5, *weight(2 * inner, hidden))
@@ -280,9 +281,10 @@ def test_one_head_of_any_stride(emulated_library: Any) -> None:
     caches = [torch.zeros(2, 1, 16, 128).bfloat16() for _ in range(4)]
     at = torch.tensor([3, 17])
     odd = [x.as_strided(x.shape, (128, 7, 1)) for x in (k, v)]
+    meta = RopeMeta(rope_table(128, 1e4, 20, q.device), at, at)
     with emulated(emulated_library):
-        got = rope.rope_and_append_kv_(q, *odd, rope_table(128, 1e4, 20, q.device), at, at, *caches[:2])
-    expected = rope_and_append_kv_(q, k, v, rope_table(128, 1e4, 20, q.device), at, at, *caches[2:])
+        got = rope.rope_and_append_kv_(q, *odd, PagedKV(*caches[:2]), meta)
+    expected = rope_and_append_kv_(q, k, v, PagedKV(*caches[2:]), meta)
     assert got.equal(expected) and caches[0].equal(caches[2]) and caches[1].equal(caches[3])
 
 
@@ -340,7 +342,7 @@ def test_caches_of_more_than_two_billion_entries(emulated_library: Any, dtype: t
     table = torch.stack([torch.ones(length, dim // 2), torch.zeros(length, dim // 2)], 1)  # nothing is rotated
     mapping = pages[0, at // page_size] * page_size + at % page_size
     with emulated(emulated_library):
-        rope.rope_and_append_kv_(q, k, k, table, at, mapping, keys, values)
+        rope.rope_and_append_kv_(q, k, k, PagedKV(keys, values), RopeMeta(table, at, mapping))
         stored = k.to(dtype)
         assert same(keys[num_pages - 1, 0], stored[:page_size, 0])
         assert same(values[num_pages - 1, 0], stored[:page_size, 0])
@@ -360,8 +362,8 @@ def test_caches_of_more_than_two_billion_entries(emulated_library: Any, dtype: t
                 )
                 for own in (pages, torch.tensor([[1, 2]]))
             )
-            got = cuda_attention.paged_attention(queries, keys, values, far, 0.1)
-            expected = attention.paged_attention(queries.float(), small, small, near, 0.1)
+            got = cuda_attention.paged_attention(queries, PagedKV(keys, values), far, 0.1)
+            expected = attention.paged_attention(queries.float(), PagedKV(small, small), near, 0.1)
             torch.testing.assert_close(got.float(), expected, rtol=0.02, atol=0.02)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.cuda import library, row_stride, stream_of
+from nemo_engine.ops.cuda import address, library, row_stride, stream_of
 from nemo_engine.ops.cuda.activation import quantize_token_blocks, quantize_tokens, silu_mul, silu_mul_fp8
 from nemo_engine.ops.cuda.norm import rms_norm, rms_norm_fp8
 from nemo_engine.ops.fused import (
@@ -169,8 +169,8 @@ def _small(
     assert x.dtype == (weight.dtype if kind == _Input.READY else torch.bfloat16), (x.dtype, weight.dtype)
     assert x.shape[1] == (2 * width if kind == _Input.SILU_MUL else width), (x.shape, weight.shape)
     arguments = (
-        y.data_ptr(), int(kind), x.data_ptr(), _address(residual), _address(norm_weight), _address(total),
-        _address(x_scale), eps, rows, width, row_stride(x), 0 if residual is None else row_stride(residual),
+        y.data_ptr(), int(kind), x.data_ptr(), address(residual), address(norm_weight), address(total),
+        address(x_scale), eps, rows, width, row_stride(x), 0 if residual is None else row_stride(residual),
         weight.data_ptr(), outputs, row_stride(weight),
     )  # fmt: skip
     if w_scales is None:
@@ -178,7 +178,7 @@ def _small(
         return
     is_block = _check_scales(rows, weight, w_scales, x_scales)
     library().small_linear_fp8(
-        *arguments, _address(x_scales), 0 if x_scales is None else row_stride(x_scales), w_scales.data_ptr(),
+        *arguments, address(x_scales), 0 if x_scales is None else row_stride(x_scales), w_scales.data_ptr(),
         _scale_stride(w_scales), is_block, stream_of(x),
     )  # fmt: skip
 
@@ -219,7 +219,3 @@ def _check(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
         x.shape,
         weight.shape,
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
