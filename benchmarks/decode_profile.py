@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def timed_ops(ops: Ops, stages: StageTimes, model: ModelConfig) -> Ops:
         timed[op.name] = stages.wrap(op.name, getattr(ops, op.name), label)
     for op, choice in zip(ALL_OPS, ops.choices, strict=True):
         if choice.chosen == COMPOSED and op.composed is not None:
-            timed[op.name] = op.composed(SimpleNamespace(**timed))
+            timed[op.name] = functools.partial(op.composed, SimpleNamespace(**timed))
     return dataclasses.replace(ops, **timed)
 
 

@@ -32,23 +32,14 @@ class Calibration:
     num_tokens: int
 
 
-class ObservedLinear:
+class ObservedLinear(Linear):
     """A dense projection that remembers the largest magnitude of its inputs."""
 
     def __init__(self, linear: Linear) -> None:
         assert isinstance(linear, DenseLinear)
         self._linear = linear
+        self.weight = linear.weight
         self.largest = torch.zeros((), device=linear.weight.device)
-
-    @property
-    def weight(self) -> Tensor:
-        """See ``Linear``."""
-        return self._linear.weight
-
-    @property
-    def num_bytes(self) -> int:
-        """See ``Linear``."""
-        return self._linear.num_bytes
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
         """See ``Linear``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,7 +108,7 @@ class Ops:
         functions = {choice.op: choice.function for choice in choices}
         for op, choice in zip(ALL_OPS, choices, strict=True):
             if choice.chosen == COMPOSED and op.composed is not None:
-                functions[op.name] = op.composed(SimpleNamespace(**functions))
+                functions[op.name] = partial(op.composed, SimpleNamespace(**functions))
         ops = cls(**functions, choices=choices)
         _logger.info("%s", ops.format())
         return ops

@@ -301,7 +301,7 @@ def test_an_activation_too_wide_for_shared_memory_is_made_in_parts(
     emulator = emulated_library.emulator
     emulator.set_num_sms(num_sms)
     emulator.clear_launches()
-    expected = fused.silu_mul_linear(gate_up, weight)
+    expected = fused.SILU_MUL_LINEAR.semantics(gate_up, weight)
     try:
         with emulated(emulated_library):
             for seed in range(3):

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_engine.ops import fused
 from nemo_engine.ops.cuda import address, library, row_stride, stream_of
 from nemo_engine.ops.cuda.activation import quantize_token_blocks, quantize_tokens, silu_mul, silu_mul_fp8
 from nemo_engine.ops.cuda.norm import rms_norm, rms_norm_fp8
-from nemo_engine.ops.fused import (
-    compose_norm_linear,
-    compose_norm_linear_fp8,
-    compose_quantize_linear_fp8,
-    compose_silu_mul_linear,
-    compose_silu_mul_linear_fp8,
-    has_blocks,
-)
+from nemo_engine.ops.fused import has_blocks
 
 SMALL_ROWS = 64  # that the kernels of csrc/linear take at once
 
@@ -69,12 +64,18 @@ def linear_fp8(
     return y
 
 
+_ALONE = SimpleNamespace(
+    rms_norm=rms_norm, rms_norm_fp8=rms_norm_fp8, silu_mul=silu_mul, silu_mul_fp8=silu_mul_fp8, linear=linear,
+    linear_fp8=linear_fp8, quantize_tokens=quantize_tokens, quantize_token_blocks=quantize_token_blocks,
+)  # fmt: skip
+
+
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``nemo_engine.ops.fused.norm_linear``: one launch for 1 or 2 rows."""
     if not _fits(_Input.NORM, x.shape[0], x.shape[1], weight):
-        return compose_norm_linear(rms_norm, linear)(x, residual, norm_weight, eps, weight)
+        return fused.norm_linear(_ALONE, x, residual, norm_weight, eps, weight)
     return _norm(x, residual, norm_weight, eps, weight)
 
 
@@ -89,31 +90,28 @@ def norm_linear_fp8(
 ) -> tuple[Tensor, Tensor]:
     """As ``nemo_engine.ops.fused.norm_linear_fp8``: one launch for 1 or 2 rows, of weights without blocks."""
     if has_blocks(w8, w_scales) or not _fits(_Input.NORM, x.shape[0], x.shape[1], w8):
-        composed = compose_norm_linear_fp8(rms_norm, rms_norm_fp8, quantize_token_blocks, linear_fp8)
-        return composed(x, residual, norm_weight, eps, w8, w_scales, x_scale)
+        return fused.norm_linear_fp8(_ALONE, x, residual, norm_weight, eps, w8, w_scales, x_scale)
     return _norm(x, residual, norm_weight, eps, w8, w_scales, x_scale)
 
 
 def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
     """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for one row."""
     if not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, weight):
-        return compose_silu_mul_linear(silu_mul, linear)(gate_up, weight)
+        return fused.silu_mul_linear(_ALONE, gate_up, weight)
     return _made(_Input.SILU_MUL, gate_up, weight)
 
 
 def silu_mul_linear_fp8(gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
     """As ``nemo_engine.ops.fused.silu_mul_linear_fp8``: one launch for one row, of weights without blocks."""
     if has_blocks(w8, w_scales) or not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, w8):
-        composed = compose_silu_mul_linear_fp8(silu_mul, silu_mul_fp8, quantize_token_blocks, linear_fp8)
-        return composed(gate_up, w8, w_scales, x_scale)
+        return fused.silu_mul_linear_fp8(_ALONE, gate_up, w8, w_scales, x_scale)
     return _made(_Input.SILU_MUL, gate_up, w8, w_scales, x_scale)
 
 
 def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
     """As ``nemo_engine.ops.fused.quantize_linear_fp8``: one launch for up to 8 rows, of weights without blocks."""
     if has_blocks(w8, w_scales) or not _fits(_Input.QUANTIZE, x.shape[0], x.shape[1], w8):
-        composed = compose_quantize_linear_fp8(quantize_tokens, quantize_token_blocks, linear_fp8)
-        return composed(x, w8, w_scales, x_scale)
+        return fused.quantize_linear_fp8(_ALONE, x, w8, w_scales, x_scale)
     return _made(_Input.QUANTIZE, x, w8, w_scales, x_scale)
 
 
