@@ -48,6 +48,8 @@ sys.path.insert(0, str(ROOT))
 from csrc import build  # noqa: E402
 from nemo_engine.ops import Ops, Site  # noqa: E402
 from nemo_engine.ops.attention import AttentionMeta  # noqa: E402
+from nemo_engine.ops.paged_kv import PagedKV  # noqa: E402
+from nemo_engine.ops.rope import RopeMeta  # noqa: E402
 from nemo_engine.ops.sample import SlotParams  # noqa: E402
 from tests.emulation import library  # noqa: E402
 
@@ -88,11 +90,8 @@ def run_rows(ops: Ops, model: ModelConfig, rows: int) -> None:
         w8, x8 = empty(out, width, dtype=FP8), empty(rows, width, dtype=FP8)
         for w_scales in (numbers(1)[0], numbers(out, 1)):
             ops.linear_fp8(x8, numbers(rows, 1), w8, w_scales)
-            ops.linear_add_fp8(x8, numbers(rows, 1), w8, w_scales, empty(rows, out))
         blocks = -(-width // 128)
         ops.linear_fp8(x8, numbers(rows, blocks), w8, numbers(-(-out // 128), blocks))
-        for scale in (None, numbers(1)[0]):
-            ops.linear_silu_mul_fp8(x8, numbers(rows, 1), w8, numbers(out, 1), scale)
     if rows > 64:
         return
     ops.linear(x, empty(model.vocab_size, hidden))
@@ -109,14 +108,14 @@ def run_attention(ops: Ops, model: ModelConfig, rows: int, kv_dtype: torch.dtype
     dim, kv_heads = model.head_dim, model.num_kv_heads
     q, k = empty(rows, model.num_heads, dim), empty(rows, kv_heads, dim)
     cache = empty(PAGES, kv_heads, PAGE_SIZE, dim, dtype=kv_dtype)
-    scales = (numbers(kv_heads),) * 2 if kv_dtype == FP8 else (None, None)
+    kv = PagedKV(cache, cache, *[numbers(kv_heads) if kv_dtype == FP8 else None for _ in "kv"])
     ints = empty(rows, dtype=torch.int64)
-    ops.rope_and_append_kv_(q, k, k, numbers(1000, 2, dim // 2), ints, ints, cache, cache, *scales)
+    ops.rope_and_append_kv_(q, k, k, kv, RopeMeta(numbers(1000, 2, dim // 2), ints, ints))
     table = empty(SLOTS, 2048, dtype=torch.int64)
     for count, decodes in ((rows, rows), (1, 0)):
         starts, each = empty(count + 1, dtype=torch.int64), empty(count, dtype=torch.int64)
         meta = AttentionMeta(decodes, starts, each, table, each, PAGE_SIZE, 2048, rows)
-        ops.paged_attention(q, cache, cache, meta, 0.1, *scales)
+        ops.paged_attention(q, kv, meta, 0.1)
 
 
 def run_sampling(ops: Ops, model: ModelConfig) -> None:

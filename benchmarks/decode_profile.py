@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def profile_decode(driver: Driver, batch: int, context: int, steps: int) -> dict
     """{"profile": rows, "profiled_us_per_step": the mean step with timers, "unprofiled_us_per_step": the mean step without}."""
     plain = statistics.fmean(driver.decode(batch, context, steps).seconds) * 1e6
     runner: Any = driver.engine._core.runner
-    if runner._model.weights.embed_tokens.is_cuda:
+    if runner._step.model.weights.embed_tokens.is_cuda:
         rows, seconds = kernel_rows(driver, batch, context, steps)
     else:
         stages = StageTimes()
@@ -42,13 +43,16 @@ def timed_engine(engine: Engine, stages: StageTimes) -> Iterator[None]:
         handle.result = stages.wrap("wait for the tokens", handle.result)
         return handle
 
-    ops = timed_ops(runner._ops, stages, engine.model_config)
+    ops = timed_ops(runner._step.ops, stages, engine.model_config)
     patches = [
         (scheduler, "schedule", stages.wrap("schedule", scheduler.schedule)),
         (scheduler, "commit", stages.wrap("commit", scheduler.commit)),
         (outputs, "process", stages.wrap("outputs", outputs.process)),
         (runner, "launch", stages.wrap("launch, less the operations", launched)),
-        *[(owner, name, ops) for owner, name in ((runner, "_ops"), (runner._model, "ops"), (runner._sampler, "_ops"))],
+        *[
+            (owner, name, ops)
+            for owner, name in ((runner._step, "ops"), (runner._step.model, "ops"), (runner._sampler, "_ops"))
+        ],
     ]
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in patches]
     for owner, name, value in patches:
@@ -86,7 +90,7 @@ def timed_ops(ops: Ops, stages: StageTimes, model: ModelConfig) -> Ops:
         timed[op.name] = stages.wrap(op.name, getattr(ops, op.name), label)
     for op, choice in zip(ALL_OPS, ops.choices, strict=True):
         if choice.chosen == COMPOSED and op.composed is not None:
-            timed[op.name] = op.composed(SimpleNamespace(**timed))
+            timed[op.name] = functools.partial(op.composed, SimpleNamespace(**timed))
     return dataclasses.replace(ops, **timed)
 
 

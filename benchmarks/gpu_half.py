@@ -48,7 +48,7 @@ class Half:
         self._fill_cache(device)
 
     def _fill_cache(self, device: torch.device) -> None:
-        for cache in (cache for layer in self.runner._kv_cache.layers for cache in layer):
+        for cache in (cache for kv in self.runner._kv_cache.layers for cache in kv.caches):
             noise = (torch.randn(_PAGES_AT_ONCE, *cache.shape[1:], device=device) * _CACHE_SPREAD).to(cache.dtype)
             for pages in cache.view(torch.uint8).split(_PAGES_AT_ONCE):
                 pages.copy_(noise.view(torch.uint8)[: len(pages)])

@@ -23,12 +23,12 @@ TEST_PATHS = (
 )
 _FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
 _SHARING = (  # operations whose kernels hand data from thread to thread through shared memory
-    "rms_norm_fp8", "silu_mul_fp8", "linear", "linear_fp8", "norm_linear_fp8", "silu_mul_linear", "linear_silu_mul_fp8",
+    "rms_norm_fp8", "silu_mul_fp8", "linear", "linear_fp8", "norm_linear_fp8", "silu_mul_linear",
     "paged_attention", "sample_",
 )  # fmt: skip
 # Those that a step spends its time in first.
 _OPS = {
-    "ops-linear-fp8": ("linear_fp8", "norm_linear_fp8", "silu_mul_linear_fp8", "linear_silu_mul_fp8", "linear_add_fp8"),
+    "ops-linear-fp8": ("linear_fp8", "norm_linear_fp8", "silu_mul_linear_fp8"),
     "ops-attention": ("paged_attention",),
     "ops-linear": ("linear", "norm_linear", "silu_mul_linear"),
     "ops-rest": (

@@ -30,7 +30,8 @@ from nemo_engine.model.weights import empty_weights
 from nemo_engine.ops import ALL_OPS, Ops, Site
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.planner.memory import graph_sizes
-from nemo_engine.runner.runner import Handle, Runner
+from nemo_engine.runner.launched_step import LaunchedStep
+from nemo_engine.runner.runner import Runner
 
 HOPPER = (9, 0)
 
@@ -90,12 +91,12 @@ def runner_tests() -> None:
     )  # fmt: skip
     runner = meta_runner(model, config, torch.float32, False, ops)
     runner.warm_up((1, 2, 4, 7))
-    result = Handle.result
-    Handle.result = lambda self: None  # type: ignore[assignment, method-assign, return-value]
+    result = LaunchedStep.result
+    LaunchedStep.result = lambda self: None  # type: ignore[assignment, method-assign, return-value]
     try:
         test_graphs.play(runner)
     finally:
-        Handle.result = result  # type: ignore[method-assign]
+        LaunchedStep.result = result  # type: ignore[method-assign]
 
 
 def op_tests() -> None:

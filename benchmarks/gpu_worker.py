@@ -213,7 +213,7 @@ def measure_engine(task: Task) -> None:
         nonlocal half
         half = Half(task.options["model"], task.device, task.options["engine"])
         peak = torch.cuda.max_memory_reserved() if task.device.type == "cuda" else 0
-        choices = {choice.op: choice.chosen for choice in half.runner._ops.choices}
+        choices = {choice.op: choice.chosen for choice in half.runner._step.ops.choices}
         return {
             "benchmark": "gpu", "what": "start", "options": half.options, **half.started, "peak_bytes": peak,
             "num_pages": half.half.num_pages, "implementations": choices,

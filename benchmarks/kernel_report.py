@@ -37,6 +37,8 @@ from nemo_engine.kernels import device
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.paged_kv import PagedKV
+from nemo_engine.ops.rope import RopeMeta
 from nemo_engine.planner.memory import graph_sizes
 from nemo_engine.runner.runner import Runner
 
@@ -194,15 +196,16 @@ def run_fp8(capability: int, ranks: int) -> None:
         ops.silu_mul_fp8(_empty(4, 2 * inner), scale)
         ops.quantize_tokens(_empty(4, model.q_size), scale)
     ops.quantize_channels(_empty(hidden, inner))
-    kv = _empty(100, model.num_kv_heads, 64, dim, dtype=torch.float8_e4m3fn)
+    cache = _empty(100, model.num_kv_heads, 64, dim, dtype=torch.float8_e4m3fn)
     scales = _empty(model.num_kv_heads, dtype=torch.float32)
+    kv = PagedKV(cache, cache, scales, scales)
     ints = _empty(8, dtype=torch.int64)
     q, k = _empty(8, model.num_heads, dim), _empty(8, model.num_kv_heads, dim)
-    ops.rope_and_append_kv_(q, k, k, _empty(1000, 2, dim // 2, dtype=torch.float32), ints, ints, kv, kv, scales, scales)
+    ops.rope_and_append_kv_(q, k, k, kv, RopeMeta(_empty(1000, 2, dim // 2, dtype=torch.float32), ints, ints))
     for decodes in (8, 0):
         table, starts = _empty(9, 2048, dtype=torch.int64), _empty(9, dtype=torch.int64)
         meta = AttentionMeta(decodes, starts, ints, table, ints, 64, 2048, 8)
-        ops.paged_attention(q, kv, kv, meta, 0.1, scales, scales)
+        ops.paged_attention(q, kv, meta, 0.1)
 
 
 def read(compiled: Any, name: str, *options: str) -> str:

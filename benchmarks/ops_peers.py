@@ -19,6 +19,7 @@ from torch import Tensor
 from nemo_engine.benchmarks.timing import Args, Calls, Size
 from nemo_engine.ops import Op
 from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.paged_kv import PagedKV
 
 PACKAGES = {"flash-attn": "flash_attn", "FlashInfer": "flashinfer", "Liger": "liger_kernel"}
 _WORKSPACE_BYTES = 256 << 20  # for FlashInfer's partial results
@@ -79,14 +80,14 @@ def _later(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: made()()
 
 
-def _fa3(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, *_: Any) -> Callable[[], Any]:
+def _fa3(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Callable[[], Any]:
     """Pages as they lie, (pages, page, heads, D) by strides. Arguments go by the names of the library's own schema."""
     forward = torch.ops._vllm_fa3_C.fwd.default
-    is_fp8 = k_cache.dtype != torch.bfloat16
-    requests, heads = meta.seq_lens.numel(), k_cache.shape[1]
+    is_fp8 = kv.dtype != torch.bfloat16
+    requests, heads = meta.seq_lens.numel(), kv.num_heads
     one = torch.ones(requests, heads, device=q.device)
     known: dict[str, Any] = {
-        **_FA3_FLAGS, "q": q.to(k_cache.dtype), "k": k_cache.transpose(1, 2), "v": v_cache.transpose(1, 2),
+        **_FA3_FLAGS, "q": q.to(kv.dtype), "k": kv.k.transpose(1, 2), "v": kv.v.transpose(1, 2),
         "cu_seqlens_q": meta.query_start_loc.int(), "seqused_k": meta.seq_lens.int(), "max_seqlen_q": meta.longest,
         "max_seqlen_k": int(meta.seq_lens.max()), "page_table": meta.page_table[meta.slot_ids].int().contiguous(),
         "softmax_scale": scale, **({"q_descale": one, "k_descale": one, "v_descale": one} if is_fp8 else {}),
@@ -96,14 +97,12 @@ def _fa3(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale
     return lambda: forward(*values)[0]
 
 
-def _flash_attn(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, *_: Any
-) -> Callable[[], Any]:
+def _flash_attn(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Callable[[], Any]:
     """Over contiguous keys, since its pages are of 256 tokens at least."""
     from flash_attn import flash_attn_func, flash_attn_with_kvcache
 
     pages, keys = meta.page_table[meta.slot_ids], int(meta.seq_lens.max())
-    k, v = (x[pages].transpose(2, 3).flatten(1, 2)[:, :keys].contiguous() for x in (k_cache, v_cache))
+    k, v = (x[pages].transpose(2, 3).flatten(1, 2)[:, :keys].contiguous() for x in kv.caches)
     rows = q.view(pages.shape[0], -1, *q.shape[1:])
     if meta.num_decodes:
         lengths = meta.seq_lens.int()
@@ -113,9 +112,7 @@ def _flash_attn(
     return lambda: call().flatten(0, 1)
 
 
-def _flashinfer_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, *_: Any
-) -> Callable[[], Any]:
+def _flashinfer_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Callable[[], Any]:
     """Pages as they lie (HND), planned once as for all layers of a step."""
     import flashinfer
 
@@ -126,8 +123,8 @@ def _flashinfer_attention(
     rows = meta.page_table[meta.slot_ids]
     ids = torch.cat([row[:count] for row, count in zip(rows, counts.tolist())]).int()
     last = ((meta.seq_lens - 1) % meta.page_size + 1).int()
-    heads, (kv_heads, dim) = q.shape[1], (k_cache.shape[1], k_cache.shape[3])
-    types = {"sm_scale": scale, "q_data_type": q.dtype, "kv_data_type": k_cache.dtype}
+    heads, (kv_heads, dim) = q.shape[1], (kv.num_heads, kv.k.shape[3])
+    types = {"sm_scale": scale, "q_data_type": q.dtype, "kv_data_type": kv.dtype}
     if meta.num_decodes:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
         wrapper.plan(starts, ids, last, heads, kv_heads, dim, meta.page_size, **types)
@@ -135,7 +132,7 @@ def _flashinfer_attention(
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
         queries = meta.query_start_loc.int()
         wrapper.plan(queries, starts, ids, last, heads, kv_heads, dim, meta.page_size, causal=True, **types)
-    return lambda: wrapper.run(q, (k_cache, v_cache))
+    return lambda: wrapper.run(q, kv.caches)
 
 
 def _norms(args: Args) -> Calls:

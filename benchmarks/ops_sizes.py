@@ -22,7 +22,8 @@ from nemo_engine.benchmarks.timing import Args, Calls, Size, on_device
 from nemo_engine.config import ModelConfig
 from nemo_engine.ops import Op
 from nemo_engine.ops.attention import AttentionMeta, gather_row
-from nemo_engine.ops.rope import rope_table
+from nemo_engine.ops.paged_kv import PagedKV
+from nemo_engine.ops.rope import RopeMeta, rope_table
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 PAGE_SIZE = 64
@@ -117,7 +118,7 @@ def rope_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
         places = PAGE_SIZE + torch.arange(rows, device=device) * (1 if rows > 256 else PAGE_SIZE)
         positions = torch.arange(rows, device=device) % model.max_position_embeddings
         table = rope_table(dim, model.rope_theta, model.max_position_embeddings, device)
-        return q, k, v, table, positions, places, *caches, *scales
+        return q, k, v, PagedKV(*caches, *scales), RopeMeta(table, positions, places)
 
     for rows in scale.rows:
         for name, dtype in (("bf16", BF16), ("fp8", FP8)):
@@ -150,7 +151,7 @@ def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size
             longest=queries,
         )
         q = bf16(requests * queries, model.num_heads, model.head_dim, device=device)
-        return q, *caches, meta, model.head_dim**-0.5, *scales
+        return q, PagedKV(*caches, *scales), meta, model.head_dim**-0.5
 
     kinds = [(f"decode {n}x{keys}", 1, [keys] * n) for n, keys in scale.decodes]
     kinds += [
@@ -168,15 +169,12 @@ def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size
             yield Size(f"{name}, {label} KV", partial(make, queries, lengths, dtype), baselines, site=site)
 
 
-def sdpa_calls(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, *scales: Tensor | None
-) -> Calls:
+def sdpa_calls(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Calls:
     """torch's SDPA over contiguous bf16 keys and values. For decodes also with a KV head's query heads as its queries."""
     pages = meta.page_table[meta.slot_ids]
     keys = int(meta.seq_lens[0])
     k, v = (  # (R, Hk, L, D); gathered as bytes, because FP8 cannot be
-        x.view(torch.uint8)[pages].view(x.dtype).to(BF16).transpose(1, 2).flatten(2, 3)[:, :, :keys]
-        for x in (k_cache, v_cache)
+        x.view(torch.uint8)[pages].view(x.dtype).to(BF16).transpose(1, 2).flatten(2, 3)[:, :, :keys] for x in kv.caches
     )
     requests, (heads, dim) = pages.shape[0], q.shape[1:]
     options: dict[str, dict[str, Any]] = {}
@@ -200,16 +198,14 @@ def sdpa_calls(
     return {f"sdpa {backend}{form}": partial(call, backend, form) for backend in backends for form in queries}
 
 
-def sdpa_row_calls(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, *scales: Tensor | None
-) -> Calls:
+def sdpa_row_calls(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Calls:
     """torch's SDPA over the contiguous bf16 keys and values of one decode row after the other: lengths differ."""
     rows = list(zip(meta.page_table[meta.slot_ids], meta.seq_lens.tolist(), strict=True))
     k, v = (
         [gather_row(cache.view(torch.uint8), pages, keys).view(cache.dtype).to(BF16)[None] for pages, keys in rows]
-        for cache in (k_cache, v_cache)
+        for cache in kv.caches
     )
-    queries = q.view(len(rows), 1, k_cache.shape[1], -1, q.shape[2])
+    queries = q.view(len(rows), 1, kv.num_heads, -1, q.shape[2])
     each = partial(F.scaled_dot_product_attention, scale=scale)
     return {"sdpa by row": lambda: torch.cat([each(*row) for row in zip(queries, k, v, strict=True)]).view(q.shape)}
 
@@ -246,31 +242,26 @@ def linear_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
 
 
 def fused_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Linear layers with what comes before or after them, against the same composed in torch. FP8 with scales per token and channel."""
+    """Linear layers with what comes before them, against the same composed in torch. FP8 with scales per token and channel."""
     model = scale.model
     hidden, inner = model.hidden_size, model.intermediate_size
     qkv, gate_up, down = (model.q_size + 2 * model.kv_size, hidden), (2 * inner, hidden), (hidden, inner)
     shapes = {
         "norm_linear": {"qkv": qkv, "gate_up": gate_up},
         "silu_mul_linear": {"down": down},
-        "linear_add_fp8": {"o": (hidden, model.q_size), "down": down},
-        "linear_silu_mul_fp8": {"gate_up": gate_up},
     }
     base, is_fp8 = op.name.removesuffix("_fp8"), op.name.endswith("_fp8")
 
     def make(rows: int, n: int, k: int) -> Args:
         weight = bf16(n, k, device=device)
         weights = (weight.to(FP8), torch.rand(n, 1, device=device) + 0.5) if is_fp8 else (weight,)
-        x8 = (bf16(rows, k, device=device).to(FP8), torch.rand(rows, 1, device=device) + 0.5, *weights)
         tail: Args = (None,) if is_fp8 else ()
         if base == "norm_linear":
             x, residual = (bf16(rows, k, device=device) for _ in range(2))
             return x, residual, bf16(k, device=device), 1e-5, *weights, *tail
-        if base == "silu_mul_linear":
-            return bf16(rows, 2 * k, device=device), *weights, *tail
-        return (*x8, bf16(rows, n, device=device)) if op.name == "linear_add_fp8" else (*x8, *tail)
+        return bf16(rows, 2 * k, device=device), *weights, *tail
 
-    for name, (n, k) in (shapes.get(op.name) or shapes[base]).items():
+    for name, (n, k) in shapes[base].items():
         for rows in scale.products:
             yield Size(f"{name} {rows}x{k}x{n}", partial(make, rows, n, k), definition(op))
 
@@ -381,7 +372,6 @@ SIZES: dict[str, Callable[[Op, Scale, torch.device], Iterator[Size]]] = {
     "linear": linear_sizes,
     "linear_fp8": linear_sizes,
     **dict.fromkeys(("norm_linear", "norm_linear_fp8", "silu_mul_linear", "silu_mul_linear_fp8"), fused_sizes),
-    **dict.fromkeys(("linear_add_fp8", "linear_silu_mul_fp8"), fused_sizes),
     "quantize_tokens": row_sizes,
     "quantize_channels": row_sizes,
     "sample_": sample_sizes,

@@ -45,7 +45,7 @@ def run(model: Path, **options: Any) -> tuple[list[list[int]], list[float], dict
         **options,
     )
     try:
-        served = {choice.op: choice.chosen for choice in engine._core.runner._model.ops.choices}
+        served = {choice.op: choice.chosen for choice in engine._core.runner._step.ops.choices}
         first, *others = [output.outputs[0] for output in engine.generate(PROMPTS, PARAMS)]
     finally:
         engine.close()

@@ -66,7 +66,7 @@ def test_fp8_keys_and_values_take_half_the_bytes_and_are_really_fp8(model: Path)
         ) as engine:
             engine.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=3))
             rows[name] = next(row.num_bytes for row in engine.ledger.rows if row.name.startswith("allocate KV cache"))
-            dtype = {cache.dtype for layer in engine._core.runner._kv_cache.layers for cache in layer}
+            dtype = {kv.dtype for kv in engine._core.runner._kv_cache.layers}
             assert dtype == {torch.float8_e4m3fn if name == "fp8" else torch.bfloat16}
     assert rows["auto"] == 2 * rows["fp8"]
 
@@ -181,7 +181,7 @@ def test_counting_reads_what_was_written_alone(model: Path) -> None:
             1
         ]  # at most two pages of each layer, as at the end
         assert 0 < sampled <= 2 * 16 * 2 * CONFIG.num_layers * CONFIG.kv_size
-        for pages in runner._kv_cache.layers[0]:
+        for pages in runner._kv_cache.layers[0].caches:
             pages.view(torch.uint8)[1, 0, 0, :2] = torch.tensor([0x7E, 0xFE], dtype=torch.uint8)  # 448 and -448
             pages.view(torch.uint8)[21] = 0x7E
         assert engine.count_saturated_kv() == (4, written)

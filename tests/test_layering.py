@@ -65,13 +65,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simulator": {"scheduler", "planner", "workload", *CONTRACTS},
     # Row 4
     "scheduler": CONTRACTS,
-    "runner": {"model", "ops", "parallel", "planner.memory", *CONTRACTS},
+    "runner": {"model", "ops", "planner.memory", *CONTRACTS},
     "planner": {*TORCH_FREE_MODEL, "workload", *CONTRACTS},
     # Row 3
-    "model": {"ops", "parallel", *CONTRACTS},
+    "model": {"ops", *CONTRACTS},
     # Row 2
     "ops": CONTRACTS,
-    "parallel": CONTRACTS,
     # Row 1
     **{part: CONTRACTS for part in ROW_1},
     "workload": set(),
@@ -102,7 +101,6 @@ MAY_USE: dict[str, set[str]] = {
     "runner": {"torch", "numpy"},
     "model": {*TORCH, "huggingface_hub", "tqdm"},
     "ops": TORCH,
-    "parallel": {"torch"},
     "text": {*TOKENIZERS, "numpy"},
 }
 

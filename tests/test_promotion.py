@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.cuda.attention import paged_attention
-from nemo_engine.ops.cuda.gemm import linear_fp8_large
 from nemo_engine.ops.cuda.linear import linear_fp8
+from nemo_engine.ops.paged_kv import PagedKV
 from tests.emulation.library import emulated
 from tests.test_emulation import a_registers, b_registers
 
@@ -44,9 +44,9 @@ def test_a_dot_product_of_14336(library: Any) -> None:
     x, w = (torch.rand(14336, generator=generator).add(0.5).to(FP8) for _ in range(2))
     exact = float(x.double() @ w.double())
     assert abs(accumulated_in_the_tensor_core(library, x, w) / exact - 1) > 0.02
-    for rows, function in ((1, linear_fp8), (64, linear_fp8), (128, linear_fp8_large)):
+    for rows in (1, 64, 128):  # two small kernels and the large one
         scales = torch.ones(rows, 1), torch.ones(8, 1)
-        got = function(x.repeat(rows, 1), scales[0], w.repeat(8, 1), scales[1])
+        got = linear_fp8(x.repeat(rows, 1), scales[0], w.repeat(8, 1), scales[1])
         assert (got.double() / exact - 1).abs().max() <= 2**-8, rows  # one rounding to bf16
 
 
@@ -70,5 +70,5 @@ def test_the_values_of_131072_tokens(library: Any) -> None:
         num_pages=keys // page,
         longest=1,
     )
-    got = paged_attention(q, k_cache, v_cache, meta, 0.1)
+    got = paged_attention(q, PagedKV(k_cache, v_cache), meta, 0.1)
     assert (got.view(128).double() / exact - 1).abs().max() <= 2**-8

@@ -1,4 +1,4 @@
-// The Python module nemo_engine._cpu: kernels called with the addresses of tensors, whose shapes nemo_engine/ops/cpu.py has checked.
+// The Python module nemo_engine._cpu: kernels called with the addresses of tensors, whose shapes nemo_engine/ops/cpu/compiled.py has checked.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <omp.h>

@@ -7,12 +7,12 @@ namespace nemo {
 void register_gemm(pybind11::module_& m) {
     define(
         m, "gemm_fp8",
-        {"epilogue", "y", "x", "x_stride", "x_scales", "x_scale_stride", "w", "w_stride", "w_scales", "w_scale_stride",
-         "is_block", "residual", "residual_stride", "out_scale", "rows", "outputs", "width", "stream"},
-        [](int epilogue, uintptr_t y, uintptr_t x, int64_t x_stride, uintptr_t x_scales, int64_t x_scale_stride,
-           uintptr_t w, int64_t w_stride, uintptr_t w_scales, int64_t w_scale_stride, bool is_block, uintptr_t residual,
-           int64_t residual_stride, uintptr_t out_scale, int rows, int outputs, int width, Stream stream) {
-            gemm_fp8({.y = pointer<void>(y),
+        {"y", "x", "x_stride", "x_scales", "x_scale_stride", "w", "w_stride", "w_scales", "w_scale_stride", "is_block",
+         "rows", "outputs", "width", "stream"},
+        [](uintptr_t y, uintptr_t x, int64_t x_stride, uintptr_t x_scales, int64_t x_scale_stride, uintptr_t w,
+           int64_t w_stride, uintptr_t w_scales, int64_t w_scale_stride, bool is_block, int rows, int outputs, int width,
+           Stream stream) {
+            gemm_fp8({.y = pointer<bf16>(y),
                       .x = pointer<fp8>(x),
                       .w = pointer<fp8>(w),
                       .x_scales = pointer<float>(x_scales),
@@ -21,13 +21,9 @@ void register_gemm(pybind11::module_& m) {
                       .w_stride = w_stride,
                       .x_scale_stride = x_scale_stride,
                       .w_scale_stride = w_scale_stride,
-                      .residual = pointer<bf16>(residual),
-                      .residual_stride = residual_stride,
-                      .out_scale = pointer<float>(out_scale),
                       .rows = rows,
                       .outputs = outputs,
                       .width = width,
-                      .epilogue = static_cast<Epilogue>(epilogue),
                       .is_block = is_block},
                      stream);
         });

@@ -32,7 +32,7 @@ TensorMap operand_map(const fp8* base, int rows, int width, int64_t stride, int 
                                   .swizzle = Swizzle::B128});
 }
 
-template <int COLUMNS, bool IS_BLOCK, Epilogue EPILOGUE>
+template <int COLUMNS, bool IS_BLOCK>
 void launch_gemm(const GemmInputs& in, Stream stream) {
     using Tile = GemmTile<COLUMNS>;
     static_assert(Tile::STAGES >= 3);
@@ -43,35 +43,30 @@ void launch_gemm(const GemmInputs& in, Stream stream) {
            .stages = Tile::STAGES};
     TensorMap x_map = operand_map(in.x, in.rows, in.width, in.x_stride, GEMM_ROWS);
     TensorMap w_map = operand_map(in.w, in.outputs, in.width, in.w_stride, COLUMNS);
-    int columns = EPILOGUE == Epilogue::SILU_MUL ? in.outputs / 2 : in.outputs;
-    TensorMap y_map = EPILOGUE == Epilogue::SILU_MUL_QUANTIZE
-                          ? x_map
-                          : make_tensor_map(in.y, {.element = Element::BF16,
-                                                   .rank = 2,
-                                                   .sizes = {columns, in.rows, 1},
-                                                   .strides = {0, int64_t(columns) * 2, 0},
-                                                   .box = {BOX_COLUMNS, 64, 1},
-                                                   .swizzle = Swizzle::B64});
+    TensorMap y_map = make_tensor_map(in.y, {.element = Element::BF16,
+                                             .rank = 2,
+                                             .sizes = {in.outputs, in.rows, 1},
+                                             .strides = {0, int64_t(in.outputs) * 2, 0},
+                                             .box = {BOX_COLUMNS, 64, 1},
+                                             .swizzle = Swizzle::B64});
     int tiles = p.row_tiles * p.column_tiles, sms = num_sms();
     launch({.name = "gemm_fp8",
             .grid = dim3(unsigned(tiles < sms ? tiles : sms)),
             .threads = GEMM_THREADS,
             .shared_bytes = Tile::SHARED_BYTES,
             .stream = stream},
-           gemm_kernel<COLUMNS, IS_BLOCK, EPILOGUE>, p, x_map, w_map, y_map);
+           gemm_kernel<COLUMNS, IS_BLOCK>, p, x_map, w_map, y_map);
 }
 
 }  // namespace
 
 void gemm_fp8(const GemmInputs& in, Stream stream) {
     if (in.rows == 0) return;
-    int epilogue = int(in.epilogue);
-    CHECK_RANGE(epilogue, int(Epilogue::NONE), int(Epilogue::SILU_MUL_QUANTIZE));
     CHECK_RANGE(in.rows, 1, 1 << 24);
     CHECK_RANGE(in.outputs, 8, 1 << 24);
     CHECK_RANGE(in.width, 16, 1 << 24);
     CHECK_MULTIPLE(in.width, 16);
-    CHECK_MULTIPLE(in.outputs, in.epilogue == Epilogue::SILU_MUL || in.epilogue == Epilogue::SILU_MUL_QUANTIZE ? 16 : 8);
+    CHECK_MULTIPLE(in.outputs, 8);
     CHECK(int64_t(ceil_div(in.rows, GEMM_ROWS)) * ceil_div(in.outputs, 96) <= 0x7FFFFFFF,
           "rows and outputs make more tiles than an int holds: ", in.rows, " and ", in.outputs);
     CHECK_STRIDE(in.x_stride, 16);
@@ -83,25 +78,11 @@ void gemm_fp8(const GemmInputs& in, Stream stream) {
     CHECK_POINTER(in.w);
     CHECK_ALIGNED(in.x_scales, 4);
     CHECK_ALIGNED(in.w_scales, 4);
-    if (in.is_block) {
-        CHECK(in.epilogue == Epilogue::NONE, "epilogue must be 0 with scales of blocks, got ", int(in.epilogue));
-        return launch_gemm<128, true, Epilogue::NONE>(in, stream);
-    }
-    switch (in.epilogue) {
-        case Epilogue::ADD_RESIDUAL:
-            CHECK_STRIDE(in.residual_stride, 2);
-            CHECK_ALIGNED(in.residual, 4);
-            return launch_gemm<128, false, Epilogue::ADD_RESIDUAL>(in, stream);
-        case Epilogue::SILU_MUL: return launch_gemm<128, false, Epilogue::SILU_MUL>(in, stream);
-        case Epilogue::SILU_MUL_QUANTIZE:
-            CHECK_ALIGNED(in.out_scale, 4);
-            return launch_gemm<128, false, Epilogue::SILU_MUL_QUANTIZE>(in, stream);
-        default: break;
-    }
+    if (in.is_block) return launch_gemm<128, true>(in, stream);
     switch (choose_columns(in.rows, in.outputs, num_sms())) {
-        case 96: return launch_gemm<96, false, Epilogue::NONE>(in, stream);
-        case 192: return launch_gemm<192, false, Epilogue::NONE>(in, stream);
-        default: return launch_gemm<128, false, Epilogue::NONE>(in, stream);
+        case 96: return launch_gemm<96, false>(in, stream);
+        case 192: return launch_gemm<192, false>(in, stream);
+        default: return launch_gemm<128, false>(in, stream);
     }
 }
 

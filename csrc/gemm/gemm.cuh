@@ -4,8 +4,6 @@
 // added in fp32, where scales of blocks are applied as well. Other scales are applied once, to the sum.
 #pragma once
 
-#include <type_traits>
-
 #include "common/mma.cuh"
 #include "common/numbers.cuh"
 #include "common/tma.cuh"
@@ -162,31 +160,6 @@ __device__ __forceinline__ void gemm_scale(float (&sum)[COLUMNS / 2], const Gemm
     }
 }
 
-__device__ __forceinline__ float rounded(float x) { return float_of_bits(pack_bf16(x, 0.0f) << 16); }
-
-template <int COLUMNS>
-__device__ __forceinline__ void gemm_add_residual(float (&sum)[COLUMNS / 2], const Gemm& p, const GemmPlace& place) {
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 8; j++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            if (place.row(h) >= p.in.rows || place.column(j) >= p.in.outputs) continue;
-            auto* at = reinterpret_cast<const uint32_t*>(p.in.residual + place.row(h) * p.in.residual_stride + place.column(j));
-            uint32_t pair = load(at);
-            float& low = sum[4 * j + 2 * h];
-            float& high = sum[4 * j + 2 * h + 1];
-            low = add(rounded(low), float_of_bits(pair << 16));
-            high = add(rounded(high), float_of_bits(pair & 0xFFFF0000u));
-        }
-    }
-}
-
-// silu(gate) * up, rounded where the definition rounds; gates are in groups j of 8 columns that are even.
-__device__ __forceinline__ float gated(float gate, float up) {
-    float x = rounded(gate);
-    return rounded(multiply(rounded(divide(x, add(1.0f, expf(-x)))), rounded(up)));
-}
-
 // 64 rows of bf16 to their boxes of 32 columns in shared memory, and out. `pairs`: [j][h], of columns j.
 template <int GROUPS>
 __device__ __forceinline__ void store_boxes(const uint32_t (&pairs)[GROUPS][2], unsigned char* out, const TensorMap* y_map,
@@ -210,56 +183,23 @@ __device__ __forceinline__ void store_boxes(const uint32_t (&pairs)[GROUPS][2], 
     }
 }
 
-// Two FP8 numbers of row(h), and of the group of 8 columns `column` belongs to: stored as they are held.
 template <int COLUMNS>
-__device__ __forceinline__ void store_gated_fp8(const float (&sum)[COLUMNS / 2], const Gemm& p, const GemmPlace& place) {
-    float scale = load(p.in.out_scale);
-    int width = p.in.outputs / 2;
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 8; j += 2) {
-        int column = place.column(j) / 16 * 8 + place.first_column % 8;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            if (place.row(h) >= p.in.rows || column >= width) continue;
-            float low = gated(sum[4 * j + 2 * h], sum[4 * j + 4 + 2 * h]);
-            float high = gated(sum[4 * j + 2 * h + 1], sum[4 * j + 4 + 2 * h + 1]);
-            auto* to = reinterpret_cast<uint16_t*>(static_cast<fp8*>(p.in.y) + int64_t(place.row(h)) * width + column);
-            store(to, pack_fp8(divide(low, scale), divide(high, scale)));
-        }
-    }
-}
-
-template <int COLUMNS, Epilogue EPILOGUE>
-__device__ __forceinline__ void gemm_store(float (&sum)[COLUMNS / 2], const Gemm& p, const GemmPlace& place,
-                                           const TilePlace& tile, unsigned char* out, const TensorMap* y_map, int group) {
-    if constexpr (EPILOGUE == Epilogue::SILU_MUL_QUANTIZE) {
-        store_gated_fp8<COLUMNS>(sum, p, place);
-        return;
-    }
-    constexpr bool IS_GATED = EPILOGUE == Epilogue::SILU_MUL;
-    constexpr int GROUPS = IS_GATED ? COLUMNS / 16 : COLUMNS / 8;
-    if constexpr (EPILOGUE == Epilogue::ADD_RESIDUAL) gemm_add_residual<COLUMNS>(sum, p, place);
+__device__ __forceinline__ void gemm_store(const float (&sum)[COLUMNS / 2], const TilePlace& tile, unsigned char* out,
+                                           const TensorMap* y_map, int group) {
+    constexpr int GROUPS = COLUMNS / 8;
     uint32_t pairs[GROUPS][2];
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            if constexpr (IS_GATED) {
-                int at = 8 * j + 2 * h;
-                pairs[j][h] = pack_bf16(gated(sum[at], sum[at + 4]), gated(sum[at + 1], sum[at + 5]));
-            } else {
-                pairs[j][h] = pack_bf16(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
-            }
-        }
+        for (int h = 0; h < 2; h++) pairs[j][h] = pack_bf16(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
     }
     // The tile before has left these boxes.
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
     named_barrier_sync(1 + group, 128);
-    store_boxes<GROUPS>(pairs, out, y_map, tile.column * COLUMNS / (IS_GATED ? 2 : 1), tile.row * GEMM_ROWS + group * 64,
-                        1 + group);
+    store_boxes<GROUPS>(pairs, out, y_map, tile.column * COLUMNS, tile.row * GEMM_ROWS + group * 64, 1 + group);
 }
 
-template <int COLUMNS, bool IS_BLOCK, Epilogue EPILOGUE>
+template <int COLUMNS, bool IS_BLOCK>
 __device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, unsigned char* ring, unsigned char* outs,
                                              const TensorMap* y_map) {
     int group = warp_index() / 4 - 1;
@@ -272,12 +212,12 @@ __device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, 
         float sum[COLUMNS / 2];
         gemm_multiply<COLUMNS, IS_BLOCK>(sum, p, header, ring, at, mine, group);
         if constexpr (!IS_BLOCK) gemm_scale<COLUMNS>(sum, p, mine);
-        gemm_store<COLUMNS, EPILOGUE>(sum, p, mine, place, outs + group * GemmTile<COLUMNS>::OUT_BYTES, y_map, group);
+        gemm_store<COLUMNS>(sum, place, outs + group * GemmTile<COLUMNS>::OUT_BYTES, y_map, group);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait<0>();
 }
 
-template <int COLUMNS, bool IS_BLOCK, Epilogue EPILOGUE>
+template <int COLUMNS, bool IS_BLOCK>
 __global__ void __launch_bounds__(GEMM_THREADS, 1)
     gemm_kernel(const __grid_constant__ Gemm p, const __grid_constant__ TensorMap x_map,
                 const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map) {
@@ -299,7 +239,7 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
         if (threadIdx.x == 0) gemm_produce<COLUMNS>(p, header, ring, &x_map, &w_map);
     } else {
         take_registers<232>();
-        gemm_consume<COLUMNS, IS_BLOCK, EPILOGUE>(p, header, ring, outs, &y_map);
+        gemm_consume<COLUMNS, IS_BLOCK>(p, header, ring, outs, &y_map);
     }
 }
 

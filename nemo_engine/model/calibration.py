@@ -32,23 +32,14 @@ class Calibration:
     num_tokens: int
 
 
-class ObservedLinear:
+class ObservedLinear(Linear):
     """A dense projection that remembers the largest magnitude of its inputs."""
 
     def __init__(self, linear: Linear) -> None:
         assert isinstance(linear, DenseLinear)
         self._linear = linear
+        self.weight = linear.weight
         self.largest = torch.zeros((), device=linear.weight.device)
-
-    @property
-    def weight(self) -> Tensor:
-        """See ``Linear``."""
-        return self._linear.weight
-
-    @property
-    def num_bytes(self) -> int:
-        """See ``Linear``."""
-        return self._linear.num_bytes
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
         """See ``Linear``."""
@@ -99,8 +90,8 @@ def calibrate(
         hidden = sequence.feed(ids)
         normed, _ = ops.rms_norm(hidden[0], weights.norm, config.rms_norm_eps, hidden[1])
         last = torch.maximum(last, normed.abs().max().float().cpu())
-        for caches, found in zip(sequence.kv_cache, largest, strict=True):
-            for index, cache in enumerate(caches):  # what was not written is 0
+        for kv, found in zip(sequence.kv_cache, largest, strict=True):
+            for index, cache in enumerate(kv.caches):  # what was not written is 0
                 found[index] = torch.maximum(found[index], cache.abs().amax((0, 2, 3)).float().cpu())
         num_tokens += len(ids)
         advance(len(ids))

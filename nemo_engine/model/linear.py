@@ -5,47 +5,20 @@ A kind holds tensors and computes ``x @ weight.T``; the model calls it and does 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from nemo_engine.ops import Ops
-from nemo_engine.ops.packed import pack_weight
+from nemo_engine.ops.cpu.packed import pack_weight
 
 
-class Linear(Protocol):
+class Linear(ABC):
     """What the model needs of a projection."""
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """(out, in)."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all its tensors."""
-
-    def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """(T, in) -> (T, out)."""
-
-    def after_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, ops: Ops
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The projection of ``x + residual``, normalised; and that sum. (T, in) twice -> (T, out), (T, in)."""
-
-    def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
-
-
-@dataclass(slots=True, eq=False)
-class DenseLinear:
-    """A projection in the dtype of the activations, without bias: ``weight`` is (out, in), one row per output, or as ``pack`` leaves it."""
-
-    weight: torch.Tensor
-
-    def pack(self) -> None:
-        """Put the weight into the order that ``ops.packed.linear`` multiplies fastest; nothing else can read it then."""
-        self.weight = pack_weight(self.weight)
+    __slots__ = ()
+    weight: torch.Tensor  # (out, in)
 
     @property
     def out_features(self) -> int:
@@ -59,8 +32,33 @@ class DenseLinear:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weight."""
+        """Bytes of all its tensors."""
         return self.weight.nbytes
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """(T, in) -> (T, out)."""
+
+    @abstractmethod
+    def after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, ops: Ops
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projection of ``x + residual``, normalised; and that sum. (T, in) twice -> (T, out), (T, in)."""
+
+    @abstractmethod
+    def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
+
+
+@dataclass(slots=True, eq=False)
+class DenseLinear(Linear):
+    """A projection in the dtype of the activations, without bias: ``weight`` is (out, in), one row per output, or as ``pack`` leaves it."""
+
+    weight: torch.Tensor
+
+    def pack(self) -> None:
+        """Put the weight into the order that ``ops.cpu.packed.linear`` multiplies fastest; nothing else can read it then."""
+        self.weight = pack_weight(self.weight)
 
     def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
         """See ``Linear``."""
@@ -81,7 +79,7 @@ class DenseLinear:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fp8Linear:
+class Fp8Linear(Linear):
     """A projection of FP8 (e4m3) weights, whose input is quantised too: per token, or by ``input_scale`` if there is one.
 
     ``weight`` (out, in) holds FP8 numbers: as FP8, or widened to fp32 once where the definition computes (``widen``).
@@ -94,18 +92,8 @@ class Fp8Linear:
     input_scale: torch.Tensor | None = None
 
     @property
-    def out_features(self) -> int:
-        """Width of the output."""
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return self.weight.shape[1]
-
-    @property
     def num_bytes(self) -> int:
-        """Bytes of the weight and its scales."""
+        """See ``Linear``."""
         return self.weight.nbytes + self.scales.nbytes + (0 if self.input_scale is None else self.input_scale.nbytes)
 
     def widen(self) -> Fp8Linear:

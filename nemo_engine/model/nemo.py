@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import Ops
 from nemo_engine.ops.attention import AttentionMeta
-from nemo_engine.ops.rope import rope_table
+from nemo_engine.ops.paged_kv import PagedKV
+from nemo_engine.ops.rope import RopeMeta, rope_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,24 @@ class ModelInputs:
     positions: Tensor  # (T,) int64
     slot_mapping: Tensor  # (T,) int64: page * page_size + offset, where each token's key and value go
     attention: AttentionMeta
+
+
+def make_kv_cache(
+    config: ModelConfig,
+    weights: NemoWeights,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    make: Callable[..., Tensor] = torch.zeros,
+) -> list[PagedKV]:
+    """A cache of ``num_pages`` pages and page 0, which is padding, for each layer of ``weights``, with its scales. ``make``: torch.zeros or torch.empty."""
+    shape = (num_pages + 1, config.num_kv_heads, page_size, config.head_dim)
+    device = weights.embed_tokens.device
+
+    def cache() -> Tensor:
+        return make(shape, dtype=dtype, device=device)
+
+    return [PagedKV(cache(), cache(), layer.k_scale, layer.v_scale) for layer in weights.layers]
 
 
 class Nemo:
@@ -35,8 +56,8 @@ class Nemo:
         self.ops = ops
         self.rope = rope_table(config.head_dim, config.rope_theta, max_len, weights.embed_tokens.device)
 
-    def forward(self, inputs: ModelInputs, kv_cache: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Run all layers over T tokens, writing their keys and values into ``kv_cache`` (one (k, v) per layer).
+    def forward(self, inputs: ModelInputs, kv_cache: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
+        """Run all layers over T tokens, writing their keys and values into ``kv_cache``, as ``make_kv_cache`` makes it.
 
         Returns the last MLP's output and the residual, (T, H) each, for ``logits``.
         """
@@ -45,26 +66,14 @@ class Nemo:
         scale = config.head_dim**-0.5
         x = self.weights.embed_tokens[inputs.input_ids]  # (T, H)
         residual: Tensor | None = None
-        for layer, (k_cache, v_cache) in zip(self.weights.layers, kv_cache, strict=True):
+        rope = RopeMeta(self.rope, inputs.positions, inputs.slot_mapping)
+        for layer, kv in zip(self.weights.layers, kv_cache, strict=True):
             qkv, residual = layer.qkv.after_norm(x, residual, layer.input_layernorm, eps, ops)  # (T, Q + 2 K), (T, H)
             q, k, v = (
                 part.unflatten(1, (-1, config.head_dim)) for part in qkv.split([q_size, kv_size, kv_size], dim=1)
             )
-            q = ops.rope_and_append_kv_(
-                q,
-                k,
-                v,
-                self.rope,
-                inputs.positions,
-                inputs.slot_mapping,
-                k_cache,
-                v_cache,
-                layer.k_scale,
-                layer.v_scale,
-            )  # (T, Hq, D)
-            x = ops.paged_attention(
-                q, k_cache, v_cache, inputs.attention, scale, layer.k_scale, layer.v_scale
-            )  # (T, Hq, D)
+            q = ops.rope_and_append_kv_(q, k, v, kv, rope)  # (T, Hq, D)
+            x = ops.paged_attention(q, kv, inputs.attention, scale)  # (T, Hq, D)
             x = layer.o(x.flatten(1), ops)  # (T, H)
             gate_up, residual = layer.gate_up.after_norm(
                 x, residual, layer.post_attention_layernorm, eps, ops

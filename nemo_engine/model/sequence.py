@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_engine.model.nemo import ModelInputs, Nemo
+from nemo_engine.model.nemo import ModelInputs, Nemo, make_kv_cache
 from nemo_engine.ops.attention import AttentionMeta, Workspace
 
 
@@ -13,18 +13,14 @@ class Sequence:
     """Up to ``max_len`` tokens of one request, with a KV cache of its own of ``kv_dtype``."""
 
     def __init__(self, model: Nemo, max_len: int, page_size: int, kv_dtype: torch.dtype) -> None:
-        config, device = model.config, model.weights.embed_tokens.device
+        device = model.weights.embed_tokens.device
         self.model = model
         self.length = 0
         self._page_size = page_size
         num_pages = -(-max_len // page_size)
         # Page 0 is padding, as in the engine; pages lie in reverse, so that a page table that is not followed shows.
         self._page_table = torch.arange(num_pages, 0, -1, device=device).unsqueeze(0)
-        shape = (num_pages + 1, config.num_kv_heads, page_size, config.head_dim)
-        self.kv_cache = [
-            (torch.zeros(shape, dtype=kv_dtype, device=device), torch.zeros(shape, dtype=kv_dtype, device=device))
-            for _ in range(config.num_layers)
-        ]
+        self.kv_cache = make_kv_cache(model.config, model.weights, num_pages, page_size, kv_dtype)
         self._workspace = Workspace()
 
     @torch.inference_mode()

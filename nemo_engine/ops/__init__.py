@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,6 @@ from nemo_engine.ops.activation import SILU_MUL, SILU_MUL_FP8
 from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
 from nemo_engine.ops.blocks import QUANTIZE_TOKEN_BLOCKS
-from nemo_engine.ops.epilogues import LINEAR_ADD_FP8, LINEAR_SILU_MUL_FP8
 from nemo_engine.ops.fused import (
     NORM_LINEAR,
     NORM_LINEAR_FP8,
@@ -35,8 +35,6 @@ ALL_OPS: tuple[Op, ...] = (
     RMS_NORM_FP8,
     LINEAR,
     LINEAR_FP8,
-    LINEAR_ADD_FP8,
-    LINEAR_SILU_MUL_FP8,
     NORM_LINEAR,
     NORM_LINEAR_FP8,
     ROPE_AND_APPEND_KV,
@@ -79,8 +77,6 @@ class Ops:
     rms_norm_fp8: Callable[..., Any]
     linear: Callable[..., Any]
     linear_fp8: Callable[..., Any]
-    linear_add_fp8: Callable[..., Any]
-    linear_silu_mul_fp8: Callable[..., Any]
     norm_linear: Callable[..., Any]
     norm_linear_fp8: Callable[..., Any]
     rope_and_append_kv_: Callable[..., Any]
@@ -112,7 +108,7 @@ class Ops:
         functions = {choice.op: choice.function for choice in choices}
         for op, choice in zip(ALL_OPS, choices, strict=True):
             if choice.chosen == COMPOSED and op.composed is not None:
-                functions[op.name] = op.composed(SimpleNamespace(**functions))
+                functions[op.name] = partial(op.composed, SimpleNamespace(**functions))
         ops = cls(**functions, choices=choices)
         _logger.info("%s", ops.format())
         return ops

@@ -95,7 +95,7 @@ SILU_MUL = Op(
     (
         Impl("triton", "nemo_engine.kernels.activation:silu_mul", triton_runs),
         Impl("cuda", "nemo_engine.ops.cuda.activation:silu_mul", _cuda_supports),
-        Impl("cpu", "nemo_engine.ops.cpu:silu_mul", cpu_runs),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:silu_mul", cpu_runs),
     ),
     _cases,
     _cost,

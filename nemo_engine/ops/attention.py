@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_heads_run, cpu_only, cuda_runs, triton_runs
+from nemo_engine.ops.paged_kv import PagedKV
 
 _TRITON_MAX_HEAD_DIM = 256
 _TRITON_MAX_GROUP = 64  # of 128 rows in a prefill tile
@@ -75,19 +76,10 @@ class AttentionMeta:
         return self.page_table[:, : self.num_pages][self.slot_ids]
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: AttentionMeta,
-    scale: float,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
     """``softmax(scale * q k^T) v`` of each query over the keys of its request up to its own position.
 
-    q: (T, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), Hq a multiple of Hk, query head h reading KV head
-    ``h // (Hq / Hk)``. k_scale, v_scale: (Hk,) fp32 factors of an FP8 cache's entries, None for 1. Scores and sums are in
+    q: (T, Hq, D), Hq a multiple of the KV heads Hk, query head h reading KV head ``h // (Hq / Hk)``. Scores and sums are in
     fp32 (fp64 for fp64). A decode row may have no keys: zeros. Returns (T, Hq, D).
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -96,7 +88,7 @@ def paged_attention(
     for row, length in enumerate(lens):
         k, v = (
             _scaled(gather_row(cache, meta.pages[row], length).to(wide), factors)
-            for cache, factors in ((k_cache, k_scale), (v_cache, v_scale))
+            for cache, factors in ((kv.k, kv.k_scale), (kv.v, kv.v_scale))
         )
         group = q.shape[1] // k.shape[0]
         first = length - (starts[row + 1] - starts[row])  # position of the row's first query
@@ -171,7 +163,7 @@ def attention_inputs(
     page_size: int,
     dtype: torch.dtype,
     is_fp8: bool = False,
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, PagedKV, AttentionMeta, float]:
     """Random arguments for ``rows`` of (queries, keys), single-query rows at the front being decodes.
 
     Pages are shuffled, and every cache entry that must not be read is NaN. FP8 caches have a scale per head.
@@ -204,16 +196,14 @@ def attention_inputs(
     q = torch.randn(sum(queries), heads, dim, generator=generator).to(dtype)
     kv_dtype = torch.float8_e4m3fn if is_fp8 else dtype
     scales = [torch.randint(2, 8, (kv_heads,), generator=generator) / 16 if is_fp8 else None for _ in range(2)]
-    return q, caches[0].to(kv_dtype), caches[1].to(kv_dtype), meta, dim**-0.5, *scales
+    return q, PagedKV(caches[0].to(kv_dtype), caches[1].to(kv_dtype), *scales), meta, dim**-0.5
 
 
-def _cost(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, *scales: Tensor | None
-) -> tuple[int, int]:
-    kv_heads, _, dim = k_cache.shape[1:]
+def _cost(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> tuple[int, int]:
+    dim = q.shape[2]
     num_bytes, flops = 2 * q.nbytes, 0
     for queries, length in zip(meta.query_start_loc.diff().tolist(), meta.seq_lens.tolist(), strict=True):
-        num_bytes += 2 * length * kv_heads * dim * k_cache.element_size()
+        num_bytes += 2 * length * kv.num_heads * dim * kv.dtype.itemsize
         flops += 4 * q.shape[1] * dim * (queries * length - queries * (queries - 1) // 2)
     return num_bytes, flops
 
@@ -255,11 +245,11 @@ PAGED_ATTENTION = Op(
     "paged_attention",
     paged_attention,
     (
-        Impl("triton", "nemo_engine.ops.attention_gpu:paged_attention_triton", _triton_supports),
+        Impl("triton", "nemo_engine.ops.triton.attention:paged_attention", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.attention:paged_attention", _cuda_supports),
-        Impl("flash_attn", "nemo_engine.ops.attention_gpu:paged_attention_flash_attn", _flash_attn_supports),
-        Impl("cpu", "nemo_engine.ops.cpu:paged_attention", cpu_heads_run),
-        Impl("torch", "nemo_engine.ops.attention_cpu:paged_attention", cpu_only),
+        Impl("flash_attn", "nemo_engine.ops.flash_attn:paged_attention", _flash_attn_supports),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:paged_attention", cpu_heads_run),
+        Impl("torch", "nemo_engine.ops.cpu.attention:paged_attention", cpu_only),
     ),
     _cases,
     _cost,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops import packed
+from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.op import Case, Impl, Op, Site, cuda_runs, needs_fp8, triton_runs
 from nemo_engine.ops.quantize import FP8
 
@@ -85,7 +85,7 @@ _SHAPES = ((0, 48, 64), (1, 5, 64), (3, 200, 272), (17, 130, 320), (65, 144, 48)
 _FP8_SHAPES = (
     (0, 48, 64, "tensor"), (1, 5, 64, "tensor as a matrix"), (3, 200, 272, "channel"), (17, 130, 272, "block"),
     (65, 144, 48, "tensor"), (65, 150, 400, "block"), (130, 33, 144, "channel"), (257, 40, 80, "tensor"),
-    (257, 136, 144, "block"), (2, 256, 5120, "channel"), (2, 256, 5120, "block"),
+    (257, 136, 144, "block"), (257, 400, 144, "channel"), (2, 256, 5120, "channel"), (2, 256, 5120, "block"),
 )  # fmt: skip
 
 
@@ -120,8 +120,8 @@ LINEAR = Op(
         Impl("cublas", "torch.nn.functional:linear", _cublas_supports),
         Impl("triton", "nemo_engine.kernels.linear:linear", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.linear:linear", cuda_supports),
-        Impl("onednn", "nemo_engine.ops.packed:linear", packed.supports),
-        Impl("widened", "nemo_engine.ops.packed:linear_widened", packed.supports_widened),
+        Impl("onednn", "nemo_engine.ops.cpu.packed:linear", packed.supports),
+        Impl("widened", "nemo_engine.ops.cpu.packed:linear_widened", packed.supports_widened),
     ),
     _cases,
     _cost,

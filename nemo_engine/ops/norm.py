@@ -110,7 +110,7 @@ RMS_NORM = Op(
     (
         Impl("triton", "nemo_engine.kernels.norm:rms_norm", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.norm:rms_norm", _cuda_supports),
-        Impl("cpu", "nemo_engine.ops.cpu:rms_norm", cpu_runs),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:rms_norm", cpu_runs),
     ),
     _cases,
     _cost,

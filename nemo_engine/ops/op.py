@@ -96,8 +96,8 @@ class Case:
 class Op:
     """An operation. ``impls`` are in order of preference; ``cost`` maps a case's arguments to (bytes moved, flops).
 
-    ``is_fp8``: only models with FP8 weights or activations need it. ``composed``: of an operation that is several others in one launch, a
-    function that makes it from the chosen ones (an ``Ops``); it is the default.
+    ``is_fp8``: only models with FP8 weights or activations need it. ``composed``: of an operation that is several others in one launch, the
+    same as calls of those, which its first argument has as attributes; it is the default, over the chosen ones.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Op:
     cases: Callable[[], Iterator[Case]]
     cost: Callable[..., tuple[int, int]]
     is_fp8: bool = False
-    composed: Callable[[Any], Callable[..., Any]] | None = None
+    composed: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

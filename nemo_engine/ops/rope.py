@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_heads_run, cuda_runs, triton_runs
+from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.quantize import FP8, FP8_MAX
 
 _CUDA_HEAD_DIM = 128  # of the models that the CUDA kernel is made for
@@ -27,31 +29,27 @@ def rope_table(head_dim: int, theta: float, max_len: int, device: torch.device) 
     return table
 
 
-def rope_and_append_kv_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class RopeMeta:
+    """Where the T tokens of a step lie, and the angles of all positions."""
+
+    table: Tensor  # as ``rope_table`` makes it
+    positions: Tensor  # (T,) int64
+    slot_mapping: Tensor  # (T,) int64: ``page * page_size + offset`` in the cache
+
+
+def rope_and_append_kv_(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: RopeMeta) -> Tensor:
     """Rotate q and k (half-split pairs), write k and v into the cache, return the rotated q.
 
-    q: (T, Hq, D); k, v: (T, Hk, D); table: see ``rope_table``; positions, slot_mapping: (T,) int64, the latter being
-    ``page * page_size + offset``; k_cache, v_cache: (pages, Hk, page_size, D), modified. The rotation is computed in fp32 (fp64
-    for fp64) and rounded once. An FP8 cache holds the rounded entries divided by their head's k_scale or v_scale, (Hk,) fp32
-    (None for 1), saturated at the largest FP8 number. Returns (T, Hq, D).
+    q: (T, Hq, D); k, v: (T, Hk, D); the caches of ``kv`` are modified. The rotation is computed in fp32 (fp64 for fp64) and rounded
+    once. An FP8 cache holds the rounded entries divided by their head's factor, saturated at the largest FP8 number. Returns
+    (T, Hq, D).
     """
-    angles = table[positions].to(q.dtype if q.dtype == torch.float64 else torch.float32)
+    angles = meta.table[meta.positions].to(q.dtype if q.dtype == torch.float64 else torch.float32)
     cos, sin = angles[:, :1], angles[:, 1:]  # (T, 1, D / 2) each
-    page_size = k_cache.shape[2]
-    pages, offsets = slot_mapping // page_size, slot_mapping % page_size
-    _store_(k_cache, pages, offsets, _rotate(k, cos, sin), k_scale)
-    _store_(v_cache, pages, offsets, v, v_scale)
+    pages, offsets = meta.slot_mapping // kv.page_size, meta.slot_mapping % kv.page_size
+    _store_(kv.k, pages, offsets, _rotate(k, cos, sin), kv.k_scale)
+    _store_(kv.v, pages, offsets, v, kv.v_scale)
     return _rotate(q, cos, sin)
 
 
@@ -105,16 +103,15 @@ def _cases() -> Iterator[Case]:
                 table = rope_table(dim, 10000.0, 4 * tokens + 1, torch.device("cpu"))
                 # Small enough that some entries saturate.
                 scales = [0.004 + 0.004 * torch.rand(kv, generator=generator) if is_fp8 else None for _ in range(2)]
-                return q, k, v, table, positions, mapping, *caches, *scales
+                return q, k, v, PagedKV(*caches, *scales), RopeMeta(table, positions, mapping)
 
             name = f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}{', fp8' if is_fp8 else ''}"
             site = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size}
             yield Case(name, make, site | {"kv_dtype": FP8 if is_fp8 else None})
 
 
-def _cost(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *rest: Tensor) -> tuple[int, int]:
-    cache = rest[2]
-    return 2 * q.nbytes + k.nbytes + v.nbytes + 2 * k.numel() * cache.element_size(), 3 * (q.numel() + k.numel())
+def _cost(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: RopeMeta) -> tuple[int, int]:
+    return 2 * q.nbytes + k.nbytes + v.nbytes + 2 * k.numel() * kv.dtype.itemsize, 3 * (q.numel() + k.numel())
 
 
 def _triton_supports(site: Site) -> str | None:
@@ -133,9 +130,9 @@ ROPE_AND_APPEND_KV = Op(
     "rope_and_append_kv_",
     rope_and_append_kv_,
     (
-        Impl("triton", "nemo_engine.kernels.rope:rope_and_append_kv_", _triton_supports),
+        Impl("triton", "nemo_engine.ops.triton.rope:rope_and_append_kv_", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.rope:rope_and_append_kv_", _cuda_supports),
-        Impl("cpu", "nemo_engine.ops.cpu:rope_and_append_kv_", cpu_heads_run),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:rope_and_append_kv_", cpu_heads_run),
     ),
     _cases,
     _cost,

@@ -22,12 +22,8 @@ known bias. ``u`` is finest near 0, where ``E`` is small and wins. ``-log(E)`` i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-
-from nemo_engine.ops.op import Case, Op
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX64_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -251,36 +247,3 @@ def num_at_least(values: Tensor, threshold: Tensor) -> Tensor:
         return (values >= threshold).sum(dim=1, keepdim=True)
     ascending = values.sort(dim=1).values
     return values.shape[1] - torch.searchsorted(ascending, threshold.contiguous())
-
-
-def _cases() -> Iterator[Case]:
-    for rows, vocab_size in ((1, 1), (3, 7), (5, 1001), (32, 6144), (2, 131072)):
-        for name in ("plain", "min_p", "top_k", "top_p", "all"):
-
-            def make(
-                dtype: torch.dtype, rows: int = rows, vocab_size: int = vocab_size, name: str = name
-            ) -> tuple[object, ...]:
-                generator = torch.Generator().manual_seed(rows * vocab_size)
-                logits = (torch.randn(rows, vocab_size, generator=generator) * 3).to(dtype)
-                keys = row_keys(torch.tensor([seed_key(row) for row in range(rows)]), torch.arange(rows))
-                temperature = torch.linspace(0.3, 1.5, rows, dtype=torch.float64)
-                top_k = min(50, vocab_size - 1) if name in ("top_k", "all") else 0
-                return (
-                    logits,
-                    keys,
-                    temperature,
-                    torch.full((rows,), 0.02, dtype=torch.float64) if name in ("min_p", "all") else None,
-                    torch.full((rows,), top_k) if top_k else None,
-                    torch.full((rows,), 0.9, dtype=torch.float64) if name in ("top_p", "all") else None,
-                    top_k,
-                )
-
-            yield Case(f"{rows}x{vocab_size} {name}", make)
-
-
-def _cost(logits: Tensor, *parameters: object) -> tuple[int, int]:
-    """One read of the logits; some 40 integer and float operations of noise per token."""
-    return logits.nbytes, 40 * logits.numel()
-
-
-DRAW = Op("draw", draw, (), _cases, _cost)

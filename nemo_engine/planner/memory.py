@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
 
 from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
+from nemo_engine.model.inventory import KindOf
+from nemo_engine.model.quantization import BLOCK
 
 GIB = 1 << 30
 CPU_KV_GIB = 1.0  # by default; more if one request of the whole context needs it, up to CPU_KV_GIB_MOST
 CPU_KV_GIB_MOST = 4.0
-SCALE_BLOCK = 128  # rows and columns of a weight that share a scale in the block scheme
 _RESERVE = 2 * GIB  # fragments, libraries' code, and what other processes take while this one runs
 _GRAPH_BYTES = 24 << 20  # of one captured step beside its tensors: its nodes and their parameters
 _GRAPH_FRAGMENTS = 192 << 20  # segments of the graphs' memory pool that are not full, and its split-K parts
@@ -26,21 +26,6 @@ _WIDENED_BYTES = 256 << 20  # what prefill attention in CUDA widens of an FP8 ca
 _SAMPLING_BYTES_PER_LOGIT = 16  # the logits, their fp32 copy where they are edited, and the candidates of a cut
 
 _logger = logging.getLogger("nemo_engine")
-
-
-class Kind(Protocol):
-    """What a projection is stored as: dense, or FP8 with a scale per output ("channel") or per 128 x 128 ("block")."""
-
-    @property
-    def scales(self) -> Literal["none", "channel", "block"]:
-        """What has a scale."""
-
-    @property
-    def has_input_scale(self) -> bool:
-        """Whether its input has a scale of its own."""
-
-
-KindOf = Callable[[int | None, str], Kind]  # of (layer, projection), and of (None, "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +159,7 @@ def weight_bytes(model: ModelConfig, itemsize: int, kind_of: KindOf) -> int:
         kind = kind_of(layer, projection)
         if kind.scales == "none":
             return itemsize * rows * width
-        scales = rows if kind.scales == "channel" else -(-rows // SCALE_BLOCK) * -(-width // SCALE_BLOCK)
+        scales = rows if kind.scales == "channel" else -(-rows // BLOCK) * -(-width // BLOCK)
         return rows * width + 4 * (scales + kind.has_input_scale)
 
     hidden, inner, vocab = model.hidden_size, model.intermediate_size, model.vocab_size

@@ -6,13 +6,17 @@ next replay. The captures of an engine share one memory pool: they never run at 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from nemo_engine.runner.step_compute import StepCompute
+from nemo_engine.runner.step_rows import StepRows
+from nemo_engine.runner.transfer import to_device
 
 T = TypeVar("T")
 
@@ -69,3 +73,25 @@ class DecodeGraph:
     words: Tensor
     whole: Captured[Tensor]
     forward: Captured[Tensor]
+
+
+def capture_decodes(step: StepCompute, sizes: Sequence[int], capture: Capture) -> tuple[DecodeGraph, ...]:
+    """Graphs of decode steps of ``sizes`` rows, the smallest first. The largest is captured first, so that the others find room in its memory."""
+    graphs = []
+    for size in sorted(sizes, reverse=True):
+        words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
+        rows = StepRows.of(words, size, size, size, 1, step.table.page_table.shape[1])
+
+        def forward(rows: StepRows = rows) -> tuple[Tensor, Tensor]:
+            x, residual, seq_lens = step.forward(rows)
+            return step.model.logits(x, residual), seq_lens
+
+        def whole(rows: StepRows = rows) -> Tensor:
+            logits, seq_lens = forward(rows)
+            tokens = step.sampler.sample_any(logits, rows.slots, seq_lens)
+            step.advance(rows.slots, seq_lens, rows.sampled, tokens)
+            return tokens
+
+        graphs.append(DecodeGraph(size, words, capture(whole), capture(forward)))
+    step.workspace.freeze()
+    return tuple(reversed(graphs))

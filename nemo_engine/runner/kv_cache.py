@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from nemo_engine.config import ModelConfig
+from nemo_engine.model.nemo import make_kv_cache
+from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops.quantize import FP8
 
 _PAGES_AT_ONCE = 64  # whose bytes are looked at together
@@ -18,31 +20,27 @@ _logger = logging.getLogger("nemo_engine")
 
 
 class KVCache:
-    """Keys and values apart, per layer ``(num_pages + 1, kv_heads, page_size, head_dim)``; page 0 is padding.
+    """``num_pages`` pages and page 0, which is padding, of every layer.
 
     On the CPU the memory is reserved, and taken from the system only page by page as it is first written.
     """
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, weights: NemoWeights, num_pages: int, page_size: int, dtype: torch.dtype
     ) -> None:
-        shape = (num_pages + 1, config.num_kv_heads, page_size, config.head_dim)
-        self.num_pages = num_pages
         self.page_size = page_size
         make = torch.zeros if dtype == FP8 else torch.empty  # zeros: what was never written is not counted as saturated
-        self.layers: list[tuple[Tensor, Tensor]] = [
-            (make(shape, dtype=dtype, device=device), make(shape, dtype=dtype, device=device))
-            for _ in range(config.num_layers)
-        ]
+        self.layers = make_kv_cache(config, weights, num_pages, page_size, dtype, make)
+        self._caches = [cache for kv in self.layers for cache in kv.caches]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all layers."""
-        return sum(k.nbytes + v.nbytes for k, v in self.layers)
+        return sum(cache.nbytes for cache in self._caches)
 
     def poison(self, pages: Tensor) -> None:
         """Fill ``pages`` with NaN; tests do this to what must not be read."""
-        for cache in (cache for layer in self.layers for cache in layer):
+        for cache in self._caches:
             if cache.dtype == FP8:
                 cache.view(torch.uint8)[pages] = 0x7F
             else:
@@ -56,8 +54,8 @@ class KVCache:
         The device is waited for once.
         """
         stride = 1 if max_pages is None else -(-highest_page // max_pages)
-        counts = torch.zeros(2, dtype=torch.int64, device=self.layers[0][0].device)
-        for cache in (cache for layer in self.layers for cache in layer):
+        counts = torch.zeros(2, dtype=torch.int64, device=self._caches[0].device)
+        for cache in self._caches:
             if cache.dtype == FP8:
                 for pages in cache[1 : highest_page + 1 : max(stride, 1)].view(torch.uint8).split(_PAGES_AT_ONCE):
                     magnitude = pages & 0x7F

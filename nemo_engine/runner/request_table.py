@@ -21,6 +21,7 @@ class RequestTable:
     ) -> None:
         max_pages = -(-max_len // page_size)
         self.device = device
+        self.num_slots = num_slots
         self.token_ids: Tensor = torch.empty(num_slots + 1, max_len, dtype=torch.int32, device=device)
         self.num_computed: Tensor = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         self.page_table: Tensor = torch.empty(num_slots + 1, max_pages, dtype=torch.int64, device=device)

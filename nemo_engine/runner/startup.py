@@ -17,7 +17,8 @@ from nemo_engine.model.hub import Needs
 from nemo_engine.model.inventory import Inventory, planned_inventory, take_inventory
 from nemo_engine.model.loading import load_weights
 from nemo_engine.model.weights import NemoWeights, dummy_weights
-from nemo_engine.ops import SEMANTICS, Ops, Site, packed
+from nemo_engine.ops import SEMANTICS, Ops, Site
+from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.linear import linear_fp8
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.planner.memory import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -109,6 +110,13 @@ class Watch(TorchDispatchMode):
         self.emulator.forget()
 
 
+def constants_of(name: str, value: Any) -> list[Tensor]:
+    """The tensors of an argument, or of a dataclass's fields, whose names say that no kernel writes them."""
+    if dataclasses.is_dataclass(value):
+        return [x for field in dataclasses.fields(value) for x in constants_of(field.name, getattr(value, field.name))]
+    return tensors((value,)) if name in CONSTANTS else []
+
+
 def watched(library: Any, op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` over arrays that the emulation knows; each call runs threads and blocks in another order."""
     names = list(inspect.signature(op.semantics).parameters)
@@ -116,9 +124,7 @@ def watched(library: Any, op: Op, function: Callable[..., Any]) -> Callable[...,
 
     def call(*args: Any) -> Any:
         library.emulator.seed(next(seeds))
-        constants = [
-            tensor for name, arg in zip(names, args, strict=False) if name in CONSTANTS for tensor in tensors((arg,))
-        ]
+        constants = [tensor for name, arg in zip(names, args, strict=False) for tensor in constants_of(name, arg)]
         with Watch(library, tensors(args), constants):
             return function(*args)
 

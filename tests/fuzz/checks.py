@@ -327,8 +327,10 @@ def check_pages(player: Player, sequences: dict[int, list[Sequence64]]) -> None:
             raise Wrong(f"page {number} can be found by content that no request had")
         sequence, page = known[page_hash]
         rows = slice(page * player.page_size, (page + 1) * player.page_size)
-        for layer, caches in enumerate(layers):
-            for stored, right in zip(caches, (sequence.keys[layer][rows], sequence.values[layer][rows]), strict=True):
+        for layer, kv in enumerate(layers):
+            for stored, right in zip(
+                kv.caches, (sequence.keys[layer][rows], sequence.values[layer][rows]), strict=True
+            ):
                 found = stored[number].double().numpy().transpose(1, 0, 2)
                 slack = 2 * SLACK[player.case.options["dtype"]] * (1.0 + np.abs(right).max())
                 if not (np.abs(found - right) <= slack).all():

@@ -159,7 +159,7 @@ class Player:
         rng = random.Random(f"fault {self.case.seed}")
         error: BaseException = PlantedInterrupt("planted") if "interrupt" in kind else PlantedError("planted")
         if kind == "nan":
-            table = core.runner._model.weights.embed_tokens  # type: ignore[attr-defined]
+            table = core.runner._step.model.weights.embed_tokens  # type: ignore[attr-defined]
             token = rng.choice(rng.choice(self.case.requests).prompt)
             with torch.inference_mode():
                 row = table[token].clone()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemo_engine.model.nemo import ModelInputs, Nemo
 from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.paged_kv import PagedKV
 
 PAGE = 16
 
@@ -17,7 +18,10 @@ def our_logits(model: Nemo, prompts: list[list[int]], kv_dtype: torch.dtype | No
     config, dtype = model.config, kv_dtype or model.weights.embed_tokens.dtype
     counts = [-(-len(prompt) // PAGE) for prompt in prompts]
     shape = (sum(counts) + 3, config.num_kv_heads, PAGE, config.head_dim)
-    cache = [tuple(torch.full(shape, torch.nan).to(dtype) for _ in "kv") for _ in range(config.num_layers)]
+    cache = [
+        PagedKV(*(torch.full(shape, torch.nan).to(dtype) for _ in "kv"), layer.k_scale, layer.v_scale)
+        for layer in model.weights.layers
+    ]
     order = (1 + torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(1))).tolist()
     table = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
     for row, count in enumerate(counts):

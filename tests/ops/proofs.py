@@ -43,14 +43,11 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor], device: str = "cpu") 
         return tuple(mapped(item, change, device) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        kept = {name: {} if isinstance(field, dict) else keep(field, device) for name, field in fields.items()}
-        return dataclasses.replace(value, **kept)
+        made = {
+            name: {} if isinstance(field, dict) else mapped(field, change, device) for name, field in fields.items()
+        }
+        return dataclasses.replace(value, **made)
     return value
-
-
-def keep(value: Any, device: str) -> Any:
-    """A copy of a dataclass's field: parameters, which stay as precise as they are."""
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def tensors(value: Any) -> list[Tensor]:

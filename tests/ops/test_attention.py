@@ -13,27 +13,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_engine.ops import attention, attention_cpu
+from nemo_engine.ops import attention
 from nemo_engine.ops.attention import attention_inputs, paged_attention
-from nemo_engine.ops.attention_cpu import paged_attention as paged_attention_torch
-from nemo_engine.ops.attention_gpu import paged_attention_flash_attn, paged_attention_triton
-from nemo_engine.ops.rope import ROPE_AND_APPEND_KV
+from nemo_engine.ops.cpu import attention as attention_cpu
+from nemo_engine.ops.cpu.attention import paged_attention as paged_attention_torch
+from nemo_engine.ops.flash_attn import paged_attention as paged_attention_flash_attn
+from nemo_engine.ops.paged_kv import PagedKV
+from nemo_engine.ops.rope import ROPE_AND_APPEND_KV, RopeMeta
+from nemo_engine.ops.triton.attention import paged_attention as paged_attention_triton
 
 ROOT = Path(__file__).parents[2]
 
 
-def dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Any, scale: float, *unscaled: None) -> Tensor:
+def dense(q: Tensor, kv: PagedKV, meta: Any, scale: float) -> Tensor:
     """Independent of the code under test: one query and one head at a time, in plain Python loops."""
     out = torch.zeros_like(q)
-    size, group = k_cache.shape[2], q.shape[1] // k_cache.shape[1]
+    size, group = kv.page_size, q.shape[1] // kv.num_heads
     for row, length in enumerate(meta.seq_lens.tolist()):
         first, end = meta.query_start_loc[row : row + 2].tolist()
         places = [(int(meta.page_table[meta.slot_ids[row], at // size]), at % size) for at in range(length)]
         for token in range(first, end):
             seen = places[: length - (end - 1 - token)]
             for head in range(q.shape[1]):
-                k = torch.stack([k_cache[page, head // group, offset] for page, offset in seen])
-                v = torch.stack([v_cache[page, head // group, offset] for page, offset in seen])
+                k = torch.stack([kv.k[page, head // group, offset] for page, offset in seen])
+                v = torch.stack([kv.v[page, head // group, offset] for page, offset in seen])
                 out[token, head] = torch.softmax(k @ q[token, head] * scale, 0) @ v
     return out
 
@@ -71,8 +74,8 @@ def test_decode_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch, p
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_row_has_the_same_bits_alone_as_in_its_batch(dtype: torch.dtype) -> None:
     rows = [(1, 5), (1, 900), (1, 64), (1, 129), (40, 200), (17, 17)]
-    q, k_cache, v_cache, meta, scale, _, _ = attention_inputs(rows, 8, 2, 128, 64, dtype)
-    together = paged_attention_torch(q, k_cache, v_cache, meta, scale)
+    q, kv, meta, scale = attention_inputs(rows, 8, 2, 128, 64, dtype)
+    together = paged_attention_torch(q, kv, meta, scale)
     for row in range(len(rows)):
         own = slice(*meta.query_start_loc[row : row + 2].tolist())
         alone = attention.AttentionMeta(
@@ -85,7 +88,7 @@ def test_a_row_has_the_same_bits_alone_as_in_its_batch(dtype: torch.dtype) -> No
             meta.num_pages,
             rows[row][0],
         )
-        assert torch.equal(paged_attention_torch(q[own], k_cache, v_cache, alone, scale), together[own])
+        assert torch.equal(paged_attention_torch(q[own], kv, alone, scale), together[own])
 
 
 MEMORY = """
@@ -106,7 +109,7 @@ print(peak() - before)
     ("module", "rows", "most_mib"),
     [
         # 1,024 queries over 131,072 keys: the scores of all would take 2 GiB, a mask 128 MiB.
-        ("nemo_engine.ops.attention_cpu", [(1, 131072), (1024, 131072)], 64),
+        ("nemo_engine.ops.cpu.attention", [(1, 131072), (1024, 131072)], 64),
         ("nemo_engine.ops.attention", [(128, 131072)], 900),
     ],
 )
@@ -154,7 +157,7 @@ def flash_attn_with_kvcache(
         num_pages=page_table.shape[1],
         longest=max_seqlen_q,
     )
-    return paged_attention(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), meta, softmax_scale)
+    return paged_attention(q, PagedKV(k_cache.transpose(1, 2), v_cache.transpose(1, 2)), meta, softmax_scale)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +175,8 @@ def test_flash_attn_is_called_as_it_documents(monkeypatch: pytest.MonkeyPatch, c
 @pytest.mark.parametrize("is_fp8", [False, True])
 def test_a_prefill_in_triton_has_the_same_bits_alone_as_in_its_batch(is_fp8: bool) -> None:
     rows = [(1, 5), (1, 200), (17, 17), (40, 130), (33, 33)]
-    q, k_cache, v_cache, meta, scale, *scales = attention_inputs(rows, 8, 2, 32, 16, torch.bfloat16, is_fp8)
-    together = paged_attention_triton(q, k_cache, v_cache, meta, scale, *scales)
+    q, kv, meta, scale = attention_inputs(rows, 8, 2, 32, 16, torch.bfloat16, is_fp8)
+    together = paged_attention_triton(q, kv, meta, scale)
     for row in range(meta.num_decodes, len(rows)):
         own = slice(*meta.query_start_loc[row : row + 2].tolist())
         alone = attention.AttentionMeta(
@@ -186,7 +189,7 @@ def test_a_prefill_in_triton_has_the_same_bits_alone_as_in_its_batch(is_fp8: boo
             num_pages=meta.num_pages,
             longest=rows[row][0],
         )
-        assert torch.equal(paged_attention_triton(q[own], k_cache, v_cache, alone, scale, *scales), together[own])
+        assert torch.equal(paged_attention_triton(q[own], kv, alone, scale), together[own])
 
 
 @pytest.mark.interpreted
@@ -203,7 +206,8 @@ def test_caches_of_more_than_two_billion_entries_in_triton() -> None:
     one = torch.ones(1)
     mapping = pages[0, at // page_size] * page_size + at % page_size
     rope_and_append_kv_ = ROPE_AND_APPEND_KV.impls[0].load()
-    rope_and_append_kv_(q, k, k, table, at, mapping, cache, cache, one, one)
+    kv = PagedKV(cache, cache, one, one)
+    rope_and_append_kv_(q, k, k, kv, RopeMeta(table, at, mapping))
     stored = k.to(torch.float8_e4m3fn)
     assert torch.equal(cache[num_pages - 1, 0].view(torch.uint8), stored[:page_size, 0].view(torch.uint8))
     small = torch.zeros(3, 1, page_size, dim)
@@ -222,6 +226,6 @@ def test_caches_of_more_than_two_billion_entries_in_triton() -> None:
             )
             for own in (pages, torch.tensor([[1, 2]]))
         ]
-        far = paged_attention_triton(queries, cache, cache, metas[0], 0.1, one, one)
-        near = paged_attention(queries.float(), small, small, metas[1], 0.1)
+        far = paged_attention_triton(queries, kv, metas[0], 0.1)
+        near = paged_attention(queries.float(), PagedKV(small, small), metas[1], 0.1)
         torch.testing.assert_close(far.float(), near, rtol=0.02, atol=0.02)

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from nemo_engine.model.weights import dummy_weights
-from nemo_engine.ops import cpu, norm, packed
+from nemo_engine.ops import norm
 from nemo_engine.ops.activation import silu_mul
 from nemo_engine.ops.attention import attention_inputs, paged_attention
+from nemo_engine.ops.cpu import compiled as cpu
+from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.op import compiled_for_cpu
+from nemo_engine.ops.paged_kv import PagedKV
 from tests.checkpoints import tiny_config
 
 built = pytest.mark.skipif(compiled_for_cpu() is None, reason="nemo_engine._cpu is not built: there is no C++ compiler")
@@ -32,29 +35,29 @@ def test_attention_of_random_shapes(seed: int) -> None:
     lengths = [rng.choice((1, 15, 16, 17, 63, 64, 65, rng.randrange(1, 700))) for _ in range(rng.randrange(1, 6))]
     dtype = rng.choice((torch.float32, torch.bfloat16))
     rows = [(1, length) for length in lengths]
-    q, k, v, meta, scale, *_ = attention_inputs(rows, group * kv_heads, kv_heads, dim, page_size, dtype)
-    expected = paged_attention(q.float(), k.float(), v.float(), meta, scale)
+    q, kv, meta, scale = attention_inputs(rows, group * kv_heads, kv_heads, dim, page_size, dtype)
+    expected = paged_attention(q.float(), PagedKV(kv.k.float(), kv.v.float()), meta, scale)
     tolerance = 2e-5 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(
-        cpu.paged_attention(q, k, v, meta, scale).float(), expected, rtol=tolerance, atol=tolerance / 4
+        cpu.paged_attention(q, kv, meta, scale).float(), expected, rtol=tolerance, atol=tolerance / 4
     )
 
 
 @built
 def test_large_and_infinite_scores() -> None:
-    q, k, v, meta, _, *_ = attention_inputs([(1, 100), (1, 40)], 4, 2, 16, 16, torch.float32)
+    q, kv, meta, _ = attention_inputs([(1, 100), (1, 40)], 4, 2, 16, 16, torch.float32)
     torch.testing.assert_close(
-        cpu.paged_attention(q, k, v, meta, 300.0), paged_attention(q, k, v, meta, 300.0), rtol=2e-4, atol=1e-4
+        cpu.paged_attention(q, kv, meta, 300.0), paged_attention(q, kv, meta, 300.0), rtol=2e-4, atol=1e-4
     )
-    poisoned = k.clone()
+    poisoned = kv.k.clone()
     poisoned[meta.pages[0, 0], 0, 3] = torch.nan  # a key of the first row's first KV head
-    out = cpu.paged_attention(q, poisoned, v, meta, 1.0)
+    out = cpu.paged_attention(q, PagedKV(poisoned, kv.v), meta, 1.0)
     assert out[0, :2].isnan().all() and out[0, 2:].isfinite().all() and out[1].isfinite().all()
 
 
 @built
 def test_threads_change_nothing() -> None:
-    args = attention_inputs([(1, 700), (1, 3), (1, 64), (1, 1200)], 8, 2, 128, 64, torch.bfloat16)[:5]
+    args = attention_inputs([(1, 700), (1, 3), (1, 64), (1, 1200)], 8, 2, 128, 64, torch.bfloat16)
     x, residual = (torch.randn(300, 256).bfloat16() for _ in range(2))
     threads = torch.get_num_threads()
     found = []
@@ -156,8 +159,8 @@ def test_long_prompts_go_elsewhere_and_come_out_the_same(longest: int, monkeypat
     """Decodes, whole prompts and chunks, of which those of more keys than ``longest`` are left to SDPA."""
     monkeypatch.setattr(cpu, "_SDPA_FROM", longest)
     rows = [(1, 500), (1, 3), (40, 40), (41, 41), (5, 130), (100, 100), (64, 101)]
-    q, k, v, meta, scale, *_ = attention_inputs(rows, 4, 2, 32, 16, torch.float32)
+    q, kv, meta, scale = attention_inputs(rows, 4, 2, 32, 16, torch.float32)
     assert cpu._query_rows(meta).long == [i for i, (n, keys) in enumerate(rows) if n > 1 and keys > longest]
     torch.testing.assert_close(
-        cpu.paged_attention(q, k, v, meta, scale), paged_attention(q, k, v, meta, scale), rtol=2e-5, atol=5e-6
+        cpu.paged_attention(q, kv, meta, scale), paged_attention(q, kv, meta, scale), rtol=2e-5, atol=5e-6
     )

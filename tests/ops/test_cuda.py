@@ -11,11 +11,12 @@ from torch import Tensor
 
 from nemo_engine.ops import attention, cuda, fused
 from nemo_engine.ops.attention import attention_inputs
-from nemo_engine.ops.cuda import activation, gemm, linear, norm, rope
+from nemo_engine.ops.cuda import activation, linear, norm, rope
 from nemo_engine.ops.cuda import attention as cuda_attention
 from nemo_engine.ops.op import Op
+from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.quantize import FP8, quantize_channels, quantize_tokens
-from nemo_engine.ops.rope import rope_and_append_kv_, rope_table
+from nemo_engine.ops.rope import RopeMeta, rope_and_append_kv_, rope_table
 from tests.emulation.library import emulated, watched
 from tests.ops.proofs import prove
 from tests.ops.test_ops import site
@@ -29,9 +30,8 @@ SMALL = {
 }  # fmt: skip
 SMALL_FP8 = SMALL | {"x_scales": AT, "x_scale_stride": 1, "w_scales": AT, "w_scale_stride": 1, "is_block": False}
 GEMM = {
-    "epilogue": 1, "y": AT, "x": AT, "x_stride": 64, "x_scales": AT, "x_scale_stride": 1, "w": AT, "w_stride": 64,
-    "w_scales": AT, "w_scale_stride": 1, "is_block": False, "residual": AT, "residual_stride": 64, "out_scale": AT,
-    "rows": 4, "outputs": 64, "width": 64, "stream": 0,
+    "y": AT, "x": AT, "x_stride": 64, "x_scales": AT, "x_scale_stride": 1, "w": AT, "w_stride": 64, "w_scales": AT,
+    "w_scale_stride": 1, "is_block": False, "rows": 4, "outputs": 64, "width": 64, "stream": 0,
 }  # fmt: skip
 PAGED = {
     "out": AT, "q": AT, "k_cache": AT, "v_cache": AT, "page_table": AT, "q_stride": 1024, "q_head_stride": 128,
@@ -56,7 +56,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "small_linear": {**SMALL, "input": 1},
     "small_linear_fp8": SMALL_FP8,
     "gemm_fp8": GEMM,
-    "gemm_fp8 ": {**GEMM, "epilogue": 3},
     "prefill_attention": {
         **PAGED, **SCALES, "slot_ids": AT, "starts": AT, "seq_lens": AT, "out_stride": 1024, "num_pages": 9, "num_rows": 2,
         "num_queries": 9,
@@ -79,8 +78,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "sample_subs": {"vocab_size": 1000},
     "sample": {"is_bf16": True, **dict.fromkeys(SAMPLED, AT), "stride": 1000, "rows": 2, "vocab_size": 1000, "stream": 0},
 }  # fmt: skip
-MAY_BE_NULL = {"scale", "k_scale", "v_scale", "fixed_scale"}
-UNUSED = {("gemm_fp8", "out_scale"), ("gemm_fp8 ", "residual"), ("gemm_fp8 ", "residual_stride"), ("small_linear_fits", "rows")}  # fmt: skip
+MAY_BE_NULL = {"scale", "k_scale", "v_scale", "fixed_scale", "residual"}
+UNUSED = {("small_linear_fits", "rows")}
 
 
 def mistakes() -> Iterator[Any]:
@@ -90,14 +89,14 @@ def mistakes() -> Iterator[Any]:
             if isinstance(value, bool) or name in ("stream", "scale") and value != AT or (function, name) in UNUSED:
                 continue
             wrong = {AT: [AT + 1, 0]}.get(value, [-1])
-            if name in MAY_BE_NULL or name == "residual" and function != "gemm_fp8":
+            if name in MAY_BE_NULL:
                 wrong = [AT + 1]
             if name == "prompt_mask":
                 wrong = [0]
             if name == "norm" and function == "small_linear_fp8":  # of an input that is there
                 continue
             for bad in wrong:
-                yield pytest.param(function.strip(), {**arguments, name: bad}, name, id=f"{function}-{name}-{bad}")
+                yield pytest.param(function, {**arguments, name: bad}, name, id=f"{function}-{name}-{bad}")
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ def dry(emulated_library: Any) -> Iterator[Any]:
 
 def test_good_arguments_are_taken(dry: Any) -> None:
     for function, arguments in CALLS.items():
-        getattr(dry, function.strip())(**arguments)
+        getattr(dry, function)(**arguments)
 
 
 @pytest.mark.parametrize(("function", "arguments", "name"), list(mistakes()))
@@ -126,9 +125,7 @@ def test_a_bad_argument_is_named(dry: Any, function: str, arguments: dict[str, A
 @pytest.mark.parametrize(
     ("function", "change", "words"),
     [
-        ("gemm_fp8", {"epilogue": 4}, "epilogue must be 0 to 3, got 4"),
         ("gemm_fp8", {"rows": 1 << 24, "outputs": 1 << 24}, "more tiles than an int holds"),
-        ("gemm_fp8", {"is_block": True}, "epilogue must be 0 with scales of blocks, got 1"),
         ("small_linear_fp8", {"input": 4}, "input must be 0 to 3, got 4"),
         ("small_linear", {"input": 3}, "input must be 0 to 2 for bf16 weights"),
         ("small_linear", {"rows": 9}, "rows must be 1 to 8, got 9"),
@@ -213,14 +210,14 @@ def test_launches_of_a_decode_layer_at_true_size(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
 
-    q, k_cache, v_cache, meta, scale, *scales = attention_inputs([(1, 70)] * rows, heads, kv_heads, 128, 64, torch.bfloat16, is_fp8)  # fmt: skip
+    q, cache, meta, scale = attention_inputs([(1, 70)] * rows, heads, kv_heads, 128, 64, torch.bfloat16, is_fp8)  # fmt: skip
     x, residual, norm_weight, ints = empty(rows, hidden), empty(rows, hidden), empty(hidden), torch.zeros(rows).long()
     kv = empty(rows, kv_heads, 128)
     suffix = "_fp8" if is_fp8 else ""
     norm_linear, activated = getattr(linear, f"norm_linear{suffix}"), getattr(linear, f"silu_mul_linear{suffix}")
     norm_linear(x, residual, norm_weight, 1e-5, *weight((heads + 2 * kv_heads) * 128, hidden))
-    rope.rope_and_append_kv_(q, kv, kv, torch.empty(80, 2, 64), ints, ints, k_cache, v_cache, *scales)
-    cuda_attention.paged_attention(q, k_cache, v_cache, meta, scale, *scales)
+    rope.rope_and_append_kv_(q, kv, kv, cache, RopeMeta(torch.empty(80, 2, 64), ints, ints))
+    cuda_attention.paged_attention(q, cache, meta, scale)
     out = empty(rows, heads * 128)
     linear.quantize_linear_fp8(out, *weight(hidden, heads * 128)) if is_fp8 else linear.linear(out, *weight(hidden, heads * 128))  # fmt: skip
     norm_linear(x, residual, norm_weight, 1e-5, *weight(2 * inner, hidden))
@@ -264,7 +261,6 @@ def test_the_stride_of_a_single_row_is_not_looked_at(emulated_library: Any) -> N
                 linear.linear_fp8(turn(x8), x_scales.expand(1, 1), w8, w_scales),
                 linear.norm_linear(turn(x), turn(residual), norm_weight, 1e-5, weight),
                 linear.silu_mul_linear_fp8(turn(gate_up), w8, w_scales),
-                gemm.linear_add_fp8(turn(x8), x_scales, w8, w_scales, turn(residual[:, :24])),
             ]
             if turn is transposed:
                 turned = results
@@ -285,9 +281,10 @@ def test_one_head_of_any_stride(emulated_library: Any) -> None:
     caches = [torch.zeros(2, 1, 16, 128).bfloat16() for _ in range(4)]
     at = torch.tensor([3, 17])
     odd = [x.as_strided(x.shape, (128, 7, 1)) for x in (k, v)]
+    meta = RopeMeta(rope_table(128, 1e4, 20, q.device), at, at)
     with emulated(emulated_library):
-        got = rope.rope_and_append_kv_(q, *odd, rope_table(128, 1e4, 20, q.device), at, at, *caches[:2])
-    expected = rope_and_append_kv_(q, k, v, rope_table(128, 1e4, 20, q.device), at, at, *caches[2:])
+        got = rope.rope_and_append_kv_(q, *odd, PagedKV(*caches[:2]), meta)
+    expected = rope_and_append_kv_(q, k, v, PagedKV(*caches[2:]), meta)
     assert got.equal(expected) and caches[0].equal(caches[2]) and caches[1].equal(caches[3])
 
 
@@ -304,7 +301,7 @@ def test_an_activation_too_wide_for_shared_memory_is_made_in_parts(
     emulator = emulated_library.emulator
     emulator.set_num_sms(num_sms)
     emulator.clear_launches()
-    expected = fused.silu_mul_linear(gate_up, weight)
+    expected = fused.SILU_MUL_LINEAR.semantics(gate_up, weight)
     try:
         with emulated(emulated_library):
             for seed in range(3):
@@ -345,7 +342,7 @@ def test_caches_of_more_than_two_billion_entries(emulated_library: Any, dtype: t
     table = torch.stack([torch.ones(length, dim // 2), torch.zeros(length, dim // 2)], 1)  # nothing is rotated
     mapping = pages[0, at // page_size] * page_size + at % page_size
     with emulated(emulated_library):
-        rope.rope_and_append_kv_(q, k, k, table, at, mapping, keys, values)
+        rope.rope_and_append_kv_(q, k, k, PagedKV(keys, values), RopeMeta(table, at, mapping))
         stored = k.to(dtype)
         assert same(keys[num_pages - 1, 0], stored[:page_size, 0])
         assert same(values[num_pages - 1, 0], stored[:page_size, 0])
@@ -365,8 +362,8 @@ def test_caches_of_more_than_two_billion_entries(emulated_library: Any, dtype: t
                 )
                 for own in (pages, torch.tensor([[1, 2]]))
             )
-            got = cuda_attention.paged_attention(queries, keys, values, far, 0.1)
-            expected = attention.paged_attention(queries.float(), small, small, near, 0.1)
+            got = cuda_attention.paged_attention(queries, PagedKV(keys, values), far, 0.1)
+            expected = attention.paged_attention(queries.float(), PagedKV(small, small), near, 0.1)
             torch.testing.assert_close(got.float(), expected, rtol=0.02, atol=0.02)
 
 

@@ -14,6 +14,7 @@ from nemo_engine.config import EngineConfig
 from nemo_engine.ops.attention import PAGED_ATTENTION, AttentionMeta, Workspace, attention_inputs, paged_attention
 from nemo_engine.ops.cuda import attention as cuda_attention
 from nemo_engine.ops.cuda import prefill
+from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.planner.memory import plan_memory, widened_bytes
 from nemo_engine.planner.models import BUILT_IN
@@ -60,57 +61,58 @@ def test_pages_are_widened_exactly(library: Any, first_head: int, heads: int) ->
         assert (got[6:] == 7).all()
 
 
-def attend(library: Any, args: tuple[Any, ...]) -> Tensor:
+def attend(library: Any, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
     """Over tensors that the emulation knows, so that a page which is not written is read as NaN, and shows."""
-    meta = dataclasses.replace(args[3], workspace=Workspace(), _kept={})
-    result: Tensor = watched(library, PAGED_ATTENTION, cuda_attention.paged_attention)(*args[:3], meta, *args[4:])
+    meta = dataclasses.replace(meta, workspace=Workspace(), _kept={})
+    result: Tensor = watched(library, PAGED_ATTENTION, cuda_attention.paged_attention)(q, kv, meta, scale)
     return result
 
 
 @pytest.mark.emulated
 def test_turns_change_no_bit(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rows and by heads, with the pages of each row known and not: less scratch memory, more turns, the same result."""
-    q, k, v, meta, *rest = attention_inputs(ROWS, 2, 2, 128, 16, torch.bfloat16, is_fp8=True)
+    q, kv, meta, scale = attention_inputs(ROWS, 2, 2, 128, 16, torch.bfloat16, is_fp8=True)
     pages = tuple(-(-keys // 16) for _, keys in ROWS[1:])
     results, turns = [], []
     for most in (1 << 20, 24, 12, 1):  # pages of one head
         monkeypatch.setattr(prefill, "WIDENED_BYTES", most * 2 * 2 * 16 * 128)
         for known in (pages, None):
             library.emulator.clear_launches()
-            results.append(attend(library, (q, k, v, dataclasses.replace(meta, prefill_pages=known), *rest)))
+            results.append(attend(library, q, kv, dataclasses.replace(meta, prefill_pages=known), scale))
             turns.append(names(library).count("gather_pages"))
     assert turns == [1, 1, 2, 5, 5, 10, 6, 10]
     assert all(torch.equal(result, results[0]) for result in results)
-    torch.testing.assert_close(results[0], paged_attention(q, k, v, meta, *rest), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(results[0], paged_attention(q, kv, meta, scale), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.emulated
 def test_a_row_has_the_same_bits_alone_as_in_its_batch(library: Any) -> None:
-    q, k, v, meta, *rest = attention_inputs(ROWS, 4, 1, 128, 32, torch.bfloat16, is_fp8=True)
-    together = attend(library, (q, k, v, meta, *rest))
+    q, kv, meta, scale = attention_inputs(ROWS, 4, 1, 128, 32, torch.bfloat16, is_fp8=True)
+    together = attend(library, q, kv, meta, scale)
     for row in range(1, len(ROWS)):
         own = slice(*meta.query_start_loc[row : row + 2].tolist())
         alone = AttentionMeta(
             0, torch.tensor([0, ROWS[row][0]]), meta.seq_lens[row : row + 1], meta.page_table, meta.slot_ids[row : row + 1],
             32, meta.num_pages, ROWS[row][0],
         )  # fmt: skip
-        assert torch.equal(attend(library, (q[own], k, v, alone, *rest)), together[own])
+        assert torch.equal(attend(library, q[own], kv, alone, scale), together[own])
 
 
 @pytest.mark.emulated
 def test_nan_and_scales_of_a_cache_are_kept(library: Any) -> None:
     """A NaN among a row's keys or values reaches what the definition says and nothing else; no scales are scales of 1."""
-    q, k, v, meta, scale, *factors = attention_inputs([(6, 40), (5, 40)], 2, 2, 128, 16, torch.bfloat16, is_fp8=True)
+    q, kv, meta, scale = attention_inputs([(6, 40), (5, 40)], 2, 2, 128, 16, torch.bfloat16, is_fp8=True)
     ones = [torch.ones(2)] * 2
-    plain = attend(library, (q, k, v, meta, scale, None, None))
-    assert torch.equal(plain, attend(library, (q, k, v, meta, scale, *ones)))
-    assert not torch.equal(plain, attend(library, (q, k, v, meta, scale, *factors)))
+    plain = attend(library, q, PagedKV(*kv.caches), meta, scale)
+    assert torch.equal(plain, attend(library, q, PagedKV(*kv.caches, *ones), meta, scale))
+    assert not torch.equal(plain, attend(library, q, kv, meta, scale))
     page = meta.page_table[meta.slot_ids[0], 2]
-    for cache in (k, v):
-        broken = cache.clone()
+    for index in range(2):
+        caches = list(kv.caches)
+        caches[index] = broken = caches[index].clone()
         broken.view(torch.uint8)[page, 1, 4, 9] = 0x7F  # of key 36 of the first row, which its queries 2 to 5 see
-        args = (q, broken, v, meta, scale) if cache is k else (q, k, broken, meta, scale)
-        got, expected = attend(library, (*args, None, None)), paged_attention(*args)
+        args = (q, PagedKV(*caches), meta, scale)
+        got, expected = attend(library, *args), paged_attention(*args)
         assert torch.equal(got.isnan(), expected.isnan())
         assert got[:, 1].isnan().any() and not got[:, 0].isnan().any() and not got[6:].isnan().any()
 
@@ -136,7 +138,7 @@ def test_scratch_memory_at_true_size(library: Any, pages: tuple[int, ...], turns
     emulator.set_dry_run(True)
     emulator.set_num_sms(1 << 20)  # as many blocks as items
     try:
-        cuda_attention.paged_attention(q, cache, cache, meta, 0.1)
+        cuda_attention.paged_attention(q, PagedKV(cache, cache), meta, 0.1)
     finally:
         emulator.set_num_sms(132)
     blocks = [(launch["name"], launch["grid"][0]) for launch in emulator.launches()]

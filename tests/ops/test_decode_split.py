@@ -144,7 +144,7 @@ def test_cuda_in_few_units(emulated_library: Any, is_fp8: bool, sms: int) -> Non
 @pytest.mark.parametrize(("is_fp8", "sms"), [(False, 4), (True, 1)])
 def test_triton_in_few_units(monkeypatch: pytest.MonkeyPatch, is_fp8: bool, sms: int) -> None:
     from nemo_engine.kernels import device
-    from nemo_engine.ops.attention_gpu import paged_attention_triton
+    from nemo_engine.ops.triton.attention import paged_attention as paged_attention_triton
 
     monkeypatch.setattr(device, "elsewhere", device.Facts(sms, 227 << 10))
     rng = random.Random(sms)

@@ -11,7 +11,7 @@ import torch
 
 from nemo_engine.ops import ALL_OPS, Op, Site
 from nemo_engine.ops.op import CUDA_NOT_BUILT, Case, Impl
-from nemo_engine.ops.sample import SAMPLE
+from nemo_engine.ops.sample import SAMPLE, SlotParams
 from nemo_engine.runner.graphs import Capture, Captured, cuda_capture
 from tests.emulation.library import emulated, watched
 from tests.ops.proofs import mapped, prove, settle, tensors
@@ -92,7 +92,7 @@ def assert_replays(op: Op, impl: Impl, case: Case, dtype: torch.dtype, device: s
     args = mapped(case.make(dtype), lambda x: x.to(device, copy=True), device)
     start = [tensor.clone() for tensor in tensors(args)]
     captured = capture(lambda: function(*args))
-    numbers = {id(x) for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    numbers = {id(x) for x in tensors(tuple(a for a in args if not isinstance(a, SlotParams))) if x.is_floating_point()}
     for tensor, before in zip(tensors(args), start, strict=True):
         ramp = torch.linspace(-1.0, 0.5, before.numel(), dtype=torch.float64, device=device).view(before.shape)
         tensor.copy_((before.double() * ramp.abs()).to(before.dtype) if id(tensor) in numbers else before)

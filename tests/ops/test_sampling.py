@@ -16,7 +16,6 @@ import torch
 from scipy.stats import chi2
 
 from nemo_engine.ops import sampling
-from nemo_engine.ops.op import Case
 
 FALSE_ALARM_RATE = 1e-9
 M32, M64 = 2**32 - 1, 2**64 - 1
@@ -327,21 +326,25 @@ def test_filters_keep_what_sorting_keeps(dtype: torch.dtype, vocab_size: int, ki
         assert got == sorted_tokens(logits, temperature, min_p, top_k, top_p), (temperature, min_p, top_k, top_p)
 
 
-@pytest.mark.parametrize("case", list(sampling.DRAW.cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["plain", "min_p", "top_k", "top_p", "all"])
+@pytest.mark.parametrize(("rows", "vocab_size"), [(1, 1), (3, 7), (5, 1001), (32, 6144), (2, 131072)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_implementation_draws_tokens_that_the_filters_keep(case: Case, dtype: torch.dtype) -> None:
-    arguments = case.make(dtype)
-    logits, _, temperature, min_p, top_k, top_p, _ = arguments
-    for function in [sampling.DRAW.semantics, *(impl.load() for impl in sampling.DRAW.impls)]:
-        tokens = function(*arguments)
-        assert torch.equal(tokens, function(*arguments))
-        assert torch.equal(tokens, sampling.DRAW.semantics(*arguments))
-        for row, token in enumerate(tokens.tolist()):
-            filters = [0.0 if value is None else value[row].item() for value in (min_p, top_k)]
-            last = 1.0 if top_p is None else top_p[row].item()
-            assert token in sorted_tokens(logits[row], temperature[row].item(), filters[0], int(filters[1]), last)
-    num_bytes, flops = sampling.DRAW.cost(*arguments)
-    assert num_bytes == logits.nbytes and flops > 0
+def test_tokens_are_drawn_that_the_filters_keep(dtype: torch.dtype, rows: int, vocab_size: int, name: str) -> None:
+    generator = torch.Generator().manual_seed(rows * vocab_size)
+    logits = (torch.randn(rows, vocab_size, generator=generator) * 3).to(dtype)
+    keys = sampling.row_keys(torch.tensor([sampling.seed_key(row) for row in range(rows)]), torch.arange(rows))
+    temperature = torch.linspace(0.3, 1.5, rows, dtype=torch.float64)
+    min_p, top_k, top_p = (value if name in (filter, "all") else off for filter, value, off in (
+        ("min_p", 0.02, 0.0), ("top_k", min(50, vocab_size - 1), 0), ("top_p", 0.9, 1.0)))  # fmt: skip
+    filters = (
+        torch.full((rows,), min_p, dtype=torch.float64) if min_p else None,
+        torch.full((rows,), top_k) if top_k else None,
+        torch.full((rows,), top_p, dtype=torch.float64) if top_p < 1 else None,
+    )
+    tokens = sampling.draw(logits, keys, temperature, *filters, top_k)
+    assert torch.equal(tokens, sampling.draw(logits, keys, temperature, *filters, top_k))
+    for row, token in enumerate(tokens.tolist()):
+        assert token in sorted_tokens(logits[row], temperature[row].item(), min_p, top_k, top_p)
 
 
 def test_the_token_that_crosses_top_p_is_kept_and_so_are_its_ties() -> None:

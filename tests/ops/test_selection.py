@@ -13,7 +13,7 @@ import torch
 
 from nemo_engine.ops import ALL_OPS, Ops, Site, op, select
 from nemo_engine.ops.attention import paged_attention
-from nemo_engine.ops.attention_cpu import paged_attention as paged_attention_torch
+from nemo_engine.ops.cpu.attention import paged_attention as paged_attention_torch
 from nemo_engine.ops.norm import RMS_NORM, rms_norm
 from nemo_engine.ops.op import Impl, Op, compiled_for_cpu
 

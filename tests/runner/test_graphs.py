@@ -154,7 +154,7 @@ def test_padding_leaves_no_trace(tmp_path: Path) -> None:
     for was, now in zip(before, (table.token_ids, table.page_table, table.num_computed), strict=True):
         assert torch.equal(was[others], now[others])
     assert table.token_ids[0, 0] == 0 and table.num_computed[0] == 0 and table.num_computed[3] == 4
-    for k, v in runner._kv_cache.layers:
+    for k, v in (kv.caches for kv in runner._kv_cache.layers):
         written = ~k[1:].isnan().all(-1).all(1).flatten()
         assert written.nonzero().flatten().tolist() == [8 * PAGE + i for i in range(4)]
         assert torch.equal(k[1:].isnan(), v[1:].isnan())

@@ -18,8 +18,10 @@ from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.model.loading import load_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.runner import runner as runner_module
-from nemo_engine.runner.runner import Runner, StepRows
+from nemo_engine.runner import step_compute
+from nemo_engine.runner.runner import Runner
 from nemo_engine.runner.sampler import Sampler
+from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, PrefillRow, SlotFill, StepPlan, StepResult
 from tests.checkpoints import random_state_dict, tiny_config, write_hf
@@ -268,7 +270,7 @@ def test_a_row_without_a_choice_fails_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk", [40, 16, 7])
 @pytest.mark.parametrize("rows_at_once", [256, 5])
 def test_prompt_logprobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, rows_at_once: int) -> None:
-    monkeypatch.setattr(runner_module, "PROMPT_LOGPROB_ROWS", rows_at_once)
+    monkeypatch.setattr(step_compute, "PROMPT_LOGPROB_ROWS", rows_at_once)
     runner = make_runner(tmp_path, tiny_config())
     prompt, output = random_ids(33), [4, 5]  # refilled with two tokens of output, which are not reported
     params = SamplingParams(temperature=0.0, prompt_logprobs=2)
@@ -347,8 +349,8 @@ def test_close_drops_the_memory(tmp_path: Path) -> None:
 def test_attention_is_told_the_pages_of_each_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the rows after the decodes, so that what is widened for them fits; all that a row holds, however little of it this step computes."""
     runner, seen = make_runner(tmp_path, tiny_config()), []
-    meta_of = runner_module.AttentionMeta
-    monkeypatch.setattr(runner_module, "AttentionMeta", lambda *args: seen.append(meta_of(*args)) or seen[-1])
+    meta_of = step_compute.AttentionMeta
+    monkeypatch.setattr(step_compute, "AttentionMeta", lambda *args: seen.append(meta_of(*args)) or seen[-1])
     ids = random_ids(60)
     fills = (fill(1, ids[:20], [1, 2]), fill(2, ids, [3, 4, 5, 6]), fill(3, ids[:5], [7]))
     run(runner, StepPlan(0, (), (PrefillRow(1, 0, 20, True),), fills[:1]))

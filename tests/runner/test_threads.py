@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nemo_engine import AsyncEngine, Engine, SamplingParams
+from nemo_engine.ops.cpu.packed import WIDENED_FROM
 from nemo_engine.ops.op import compiled_for_cpu
-from nemo_engine.ops.packed import WIDENED_FROM
 from nemo_engine.runner import threads
 from nemo_engine.runner.runner import Runner
 from nemo_engine.runner.threads import Cores, allowed_cores

@@ -19,6 +19,11 @@ def library() -> Any:
     return importlib.import_module("nemo_engine._C")
 
 
+def address(tensor: Tensor | None) -> int:
+    """Where its elements begin; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def stream_of(tensor: Tensor) -> int:
     """The stream that a launch over ``tensor`` belongs on."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

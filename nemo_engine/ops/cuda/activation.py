@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.cuda import library, row_stride, stream_of
-
-_SCALE_BLOCK = 128
+from nemo_engine.ops.cuda import address, library, row_stride, stream_of
+from nemo_engine.ops.linear import SCALE_BLOCK
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ def quantize_tokens(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Ten
 def quantize_token_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     """As ``nemo_engine.ops.blocks.quantize_token_blocks``; bf16, rows dense, K a multiple of 8."""
     rows, width = _shape(x)
-    y, scales = _outputs(x, width, columns=-(-width // _SCALE_BLOCK))
+    y, scales = _outputs(x, width, columns=-(-width // SCALE_BLOCK))
     library().quantize_token_blocks(
         y.data_ptr(), scales.data_ptr(), x.data_ptr(), rows, width, row_stride(x), stream_of(x)
     )
@@ -69,4 +68,4 @@ def _outputs(x: Tensor, width: int, columns: int) -> tuple[Tensor, Tensor]:
 
 def _address(scale: Tensor | None) -> int:
     assert scale is None or (scale.numel() == 1 and scale.dtype == torch.float32), scale
-    return 0 if scale is None else scale.data_ptr()
+    return address(scale)

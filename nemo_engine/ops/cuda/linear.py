@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.cuda import library, row_stride, stream_of
+from nemo_engine.ops import fused
+from nemo_engine.ops.cuda import address, library, row_stride, stream_of
 from nemo_engine.ops.cuda.activation import quantize_token_blocks, quantize_tokens, silu_mul, silu_mul_fp8
-from nemo_engine.ops.cuda.gemm import linear_fp8_large
 from nemo_engine.ops.cuda.norm import rms_norm, rms_norm_fp8
-from nemo_engine.ops.fused import (
-    compose_norm_linear,
-    compose_norm_linear_fp8,
-    compose_quantize_linear_fp8,
-    compose_silu_mul_linear,
-    compose_silu_mul_linear_fp8,
-    has_blocks,
-)
+from nemo_engine.ops.fused import has_blocks
 
 SMALL_ROWS = 64  # that the kernels of csrc/linear take at once
 
@@ -61,7 +55,7 @@ def linear_fp8(
     assert out_dtype == torch.bfloat16, out_dtype
     rows, outputs = x8.shape[0], w8.shape[0]
     if rows > SMALL_ROWS and outputs % 8 == 0:
-        return linear_fp8_large(x8, x_scales, w8, w_scales)
+        return _large(x8, x_scales, w8, w_scales)
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x8.device)
     _check(x8, w8, torch.float8_e4m3fn)
     for first in range(0, rows, SMALL_ROWS):
@@ -70,12 +64,18 @@ def linear_fp8(
     return y
 
 
+_ALONE = SimpleNamespace(
+    rms_norm=rms_norm, rms_norm_fp8=rms_norm_fp8, silu_mul=silu_mul, silu_mul_fp8=silu_mul_fp8, linear=linear,
+    linear_fp8=linear_fp8, quantize_tokens=quantize_tokens, quantize_token_blocks=quantize_token_blocks,
+)  # fmt: skip
+
+
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``nemo_engine.ops.fused.norm_linear``: one launch for 1 or 2 rows."""
     if not _fits(_Input.NORM, x.shape[0], x.shape[1], weight):
-        return compose_norm_linear(rms_norm, linear)(x, residual, norm_weight, eps, weight)
+        return fused.norm_linear(_ALONE, x, residual, norm_weight, eps, weight)
     return _norm(x, residual, norm_weight, eps, weight)
 
 
@@ -90,31 +90,28 @@ def norm_linear_fp8(
 ) -> tuple[Tensor, Tensor]:
     """As ``nemo_engine.ops.fused.norm_linear_fp8``: one launch for 1 or 2 rows, of weights without blocks."""
     if has_blocks(w8, w_scales) or not _fits(_Input.NORM, x.shape[0], x.shape[1], w8):
-        composed = compose_norm_linear_fp8(rms_norm, rms_norm_fp8, quantize_token_blocks, linear_fp8)
-        return composed(x, residual, norm_weight, eps, w8, w_scales, x_scale)
+        return fused.norm_linear_fp8(_ALONE, x, residual, norm_weight, eps, w8, w_scales, x_scale)
     return _norm(x, residual, norm_weight, eps, w8, w_scales, x_scale)
 
 
 def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
     """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for one row."""
     if not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, weight):
-        return compose_silu_mul_linear(silu_mul, linear)(gate_up, weight)
+        return fused.silu_mul_linear(_ALONE, gate_up, weight)
     return _made(_Input.SILU_MUL, gate_up, weight)
 
 
 def silu_mul_linear_fp8(gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
     """As ``nemo_engine.ops.fused.silu_mul_linear_fp8``: one launch for one row, of weights without blocks."""
     if has_blocks(w8, w_scales) or not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, w8):
-        composed = compose_silu_mul_linear_fp8(silu_mul, silu_mul_fp8, quantize_token_blocks, linear_fp8)
-        return composed(gate_up, w8, w_scales, x_scale)
+        return fused.silu_mul_linear_fp8(_ALONE, gate_up, w8, w_scales, x_scale)
     return _made(_Input.SILU_MUL, gate_up, w8, w_scales, x_scale)
 
 
 def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
     """As ``nemo_engine.ops.fused.quantize_linear_fp8``: one launch for up to 8 rows, of weights without blocks."""
     if has_blocks(w8, w_scales) or not _fits(_Input.QUANTIZE, x.shape[0], x.shape[1], w8):
-        composed = compose_quantize_linear_fp8(quantize_tokens, quantize_token_blocks, linear_fp8)
-        return composed(x, w8, w_scales, x_scale)
+        return fused.quantize_linear_fp8(_ALONE, x, w8, w_scales, x_scale)
     return _made(_Input.QUANTIZE, x, w8, w_scales, x_scale)
 
 
@@ -170,25 +167,47 @@ def _small(
     assert x.dtype == (weight.dtype if kind == _Input.READY else torch.bfloat16), (x.dtype, weight.dtype)
     assert x.shape[1] == (2 * width if kind == _Input.SILU_MUL else width), (x.shape, weight.shape)
     arguments = (
-        y.data_ptr(), int(kind), x.data_ptr(), _address(residual), _address(norm_weight), _address(total),
-        _address(x_scale), eps, rows, width, row_stride(x), 0 if residual is None else row_stride(residual),
+        y.data_ptr(), int(kind), x.data_ptr(), address(residual), address(norm_weight), address(total),
+        address(x_scale), eps, rows, width, row_stride(x), 0 if residual is None else row_stride(residual),
         weight.data_ptr(), outputs, row_stride(weight),
     )  # fmt: skip
     if w_scales is None:
         library().small_linear(*arguments, stream_of(x))
         return
+    is_block = _check_scales(rows, weight, w_scales, x_scales)
+    library().small_linear_fp8(
+        *arguments, address(x_scales), 0 if x_scales is None else row_stride(x_scales), w_scales.data_ptr(),
+        _scale_stride(w_scales), is_block, stream_of(x),
+    )  # fmt: skip
+
+
+def _large(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor) -> Tensor:
+    (rows, width), outputs = x8.shape, w8.shape[0]
+    _check(x8, w8, torch.float8_e4m3fn)
+    assert x8.stride(1) == w8.stride(1) == 1, (x8.stride(), w8.stride())
+    is_block = _check_scales(rows, w8, w_scales, x_scales)
+    y = torch.empty(rows, outputs, dtype=torch.bfloat16, device=x8.device)
+    library().gemm_fp8(
+        y.data_ptr(), x8.data_ptr(), row_stride(x8), x_scales.data_ptr(), row_stride(x_scales), w8.data_ptr(),
+        row_stride(w8), w_scales.data_ptr(), _scale_stride(w_scales), is_block, rows, outputs, width, stream_of(x8),
+    )  # fmt: skip
+    return y
+
+
+def _scale_stride(w_scales: Tensor) -> int:
+    return w_scales.stride(0) if w_scales.numel() > 1 else 0
+
+
+def _check_scales(rows: int, weight: Tensor, w_scales: Tensor, x_scales: Tensor | None) -> bool:
+    """Returns whether the scales are those of blocks."""
     is_block = has_blocks(weight, w_scales)
     assert w_scales.dtype == torch.float32 and (not is_block or row_stride(w_scales, 1) == 1), w_scales.stride()
-    w_stride = w_scales.stride(0) if w_scales.numel() > 1 else 0
     if x_scales is not None:
-        expected = (rows, -(-width // 128) if is_block else 1)
+        expected = (rows, -(-weight.shape[1] // 128) if is_block else 1)
         assert x_scales.dtype == torch.float32 and x_scales.shape == expected and row_stride(x_scales, 1) == 1, (
             x_scales.shape
         )
-    x_stride = 0 if x_scales is None else row_stride(x_scales)
-    library().small_linear_fp8(
-        *arguments, _address(x_scales), x_stride, w_scales.data_ptr(), w_stride, is_block, stream_of(x)
-    )
+    return is_block
 
 
 def _check(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -198,7 +217,3 @@ def _check(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
         x.shape,
         weight.shape,
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

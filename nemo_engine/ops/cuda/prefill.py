@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops.attention import AttentionMeta
-from nemo_engine.ops.cuda import library, row_stride, stream_of
+from nemo_engine.ops.cuda import address, library, row_stride, stream_of
+from nemo_engine.ops.paged_kv import PagedKV
 
 # What widened pages may take, beyond which rows and then KV heads take turns. 128 Ki keys of 4 of NeMo's 8 KV heads: at 2,048
 # queries each of the two turns is still two full rounds of blocks.
@@ -17,32 +18,19 @@ WIDENED_BYTES = 256 << 20
 _DIM = 128
 
 
-def prefill(
-    out: Tensor,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: AttentionMeta,
-    scale: float,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
+def prefill(out: Tensor, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> None:
     """Fills ``out`` for the rows from ``meta.num_decodes`` on. out, q: (T, Hq, 128) bf16, all queries of the step.
 
-    Arguments as ``nemo_engine.ops.attention.paged_attention``; caches bf16, or FP8, which takes scratch memory: ``WIDENED_BYTES``, or what
+    Arguments as ``nemo_engine.ops.attention.paged_attention``, which are checked there; caches bf16, or FP8, which takes scratch memory: ``WIDENED_BYTES``, or what
     one KV head of the longest row that the page table holds takes if that is more; less where all rows of the table take less. A
     row's bits do not depend on other rows.
     """
-    _check(out, q, k_cache, v_cache, meta)
     first, rows = meta.num_decodes, meta.seq_lens.shape[0]
-    if rows == first:
-        return
-    if k_cache.dtype == torch.bfloat16:
-        assert k_scale is None and v_scale is None, "scales are an FP8 cache's"
+    if kv.dtype == torch.bfloat16:
         pages = (meta.page_table, row_stride(meta.page_table), meta.slot_ids[first:])
-        _launch(out, q, (k_cache, v_cache), (None, None), pages, meta, (first, rows), scale)
+        _launch(out, q, kv, pages, meta, (first, rows), scale)
         return
-    _, kv_heads, page_size, _ = k_cache.shape
+    kv_heads, page_size = kv.num_heads, kv.page_size
     slots, width = meta.page_table.shape
     group, capacity = q.shape[1] // kv_heads, widened_capacity(slots, width, kv_heads, page_size)
     shape = (2, capacity * page_size * _DIM)
@@ -53,19 +41,16 @@ def prefill(
         bounds = meta.once(f"CUDA page bounds of {begin}", partial(_bounds, meta.seq_lens[slice(*turn)], page_size))
         heads = next(some for some in range(kv_heads, 0, -1) if kv_heads % some == 0 and some * count <= capacity)
         size = count * heads * page_size * _DIM
-        wide = (
-            scratch[0, :size].view(count, heads, page_size, _DIM),
-            scratch[1, :size].view(count, heads, page_size, _DIM),
-        )
+        wide_k, wide_v = (part[:size].view(count, heads, page_size, _DIM) for part in scratch)
         for head in range(0, kv_heads, heads):
             library().gather_pages(
-                wide[0].data_ptr(), wide[1].data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), meta.page_table.data_ptr(),
+                wide_k.data_ptr(), wide_v.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), meta.page_table.data_ptr(),
                 meta.slot_ids[turn[0] :].data_ptr(), bounds.data_ptr(), row_stride(meta.page_table), end - begin, count,
                 kv_heads, head, heads, page_size, stream_of(q),
             )  # fmt: skip
             part = slice(head * group, (head + heads) * group)
-            factors = tuple(None if x is None else x[head:] for x in (k_scale, v_scale))
-            _launch(out[:, part], q[:, part], wide, factors, (identity, 1, bounds), meta, turn, scale)
+            wide = PagedKV(wide_k, wide_v, *[None if x is None else x[head:] for x in (kv.k_scale, kv.v_scale)])
+            _launch(out[:, part], q[:, part], wide, (identity, 1, bounds), meta, turn, scale)
 
 
 def widened_capacity(slots: int, pages: int, kv_heads: int, page_size: int) -> int:
@@ -94,8 +79,7 @@ def _bounds(seq_lens: Tensor, page_size: int) -> Tensor:
 def _launch(
     out: Tensor,
     q: Tensor,
-    caches: tuple[Tensor, Tensor],
-    factors: tuple[Tensor | None, ...],
+    kv: PagedKV,
     pages: tuple[Tensor, int, Tensor],
     meta: AttentionMeta,
     rows: tuple[int, int],
@@ -103,30 +87,11 @@ def _launch(
 ) -> None:
     """One launch, for the rows from the first of ``rows`` to before the second. pages: a table, its stride, and each row's place there."""
     first, end = rows
-    num_pages, kv_heads, page_size, _ = caches[0].shape
     table, table_stride, slot_ids = pages
     queries = min(q.shape[0] - meta.num_decodes, (end - first) * meta.longest)
     library().prefill_attention(
-        out.data_ptr(), q.data_ptr(), *[cache.data_ptr() for cache in caches],
-        *[0 if factor is None else factor.data_ptr() for factor in factors], table.data_ptr(), slot_ids.data_ptr(),
-        meta.query_start_loc[first:].data_ptr(), meta.seq_lens[first:].data_ptr(), row_stride(out), row_stride(q),
-        row_stride(q, 1), table_stride, num_pages, end - first, queries, q.shape[1], kv_heads, page_size, scale, stream_of(q),
+        out.data_ptr(), q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale),
+        table.data_ptr(), slot_ids.data_ptr(), meta.query_start_loc[first:].data_ptr(), meta.seq_lens[first:].data_ptr(),
+        row_stride(out), row_stride(q), row_stride(q, 1), table_stride, kv.k.shape[0], end - first, queries, q.shape[1],
+        kv.num_heads, kv.page_size, scale, stream_of(q),
     )  # fmt: skip
-
-
-def _check(out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta) -> None:
-    assert q.shape[2] == _DIM and q.stride(2) == 1 and out.shape == q.shape and out.is_contiguous(), (
-        q.shape,
-        q.stride(),
-        out.shape,
-    )
-    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == _DIM, (k_cache.shape, v_cache.shape)
-    assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(), v_cache.stride())
-    assert out.dtype == q.dtype == torch.bfloat16 and k_cache.dtype == v_cache.dtype, (q.dtype, k_cache.dtype)
-    rows = meta.seq_lens.shape[0]
-    sizes = {"slot_ids": rows, "query_start_loc": rows + 1, "seq_lens": rows}
-    for name, size in sizes.items():
-        index = getattr(meta, name)
-        assert index.dtype == torch.int64 and index.shape == (size,) and index.is_contiguous(), (name, index.shape)
-    table = meta.page_table
-    assert table.dtype == torch.int64 and row_stride(table, 1) == 1, (table.dtype, table.stride())

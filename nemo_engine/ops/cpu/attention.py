@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops.attention import AttentionMeta, Workspace, gather_row
+from nemo_engine.ops.paged_kv import PagedKV
 
 _BLOCK_BYTES = 2 << 20  # of widened pages that decode attention works on at once, so that they stay in L2
 
@@ -37,45 +38,29 @@ def _decode_pages(meta: AttentionMeta) -> DecodePages:
     return DecodePages(pages, row, is_past_end, tails)
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: AttentionMeta,
-    scale: float,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
     """``paged_attention``, vectorised for the CPU: all decode rows at once, page by page; prefill rows by SDPA.
 
     An FP8 cache is widened as it is, and its factors are applied to the queries and to the result.
     """
     dtype = q.dtype
-    if k_cache.dtype.itemsize == 1:
+    if kv.dtype.itemsize == 1:
         q = q.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    if k_scale is not None:
-        q = q * _per_query_head(k_scale, q)
+    if kv.k_scale is not None:
+        q = q * _per_query_head(kv.k_scale, q)
     out = torch.empty_like(q)
     decodes = meta.num_decodes
     if decodes:
-        out[:decodes] = _decode(q[:decodes], k_cache, v_cache, meta, scale)
-    prefill_(out, range(decodes, len(meta.seq_lens)), q, k_cache, v_cache, meta, scale)
-    return (out if v_scale is None else out * _per_query_head(v_scale, q)).to(dtype)
+        out[:decodes] = _decode(q[:decodes], kv, meta, scale)
+    prefill_(out, range(decodes, len(meta.seq_lens)), q, kv, meta, scale)
+    return (out if kv.v_scale is None else out * _per_query_head(kv.v_scale, q)).to(dtype)
 
 
-def prefill_(
-    out: Tensor,
-    rows: Iterable[int],
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: AttentionMeta,
-    scale: float,
-) -> None:
-    """Write the attention of ``rows`` into ``out``, each by SDPA. out, q: (T, Hq, D)."""
+def prefill_(out: Tensor, rows: Iterable[int], q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> None:
+    """Write the attention of ``rows`` into ``out``, each by SDPA and without factors. out, q: (T, Hq, D)."""
     starts, lens = meta.query_start_loc.tolist(), meta.seq_lens.tolist()
     for row in rows:
-        k, v = (gather_row(cache, meta.pages[row], lens[row]).to(q.dtype) for cache in (k_cache, v_cache))
+        k, v = (gather_row(cache, meta.pages[row], lens[row]).to(q.dtype) for cache in kv.caches)
         queries = slice(starts[row], starts[row + 1])
         out[queries] = _prefill(q[queries], k, v, scale)
 
@@ -85,21 +70,21 @@ def _per_query_head(factors: Tensor, q: Tensor) -> Tensor:
     return factors.to(q.dtype).repeat_interleave(q.shape[1] // len(factors)).unsqueeze(1)
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
+def _decode(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
     """One query per row. Every page is a partial attention of its own; a row's pages are then combined.
 
     With m the row's largest score, page j contributes ``sum exp(s - m) v`` and ``sum exp(s - m)``.
     q: (B, Hq, D) -> (B, Hq, D).
     """
     num_rows, num_heads, dim = q.shape
-    _, kv_heads, page_size, _ = k_cache.shape
+    kv_heads, page_size = kv.num_heads, kv.page_size
     group = num_heads // kv_heads
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     plan: DecodePages = meta.once("decode pages", lambda: _decode_pages(meta))
     pages, row = plan.pages, plan.row
     grouped = (q.to(wide) * scale).view(num_rows, kv_heads, group, dim)[row]  # (N, Hk, G, D)
     scores = grouped.new_empty(len(pages), kv_heads, group, page_size)
-    for block, k in _page_blocks(k_cache, pages, wide, meta.workspace):
+    for block, k in _page_blocks(kv.k, pages, wide, meta.workspace):
         torch.bmm(grouped[block].flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out=scores[block].flatten(0, 1))
     scores.masked_fill_(plan.is_past_end[:, None, None], -torch.inf)
     page_max = scores.amax(-1)  # (N, Hk, G)
@@ -109,7 +94,7 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, sc
     partial = torch.empty_like(grouped)
     tails = iter(plan.tails)
     tail = next(tails, None)
-    for block, v in _page_blocks(v_cache, pages, wide, meta.workspace):
+    for block, v in _page_blocks(kv.v, pages, wide, meta.workspace):
         # A last page's tail may hold anything, NaN too, and 0 * NaN is NaN.
         while tail is not None and tail[0] < block.stop:
             v[tail[0] - block.start, :, tail[1] :].zero_()

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops import attention_cpu
 from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.cpu.attention import prefill_
 from nemo_engine.ops.op import compiled_for_cpu
+from nemo_engine.ops.paged_kv import PagedKV
+from nemo_engine.ops.rope import RopeMeta
 
 _SDPA_FROM = 1024  # keys; where the two meet for heads of 128 in bf16
 
@@ -51,52 +53,33 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return y
 
 
-def rope_and_append_kv_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def rope_and_append_kv_(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: RopeMeta) -> Tensor:
     """See ``rope.rope_and_append_kv_``; the scales are None."""
     q, k, v = (x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
-    _check(q.dtype, k_cache, v_cache)
+    _check(q.dtype, *kv.caches)
     tokens, heads, dim = q.shape
     rotated = q.new_empty(q.shape)
     _cpu.rope_and_append_kv(
-        q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr(), rotated.data_ptr(), table.data_ptr(),
-        positions.data_ptr(), slot_mapping.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        tokens, heads, k.shape[1], dim, k_cache.shape[2], q.stride(0), k.stride(0), v.stride(0),
+        q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr(), rotated.data_ptr(), meta.table.data_ptr(),
+        meta.positions.data_ptr(), meta.slot_mapping.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(),
+        tokens, heads, kv.num_heads, dim, kv.page_size, q.stride(0), k.stride(0), v.stride(0),
     )  # fmt: skip
     return rotated
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: AttentionMeta,
-    scale: float,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
     """See ``attention.paged_attention``; the scales are None. Every query is a row of its own to the kernel, but for long prompts."""
     q = q.contiguous()
-    _check(q.dtype, k_cache, v_cache)
+    _check(q.dtype, *kv.caches)
     out = torch.empty_like(q)
     rows: QueryRows = meta.once("query rows", lambda: _query_rows(meta))
     _, heads, dim = q.shape
     _cpu.query_attention(
-        q.dtype == torch.bfloat16, q.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        q.dtype == torch.bfloat16, q.data_ptr(), out.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(),
         meta.page_table.data_ptr(), rows.slot_ids.data_ptr(), rows.num_keys.data_ptr(),
-        len(q), heads, k_cache.shape[1], dim, k_cache.shape[2], meta.page_table.stride(0), scale,
+        len(q), heads, kv.num_heads, dim, kv.page_size, meta.page_table.stride(0), scale,
     )  # fmt: skip
-    attention_cpu.prefill_(out, rows.long, q, k_cache, v_cache, meta, scale)
+    prefill_(out, rows.long, q, kv, meta, scale)
     return out
 
 

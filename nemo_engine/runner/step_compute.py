@@ -1,0 +1,87 @@
+"""What a step computes on the device: inputs from the request table, the model, the choice of tokens, and the table's advance.
+
+Nothing here reads from the device, so all of it can be captured into a graph. Must not know plans, but for whose prompts are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nemo_engine.model.nemo import ModelInputs, Nemo
+from nemo_engine.ops import Ops
+from nemo_engine.ops.attention import AttentionMeta, Workspace
+from nemo_engine.runner.kv_cache import KVCache
+from nemo_engine.runner.request_table import RequestTable
+from nemo_engine.runner.sampler import Masks, Report, Sampler
+from nemo_engine.runner.step_rows import StepRows
+from nemo_engine.step import StepPlan
+
+PROMPT_LOGPROB_ROWS = 256  # logits computed at once for prompt log-probabilities: bounds their memory
+
+
+@dataclass(slots=True, eq=False)
+class StepCompute:
+    """The parts of the device half, and what a step does with them."""
+
+    model: Nemo
+    ops: Ops
+    kv_cache: KVCache
+    table: RequestTable
+    sampler: Sampler
+    workspace: Workspace = field(default_factory=Workspace)
+
+    def forward(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the model. Returns the last MLP's output and the residual, (T, H) each, and each row's new length (R,)."""
+        table = self.table
+        ids, positions, mapping, seq_lens = self.ops.build_batch_(
+            table.token_ids, table.num_computed, table.page_table, rows.slots, rows.starts, rows.new_index, rows.new_page,
+            self.kv_cache.page_size, rows.num_tokens, rows.longest,
+        )  # fmt: skip
+        meta = AttentionMeta(
+            rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self.kv_cache.page_size, rows.num_pages,
+            rows.longest, self.workspace, rows.prefill_pages,
+        )  # fmt: skip
+        x, residual = self.model.forward(ModelInputs(ids, positions, mapping, meta), self.kv_cache.layers)
+        return x, residual, seq_lens
+
+    def choose(
+        self, rows: StepRows, slots: tuple[int, ...], x: Tensor, residual: Tensor, seq_lens: Tensor, masks: Masks
+    ) -> tuple[Tensor, list[Report]]:
+        """Sample the rows ``rows.sampled``, of ``slots``, and end the step. x, residual: (N, H); seq_lens: (R,)."""
+        tokens: Tensor = rows.sampled
+        reports: list[Report] = []
+        if slots:
+            logits = self.model.logits(x, residual)
+            slot_ids, positions = rows.slots, seq_lens
+            if len(rows.sampled) < len(rows.slots):
+                slot_ids, positions = slot_ids[rows.sampled], positions[rows.sampled]
+            tokens, reports = self.sampler.sample(logits, slots, slot_ids, positions, self.table.token_ids, masks)
+        self.advance(rows.slots, seq_lens, rows.sampled, tokens)
+        return tokens, reports
+
+    def advance(self, slot_ids: Tensor, seq_lens: Tensor, sampled: Tensor, tokens: Tensor) -> None:
+        """End the step: the rows' new lengths, and the tokens of those that sampled, enter the table."""
+        self.ops.advance_(self.table.token_ids, self.table.num_computed, slot_ids, seq_lens, sampled, tokens)
+
+    def prompt_reports(
+        self, plan: StepPlan, prompt_lens: Mapping[int, int], x: Tensor, residual: Tensor
+    ) -> dict[int, list[Report]]:
+        """Log-probabilities of prompt tokens, by the index of their prefill in ``plan``. prompt_lens: of the slots that want them."""
+        by_prefill: dict[int, list[Report]] = {}
+        begin = len(plan.decode_slots)
+        for index, row in enumerate(plan.prefills):
+            prompt_len = prompt_lens.get(row.slot, 0)
+            count = min(row.num_tokens, prompt_len - 1 - row.start)  # positions whose next token is a prompt token
+            reports = []
+            for first in range(0, count, PROMPT_LOGPROB_ROWS):
+                last = min(first + PROMPT_LOGPROB_ROWS, count)
+                logits = self.model.logits(x[begin + first : begin + last], residual[begin + first : begin + last])
+                targets = self.table.token_ids[row.slot, row.start + first + 1 : row.start + last + 1].long()
+                reports.append(self.sampler.report_prompt(logits, targets, row.slot))
+            if reports:
+                by_prefill[index] = reports
+            begin += row.num_tokens
+        return by_prefill

@@ -1,0 +1,61 @@
+"""Steps of padding alone, before the first request: everything is compiled, and every library has what it keeps per thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_engine.runner.step_compute import StepCompute
+from nemo_engine.runner.step_rows import StepRows
+from nemo_engine.runner.transfer import to_device
+
+_SETTLING_TOKENS = 64  # of a step that reaches all cores and libraries
+
+
+def settle(step: StepCompute, max_num_batched_tokens: int) -> None:
+    """A step of prompts and a step of a decode, on the thread that will run all steps.
+
+    Libraries keep some things per thread (cuBLAS its handle and workspace, OpenMP its pool), which they make now.
+    """
+    for counts in (_padding_rows(step, min(_SETTLING_TOKENS, max_num_batched_tokens)), [1]):
+        _run_padding(step, counts)
+
+
+def warm_up(step: StepCompute, sizes: Sequence[int], max_num_batched_tokens: int) -> None:
+    """Run every kind of step once, so that every kernel is compiled and the largest step's memory is taken.
+
+    sizes: those that will be captured. Others are run at each power of two, where implementations may change, and at the most.
+    """
+    for rows in sorted({*_powers_of_two(step.table.num_slots), *sizes}):
+        _run_padding(step, [1] * rows)
+    for tokens in _powers_of_two(max_num_batched_tokens):
+        _run_padding(step, _padding_rows(step, tokens))
+
+
+def _run_padding(step: StepCompute, counts: list[int]) -> None:
+    """A step of rows of slot 0. Only its page 0 is written."""
+    table, sampler = step.table, step.sampler
+    packed = StepRows.pack([0] * len(counts), counts, {}, range(min(len(counts), table.num_slots)))
+    decodes = len(counts) if max(counts) == 1 else 0
+    words = to_device(packed, table.device)
+    num_pages = table.page_table.shape[1] if max(counts) > 1 else 1
+    rows = StepRows.of(words, len(counts), decodes, sum(counts), max(counts), num_pages)
+    x, residual, seq_lens = step.forward(rows)
+    last = rows.starts[1:][rows.sampled] - 1
+    logits = step.model.logits(x[last], residual[last])
+    slot_ids, positions = rows.slots[rows.sampled], seq_lens[rows.sampled]
+    sampler.sample_any(logits.float(), slot_ids, positions)  # as edited logits are
+    tokens = sampler.sample_any(logits, slot_ids, positions)
+    step.ops.top_logprobs(logits, tokens, 1)
+    step.advance(rows.slots, seq_lens, rows.sampled, tokens)
+
+
+def _padding_rows(step: StepCompute, num_tokens: int) -> list[int]:
+    """Lengths of rows, each of at most a slot's tokens, that are ``num_tokens`` together."""
+    longest = step.table.token_ids.shape[1]
+    whole, rest = divmod(num_tokens, longest)
+    return [longest] * whole + [rest] * (rest > 0)
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, ... up to ``limit``, and ``limit`` itself."""
+    return [1 << i for i in range((limit - 1).bit_length())] + [limit]
