@@ -36,9 +36,9 @@ class BadLine:
 def open_lines(path: str | Path) -> IO[bytes]:
     """A file, or standard input for "-", read as what it holds if that is compressed by gzip. Raises ``OSError``."""
     if str(path) == "-":
-        raw = open(0, "rb", closefd=False)  # noqa: SIM115
+        raw = open(0, "rb", closefd=False)
     else:
-        raw = open(path, "rb")  # noqa: SIM115
+        raw = open(path, "rb")
     if raw.peek(2)[:2] == GZIP_MAGIC:
         return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
     return raw
