@@ -208,6 +208,11 @@ class Results:
         return None if self._out.is_stream else Path(f"{self.path}.errors")
 
     @property
+    def num_answered(self) -> int:
+        """Lines that have an answer, of this run and before."""
+        return self._out.count
+
+    @property
     def num_failed(self) -> int:
         """Lines that failed, in this run and before."""
         return self._num_failed if self._errors is None else self._errors.count

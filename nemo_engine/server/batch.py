@@ -187,7 +187,7 @@ def batch_of_engine(
         if getattr(loop.config, field.name) != field.default
     }
     recorded = batch_options(model, sampling, engine, {"served_model_name": given} if given else {})
-    options = ServerOptions(max_queue=_ANY_NUMBER, served_model_name=given or [model, loop.model_path.name])
+    options = ServerOptions(max_queue=_ANY_NUMBER, served_model_name=given or [loop.model_path.name, model])
     with BatchJob(source, target, recorded, force=force) as job, AsyncEngine(loop) as over:
         return _run(over, options, model, job, sampling, progress=progress)
 
