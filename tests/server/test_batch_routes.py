@@ -70,7 +70,7 @@ def test_openais_client(engine: AsyncEngine, tmp_path: Path) -> None:
 
 
 def test_a_batch_goes_on_after_a_restart_and_can_be_cancelled(engine: AsyncEngine, tmp_path: Path) -> None:
-    content = "\n".join(line(index, max_tokens=30, ignore_eos=True) for index in range(120))
+    content = "\n".join(line(index, max_tokens=30, ignore_eos=True) for index in range(60))
     with LiveServer(engine, batch_dir=str(tmp_path)) as live:
         client = client_of(live)
         file = client.files.create(file=content.encode(), purpose="batch")
@@ -80,13 +80,13 @@ def test_a_batch_goes_on_after_a_restart_and_can_be_cancelled(engine: AsyncEngin
         while (before := client.batches.retrieve(made.id)).request_counts.completed == 0:
             time.sleep(0.01)
     live.app.state.batches.store.close()
-    assert before.status == "in_progress" and before.request_counts.completed < 120
+    assert before.status == "in_progress" and before.request_counts.completed < 60
     with LiveServer(engine, batch_dir=str(tmp_path)) as live:
         client = client_of(live)
         batch = ended(client, made.id)
-        assert (batch.status, batch.request_counts.completed) == ("completed", 120)
+        assert (batch.status, batch.request_counts.completed) == ("completed", 60)
         answers = [json.loads(one) for one in client.files.content(batch.output_file_id).text.splitlines()]
-        assert sorted(int(one["custom_id"]) for one in answers) == list(range(120))
+        assert sorted(int(one["custom_id"]) for one in answers) == list(range(60))
         made, later = (
             client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h") for _ in range(2)
         )
@@ -97,7 +97,7 @@ def test_a_batch_goes_on_after_a_restart_and_can_be_cancelled(engine: AsyncEngin
         batch = ended(client, made.id)
         assert batch.status == "cancelled" and batch.cancelling_at and batch.cancelled_at
         partial = client.files.content(batch.output_file_id).text.splitlines()
-        assert 0 < len(partial) == batch.request_counts.completed < 120
+        assert 0 < len(partial) == batch.request_counts.completed < 60
         assert client.batches.cancel(made.id).status == "cancelled"
 
 
