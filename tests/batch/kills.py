@@ -128,7 +128,7 @@ def main() -> None:
     def command(target: Path) -> list[str]:
         return [
             *(sys.executable, "-m", "nemo_engine", "batch", "nemo-tiny", str(source), str(target)),
-            *("--device", "cpu", "--dtype", "float32", "--num-kv-pages", "200", "--max-num-seqs", "4"),
+            *("--device", "cpu", "--dtype", "float32", "--num-kv-pages", "200", "--max-num-seqs", "4", "--seed", "5"),
         ]
 
     with tempfile.TemporaryDirectory() as folder:
