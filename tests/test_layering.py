@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # `engine` imports it when `Engine.batch` is called.
     "server": {"async_engine", "batch", "inputs", "loop", *ROW_1},
+    "ray": {"async_engine", "server", *ROW_1},
     "__main__": {"cli"},
     # Row 6. `quantize` and `verify` work on a model without an engine.
     "quantize": {"model", "ops", "runner", *ROW_1},
@@ -88,6 +89,7 @@ MAY_USE: dict[str, set[str]] = {
     "cli": {"torch", "tqdm"},
     "engine": {"tqdm"},
     "batch": {"tqdm"},
+    "ray": {"ray"},
     "server": {
         "fastapi",
         "starlette",

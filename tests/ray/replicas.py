@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 import ray
+import yaml
 from ray import serve
 
-from nemo_engine.ray import build_app
+from nemo_engine.ray import build_app, scale_by_load
 
 ENGINE = {"device": "cpu", "dtype": "float32", "num_kv_pages": 400, "max_num_seqs": 8, "max_model_len": 1024}
 ARGS: dict[str, Any] = {
@@ -53,12 +58,35 @@ def ask(client: openai.OpenAI, index: int = 0, session: str | None = None, **opt
     )
 
 
-def replicas() -> list[Any]:
-    """The actors of the replicas that live."""
-    from ray.util.state import list_actors
+def pids() -> set[int]:
+    """The processes of the replicas, of which each has a name, among those that this process has started."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (path / "cmdline").read_bytes()
+            pid = int(path.name)
+            if name.startswith(b"ray::ServeReplica") and os.getpid() in ancestors(pid):
+                found.add(pid)
+        except (OSError, ValueError):
+            continue
+    return found
 
-    alive = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000) if actor.class_name.startswith("ServeReplica")]  # fmt: skip
-    return alive
+
+def ancestors(pid: int) -> list[int]:
+    chain = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        chain.append(pid)
+    return chain
+
+
+def num_running() -> int:
+    """Replicas that Serve sends requests to, if there are no others."""
+    states = {
+        str(state): count
+        for state, count in serve.status().applications["nemo"].deployments["nemo-engine"].replica_states.items()
+    }
+    return sum(states.values()) if set(states) == {"RUNNING"} else -1
 
 
 def until(condition: Any, seconds: float = 120) -> None:
@@ -120,12 +148,10 @@ def test_a_replica_that_dies_under_load(client: openai.OpenAI) -> None:
     for thread in threads:
         thread.start()
     until(lambda: ends["whole"] >= 6)
-    victim = replicas()[0]
-    import os
-    import signal
-
-    os.kill(victim.pid, signal.SIGKILL)
-    until(lambda: len(replicas()) == 2 and victim.actor_id not in [one.actor_id for one in replicas()])
+    before = pids()
+    assert len(before) == 2
+    os.kill(min(before), signal.SIGKILL)
+    until(lambda: num_running() == 2 and len(pids() - before) == 1)
     at = ends["whole"]
     until(lambda: ends["whole"] >= at + 6)
     is_over.set()
@@ -160,7 +186,7 @@ def test_scaled_up_and_down_under_load_nothing_is_lost(client: openai.OpenAI) ->
     ):  # the last updates all replicas
         app = build_app(ARGS | {"num_replicas": count, "session_affinity": True} | options)
         serve.run(app, name="nemo", route_prefix="/")
-        until(lambda count=count: len(replicas()) == count)  # type: ignore[misc]
+        until(lambda count=count: num_running() == count)  # type: ignore[misc]
         at = done["whole"]
         until(lambda at=at: done["whole"] >= at + 4)  # type: ignore[misc]
     is_over.set()
@@ -170,6 +196,55 @@ def test_scaled_up_and_down_under_load_nothing_is_lost(client: openai.OpenAI) ->
     assert not failures
     with pytest.raises(openai.BadRequestError, match="at most 7"):
         ask(client, n=8, temperature=1.0)
+
+
+def test_the_yaml_and_the_example(cluster: None) -> None:
+    root = Path(__file__).parent.parent.parent / "examples"
+    (application,) = yaml.safe_load((root / "ray_serve.yaml").read_text())["applications"]
+    assert application["import_path"] == "nemo_engine.ray:build_app"
+    build_app(application["args"])
+    assert "build_app" in (root / "ray_replicas.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("now", "loads", "wanted"),
+    [
+        (1, [(8, 3, 0.5)], 2), (1, [(8, 0, 0.95)], 2), (1, [(8, 0, 0.5)], 1), (1, [(0, 0, 0.0)], 1), (3, [(8, 9, 1.0)] * 3, 3),
+        (2, [(1, 0, 0.1), (2, 0, 0.1)], 1), (2, [(4, 0, 0.1), (2, 0, 0.1)], 2), (2, [], 1),
+    ],
+)  # fmt: skip
+def test_how_many_replicas_a_load_wants(now: int, loads: list[tuple[float, ...]], wanted: int) -> None:
+    names = ("running", "waiting", "kv_use")
+    metrics: dict[str, Any] = {
+        name: {replica: [SimpleNamespace(value=load[at])] for replica, load in enumerate(loads)}
+        for at, name in enumerate(names)
+    }
+    metrics["slots"] = {replica: [SimpleNamespace(value=8)] for replica in range(len(loads))}
+    context: Any = SimpleNamespace(
+        current_num_replicas=now, raw_metrics=metrics, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=3
+    )  # fmt: skip
+    assert scale_by_load(context)[0] == wanted
+
+
+def test_a_replica_comes_while_requests_wait(client: openai.OpenAI) -> None:
+    args = ARGS | {"engine": ENGINE | {"max_num_seqs": 1, "num_kv_pages": 200}, "min_replicas": 1, "max_replicas": 2}
+    serve.run(build_app(args), name="nemo", route_prefix="/")
+    until(lambda: num_running() == 1)
+    is_over = threading.Event()
+
+    def load(index: int) -> None:
+        while not is_over.is_set():
+            ask(client, index, max_tokens=60)
+
+    threads = [threading.Thread(target=load, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: num_running() == 2, 240)
+    finally:
+        is_over.set()
+    for thread in threads:
+        thread.join(60)
 
 
 @pytest.mark.parametrize(
