@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_engine.async_engine import AsyncEngine, EngineDeadError
+from nemo_engine.checks import check_int
 from nemo_engine.config import EngineConfig
 from nemo_engine.option_names import refuse_unknown_arguments
 from nemo_engine.server.app import create_app
@@ -100,14 +101,22 @@ def _arguments(
     model: str | None = None,
     engine: Mapping[str, Any] | None = None,
     server: Mapping[str, Any] | None = None,
-    num_replicas: int | None = None,
-    min_replicas: int | None = None,
-    max_replicas: int | None = None,
-    session_affinity: bool = False,
+    num_replicas: int | str | None = None,
+    min_replicas: int | str | None = None,
+    max_replicas: int | str | None = None,
+    session_affinity: bool | str = False,
     name: str = "nemo-engine",
 ) -> Any:
     if not model or not isinstance(model, str):
         raise ValueError(f"model must be a directory, a Hub repository id or nemo-tiny, got {model!r}")
+    num_replicas, min_replicas, max_replicas = (
+        _count(*given)
+        for given in (("num_replicas", num_replicas), ("min_replicas", min_replicas), ("max_replicas", max_replicas))
+    )
+    if session_affinity in ("true", "false"):
+        session_affinity = session_affinity == "true"
+    if not isinstance(session_affinity, bool):
+        raise ValueError(f"session_affinity must be true or false, got {session_affinity!r}")
     engine, server = dict(engine or {}), dict(server or {})
     for option in _NOT_HERE:
         if option in server:
@@ -137,3 +146,10 @@ def _arguments(
         **placing,
     )  # fmt: skip
     return deployment.bind(model, engine, server)
+
+
+def _count(name: str, value: int | str | None) -> int | None:
+    """A number of replicas, which ``serve run`` gives as text."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    return None if value is None else check_int(name, value, low=1)

@@ -203,6 +203,7 @@ def test_the_yaml_and_the_example(cluster: None) -> None:
     (application,) = yaml.safe_load((root / "ray_serve.yaml").read_text())["applications"]
     assert application["import_path"] == "nemo_engine.ray:build_app"
     build_app(application["args"])
+    build_app({"model": "nemo-tiny", "num_replicas": "2", "session_affinity": "true"})  # as `serve run` has them
     assert "build_app" in (root / "ray_replicas.py").read_text()
 
 
@@ -256,6 +257,9 @@ def test_a_replica_comes_while_requests_wait(client: openai.OpenAI) -> None:
         ({"model": "nemo-tiny", "server": {"port": 80}}, "Serve's proxy listens"),
         ({"model": "nemo-tiny", "server": {"batch_dir": "."}}, "batch_dir"),
         ({"model": "nemo-tiny", "min_replicas": 1}, "go together"),
+        ({"model": "nemo-tiny", "num_replicas": "two"}, "num_replicas must be an integer"),
+        ({"model": "nemo-tiny", "num_replicas": 0}, "num_replicas must be at least 1"),
+        ({"model": "nemo-tiny", "session_affinity": "maybe"}, "session_affinity must be"),
         ({"model": "nemo-tiny", "min_replicas": 1, "max_replicas": 2, "num_replicas": 1}, "does not go with"),
     ],
 )
