@@ -17,7 +17,6 @@ from typing import IO, Any, cast
 from nemo_engine.batch.lines import Line, LineError, parse_request
 
 GZIP_MAGIC = b"\x1f\x8b"
-_BOM = b"\xef\xbb\xbf"
 _MOST_WINDOW_BYTES = 32 << 20
 
 
@@ -130,8 +129,6 @@ class Reader:
             rest = raw
             while len(rest) > self._max_bytes and not rest.endswith(b"\n"):
                 rest = file.readline(self._max_bytes + 1)
-            if number == 1:
-                raw = raw.removeprefix(_BOM)
             if raw.strip():
                 self.num_lines += 1
                 yield number, raw

@@ -114,6 +114,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     url = "/v1/completions"
     lines = [{"custom_id": "a", "method": "POST", "url": url, "body": {"model": "nemo-tiny", "prompt": "x", "odd": 1}}]
     source, target = str(write(tmp_path / "in", lines)), str(tmp_path / "out")
+    Path(source).write_bytes(b"\xef\xbb\xbf" + Path(source).read_bytes())  # a byte order mark, as some editors write it
     assert main(["batch", source, target, *flags, "--seed", "1"]) == 0
     said = capsys.readouterr()
     assert "1 answered, 0 failed" in said.err and "no effect, here and wherever else they stand: odd" in said.err
