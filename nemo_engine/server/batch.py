@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +207,19 @@ def _run(
     service = Service(engine, options, model)
     service.server_defaults |= sampling
     answers = BatchAnswers(service)
-    with _shown(job, progress) as bar, asyncio.Runner() as runner:
+    with _shown(job, progress) as bar:
         work = answer_all(answers.reader(job), job.results, answers.answer, max_open=answers.max_open, watcher=bar)
-        return runner.run(work)
+        return _finished(work)
+
+
+def _finished(work: Coroutine[Any, Any, BatchSummary]) -> BatchSummary:
+    """The result of ``work``, also where this thread runs an event loop, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as beside:
+        return beside.submit(asyncio.run, work).result()
 
 
 @contextlib.contextmanager

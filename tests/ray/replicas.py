@@ -228,6 +228,7 @@ def test_how_many_replicas_a_load_wants(now: int, loads: list[tuple[float, ...]]
 
 
 def test_a_replica_comes_while_requests_wait(client: openai.OpenAI) -> None:
+    serve.delete("nemo")  # from two replicas Serve would go to one ten minutes later
     args = ARGS | {"engine": ENGINE | {"max_num_seqs": 1, "num_kv_pages": 200}, "min_replicas": 1, "max_replicas": 2}
     serve.run(build_app(args), name="nemo", route_prefix="/")
     until(lambda: num_running() == 1)

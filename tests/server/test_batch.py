@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,11 @@ def test_the_same_tokens_as_generate_and_defaults_for_lines_without_their_own(of
     assert summary.num_output_tokens == 29 and summary.num_cached_tokens > summary.num_prompt_tokens / 2
     assert "from the prefix cache" in str(summary)
     assert offline.generate("x", params)[0].finished  # the engine is still its caller's
+
+    async def in_a_notebook() -> int:
+        return offline.batch(tmp_path / "in", tmp_path / "again", sampling).num_answered
+
+    assert asyncio.run(in_a_notebook()) == 4
 
 
 def test_sampling_that_changes_an_answers_form_stands_in_the_line(offline: Engine, tmp_path: Path) -> None:
