@@ -35,12 +35,14 @@ class AsyncEngine:
 
     Takes what ``Engine`` takes, and loads the model before it returns: in a running loop, ``await asyncio.to_thread(AsyncEngine,
     model, ...)``. Use it as a context manager (``with`` or ``async with``), or call ``close()``; one that is collected or left at the
-    interpreter's exit is closed then. It does not survive a fork.
+    interpreter's exit is closed then. It does not survive a fork. An ``Engine`` in the place of ``model`` stays its caller's, who may use it
+    meanwhile.
     """
 
-    def __init__(self, model: str | Path, **options: Any) -> None:
-        self._loop = EngineLoop(model, **options)
-        self._thread = EngineThread(self._loop)
+    def __init__(self, model: str | Path | EngineLoop, **options: Any) -> None:
+        is_ours = not isinstance(model, EngineLoop)
+        self._loop = model if isinstance(model, EngineLoop) else EngineLoop(model, **options)
+        self._thread = EngineThread(self._loop, owns=is_ours)
         weakref.finalize(self, self._thread.close)  # a daemon thread inside torch would abort the interpreter's exit
 
     # ---- facts

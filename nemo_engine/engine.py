@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_engine.inputs import EncodedPrompt, Message, Params, Prompt
 from nemo_engine.loop import EngineLoop, PreparedRequest
@@ -15,6 +15,9 @@ from nemo_engine.option_names import refuse_unknown_arguments
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.text import SystemPlacement
+
+if TYPE_CHECKING:
+    from nemo_engine.batch.run import BatchSummary
 
 
 class Engine(EngineLoop):
@@ -133,6 +136,36 @@ class Engine(EngineLoop):
             system_placement=system_placement,
         )
         return self._stream(encoded, self.chat_params(encoded, sampling_params))
+
+    def batch(
+        self,
+        source: str | Path,
+        target: str | Path,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        served_model_name: str | Sequence[str] | None = None,
+        force: bool = False,
+        progress: bool = False,
+        **unknown: Any,
+    ) -> BatchSummary:
+        """Answer the requests of a file, a line of JSON each, into ``target``; a run that was cut off goes on where it was.
+
+        A line is OpenAI's (``custom_id``, ``method``, ``url``, ``body``), a workload's, or ``{"prompt": ...}`` or ``{"messages": ...}`` with any
+        field of the route's body. Results are appended as they come; what fails goes to ``target``.errors, with line and reason, and
+        the rest goes on. Memory does not grow with the file. "-" is standard input or output; compressed files (gzip) are read as what
+        they hold, and written where ``target`` ends in .gz.
+
+        ``sampling_params`` are those of requests that do not set their own. ``served_model_name``: names that lines may use for the model,
+        rather than that which the engine was made with. A run that goes on must be asked for what the first one was, unless ``force``.
+        ``progress`` shows a bar. Raises ``ValueError`` for that and for files that cannot be used, ``OSError`` where there is no room.
+        Needs the extra ``server``.
+        """
+        refuse_unknown_arguments(self.batch, unknown)
+        from nemo_engine.server.batch import batch_of_engine
+
+        return batch_of_engine(
+            self, source, target, sampling_params, names=served_model_name, force=force, progress=progress
+        )
 
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0

@@ -89,9 +89,13 @@ class Stream:
 
 
 class EngineThread:
-    """Runs the steps of ``loop`` while there is something to do, and sleeps while there is not."""
+    """Runs the steps of ``loop`` while there is something to do, and sleeps while there is not.
 
-    def __init__(self, loop: EngineLoop) -> None:
+    owns: close the loop in the end. One that stays its caller's may be advanced by others meanwhile.
+    """
+
+    def __init__(self, loop: EngineLoop, *, owns: bool = True) -> None:
+        self._owns = owns
         self.stats = loop.stats()  # after the last step
         self.last_step_id = 0
         self.streams: dict[str, Stream] = {}  # unfinished requests; written under the condition's lock
@@ -192,7 +196,8 @@ class EngineThread:
     def _run(self) -> None:
         loop = self._loop
         try:
-            loop.settle()
+            if self._owns:
+                loop.settle()
             self._is_ready.set()
             while True:
                 with self._condition:
@@ -213,7 +218,8 @@ class EngineThread:
         finally:
             self._wake_all()
             try:
-                loop.close()
+                if self._owns:
+                    loop.close()
             except Exception:
                 _logger.exception("the engine could not be closed")
             self.stats = loop.stats()

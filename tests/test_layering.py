@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "quantize",
         "verify",
         "server",
+        "batch",
         "planner",
         "simulator",
         "workload",
@@ -48,14 +49,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model.layout",
         *ROW_1,
     },
-    "server": {"async_engine", "inputs", *ROW_1},
+    # `engine` imports it when `Engine.batch` is called.
+    "server": {"async_engine", "batch", "inputs", "loop", *ROW_1},
+    "ray": {"async_engine", "server", *ROW_1},
     "__main__": {"cli"},
     # Row 6. `quantize` and `verify` work on a model without an engine.
     "quantize": {"model", "ops", "runner", *ROW_1},
     "verify": {"model", "ops", "runner", *ROW_1},
     "async_engine": {"engine_thread", "loop", "inputs", "scheduler", *ROW_1},
     "engine_thread": {"loop", *ROW_1},
-    "engine": {"loop", "inputs", *ROW_1},
+    "engine": {"loop", "inputs", "server.batch", "batch", *ROW_1},
     "loop": {"core", "inputs", "completions", "scheduler", *ROW_1},
     "inputs": {"scheduler", *ROW_1},
     "completions": {"inputs", "scheduler", *ROW_1},
@@ -74,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Row 1
     **{part: CONTRACTS for part in ROW_1},
     "workload": set(),
+    "batch": {"workload"},
     # The package's front door resolves its names when they are used.
     "__init__": {"engine", "async_engine", *CONTRACTS},
 }
@@ -83,6 +87,8 @@ TOKENIZERS = {"mistral_common", "tokenizers", "tiktoken", "sentencepiece", "llgu
 MAY_USE: dict[str, set[str]] = {
     "cli": {"torch", "tqdm"},
     "engine": {"tqdm"},
+    "batch": {"tqdm"},
+    "ray": {"ray"},
     "server": {
         "fastapi",
         "starlette",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from nemo_engine import __version__
-from nemo_engine.cli import bench, chat, demo, generate, info, plan, quantize, serve, simulate, verify
+from nemo_engine.cli import batch, bench, chat, demo, generate, info, plan, quantize, serve, simulate, verify
 from nemo_engine.option_names import advice
 
 EXIT_OK = 0
@@ -23,7 +23,7 @@ EXIT_FAILED = 1  # a request ended with an error
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_COMMANDS = (generate, chat, serve, info, plan, simulate, bench, quantize, verify, demo)
+_COMMANDS = (generate, chat, serve, batch, info, plan, simulate, bench, quantize, verify, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -95,9 +95,11 @@ _FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser, *, model_nargs: str | None = None) -> None:
     """Add MODEL, ``--verbose`` and one flag per field of ``EngineConfig``."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a Hub repository id, or nemo-tiny")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs=model_nargs, help="a checkpoint directory, a Hub repository id, or nemo-tiny"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log what start-up does, and its times and sizes")
     group = parser.add_argument_group("engine options")
     taken = {field.name for field in dataclasses.fields(SamplingParams)}
@@ -127,10 +129,18 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field of ``ServerOptions``."""
-    group = parser.add_argument_group("server options")
+    add_some_server_arguments(parser, tuple(field.name for field in dataclasses.fields(ServerOptions)))
+
+
+def add_some_server_arguments(
+    parser: argparse.ArgumentParser, names: tuple[str, ...], title: str = "server options"
+) -> None:
+    """Add the flags of ``names``, fields of ``ServerOptions``."""
+    group = parser.add_argument_group(title)
     helps = field_helps(ServerOptions)
-    for field in dataclasses.fields(ServerOptions):
-        _add(group, field.name, _SERVER_DEST + field.name, field, helps)
+    by_name = {field.name: field for field in dataclasses.fields(ServerOptions)}
+    for name in names:
+        _add(group, name, _SERVER_DEST + name, by_name[name], helps)
 
 
 def server_options(args: argparse.Namespace) -> dict[str, Any]:

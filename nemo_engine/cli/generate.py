@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_engine.checks import check_unicode
-from nemo_engine.cli import arguments
+from nemo_engine.cli import arguments, batch
 from nemo_engine.cli.files import read_text
 from nemo_engine.cli.report import as_json, summary
 from nemo_engine.outputs import RequestOutput
@@ -22,8 +22,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "generate",
         help="complete one or more prompts",
         description="Complete prompts and print the text as it comes. Several prompts run at once and are shown in order. "
-        "Without --prompt and --prompt-file, each line of stdin is a prompt.",
-        usage="%(prog)s MODEL [--prompt TEXT]... [--prompt-file FILE]... [--json] [options]",
+        "Without --prompt and --prompt-file, each line of stdin is a prompt. --input and --output are the files of nemo-engine batch.",
+        usage="%(prog)s MODEL [--prompt TEXT]... [--prompt-file FILE]... [--json] | --input IN --output OUT [options]",
         allow_abbrev=False,
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
@@ -33,6 +33,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print each finished request as one line of JSON instead")
     parser.add_argument("--stats", action="store_true", help="after each request, its token counts and times on stderr")
+    parser.add_argument("--input", metavar="IN", help="a file of requests, as nemo-engine batch takes them")
+    parser.add_argument("--output", metavar="OUT", help="a file for their results, with OUT.errors for failures")
+    batch.add_force(parser)
     arguments.add_sampling_arguments(parser)
     arguments.add_engine_arguments(parser)
     return parser
@@ -40,6 +43,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if a request ended with an error."""
+    if args.input is not None or args.output is not None or args.force:
+        if args.input is None or args.output is None:
+            raise ValueError("--input and --output go together: give both or neither, and --force beside them alone")
+        for name in ("prompt", "prompt_file", "json", "stats"):
+            if getattr(args, name):
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --input, whose lines are the prompts")
+        return batch.answer_file(args, args.model, {})
     params = SamplingParams(**arguments.sampling_options(args))
     prompts = read_prompts(args)
     from nemo_engine.engine import Engine

@@ -33,6 +33,17 @@ class KVManager:
         pool.peak_used = self.pool.peak_used
         self.pool = pool
 
+    def counts(self) -> dict[str, int]:
+        """The fields of ``SchedulerStats`` that tell of pages and the prefix cache."""
+        return {
+            "num_pages": self.pool.num_pages,
+            "num_free_pages": self.pool.num_free,
+            "num_cached_pages": self.pool.num_cached,
+            "peak_used_pages": self.pool.peak_used,
+            "total_prefix_queried_tokens": self.num_queried_tokens,
+            "total_prefix_hit_tokens": self.num_hit_tokens,
+        }
+
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages that hold the keys and values of ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nemo_engine.scheduler.request import Request
@@ -62,6 +63,14 @@ class ScheduledStep:
     def sampling(self) -> list[Request]:
         """The requests for which the step chooses a token, in the order of ``StepResult.token_ids``."""
         return self.decodes + [request for request, row in self.prefills if row.samples]
+
+    def note_prefilled(self, token_ids: Sequence[int]) -> None:
+        """``token_ids`` came out of this step: the requests that completed a prompt in it are sound if theirs is a token."""
+        num_decodes = len(self.decodes)
+        for request, token_id in zip(self.sampling[num_decodes:], token_ids[num_decodes:]):
+            if request not in self.departed:
+                self.committed.prefilled.append(request)
+                request.is_sound = token_id >= 0
 
     def fill_slot(self, request: Request) -> None:
         """``request`` enters its slot in this step."""

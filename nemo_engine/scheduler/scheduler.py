@@ -91,17 +91,11 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
-        pool = self.kv.pool
         return SchedulerStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            num_pages=pool.num_pages,
-            num_free_pages=pool.num_free,
-            num_cached_pages=pool.num_cached,
-            peak_used_pages=pool.peak_used,
             total_preemptions=self.num_preemptions,
-            total_prefix_queried_tokens=self.kv.num_queried_tokens,
-            total_prefix_hit_tokens=self.kv.num_hit_tokens,
+            **self.kv.counts(),
         )
 
     # ---- planning a step
@@ -136,11 +130,10 @@ class Scheduler:
                 self.running.end_decode(request)
         for request in full:
             self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
-        if not self.kv.append_pages(full):
-            for request in full:
-                while request.status is RequestStatus.RUNNING and not self.kv.append_pages([request]):
-                    self.preempt(self.running.least_urgent())
-            full = [request for request in full if request.status is RequestStatus.RUNNING]
+        for request in full:
+            while request.status is RequestStatus.RUNNING and not self.kv.append_pages([request]):
+                self.preempt(self.running.least_urgent())
+        full = [request for request in full if request.status is RequestStatus.RUNNING]
         return [(request.slot, len(request.pages) - 1, request.pages[-1]) for request in full]
 
     def _schedule_prompts(self, step: ScheduledStep, may_admit: bool) -> None:
@@ -206,11 +199,7 @@ class Scheduler:
                     step.committed.prompt_logprobs.append((request, row.start + 1, entries))
                 else:
                     self._fail(request, ERRORS[TOKEN_NOT_FINITE], step, is_damaged=True)
-        num_decodes = len(step.decodes)
-        for request, token_id in zip(step.sampling[num_decodes:], result.token_ids[num_decodes:]):
-            if request not in step.departed:
-                step.committed.prefilled.append(request)
-                request.is_sound = token_id >= 0
+        step.note_prefilled(result.token_ids)
 
     def _take(self, request: Request, token_id: int, step: ScheduledStep) -> None:
         """Take in a token that may be a failure, or may end its request."""

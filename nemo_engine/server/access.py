@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nemo_engine.server.bodies import Bodies
+from nemo_engine.server.bodies import Bodies, is_upload
 from nemo_engine.server.clients import is_cross_site, is_host_allowed
 from nemo_engine.server.errors import ApiError, api_error, log_of
 from nemo_engine.server.service import ClientGone, Service
@@ -79,6 +79,9 @@ class Access:
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
+        if scope.get("nemo_engine.is_upload"):  # the route takes it piece by piece
+            await self._app(scope, receive, send)
+            return
         if "transfer-encoding" not in headers and headers.get("content-length", "0") == "0":
             await self._app(scope, receive, send)
             return
@@ -108,9 +111,12 @@ class Access:
                 code="host_not_allowed",
             )
         self._check_client(scope, path, headers)
-        refusal = self._bodies.check_length(headers.get("content-length", "0"))
-        if refusal is not None:
-            raise refusal
+        if self._options.batch_dir is not None and is_upload(scope["method"], path):
+            scope["nemo_engine.is_upload"] = True
+        else:
+            refusal = self._bodies.check_length(headers.get("content-length", "0"))
+            if refusal is not None:
+                raise refusal
         if headers.get("content-encoding", "identity").lower() != "identity":
             kind = headers["content-encoding"]
             raise ApiError(415, f"Content-Encoding must not be set: bodies are taken uncompressed, got {kind!r}")

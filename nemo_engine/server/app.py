@@ -14,6 +14,7 @@ from nemo_engine import __version__
 from nemo_engine.async_engine import AsyncEngine
 from nemo_engine.server import errors, state
 from nemo_engine.server.access import Access
+from nemo_engine.server.batch_routes import add_batch_routes
 from nemo_engine.server.chat import create_chat_completion
 from nemo_engine.server.completions import create_completion
 from nemo_engine.server.document import describe
@@ -88,7 +89,7 @@ class _Route(APIRoute):
 def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, model: str = "model") -> FastAPI:
     """The application. ``model`` is the model's name where ``options`` has none. The engine stays the caller's to close.
 
-    ``app.state.service`` is what the routes share.
+    ``app.state.service`` is what the routes share; ``app.state.batches`` answers batches, if there is a folder for them.
     """
     options = options or ServerOptions()
     service = Service(engine, options, model)
@@ -102,7 +103,9 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
     app.state.service = service
     errors.install(app)
     _complete_document(app, service)
-    app.include_router(_routes(service))
+    router = _routes(service)
+    app.state.batches = add_batch_routes(router, service)
+    app.include_router(router)
     app.include_router(monitor_routes(service), responses=_ERRORS)
     app.add_middleware(Access, service=service)
     if options.cors_origin:

@@ -13,6 +13,11 @@ from nemo_engine.server.options import ServerOptions
 _SMALL = 64 * 1024  # bytes of a body that is always taken: so many the HTTP server has read before anyone looks
 
 
+def is_upload(method: str, path: str) -> bool:
+    """Whether a body is a file for batches, which is never held in memory."""
+    return method == "POST" and path == "/v1/files"
+
+
 class Bodies:
     """The bodies that are being received, or are yet to be parsed."""
 

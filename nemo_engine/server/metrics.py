@@ -153,6 +153,10 @@ class Metrics:
                 self._last_step, self._last_time = record.step_id, record.time
                 self.history.step_done(record)
 
+    def name_engine(self, name: str) -> None:
+        """What the label ``engine`` says: which of several replicas this is."""
+        self._labels["engine"] = name
+
     async def follow(self) -> None:
         """Keep up with the engine until cancelled."""
         while True:

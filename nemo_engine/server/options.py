@@ -15,7 +15,7 @@ from nemo_engine.sampling_params import SamplingParams
 API_KEY_VARIABLE = "NEMO_ENGINE_API_KEY"
 DEFAULTS_THAT_MAY_BE_SET = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
                             "frequency_penalty", "max_tokens")  # fmt: skip
-_SIZES_AND_TIMES = ("max_request_mib", "max_bodies_mib", "header_timeout", "body_timeout", "keep_alive_timeout", "send_timeout",
+_SIZES_AND_TIMES = ("max_request_mib", "max_bodies_mib", "max_batch_file_mib", "header_timeout", "body_timeout", "keep_alive_timeout", "send_timeout",
                     "request_timeout", "drain_timeout")  # fmt: skip
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
@@ -44,7 +44,9 @@ class ServerOptions:
     default_sampling_params: sampling parameters for requests that do not set them, over the model's own. system_placement:
     where chat puts the system prompt: "last" (before the last user message, as the model was trained) or "first" (stays in the
     prefix cache from turn to turn). trust_request_chat_template: take the field chat_template of requests; a template is code, run with
-    limits but run. otlp_endpoint: where to send OpenTelemetry spans; needs the extra otel.
+    limits but run. batch_dir: a folder for the files and results of /v1/files and /v1/batches, which without it are refused; batches that
+    are not finished go on when a server is started with it again. max_batch_file_mib: largest such file, in MiB. otlp_endpoint: where to
+    send OpenTelemetry spans; needs the extra otel.
     """
 
     host: str = "127.0.0.1"
@@ -78,6 +80,8 @@ class ServerOptions:
     default_sampling_params: dict[str, str] | None = None
     system_placement: str = "last"
     trust_request_chat_template: bool = False
+    batch_dir: str | None = None
+    max_batch_file_mib: float = 512.0
     otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +108,8 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and not Path(value).is_file():
                 raise ValueError(f"{name} must be a file that exists, got {value!r}")
+        if self.batch_dir is not None and not Path(self.batch_dir).is_dir():
+            raise ValueError(f"batch_dir must be a folder that exists, got {self.batch_dir!r}")
         for name in ("api_key", "served_model_name", "allowed_hosts"):
             for value in getattr(self, name) or ():
                 if not isinstance(value, str) or not value.strip():

@@ -35,7 +35,7 @@ class Workers:
     """Threads for what large bodies ask for. They are few, and not those of small bodies, which so do not wait behind large ones."""
 
     def __init__(self, max_model_len: int) -> None:
-        self._max_values = max(MAX_VALUES, 2 * max_model_len)
+        self.max_values = max(MAX_VALUES, 2 * max_model_len)
         self._large = ThreadPoolExecutor(2, thread_name_prefix="large-bodies")
 
     async def run(self, http: Request, function: Callable[..., _T], *args: Any) -> _T:
@@ -54,8 +54,8 @@ class Workers:
         data = body.take()
         try:
             if len(data) <= _SMALL_BODY:
-                return parse(data, model, self._max_values)
-            return await self.run(http, parse, data, model, self._max_values)
+                return parse(data, model, self.max_values)
+            return await self.run(http, parse, data, model, self.max_values)
         finally:
             body.release()
 
@@ -66,15 +66,23 @@ def _size_of(http: Request) -> int:
 
 
 def parse(data: bytes, model: type[_M], max_values: int = MAX_VALUES) -> _M:
-    """``data`` as ``model``, read strictly: UTF-8, no lone surrogates, no NaN, bounded depth. Raises ``ApiError``."""
+    """``data`` as ``model``. Raises ``ApiError``."""
+    return validated(read_json(data, max_values), model)
+
+
+def read_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
+    """What ``data`` holds, read strictly: UTF-8, no lone surrogates, no NaN, bounded depth. Raises ``ApiError``."""
     data = data.removeprefix(codecs.BOM_UTF8)
     if len(data) > _SMALL_BODY:
         check_complexity(data, max_values)
     try:
-        value = from_json(data, allow_inf_nan=False, cache_strings="keys")
+        return from_json(data, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    del data
+
+
+def validated(value: Any, model: type[_M]) -> _M:
+    """The JSON ``value`` as ``model``. Raises ``ApiError``."""
     try:
         return model.model_validate(value)
     except ValidationError as error:

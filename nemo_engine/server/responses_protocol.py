@@ -155,7 +155,7 @@ class ResponsesRequest(SamplingRequest):
                 raise ApiError(400, f'top_logprobs needs include: ["{INCLUDE_LOGPROBS}"]', param="top_logprobs")
         if self.truncation not in (None, "auto", "disabled"):
             raise ApiError(400, f'truncation must be "disabled", got {self.truncation!r}', param="truncation")
-        self._check_metadata()
+        check_metadata(self.metadata)
 
     def _refuse_unsupported(self) -> None:
         refused = ""
@@ -174,19 +174,19 @@ class ResponsesRequest(SamplingRequest):
         if refused:
             raise ApiError(400, f"{refused} is not supported as {detail}", param=refused, code="unsupported_parameter")
 
-    def _check_metadata(self) -> None:
-        pairs = self.metadata or {}
-        if len(pairs) > _MAX_METADATA:
-            raise ApiError(400, f"metadata must have at most {_MAX_METADATA} pairs, got {len(pairs)}", param="metadata")
-        for key, value in pairs.items():
-            if not isinstance(value, str):
+
+def check_metadata(metadata: Mapping[str, Any] | None) -> None:
+    """Raise ``ApiError`` for what no request may keep with it."""
+    pairs = metadata or {}
+    if len(pairs) > _MAX_METADATA:
+        raise ApiError(400, f"metadata must have at most {_MAX_METADATA} pairs, got {len(pairs)}", param="metadata")
+    for key, value in pairs.items():
+        if not isinstance(value, str):
+            raise ApiError(400, f"metadata.{key[:200]} must be a string, got {value!r}", param=f"metadata.{key[:200]}")
+        for what, text, most in (("key", key, _MAX_METADATA_KEY), ("value", value, _MAX_METADATA_VALUE)):
+            if len(text) > most:
                 raise ApiError(
-                    400, f"metadata.{key[:200]} must be a string, got {value!r}", param=f"metadata.{key[:200]}"
+                    400,
+                    f"metadata must have {what}s of at most {most} characters, got one of {len(text)}",
+                    param="metadata",
                 )
-            for what, text, most in (("key", key, _MAX_METADATA_KEY), ("value", value, _MAX_METADATA_VALUE)):
-                if len(text) > most:
-                    raise ApiError(
-                        400,
-                        f"metadata must have {what}s of at most {most} characters, got one of {len(text)}",
-                        param="metadata",
-                    )

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 
 from nemo_engine.async_engine import AsyncEngine, EngineDeadError
 from nemo_engine.server.app import create_app
+from nemo_engine.server.batch_worker import BatchWorker
 from nemo_engine.server.clients import LOOPBACK_NAMES
 from nemo_engine.server.http_protocol import Connections
 from nemo_engine.server.options import API_KEY_VARIABLE, ServerOptions
@@ -76,11 +77,16 @@ async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) 
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_keys_again, service)
     watcher = asyncio.create_task(server.watch_engine())
     metrics = asyncio.create_task(service.metrics.follow())
+    batches: BatchWorker | None = app.state.batches
+    if batches is not None:
+        batches.start()
     try:
         await server.serve(sockets=[listener])
     finally:
         watcher.cancel()
         metrics.cancel()
+        if batches is not None:
+            await batches.stop()
         await asyncio.to_thread(service.tracing.close)
     return EXIT_FAILED if service.engine.error is not None else EXIT_OK
 
