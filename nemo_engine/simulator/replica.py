@@ -200,8 +200,7 @@ class Replica:
         run = SteadyRun(scheduler)
         start = scheduler.last_commit_s
         limit = min(limit, self.timeline.end_of_interval(start))
-        due, step = scheduler.calendar.due, run.first_step
-        if self.now >= limit or (step in due and not run.meet(step, may_grow)):
+        if self.now >= limit or (run.next_due == 0 and not run.meet(0, may_grow)):
             return False
         now, before, free = self.now, start, self._device_free
         num_decodes, context = len(run.requests), run.context
@@ -210,12 +209,13 @@ class Replica:
         busy = used_s = 0.0
         used = self._num_used_pages()
         gaps: list[float] = []
+        next_due = run.next_due
         while now < limit and not (run.ending and gaps):
-            if step in due:
-                if not run.meet(step, may_grow):
+            if len(gaps) == next_due:
+                if not run.meet(next_due, may_grow):
                     break
                 used = self._num_used_pages()
-            step += 1
+                next_due = run.next_due
             if run.ending and pending is not None:  # this step is already without them
                 base, slope, host = self._line(num_decodes - len(run.ending))
                 context -= sum([request.max_total_tokens for request in run.ending])

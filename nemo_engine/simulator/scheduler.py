@@ -6,6 +6,7 @@ and pages as the scheduler would have left them. ``Calendar`` says how far it ma
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,30 +56,36 @@ class Calendar:
     def __init__(self, has_overlap: bool) -> None:
         self.has_overlap = has_overlap
         self.num_steps = 0  # planned or passed over
-        # Of the steps to come. A request that was preempted may still be here; ``take`` leaves it out.
-        self.due: dict[int, set[SimulatedRequest]] = {}
+        # (step, arrival, preemptions, request). What is no longer true is noticed when it comes to be the first.
+        self._entries: list[tuple[int, int, int, SimulatedRequest]] = []
 
     def add(self, request: SimulatedRequest) -> None:
         """``request`` decodes from now on, or is due at another step than it was."""
-        self.due.setdefault(self._step_of(request), set()).add(request)
+        heapq.heappush(self._entries, (self._due(request), request.arrival, request.num_preemptions, request))
+
+    def next_due(self) -> int:
+        """The first step at which a request is due; a step that never comes if none is."""
+        while self._entries:
+            step, _, num_preemptions, request = self._entries[0]
+            decodes = request.status is RequestStatus.RUNNING and request.num_preemptions == num_preemptions
+            if decodes and self._due(request) == step:
+                return step
+            heapq.heappop(self._entries)
+            if decodes:  # it has started a page in a step that was planned
+                self.add(request)
+        return 1 << 62
 
     def take(self, step: int) -> list[SimulatedRequest]:
         """Take out the requests that are due at ``step``; those that stay are to be added again."""
-        requests = self.due.pop(step, ())
-        return [r for r in requests if r.status is RequestStatus.RUNNING and self._step_of(r) == step]
+        requests = []
+        while self.next_due() == step:
+            requests.append(heapq.heappop(self._entries)[-1])
+        return requests
 
-    def step_is_planned(self) -> None:
-        """The next step is planned as ever: those that were due in it have their pages."""
-        requests = self.due.pop(self.num_steps, ())
-        self.num_steps += 1
-        for request in requests:
-            if request.status is RequestStatus.RUNNING and request.has_steps_left:
-                self.add(request)
-
-    def _step_of(self, request: SimulatedRequest) -> int:
-        step = request.compute_limit - request.num_computed_tokens + request.num_passed_over + self.num_steps
+    def _due(self, request: SimulatedRequest) -> int:
+        due = request.compute_limit - request.num_computed_tokens + request.num_passed_over + self.num_steps
         # The last token's key and value are never computed.
-        return step if self.has_overlap or request.compute_limit < request.max_total_tokens - 1 else step - 1
+        return due if self.has_overlap or request.compute_limit < request.max_total_tokens - 1 else due - 1
 
 
 class VirtualScheduler(Scheduler):
@@ -100,7 +107,7 @@ class VirtualScheduler(Scheduler):
         plan = super().schedule()
         if plan is None:
             return None
-        self.calendar.step_is_planned()
+        self.calendar.num_steps += 1
         # Those that decode for the first time in the next step come last.
         decoding = self.running.decoding[: len(plan.decode_slots)]
         self.step_context = sum([request.num_computed_tokens for request in decoding])
@@ -133,7 +140,7 @@ class VirtualScheduler(Scheduler):
 class SteadyRun:
     """The coming steps in which the requests that run decode and start pages, up to a step after which one ends.
 
-    To be made when all of them have had a token since they were let in. Steps are numbered as in ``Calendar``.
+    To be made when all of them have had a token since they were let in. Steps are numbered from 0.
     """
 
     def __init__(self, scheduler: VirtualScheduler) -> None:
@@ -141,21 +148,26 @@ class SteadyRun:
         self.ending: list[SimulatedRequest] = []  # after the last of these steps
         self._scheduler = scheduler
         self._calendar = scheduler.calendar
-        self.first_step = scheduler.calendar.num_steps
+        self._first = scheduler.calendar.num_steps
         self._grown: list[SimulatedRequest] = []  # those that have started a page
 
     @property
     def context(self) -> int:
-        """Keys to which the rows of the first step attend."""
+        """Keys to which the rows of step 0 attend."""
         computed: list[int] = [request.num_computed_tokens for request in self.requests]
         return sum(computed) + len(computed)
+
+    @property
+    def next_due(self) -> int:
+        """The first step that some request is due at."""
+        return self._calendar.next_due() - self._first
 
     def meet(self, step: int, may_grow: bool) -> bool:
         """Give pages to those that start one in ``step``, and set ``ending``.
 
         False, and nothing is done, if pages are to be given and lack or ``may_grow`` is false, or if no request is left.
         """
-        due = self._calendar.take(step)
+        due = self._calendar.take(self._first + step)
         growing = [r for r in due if r.compute_limit < r.max_total_tokens - 1]
         # Without overlap, a request may start a page in its last step.
         last = 1 if self._calendar.has_overlap else 2
@@ -166,10 +178,9 @@ class SteadyRun:
                 self._calendar.add(request)
             return False
         growing.sort(key=by_urgency)
-        num_passed_over = step - self.first_step
-        self._decode(growing, num_passed_over)
+        self._decode(growing, step)
         for request in growing:
-            request.num_passed_over = num_passed_over
+            request.num_passed_over = step
             kv.cache_pages(request, request.num_computed_tokens)
         kv.append_pages(growing)
         for request in growing:

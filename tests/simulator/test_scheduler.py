@@ -192,7 +192,7 @@ def simulated(
             is_met = super().meet(step, may_grow)
             if len(self._grown) > before:
                 new_pages = [(r.slot, len(r.pages) - 1, r.pages[-1]) for r in self._grown[before:]]
-                seen.new_pages[last + step - self.first_step + 1] = tuple(new_pages)
+                seen.new_pages[last + step + 1] = tuple(new_pages)
             return is_met
 
         def end(self, num_steps: int) -> None:
