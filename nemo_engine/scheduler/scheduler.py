@@ -120,17 +120,13 @@ class Scheduler:
         return plan
 
     def _grow(self, at_limit: list[Request]) -> list[tuple[int, int, int]]:
-        """Give a page to each of ``at_limit`` that has steps left, preempting others if need be.
-
-        Returns (slot, index, page) for those that got one.
-        """
+        """(slot, index, page) of a new page for each of ``at_limit`` with steps left; others are preempted if need be."""
         full = sorted([request for request in at_limit if request.has_steps_left], key=by_urgency)
         for request in at_limit:
             if not request.has_steps_left:
                 self.running.end_decode(request)
         for request in full:
             self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
-        for request in full:
             while request.status is RequestStatus.RUNNING and not self.kv.append_pages([request]):
                 self.preempt(self.running.least_urgent())
         full = [request for request in full if request.status is RequestStatus.RUNNING]
