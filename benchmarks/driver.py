@@ -196,7 +196,7 @@ def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
 
     ``rounds`` in it holds those medians, in order.
     """
-    from nemo_engine.benchmarks.results import percentiles
+    from nemo_engine.benchmarks.report.results import percentiles
 
     medians = [statistics.median(values) for values in rounds]
     found = percentiles([value for values in rounds for value in values], (50, 90, 99))

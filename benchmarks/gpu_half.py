@@ -19,9 +19,9 @@ from nemo_engine.benchmarks.driver import summary
 from nemo_engine.benchmarks.gpu_meter import GpuMeter
 from nemo_engine.benchmarks.models import open_model
 from nemo_engine.config import EngineConfig
-from nemo_engine.ledger import Ledger
 from nemo_engine.runner.startup import start_device_half
 from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.startup_log import StartupLog
 from nemo_engine.step import PrefillRow, SlotFill, StepPlan
 
 DEPTH = 2  # steps in flight, as in the engine
@@ -38,10 +38,13 @@ class Half:
         options = {"load_format": "dummy", "device": device.type, **engine}
         self.config = EngineConfig(**options)
         self.options = {name: value for name, value in options.items() if name != "device"}
-        ledger = Ledger()
+        startup_log = StartupLog()
         start = time.monotonic()
-        self.half = start_device_half(self.model.path, self.config, ledger)
-        self.started = {"seconds": time.monotonic() - start, "stages": {row.name: row.seconds for row in ledger.rows}}
+        self.half = start_device_half(self.model.path, self.config, startup_log)
+        self.started = {
+            "seconds": time.monotonic() - start,
+            "stages": {row.name: row.seconds for row in startup_log.rows},
+        }
         self.runner = self.half.runner
         self.length = self.half.max_model_len
         self._steps = count()

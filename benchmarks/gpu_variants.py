@@ -23,13 +23,13 @@ from triton.runtime.jit import JITFunction
 
 from nemo_engine.benchmarks.kernel_report import META, NEMO, compile_only
 from nemo_engine.benchmarks.ops_sizes import PAGE_SIZE, SCALES, read_shape, sizes_of
+from nemo_engine.checkpoint.inventory import planned_inventory
+from nemo_engine.checkpoint.quant_config import ONLINE
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.model.inventory import planned_inventory
-from nemo_engine.model.quantization import ONLINE
+from nemo_engine.memory_plan import graph_sizes
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.ops import ALL_OPS, Ops, Site
 from nemo_engine.ops.quantize import FP8
-from nemo_engine.planner.memory import graph_sizes
 from nemo_engine.runner.launched_step import LaunchedStep
 from nemo_engine.runner.runner import Runner
 
@@ -78,7 +78,7 @@ def tiny() -> None:
 
 def runner_tests() -> None:
     """tests/runner/test_graphs.py."""
-    from tests.checkpoints import tiny_config
+    from tests.helpers.checkpoints import tiny_config
     from tests.runner import test_graphs
 
     model = tiny_config(num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64, intermediate_size=48)

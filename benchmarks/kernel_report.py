@@ -34,12 +34,12 @@ from nemo_engine.benchmarks.machine_code import (
 )
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.kernels import device
+from nemo_engine.memory_plan import graph_sizes
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.rope import RopeMeta
-from nemo_engine.planner.memory import graph_sizes
 from nemo_engine.runner.runner import Runner
 
 STORED = RESULTS / "kernels-sm90.txt"

@@ -27,7 +27,7 @@ from nemo_engine.benchmarks.gpu_meter import EnergySpan, GpuMeter
 from nemo_engine.benchmarks.models import BenchModel, open_model
 from nemo_engine.benchmarks.peers import PeerError, PeerProcess, why_missing
 from nemo_engine.benchmarks.provenance import append_record, provenance
-from nemo_engine.benchmarks.results import Ratio, Record
+from nemo_engine.benchmarks.report.results import Ratio, Record
 from nemo_engine.benchmarks.stage_times import format_rows
 from nemo_engine.planner.roofline import Roofline
 
@@ -137,7 +137,7 @@ def _start(stack: ExitStack, args: argparse.Namespace, model: BenchModel) -> Ses
     if is_cuda:
         torch.cuda.empty_cache()
     engine = stack.enter_context(Engine(model.path, **options))
-    print(engine.ledger.format())
+    print(engine.startup_log.format())
     print(f"copy {ceilings.bytes_per_s / 1e9:.1f} GB/s, bf16 products {ceilings.bf16_flops_per_s / 1e12:.3f} TFLOP/s")
     facts = provenance("nemo-engine", "torch")
     facts |= {

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_engine.benchmarks import tables_engines
 from nemo_engine.benchmarks.provenance import append_record, provenance
+from nemo_engine.benchmarks.report import tables_engines
 
 Record = dict[str, Any]
 _LEVELS = ("p50", "p90", "p95", "p99")

@@ -26,7 +26,7 @@ from nemo_engine.benchmarks.common import Progress
 from nemo_engine.benchmarks.models import open_model
 from nemo_engine.benchmarks.peers import PeerError, WorkerProcess, why_missing
 from nemo_engine.benchmarks.provenance import append_record, provenance
-from nemo_engine.benchmarks.results import Ratio, Record, percentiles
+from nemo_engine.benchmarks.report.results import Ratio, Record, percentiles
 from nemo_engine.benchmarks.stage_times import StageTimes, format_rows
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler

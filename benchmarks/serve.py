@@ -31,7 +31,7 @@ from nemo_engine.benchmarks.common import Progress, add_workload_arguments, work
 from nemo_engine.benchmarks.http_stream import HttpError
 from nemo_engine.benchmarks.load import Asking, Server, Trip, load
 from nemo_engine.benchmarks.provenance import append_record, provenance
-from nemo_engine.benchmarks.results import Ratio, Record, Spread, percentiles
+from nemo_engine.benchmarks.report.results import Ratio, Record, Spread, percentiles
 from nemo_engine.benchmarks.started import StartedServer
 from nemo_engine.cli.files import check_writable
 from nemo_engine.cli.planning import seconds

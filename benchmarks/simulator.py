@@ -18,9 +18,9 @@ from pathlib import Path
 
 from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.config import EngineConfig
+from nemo_engine.memory_plan import plan_kv_cache
 from nemo_engine.planner.efficiency import Efficiencies
 from nemo_engine.planner.gpus import find_gpu
-from nemo_engine.planner.memory import plan_kv_cache
 from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of
 from nemo_engine.planner.roofline import Roofline
 from nemo_engine.simulator import EngineShape, Results, Setting, simulate

@@ -30,7 +30,7 @@ from nemo_engine.benchmarks.gpu_meter import GpuMeter
 from nemo_engine.benchmarks.models import BenchModel, open_model
 from nemo_engine.benchmarks.peers import PeerError, PeerProcess, why_missing
 from nemo_engine.benchmarks.provenance import append_record, provenance
-from nemo_engine.benchmarks.results import Ratio, Record, Spread
+from nemo_engine.benchmarks.report.results import Ratio, Record, Spread
 
 OURS = "nemo_engine"
 TOTAL = "to the first token"

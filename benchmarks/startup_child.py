@@ -31,7 +31,7 @@ def main(task: dict[str, object]) -> dict[str, object]:
         engine.reset_prefix_cache()
         engine.generate(prompt, params)
         at["second_answer"] = time.time()
-        rows = [{"name": row.name, "seconds": row.seconds, "bytes": row.num_bytes} for row in engine.ledger.rows]
+        rows = [{"name": row.name, "seconds": row.seconds, "bytes": row.num_bytes} for row in engine.startup_log.rows]
     return {"at": at, "engine": rows, "torch_threads": torch.get_num_threads()}
 
 

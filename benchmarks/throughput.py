@@ -36,7 +36,7 @@ from nemo_engine.benchmarks.models import BenchModel, open_model
 from nemo_engine.benchmarks.peers import PEERS, PeerError, PeerProcess, why_missing
 from nemo_engine.benchmarks.prompts import TokenPrompts
 from nemo_engine.benchmarks.provenance import append_record, provenance
-from nemo_engine.benchmarks.results import Ratio, Record, Spread
+from nemo_engine.benchmarks.report.results import Ratio, Record, Spread
 from nemo_engine.cli.files import check_writable
 from nemo_engine.workload import Item
 
@@ -183,7 +183,7 @@ def _roofline(model: BenchModel, config: EngineConfig) -> tuple[Roofline, Record
 
     from nemo_engine.benchmarks import rooflines
     from nemo_engine.benchmarks.timing import measure_ceilings, timer_for
-    from nemo_engine.model.checkpoint import open_checkpoint
+    from nemo_engine.checkpoint.checkpoint import open_checkpoint
 
     is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if is_cuda else "cpu")

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_engine.async_engine import AsyncEngine, EngineClosedError, EngineDeadError
     from nemo_engine.config import EngineConfig, ModelConfig
-    from nemo_engine.engine import Engine
+    from nemo_engine.engine.async_engine import AsyncEngine, EngineClosedError, EngineDeadError
+    from nemo_engine.engine.engine import Engine
     from nemo_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nemo_engine.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
     from nemo_engine.structured_outputs import StructuredOutputsParams
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AsyncEngine": "async_engine",
+    "AsyncEngine": "engine.async_engine",
     "CompletionOutput": "outputs",
-    "Engine": "engine",
-    "EngineClosedError": "async_engine",
-    "EngineDeadError": "async_engine",
+    "Engine": "engine.engine",
+    "EngineClosedError": "engine.async_engine",
+    "EngineDeadError": "engine.async_engine",
     "EngineConfig": "config",
     "Logprob": "outputs",
     "ModelConfig": "config",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_engine.model.calibration import PAGE_SIZE, Calibration, calibrate
-from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
-from nemo_engine.model.export import KVScales, Scheme, check_wanted, export_fp8
-from nemo_engine.model.inventory import take_inventory
-from nemo_engine.model.loading import load_weights
-from nemo_engine.model.progress import progress_bar
+from nemo_engine.checkpoint.calibration import PAGE_SIZE, Calibration, calibrate
+from nemo_engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nemo_engine.checkpoint.export import KVScales, Scheme, check_wanted, export_fp8
+from nemo_engine.checkpoint.inventory import take_inventory
+from nemo_engine.checkpoint.loader import load_weights
+from nemo_engine.checkpoint.progress import progress_bar
 from nemo_engine.ops import Ops, Site
 from nemo_engine.runner.precision import resolve_dtype
 from nemo_engine.runner.startup import resolve_device

@@ -25,13 +25,13 @@ LONG = (
 )
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.interpreter import install
+    from tests.helpers.interpreter import install
 
     install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":  # tests/interpreted.py runs these
+    if os.environ.get("TRITON_INTERPRET") != "1":  # tests/helpers/interpreted.py runs these
         apart = [item for item in items if item.get_closest_marker("interpreted")]
         config.hook.pytest_deselected(items=apart)
         items[:] = [item for item in items if not item.get_closest_marker("interpreted")]

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 
-from nemo_engine.engine import Engine
+from nemo_engine.engine.engine import Engine
 from nemo_engine.sampling_params import SamplingParams
 
 NUM_PROMPTS = 64

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
-from tests.checkpoints import hf_config, mistral_params, tiny_config
+from tests.helpers.checkpoints import hf_config, mistral_params, tiny_config
 
 # The configurations as published.
 NEMO_HF = {

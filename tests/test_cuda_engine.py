@@ -10,8 +10,8 @@ import torch
 
 from nemo_engine import Engine, SamplingParams
 from nemo_engine.ops import ALL_OPS
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.emulation.library import emulated
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 
 CONFIG = tiny_config(
     num_layers=2, num_heads=4, num_kv_heads=1, head_dim=128, hidden_size=128, intermediate_size=256, vocab_size=512,

@@ -8,7 +8,6 @@ import pickle
 from typing import Any
 
 import pytest
-from checkpoints import tiny_config
 
 import nemo_engine
 from nemo_engine import (
@@ -23,7 +22,8 @@ from nemo_engine import (
     StructuredOutputsParams,
 )
 from nemo_engine.config import EngineConfig as Config
-from nemo_engine.inputs import InputProcessor
+from nemo_engine.engine.input_processor import InputProcessor
+from tests.helpers.checkpoints import tiny_config
 
 # Every value here is one that construction normalises, or leaves to a default of the call.
 EXAMPLES: list[Any] = [

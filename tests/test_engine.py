@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_engine.engine import Engine
+from nemo_engine.engine.engine import Engine
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
 from nemo_engine.step import StepPlan, TokenLogprobs
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 
 VOCAB = 97
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import nemo_engine
-from nemo_engine.async_engine import AsyncEngine
-from nemo_engine.engine import Engine
+from nemo_engine.engine.async_engine import AsyncEngine
+from nemo_engine.engine.engine import Engine
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.scheduler import Request
 from nemo_engine.step import TOKEN_NOT_FINITE
+from tests.helpers.scripted_engine import check_books, scripted_engine
 from tests.scheduler.scripted import VOCAB, next_token
-from tests.scripted_engine import check_books, scripted_engine
 
 PACKAGE = nemo_engine.__path__[0]
 STRIDE = 41  # of the places at which something is raised; 1 tries all

@@ -11,8 +11,8 @@ import torch
 
 from nemo_engine import Engine, SamplingParams
 from nemo_engine.outputs import Logprob
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
-from tests.fp8_checkpoints import write_fp8
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.fp8_checkpoints import write_fp8
 from tests.test_invariances import VARIANTS, assert_all_returned, make_engine, make_workload, run
 
 CONFIG = tiny_config(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=24, vocab_size=97)
@@ -65,7 +65,9 @@ def test_fp8_keys_and_values_take_half_the_bytes_and_are_really_fp8(model: Path)
             model, device="cpu", dtype="bfloat16", kv_cache_dtype=name, num_kv_pages=20, max_model_len=64
         ) as engine:
             engine.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=3))
-            rows[name] = next(row.num_bytes for row in engine.ledger.rows if row.name.startswith("allocate KV cache"))
+            rows[name] = next(
+                row.num_bytes for row in engine.startup_log.rows if row.name.startswith("allocate KV cache")
+            )
             dtype = {kv.dtype for kv in engine._core.runner._kv_cache.layers}
             assert dtype == {torch.float8_e4m3fn if name == "fp8" else torch.bfloat16}
     assert rows["auto"] == 2 * rows["fp8"]
@@ -133,7 +135,7 @@ def test_a_checkpoint_made_for_fp8_keys_gets_them_unless_told_otherwise(model_fp
     for kv_cache_dtype, expected in (("auto", "FP8, scales of the checkpoint"), ("float32", None)):
         options: dict[str, Any] = {"device": "cpu", "max_model_len": 64, "num_kv_pages": 8}
         with Engine(model_fp8, kv_cache_dtype=kv_cache_dtype, **options) as engine:
-            (name,) = (row.name for row in engine.ledger.rows if row.name.startswith("allocate KV cache"))
+            (name,) = (row.name for row in engine.startup_log.rows if row.name.startswith("allocate KV cache"))
             assert name == "allocate KV cache" + (f" ({expected})" if expected else "")
 
 
@@ -143,7 +145,7 @@ def test_the_ledger_says_what_was_done(model: Path, model_fp8: Path) -> None:
         (model_fp8, {}, "FP8 weights (compressed-tensors), a scale per tensor, static scales of inputs"),
     ):
         with Engine(path, device="cpu", max_model_len=64, num_kv_pages=8, **options) as engine:
-            (name,) = (row.name for row in engine.ledger.rows if row.name.startswith("load weights"))
+            (name,) = (row.name for row in engine.startup_log.rows if row.name.startswith("load weights"))
             assert words.replace("quantized", "quantised") in name
 
 

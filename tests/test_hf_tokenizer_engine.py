@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import random_state_dict, tiny_config, write_hf
-from hf_tokenizers import added, config_of, tekken_as_hf, write
 
 from nemo_engine import Engine, SamplingParams
 from nemo_engine.cli import main
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.hf_tokenizers import added, config_of, tekken_as_hf, write
 
 TINY = Path(__file__).parents[1] / "nemo_engine" / "assets" / "nemo-tiny"
 OPTIONS: dict[str, Any] = {"device": "cpu", "num_kv_pages": 64, "max_model_len": 256, "max_num_seqs": 8}

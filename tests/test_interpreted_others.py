@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.interpreted import run_interpreted
+from tests.helpers.interpreted import run_interpreted
 
 
 def test_the_rest_in_the_interpreter() -> None:

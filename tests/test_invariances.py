@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_engine.engine import Engine
+from nemo_engine.engine.engine import Engine
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
-from tests.checked import check_every_step
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.checked import check_every_step
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 
 PAGE = 16
 Prompts = list[list[int]]

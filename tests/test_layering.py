@@ -24,17 +24,20 @@ CONTRACTS = {
     "structured_outputs",
     "outputs",
     "step",
-    "ledger",
+    "startup_log",
 }
 ROW_1 = CONTRACTS | {"text"}
 
-TORCH_FREE_MODEL = {f"model.{name}" for name in ("checkpoint", "hub", "inventory", "layout", "lora", "quantization")}
+TORCH_FREE_CHECKPOINT = {
+    f"checkpoint.{name}" for name in ("checkpoint", "hub", "inventory", "layout", "lora", "quant_config")
+}
 
 MAY_IMPORT: dict[str, set[str]] = {
-    # Row 7. `chat` shows the defaults that `inputs` fills in; `info` reads a checkpoint's headers without loading it.
+    # Row 7. `chat` shows the defaults that the input processor fills in; `info` reads a checkpoint's headers without loading it.
     "cli": {
-        "engine",
-        "inputs",
+        "engine.engine",
+        "engine.input_processor",
+        "memory_plan",
         "quantize",
         "verify",
         "server",
@@ -43,35 +46,38 @@ MAY_IMPORT: dict[str, set[str]] = {
         "simulator",
         "workload",
         "benchmarks",
-        "model.checkpoint",
-        "model.hub",
-        "model.inventory",
-        "model.layout",
+        "checkpoint.checkpoint",
+        "checkpoint.hub",
+        "checkpoint.inventory",
+        "checkpoint.layout",
         *ROW_1,
     },
     # `engine` imports it when `Engine.batch` is called.
-    "server": {"async_engine", "batch", "inputs", "loop", *ROW_1},
-    "ray": {"async_engine", "server", *ROW_1},
+    "server": {"batch", "engine.async_engine", "engine.base", "engine.input_processor", *ROW_1},
+    "ray": {"engine.async_engine", "server", *ROW_1},
     "__main__": {"cli"},
     # Row 6. `quantize` and `verify` work on a model without an engine.
-    "quantize": {"model", "ops", "runner", *ROW_1},
-    "verify": {"model", "ops", "runner", *ROW_1},
-    "async_engine": {"engine_thread", "loop", "inputs", "scheduler", *ROW_1},
-    "engine_thread": {"loop", *ROW_1},
-    "engine": {"loop", "inputs", "server.batch", "batch", *ROW_1},
-    "loop": {"core", "inputs", "completions", "scheduler", *ROW_1},
-    "inputs": {"scheduler", *ROW_1},
-    "completions": {"inputs", "scheduler", *ROW_1},
+    "quantize": {"checkpoint", "model", "ops", "runner", *ROW_1},
+    "verify": {"checkpoint", "model", "ops", "runner", *ROW_1},
+    "engine.__init__": set(),
+    "engine.async_engine": {"engine.engine_thread", "engine.base", "engine.input_processor", "scheduler", *ROW_1},
+    "engine.engine_thread": {"engine.base", *ROW_1},
+    "engine.engine": {"engine.base", "engine.input_processor", "server.batch", "batch", *ROW_1},
+    "engine.base": {"engine.core", "engine.input_processor", "engine.output_processor", "scheduler", *ROW_1},
+    "engine.input_processor": {"scheduler", *ROW_1},
+    "engine.output_processor": {"engine.input_processor", "scheduler", *ROW_1},
     # Row 5
-    "core": {"scheduler", "runner", *CONTRACTS},
+    "engine.core": {"scheduler", "runner", *CONTRACTS},
     # Row 5
     "simulator": {"scheduler", "planner", "workload", *CONTRACTS},
     # Row 4
     "scheduler": CONTRACTS,
-    "runner": {"model", "ops", "planner.memory", *CONTRACTS},
-    "planner": {*TORCH_FREE_MODEL, "workload", *CONTRACTS},
+    "runner": {"checkpoint", "model", "ops", "memory_plan", *CONTRACTS},
+    "planner": {*TORCH_FREE_CHECKPOINT, "memory_plan", "workload", *CONTRACTS},
     # Row 3
-    "model": {"ops", *CONTRACTS},
+    "checkpoint": {"model", "ops", *CONTRACTS},
+    "memory_plan": {*TORCH_FREE_CHECKPOINT, *CONTRACTS},
+    "model": {*TORCH_FREE_CHECKPOINT, "ops", *CONTRACTS},
     # Row 2
     "ops": CONTRACTS,
     # Row 1
@@ -79,14 +85,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workload": set(),
     "batch": {"workload"},
     # The package's front door resolves its names when they are used.
-    "__init__": {"engine", "async_engine", *CONTRACTS},
+    "__init__": {"engine.engine", "engine.async_engine", *CONTRACTS},
 }
 
 TORCH = {"torch", "numpy", "safetensors", "triton"}
 TOKENIZERS = {"mistral_common", "tokenizers", "tiktoken", "sentencepiece", "llguidance", "jinja2"}
 MAY_USE: dict[str, set[str]] = {
     "cli": {"torch", "tqdm"},
-    "engine": {"tqdm"},
+    "engine.engine": {"tqdm"},
     "batch": {"tqdm"},
     "ray": {"ray"},
     "server": {
@@ -105,7 +111,8 @@ MAY_USE: dict[str, set[str]] = {
     "verify": {"torch", "matplotlib"},
     "simulator": {"matplotlib"},
     "runner": {"torch", "numpy"},
-    "model": {*TORCH, "huggingface_hub", "tqdm"},
+    "checkpoint": {*TORCH, "huggingface_hub", "tqdm"},
+    "model": {"torch"},
     "ops": TORCH,
     "text": {*TOKENIZERS, "numpy"},
 }
@@ -122,9 +129,9 @@ def package_files() -> list[Path]:
 
 
 def part_of(path: Path) -> str:
-    """The row-table name of a file: its first folder, or its own stem at the top level."""
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+    """The row-table name of a file: its first folder, or its own stem at the top level; in ``engine`` both."""
+    first, *rest = path.relative_to(PACKAGE).with_suffix("").parts
+    return f"{first}.{rest[0]}" if first == "engine" else first
 
 
 def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
@@ -149,7 +156,7 @@ def is_allowed(module: str, part: str) -> bool:
         return True
     if top != "nemo_engine":
         return top in MAY_USE.get(part, set())
-    if not rest or rest == ["__version__"] or rest[0] == part:
+    if not rest or rest == ["__version__"] or rest[: len(part.split("."))] == part.split("."):
         return True
     return any(rest[: len(allowed.split("."))] == allowed.split(".") for allowed in MAY_IMPORT[part])
 
@@ -193,15 +200,15 @@ def test_kernels_know_nothing_of_the_engine(path: Path) -> None:
         ("model", "nemo_engine.runner.batch", False),
         ("ops", "nemo_engine.model", False),
         ("ops", "nemo_engine.kernels.norm", False),
-        ("core", "nemo_engine.text", False),
-        ("engine", "nemo_engine.runner", False),
+        ("engine.core", "nemo_engine.text", False),
+        ("engine.engine", "nemo_engine.runner", False),
         ("cli", "nemo_engine.scheduler", False),
-        ("cli", "nemo_engine.model.checkpoint.open_checkpoint", True),
+        ("cli", "nemo_engine.checkpoint.checkpoint.open_checkpoint", True),
         ("cli", "nemo_engine.model.weights", False),
         ("step", "nemo_engine.scheduler", False),
-        ("runner", "nemo_engine.planner.memory.plan_memory", True),
+        ("runner", "nemo_engine.memory_plan.plan_memory", True),
         ("runner", "nemo_engine.planner.models", False),
-        ("planner", "nemo_engine.model.layout", True),
+        ("planner", "nemo_engine.checkpoint.layout", True),
         ("planner", "nemo_engine.model.weights", False),
         ("planner", "torch", False),
         ("simulator", "nemo_engine.scheduler.Scheduler", True),
@@ -235,7 +242,7 @@ def loaded_after(statement: str) -> set[str]:
         "import nemo_engine; dir(nemo_engine)",
         "import nemo_engine.scheduler",
         "from nemo_engine import SamplingParams, EngineConfig, ModelConfig, RequestOutput; EngineConfig(); SamplingParams()",
-        "import nemo_engine.step, nemo_engine.ledger",
+        "import nemo_engine.step, nemo_engine.startup_log",
         "import nemo_engine.cli",
         "import nemo_engine.planner.plan, nemo_engine.simulator, nemo_engine.workload",
     ],
@@ -245,7 +252,7 @@ def test_the_host_half_needs_no_torch(statement: str) -> None:
 
 
 def test_text_libraries_come_with_text() -> None:
-    loaded = loaded_after("import nemo_engine.engine, nemo_engine.runner.startup")
+    loaded = loaded_after("import nemo_engine.engine.engine, nemo_engine.runner.startup")
     assert "torch" in loaded
     assert loaded & {*TOKENIZERS, "huggingface_hub", "transformers"} == set()
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_engine.engine import Engine
+from nemo_engine.engine.engine import Engine
 from nemo_engine.sampling_params import SamplingParams
-from tests.checkpoints import StateDict, random_state_dict, tiny_config, write_hf
+from tests.helpers.checkpoints import StateDict, random_state_dict, tiny_config, write_hf
 
 CONTEXT = 131072
 NEW_TOKENS = 3

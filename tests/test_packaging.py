@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         *(Path("nemo_engine") / path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob("*.py")),
         Path("nemo_engine/py.typed"),
         *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/assets").glob("*/*")),
-        *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/server/page").iterdir()),
+        *(path.relative_to(ROOT) for path in (ROOT / "nemo_engine/server/ui/page").iterdir()),
     }
     compiled = {
         name for name in names if re.fullmatch(r"nemo_engine/_(cpu|C)\..*\.so", name)

@@ -12,20 +12,20 @@ import pytest
 import torch
 
 from nemo_engine import Engine
+from nemo_engine.checkpoint.inventory import planned_inventory
+from nemo_engine.checkpoint.quant_config import ONLINE
 from nemo_engine.config import EngineConfig
-from nemo_engine.model.inventory import planned_inventory
-from nemo_engine.model.quantization import ONLINE
+from nemo_engine.memory_plan import GIB, DoesNotFitError, num_parameters, plan_kv_cache, plan_memory, weight_bytes
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.planner.efficiency import Efficiencies, Figure
 from nemo_engine.planner.gpus import GPUS, find_gpu
-from nemo_engine.planner.memory import GIB, DoesNotFitError, num_parameters, plan_kv_cache, plan_memory, weight_bytes
 from nemo_engine.planner.models import BUILT_IN, PlannedModel, formats_of, read_model
 from nemo_engine.planner.plan import Load, Plan, alternatives, make_plan, operating, shard
 from nemo_engine.planner.report import as_json, report
 from nemo_engine.planner.roofline import Roofline, num_pairs
 from nemo_engine.workload import Limits
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
-from tests.fp8_checkpoints import FLAVOURS, write_fp8
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.fp8_checkpoints import FLAVOURS, write_fp8
 
 NEMO = PlannedModel("nemo", BUILT_IN["nemo"])
 FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
@@ -125,7 +125,7 @@ def test_an_engine_takes_what_was_planned(options: dict[str, Any]) -> None:
     formats = formats_of(found, config)
     pages, length, _ = plan_kv_cache(found.config, config, formats.sizes, None)
     with Engine("nemo-tiny", device="cpu", skip_tokenizer_init=True, **({"num_kv_pages": 50} | options)) as engine:
-        num_bytes = {row.name.split(" (")[0]: row.num_bytes for row in engine.ledger.rows}
+        num_bytes = {row.name.split(" (")[0]: row.num_bytes for row in engine.startup_log.rows}
         assert engine.model_config == found.config
         assert (engine.stats().num_pages, engine.max_model_len) == (pages, length)
         page_bytes = config.page_size * found.config.kv_bytes_per_token(formats.sizes.kv_cache)
@@ -144,14 +144,14 @@ def test_dummy_weights_take_what_was_planned(options: dict[str, Any], tmp_path: 
     formats = formats_of(found, EngineConfig(**options))
     more: dict[str, Any] = {"load_format": "dummy", "device": "cpu", "skip_tokenizer_init": True, "num_kv_pages": 20}
     with Engine(tmp_path, **more, **options) as engine:
-        row = next(row for row in engine.ledger.rows if row.name == "make dummy weights")
+        row = next(row for row in engine.startup_log.rows if row.name == "make dummy weights")
         assert row.num_bytes == formats.sizes.weights
 
 
 @pytest.mark.parametrize("flavour", sorted(FLAVOURS))
 def test_a_quantised_checkpoint_is_read_without_torch_as_the_engine_reads_it(tmp_path: Path, flavour: str) -> None:
-    from nemo_engine.model.checkpoint import open_checkpoint
-    from nemo_engine.model.inventory import take_inventory
+    from nemo_engine.checkpoint.checkpoint import open_checkpoint
+    from nemo_engine.checkpoint.inventory import take_inventory
 
     config = tiny_config(
         hidden_size=256, intermediate_size=384, num_heads=2, num_kv_heads=2, head_dim=128, dtype="bfloat16"

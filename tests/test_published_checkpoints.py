@@ -14,13 +14,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from nemo_engine import AsyncEngine, Engine, SamplingParams
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
 from nemo_engine.cli.info import text_rows
 from nemo_engine.config import ModelConfig
-from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.quantize import quantize_checkpoint
-from tests import hf_tokenizers
-from tests.checkpoints import random_adapter, random_state_dict, tiny_config, write_adapter, write_hf
-from tests.fp8_checkpoints import write_fp8
+from tests.helpers import hf_tokenizers
+from tests.helpers.checkpoints import random_adapter, random_state_dict, tiny_config, write_adapter, write_hf
+from tests.helpers.fp8_checkpoints import write_fp8
 from tests.server.live import LiveServer
 from tests.text.chat_templates import CHATML, HERMES, LLAMA, MINITRON, NEMO, TINY, ZEPHYR
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from nemo_engine import AsyncEngine, Engine, SamplingParams
-from nemo_engine.completions import Completion, UserRequest
-from nemo_engine.engine_thread import Stream
-from nemo_engine.loop import PreparedRequest
+from nemo_engine.engine.base import PreparedRequest
+from nemo_engine.engine.engine_thread import Stream
+from nemo_engine.engine.output_processor import Completion, UserRequest
 from nemo_engine.scheduler import Request
 from nemo_engine.scheduler.scheduled_step import ScheduledStep
 from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan
+from tests.helpers.scripted_engine import EOS, scripted_engine
 from tests.scheduler.scripted import VOCAB, next_token
-from tests.scripted_engine import EOS, scripted_engine
 
 KINDS = (Request, Completion, UserRequest, PreparedRequest, ScheduledStep, StepPlan, Stream)
 LONG = 300  # tokens that nobody gets to

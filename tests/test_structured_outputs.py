@@ -16,8 +16,8 @@ from nemo_engine import Engine, SamplingParams
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.text.grammar import Grammar, tool_call_grammar
 from nemo_engine.text.tools import check_tools, tool_call_schema
-from tests.checked import check_every_step
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.checked import check_every_step
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.text.test_grammar import PERSON
 from tests.text.test_tokenizer import TINY
 

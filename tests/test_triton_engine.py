@@ -10,7 +10,7 @@ import torch
 
 from nemo_engine import Engine, SamplingParams
 from nemo_engine.ops import ALL_OPS
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 
 TINY = Path(__file__).parent.parent / "nemo_engine" / "assets" / "nemo-tiny"
 # Asked for by name, each is served or the engine refuses.

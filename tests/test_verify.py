@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_engine.checkpoint.checkpoint import BUNDLED, open_checkpoint
+from nemo_engine.checkpoint.export import export_fp8
 from nemo_engine.cli import main
-from nemo_engine.model.checkpoint import BUNDLED, open_checkpoint
-from nemo_engine.model.export import export_fp8
 from nemo_engine.model.linear import Fp8Linear
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.text import load_tokenizer
@@ -24,8 +24,8 @@ from nemo_engine.verify import Limits, Measured, report, verify
 from nemo_engine.verify import measure as verify_module
 from nemo_engine.verify.material import make_material
 from nemo_engine.verify.measure import Hidden, compare, judge
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
-from tests.fp8_checkpoints import write_fp8
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.fp8_checkpoints import write_fp8
 
 ANY = Limits(100, 100, 0)
 

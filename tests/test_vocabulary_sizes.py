@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import random_state_dict, tiny_config, write_hf
 
 from nemo_engine import AsyncEngine, Engine, RequestOutput, SamplingParams
 from nemo_engine.cli import main
 from nemo_engine.text import Tokenizer
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 
 TEKKEN = Path(__file__).parents[1] / "nemo_engine" / "assets" / "nemo-tiny" / "tekken.json"
 TOKENS = 6144  # of that tokenizer

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 def answer_file(args: argparse.Namespace, model: str | None, server: dict[str, Any]) -> int:
     """Answer ``args.input`` into ``args.output``; 1 if a line failed."""
     try:
-        from nemo_engine.server.batch import batch_options, run_batch
+        from nemo_engine.server.batch.answers import batch_options, run_batch
     except ImportError as error:
         raise ImportError(
             f"batches need packages that are not installed ({error}): pip install nemo-engine[server]"

@@ -17,7 +17,7 @@ from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from nemo_engine.engine import Engine
+    from nemo_engine.engine.engine import Engine
 
 _HELP = """\
 /reset               forget the conversation
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if, through a pipe, a turn failed."""
     options = arguments.sampling_options(args)
     effective_params(options)
-    from nemo_engine.engine import Engine
+    from nemo_engine.engine.engine import Engine
 
     with Engine(args.model, **arguments.engine_options(args)) as engine:
         is_terminal = sys.stdin.isatty()
@@ -150,7 +150,7 @@ class Chat:
 
 def effective_params(options: dict[str, Any]) -> SamplingParams:
     """The sampling parameters of a turn: ``options``, and for the rest the defaults of a chat."""
-    from nemo_engine.inputs import CHAT_MAX_TOKENS, CHAT_TEMPERATURE
+    from nemo_engine.engine.input_processor import CHAT_MAX_TOKENS, CHAT_TEMPERATURE
 
     if options.get("n", 1) != 1:
         raise ValueError(f"n must be 1 in a chat, got {options['n']}")

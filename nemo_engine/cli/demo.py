@@ -17,7 +17,7 @@ from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from nemo_engine.engine import Engine
+    from nemo_engine.engine.engine import Engine
 
 _SHARED = """\
 The :mod:`json` module exposes an API familiar to users of the standard library :mod:`marshal` and :mod:`pickle` modules.
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     params = SamplingParams(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=7, max_tokens=args.max_tokens)
     print("Starting nemo-tiny: a small model of NeMo's architecture, trained on Python's documentation.", flush=True)
     begun = time.monotonic()
-    from nemo_engine.engine import Engine
+    from nemo_engine.engine.engine import Engine
     from nemo_engine.text import render_chat
 
     with Engine("nemo-tiny") as engine:

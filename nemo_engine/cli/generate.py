@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         return batch.answer_file(args, args.model, {})
     params = SamplingParams(**arguments.sampling_options(args))
     prompts = read_prompts(args)
-    from nemo_engine.engine import Engine
+    from nemo_engine.engine.engine import Engine
 
     failed = 0
     with Engine(args.model, **arguments.engine_options(args)) as engine:

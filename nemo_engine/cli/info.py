@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.config_reader import DEFAULT_CONTEXT_CAP
+from nemo_engine.memory_plan import GIB, DoesNotFitError, plan_kv_cache
 from nemo_engine.planner.gpus import GPUS, Gpu
-from nemo_engine.planner.memory import GIB, DoesNotFitError, plan_kv_cache
 from nemo_engine.planner.models import BUILT_IN, ITEMSIZE, Formats, PlannedModel, formats_of
 
 if TYPE_CHECKING:
-    from nemo_engine.model.checkpoint import Checkpoint
-    from nemo_engine.model.inventory import Inventory
+    from nemo_engine.checkpoint.checkpoint import Checkpoint
+    from nemo_engine.checkpoint.inventory import Inventory
 
 Rows = list[tuple[str, str]]
 
@@ -44,8 +44,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if the model would be refused."""
-    from nemo_engine.model.checkpoint import open_checkpoint
-    from nemo_engine.model.hub import DownloadError
+    from nemo_engine.checkpoint.checkpoint import open_checkpoint
+    from nemo_engine.checkpoint.hub import DownloadError
 
     gpus = [Gpu(f"{gib:g} GiB", "", 0, gib, 1.0, 1.0, None, 1.0, "") for gib in args.gib or ()]
     if args.model in BUILT_IN and args.revision is None and args.lora is None:
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check(checkpoint: Checkpoint) -> tuple[Inventory | None, str | None]:
     """What the files hold, and why the engine would refuse them; None if it would not."""
-    from nemo_engine.model.checkpoint import no_weights_message
-    from nemo_engine.model.inventory import take_inventory
+    from nemo_engine.checkpoint.checkpoint import no_weights_message
+    from nemo_engine.checkpoint.inventory import take_inventory
 
     if not checkpoint.tensors:
         return None, no_weights_message(checkpoint.path)
@@ -106,7 +106,7 @@ def describe(config: ModelConfig) -> Rows:
 
 def sizes(config: ModelConfig, checkpoint: Checkpoint | None = None) -> Rows:
     """Sizes as the files state them, or without weight files as they follow from the configuration."""
-    from nemo_engine.model.layout import HF
+    from nemo_engine.checkpoint.layout import HF
 
     names = HF if checkpoint is None else checkpoint.names
     expected = names.expected(config)

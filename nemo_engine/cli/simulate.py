@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_engine.checkpoint.checkpoint import BUNDLED
 from nemo_engine.cli.files import check_results
 from nemo_engine.cli.planning import (
     OPTIONS,
@@ -21,7 +22,6 @@ from nemo_engine.cli.planning import (
     results_folder,
     seconds,
 )
-from nemo_engine.model.checkpoint import BUNDLED
 
 if TYPE_CHECKING:
     from nemo_engine.config import EngineConfig
@@ -126,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
 
 def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedModel) -> tuple[dict[str, Any], Setting]:
     """The engine that is simulated, with as many pages as it would have; and what is said of it."""
+    from nemo_engine.memory_plan import plan_kv_cache
     from nemo_engine.planner.efficiency import Efficiencies
-    from nemo_engine.planner.memory import plan_kv_cache
     from nemo_engine.planner.models import formats_of
     from nemo_engine.planner.roofline import Roofline, StepCost
     from nemo_engine.simulator import CostModel, EngineShape, Setting

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_engine.checkpoint.inventory import DENSE, KindOf, LinearKind
+from nemo_engine.checkpoint.layout import HF, PARTS, PROJECTION_OF, ExpectedTensor
 from nemo_engine.config import ModelConfig
-from nemo_engine.model.inventory import DENSE, KindOf, LinearKind
-from nemo_engine.model.layout import HF, PARTS, PROJECTION_OF, ExpectedTensor
 from nemo_engine.model.linear import DenseLinear, Fp8Linear, Linear
 from nemo_engine.ops.blocks import quantize_weight_blocks
 from nemo_engine.ops.linear import SCALE_BLOCK

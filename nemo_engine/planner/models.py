@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.hub import Needs
+from nemo_engine.checkpoint.inventory import DENSE, Inventory, LinearKind, planned_inventory
+from nemo_engine.checkpoint.quant_config import Quantization, resolve_online
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.hub import Needs
-from nemo_engine.model.inventory import DENSE, Inventory, LinearKind, planned_inventory
-from nemo_engine.model.quantization import Quantization, resolve_online
-from nemo_engine.planner.memory import Sizes, weight_bytes
+from nemo_engine.memory_plan import Sizes, weight_bytes
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 

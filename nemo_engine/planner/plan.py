@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
+from nemo_engine.memory_plan import DoesNotFitError, MemoryPlan, Sizes, plan_kv_cache, plan_memory, weight_bytes
 from nemo_engine.planner.efficiency import Efficiencies
 from nemo_engine.planner.gpus import GPUS, Gpu
-from nemo_engine.planner.memory import DoesNotFitError, MemoryPlan, Sizes, plan_kv_cache, plan_memory, weight_bytes
 from nemo_engine.planner.models import Formats, PlannedModel, formats_of
 from nemo_engine.planner.roofline import Roofline
 from nemo_engine.workload import Limits

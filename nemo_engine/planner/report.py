@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-from nemo_engine.planner.memory import GIB
+from nemo_engine.memory_plan import GIB
 from nemo_engine.planner.plan import Operating, Plan, alternatives
 
 _HEADS = ("batch", "TTFT ms", "ITL ms", "longest ms", "step ms", "roofline ms", "tokens/s", "requests/s")

@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_engine.async_engine import AsyncEngine, EngineDeadError
 from nemo_engine.checks import check_int
 from nemo_engine.config import EngineConfig
+from nemo_engine.engine.async_engine import AsyncEngine, EngineDeadError
 from nemo_engine.option_names import refuse_unknown_arguments
 from nemo_engine.server.app import create_app
 from nemo_engine.server.options import ServerOptions

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_engine.checkpoint.checkpoint import Checkpoint
+from nemo_engine.checkpoint.quant_config import Quantization, resolve_online
 from nemo_engine.config import EngineConfig
-from nemo_engine.model.checkpoint import Checkpoint
-from nemo_engine.model.quantization import Quantization, resolve_online
 from nemo_engine.ops.quantize import FP8
 
 _KV_DTYPES = {"fp8": FP8, "fp8_e4m3": FP8}

@@ -10,18 +10,12 @@ from pathlib import Path
 
 import torch
 
+from nemo_engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nemo_engine.checkpoint.hub import Needs
+from nemo_engine.checkpoint.inventory import Inventory, planned_inventory, take_inventory
+from nemo_engine.checkpoint.loader import load_weights
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.ledger import Ledger
-from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
-from nemo_engine.model.hub import Needs
-from nemo_engine.model.inventory import Inventory, planned_inventory, take_inventory
-from nemo_engine.model.loading import load_weights
-from nemo_engine.model.weights import NemoWeights, dummy_weights
-from nemo_engine.ops import SEMANTICS, Ops, Site
-from nemo_engine.ops.cpu import packed
-from nemo_engine.ops.linear import linear_fp8
-from nemo_engine.ops.quantize import FP8
-from nemo_engine.planner.memory import (
+from nemo_engine.memory_plan import (
     GIB,
     MemoryPlan,
     Sizes,
@@ -30,10 +24,16 @@ from nemo_engine.planner.memory import (
     plan_kv_cache,
     weight_bytes,
 )
+from nemo_engine.model.weights import NemoWeights, dummy_weights
+from nemo_engine.ops import SEMANTICS, Ops, Site
+from nemo_engine.ops.cpu import packed
+from nemo_engine.ops.linear import linear_fp8
+from nemo_engine.ops.quantize import FP8
 from nemo_engine.runner.forks import check_threads
 from nemo_engine.runner.graphs import cuda_capture
 from nemo_engine.runner.precision import Precision, resolve_precision, use_wide_reductions
 from nemo_engine.runner.runner import Runner
+from nemo_engine.startup_log import StartupLog
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -54,7 +54,7 @@ class DeviceHalf:
 def start_device_half(
     model: str | Path,
     config: EngineConfig,
-    ledger: Ledger,
+    startup_log: StartupLog,
     count_tokens: Callable[[Sequence[Path]], int | None] = lambda _: None,
 ) -> DeviceHalf:
     """Bring up ``model`` as ``config`` says. Raises ``ValueError`` for what cannot work, before anything is allocated, and ``RuntimeError`` in
@@ -62,7 +62,7 @@ def start_device_half(
     """
     check_threads()
     device = resolve_device(config.device)
-    with ledger.stage("open checkpoint"):
+    with startup_log.stage("open checkpoint"):
         needs: Needs = "config" if config.load_format == "dummy" else "weights"
         checkpoint = open_checkpoint(model, revision=config.revision, needs=needs, lora=config.lora)
     model_config = checkpoint.model_config
@@ -74,7 +74,7 @@ def start_device_half(
         use_wide_reductions()
         if not config.enforce_eager:
             check_capturable(ops)
-    with ledger.stage("check tensors"):
+    with startup_log.stage("check tensors"):
         if config.load_format == "dummy":
             inventory = planned_inventory(model_config, checkpoint.quantization, precision.online)
         else:
@@ -85,7 +85,7 @@ def start_device_half(
     num_pages, max_model_len, memory = plan_kv_cache(model_config, config, sizes, free)
     try:
         runner = _build(
-            checkpoint, config, inventory, precision, ops, ledger, num_pages, max_model_len, device, num_tokens
+            checkpoint, config, inventory, precision, ops, startup_log, num_pages, max_model_len, device, num_tokens
         )
     except torch.OutOfMemoryError as error:
         assert memory is not None and free is not None
@@ -116,7 +116,7 @@ def _build(
     inventory: Inventory,
     precision: Precision,
     ops: Ops,
-    ledger: Ledger,
+    startup_log: StartupLog,
     num_pages: int,
     max_model_len: int,
     device: torch.device,
@@ -125,7 +125,7 @@ def _build(
     """Load the weights and make a runner that is ready: on CUDA, nothing is compiled or captured later."""
     model_config, kv_dtype = checkpoint.model_config, precision.kv_dtype
     if config.load_format == "dummy":
-        with ledger.stage("make dummy weights") as stage:
+        with startup_log.stage("make dummy weights") as stage:
             weights = dummy_weights(model_config, precision.dtype, device, config.seed, inventory.kind_of)
             stage.num_bytes = weights.num_bytes
     else:
@@ -135,17 +135,17 @@ def _build(
             dtype=precision.dtype,
             device=device,
             progress=None,
-            ledger=ledger,
+            startup_log=startup_log,
             inventory=inventory,
             online=precision.online,
             needs_kv_scales=kv_dtype == FP8,
             is_widened=precision.is_fp8 and ops.linear_fp8 is linear_fp8,
         )
     if ops.linear is packed.linear:
-        with ledger.stage("pack weights"):
+        with startup_log.stage("pack weights"):
             weights.pack()
     page_bytes = config.page_size * model_config.kv_bytes_per_token(kv_dtype.itemsize)
-    with ledger.stage(_cache_stage(weights, kv_dtype), num_bytes=(num_pages + 1) * page_bytes):
+    with startup_log.stage(_cache_stage(weights, kv_dtype), num_bytes=(num_pages + 1) * page_bytes):
         runner = Runner(
             model_config,
             config,
@@ -159,12 +159,12 @@ def _build(
         )
     if device.type == "cuda":
         sizes = () if config.enforce_eager else graph_sizes(config.max_num_seqs)
-        with ledger.stage("compile kernels and run every kind of step"):
+        with startup_log.stage("compile kernels and run every kind of step"):
             runner.warm_up(sizes)
             torch.cuda.synchronize(device)
         if sizes:
             before = torch.cuda.mem_get_info(device)[0]
-            with ledger.stage(f"capture CUDA graphs of {len(sizes)} batch sizes") as stage:
+            with startup_log.stage(f"capture CUDA graphs of {len(sizes)} batch sizes") as stage:
                 runner.capture(sizes, cuda_capture(device))
                 torch.cuda.synchronize(device)
                 stage.num_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
@@ -178,7 +178,7 @@ def _without_token(config: ModelConfig, num_tokens: int | None) -> list[int]:
 
 
 def _cache_stage(weights: NemoWeights, kv_dtype: torch.dtype) -> str:
-    """What the KV cache holds, for the ledger."""
+    """What the KV cache holds, for the startup_log."""
     if kv_dtype != FP8:
         return "allocate KV cache"
     scales = "1" if weights.layers[0].k_scale is None else "of the checkpoint"

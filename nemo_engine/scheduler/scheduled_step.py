@@ -11,7 +11,7 @@ from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult, TokenLo
 
 
 @dataclass(slots=True)
-class Committed:
+class StepOutput:
     """What one committed step changed. ``token_ids[i]`` was appended to ``requests[i]``.
 
     ``prefilled``: requests whose prompt (after a preemption, all known tokens) this step completed.
@@ -51,7 +51,7 @@ class ScheduledStep:
     departed: set[Request] = field(default_factory=set)  # left their slot since: what the step gives them is dropped
 
     # Filled in by the commit:
-    committed: Committed = field(default_factory=Committed)
+    committed: StepOutput = field(default_factory=StepOutput)
     bad_pages: set[int] = field(default_factory=set)  # of requests that failed; others may have read them
 
     @property

@@ -19,7 +19,7 @@ from nemo_engine.outputs import FinishReason, SchedulerStats
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.request import Request, RequestStatus, by_urgency
 from nemo_engine.scheduler.running import RunningRequests
-from nemo_engine.scheduler.scheduled_step import Committed, ScheduledStep
+from nemo_engine.scheduler.scheduled_step import ScheduledStep, StepOutput
 from nemo_engine.scheduler.token_rules import ERRORS, end_of, failure_of, is_finite
 from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan, StepResult
@@ -159,7 +159,7 @@ class Scheduler:
 
     # ---- taking in a step
 
-    def commit(self, result: StepResult) -> Committed:
+    def commit(self, result: StepResult) -> StepOutput:
         """Take in the results of the oldest launched step: append tokens, end requests, free what they held."""
         step = self._in_flight.popleft()
         requests, token_ids, departed = step.sampling, result.token_ids, step.departed
@@ -224,7 +224,7 @@ class Scheduler:
                 bad_pages.update(self.kv.discard(request))
                 self.preempt(request)
 
-    def fail_running(self, message: str, or_first: bool = False) -> Committed:
+    def fail_running(self, message: str, or_first: bool = False) -> StepOutput:
         """End every running request with an error: a step broke, or a change of the books was cut short.
 
         What waits goes on waiting. Launched steps are forgotten, and so are pages and slots: their books may be half
@@ -247,7 +247,7 @@ class Scheduler:
             if request.status is not RequestStatus.FINISHED:  # or it had ended when the books were cut short
                 request.end("error", error=message)
         self.requests = {name: r for name, r in self.requests.items() if r.status is not RequestStatus.FINISHED}
-        return Committed(finished=ended, failure=message)
+        return StepOutput(finished=ended, failure=message)
 
     # ---- leaving
 

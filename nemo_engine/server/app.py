@@ -11,14 +11,13 @@ from fastapi.routing import APIRoute
 from starlette.responses import PlainTextResponse, Response
 
 from nemo_engine import __version__
-from nemo_engine.async_engine import AsyncEngine
-from nemo_engine.server import errors, state
+from nemo_engine.engine.async_engine import AsyncEngine
+from nemo_engine.server import errors, status
 from nemo_engine.server.access import Access
-from nemo_engine.server.batch_routes import add_batch_routes
+from nemo_engine.server.batch.routes import add_batch_routes
 from nemo_engine.server.chat import create_chat_completion
 from nemo_engine.server.completions import create_completion
 from nemo_engine.server.document import describe
-from nemo_engine.server.monitor import monitor_routes
 from nemo_engine.server.options import ServerOptions
 from nemo_engine.server.parsing import Workers
 from nemo_engine.server.protocol import (
@@ -29,9 +28,10 @@ from nemo_engine.server.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from nemo_engine.server.responses import create_response
-from nemo_engine.server.responses_protocol import ResponsesRequest
+from nemo_engine.server.responses.protocol import ResponsesRequest
+from nemo_engine.server.responses.route import create_response
 from nemo_engine.server.service import Service
+from nemo_engine.server.ui.monitor import monitor_routes
 
 _ERROR = {
     "type": "object",
@@ -138,11 +138,11 @@ def _routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return state.models(service)
+        return status.models(service)
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        return state.model(service, name)
+        return status.model(service, name)
 
     @router.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:
@@ -154,7 +154,7 @@ def _routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions/render")
     async def chat_render(request: ChatRequest, http: Request) -> Response:
-        return await state.render(service, http, request)
+        return await status.render(service, http, request)
 
     @router.post("/v1/responses")
     async def responses(request: ResponsesRequest, http: Request) -> Response:
@@ -162,32 +162,32 @@ def _routes(service: Service) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(request: TokenizeRequest, http: Request) -> Response:
-        return await state.tokenize(service, http, request)
+        return await status.tokenize(service, http, request)
 
     @router.post("/detokenize")
     async def detokenize(request: DetokenizeRequest, http: Request) -> Response:
-        return await state.detokenize(service, http, request)
+        return await status.detokenize(service, http, request)
 
     @router.post("/abort")
     async def abort(request: AbortRequest, http: Request) -> Response:
-        return await state.abort(service, http, request)
+        return await status.abort(service, http, request)
 
     @router.get("/health")
     @router.get("/v1/health/ready")
     async def ready() -> Response:
-        return state.ready(service)
+        return status.ready(service)
 
     @router.get("/v1/health/live")
     async def live() -> Response:
-        return state.live(service)
+        return status.live(service)
 
     @router.get("/version")
     async def version() -> dict[str, Any]:
-        return state.version(service)
+        return status.version(service)
 
     @router.get("/load")
     async def load() -> dict[str, Any]:
-        return state.load(service)
+        return status.load(service)
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.engine.input_processor import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, RequestOutput
 from nemo_engine.server.answer import respond
 from nemo_engine.server.completions import is_answer_long

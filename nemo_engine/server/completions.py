@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.engine.input_processor import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, Logprob, RequestOutput
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.server.answer import respond

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_engine.sampling_params import MAX_BAD_WORD_LENGTH, MAX_LOGPROB_TOKEN_IDS, MAX_STOP, MAX_STOP_LENGTH
 from nemo_engine.server.fields import MESSAGE, REFUSED
-from nemo_engine.server.responses_protocol import INCLUDE_LOGPROBS, MAX_TOP_LOGPROBS
+from nemo_engine.server.responses.protocol import INCLUDE_LOGPROBS, MAX_TOP_LOGPROBS
 from nemo_engine.server.service import Service
 
 Schema = dict[str, Any]

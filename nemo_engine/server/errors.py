@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from nemo_engine.async_engine import EngineClosedError, EngineDeadError
+from nemo_engine.engine.async_engine import EngineClosedError, EngineDeadError
 
 _TYPES = {
     400: "invalid_request_error",

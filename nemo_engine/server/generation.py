@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from starlette.requests import Request
 
-from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.engine.input_processor import EncodedPrompt
 from nemo_engine.outputs import GRAMMAR_TOO_COMPLEX, NO_TOKEN_LEFT, CacheReport, RequestOutput
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.params import Effective

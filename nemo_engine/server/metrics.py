@@ -16,11 +16,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.responses import Response
 
-from nemo_engine.async_engine import AsyncEngine, EngineClosedError, EngineDeadError
+from nemo_engine.engine.async_engine import AsyncEngine, EngineClosedError, EngineDeadError
 from nemo_engine.outputs import RequestOutput
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.server.gpu import GpuReader
-from nemo_engine.server.history import History
+from nemo_engine.server.ui.history import History
 
 FOLLOW_SECONDS = 0.5
 

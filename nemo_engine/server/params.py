@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nemo_engine.inputs import CHAT_TEMPERATURE
+from nemo_engine.engine.input_processor import CHAT_TEMPERATURE
 from nemo_engine.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.prompts import structured_outputs

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
-from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.engine.input_processor import EncodedPrompt
 from nemo_engine.server.errors import ApiError
 from nemo_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from nemo_engine.server.service import Service

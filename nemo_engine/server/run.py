@@ -20,9 +20,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from nemo_engine.async_engine import AsyncEngine, EngineDeadError
+from nemo_engine.engine.async_engine import AsyncEngine, EngineDeadError
 from nemo_engine.server.app import create_app
-from nemo_engine.server.batch_worker import BatchWorker
+from nemo_engine.server.batch.worker import BatchWorker
 from nemo_engine.server.clients import LOOPBACK_NAMES
 from nemo_engine.server.http_protocol import Connections
 from nemo_engine.server.options import API_KEY_VARIABLE, ServerOptions

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from nemo_engine.async_engine import AsyncEngine
+from nemo_engine.engine.async_engine import AsyncEngine
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.server.clients import ANYONE, Client, KeyRing
 from nemo_engine.server.errors import RETRY_AFTER, ApiError

@@ -10,7 +10,7 @@ import heapq
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_engine.scheduler import Committed, Request, RequestStatus, Scheduler
+from nemo_engine.scheduler import Request, RequestStatus, Scheduler, StepOutput
 from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.request import by_urgency
 from nemo_engine.step import StepPlan, StepResult
@@ -120,7 +120,7 @@ class VirtualScheduler(Scheduler):
                 self.num_recomputed_tokens += max(0, end - row.start)
         return plan
 
-    def commit(self, result: StepResult) -> Committed:
+    def commit(self, result: StepResult) -> StepOutput:
         """As there."""
         committed = super().commit(result)
         for request in committed.prefilled:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from nemo_engine.model.checkpoint import Checkpoint
+from nemo_engine.checkpoint.checkpoint import Checkpoint
 from nemo_engine.text import load_tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets" / "verify"

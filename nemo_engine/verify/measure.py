@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
-from nemo_engine.model.inventory import take_inventory
-from nemo_engine.model.loading import load_weights
+from nemo_engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nemo_engine.checkpoint.inventory import take_inventory
+from nemo_engine.checkpoint.loader import load_weights
+from nemo_engine.checkpoint.progress import progress_bar
+from nemo_engine.checkpoint.quant_config import ONLINE
 from nemo_engine.model.nemo import Nemo
-from nemo_engine.model.progress import progress_bar
-from nemo_engine.model.quantization import ONLINE
 from nemo_engine.model.sequence import Sequence
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.linear import linear_fp8

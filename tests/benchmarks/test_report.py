@@ -7,12 +7,12 @@ import struct
 from pathlib import Path
 
 import pytest
-from bench_lines import PLACE, decode, op, scheduler_run, serve, start, throughput
 
-from nemo_engine.benchmarks import report as reports
-from nemo_engine.benchmarks.report import BEGIN, END, readme_section, report, with_section
-from nemo_engine.benchmarks.results import Record, read
+from nemo_engine.benchmarks.report.report import BEGIN, END, readme_section, report, with_section
+from nemo_engine.benchmarks.report.report import report as reports
+from nemo_engine.benchmarks.report.results import Record, read
 from nemo_engine.cli import main
+from tests.helpers.bench_lines import PLACE, decode, op, scheduler_run, serve, start, throughput
 
 ROOT = Path(__file__).parents[2]
 

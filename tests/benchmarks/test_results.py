@@ -12,7 +12,16 @@ import pytest
 
 from nemo_engine.benchmarks import provenance as facts_of
 from nemo_engine.benchmarks.provenance import append_record, command_text, commit_of, gpu_facts, provenance
-from nemo_engine.benchmarks.results import Ratio, Record, Spread, blaming, check_comparable, percentiles, ratio, read
+from nemo_engine.benchmarks.report.results import (
+    Ratio,
+    Record,
+    Spread,
+    blaming,
+    check_comparable,
+    percentiles,
+    ratio,
+    read,
+)
 
 
 def result(**fields: Any) -> Record:

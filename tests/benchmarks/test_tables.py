@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from bench_lines import PLACE, decode, op, scheduler_run, serve, start, step_cost, throughput
 
-from nemo_engine.benchmarks.report import TABLES, groups_of, report
-from nemo_engine.benchmarks.results import Record
-from nemo_engine.benchmarks.tables import Table, anything, workload_name
+from nemo_engine.benchmarks.report.report import TABLES, groups_of, report
+from nemo_engine.benchmarks.report.results import Record
+from nemo_engine.benchmarks.report.tables import Table, anything, workload_name
+from tests.helpers.bench_lines import PLACE, decode, op, scheduler_run, serve, start, step_cost, throughput
 
 
 def tables_of(benchmark: str, records: list[Record]) -> list[Table]:

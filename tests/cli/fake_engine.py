@@ -98,9 +98,9 @@ class FakeEngine:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
-    """Put a fresh fake in the place of ``nemo_engine.engine.Engine``; torch is not needed then."""
+    """Put a fresh fake in the place of ``nemo_engine.engine.engine.Engine``; torch is not needed then."""
     fake = type("FakeEngine", (FakeEngine,), {"calls": [], "options": {}})
-    module = ModuleType("nemo_engine.engine")
+    module = ModuleType("nemo_engine.engine.engine")
     module.Engine = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nemo_engine.engine", module)
+    monkeypatch.setitem(sys.modules, "nemo_engine.engine.engine", module)
     return fake

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from nemo_engine.checkpoint.checkpoint import BUNDLED
 from nemo_engine.cli import info, main
 from nemo_engine.config import EngineConfig
-from nemo_engine.model.checkpoint import BUNDLED
+from nemo_engine.memory_plan import plan_kv_cache
 from nemo_engine.planner.gpus import GPUS
-from nemo_engine.planner.memory import plan_kv_cache
 from nemo_engine.planner.models import BUILT_IN, formats_of, read_model
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 
 
 def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:

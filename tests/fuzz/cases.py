@@ -6,10 +6,9 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoints import tiny_config
-
 from nemo_engine import RepetitionDetection, RequestOutputKind
 from nemo_engine.config import ModelConfig
+from tests.helpers.checkpoints import tiny_config
 
 TOKENS = 6144  # of the bundled tokenizer
 # Ids as clients write them, and what may stand before and after one in a name that an engine makes of it for itself.

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from checkpoints import random_state_dict, write_hf, write_mistral
 from fuzz.cases import EngineCase, ModelCase, RequestCase
 from fuzz.checks import Checker, Wrong
 from fuzz.reference import Model
@@ -20,6 +19,7 @@ from fuzz.texts import TEKKEN
 
 from nemo_engine import Engine, RequestOutput, SamplingParams
 from nemo_engine.scheduler import Request
+from tests.helpers.checkpoints import random_state_dict, write_hf, write_mistral
 from tests.scheduler.invariants import check
 
 

@@ -12,12 +12,12 @@ from fuzz.cases import FAULTS
 from fuzz.play import play
 from fuzz.run import ENGINES, cases_of, try_seed
 
-from nemo_engine.completions import OutputProcessor, UserRequest
-from nemo_engine.core import EngineCore
-from nemo_engine.inputs import InputProcessor
+from nemo_engine.engine.core import EngineCore
+from nemo_engine.engine.input_processor import InputProcessor
+from nemo_engine.engine.output_processor import OutputProcessor, UserRequest
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.runner import Runner
-from nemo_engine.scheduler import Committed, Request, Scheduler
+from nemo_engine.scheduler import Request, Scheduler, StepOutput
 from nemo_engine.scheduler.kv_manager import KVManager
 
 SEEDS = range(19, 29)
@@ -61,7 +61,7 @@ def found(seeds: range) -> str:
 def test_prompt_log_probabilities_lost_with_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = Scheduler.commit
 
-    def lose(self: Scheduler, result: Any) -> Committed:
+    def lose(self: Scheduler, result: Any) -> StepOutput:
         committed = commit(self, result)
         ended = set(committed.finished)
         committed.prompt_logprobs = [entry for entry in committed.prompt_logprobs if entry[0] not in ended]

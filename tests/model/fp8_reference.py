@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nemo_engine.config import ModelConfig
-from tests.checkpoints import StateDict
-from tests.fp8_checkpoints import BLOCK, FP8
+from tests.helpers.checkpoints import StateDict
+from tests.helpers.fp8_checkpoints import BLOCK, FP8
 
 
 def to_fp8(x: Tensor) -> Tensor:

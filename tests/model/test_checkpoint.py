@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.loading import read_tensor
-from nemo_engine.model.safetensors_files import read_header
-from tests.checkpoints import hf_config, random_state_dict, tiny_config, write_hf, write_mistral
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.loader import read_tensor
+from nemo_engine.checkpoint.safetensors_files import read_header
+from tests.helpers.checkpoints import hf_config, random_state_dict, tiny_config, write_hf, write_mistral
 
 CONFIG = tiny_config()
 STATE = random_state_dict(CONFIG, seed=3)

@@ -16,19 +16,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nemo_engine.checkpoint import export
+from nemo_engine.checkpoint.calibration import Calibration, calibrate
+from nemo_engine.checkpoint.checkpoint import BUNDLED, open_checkpoint
+from nemo_engine.checkpoint.export import export_fp8
+from nemo_engine.checkpoint.loader import load_weights, read_tensor
 from nemo_engine.cli import main
-from nemo_engine.model import export
-from nemo_engine.model.calibration import Calibration, calibrate
-from nemo_engine.model.checkpoint import BUNDLED, open_checkpoint
-from nemo_engine.model.export import export_fp8
 from nemo_engine.model.linear import Fp8Linear
-from nemo_engine.model.loading import load_weights, read_tensor
 from nemo_engine.model.nemo import Nemo
 from nemo_engine.model.sequence import Sequence
 from nemo_engine.ops import Ops, Site
 from nemo_engine.quantize import quantize_checkpoint
-from tests.checkpoints import random_state_dict, tiny_config, write_hf, write_mistral
-from tests.fp8_checkpoints import FP8, dequantise, quantise
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf, write_mistral
+from tests.helpers.fp8_checkpoints import FP8, dequantise, quantise
 
 CONFIG = tiny_config(num_heads=4, num_kv_heads=2, head_dim=64, hidden_size=128, intermediate_size=256, dtype="bfloat16")
 PROMPT = [1, 5, 60, 7, 33, 9, 20, 11, 90, 44, 2, 71, 3, 18, 6, 50, 13]
@@ -195,7 +195,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from nemo_engine.model import export
-from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
 export._copy_beside = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 export.export_fp8(open_checkpoint(sys.argv[1]), Path(sys.argv[2]))
 """

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_engine import Engine, SamplingParams
-from nemo_engine.model.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.loader import load_weights
+from nemo_engine.checkpoint.quant_config import quantization_of
 from nemo_engine.model.linear import DenseLinear, Fp8Linear
-from nemo_engine.model.loading import load_weights
-from nemo_engine.model.quantization import quantization_of
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import Ops, Site
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
-from tests.fp8_checkpoints import FP8, quantise, quantization_config, write_fp8
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.fp8_checkpoints import FP8, quantise, quantization_config, write_fp8
 
 SMALL = tiny_config()
 OUT = "model.layers.0.self_attn.o_proj"
@@ -216,7 +216,7 @@ def test_keys_and_values_alone_in_fp8(flavour: str, tmp_path: Path) -> None:
     for quantization, word in ((None, "load weights"), ("fp8", "quantised to FP8, a scale per channel")):
         with Engine(tmp_path, quantization=quantization, **CPU) as engine:
             engine.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2))
-            names = [row.name for row in engine.ledger.rows]
+            names = [row.name for row in engine.startup_log.rows]
         assert any(word in name for name in names) and "allocate KV cache (FP8, scales of the checkpoint)" in names
 
 
@@ -256,9 +256,9 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.loading import load_weights
-from nemo_engine.model.quantization import ONLINE
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.loader import load_weights
+from nemo_engine.checkpoint.quant_config import ONLINE
 from nemo_engine.ops.quantize import quantize_channels
 
 def status(field):

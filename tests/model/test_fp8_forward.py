@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.loader import load_weights
+from nemo_engine.checkpoint.quant_config import ONLINE, Quantization
 from nemo_engine.config import ModelConfig
-from nemo_engine.model.checkpoint import open_checkpoint
 from nemo_engine.model.linear import Fp8Linear
-from nemo_engine.model.loading import load_weights
 from nemo_engine.model.nemo import Nemo
-from nemo_engine.model.quantization import ONLINE, Quantization
 from nemo_engine.ops import Ops, Site
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
-from tests.fp8_checkpoints import BLOCK, FLAVOURS, FP8, dequantise, is_quantised, quantise, write_fp8
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.fp8_checkpoints import BLOCK, FLAVOURS, FP8, dequantise, is_quantised, quantise, write_fp8
 from tests.model.forward import PAGE, our_logits
 from tests.model.fp8_reference import Reference, to_fp8
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import random_state_dict, tiny_config, write_hf, write_mistral
 
 from nemo_engine import Engine
 from nemo_engine.cli import main
 from nemo_engine.text import load_tokenizer
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf, write_mistral
 
 TINY = Path(__file__).parents[2] / "nemo_engine" / "assets" / "nemo-tiny" / "tekken.json"
 SIZES = ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads",

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import (
+from tests.helpers.checkpoints import (
     random_adapter,
     random_state_dict,
     tiny_config,
     write_adapter,
     write_hf,
 )
-from tests.local_hub import serve
+from tests.helpers.local_hub import serve
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = tiny_config(vocab_size=20_000)  # weights of more than what is read for a header
-OPEN = "from nemo_engine.model.checkpoint import open_checkpoint; print(open_checkpoint({!r}).describe())"
+OPEN = "from nemo_engine.checkpoint.checkpoint import open_checkpoint; print(open_checkpoint({!r}).describe())"
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_engine.checkpoint import loader as weights_module
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.inventory import FAULTS_SHOWN
+from nemo_engine.checkpoint.loader import load_weights
+from nemo_engine.checkpoint.progress import progress_bar
 from nemo_engine.config import ModelConfig
-from nemo_engine.ledger import Ledger
-from nemo_engine.model import loading as weights_module
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.inventory import FAULTS_SHOWN
-from nemo_engine.model.loading import load_weights
-from nemo_engine.model.progress import progress_bar
 from nemo_engine.model.weights import NemoWeights, dummy_weights
 from nemo_engine.ops import Ops, Site
-from tests.checkpoints import StateDict, random_state_dict, tiny_config, write_hf, write_mistral
+from nemo_engine.startup_log import StartupLog
+from tests.helpers.checkpoints import StateDict, random_state_dict, tiny_config, write_hf, write_mistral
 
 CONFIGS = {
     "odd layers": tiny_config(num_layers=3),
@@ -119,15 +119,15 @@ def test_tied_embeddings_share_one_tensor(tmp_path: Path) -> None:
 
 def test_linear_and_ledger(tmp_path: Path) -> None:
     config = tiny_config()
-    ledger = Ledger()
-    weights = load(write_hf(tmp_path, config, random_state_dict(config)), ledger=ledger)
+    startup_log = StartupLog()
+    weights = load(write_hf(tmp_path, config, random_state_dict(config)), startup_log=startup_log)
     qkv = weights.layers[0].qkv
     assert (qkv.out_features, qkv.in_features, qkv.num_bytes) == (64, 24, 64 * 24 * 4)
     x = torch.randn(5, 24)
     ops = Ops.select(Site.of(config, 16, torch.float32, torch.device("cpu")), {})
     assert torch.allclose(qkv(x, ops), x @ qkv.weight.T, atol=1e-6)
-    assert [row.name for row in ledger.rows] == ["check tensors", "load weights"]
-    assert ledger.rows[1].num_bytes == weights.num_bytes == open_checkpoint(tmp_path).num_bytes
+    assert [row.name for row in startup_log.rows] == ["check tensors", "load weights"]
+    assert startup_log.rows[1].num_bytes == weights.num_bytes == open_checkpoint(tmp_path).num_bytes
 
 
 # ---- what does not fit
@@ -222,9 +222,9 @@ def test_a_nan_is_loaded_as_it_is(tmp_path: Path) -> None:
 
 PEAK_SCRIPT = """
 import sys, torch
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.inventory import FAULTS_SHOWN
-from nemo_engine.model.loading import load_weights
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.inventory import FAULTS_SHOWN
+from nemo_engine.checkpoint.loader import load_weights
 def status(key):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines[key].split()[0]) * 1024

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from nemo_engine import Engine, SamplingParams
+from nemo_engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nemo_engine.checkpoint.inventory import take_inventory
+from nemo_engine.checkpoint.loader import load_weights
+from nemo_engine.checkpoint.quant_config import ONLINE
 from nemo_engine.config import ModelConfig
-from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
-from nemo_engine.model.inventory import take_inventory
 from nemo_engine.model.linear import Fp8Linear
-from nemo_engine.model.loading import load_weights
-from nemo_engine.model.quantization import ONLINE
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.quantize import quantize_checkpoint
-from tests.checkpoints import (
+from tests.helpers.checkpoints import (
     SEVEN,
     StateDict,
     hf_config,
@@ -33,7 +33,7 @@ from tests.checkpoints import (
     write_hf,
     write_mistral,
 )
-from tests.fp8_checkpoints import write_fp8
+from tests.helpers.fp8_checkpoints import write_fp8
 
 CONFIG = tiny_config()
 STATE = random_state_dict(CONFIG)
@@ -205,7 +205,7 @@ def test_an_engine_answers_as_the_merged_model(tmp_path: Path) -> None:
     ):
         assert answers(tuned) == answers(expected) != answers(plain)
         assert tuned.config.lora == str(adapter)
-        assert any(f"merged with adapter {adapter}: LoRA of rank 4" in row.name for row in tuned.ledger.rows)
+        assert any(f"merged with adapter {adapter}: LoRA of rank 4" in row.name for row in tuned.startup_log.rows)
     with pytest.raises(ValueError, match="lora needs the checkpoint's weights, and load_format 'dummy'"):
         Engine(base, lora=adapter, load_format="dummy", **options)
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.loader import load_weights
 from nemo_engine.config import ModelConfig
-from nemo_engine.ledger import Ledger
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.loading import load_weights
 from nemo_engine.model.nemo import Nemo
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.rope import rope_table
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from nemo_engine.startup_log import StartupLog
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.model.forward import PAGE, our_logits
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ def load_both(
     write_hf(path, config, random_state_dict(config, seed=5))
     reference = transformers.MistralForCausalLM.from_pretrained(path, dtype=dtype).eval()
     site = Site.of(config, PAGE, dtype, torch.device("cpu"))
-    weights = load_weights(open_checkpoint(path), config, dtype=dtype, progress=False, ledger=Ledger())
+    weights = load_weights(open_checkpoint(path), config, dtype=dtype, progress=False, startup_log=StartupLog())
     return Nemo(config, weights, Ops.select(site, prefer), max_len=256), reference
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.inventory import take_inventory
-from nemo_engine.model.loading import load_weights
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.inventory import take_inventory
+from nemo_engine.checkpoint.loader import load_weights
 from nemo_engine.model.weights import NemoWeights
-from tests.checkpoints import StateDict, hf_config, random_state_dict, tiny_config, write_hf, write_mistral
-from tests.fp8_checkpoints import write_fp8
+from tests.helpers.checkpoints import StateDict, hf_config, random_state_dict, tiny_config, write_hf, write_mistral
+from tests.helpers.fp8_checkpoints import write_fp8
 
 CONFIG = tiny_config()
 STATE = random_state_dict(CONFIG)

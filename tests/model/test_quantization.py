@@ -11,15 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nemo_engine.checkpoint.inventory import planned_inventory
+from nemo_engine.checkpoint.loader import load_weights
+from nemo_engine.checkpoint.quant_config import ONLINE, quantization_of
 from nemo_engine.config import ModelConfig
-from nemo_engine.model.checkpoint import Checkpoint, open_checkpoint
-from nemo_engine.model.inventory import planned_inventory
 from nemo_engine.model.linear import DenseLinear, Fp8Linear, Linear
-from nemo_engine.model.loading import load_weights
-from nemo_engine.model.quantization import ONLINE, quantization_of
 from nemo_engine.model.weights import NemoWeights, dummy_weights
-from tests.checkpoints import random_state_dict, tiny_config, write_hf, write_mistral
-from tests.fp8_checkpoints import FLAVOURS, FP8, dequantise, is_quantised, quantise, quantization_config, write_fp8
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf, write_mistral
+from tests.helpers.fp8_checkpoints import (
+    FLAVOURS,
+    FP8,
+    dequantise,
+    is_quantised,
+    quantise,
+    quantization_config,
+    write_fp8,
+)
 
 SMALL = tiny_config()
 BLOCKS = tiny_config(num_heads=2, num_kv_heads=1, head_dim=128, hidden_size=200, intermediate_size=256, num_layers=1)

@@ -18,7 +18,7 @@ from nemo_engine.ops.cpu import compiled as cpu
 from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.op import compiled_for_cpu
 from nemo_engine.ops.paged_kv import PagedKV
-from tests.checkpoints import tiny_config
+from tests.helpers.checkpoints import tiny_config
 
 built = pytest.mark.skipif(compiled_for_cpu() is None, reason="nemo_engine._cpu is not built: there is no C++ compiler")
 packs = pytest.mark.skipif(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nemo_engine.config import EngineConfig
+from nemo_engine.memory_plan import plan_memory, widened_bytes
 from nemo_engine.ops.attention import PAGED_ATTENTION, AttentionMeta, Workspace, attention_inputs, paged_attention
 from nemo_engine.ops.cuda import attention as cuda_attention
 from nemo_engine.ops.cuda import prefill
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.quantize import FP8
-from nemo_engine.planner.memory import plan_memory, widened_bytes
 from nemo_engine.planner.models import BUILT_IN
 from tests.emulation.library import emulated, watched
 

@@ -19,14 +19,14 @@ from triton.runtime.jit import JITFunction
 
 from nemo_engine import AsyncEngine, SamplingParams
 from nemo_engine.benchmarks.kernel_report import META, NEMO, _Target
+from nemo_engine.checkpoint.inventory import planned_inventory
+from nemo_engine.checkpoint.quant_config import ONLINE
 from nemo_engine.config import EngineConfig
-from nemo_engine.model.inventory import planned_inventory
-from nemo_engine.model.quantization import ONLINE
+from nemo_engine.memory_plan import GIB, graph_sizes, plan_memory
 from nemo_engine.model.weights import all_dense, empty_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import Workspace
 from nemo_engine.ops.quantize import FP8
-from nemo_engine.planner.memory import GIB, graph_sizes, plan_memory
 from nemo_engine.runner import graphs
 from nemo_engine.runner.graphs import Captured, cuda_capture
 from nemo_engine.runner.precision import use_wide_reductions

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.loader import load_weights
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.loading import load_weights
+from nemo_engine.memory_plan import graph_sizes
 from nemo_engine.ops import ALL_OPS, Ops, Site
 from nemo_engine.ops.quantize import FP8
-from nemo_engine.planner.memory import graph_sizes
 from nemo_engine.runner.graphs import cuda_capture
 from nemo_engine.runner.runner import Runner
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
-from tests.fp8_checkpoints import write_fp8
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.fp8_checkpoints import write_fp8
 
 PAGE = 16
 SLOTS = 7

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_engine.checkpoint.inventory import planned_inventory
+from nemo_engine.checkpoint.quant_config import ONLINE
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.model.inventory import planned_inventory
-from nemo_engine.model.quantization import ONLINE
-from nemo_engine.model.weights import all_dense, dummy_weights, empty_weights
-from nemo_engine.planner.memory import (
+from nemo_engine.memory_plan import (
     GIB,
     Sizes,
     num_parameters,
@@ -22,7 +21,8 @@ from nemo_engine.planner.memory import (
     weight_bytes,
     what_would_fit,
 )
-from tests.checkpoints import tiny_config
+from nemo_engine.model.weights import all_dense, dummy_weights, empty_weights
+from tests.helpers.checkpoints import tiny_config
 
 NEMO = tiny_config(
     vocab_size=131072, hidden_size=5120, num_layers=40, num_heads=32, num_kv_heads=8, head_dim=128,

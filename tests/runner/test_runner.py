@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_engine.checkpoint.checkpoint import open_checkpoint
+from nemo_engine.checkpoint.loader import load_weights
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.model.checkpoint import open_checkpoint
-from nemo_engine.model.loading import load_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.runner import runner as runner_module
 from nemo_engine.runner import step_compute
@@ -24,7 +24,7 @@ from nemo_engine.runner.sampler import Sampler
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, PrefillRow, SlotFill, StepPlan, StepResult
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 
 PAGE = 16
 MAX_LEN = 160

@@ -22,7 +22,7 @@ from nemo_engine.ops.sample import top_logprobs
 from nemo_engine.runner.sampler import Sampler
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
-from tests.checkpoints import tiny_config
+from tests.helpers.checkpoints import tiny_config
 
 CPU = torch.device("cpu")
 OPS = Ops.select(Site.of(tiny_config(), 16, torch.float32, CPU), {})

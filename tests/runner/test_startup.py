@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from nemo_engine.config import EngineConfig
-from nemo_engine.ledger import Ledger
+from nemo_engine.memory_plan import GIB, Sizes, plan_kv_cache
 from nemo_engine.ops import Ops, Site
-from nemo_engine.planner.memory import GIB, Sizes, plan_kv_cache
 from nemo_engine.runner import startup
 from nemo_engine.runner.startup import check_capturable, start_device_half
-from tests.checkpoints import random_state_dict, tiny_config, write_hf
+from nemo_engine.startup_log import StartupLog
+from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_refused_before_weights_are_read(
     write_hf(tmp_path, config, random_state_dict(config))
     monkeypatch.setattr(startup, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=message):
-        start_device_half(tmp_path, EngineConfig(**({"device": "cpu"} | options)), Ledger())
+        start_device_half(tmp_path, EngineConfig(**({"device": "cpu"} | options)), StartupLog())
 
 
 @pytest.mark.parametrize(

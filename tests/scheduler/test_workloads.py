@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nemo_engine.core import EngineCore
+from nemo_engine.engine.core import EngineCore
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
 from nemo_engine.scheduler import Request, RequestStatus, Scheduler
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, StepPlan

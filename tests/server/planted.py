@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from nemo_engine import AsyncEngine, RequestOutput, SamplingParams
-from nemo_engine.inputs import EncodedPrompt
+from nemo_engine.engine.input_processor import EncodedPrompt
 from nemo_engine.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics
 from nemo_engine.sampling_params import RequestOutputKind
 

@@ -16,7 +16,7 @@ import pytest
 import nemo_engine
 from nemo_engine import AsyncEngine, Engine, SamplingParams
 from nemo_engine.text import template_meter
-from tests import hf_tokenizers
+from tests.helpers import hf_tokenizers
 from tests.server.live import ENGINE_OPTIONS, LiveServer
 from tests.text.chat_templates import CHATML, HERMES, TINY, TOOLS
 

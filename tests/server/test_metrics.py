@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nemo_engine import AsyncEngine
 from nemo_engine.outputs import StepRecord
-from nemo_engine.server.history import SECONDS, History
 from nemo_engine.server.metrics import Histogram
+from nemo_engine.server.ui.history import SECONDS, History
 from tests.server.live import ENGINE_OPTIONS, LiveServer
 
 COUNTERS = {"prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens",

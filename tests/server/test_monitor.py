@@ -17,10 +17,10 @@ import pytest
 
 import nemo_engine.server
 from nemo_engine import AsyncEngine, Engine, SamplingParams
-from nemo_engine.server.monitor import MAX_CELLS, PAGE_STATES, Monitor, page_map
+from nemo_engine.server.ui.monitor import MAX_CELLS, PAGE_STATES, Monitor, page_map
 from tests.server.live import ENGINE_OPTIONS, MODEL, LiveServer
 
-PAGE = Path(nemo_engine.server.__file__).parent / "page"
+PAGE = Path(nemo_engine.server.__file__).parent / "ui" / "page"
 PATHS = [
     "/",
     *(f"/page/{path.name}" for path in sorted(PAGE.iterdir()) if path.name != "index.html"),

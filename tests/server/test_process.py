@@ -134,7 +134,7 @@ def _swallow(url: str, stream: bool) -> None:
 def test_an_engine_that_dies_makes_the_process_fail() -> None:
     script = """
 import sys, threading, time
-from nemo_engine.async_engine import AsyncEngine
+from nemo_engine.engine.async_engine import AsyncEngine
 start = AsyncEngine.__init__
 def init(self, *args, **options):
     start(self, *args, **options)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_engine.text.chat_probe import TOOL
 from nemo_engine.text.vocabulary import AddedToken
-from tests import hf_tokenizers
+from tests.helpers import hf_tokenizers
 
 CONTROLS = (
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "<start_of_turn>",

@@ -17,9 +17,9 @@ import mistral_common
 import pycountry
 import pytest
 import tokenizers
-from hf_tokenizers import added, byte_fallback, config_of, cut_tekken, tekken_as_hf, write, written
 
 from nemo_engine.text import Detokenizer, Tokenizer, load_tokenizer, render_chat
+from tests.helpers.hf_tokenizers import added, byte_fallback, config_of, cut_tekken, tekken_as_hf, write, written
 
 ROOT = Path(__file__).parents[2]
 TEKKEN = ROOT / "nemo_engine" / "assets" / "nemo-tiny" / "tekken.json"

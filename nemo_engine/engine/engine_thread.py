@@ -1,0 +1,329 @@
+"""``EngineThread``: the thread that runs an engine's steps, and the way to it and from it.
+
+Requests come in through an inbox that the thread empties between two steps. Their outputs wait, merged, until their event loop takes them:
+so a slow consumer holds up nobody, and what waits for it is never more than one output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from nemo_engine.engine.base import FORKED, BaseEngine, PreparedRequest
+from nemo_engine.outputs import RequestOutput
+from nemo_engine.sampling_params import RequestOutputKind
+
+_logger = logging.getLogger("nemo_engine")
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's thread has ended by an error, which is the cause of this one. Nothing can be asked of the engine any more."""
+
+
+class EngineClosedError(RuntimeError):
+    """The engine was closed or is being drained, and takes no requests."""
+
+
+class Stream:
+    """The outputs of one request on their way from the engine's thread to one event loop. At most one waits, merged."""
+
+    __slots__ = ("_thread", "_error", "_is_woken", "_lock", "_pending", "_waiter", "is_dropped", "loop", "request_id")
+
+    def __init__(self, thread: EngineThread, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.request_id = request_id
+        self.loop = loop
+        self.is_dropped = False  # its consumer has gone; written under the condition's lock
+        self._thread = thread
+        self._lock = threading.Lock()
+        self._pending: RequestOutput | None = None
+        self._error: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_woken = False
+
+    def append(self, output: RequestOutput) -> None:
+        """Engine's thread: add an output to what waits."""
+        with self._lock:
+            before = self._pending
+            self._pending = output if before is None else _merged(before, output)
+        self._wake()
+        if output.finished:
+            self._thread.ended(self)
+
+    def fail(self, error: BaseException) -> None:
+        """Engine's thread: there will be no output any more."""
+        with self._lock:
+            self._error = error
+        self._wake()
+        self._thread.ended(self)
+
+    def _wake(self) -> None:
+        if not self._is_woken:
+            self._is_woken = True
+            self._thread.wake_later(self)
+
+    def wake(self) -> None:
+        """Event loop: something waits."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> RequestOutput:
+        """Event loop: what waits, as soon as something does."""
+        while True:
+            with self._lock:
+                output, self._pending = self._pending, None
+                self._is_woken = False
+                error = self._error
+            if output is not None:
+                return output
+            if error is not None:
+                raise error
+            self._waiter = self.loop.create_future()
+            # Between the look and the waiter something may have come, whose wake-up found no waiter.
+            if self._pending is None and self._error is None:
+                await self._waiter
+            self._waiter = None
+
+
+class EngineThread:
+    """Runs the steps of ``engine`` while there is something to do, and sleeps while there is not.
+
+    owns: close the engine in the end. One that stays its caller's may be advanced by others meanwhile.
+    """
+
+    def __init__(self, engine: BaseEngine, *, owns: bool = True) -> None:
+        self._owns = owns
+        self.stats = engine.stats()  # after the last step
+        self.last_step_id = 0
+        self.streams: dict[str, Stream] = {}  # unfinished requests; written under the condition's lock
+        self.is_draining = False
+        self.is_closing = False
+        self.error: EngineDeadError | None = None
+        self._engine = engine
+        self._condition = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._num_arriving: Counter[str] = Counter()  # completions in the inbox, by client
+        self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # the thread's own
+        self._idle: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._is_ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nemo-engine", daemon=True)
+        self._thread.start()
+        try:
+            self._is_ready.wait()
+        except BaseException:  # an interrupt
+            self.close()
+            raise
+        self.check_alive()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs, in this process."""
+        return self._thread.is_alive()
+
+    def check_open(self) -> None:
+        """Raise ``EngineDeadError`` or ``EngineClosedError`` if no requests are taken."""
+        self.check_alive()
+        if self.is_closing:
+            raise EngineClosedError("the engine is closed")
+        if self.is_draining:
+            raise EngineClosedError("the engine is being drained and takes no more requests")
+
+    def check_alive(self) -> None:
+        """Raise ``EngineDeadError`` if the thread has ended by an error, ``EngineClosedError`` in a process that was forked from its own."""
+        if self.error is not None:
+            raise EngineDeadError(str(self.error)) from self.error.__cause__
+        if not self.is_alive and not self.is_closing:
+            raise EngineClosedError(FORKED)
+
+    def add(self, prepared: PreparedRequest, stream: Stream) -> None:
+        """Queue a request whose outputs go to ``stream``, unless that was dropped. ``ValueError`` if its id is in use. From any thread."""
+        request_id = stream.request_id
+        with self._condition:
+            self.check_open()
+            if stream.is_dropped:
+                return
+            if request_id in self.streams:
+                raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+            self.streams[request_id] = stream
+            client, count = _client_of(prepared)
+            self._num_arriving[client] += count
+            self._inbox.append(lambda: self._submit(prepared, stream))
+            self._condition.notify()
+
+    def num_waiting_of(self, client: str) -> int:
+        """Completions of ``client`` that wait for a place in the batch. From any thread."""
+        return self._num_arriving[client] + self._engine.num_waiting_of(client)
+
+    def drop(self, stream: Stream) -> None:
+        """End the request of ``stream``, whose consumer has gone, also if it is yet to be added. From any thread."""
+        with self._condition:
+            stream.is_dropped = True
+            self._inbox.append(lambda: self._abort(stream))
+            self._condition.notify()
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Have ``command`` run between two steps. What it raises ends the thread. From any thread."""
+        with self._condition:
+            self._inbox.append(command)
+            self._condition.notify()
+
+    def idle_waiter(self) -> asyncio.Future[None] | None:
+        """A future of the running loop that is done when no request is left; None if none is now."""
+        loop = asyncio.get_running_loop()
+        with self._condition:
+            if not self.streams or self.error is not None:
+                return None
+            waiter = loop.create_future()
+            self._idle.append((loop, waiter))
+        return waiter
+
+    def close(self) -> None:
+        """End all requests ("abort"), then the thread, and give the engine's memory back. May be called twice."""
+        if not self.is_alive:  # after a fork the lock may be held for ever
+            self.is_closing = True
+            return
+        with self._condition:
+            self.is_closing = True
+            self._condition.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # ---- in the thread
+
+    def _run(self) -> None:
+        engine = self._engine
+        try:
+            if self._owns:
+                engine.settle()
+            self._is_ready.set()
+            while True:
+                with self._condition:
+                    while not (self._inbox or self.is_closing or engine.has_work()):
+                        self._condition.wait()
+                    is_closing = self.is_closing
+                self._run_commands()
+                if is_closing:
+                    break
+                if engine.has_work():
+                    self._advance()
+                self.stats, self.last_step_id = engine.stats(), engine.last_step_id
+                self._wake_all()
+            engine.abort(list(self.streams))
+        except BaseException as error:
+            _logger.critical("the engine's thread has ended by an error", exc_info=error)
+            self._die(error)
+        finally:
+            self._wake_all()
+            try:
+                if self._owns:
+                    engine.close()
+            except Exception:
+                _logger.exception("the engine could not be closed")
+            self.stats = engine.stats()
+
+    def _advance(self) -> None:
+        try:
+            self._engine.advance()
+        except Exception:
+            if self._engine.is_dead:
+                raise
+            _logger.exception("a step failed; the requests that were running end with it")
+
+    def _run_commands(self) -> None:
+        with self._condition:
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            command()
+
+    def _submit(self, prepared: PreparedRequest, stream: Stream) -> None:
+        client, count = _client_of(prepared)
+        try:
+            self._engine.submit(prepared)
+        except Exception as error:
+            stream.fail(error)
+        with self._condition:
+            self._num_arriving[client] -= count
+            if not self._num_arriving[client]:
+                del self._num_arriving[client]
+
+    def _abort(self, stream: Stream) -> None:
+        if self.streams.get(stream.request_id) is stream:  # not another request that has its id by now
+            self._engine.abort(stream.request_id)
+
+    def wake_later(self, stream: Stream) -> None:
+        """After this step, wake the consumer of ``stream``."""
+        self._to_wake.setdefault(stream.loop, []).append(stream)
+
+    def ended(self, stream: Stream) -> None:
+        """The last output of a request has come."""
+        with self._condition:
+            self.streams.pop(stream.request_id, None)
+            if not self.streams:
+                for loop, waiter in self._idle:
+                    _call_in(loop, _resolve, waiter)
+                self._idle.clear()
+
+    def _wake_all(self) -> None:
+        if self._to_wake:
+            to_wake, self._to_wake = self._to_wake, {}
+            for loop, streams in to_wake.items():
+                if not _call_in(loop, _wake_streams, streams):  # the loop was closed with requests under way
+                    for stream in streams:
+                        self._abort(stream)
+
+    def _die(self, error: BaseException) -> None:
+        dead = EngineDeadError(f"the engine's thread has ended by an error: {type(error).__name__}: {error}")
+        dead.__cause__ = error
+        with self._condition:
+            self.error = dead
+            self._is_ready.set()
+            streams = list(self.streams.values())
+        for stream in streams:
+            stream.fail(dead)
+
+
+def _client_of(prepared: PreparedRequest) -> tuple[str, int]:
+    """Whose request it is, and how many completions."""
+    completions = prepared.user.completions
+    return completions[0].request.client, len(completions)
+
+
+def _merged(before: RequestOutput, after: RequestOutput) -> RequestOutput:
+    """One output in the place of two that were not taken in between."""
+    params = after.sampling_params
+    if params is None or params.output_kind is not RequestOutputKind.DELTA:
+        return after
+    by_index = {output.index: output for output in before.outputs}
+    for new in after.outputs:
+        old = by_index.get(new.index)
+        if old is not None:
+            new.text = old.text + new.text
+            old.token_ids.extend(new.token_ids)
+            new.token_ids = old.token_ids
+            if old.logprobs is not None and new.logprobs is not None:
+                old.logprobs.extend(new.logprobs)
+                new.logprobs = old.logprobs
+        by_index[new.index] = new
+    after.outputs = [by_index[index] for index in sorted(by_index)]
+    return after
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: object) -> bool:
+    try:
+        loop.call_soon_threadsafe(function, argument)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _wake_streams(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.wake()
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

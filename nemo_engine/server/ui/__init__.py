@@ -1,0 +1,1 @@
+"""The web page at ``/``, and the numbers that it shows."""

@@ -1,0 +1,206 @@
+"""The page at ``/`` and what its live view shows: ``/monitor`` as JSON, ``/monitor/stream`` once a second.
+
+Owns the files of the page and the picture of the engine; ``ServerOptions.page`` turns all of it off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from nemo_engine import __version__
+from nemo_engine.outputs import RequestView, StepRecord
+from nemo_engine.server.clients import ANYONE, Client
+from nemo_engine.server.service import Service
+from nemo_engine.server.sse import EventStream, event
+
+MAX_CELLS = 4096  # of the map of pages
+MAX_REQUESTS = 100  # that are listed
+MAX_STEPS = 160
+INTERVAL = 1.0  # seconds between two events
+
+PAGE_STATES = ("free", "cached", "used", "shared")  # by the bytes of ``page_states``
+
+_NAMES = {
+    "index.html": "text/html; charset=utf-8",
+    "style.css": "text/css; charset=utf-8",
+    "app.js": "text/javascript; charset=utf-8",
+    "chat.js": "text/javascript; charset=utf-8",
+    "engine.js": "text/javascript; charset=utf-8",
+    "charts.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def monitor_routes(service: Service) -> APIRouter:
+    """The routes of the page; none if it is turned off."""
+    router = APIRouter()
+    if not service.options.page:
+        return router
+    page = {name: PageFile(name, kind) for name, kind in _NAMES.items()}
+    monitor = Monitor(service)
+
+    @router.get("/", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return page["index.html"].response(request)
+
+    for name in _NAMES.keys() - {"index.html"}:
+        router.add_api_route(f"/page/{name}", page[name].response, methods=["GET"], include_in_schema=False)
+
+    @router.get("/monitor")
+    async def snapshot(http: Request) -> dict[str, Any]:
+        return await monitor.snapshot(service.client_of(http))
+
+    @router.get("/monitor/stream", include_in_schema=False)
+    async def stream(http: Request) -> Response:
+        return await EventStream(monitor.events(service.client_of(http))).start()
+
+    return router
+
+
+class PageFile:
+    """A file of the page, which browsers keep and ask about each time."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        self._body = files("nemo_engine.server.ui").joinpath("page", name).read_bytes()
+        self._etag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
+        self._headers = {"Content-Type": kind, "ETag": self._etag} | _HEADERS
+
+    def response(self, request: Request) -> Response:
+        """The file, or that it has not changed."""
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if self._etag in known:
+            return Response(status_code=304, headers=self._headers)
+        return Response(self._body, headers=self._headers)
+
+
+class Monitor:
+    """Pictures of one engine, taken while somebody looks; those who look at the same time share them."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._started = time.monotonic()
+        self._lock = asyncio.Lock()
+        self._taken = -INTERVAL
+        self._last: dict[str, Any] = {}
+        self._requests: list[tuple[RequestView, Client]] = []
+
+    async def snapshot(self, client: Client = ANYONE) -> dict[str, Any]:
+        """The picture of now, at most half an ``INTERVAL`` old, with the requests of ``client`` alone."""
+        async with self._lock:
+            if time.monotonic() - self._taken >= INTERVAL / 2:
+                self._last = await self._take()
+                self._taken = time.monotonic()
+            own = [_request(view) for view, owner in self._requests if owner == client]
+            return self._last | {"requests": own[:MAX_REQUESTS]}
+
+    async def events(self, client: Client = ANYONE) -> AsyncIterator[bytes]:
+        """Pictures as server-sent events, until the server has nothing more to do."""
+        engine = self._service.engine
+        while True:
+            yield event(await self.snapshot(client))
+            if not engine.is_ready and engine.num_unfinished == 0:
+                return
+            await asyncio.sleep(INTERVAL)
+
+    async def _take(self) -> dict[str, Any]:
+        service, engine = self._service, self._service.engine
+        await service.metrics.update()
+        since = max(0, engine.last_step_id - MAX_STEPS)
+        limit = MAX_REQUESTS * (10 if service.keys else 1)  # among others' there may be few of whoever looks
+        states, requests, steps, stats = await engine.call(
+            lambda e: (e.page_states(), e.requests(limit), e.steps_since(since)[-MAX_STEPS:], e.stats())
+        )
+        config = engine.config
+        self._requests = [(view, service.owners.get(view.request_id, ANYONE)) for view in requests]
+        return {
+            "status": "draining" if service.is_draining or not engine.is_ready else "ready",
+            "uptime": round(time.monotonic() - self._started, 1),
+            "engine": {
+                "model": service.model_name,
+                "version": __version__,
+                "max_model_len": engine.max_model_len,
+                "max_num_seqs": config.max_num_seqs,
+                "max_num_batched_tokens": engine.max_num_batched_tokens,
+                "page_size": config.page_size,
+                "prefix_caching": config.enable_prefix_caching,
+            },
+            "stats": dataclasses.asdict(stats),
+            "pages": page_map(states),
+            "steps": _steps(steps),
+            "history": _columns(service.metrics.history.view()),
+        }
+
+
+def page_map(states: bytes) -> dict[str, Any]:
+    """The states of all pages, ``pages_per_cell`` neighbours a cell.
+
+    ``cells``: for each state but free, base64 of a byte a cell: the share of its pages in that state, 255 being all.
+    """
+    per_cell = max(1, -(-len(states) // MAX_CELLS))
+    starts = range(0, len(states), per_cell)
+    cells = {}
+    for state, name in enumerate(PAGE_STATES):
+        if state:
+            shares = [states.count(state, at, at + per_cell) * 255 // min(per_cell, len(states) - at) for at in starts]
+            cells[name] = b64encode(bytes(shares)).decode()
+    return {
+        "num_cells": len(starts),
+        "pages_per_cell": per_cell,
+        "counts": {name: states.count(state) for state, name in enumerate(PAGE_STATES)},
+        "cells": cells,
+    }
+
+
+def _request(view: RequestView) -> dict[str, Any]:
+    return {
+        "id": view.request_id,
+        "state": view.state,
+        "age": round(view.age, 2),
+        "prompt_tokens": view.num_prompt_tokens,
+        "cached_tokens": view.num_cached_tokens,
+        "computed_tokens": view.num_computed_tokens,
+        "output_tokens": view.num_output_tokens,
+        "pages": view.num_pages,
+        "preemptions": view.num_preemptions,
+    }
+
+
+def _steps(records: list[StepRecord]) -> dict[str, list[float | int]]:
+    """Of each step but the first, which only tells when the next one began: its number, rows, tokens, and milliseconds since the last."""
+    pairs = list(zip(records, records[1:]))
+    return {
+        "id": [after.step_id for _, after in pairs],
+        "decodes": [after.num_decodes for _, after in pairs],
+        "prefills": [after.num_prefills for _, after in pairs],
+        "prefill_tokens": [after.num_prefill_tokens for _, after in pairs],
+        "milliseconds": [round((after.time - before.time) * 1000, 2) for before, after in pairs],
+    }
+
+
+def _columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """A list of numbers a name, rather than names in every entry: a tenth of the bytes."""
+    names = entries[0] if entries else ()
+    return {name: [_short(entry[name]) for entry in entries] for name in names}
+
+
+def _short(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) else value

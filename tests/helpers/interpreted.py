@@ -1,0 +1,35 @@
+"""Runs tests marked ``interpreted``. Triton reads TRITON_INTERPRET when it is imported, so they need a process of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = (
+    *("-q", "-p", "no:cacheprovider", "-m", "interpreted"),
+    *("-W", "error:overflow:RuntimeWarning"),
+    *("-W", "ignore:overflow encountered in exp:RuntimeWarning"),  # whose infinity SiLU divides by
+)
+
+
+def run_interpreted(*paths: str) -> None:
+    """Fails unless the marked tests of ``paths`` pass, and there are some."""
+    pytest.importorskip("triton")
+    assert os.environ.get("TRITON_INTERPRET") != "1", "with TRITON_INTERPRET=1, run `pytest -m interpreted` itself"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *OPTIONS, *paths],
+        cwd=ROOT,
+        env={**env, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed.group(1)) > 50, run.stdout
