@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from nemo_engine import Engine
 from nemo_engine.benchmarks.driver import Driver
@@ -54,17 +55,10 @@ def timed_engine(engine: Engine, stages: StageTimes) -> Iterator[None]:
             for owner, name in ((runner._step, "ops"), (runner._step.model, "ops"), (runner._sampler, "_ops"))
         ],
     ]
-    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in patches]
-    for owner, name, value in patches:
-        setattr(owner, name, value)
-    try:
+    with ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(patch.object(owner, name, value))
         yield
-    finally:
-        for owner, name, value in before:
-            if value is None:
-                delattr(owner, name)  # a method of the class again
-            else:
-                setattr(owner, name, value)
 
 
 def timed_ops(ops: Ops, stages: StageTimes, model: ModelConfig) -> Ops:

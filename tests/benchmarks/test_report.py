@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_engine.benchmarks.report.report import BEGIN, END, readme_section, report, with_section
-from nemo_engine.benchmarks.report.report import report as reports
+from nemo_engine.benchmarks.report import command
+from nemo_engine.benchmarks.report.command import BEGIN, END, readme_section, report, with_section
 from nemo_engine.benchmarks.report.results import Record, read
 from nemo_engine.cli import main
 from tests.helpers.bench_lines import PLACE, decode, op, scheduler_run, serve, start, throughput
@@ -47,7 +47,7 @@ def test_an_empty_folder_and_a_missing_matplotlib_are_told(
 ) -> None:
     assert main(["bench", "report", str(tmp_path)]) == 2
     assert "there is no *.jsonl with results" in capsys.readouterr().err
-    monkeypatch.setattr(reports.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "pip install nemo-engine[plot]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_engine.benchmarks.report.report import TABLES, groups_of, report
+from nemo_engine.benchmarks.report.command import TABLES, groups_of, report
 from nemo_engine.benchmarks.report.results import Record
 from nemo_engine.benchmarks.report.tables import Table, anything, workload_name
 from tests.helpers.bench_lines import PLACE, decode, op, scheduler_run, serve, start, step_cost, throughput
