@@ -1,8 +1,9 @@
-"""What pyproject.toml cannot say: ``kernels/`` and ``benchmarks/`` lie beside the package in the tree and inside it when installed; and how
-the compiled kernels are built.
+"""What pyproject.toml cannot say: ``kernels/`` and ``benchmarks/`` lie beside the package in the tree and inside it
+when installed; and how the compiled kernels are built.
 
-Those for CPUs, ``nemo_engine._cpu``, are built where there is a C++ compiler; without one, torch computes. Those in CUDA, ``nemo_engine._C``,
-are compiled where nvcc is found. NEMO_ENGINE_CUDA=0 leaves them out; NEMO_ENGINE_CUDA=1 makes their absence an error.
+Those for CPUs, ``nemo_engine._cpu``, are built where there is a C++ compiler; without one, torch computes. Those in
+CUDA, ``nemo_engine._C``, are compiled where nvcc is found. NEMO_ENGINE_CUDA=0 leaves them out; NEMO_ENGINE_CUDA=1 makes
+their absence an error.
 """
 
 import os
@@ -29,17 +30,26 @@ class BuildKernels(build_ext):
         kernels_build.install_gpu(nvcc, Path(self.get_ext_fullpath(ext.name)).resolve())
 
 
-# OpenMP is not linked: its symbols are found in the one that torch brings, so that there is one pool of threads and not two.
+# OpenMP is not linked: its symbols are found in the one that torch brings, so that there is one pool of threads and not
+# two.
 CPU = Extension(
     "nemo_engine._cpu",
     sources=["csrc/cpu/kernels.cpp", "csrc/cpu/module.cpp"],
     depends=["csrc/cpu/kernels.h", "csrc/cpu/rows.h", "csrc/cpu/vector.h"],
     extra_compile_args=[
-        "-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi",
+        "-std=c++20",
+        "-O3",
+        "-g0",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wno-psabi",
     ],
     language="c++",
     optional=True,
-)  # fmt: skip
+)
 
 
 def cuda_extensions() -> list[Extension]:

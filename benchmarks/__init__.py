@@ -1,1 +1,3 @@
-"""Benchmarks: of the whole engine, of servers, of single operations, and of the engines that ours is measured against."""
+"""Benchmarks: of the whole engine, of servers, of single operations, and of the engines that ours is measured
+against.
+"""

@@ -1,4 +1,5 @@
-"""What FP8 costs nemo-tiny on this machine, kept with its provenance: benchmarks/results/verify-nemo-tiny.json and .svg.
+"""What FP8 costs nemo-tiny on this machine, kept with its provenance: benchmarks/results/verify-nemo-tiny.json and
+.svg.
 
 python benchmarks/accuracy.py
 """

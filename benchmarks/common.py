@@ -28,13 +28,21 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a checkpoint directory, nemo-tiny, or a shape with random weights: {', '.join(SHAPES)}",
     )  # fmt: skip
     parser.add_argument(
-        "--peers", nargs="*", default=[], metavar="NAME[=PYTHON]",
-        help=f"what to measure against, and the Python that has it: {', '.join(name for name in PEERS if name != 'nemo_engine')}",
-    )  # fmt: skip
+        "--peers",
+        nargs="*",
+        default=[],
+        metavar="NAME[=PYTHON]",
+        help="what to measure against, and the Python that has it: "
+        f"{', '.join(name for name in PEERS if name != 'nemo_engine')}",
+    )
     parser.add_argument(
-        "--option", action="append", default=[], metavar="ENGINE.NAME=JSON",
-        help="an option of an engine, such as vllm.enforce_eager=true; without its name it is nemo_engine's: max_num_seqs=64",
-    )  # fmt: skip
+        "--option",
+        action="append",
+        default=[],
+        metavar="ENGINE.NAME=JSON",
+        help="an option of an engine, such as vllm.enforce_eager=true; without its name it is nemo_engine's: "
+        "max_num_seqs=64",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to FILE, a line each")
     parser.add_argument("--log", type=Path, metavar="FILE", help="what the engines print goes to FILE")
 

@@ -1,8 +1,9 @@
 """The machine code of every CUDA kernel, as nvcc compiles it for sm_90a, and how it is launched for Mistral NeMo 12B.
 
-Works without a GPU. How a kernel is launched (threads, shared memory) is asked of the same sources compiled for the CPU, which launch every
-operation at NeMo's sizes and run nothing. Prints, per kernel and number of threads: registers, shared memory (the most), spills, how many blocks an SM holds
-at once, the instructions that matter, and what ``machine_flow`` reads:
+Works without a GPU. How a kernel is launched (threads, shared memory) is asked of the same sources compiled for the
+CPU, which launch every operation at NeMo's sizes and run nothing. Prints, per kernel and number of threads: registers,
+shared memory (the most), spills, how many blocks an SM holds at once, the instructions that matter, and what
+``machine_flow`` reads:
 
     waits     for products of a warpgroup (WARPGROUP.DEPBAR)
     exps      between products and each wait for all of them: what they overlap with (MUFU.EX2)

@@ -1,4 +1,6 @@
-"""Where the time of a decode step goes: on a CPU timers around the engine's stages and operations, on a GPU its kernels as torch's profiler sees them."""
+"""Where the time of a decode step goes: on a CPU timers around the engine's stages and operations, on a GPU its kernels
+as torch's profiler sees them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from nemo_engine.ops.op import COMPOSED
 
 
 def profile_decode(driver: Driver, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """{"profile": rows, "profiled_us_per_step": the mean step with timers, "unprofiled_us_per_step": the mean step without}."""
+    """{"profile": rows, "profiled_us_per_step": the mean step with timers, "unprofiled_us_per_step": the mean step
+    without}.
+    """
     plain = statistics.fmean(driver.decode(batch, context, steps).seconds) * 1e6
     runner: Any = driver.engine._core.runner
     if runner._step.model.weights.embed_tokens.is_cuda:
@@ -62,7 +66,10 @@ def timed_engine(engine: Engine, stages: StageTimes) -> Iterator[None]:
 
 
 def timed_ops(ops: Ops, stages: StageTimes, model: ModelConfig) -> Ops:
-    """``ops`` with a timer for each, those also that others are composed of. Products are told apart by their shapes."""
+    """``ops`` with a timer for each, those also that others are composed of.
+
+    Products are told apart by their shapes.
+    """
     projections = {
         (model.q_size + 2 * model.kv_size, model.hidden_size): "qkv",
         (model.hidden_size, model.q_size): "o",

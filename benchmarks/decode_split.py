@@ -1,8 +1,9 @@
-"""How well decode attention's split fills a GPU: the least time of its reads over the time that a model of the GPU gives, without a GPU.
+"""How well decode attention's split fills a GPU: the least time of its reads over the time that a model of the GPU
+gives, without a GPU.
 
-The model: blocks start in order, as many at once as there are places. A block starts and ends each of its parts in a time in which it reads
-nothing, and in between reads its keys. All blocks that read share the memory's rate equally, but none gets more than ``MOST_RATE``
-times what it gets when all places read.
+The model: blocks start in order, as many at once as there are places. A block starts and ends each of its parts in a
+time in which it reads nothing, and in between reads its keys. All blocks that read share the memory's rate equally, but
+none gets more than ``MOST_RATE`` times what it gets when all places read.
 
     python benchmarks/decode_split.py         # the table in NOTES.md: NeMo's heads on an H200
 """
@@ -56,7 +57,9 @@ def model_time(blocks: Blocks, places: int) -> float:
 
 
 def fill(lengths: Sequence[int], blocks: Blocks, units: int) -> float:
-    """Of a split whose units hold ``blocks``, one for each KV head, on as many places as the rule has units: at most 1."""
+    """Of a split whose units hold ``blocks``, one for each KV head, on as many places as the rule has units: at
+    most 1.
+    """
     return sum(lengths) / TILE / units / model_time(blocks, units)
 
 

@@ -66,7 +66,9 @@ class BatchTimes:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSteps:
-    """Seconds of each of some steps in which ``batch`` requests decoded, whose contexts were ``context`` tokens in the mean."""
+    """Seconds of each of some steps in which ``batch`` requests decoded, whose contexts were ``context`` tokens in the
+    mean.
+    """
 
     batch: int
     context: float
@@ -88,7 +90,9 @@ class Driver:
         return [self._rng.choices(ids, k=length) for _ in range(count)]
 
     def check_fits(self, batch: int, num_in: int, num_out: int) -> None:
-        """``DoesNotFit`` if ``batch`` such requests cannot run at once, ``ValueError`` if one of them can never finish."""
+        """``DoesNotFit`` if ``batch`` such requests cannot run at once, ``ValueError`` if one of them can never
+        finish.
+        """
         engine = self.engine
         room = engine.room_for(num_in)
         if num_out > room:
@@ -101,7 +105,8 @@ class Driver:
         needed = batch * -(-(num_in + num_out) // size)
         if needed > held:
             raise DoesNotFit(
-                f"the KV cache does not hold {batch} requests of {num_in + num_out} tokens: they need {needed} pages of {size}, it has {held}"
+                f"the KV cache does not hold {batch} requests of {num_in + num_out} tokens: they need {needed} pages "
+                f"of {size}, it has {held}"
             )
 
     def run(self, prompts: Sequence[list[int]], num_out: int) -> BatchTimes:
@@ -142,10 +147,11 @@ class Driver:
     def decode(
         self, batch: int, context: int, steps: int, observer: AbstractContextManager[object] | None = None
     ) -> DecodeSteps:
-        """Time ``steps`` steps in which ``batch`` requests decode; their contexts are ``context`` tokens, or a little more.
+        """Time ``steps`` steps in which ``batch`` requests decode; their contexts are ``context`` tokens, or a little
+        more.
 
-        The more they are, the longer the first ones decode while the last prompts are computed; the result has the true mean. ``observer``
-        is entered before the first timed step and left after the last.
+        The more they are, the longer the first ones decode while the last prompts are computed; the result has the true
+        mean. ``observer`` is entered before the first timed step and left after the last.
         """
         engine = self.engine
         if context > engine.max_model_len:
@@ -192,7 +198,8 @@ class Driver:
 
 
 def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Median, p90 and p99 of all values of all rounds; ``low`` and ``high`` are the least and the greatest median of a round.
+    """Median, p90 and p99 of all values of all rounds; ``low`` and ``high`` are the least and the greatest median of a
+    round.
 
     ``rounds`` in it holds those medians, in order.
     """

@@ -1,8 +1,9 @@
 """What one NVIDIA GPU can do at most on Mistral NeMo's shapes: the denominators of every roofline fraction.
 
-Measures, with device events, cold L2 and medians: copy and read-only bandwidth; cuBLAS bf16 and cuBLASLt FP8 (rowwise and
-tensorwise scales, fast accumulation on and off) on the five projections at M = 1 .. 8192; causal SDPA prefill at 2k .. 128k per
-back end; the cost of one more kernel in a CUDA graph; the SM clock under load. Appends JSON lines with provenance.
+Measures, with device events, cold L2 and medians: copy and read-only bandwidth; cuBLAS bf16 and cuBLASLt FP8 (rowwise
+and tensorwise scales, fast accumulation on and off) on the five projections at M = 1 .. 8192; causal SDPA prefill at 2k
+.. 128k per back end; the cost of one more kernel in a CUDA graph; the SM clock under load. Appends JSON lines with
+provenance.
 
     python benchmarks/gpu_ceilings.py --json benchmarks/results/ceilings-h200.jsonl
 """

@@ -1,6 +1,8 @@
-"""What a run on a GPU measures of the device half alone: decode steps at any mix of lengths, prompts, steps of both, and their kernels.
+"""What a run on a GPU measures of the device half alone: decode steps at any mix of lengths, prompts, steps of both,
+and their kernels.
 
-No scheduler and no prompts: plans are made here, and the cache is filled with small random numbers, so a point costs its timed steps.
+No scheduler and no prompts: plans are made here, and the cache is filled with small random numbers, so a point costs
+its timed steps.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ class Half:
         return self.runner.launch(StepPlan(next(self._steps), slots, prefills, fills))
 
     def decode(self, contexts: Sequence[int], steps: int, observer: Callable[[], Any] | None = None) -> list[float]:
-        """Seconds of each of ``steps`` steps, two in flight as in the engine; ``observer`` makes a context around them."""
+        """Seconds of each of ``steps`` steps, two in flight as in the engine; ``observer`` makes a context around
+        them.
+        """
         slots = tuple(range(1, len(contexts) + 1))
         fills = self.fill(contexts, lambda context: context - 1, SETTLE + steps + DEPTH + 2)
         flight = deque([self.step(slots, fills=fills)])
@@ -155,11 +159,11 @@ def decode_point(half: Half, roofline: Any, point: dict[str, Any]) -> dict[str, 
     least = rooflines.decode_seconds(roofline, batch, mean) * 1e3
     is_even = len(set(contexts)) == 1
     return {
-        "benchmark": "latency" if is_even else "gpu", "what": "decode" if is_even else "decode mixed lengths", "batch": batch,
-        "context": contexts[0] if is_even else None, "longest": max(contexts), "mean_context": mean, "steps": steps,
-        "ms_per_step": median, "step_s": summary([seconds]), "tokens_per_s": batch * steps / sum(seconds),
-        "gb_per_step": rooflines.decode_bytes(roofline, batch, mean) / 1e9, "roofline_ms": least,
-        "fraction": least / median, "gpu_state": GpuMeter().state(),
+        "benchmark": "latency" if is_even else "gpu", "what": "decode" if is_even else "decode mixed lengths", "batch":
+        batch, "context": contexts[0] if is_even else None, "longest": max(contexts), "mean_context": mean, "steps":
+        steps, "ms_per_step": median, "step_s": summary([seconds]), "tokens_per_s": batch * steps / sum(seconds),
+        "gb_per_step": rooflines.decode_bytes(roofline, batch, mean) / 1e9, "roofline_ms": least, "fraction": least /
+        median, "gpu_state": GpuMeter().state(),
     }  # fmt: skip
 
 

@@ -68,7 +68,9 @@ class EnergySpan:
         self._state, self._after = self._meter.state(), self._meter.joules()
 
     def facts(self, num_tokens: int) -> dict[str, object]:
-        """The state of the GPU at the end and, if it counts energy, joules in all and for each of ``num_tokens`` tokens; {} without a GPU."""
+        """The state of the GPU at the end and, if it counts energy, joules in all and for each of ``num_tokens``
+        tokens; {} without a GPU.
+        """
         found: dict[str, object] = {"gpu_state": self._state} if self._state else {}
         if self._before is not None and self._after is not None:
             joules = self._after - self._before

@@ -1,8 +1,9 @@
 """``make gpu-pack``: all that can be made without a GPU for a run on one, into a folder of some megabytes.
 
-The CUDA library for this interpreter, and Triton's cache: every variant of every kernel that the engine (256 and 1024 rows, bf16 and FP8),
-the tests for GPUs and the benchmarks launch, with the launchers that Triton compiles in C. Triton's cache is keyed by Triton's own files, its
-assembler's version and the kernels' source, so this python must have the versions of the machine with the GPU; paths do not matter.
+The CUDA library for this interpreter, and Triton's cache: every variant of every kernel that the engine (256 and 1024
+rows, bf16 and FP8), the tests for GPUs and the benchmarks launch, with the launchers that Triton compiles in C.
+Triton's cache is keyed by Triton's own files, its assembler's version and the kernels' source, so this python must have
+the versions of the machine with the GPU; paths do not matter.
 
     python3.12 benchmarks/gpu_pack.py        # of a python with the torch and Triton of the machine with the GPU
 
@@ -60,7 +61,9 @@ def _links(tree: Path) -> list[Path]:
 
 
 def stub_driver(folder: Path) -> Path:
-    """A library with the name of the GPU's driver and nothing in it, for launchers to be linked with; returns its folder."""
+    """A library with the name of the GPU's driver and nothing in it, for launchers to be linked with; returns its
+    folder.
+    """
     folder.mkdir()
     library = folder / "libcuda.so.1"
     command = ["gcc", "-shared", "-o", str(library), f"-Wl,-soname,{library.name}", "-x", "c", "/dev/null"]
@@ -127,7 +130,8 @@ def make(pack: Path) -> dict[str, Any]:
         other = variants(work / "other" / "tree", work / "unpacked", stub, ("--check",))
         finish([other])
         print(
-            f"another copy of the tree found all of it in the {files} files of the pack, {time.monotonic() - start:.0f} s",
+            f"another copy of the tree found all of it in the {files} files of the pack, "
+            f"{time.monotonic() - start:.0f} s",
             flush=True,
         )
     library = pack / f"_C{gpu_setup.library_suffix()}"

@@ -1,4 +1,7 @@
-"""Process groups that end when they should: by their limit, with the run, and also if the run itself is killed. Standard library only."""
+"""Process groups that end when they should: by their limit, with the run, and also if the run itself is killed.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A plugin for pytest on a GPU: every test's outcome is in the results file at once, no test runs longer than its limit, and a test that
-spoils the device in its process spoils no other.
+"""A plugin for pytest on a GPU: every test's outcome is in the results file at once, no test runs longer than its
+limit, and a test that spoils the device in its process spoils no other.
 
-GPU_RESULTS names the file, GPU_TEST_SECONDS the limit; with GPU_RESUME set, what passed before does not run again. A worker whose device is spoilt ends, and pytest-xdist starts another.
+GPU_RESULTS names the file, GPU_TEST_SECONDS the limit; with GPU_RESUME set, what passed before does not run again. A
+worker whose device is spoilt ends, and pytest-xdist starts another.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What makes a checkout run on a machine with a GPU where nothing can be installed: links, versions, and a pack made on a machine without a GPU.
+"""What makes a checkout run on a machine with a GPU where nothing can be installed: links, versions, and a pack made on
+a machine without a GPU.
 
-A pack (benchmarks/gpu_pack.py makes it) is a folder with the CUDA library, Triton's cache, and ``pack.json``, which says what they were made
-with and of. Standard library only: this runs before the package can be imported.
+A pack (benchmarks/gpu_pack.py makes it) is a folder with the CUDA library, Triton's cache, and ``pack.json``, which
+says what they were made with and of. Standard library only: this runs before the package can be imported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""What a run on a GPU does, in order of value: stages with their limits, what each makes known, and what their processes are told.
+"""What a run on a GPU does, in order of value: stages with their limits, what each makes known, and what their
+processes are told.
 
-Standard library only. The seconds are for one H200 with a pack (gpu_pack.py); they add up to less than 510 because a stage that hangs costs its limit.
+Standard library only. The seconds are for one H200 with a pack (gpu_pack.py); they add up to less than 510 because a
+stage that hangs costs its limit.
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ _OPS = {
 class Stage:
     """Processes that run side by side, with ``seconds`` for all.
 
-    worker: the work of gpu_worker, told by a line of JSON for each process; else ``command``. wants: the implementation that the stage is about.
-    falls_back: takes the CUDA kernels where Triton's do not even start. needs_seconds: with less left it is not started. missing: why it
-    cannot run here. is_extra: a run without it is complete.
+    worker: the work of gpu_worker, told by a line of JSON for each process; else ``command``. wants: the implementation
+    that the stage is about.
+    falls_back: takes the CUDA kernels where Triton's do not even start. needs_seconds: with less left it is not
+    started. missing: why it cannot run here. is_extra: a run without it is complete.
     """
 
     name: str
@@ -155,40 +158,77 @@ def stages(sizes: Sizes, results: Path, junit: Path, is_dry: bool) -> list[Stage
     one, some, _ = sizes.batches
     profiled = [
         {"key": f"profile decode {one}x{sizes.short}", "what": "profile", "contexts": [sizes.short] * one, "steps": 5},
-        {"key": f"profile decode {some}x{sizes.short}", "what": "profile", "contexts": [sizes.short] * some, "steps": 5},
-        {"key": f"profile step {some}x{sizes.short} and {sizes.chunk}", "what": "profile",
-         "contexts": [sizes.short] * some, "chunk": sizes.chunk, "steps": 3},
-    ]  # fmt: skip
+        {
+            "key": f"profile decode {some}x{sizes.short}",
+            "what": "profile",
+            "contexts": [sizes.short] * some,
+            "steps": 5,
+        },
+        {
+            "key": f"profile step {some}x{sizes.short} and {sizes.chunk}",
+            "what": "profile",
+            "contexts": [sizes.short] * some,
+            "chunk": sizes.chunk,
+            "steps": 3,
+        },
+    ]
     test_paths = ("tests/runner/test_graphs.py", "-k", "test_graph_sizes") if is_dry else (*TEST_PATHS, "-m", "gpu")
     tests = (
-        python, "-m", "pytest", "-q", "--tb=short", "-p", "xdist.plugin", "-p", "nemo_engine.benchmarks.gpu_pytest", "-p", "no:cacheprovider",
-        "-n", "1" if is_dry else "8", "--max-worker-restart", "64", f"--junitxml={junit}", "-o", "junit_logging=no",
-        *test_paths,
+        python, "-m", "pytest", "-q", "--tb=short", "-p", "xdist.plugin", "-p", "nemo_engine.benchmarks.gpu_pytest",
+        "-p", "no:cacheprovider", "-n", "1" if is_dry else "8", "--max-worker-restart", "64", f"--junitxml={junit}",
+        "-o", "junit_logging=no", *test_paths,
     )  # fmt: skip
     found = [
         Stage("device", 25, "device", ({},), expects=("ceilings",)),
-        Stage("smoke", 45, "smoke", tuple({"key": key, "engine": options} for key, options in smokes.items()),
-              expects=tuple(smokes)),
+        Stage(
+            "smoke",
+            45,
+            "smoke",
+            tuple({"key": key, "engine": options} for key, options in smokes.items()),
+            expects=tuple(smokes),
+        ),
         # Other plugins that are installed cost a worker seconds, and a spoilt worker is replaced.
         Stage("tests", 90, command=tests, expects=("tests end",), environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}),
         engine("fp8-triton", 80, "triton", _FP8, True),
         engine("bf16-triton", 90, "triton", {}, True),
         engine("fp8-cuda", 55, "cuda", {**_FP8, **cuda}, False),
         engine("bf16-cuda", 55, "cuda", cuda, False),
-        Stage("throughput", 95, "throughput",
-              ({"model": sizes.model, "engine": {**sizes.engine, **_FP8}, "work": sizes.work},),
-              expects=(f"throughput {work}",), wants="triton", falls_back=True, needs_seconds=45),
-        *[Stage(name, 35, command=(*ops, "--op", *(names[:1] if is_dry else names)), expects=tuple(f"{name} {op}" for op in (names[:1] if is_dry else names)))
-          for name, names in _OPS.items()],
-        Stage("profile", 40, "engine",
-              ({"model": sizes.model, "engine": {**sizes.engine, **_FP8}, "points": profiled},),
-              expects=tuple(f"profile {point['key']}" for point in profiled), wants="triton", falls_back=True),
-    ]  # fmt: skip
+        Stage(
+            "throughput",
+            95,
+            "throughput",
+            ({"model": sizes.model, "engine": {**sizes.engine, **_FP8}, "work": sizes.work},),
+            expects=(f"throughput {work}",),
+            wants="triton",
+            falls_back=True,
+            needs_seconds=45,
+        ),
+        *[
+            Stage(
+                name,
+                35,
+                command=(*ops, "--op", *(names[:1] if is_dry else names)),
+                expects=tuple(f"{name} {op}" for op in (names[:1] if is_dry else names)),
+            )
+            for name, names in _OPS.items()
+        ],
+        Stage(
+            "profile",
+            40,
+            "engine",
+            ({"model": sizes.model, "engine": {**sizes.engine, **_FP8}, "points": profiled},),
+            expects=tuple(f"profile {point['key']}" for point in profiled),
+            wants="triton",
+            falls_back=True,
+        ),
+    ]
     return found if is_dry else found + extra_stages(results)
 
 
 def extra_stages(results: Path) -> list[Stage]:
-    """For a machine with more than ten minutes: every ceiling, start-up, throughput at 1024 rows, and the checks of memory and races."""
+    """For a machine with more than ten minutes: every ceiling, start-up, throughput at 1024 rows, and the checks of
+    memory and races.
+    """
     python, here = sys.executable, str(Path(__file__).resolve().parent)
     bench = (python, "-m", "nemo_engine", "bench")
     sanitizer = find_sanitizer()
@@ -199,14 +239,32 @@ def extra_stages(results: Path) -> list[Stage]:
     # torch's cache of memory would hide an access beyond the end of a tensor.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = [
-        Stage("throughput-1024", 200, "throughput",
-              ({"model": "nemo", "engine": {"max_num_seqs": 1024, **_FP8}, "work": work},),
-              expects=("throughput-1024 2048x1000/1000",), wants="triton", falls_back=True, needs_seconds=120),
-        Stage("memcheck", 300, command=(sanitizer, "--tool", "memcheck", *checked), environment=uncached,
-              needs_seconds=60, missing=absent),
-        Stage("racecheck", 300, command=(sanitizer, "--tool", "racecheck", *checked, "--op", *_SHARING), needs_seconds=60,
-              missing=absent),
+        Stage(
+            "throughput-1024",
+            200,
+            "throughput",
+            ({"model": "nemo", "engine": {"max_num_seqs": 1024, **_FP8}, "work": work},),
+            expects=("throughput-1024 2048x1000/1000",),
+            wants="triton",
+            falls_back=True,
+            needs_seconds=120,
+        ),
+        Stage(
+            "memcheck",
+            300,
+            command=(sanitizer, "--tool", "memcheck", *checked),
+            environment=uncached,
+            needs_seconds=60,
+            missing=absent,
+        ),
+        Stage(
+            "racecheck",
+            300,
+            command=(sanitizer, "--tool", "racecheck", *checked, "--op", *_SHARING),
+            needs_seconds=60,
+            missing=absent,
+        ),
         Stage("all-ceilings", 360, command=(python, f"{here}/gpu_ceilings.py", *json_to), needs_seconds=60),
         Stage("startup", 300, command=(*bench, "startup", "nemo", *json_to, "--rounds", "2"), needs_seconds=90),
-    ]  # fmt: skip
+    ]
     return [replace(stage, is_extra=True) for stage in found]

@@ -1,4 +1,5 @@
-"""What the results of a run on a GPU say: what is known and what is not, which implementations fail, and the files for benchmarks/results/.
+"""What the results of a run on a GPU say: what is known and what is not, which implementations fail, and the files for
+benchmarks/results/.
 
 Standard library only.
 """
@@ -45,7 +46,9 @@ def last_by_key(records: Sequence[Record]) -> dict[str, Record]:
 
 
 def failing_implementations(records: Sequence[Record], all_failures: bool) -> dict[str, list[str]]:
-    """{operation: implementations that fail}, by the tests: those that crash, hang or spoil the device, or ``all_failures``."""
+    """{operation: implementations that fail}, by the tests: those that crash, hang or spoil the device, or
+    ``all_failures``.
+    """
     failing: dict[str, set[str]] = {}
     for key, record in last_by_key(records).items():
         is_bad = record.get("status") == "crashed" or all_failures and record.get("status") == "failed"
@@ -99,7 +102,10 @@ def test_lines(last: Mapping[str, Record]) -> list[str]:
 
 
 def store(file: Path, folder: Path) -> int:
-    """Split results into ``folder``/KIND-GPU.jsonl, as the planner, the tables and the README read them. Dry runs are refused."""
+    """Split results into ``folder``/KIND-GPU.jsonl, as the planner, the tables and the README read them.
+
+    Dry runs are refused.
+    """
     records = read_records(file)
     gpus = {str(record["gpu"]) for record in records if record.get("gpu")}
     if len(gpus) != 1 or any(record.get("dry") for record in records):

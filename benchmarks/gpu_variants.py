@@ -1,7 +1,8 @@
 """Compiles, without a GPU, every variant of every Triton kernel that a run on a GPU launches, into Triton's cache.
 
-The device half, the operations of the tests and of the benchmarks run on tensors without data (see kernel_report); what would be launched is
-compiled, with the launcher in C that Triton makes for it. With --check nothing should be left to compile, and what is makes the exit status 1.
+The device half, the operations of the tests and of the benchmarks run on tensors without data (see kernel_report); what
+would be launched is compiled, with the launcher in C that Triton makes for it. With --check nothing should be left to
+compile, and what is makes the exit status 1.
 
     TRITON_CACHE_DIR=folder python -m nemo_engine.benchmarks.gpu_variants
 """
@@ -53,7 +54,9 @@ def meta_runner(
 
 
 def engine() -> None:
-    """NeMo's shape, up to 256 and 1024 rows, bf16 and FP8: every kind of step that an engine warms up with and captures."""
+    """NeMo's shape, up to 256 and 1024 rows, bf16 and FP8: every kind of step that an engine warms up with and
+    captures.
+    """
     for is_fp8 in (False, True):
         for rows in (256, 1024):
             config = EngineConfig(device="cpu", max_num_seqs=rows, max_num_batched_tokens=8192)

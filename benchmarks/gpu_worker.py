@@ -2,8 +2,9 @@
 
     python -m nemo_engine.benchmarks.gpu_worker engine
 
-It imports what it needs, then waits for one line of JSON on its standard input, and only then touches the device: so it can be started while
-the stage before still measures. Decode points need no prompts: the cache is filled with small random numbers.
+It imports what it needs, then waits for one line of JSON on its standard input, and only then touches the device: so it
+can be started while the stage before still measures. Decode points need no prompts: the cache is filled with small
+random numbers.
 """
 
 from __future__ import annotations
@@ -108,10 +109,11 @@ def plant(what: str) -> dict[str, Any]:
 
 
 def swapped(engine: Mapping[str, Any], wants: str, failing: Mapping[str, Sequence[str]], eager: bool) -> dict[str, Any]:
-    """The options of an engine that uses no implementation that is known to fail. failing: {operation: those of its implementations}.
+    """The options of an engine that uses no implementation that is known to fail. failing: {operation: those of its
+    implementations}.
 
-    wants: the kernels that it would use, "triton" or "cuda". The other one takes the place, and where there is none the definition, which
-    cannot be captured.
+    wants: the kernels that it would use, "triton" or "cuda". The other one takes the place, and where there is none the
+    definition, which cannot be captured.
     """
     options = dict(engine)
     prefer = dict(options.get("prefer", {}))
@@ -166,7 +168,8 @@ def rowwise_product(device: torch.device) -> dict[str, Any]:
 
     rate = 2 * n**3 / timer_for(device, 10)(product) * 1e3
     return {
-        "benchmark": "gpu_ceilings", "what": "fp8 rowwise precise accumulation", "m": n, "n": n, "k": n, "tflop_per_s": rate / 1e12,
+        "benchmark": "gpu_ceilings", "what": "fp8 rowwise precise accumulation", "m": n, "n": n, "k": n, "tflop_per_s":
+        rate / 1e12,
     }  # fmt: skip
 
 
@@ -262,8 +265,16 @@ def throughput(task: Task) -> None:
     new = 0
     source = ",".join(f"{key}={value}" for key, value in work.items())
     workload = {"source": source, "requests": work["requests"], "new_tokens": work["requests"] * work["output"]}
-    common = {"benchmark": "throughput", "engine": "nemo_engine", "model": model.name, "options": options, "workload": workload,
-              "rounds": 1, "warmup": 0, "what": "throughput"}  # fmt: skip
+    common = {
+        "benchmark": "throughput",
+        "engine": "nemo_engine",
+        "model": model.name,
+        "options": options,
+        "workload": workload,
+        "rounds": 1,
+        "warmup": 0,
+        "what": "throughput",
+    }
 
     def rates() -> dict[str, Any]:
         seconds = time.perf_counter() - start

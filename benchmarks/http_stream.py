@@ -1,4 +1,6 @@
-"""A lean HTTP client for measuring servers: one request a connection, server-sent events with the times at which they came."""
+"""A lean HTTP client for measuring servers: one request a connection, server-sent events with the times at which they
+came.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ class EventReader:
 
 
 async def post_events(url: str, body: dict[str, Any], headers: dict[str, str]) -> AsyncGenerator[tuple[float, Any]]:
-    """(``time.perf_counter()``, JSON) of each event of the answer, up to ``[DONE]``. Raises ``HttpError``, ``OSError``."""
+    """(``time.perf_counter()``, JSON) of each event of the answer, up to ``[DONE]``.
+
+    Raises ``HttpError``, ``OSError``.
+    """
     reader, writer = await _connect(url)
     try:
         _write(writer, "POST", url, headers, json.dumps(body).encode())

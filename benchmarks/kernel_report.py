@@ -1,8 +1,9 @@
 """The machine code of every Triton kernel that the engine would launch for Mistral NeMo 12B, compiled on any machine.
 
-The device half runs on meta tensors, which have shapes and no data, while every launch compiles its kernel for the target GPU and runs
-nothing. So the variants are exactly those of the engine, and a step that read a value on the host would fail here. Prints, per kernel and
-variant: registers, shared memory, spills, local memory, the instructions that matter, and how many blocks an SM holds at once.
+The device half runs on meta tensors, which have shapes and no data, while every launch compiles its kernel for the
+target GPU and runs nothing. So the variants are exactly those of the engine, and a step that read a value on the host
+would fail here. Prints, per kernel and variant: registers, shared memory, spills, local memory, the instructions that
+matter, and how many blocks an SM holds at once.
 
     python benchmarks/kernel_report.py --write         # updates benchmarks/results/kernels-sm90.txt
 """

@@ -1,11 +1,14 @@
-"""``nemo-engine bench latency``: how long a user waits: time to first token, between tokens, and for the whole answer, over a grid.
+"""``nemo-engine bench latency``: how long a user waits: time to first token, between tokens, and for the whole answer,
+over a grid.
 
-Two kinds of point. A request point, of --batch x --input x --output: so many requests arrive at once; in each of --rounds rounds every token is timed.
-A decode point, of --batch x --context: milliseconds of a step in which so many requests decode at that context. Beside each stands the least
-time by the planner's roofline over ceilings that are measured in the same run; on a CPU, weights that lie in a cache may pass it.
+Two kinds of point. A request point, of --batch x --input x --output: so many requests arrive at once; in each of
+--rounds rounds every token is timed. A decode point, of --batch x --context: milliseconds of a step in which so many
+requests decode at that context. Beside each stands the least time by the planner's roofline over ceilings that are
+measured in the same run; on a CPU, weights that lie in a cache may pass it.
 
-With --peers each of them computes the same prompts in the same rounds, in turns: up to the first token, and to the end. Those two calls
-are timed of this engine too ("calls" in its results), and ratios compare calls. A point that fails is reported with its error, and the others go on.
+With --peers each of them computes the same prompts in the same rounds, in turns: up to the first token, and to the end.
+Those two calls are timed of this engine too ("calls" in its results), and ratios compare calls. A point that fails is
+reported with its error, and the others go on.
 
     nemo-engine bench latency nemo-tiny --batch 1 8 --input 128 --output 64 --json latency.jsonl
     nemo-engine bench latency nemo --batch 1 64 --context 1024 32768 --option kv_cache_dtype=fp8
@@ -39,7 +42,9 @@ Calls = dict[
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What is measured together: ``batch`` requests of ``input`` and ``output`` tokens, or decoding at ``context`` tokens."""
+    """What is measured together: ``batch`` requests of ``input`` and ``output`` tokens, or decoding at ``context``
+    tokens.
+    """
 
     batch: int
     input: int = 0
@@ -216,7 +221,9 @@ def _measure(session: Session, point: Point, args: argparse.Namespace, progress:
 
 
 def _round(session: Session, point: Point, number: int, calls: Calls, failed: dict[str, str]) -> BatchTimes:
-    """Ours token by token; then, if there are peers, two calls of every engine in an order that changes from round to round."""
+    """Ours token by token; then, if there are peers, two calls of every engine in an order that changes from round to
+    round.
+    """
     prompts = session.driver.prompts(point.batch, point.input)
     times = session.driver.run(prompts, point.output)
     names = [OURS, *session.peers] if session.peers else []
@@ -273,7 +280,9 @@ def decode_record(session: Session, point: Point, steps: int) -> Record:
 
 
 def call_times(point: Point, taken: Sequence[tuple[float, float]]) -> Record:
-    """Summaries of an engine's two calls: seconds to the first token of all, to the end, and for each token between; output tokens per second."""
+    """Summaries of an engine's two calls: seconds to the first token of all, to the end, and for each token between;
+    output tokens per second.
+    """
     record: Record = {
         "ttft_s": summary([[first] for first, _ in taken]), "e2e_s": summary([[end] for _, end in taken]),
         "tokens_per_s": summary([[point.batch * point.output / end] for _, end in taken]),
@@ -310,7 +319,10 @@ def format_record(record: Record) -> str:
     if record["status"] != "ok":
         return f"{head} {record['status']}: {record['error']}"
     if record["what"] == "decode":
-        text = f" {record['ms_per_step']:.3f} ms a step (p99 {record['step_s']['p99'] * 1e3:.3f})  {record['tokens_per_s']:.0f} tokens/s"
+        text = (
+            f" {record['ms_per_step']:.3f} ms a step (p99 {record['step_s']['p99'] * 1e3:.3f})  "
+            f"{record['tokens_per_s']:.0f} tokens/s"
+        )
         text += f"  {record['fraction']:.1%} of the roofline"
     else:
         names = [name for name in ("ttft", "itl", "tpot", "e2e") if f"{name}_s" in record]
@@ -329,4 +341,7 @@ def format_record(record: Record) -> str:
 
 
 def _milliseconds(found: Record) -> str:
-    return f"{found['median'] * 1e3:.2f} ms ({found['low'] * 1e3:.2f} to {found['high'] * 1e3:.2f}, p99 {found['p99'] * 1e3:.2f})"
+    return (
+        f"{found['median'] * 1e3:.2f} ms ({found['low'] * 1e3:.2f} to {found['high'] * 1e3:.2f}, p99 "
+        f"{found['p99'] * 1e3:.2f})"
+    )

@@ -18,7 +18,10 @@ _BOS = 1  # Tekken's, in front of prompts of made-up ids
 
 @dataclass(slots=True)
 class Trip:
-    """One request as its client saw it. Seconds; ``sent`` is a moment, and ``late`` after the arrival that was due. ``error`` if it failed."""
+    """One request as its client saw it. Seconds; ``sent`` is a moment, and ``late`` after the arrival that was due.
+
+    ``error`` if it failed.
+    """
 
     sent: float
     late: float = 0.0
@@ -39,9 +42,11 @@ class Trip:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """How requests are put. route: "completions" or "chat". prompts: "ids" or "text", of completions whose prompts are made up.
+    """How requests are put. route: "completions" or "chat". prompts: "ids" or "text", of completions whose prompts are
+    made up.
 
-    vocab_size: ids are below it. ignore_eos: answers are as long as was asked for, and it is checked. timeout: seconds of a request.
+    vocab_size: ids are below it. ignore_eos: answers are as long as was asked for, and it is checked. timeout: seconds
+    of a request.
     """
 
     route: str = "completions"
@@ -127,9 +132,11 @@ class Server:
 
 
 async def load(server: Server, items: Sequence[Item], arrivals: Arrivals, asking: Asking, salt: str) -> list[Trip]:
-    """Send all items as ``arrivals`` says; a turn of a conversation follows the answer to the one before, and ``think_s``.
+    """Send all items as ``arrivals`` says; a turn of a conversation follows the answer to the one before, and
+    ``think_s``.
 
-    In a closed loop a conversation keeps its place until its last answer. Prompts that are made up differ by ``salt``, but for their shared prefixes.
+    In a closed loop a conversation keeps its place until its last answer. Prompts that are made up differ by ``salt``,
+    but for their shared prefixes.
     """
     if server.dead is not None:
         return [Trip(0.0, error=server.dead) for _ in items]
@@ -171,7 +178,10 @@ async def _converse(server: Server, item: Item, asking: Asking, due: float) -> A
         trip.late = trip.sent - due
         if trip.error is None and index + 1 < len(item.turns) and asking.needs_ids(item):
             if len(tokens) != trip.num_tokens:
-                trip.error = "the server tells no token ids of its answer, which the next turn needs: use --prompts text or --route chat"
+                trip.error = (
+                    "the server tells no token ids of its answer, which the next turn needs: use --prompts text or "
+                    "--route chat"
+                )
         yield trip
         if trip.error is not None:
             return

@@ -16,7 +16,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RESULTS = Path(__file__).parent / "results"
 # What is counted, by prefix of the instruction; the longest that fits counts.
 INSTRUCTIONS = (
-    "HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.E.128", "LDG", "STG.E.128", "STG", "LDL", "STL",
+    "HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.E.128", "LDG", "STG.E.128", "STG", "LDL",
+    "STL",
 )  # fmt: skip
 
 
@@ -42,7 +43,9 @@ class Facts:
 
 
 def blocks_per_sm(registers: int, shared: int, warps: int) -> int:
-    """How many blocks an SM of sm_90 holds: 64 Ki registers given out by 256 a warp, 64 warps, 32 blocks, 228 KiB with 1 KiB a block."""
+    """How many blocks an SM of sm_90 holds: 64 Ki registers given out by 256 a warp, 64 warps, 32 blocks, 228 KiB with
+    1 KiB a block.
+    """
     per_warp = -(-registers * 32 // 256) * 256
     return min(32, 64 // warps, 65536 // (per_warp * warps), (228 << 10) // (shared + 1024))
 

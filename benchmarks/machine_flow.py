@@ -1,5 +1,6 @@
-"""What a kernel's machine code does in the order in which it runs: what is reached before the wait for the kernel before, what the exponentials of a
-loop overlap with, and how many registers each role of a block uses. Read from a listing of nvdisasm for sm_90; standard library only.
+"""What a kernel's machine code does in the order in which it runs: what is reached before the wait for the kernel
+before, what the exponentials of a loop overlap with, and how many registers each role of a block uses. Read from a
+listing of nvdisasm for sm_90; standard library only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ class Instruction:
 
     @property
     def highest_register(self) -> int:
-        """The highest general register that it reads or writes, -1 if none. Operands of several registers are counted whole."""
+        """The highest general register that it reads or writes, -1 if none.
+
+        Operands of several registers are counted whole.
+        """
         highest = -1
         for index, operand in enumerate(self.operands.split(",")):
             for number, wide in re.findall(r"\bR(\d+)((?:\.64)?)", operand):
@@ -107,7 +111,9 @@ def read_flow(code: str) -> Flow:
 
 
 def barriers(listing: str, symbol: str) -> int:
-    """Named barriers of a block, from the notes (.nv.info) on a kernel in the whole listing; 0 where they say nothing."""
+    """Named barriers of a block, from the notes (.nv.info) on a kernel in the whole listing; 0 where they say
+    nothing.
+    """
     notes = re.search(rf"\.section\s+\.nv\.info\.{re.escape(symbol)},(.*?)(?=\n\s*\.section\s|\Z)", listing, re.DOTALL)
     found = re.search(
         r"EIATTR_NUM_BARRIERS\s.*?0x02, 0x4c\s.*?\.byte\s+0x([0-9a-f]+)", notes[1] if notes else "", re.DOTALL

@@ -1,6 +1,8 @@
-"""What a benchmark's MODEL may be: a checkpoint's directory, the bundled model, or a published shape that gets random weights.
+"""What a benchmark's MODEL may be: a checkpoint's directory, the bundled model, or a published shape that gets random
+weights.
 
-Benchmarks of speed need a model's shape and not its weights, so a shape is enough: a folder with nothing but its config.json.
+Benchmarks of speed need a model's shape and not its weights, so a shape is enough: a folder with nothing but its
+config.json.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ class BenchModel:
 
 
 def open_model(name: str) -> BenchModel:
-    """What ``name`` says. The folder of a shape lives as long as the process. ``ValueError`` for what is none of the three."""
+    """What ``name`` says. The folder of a shape lives as long as the process.
+
+    ``ValueError`` for what is none of the three.
+    """
     if name in SHAPES:
         folder = Path(tempfile.mkdtemp(prefix=f"nemo-engine-{name}-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -46,7 +51,8 @@ def open_model(name: str) -> BenchModel:
     if not (path / "config.json").is_file():
         shapes = ", ".join(SHAPES)
         raise ValueError(
-            f"model must be nemo-tiny, a directory with a config.json, or a shape with random weights ({shapes}), got {name!r}"
+            f"model must be nemo-tiny, a directory with a config.json, or a shape with random weights ({shapes}), got "
+            f"{name!r}"
         )
     return BenchModel(name, path, int(json.loads((path / "config.json").read_text())["vocab_size"]), False)
 
@@ -57,7 +63,8 @@ def config_json(model: ModelConfig) -> dict[str, Any]:
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "sliding_window": None,
         "vocab_size": model.vocab_size, "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads, "num_key_value_heads": model.num_kv_heads, "head_dim": model.head_dim,
-        "intermediate_size": model.intermediate_size, "rope_theta": model.rope_theta, "rms_norm_eps": model.rms_norm_eps,
-        "max_position_embeddings": model.max_position_embeddings, "tie_word_embeddings": model.tie_word_embeddings,
-        "torch_dtype": model.dtype, "bos_token_id": model.bos_token_id, "eos_token_id": list(model.eos_token_ids)[0],
+        "intermediate_size": model.intermediate_size, "rope_theta": model.rope_theta, "rms_norm_eps":
+        model.rms_norm_eps, "max_position_embeddings": model.max_position_embeddings, "tie_word_embeddings":
+        model.tie_word_embeddings, "torch_dtype": model.dtype, "bos_token_id": model.bos_token_id, "eos_token_id":
+        list(model.eos_token_ids)[0],
     }  # fmt: skip

@@ -1,9 +1,10 @@
-"""``nemo-engine bench ops``: every implementation of every operation, beside what torch and other libraries offer, and the roofline.
+"""``nemo-engine bench ops``: every implementation of every operation, beside what torch and other libraries offer, and
+the roofline.
 
-On a GPU: device time by events with a cold L2, without CUDA graphs. On a CPU: wall-clock time, caches as they are, so that what lies in a
-cache passes the roofline. Medians of --rounds. The roofline of a call is the longer of its bytes over the copy bandwidth and its
-operations over the rate of large matrix products, both measured in the same run. Each result is compared with the first baseline's; one that
-is far off is an error. Exit status 1 if any of ours failed.
+On a GPU: device time by events with a cold L2, without CUDA graphs. On a CPU: wall-clock time, caches as they are, so
+that what lies in a cache passes the roofline. Medians of --rounds. The roofline of a call is the longer of its bytes
+over the copy bandwidth and its operations over the rate of large matrix products, both measured in the same run. Each
+result is compared with the first baseline's; one that is far off is an error. Exit status 1 if any of ours failed.
 
     nemo-engine bench ops --op paged_attention linear --json ops.jsonl
     compute-sanitizer python -m nemo_engine bench ops --once

@@ -1,7 +1,8 @@
-"""Other makers' kernels as baselines of ours: FlashAttention 2 and 3, FlashInfer, Liger, each where it is installed and named where it is not.
+"""Other makers' kernels as baselines of ours: FlashAttention 2 and 3, FlashInfer, Liger, each where it is installed and
+named where it is not.
 
-A call is made ready when it is first called, outside of what is timed, so that what a library refuses is an error of that baseline alone.
-None of this has run yet: the calls follow the libraries' documentation (see GPU_QUEUE.md).
+A call is made ready when it is first called, outside of what is timed, so that what a library refuses is an error of
+that baseline alone. None of this has run yet: the calls follow the libraries' documentation (see GPU_QUEUE.md).
 """
 
 from __future__ import annotations
@@ -23,8 +24,17 @@ from nemo_engine.ops.paged_kv import PagedKV
 
 PACKAGES = {"flash-attn": "flash_attn", "FlashInfer": "flashinfer", "Liger": "liger_kernel"}
 _WORKSPACE_BYTES = 256 << 20  # for FlashInfer's partial results
-_FA3_FLAGS = {"is_causal": True, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True,
-              "num_splits": 0, "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0}  # fmt: skip
+_FA3_FLAGS = {
+    "is_causal": True,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "is_rotary_interleaved": True,
+    "num_splits": 0,
+    "sm_margin": 0,
+    "cp_world_size": 1,
+    "cp_rank": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Inputs of every operation at a model's sizes, and what torch and its libraries compute from the same.
 
-Attention is measured as the second and later layers of a step run it: what a step computes once for all layers is not in its time.
+Attention is measured as the second and later layers of a step run it: what a step computes once for all layers is not
+in its time.
 """
 
 from __future__ import annotations
@@ -127,7 +128,10 @@ def rope_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
 
 
 def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Decoding requests of equal lengths and of mixed ones, then one prompt or one chunk of it. Pages are in random order."""
+    """Decoding requests of equal lengths and of mixed ones, then one prompt or one chunk of it.
+
+    Pages are in random order.
+    """
     model = scale.model
 
     def make(queries: int, lengths: list[int], kv_dtype: torch.dtype) -> Args:
@@ -170,7 +174,10 @@ def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size
 
 
 def sdpa_calls(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Calls:
-    """torch's SDPA over contiguous bf16 keys and values. For decodes also with a KV head's query heads as its queries."""
+    """torch's SDPA over contiguous bf16 keys and values.
+
+    For decodes also with a KV head's query heads as its queries.
+    """
     pages = meta.page_table[meta.slot_ids]
     keys = int(meta.seq_lens[0])
     k, v = (  # (R, Hk, L, D); gathered as bytes, because FP8 cannot be
@@ -242,7 +249,10 @@ def linear_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
 
 
 def fused_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
-    """Linear layers with what comes before them, against the same composed in torch. FP8 with scales per token and channel."""
+    """Linear layers with what comes before them, against the same composed in torch.
+
+    FP8 with scales per token and channel.
+    """
     model = scale.model
     hidden, inner = model.hidden_size, model.intermediate_size
     qkv, gate_up, down = (model.q_size + 2 * model.kv_size, hidden), (2 * inner, hidden), (hidden, inner)

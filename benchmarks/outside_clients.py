@@ -1,9 +1,11 @@
 """What other people's load generators measured of a server, as lines of results: vLLM's ``bench serve`` and guidellm.
 
-    python benchmarks/outside_clients.py --server ours ours-1.json ours-2.json --server vllm==0.26 vllm-1.json vllm-2.json --json NAME.jsonl
+    python benchmarks/outside_clients.py --server ours ours-1.json ours-2.json --server vllm==0.26 vllm-1.json
+    vllm-2.json --json NAME.jsonl
 
-The files are the generators' own: ``vllm bench serve --save-result``, ``guidellm --output kind=json``. Give several, measured in turns: those
-of one generator and one number of requests at a time are the runs whose medians and spread count. Times in seconds.
+The files are the generators' own: ``vllm bench serve --save-result``, ``guidellm --output kind=json``. Give several,
+measured in turns: those of one generator and one number of requests at a time are the runs whose medians and spread
+count. Times in seconds.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ def _of_vllm(found: Record) -> Record:
         return {level: found[f"{level}_{name}_ms"] / 1e3 for level in _LEVELS}
 
     return {
-        "tool": "vllm bench serve", "concurrency": found["max_concurrency"], "requests": found["completed"], "failed": found["failed"],
-        "input_tokens": found["total_input_tokens"], "output_tokens": found["total_output_tokens"],
-        "output_tokens_per_second": found["output_throughput"],
-        "ttft_s": times("ttft"), "itl_s": times("itl"), "tpot_s": times("tpot"), "e2e_s": times("e2el"),
+        "tool": "vllm bench serve", "concurrency": found["max_concurrency"], "requests": found["completed"], "failed":
+        found["failed"], "input_tokens": found["total_input_tokens"], "output_tokens": found["total_output_tokens"],
+        "output_tokens_per_second": found["output_throughput"], "ttft_s": times("ttft"), "itl_s": times("itl"),
+        "tpot_s": times("tpot"), "e2e_s": times("e2el"),
     }  # fmt: skip
 
 
@@ -68,9 +70,11 @@ def _of_guidellm(found: Record) -> Record:
 
 
 def fold(servers: Sequence[Sequence[str]]) -> list[Record]:
-    """A result for each server, generator and number of requests at a time: a list with an entry per file, in the order of the files.
+    """A result for each server, generator and number of requests at a time: a list with an entry per file, in the order
+    of the files.
 
-    servers: for each ``NAME`` or ``NAME==VERSION``, then its files. ``ValueError`` naming a file that is no result, or a server without any.
+    servers: for each ``NAME`` or ``NAME==VERSION``, then its files. ``ValueError`` naming a file that is no result, or
+    a server without any.
     """
     folded = []
     for name, *files in servers:
@@ -98,9 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a line per result, and append it to ``--json``; 2 for a file that is none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--server", required=True, action="append", nargs="+", metavar=("NAME[==VERSION]", "FILE"),
-        help="whose server was measured, and what was measured of it; several times, the first is compared with the others",
-    )  # fmt: skip
+        "--server",
+        required=True,
+        action="append",
+        nargs="+",
+        metavar=("NAME[==VERSION]", "FILE"),
+        help="whose server was measured, and what was measured of it; several times, the first is compared with the "
+        "others",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="add the results to OUT, a line each")
     args = parser.parse_args(argv)
     facts = provenance("nemo-engine")

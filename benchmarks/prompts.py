@@ -1,4 +1,6 @@
-"""Workload items as token ids, for engines and servers that take ids: filler, texts by the model's tokenizer, messages by its chat format."""
+"""Workload items as token ids, for engines and servers that take ids: filler, texts by the model's tokenizer, messages
+by its chat format.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 class TokenPrompts:
     """Prompts of ids for the checkpoint in ``path``; its tokenizer is loaded when the first text comes.
 
-    What a workload gives as a number of tokens begins with the beginning-of-text token, as all real prompts do; ids that it gives are left as they are.
+    What a workload gives as a number of tokens begins with the beginning-of-text token, as all real prompts do; ids
+    that it gives are left as they are.
     """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
@@ -26,7 +29,10 @@ class TokenPrompts:
         self._loaded: Tokenizer | None = None
 
     def prompt(self, item: Item, turn: int, answers: Sequence[Sequence[int]]) -> list[int]:
-        """The whole prompt of a turn after the ``answers`` to those before. ``ValueError`` naming the request that cannot be rendered."""
+        """The whole prompt of a turn after the ``answers`` to those before.
+
+        ``ValueError`` naming the request that cannot be rendered.
+        """
         prompts = [one.prompt for one in item.turns]
         if any(isinstance(one, tuple) and not isinstance(one[0], int) for one in prompts):
             from nemo_engine.text import ChatRenderers
@@ -49,7 +55,9 @@ class TokenPrompts:
         return [self._bos, *ids[1:]] if isinstance(prompts[0], int) else ids
 
     def check(self, items: Sequence[Item]) -> None:
-        """``ValueError`` naming the first request that cannot be rendered, or that holds an id beyond the vocabulary."""
+        """``ValueError`` naming the first request that cannot be rendered, or that holds an id beyond the
+        vocabulary.
+        """
         for item in items:
             answers: list[list[int]] = []
             for turn, one in enumerate(item.turns):

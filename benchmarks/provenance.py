@@ -1,4 +1,6 @@
-"""Where and how a number was measured: machine, GPU, versions, commit, command and date; and the one way in which it becomes a line of a file."""
+"""Where and how a number was measured: machine, GPU, versions, commit, command and date; and the one way in which it
+becomes a line of a file.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,12 @@ def provenance(*packages: str) -> dict[str, object]:
 
 
 def append_record(path: Path | None, record: Mapping[str, object]) -> None:
-    """Add a line to the results file ``path``, if there is one; its folder is made. Of absolute paths in the line the names are kept.
+    """Add a line to the results file ``path``, if there is one; its folder is made.
 
-    The line is on the disk when this returns, and is written at once: a process that is killed leaves at most one torn line, the last.
+    Of absolute paths in the line the names are kept.
+
+    The line is on the disk when this returns, and is written at once: a process that is killed leaves at most one torn
+    line, the last.
     """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +56,10 @@ def append_record(path: Path | None, record: Mapping[str, object]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file; lines that a killed process left torn are passed over. None if there is no such file."""
+    """The records of a results file; lines that a killed process left torn are passed over.
+
+    None if there is no such file.
+    """
     if not path.exists():
         return []
     records = []
@@ -66,7 +74,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def without_folders(value: Any) -> Any:
-    """A text, or all texts in a list or dictionary, with the name of each absolute path in its place: results tell no machine's folders."""
+    """A text, or all texts in a list or dictionary, with the name of each absolute path in its place: results tell no
+    machine's folders.
+    """
     if isinstance(value, str):
         return _PATH.sub(lambda found: found[1] + Path(found[2]).name, value)
     if isinstance(value, dict):
@@ -75,7 +85,9 @@ def without_folders(value: Any) -> Any:
 
 
 def command_text(argv: Sequence[str]) -> str:
-    """A command line as a shell takes it, without the keys in it and without this machine's folders: of an absolute path the name is kept."""
+    """A command line as a shell takes it, without the keys in it and without this machine's folders: of an absolute
+    path the name is kept.
+    """
     program = Path(argv[0])
     if program.name == "__main__.py":
         words = ["python", "-m", program.parent.name]
@@ -92,7 +104,9 @@ def command_text(argv: Sequence[str]) -> str:
 
 @cache
 def commit_of(file: Path) -> str:
-    """The commit of the checkout that tracks ``file``, with ``-dirty`` if code in it is changed; one answer for a process' whole life."""
+    """The commit of the checkout that tracks ``file``, with ``-dirty`` if code in it is changed; one answer for a
+    process' whole life.
+    """
     try:
         # A package installed inside another project's checkout is not tracked there.
         if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
@@ -117,7 +131,10 @@ def _date() -> str:
 
 @cache
 def _machine() -> dict[str, object]:
-    """cores: of the machine; usable_cores: those that this process may use. memory_gib: of the machine. GPU: see ``gpu_facts``."""
+    """cores: of the machine; usable_cores: those that this process may use. memory_gib: of the machine.
+
+    GPU: see ``gpu_facts``.
+    """
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -131,7 +148,9 @@ def _machine() -> dict[str, object]:
 
 
 def gpu_facts(nvml: Any = None) -> dict[str, object]:
-    """Name, driver and clocks in MHz (now, and at most) of the first GPU that this process sees, through nvidia-ml-py; None each if it cannot be read."""
+    """Name, driver and clocks in MHz (now, and at most) of the first GPU that this process sees, through nvidia-ml-py;
+    None each if it cannot be read.
+    """
     facts: dict[str, object] = {"gpu": None, "gpu_driver": None, "gpu_clocks_mhz": None}
     try:
         if nvml is None:

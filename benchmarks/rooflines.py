@@ -1,4 +1,6 @@
-"""The least time of a step on the device at hand: the planner's roofline over ceilings that were measured in the same run."""
+"""The least time of a step on the device at hand: the planner's roofline over ceilings that were measured in the same
+run.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,17 @@ if TYPE_CHECKING:
 
 
 def measured_roofline(folder: Path, model: ModelConfig, config: EngineConfig, ceilings: Ceilings) -> Roofline:
-    """Of ``model`` as ``config`` runs it: every weight read once, every key and value once, every product at the device's best rate."""
+    """Of ``model`` as ``config`` runs it: every weight read once, every key and value once, every product at the
+    device's best rate.
+    """
     return roofline_of(replace(read_model(str(folder)), config=model), config, ceilings)
 
 
 def roofline_of(model: PlannedModel, config: EngineConfig, ceilings: Ceilings) -> Roofline:
     """The same for a model that the planner knows."""
     device = Gpu(
-        "here", "the device at hand", 0, 0.0, ceilings.bytes_per_s, ceilings.bf16_flops_per_s, ceilings.fp8_flops_per_s, 1.0,
-        "measured in the same run",
+        "here", "the device at hand", 0, 0.0, ceilings.bytes_per_s, ceilings.bf16_flops_per_s, ceilings.fp8_flops_per_s,
+        1.0, "measured in the same run",
     )  # fmt: skip
     whole = Figure(1.0, "the ceiling itself is measured")
     efficiencies = replace(Efficiencies().ideal(), memory=whole, matmul_bf16=whole, matmul_fp8=whole)

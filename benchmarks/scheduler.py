@@ -1,8 +1,10 @@
-"""``nemo-engine bench scheduler``: host cost of a decode step: microseconds of ``schedule()`` plus ``commit()`` with n running requests, without a model.
+"""``nemo-engine bench scheduler``: host cost of a decode step: microseconds of ``schedule()`` plus ``commit()`` with n
+running requests, without a model.
 
-Every request has a prompt of --prompt-len tokens, an end-of-sequence id, a stop token id and prefix caching; each step gives one token to
-each. Only the two calls are timed, over steps in which all n decode; page boundaries fall where they fall. With --vllm, vLLM's own
-scheduler and KV cache manager do the same under that Python, prefix caching on, in the same rounds in turns.
+Every request has a prompt of --prompt-len tokens, an end-of-sequence id, a stop token id and prefix caching; each step
+gives one token to each. Only the two calls are timed, over steps in which all n decode; page boundaries fall where they
+fall. With --vllm, vLLM's own scheduler and KV cache manager do the same under that Python, prefix caching on, in the
+same rounds in turns.
 
     nemo-engine bench scheduler --vllm /path/to/python --json scheduler.jsonl
     nemo-engine bench scheduler --num-seqs 256 --profile
@@ -110,7 +112,9 @@ class DecodeLoop:
 
 
 def longest_output(num_seqs: int, prompt_len: int, num_steps: int) -> int:
-    """Tokens after which no request has ended when ``num_steps`` steps in which all decode are done: the first decode while the last prompts come."""
+    """Tokens after which no request has ended when ``num_steps`` steps in which all decode are done: the first decode
+    while the last prompts come.
+    """
     return num_steps + 2 * (num_seqs * prompt_len // _BUDGET + num_seqs // _BUDGET + 1) + 8
 
 
@@ -211,7 +215,9 @@ def _times(rounds: Rounds) -> Record:
 
 @contextmanager
 def timed_scheduler(stages: StageTimes) -> Iterator[None]:
-    """While it lasts, every method of the scheduler's classes has a timer; properties and functions count as their callers'."""
+    """While it lasts, every method of the scheduler's classes has a timer; properties and functions count as their
+    callers'.
+    """
     patched: list[tuple[type, str, Any]] = []
     for module in (import_module(f"nemo_engine.scheduler.{name}") for name in _MODULES):
         for cls in (
@@ -236,7 +242,8 @@ def profile(num_seqs: int, prompt_len: int, page_size: int, count: int) -> Recor
         timed = loop.steps(count)
     rows = stages.rows(count, sum(timed) / 1e6)
     return {
-        "profile": rows, "profiled_us_per_step": statistics.fmean(timed), "unprofiled_us_per_step": statistics.fmean(plain),
+        "profile": rows, "profiled_us_per_step": statistics.fmean(timed), "unprofiled_us_per_step":
+        statistics.fmean(plain),
     }  # fmt: skip
 
 
@@ -248,11 +255,20 @@ def format_record(record: Record) -> str:
     medians = record["round_medians_us"]
     spread = f"{record['median_us']:.1f} ({min(medians):.1f} to {max(medians):.1f})"
     goal = f"{record['goal_us']:.0f}" if "goal_us" in record else "-"
-    text = f"{head}  {spread:<28} {record['p90_us']:9.1f} {record['p99_us']:9.1f} {record['median_us'] / record['num_seqs']:11.3f} {goal:>6}"
+    text = (
+        f"{head}  {spread:<28} {record['p90_us']:9.1f} {record['p99_us']:9.1f} "
+        f"{record['median_us'] / record['num_seqs']:11.3f} {goal:>6}"
+    )
     for faster in record.get("nemo_engine_faster_by", []):
         low, high = faster["interval"]
-        text += f"\n  nemo_engine with pages of {faster['page_size']} is {faster['median']:.1f}x as fast ({low:.1f} to {high:.1f})"
+        text += (
+            f"\n  nemo_engine with pages of {faster['page_size']} is {faster['median']:.1f}x as fast ({low:.1f} to "
+            f"{high:.1f})"
+        )
     if "profile" in record:
-        text += f"\na step takes {record['unprofiled_us_per_step']:.1f} us in the mean, with timers {record['profiled_us_per_step']:.1f}\n"
+        text += (
+            f"\na step takes {record['unprofiled_us_per_step']:.1f} us in the mean, with timers "
+            f"{record['profiled_us_per_step']:.1f}\n"
+        )
         text += format_rows(record["profile"])
     return text

@@ -1,17 +1,21 @@
-"""``nemo-engine bench serve``: OpenAI-compatible servers under load, as their clients see them: TTFT, ITL, TPOT, end to end, goodput.
+"""``nemo-engine bench serve``: OpenAI-compatible servers under load, as their clients see them: TTFT, ITL, TPOT, end to
+end, goodput.
 
-Arrivals are open loop (Poisson, gamma, constant, or the workload's own times: requests come whether or not others have ended) or closed loop
-(so many at a time). Of several values of --concurrency or --rate each is a point. Every request is streamed. Several servers are measured in
-turns, round by round, with the same requests; the first rounds warm up. Prompts that are made up are new in every round and run, so no prefix
-cache knows more of them than their shared prefixes.
+Arrivals are open loop (Poisson, gamma, constant, or the workload's own times: requests come whether or not others have
+ended) or closed loop (so many at a time). Of several values of --concurrency or --rate each is a point. Every request
+is streamed. Several servers are measured in turns, round by round, with the same requests; the first rounds warm up.
+Prompts that are made up are new in every round and run, so no prefix cache knows more of them than their shared
+prefixes.
 
-TTFT: from sending (a new connection each) to the first event with text or tokens. ITL: between such events, as other clients count it; a server that
-joins tokens has fewer of them, so TPOT, which counts tokens, stands beside it. Goodput: requests a second that kept every limit of the SLO. A request that
-fails counts in no latency and no rate; its server's result is failed, and stands in no ratio.
+TTFT: from sending (a new connection each) to the first event with text or tokens. ITL: between such events, as other
+clients count it; a server that joins tokens has fewer of them, so TPOT, which counts tokens, stands beside it. Goodput:
+requests a second that kept every limit of the SLO. A request that fails counts in no latency and no rate; its server's
+result is failed, and stands in no ratio.
 
 Servers are given by address, and --start starts one by its command and ends it afterwards:
 
-    nemo-engine bench serve ours=http://127.0.0.1:8000 vllm=http://127.0.0.1:8001 --concurrency 1 16 64 --slo-ttft 1s --slo-itl 30ms \\
+    nemo-engine bench serve ours=http://127.0.0.1:8000 vllm=http://127.0.0.1:8001 --concurrency 1 16 64 --slo-ttft 1s
+    --slo-itl 30ms \\
         --start ours='nemo-engine serve nemo-tiny --port 8000' \\
         --start vllm='/opt/vllm/bin/python -m vllm.entrypoints.openai.api_server --model DIR --port 8001' \\
         --generate requests=64,input=uniform:16:256,output=128 --json serve.jsonl
@@ -99,7 +103,8 @@ def arrivals_of(args: argparse.Namespace, items: Sequence[Item]) -> list[Arrival
         timeless = next((item for item in items if item.arrival_s is None), None)
         if timeless is not None:
             raise ValueError(
-                f"request {timeless.request_id!r} has no arrival_s: give --concurrency N for a closed loop, or --rate X for an open one"
+                f"request {timeless.request_id!r} has no arrival_s: give --concurrency N for a closed loop, or --rate "
+                "X for an open one"
             )
     return [Arrivals(kind, rate_per_s=rate, burstiness=args.burstiness, seed=args.seed) for rate in args.rate or [None]]
 
@@ -265,12 +270,13 @@ def _rate(trips: Sequence[Trip], count: Callable[[Trip], float]) -> float:
 def _ratios(first: Rounds, other: Rounds) -> Record:
     """The first over the other, round by round: rates, and medians of latencies."""
     pairs = {
-        "output_tokens_per_second": [[_rate(trips, lambda trip: trip.num_tokens) for trips in of] for of in (first, other)]
+        "output_tokens_per_second": [[_rate(trips, lambda trip: trip.num_tokens) for trips in of] for of in (first,
+        other)]
     }  # fmt: skip
     for name, values in _LATENCIES.items():
         medians = [
-            [percentiles([v for trip in trips for v in values(trip) if v is not None], (50,)).get("p50") for trips in of]
-            for of in (first, other)
+            [percentiles([v for trip in trips for v in values(trip) if v is not None], (50,)).get("p50") for trips in
+            of] for of in (first, other)
         ]  # fmt: skip
         if all(value for of in medians for value in of):
             pairs[f"{name}_p50"] = [[value or 0.0 for value in of] for of in medians]
@@ -301,6 +307,9 @@ def format_record(record: Record) -> str:
     if "first_against_this" in record:
         ratios = dict(record["first_against_this"])
         first = ratios.pop("first")
-        parts = [f"{name} {of['median']:.2f}x ({of['interval'][0]:.2f} to {of['interval'][1]:.2f})" for name, of in ratios.items()]  # fmt: skip
+        parts = [
+            f"{name} {of['median']:.2f}x ({of['interval'][0]:.2f} to {of['interval'][1]:.2f})"
+            for name, of in ratios.items()
+        ]
         lines.append(f"  {first} has of this: {', '.join(parts)}")
     return "\n".join(lines + [f"  failed: {error}" for error in record["first_errors"]])

@@ -1,9 +1,10 @@
-"""What streaming through the HTTP server costs, against ``AsyncEngine`` in process: output tokens per second in one run.
+"""What streaming through the HTTP server costs, against ``AsyncEngine`` in process: output tokens per second in one
+run.
 
-Both serve the same seeded requests, ``--concurrency`` at a time, every token streamed. In process the consumer is an event loop beside the
-engine's thread. The server runs in a process of its own, and the client in this one reads the events off plain sockets. They take
-turns, round by round; medians, and the ratio of each round, are reported. On a machine of few cores the client's own share is
-charged to the server.
+Both serve the same seeded requests, ``--concurrency`` at a time, every token streamed. In process the consumer is an
+event loop beside the engine's thread. The server runs in a process of its own, and the client in this one reads the
+events off plain sockets. They take turns, round by round; medians, and the ratio of each round, are reported. On a
+machine of few cores the client's own share is charged to the server.
 
     python benchmarks/server_overhead.py --json benchmarks/results/NAME.jsonl
 """
@@ -64,7 +65,10 @@ async def over_http(url: str, count: int, concurrency: int, length: int, new_tok
                 "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
             }
         ).encode()  # fmt: skip
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\nConnection: "
+            "close\r\n"
+        )
         async with gate:
             reader, writer = await asyncio.open_connection(where.hostname, where.port)
             writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)

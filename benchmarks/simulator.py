@@ -1,8 +1,10 @@
-"""How fast the simulator is: steps, requests and tokens a second of one core, by how many requests run at once and how long answers are.
+"""How fast the simulator is: steps, requests and tokens a second of one core, by how many requests run at once and how
+long answers are.
 
-A step is counted when it is committed, whether it was planned or passed over because nothing but decoding and new pages is due; the cost of
-each is evaluated. The workload is made before the clock starts, which is the process's own time, so that other programs do not count. One replica:
-with several the steps of all are added up. Mistral NeMo in FP8 on an H200 by its roofline.
+A step is counted when it is committed, whether it was planned or passed over because nothing but decoding and new pages
+is due; the cost of each is evaluated. The workload is made before the clock starts, which is the process's own time, so
+that other programs do not count. One replica: with several the steps of all are added up. Mistral NeMo in FP8 on an
+H200 by its roofline.
 
 python benchmarks/simulator.py --json benchmarks/results/NAME.jsonl
 """
@@ -71,12 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens = found.output_tokens_per_s * found.duration_s / cpu
             mark = "" if steps >= GOAL else f"  below {GOAL:,}"
             print(
-                f"{name:<18} {concurrency:>8} {found.num_steps:>9} {steps:>10,.0f} {requests:>11,.0f} {tokens:>11,.0f} {mib:>5.0f}{mark}"
+                f"{name:<18} {concurrency:>8} {found.num_steps:>9} {steps:>10,.0f} {requests:>11,.0f} {tokens:>11,.0f} "
+                f"{mib:>5.0f}{mark}"
             )
             record = {
                 "benchmark": "simulator", "workload": text, "concurrency": concurrency, "requests": args.requests,
-                "steps": found.num_steps, "cpu_s": cpu, "cpu_s_of_runs": [seconds for _, seconds in runs], "steps_per_s": steps,
-                "requests_per_s": requests, "tokens_per_s": tokens, "goal_steps_per_s": GOAL, "peak_mib": mib, **facts,
+                "steps": found.num_steps, "cpu_s": cpu, "cpu_s_of_runs": [seconds for _, seconds in runs],
+                "steps_per_s": steps, "requests_per_s": requests, "tokens_per_s": tokens, "goal_steps_per_s": GOAL,
+                "peak_mib": mib, **facts,
             }  # fmt: skip
             append_record(args.json, record)
 

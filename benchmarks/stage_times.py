@@ -1,4 +1,6 @@
-"""Where the time of a step goes: timers around functions, each of which is charged with what it does itself, without what it calls."""
+"""Where the time of a step goes: timers around functions, each of which is charged with what it does itself, without
+what it calls.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class StageTimes:
         self.calls.clear()
 
     def rows(self, steps: int, total_seconds: float) -> list[dict[str, Any]]:
-        """A row for each stage, the longest first: microseconds and calls per step, and its share of all; what no timer saw is the last but in order."""
+        """A row for each stage, the longest first: microseconds and calls per step, and its share of all; what no timer
+        saw is the last but in order.
+        """
         rest = total_seconds - sum(self.seconds.values())
         every = [(name, seconds, self.calls[name]) for name, seconds in self.seconds.items()]
         every += [("not in a timer", rest, 0)]

@@ -18,7 +18,10 @@ from nemo_engine.benchmarks.load import Server
 
 
 class StartedServer:
-    """A server's process, in a session of its own. Use it as a context manager. Its output goes to ``log`` in the end, if that is given."""
+    """A server's process, in a session of its own. Use it as a context manager.
+
+    Its output goes to ``log`` in the end, if that is given.
+    """
 
     def __init__(self, server: Server, command: str, log: Path | None) -> None:
         self._server, self._log_path = server, log

@@ -1,10 +1,11 @@
-"""``nemo-engine bench startup``: each stage from a new process to the first token, with a fresh process for every start.
+"""``nemo-engine bench startup``: each stage from a new process to the first token, with a fresh process for every
+start.
 
-In every round this engine starts with its checkpoint in the page cache ("warm") and without ("cold"), and each peer starts warm, in turns. For a
-cold start the kernel is asked to drop the checkpoint's pages and no others: Python's and torch's own files stay cached, since dropping all
-takes root's rights. How much of the checkpoint was in the page cache right before each start is in the results; where the kernel does not drop
-it, that start is left out. A shape with random
-weights has nothing to read, so there are no cold starts.
+In every round this engine starts with its checkpoint in the page cache ("warm") and without ("cold"), and each peer
+starts warm, in turns. For a cold start the kernel is asked to drop the checkpoint's pages and no others: Python's and
+torch's own files stay cached, since dropping all takes root's rights. How much of the checkpoint was in the page cache
+right before each start is in the results; where the kernel does not drop it, that start is left out. A shape with
+random weights has nothing to read, so there are no cold starts.
 
     nemo-engine bench startup nemo-tiny --rounds 5 --json startup.jsonl
     nemo-engine bench startup nemo-tiny --peers vllm=/path/to/python transformers
@@ -85,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Starts:
-    """Starts by engine and kind: stages of those that count, what of the checkpoint was cached before each, and what failed."""
+    """Starts by engine and kind: stages of those that count, what of the checkpoint was cached before each, and what
+    failed.
+    """
 
     def __init__(self) -> None:
         self.counted: dict[Key, list[Stages]] = {}
@@ -124,7 +127,9 @@ def weight_files(model: BenchModel) -> list[Path]:
 
 
 def prepare(model: BenchModel, kind: str) -> float:
-    """Bring the checkpoint into the page cache or out of it; returns the part of it that is there afterwards, 0 to 1."""
+    """Bring the checkpoint into the page cache or out of it; returns the part of it that is there afterwards, 0 to
+    1.
+    """
     files = weight_files(model)
     for path in files:
         if kind == "warm":
@@ -231,9 +236,9 @@ def records(args: argparse.Namespace, starts: Starts) -> list[Record]:
     for (name, kind), every in starts.counted.items():
         names = list(dict.fromkeys(stage for stages in every for stage in stages))
         record = {
-            **common, "engine": name, "status": "ok", "kind": kind, "options": args.options[name], "versions": starts.versions[name],
-            "stages": {stage: [stages[stage] for stages in every] for stage in names},
-            "total_s": [stages[TOTAL] for stages in every], "checkpoint_in_page_cache": starts.cached[name, kind], **facts,
+            **common, "engine": name, "status": "ok", "kind": kind, "options": args.options[name], "versions":
+            starts.versions[name], "stages": {stage: [stages[stage] for stages in every] for stage in names}, "total_s":
+            [stages[TOTAL] for stages in every], "checkpoint_in_page_cache": starts.cached[name, kind], **facts,
         }  # fmt: skip
         if name != OURS and len(ours) == len(every):
             ratio = Ratio.paired(record["total_s"], ours)

@@ -1,8 +1,10 @@
-"""One start of an engine, from the first line of a fresh interpreter to its second answer; prints what each stage took as a line of JSON.
+"""One start of an engine, from the first line of a fresh interpreter to its second answer; prints what each stage took
+as a line of JSON.
 
     PYTHON -P startup_child.py '{"model": DIR, "options": {...}, "prompt": [id, ...]}'
 
-``at`` are moments on the wall clock, seconds since the epoch; ``engine`` are the engine's own stages. What engines print goes to stderr.
+``at`` are moments on the wall clock, seconds since the epoch; ``engine`` are the engine's own stages. What engines
+print goes to stderr.
 """
 
 import time

@@ -1,7 +1,9 @@
-"""Host cost of structured outputs: microseconds of a mask and of a token's acceptance, at NeMo's vocabulary, without a model.
+"""Host cost of structured outputs: microseconds of a mask and of a token's acceptance, at NeMo's vocabulary, without a
+model.
 
-Each form is walked along one of its texts, as the tokenizer writes it. ``first`` is the first compilation, for json, regex and choice
-in this process and for grammar in a process of its own before. The last rows are the upload and the masking of logits, on the CPU.
+Each form is walked along one of its texts, as the tokenizer writes it. ``first`` is the first compilation, for json,
+regex and choice in this process and for grammar in a process of its own before. The last rows are the upload and the
+masking of logits, on the CPU.
 
     python benchmarks/structured.py --tokenizer tekken.json --json benchmarks/results/NAME.jsonl
 """
@@ -29,11 +31,18 @@ _PERSON = {
         "name": {"type": "string"},
         "age": {"type": "integer", "minimum": 0, "maximum": 150},
         "tags": {"type": "array", "items": {"type": "string"}},
-        "address": {"type": "object", "properties": {"street": {"type": "string"}, "city": {"type": "string"}}, "required": ["city"]},
+        "address": {
+            "type": "object",
+            "properties": {"street": {"type": "string"}, "city": {"type": "string"}},
+            "required": ["city"],
+        },
     },
     "required": ["name", "age", "address"],
-}  # fmt: skip
-_TEXT = '{"name": "Ada Lovelace", "age": 36, "tags": ["mathematics", "the analytical engine"], "address": {"city": "London"}}'
+}
+_TEXT = (
+    '{"name": "Ada Lovelace", "age": 36, "tags": ["mathematics", "the analytical engine"], "address": {"city": '
+    '"London"}}'
+)
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "json schema": ({"json": _PERSON}, _TEXT),
     "json object": ({"json_object": True}, _TEXT),
@@ -64,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     loading = time.perf_counter() - start
     facts = {**provenance("llguidance", "torch"), "vocab_size": vocab_size, "load_s": loading}
     print(
-        f"vocabulary of {vocab_size}, loaded in {loading:.2f} s\nform             first ms  mask us: median  p99  accept us"
+        f"vocabulary of {vocab_size}, loaded in {loading:.2f} s\nform             first ms  mask us: median  p99  "
+        "accept us"
     )
     records: list[dict[str, Any]] = []
     for name, (form, text) in FORMS.items():

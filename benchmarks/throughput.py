@@ -1,12 +1,15 @@
-"""``nemo-engine bench throughput``: whole workloads offline, ours and every peer in turns: tokens per second, ratios, equal outputs.
+"""``nemo-engine bench throughput``: whole workloads offline, ours and every peer in turns: tokens per second, ratios,
+equal outputs.
 
-Each engine runs in a process of its own and stays loaded; in every round each computes the same workload once, in an order that changes from round
-to round, while the others rest. The first rounds warm up. --concurrency limits how many requests run at once, for every engine alike; of several values
-each is measured for itself. Prefix caches are on where an engine has one, and emptied after every round. Conversations run turn after turn: all
-first turns, then all second ones after the engine's own answers; times to think are left out.
+Each engine runs in a process of its own and stays loaded; in every round each computes the same workload once, in an
+order that changes from round to round, while the others rest. The first rounds warm up. --concurrency limits how many
+requests run at once, for every engine alike; of several values each is measured for itself. Prefix caches are on where
+an engine has one, and emptied after every round. Conversations run turn after turn: all first turns, then all second
+ones after the engine's own answers; times to think are left out.
 
-Token counts must be those asked for. Greedy outputs are compared token by token; in bf16 two right engines part ways at near-ties, so the share of
-equal tokens before the first difference is told, and nothing is concluded from it. An engine that fails is reported with its error, and the others go on.
+Token counts must be those asked for. Greedy outputs are compared token by token; in bf16 two right engines part ways at
+near-ties, so the share of equal tokens before the first difference is told, and nothing is concluded from it. An engine
+that fails is reported with its error, and the others go on.
 
     nemo-engine bench throughput nemo-tiny --peers transformers vllm=/opt/vllm/bin/python --concurrency 1 16 64 \\
         --generate requests=64,input=uniform:16:256,output=128 --option vllm.enforce_eager=true --json throughput.jsonl
@@ -53,9 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
     add_workload_arguments(parser)
     parser.add_argument(
-        "--concurrency", type=int, nargs="+", metavar="N",
-        help="requests that run at once, in every engine; several are measured one after another [each engine's own limit]",
-    )  # fmt: skip
+        "--concurrency",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="requests that run at once, in every engine; several are measured one after another [each engine's own "
+        "limit]",
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds that count [5]")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before them, not counted [1]")
     parser.add_argument(
@@ -288,7 +295,9 @@ def _records(
 
 
 def ideal_seconds(roofline: Roofline, items: Sequence[Item], concurrency: int) -> float:
-    """The least time of a round: every step at the roofline, prefixes and earlier turns computed once, a place filled as soon as it is free."""
+    """The least time of a round: every step at the roofline, prefixes and earlier turns computed once, a place filled
+    as soon as it is free.
+    """
     total, seen = 0.0, set[str]()
     known = [0] * len(items)  # tokens of each conversation whose keys and values are there
     for turn in range(max(len(item.turns) for item in items)):

@@ -1,4 +1,6 @@
-"""How long a call takes on a device, what the device can do at most, and the row of a table that says how near the one is to the other."""
+"""How long a call takes on a device, what the device can do at most, and the row of a table that says how near the one
+is to the other.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _LONGEST_LEAD_MS = 5.0
 
 
 class DeviceTimer:
-    """Median device milliseconds of a call with a cold L2, by events. Launches cost nothing unless the call waits for the device.
+    """Median device milliseconds of a call with a cold L2, by events.
+
+    Launches cost nothing unless the call waits for the device.
 
     Before each call a buffer larger than L2 is read (written, its dirty lines would be written back within the measured
     time), and the device sleeps for as long as the host needs to launch the call, so that no kernel waits for the host.
@@ -145,7 +149,10 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement. ``speedup``: times as fast as the best baseline; ``difference``: from the first baseline's result."""
+    """One measurement.
+
+    ``speedup``: times as fast as the best baseline; ``difference``: from the first baseline's result.
+    """
 
     op: str
     size: str
@@ -178,7 +185,8 @@ class Row:
         speedup = "-" if self.speedup is None else f"{self.speedup:.2f}x"
         difference = "-" if self.difference is None else f"{self.difference:.1e}"
         return (
-            f"{text}  {self.us:11.2f}  {self.gb_per_s:8.1f}  {self.tflop_per_s:8.2f}  {self.fraction:8.1%}  {speedup:>8s}  "
+            f"{text}  {self.us:11.2f}  {self.gb_per_s:8.1f}  {self.tflop_per_s:8.2f}  {self.fraction:8.1%}  "
+            f"{speedup:>8s}  "
             f"{difference:>9s}" + (f"  error: {self.error}" if self.error else "")
         )
 
@@ -195,7 +203,10 @@ def describe(error: Exception) -> str:
 
 
 def relative_difference(got: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over the norm of ``reference``; NaN if either holds one. Shapes may differ, counts may not."""
+    """Norm of the difference over the norm of ``reference``; NaN if either holds one.
+
+    Shapes may differ, counts may not.
+    """
     wide = reference.float()
     return float((got.reshape(reference.shape).float() - wide).norm() / wide.norm().clamp(min=1e-30))
 

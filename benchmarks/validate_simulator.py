@@ -1,14 +1,17 @@
-"""Does the simulator tell what the engine will do? Fits a cost model on a grid of latencies, and predicts workloads that it has not seen.
+"""Does the simulator tell what the engine will do? Fits a cost model on a grid of latencies, and predicts workloads
+that it has not seen.
 
-The engine runs here and now: first batches of equal requests over a grid of sizes, and some that join while others decode; a cost model is
-fitted to every step. Two workloads of mixed lengths are not in the fit: all requests at once (throughput), and Poisson arrivals in real time (time
-to first token). Each is run by the engine and simulated with the fitted model, and the two are compared. The grid is measured before, between and
-after the workloads, so that a machine that slowly changes changes both; one on which other programs run is of no use.
+The engine runs here and now: first batches of equal requests over a grid of sizes, and some that join while others
+decode; a cost model is fitted to every step. Two workloads of mixed lengths are not in the fit: all requests at once
+(throughput), and Poisson arrivals in real time (time to first token). Each is run by the engine and simulated with the
+fitted model, and the two are compared. The grid is measured before, between and after the workloads, so that a machine
+that slowly changes changes both; one on which other programs run is of no use.
 
-    python benchmarks/validate_simulator.py --json benchmarks/results/NAME.jsonl --save-model cost-model.json --save-steps steps.ndjson
+    python benchmarks/validate_simulator.py --json benchmarks/results/NAME.jsonl --save-model cost-model.json
+    --save-steps steps.ndjson
 
-What is kept in ``results/``: the comparison, the model (``cost-model-*.json``, for ``nemo-engine simulate --cost-model``) and the steps that it was
-fitted to (``steps-*.ndjson``: the fields of ``Measurement``, a step a line).
+What is kept in ``results/``: the comparison, the model (``cost-model-*.json``, for ``nemo-engine simulate
+--cost-model``) and the steps that it was fitted to (``steps-*.ndjson``: the fields of ``Measurement``, a step a line).
 """
 
 from __future__ import annotations
@@ -153,9 +156,9 @@ class Unseen:
         measured = self.measured
         predicted = {"tokens_per_s": found.output_tokens_per_s, "median_ttft_s": found.ttft.quantile(0.5)}
         return {
-            "workload": self.name, "requests": len(self.items), "measured": measured, "runs": self.runs, "predicted": predicted,
-            "throughput_error": predicted["tokens_per_s"] / measured["tokens_per_s"] - 1,
-            "ttft_error": predicted["median_ttft_s"] / measured["median_ttft_s"] - 1,
+            "workload": self.name, "requests": len(self.items), "measured": measured, "runs": self.runs, "predicted":
+            predicted, "throughput_error": predicted["tokens_per_s"] / measured["tokens_per_s"] - 1, "ttft_error":
+            predicted["median_ttft_s"] / measured["median_ttft_s"] - 1,
         }  # fmt: skip
 
 
@@ -213,16 +216,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         and abs(poisson["ttft_error"]) <= MOST_TTFT_ERROR
     )
     record = {
-        "benchmark": "validate_simulator", "model": args.model, "is_within_limits": is_good,
-        "most_throughput_error": MOST_THROUGHPUT_ERROR, "most_ttft_error": MOST_TTFT_ERROR,
-        "workloads": [everything, poisson], "fit": {k: model.facts[k] for k in ("num_measurements", "median_error", "p90_error")},
-        "unseen": UNSEEN, "engine": ENGINE, **provenance("torch"),
+        "benchmark": "validate_simulator", "model": args.model, "is_within_limits": is_good, "most_throughput_error":
+        MOST_THROUGHPUT_ERROR, "most_ttft_error": MOST_TTFT_ERROR, "workloads": [everything, poisson], "fit": {k:
+        model.facts[k] for k in ("num_measurements", "median_error", "p90_error")}, "unseen": UNSEEN, "engine": ENGINE,
+        **provenance("torch"),
     }  # fmt: skip
     for result in (everything, poisson):
         print(
             f"{result['workload']:<28} tokens/s {result['measured']['tokens_per_s']:8.0f}, predicted "
             f"{result['predicted']['tokens_per_s']:8.0f} ({result['throughput_error']:+.1%}); median TTFT "
-            f"{result['measured']['median_ttft_s'] * 1e3:8.1f} ms, predicted {result['predicted']['median_ttft_s'] * 1e3:8.1f} "
+            f"{result['measured']['median_ttft_s'] * 1e3:8.1f} ms, predicted "
+            f"{result['predicted']['median_ttft_s'] * 1e3:8.1f} "
             f"({result['ttft_error']:+.1%})"
         )
     print("within the limits" if is_good else "NOT within the limits")

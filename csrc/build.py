@@ -1,8 +1,10 @@
-"""Building the CUDA kernels: finding nvcc, and one way to call CMake, for setup.py and for the tests. Standard library only.
+"""Building the CUDA kernels: finding nvcc, and one way to call CMake, for setup.py and for the tests.
 
-    python csrc/build.py            # builds nemo_engine/_C for this interpreter, in this checkout
-    python csrc/build.py --which    # prints the nvcc that would be used
-    python csrc/build.py --compile NVCC ARGUMENTS...    # how CMake calls the compiler: fails where ptxas gives up what the code asks for
+Standard library only.
+
+    python csrc/build.py            # builds nemo_engine/_C for this interpreter, in this checkout python csrc/build.py
+    --which    # prints the nvcc that would be used python csrc/build.py --compile NVCC ARGUMENTS...    # how CMake
+    calls the compiler: fails where ptxas gives up what the code asks for
 
 Works without a GPU and without torch.
 """
@@ -24,12 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST_NVCC = (12, 8)  # the first that knows all that is used; 13.0 and 13.5 are tested
 USUAL = "/usr/local/cuda/bin/nvcc"
 TOOLS = ("cmake", "ninja", "pybind11")
-# What ptxas says when it serialises wgmma or puts waits of its own between them: the code is right and slow, and nvcc succeeds.
+# What ptxas says when it serialises wgmma or puts waits of its own between them: the code is right and slow, and nvcc
+# succeeds.
 GIVEN_UP = re.compile(r"\(C75\d\d\)")
 
 
 def nvcc_candidates() -> list[Path]:
-    """Where nvcc may be, in order: $CUDACXX, $CUDA_HOME, the PATH, the usual place, and the packages of the extra ``nvcc``."""
+    """Where nvcc may be, in order: $CUDACXX, $CUDA_HOME, the PATH, the usual place, and the packages of the extra
+    ``nvcc``.
+    """
     found = [os.environ["CUDACXX"]] if os.environ.get("CUDACXX") else []
     found += [
         os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
@@ -86,7 +91,10 @@ def missing_tools() -> list[str]:
 
 
 def cmake_build(folder: Path, *options: str, source: Path = ROOT) -> None:
-    """Configure and compile what changed in ``folder``, of ``source``'s CMakeLists.txt. Raises ``RuntimeError`` with the compiler's words."""
+    """Configure and compile what changed in ``folder``, of ``source``'s CMakeLists.txt.
+
+    Raises ``RuntimeError`` with the compiler's words.
+    """
     configure = [_tool("cmake"), "-S", str(source), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}", *options]
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +117,10 @@ def compile_strictly(command: Sequence[str]) -> int:
 
 
 def build_gpu(nvcc: Path, folder: Path | None = None) -> Path:
-    """Compile the kernels for sm_90a with ``nvcc``; returns the library. ``folder``: build/cuda-... of this interpreter if None."""
+    """Compile the kernels for sm_90a with ``nvcc``; returns the library.
+
+    ``folder``: build/cuda-... of this interpreter if None.
+    """
     folder = folder or ROOT / "build" / f"cuda-{sysconfig.get_config_var('SOABI')}"
     cmake_build(folder, f"-DCMAKE_CUDA_COMPILER={nvcc}")
     return folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

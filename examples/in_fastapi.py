@@ -1,4 +1,5 @@
-"""The engine inside one's own FastAPI application, beside one's own routes; and the whole OpenAI-compatible server mounted under a path.
+"""The engine inside one's own FastAPI application, beside one's own routes; and the whole OpenAI-compatible server
+mounted under a path.
 
 uvicorn examples.in_fastapi:app
 """

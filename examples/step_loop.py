@@ -21,7 +21,8 @@ def main(model: str) -> None:
             for output in engine.step():
                 for completion in output.outputs:
                     print(
-                        f"step {num_steps:3}  {output.request_id:8} {completion.text!r} {completion.finish_reason or ''}"
+                        f"step {num_steps:3}  {output.request_id:8} {completion.text!r} "
+                        f"{completion.finish_reason or ''}"
                     )
             num_steps += 1
             if num_steps == 5:

@@ -44,7 +44,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def silu_mul_fp8(gate_up: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``silu_mul``, quantised per token: (T, 2 I) -> (T, I) FP8 e4m3 and (T, 1) fp32. ``scale``: () fp32, to use it for all.
+    """``silu_mul``, quantised per token: (T, 2 I) -> (T, I) FP8 e4m3 and (T, 1) fp32.
+
+    ``scale``: () fp32, to use it for all.
 
     I is at most 16,384: one program holds a row.
     """

@@ -1,7 +1,9 @@
-"""Causal attention over paged keys and values: prefill in one kernel; decode split over the keys, planned on the device.
+"""Causal attention over paged keys and values: prefill in one kernel; decode split over the keys, planned on the
+device.
 
-Query heads that share a KV head are packed into the rows of one tile, so keys and values are read once. Keys and values may be FP8
-(e4m3): they are widened to the queries' dtype, so both products accumulate in fp32 whatever the length of the context.
+Query heads that share a KV head are packed into the rows of one tile, so keys and values are read once. Keys and values
+may be FP8 (e4m3): they are widened to the queries' dtype, so both products accumulate in fp32 whatever the length of
+the context.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def _attend_tile(
     acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, scale,
     MASKED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in base 2. q: (M, D); acc: (M, D) fp32; mass, best: (M,) fp32; rows: see ``_tile_rows``.
+    """One step of the online softmax, in base 2. q: (M, D); acc: (M, D) fp32; mass, best: (M,) fp32; rows: see
+    ``_tile_rows``.
 
     Keys from ``end`` on do not exist; row m sees keys up to ``last_key[m]``, which matters where MASKED.
     """
@@ -80,7 +83,10 @@ def _prefill_kernel(
     HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of M / GROUP_PAD queries of one row and one KV head. Row i starts at tile ``starts[i] / queries + i``."""
+    """One tile of M / GROUP_PAD queries of one row and one KV head.
+
+    Row i starts at tile ``starts[i] / queries + i``.
+    """
     QUERIES: tl.constexpr = M // GROUP_PAD
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see the most keys: they go first
     head = tl.program_id(1)
@@ -142,13 +148,16 @@ def _plan_kernel(
     plan_ptr, seq_lens_ptr, num_rows, num_units,
     TILE: tl.constexpr, PART_COST: tl.constexpr, MIN_SHARE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``plan_decode``: one cut after the other, each from the row that holds the place on the line where the unit before it ends."""
+    """``plan_decode``: one cut after the other, each from the row that holds the place on the line where the unit
+    before it ends.
+    """
     row = tl.arange(0, ROWS)
     length = tl.load(seq_lens_ptr + row, mask=row < num_rows, other=0).to(tl.int32)
     line = tl.where(length > 0, (length + TILE - 1) // TILE + PART_COST, 0)
     total = tl.sum(line, 0)
     share = tl.maximum((total + num_units - 1) // num_units, MIN_SHARE)
-    # Start and row in one number, so that one maximum finds both. Rows of no keys lie where the next row starts, before it.
+    # Start and row in one number, so that one maximum finds both. Rows of no keys lie where the next row starts, before
+    # it.
     starts = (tl.cumsum(line, 0) - line).to(tl.int64) * ROWS + row
     cut_ptr = plan_ptr + 4
     cut_row_ptr = plan_ptr + 6 + 2 * num_units
@@ -179,10 +188,12 @@ def _plan_kernel(
 def _decode_kernel(
     out_ptr, part_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, slot_ids_ptr,
     seq_lens_ptr, plan_ptr, scale, num_rows, q_stride, q_head_stride, table_stride, page_stride, head_stride,
-    num_heads, HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, D: tl.constexpr,
+    num_heads, HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One unit of the rows' keys, for one KV head: a row's result itself if the unit has the whole row, else a part and its log-sum-exp."""
+    """One unit of the rows' keys, for one KV head: a row's result itself if the unit has the whole row, else a part and
+    its log-sum-exp.
+    """
     unit = tl.program_id(0)
     head = tl.program_id(1)
     num_units = tl.load(plan_ptr + 2)
@@ -285,10 +296,12 @@ def _stages(wanted: int, tile_bytes: int, other_bytes: int, shared: int) -> int:
 
 
 def plan_decode(seq_lens: torch.Tensor, num_units: int) -> torch.Tensor:
-    """How decode attention splits its rows into units of work; computed on the device, so that a graph serves all lengths.
+    """How decode attention splits its rows into units of work; computed on the device, so that a graph serves all
+    lengths.
 
-    seq_lens: (B,) int64. Returns (6 + 3 num_units,) int32: the tiles of a share; the numbers of rows without keys, of units with
-    work, and of rows that are cut; ``nemo_engine.kernels.decode_split.cuts``; and in which units the rows begin that are cut.
+    seq_lens: (B,) int64. Returns (6 + 3 num_units,) int32: the tiles of a share; the numbers of rows without keys, of
+    units with work, and of rows that are cut; ``nemo_engine.kernels.decode_split.cuts``; and in which units the rows
+    begin that are cut.
     """
     rows = seq_lens.shape[0]
     plan = torch.empty(6 + 3 * num_units, dtype=torch.int32, device=seq_lens.device)
@@ -313,10 +326,13 @@ def decode(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """One query per row. out, q: (B, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), dense; page_table: (slots, P).
+    """One query per row. out, q: (B, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), dense; page_table: (slots,
+    P).
 
-    Row i reads the pages ``page_table[slot_ids[i]]``; slot_ids, seq_lens: (B,). A row of no keys gives zeros. plan: see ``plan_decode``.
-    k_scale, v_scale: (Hk,) fp32 of an FP8 cache. How a row is split, and so the last bits of its result, depends on the other rows.
+    Row i reads the pages ``page_table[slot_ids[i]]``; slot_ids, seq_lens: (B,). A row of no keys gives zeros. plan: see
+    ``plan_decode``.
+    k_scale, v_scale: (Hk,) fp32 of an FP8 cache. How a row is split, and so the last bits of its result, depends on the
+    other rows.
     """
     rows, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
@@ -329,9 +345,9 @@ def decode(
     stages = _stages(4, 2 * split.TILE * padded * k_cache.itemsize, 8 << 10, shared)
     _decode_kernel[(units, kv_heads)](
         out, part, lse, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, seq_lens, plan, scale, rows,
-        q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
-        HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, PAGE_SIZE=page_size, M=max(16, triton.next_power_of_2(group)),
-        N=split.TILE, D=padded, num_warps=4, num_stages=stages,
+        q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads, HAS_SCALES=k_scale
+        is not None, DIM=dim, GROUP=group, PAGE_SIZE=page_size, M=max(16, triton.next_power_of_2(group)), N=split.TILE,
+        D=padded, num_warps=4, num_stages=stages,
     )  # fmt: skip
     _combine_kernel[(min(rows, units), heads)](
         out, part, lse, seq_lens, plan, units, heads, TILE=split.TILE, DIM=dim, SPLITS=16, D=padded, num_warps=4
@@ -355,8 +371,9 @@ def prefill(
 ) -> None:
     """Rows ``first_row ..`` of several queries each, at the end of their keys. out, q: (T, Hq, D).
 
-    Row i has queries ``starts[i] .. starts[i + 1] - 1``, and ``seq_lens[i]`` keys with those of its queries. starts: (R + 1,); slot_ids,
-    seq_lens: (R,); ``num_queries``: of all these rows together. The rest as in ``decode``. A row's bits do not depend on other rows.
+    Row i has queries ``starts[i] .. starts[i + 1] - 1``, and ``seq_lens[i]`` keys with those of its queries. starts: (R
+    + 1,); slot_ids, seq_lens: (R,); ``num_queries``: of all these rows together. The rest as in ``decode``. A row's
+    bits do not depend on other rows.
     """
     heads, dim = q.shape[1:]
     kv_heads, page_size = k_cache.shape[1:3]

@@ -57,10 +57,10 @@ def build_batch_(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row i computes the next ``starts[i + 1] - starts[i]`` tokens, at most ``longest``, of slot ``slots[i]``.
 
-    token_ids: (S, L) int32; num_computed: (S,) int64; page_table: (S, P) int64, modified: entry ``new_index[i]`` of row i's slot becomes
-    ``new_page[i]`` unless that is negative. slots, new_index, new_page: (R,) int64; starts: (R + 1,) int64, from 0 to ``num_tokens``.
-    Returns ids, positions and places ``page * page_size + offset`` of the tokens, (T,) int64 each, and (R,) int64: each row's length
-    when the step is done.
+    token_ids: (S, L) int32; num_computed: (S,) int64; page_table: (S, P) int64, modified: entry ``new_index[i]`` of row
+    i's slot becomes ``new_page[i]`` unless that is negative. slots, new_index, new_page: (R,) int64; starts: (R + 1,)
+    int64, from 0 to ``num_tokens``. Returns ids, positions and places ``page * page_size + offset`` of the tokens, (T,)
+    int64 each, and (R,) int64: each row's length when the step is done.
     """
     rows = slots.shape[0]
     ids, positions, mapping = (torch.empty(num_tokens, dtype=torch.int64, device=slots.device) for _ in range(3))
@@ -98,10 +98,11 @@ def advance_(
     sampled: torch.Tensor,
     tokens: torch.Tensor,
 ) -> None:
-    """Enter the end of a step into the table: ``num_computed[slots] = seq_lens``, and each sampled token after its row's last one.
+    """Enter the end of a step into the table: ``num_computed[slots] = seq_lens``, and each sampled token after its
+    row's last one.
 
-    token_ids: (S, L) int32, num_computed: (S,) int64, both modified; slots, seq_lens: (R,) int64; sampled: (N,) int64, the rows that sampled;
-    tokens: (N,) int64, failures (negative) being entered as 0. Rows of slot 0 change nothing.
+    token_ids: (S, L) int32, num_computed: (S,) int64, both modified; slots, seq_lens: (R,) int64; sampled: (N,) int64,
+    the rows that sampled; tokens: (N,) int64, failures (negative) being entered as 0. Rows of slot 0 change nothing.
     """
     rows, count = slots.shape[0], sampled.shape[0]
     if rows:

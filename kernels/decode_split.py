@@ -1,9 +1,11 @@
-"""How decode attention splits its rows among units of work: the rule that the kernels compute on the device, from the lengths.
+"""How decode attention splits its rows among units of work: the rule that the kernels compute on the device, from the
+lengths.
 
-The rule. Rows stand on a line, each with its tiles of keys and ``PART_COST`` tiles for what a part costs beside its keys. A unit takes what
-comes next on the line, up to an equal share and one part's cost; where a row does not fit whole, the unit takes so much of it that its
-part's cost still fits, and leaves the rest to the next unit. So all units end together, a row that fits is not cut, the cuts of a row lie
-a share apart, and units never outnumber the blocks that the GPU runs at once.
+The rule. Rows stand on a line, each with its tiles of keys and ``PART_COST`` tiles for what a part costs beside its
+keys. A unit takes what comes next on the line, up to an equal share and one part's cost; where a row does not fit
+whole, the unit takes so much of it that its part's cost still fits, and leaves the rest to the next unit. So all units
+end together, a row that fits is not cut, the cuts of a row lie a share apart, and units never outnumber the blocks that
+the GPU runs at once.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def share_of(lengths: Sequence[int], units: int) -> int:
 
 
 def cuts(lengths: Sequence[int], units: int) -> list[tuple[int, int]]:
-    """Where units begin and end, as (row, tile): unit u has the keys from cut u to cut u + 1. There are at most ``units`` + 1.
+    """Where units begin and end, as (row, tile): unit u has the keys from cut u to cut u + 1.
+
+    There are at most ``units`` + 1.
 
     lengths: keys of each row; a row of none belongs to no unit. The last cut is (rows, 0).
     """

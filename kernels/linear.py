@@ -1,8 +1,9 @@
 """Linear layers on tensor cores: ``y = x w^T`` of bf16, fp16 and fp32, and of FP8 (e4m3) with scales.
 
-Few rows are bound by reading the weight: it is the left operand there, so that 64 outputs by as few as 16 rows are one instruction, and K
-is split until all SMs read. Many rows: one block an SM, which goes from tile to tile. How a row is computed depends on N, K, the dtype and
-the bucket of the number of rows (``bucket_of``), and on nothing else of the batch.
+Few rows are bound by reading the weight: it is the left operand there, so that 64 outputs by as few as 16 rows are one
+instruction, and K is split until all SMs read. Many rows: one block an SM, which goes from tile to tile. How a row is
+computed depends on N, K, the dtype and the bucket of the number of rows (``bucket_of``), and on nothing else of the
+batch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _EPILOGUE_BYTES = 33 << 10  # of shared memory: a tile on its way out, and the b
 def _add_step(
     acc, x, w_desc, x_scale, w_scales_ptr, first_output, w_scale_stride, step, SCALES: tl.constexpr, SWAP: tl.constexpr
 ):
-    """``acc`` plus the product of x (M, K) and step ``step`` of the outputs from ``first_output`` on; acc is (N, M) if SWAP, else (M, N).
+    """``acc`` plus the product of x (M, K) and step ``step`` of the outputs from ``first_output`` on; acc is (N, M) if
+    SWAP, else (M, N).
 
     x_scale: (M,), of this step, and the outputs share one scale, if SCALES is "block".
     """
@@ -66,12 +68,15 @@ def _store(
 
 @triton.jit
 def _tile(
-    out_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, x_scale_stride, w_scale_stride, tile, first, last,
-    SCALES: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    out_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, x_scale_stride, w_scale_stride, tile,
+    first, last, SCALES: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of M rows by N outputs, or twice N where HALVES is 2, summed over steps ``first .. last - 1`` of K elements each.
+    """One tile of M rows by N outputs, or twice N where HALVES is 2, summed over steps ``first .. last - 1`` of K
+    elements each.
 
-    Tiles go down _GROUP of them before they go right, so that those which run together share rows and weights in the L2 cache.
+    Tiles go down _GROUP of them before they go right, so that those which run together share rows and weights in the L2
+    cache.
     """
     per_group = _GROUP * tl.cdiv(outputs, N * HALVES)
     top = tile // per_group * _GROUP
@@ -147,10 +152,11 @@ def _reduce_kernel(out_ptr, part_ptr, outputs, SPLITS: tl.constexpr, ROWS: tl.co
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How one bucket is computed: tiles of ``rows`` x ``outputs``, ``depth`` of K a step; K is split for at most ``blocks`` blocks.
+    """How one bucket is computed: tiles of ``rows`` x ``outputs``, ``depth`` of K a step; K is split for at most
+    ``blocks`` blocks.
 
-    The outputs come in two halves if ``halves`` is 2. If ``is_swapped``, the weight is the left operand, of which Hopper's instruction
-    takes 64 rows.
+    The outputs come in two halves if ``halves`` is 2. If ``is_swapped``, the weight is the left operand, of which
+    Hopper's instruction takes 64 rows.
     """
 
     rows: int
@@ -163,7 +169,10 @@ class Tiling:
     blocks: int
 
     def splits(self, bucket: int, outputs: int, width: int) -> int:
-        """Into how many parts K is cut so that a bucket fills the device. The same on every device, for the same results."""
+        """Into how many parts K is cut so that a bucket fills the device.
+
+        The same on every device, for the same results.
+        """
         tiles = triton.cdiv(bucket, self.rows) * triton.cdiv(outputs, self.outputs)
         steps = triton.cdiv(width, self.depth)
         return max(1, min(self.blocks // tiles, steps // _MIN_STEPS, _MAX_SPLITS))
@@ -175,10 +184,11 @@ def bucket_of(rows: int) -> int:
 
 
 def tiling_of(bucket: int, itemsize: int, is_block_scaled: bool = False, shared: int = HOPPER.shared) -> Tiling:
-    """The tiling of a bucket for operands of ``itemsize`` bytes on a device with ``shared`` bytes of shared memory a block.
+    """The tiling of a bucket for operands of ``itemsize`` bytes on a device with ``shared`` bytes of shared memory a
+    block.
 
-    A step is 128 bytes of K, what one swizzled line of shared memory holds. The tiles are the largest whose sums, and those of a step
-    that FP8 needs besides, stay in the registers.
+    A step is 128 bytes of K, what one swizzled line of shared memory holds. The tiles are the largest whose sums, and
+    those of a step that FP8 needs besides, stay in the registers.
     """
     if itemsize == 4:  # not on tensor cores
         return Tiling(min(bucket or 32, 32), 64, 1, False, 32, 4, 3, 264)
@@ -213,10 +223,11 @@ def linear_fp8(
     w_scales: torch.Tensor,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """``(x w^T) * x_scales * w_scales``. x: (T, K), weight: (N, K) FP8 e4m3, rows dense and 16-byte aligned -> (T, N) of ``out_dtype``.
+    """``(x w^T) * x_scales * w_scales``. x: (T, K), weight: (N, K) FP8 e4m3, rows dense and 16-byte aligned -> (T, N)
+    of ``out_dtype``.
 
-    x_scales: (T, 1) fp32. w_scales: fp32, one number of any shape, or (N, 1), or (N / 128, K / 128) rounded up, in which case x_scales is
-    (T, K / 128). Sums are in fp32, those of 128 of K in what the tensor cores add in.
+    x_scales: (T, 1) fp32. w_scales: fp32, one number of any shape, or (N, 1), or (N / 128, K / 128) rounded up, in
+    which case x_scales is (T, K / 128). Sums are in fp32, those of 128 of K in what the tensor cores add in.
     """
     (rows, width), outputs = x.shape, weight.shape[0]
     blocks = (triton.cdiv(outputs, SCALE_BLOCK), triton.cdiv(width, SCALE_BLOCK))
@@ -253,7 +264,8 @@ def _launch(
     loaded_outputs = tiling.outputs // tiling.halves
     args = (
         parts, _descriptor(x, tiling.rows, tiling.depth), _descriptor(weight, loaded_outputs, tiling.depth), x_scales,
-        w_scales, rows, outputs, width, *(0 if s is None or s.dim() == 0 else s.stride(0) for s in (x_scales, w_scales)),
+        w_scales, rows, outputs, width, *(0 if s is None or s.dim() == 0 else s.stride(0) for s in (x_scales,
+        w_scales)),
     )  # fmt: skip
     options = {
         "SCALES": kind, "HALVES": tiling.halves, "M": tiling.rows, "N": loaded_outputs, "K": tiling.depth,

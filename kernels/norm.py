@@ -1,4 +1,7 @@
-"""RMSNorm with the addition of the residual in the same pass, and FP8 quantisation if asked. A row stays in one program's registers."""
+"""RMSNorm with the addition of the residual in the same pass, and FP8 quantisation if asked.
+
+A row stays in one program's registers.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def rms_norm_fp8(
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``rms_norm``, its y quantised per token; returns (y (T, H) FP8 e4m3, scales (T, 1) fp32, x). ``scale``: () fp32, to use it for all."""
+    """``rms_norm``, its y quantised per token; returns (y (T, H) FP8 e4m3, scales (T, 1) fp32, x).
+
+    ``scale``: () fp32, to use it for all.
+    """
     y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     return y, scales, _launch(y, scales, x, weight, eps, residual, scale)

@@ -1,4 +1,7 @@
-"""Rotary embedding of q and k, and the write of k and v into their pages. One program per token and some of its heads."""
+"""Rotary embedding of q and k, and the write of k and v into their pages.
+
+One program per token and some of its heads.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ def _rope_kernel(
     v_scale_ptr, q_stride, k_stride, v_stride, page_stride, head_stride, num_heads, kv_heads,
     HAS_SCALES: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """HALF: DIM / 2, padded to a power of two. A cache of FP8 holds entries divided by their head's scale, saturated."""
+    """HALF: DIM / 2, padded to a power of two.
+
+    A cache of FP8 holds entries divided by their head's scale, saturated.
+    """
     token = tl.program_id(0).to(tl.int64)
     q_blocks = tl.cdiv(num_heads, HEADS)
     block = tl.program_id(1)
@@ -82,9 +88,9 @@ def rope_and_append_kv_(
 ) -> torch.Tensor:
     """Rotate q and k (half-split pairs), write k and v into their pages, return the rotated q (T, Hq, D).
 
-    q: (T, Hq, D); k, v: (T, Hk, D), each token's heads dense; table: (positions, 2, D / 2) fp32, cosines then sines; positions,
-    slot_mapping: (T,) int64, the latter ``page * page_size + offset``; k_cache, v_cache: (pages, Hk, page_size, D), dense, of q's
-    dtype or FP8 e4m3, then divided by k_scale, v_scale: (Hk,) fp32.
+    q: (T, Hq, D); k, v: (T, Hk, D), each token's heads dense; table: (positions, 2, D / 2) fp32, cosines then sines;
+    positions, slot_mapping: (T,) int64, the latter ``page * page_size + offset``; k_cache, v_cache: (pages, Hk,
+    page_size, D), dense, of q's dtype or FP8 e4m3, then divided by k_scale, v_scale: (Hk,) fp32.
     """
     tokens, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]

@@ -31,7 +31,9 @@ def list_near(is_near, subs_ptr, NUM_SUBS: tl.constexpr):
 
 @triton.jit
 def listed_tokens(subs_ptr, start, num_near, SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr):
-    """The tokens of TILE / SUB listed sub-blocks from ``start`` on, (TILE / SUB, SUB); beyond the vocabulary where there are fewer."""
+    """The tokens of TILE / SUB listed sub-blocks from ``start`` on, (TILE / SUB, SUB); beyond the vocabulary where
+    there are fewer.
+    """
     item = start + tl.arange(0, TILE // SUB)
     sub = tl.load(subs_ptr + item, mask=item < num_near, other=NUM_SUBS)
     return sub[:, None] * SUB + tl.arange(0, SUB)[None, :]

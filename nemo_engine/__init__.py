@@ -1,7 +1,7 @@
 """nemo_engine: an inference engine for Mistral NeMo.
 
-Importing this costs nothing: each name below is imported from its module when it is first used, so the configuration and
-the output types come without torch, and torch without the text libraries.
+Importing this costs nothing: each name below is imported from its module when it is first used, so the configuration
+and the output types come without torch, and torch without the text libraries.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ def check_unicode(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} must be Unicode text: character {error.start} is the lone surrogate {text[error.start]!r}, as bytes become "
+            f"{name} must be Unicode text: character {error.start} is the lone surrogate {text[error.start]!r}, as "
+            "bytes become "
             "that are not UTF-8"
         ) from None
 

@@ -1,4 +1,6 @@
-"""The two configurations: ``ModelConfig`` is read from a checkpoint, ``EngineConfig`` is what the user chose. Both frozen.
+"""The two configurations: ``ModelConfig`` is read from a checkpoint, ``EngineConfig`` is what the user chose.
+
+Both frozen.
 
 Facts that follow from them (number of pages, context that fits) are results of start-up and live with their owners.
 """
@@ -33,7 +35,8 @@ _logger = logging.getLogger("nemo_engine")
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The architecture of one checkpoint: a dense decoder with RMSNorm, half-split rotary embedding, grouped KV and SwiGLU.
+    """The architecture of one checkpoint: a dense decoder with RMSNorm, half-split rotary embedding, grouped KV and
+    SwiGLU.
 
     Nothing here has a fallback formula: ``head_dim`` in particular is read, never derived.
     ``max_position_embeddings`` is what the checkpoint claims, before any cap. ``dtype`` is the checkpoint's, by torch's
@@ -161,23 +164,34 @@ class EngineConfig:
     """What the user chose, with vLLM's names where it has one. Validated here; unknown names are a ``ValueError``.
 
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32" or "float64" (float64 on the CPU only).
-    max_model_len: tokens of prompt and output together; "auto" takes the largest that the KV cache holds; None takes the
+    max_model_len: tokens of prompt and output together; "auto" takes the largest that the KV cache holds; None takes
+    the
         checkpoint's claim, at most 131072. An explicit number may exceed 131072 but not the checkpoint's claim.
-    max_num_seqs: requests that run at once. max_num_batched_tokens: tokens a step may compute, at least max_num_seqs; None takes 2048 on
-        the CPU, where a step of more keeps the other requests waiting for long, else 8192, and max_num_seqs if that is more.
-    enable_prefix_caching: reuse the pages of equal prefixes. page_size: tokens per KV page: a power of two from 16 to 128.
-    kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at least one request of
+    max_num_seqs: requests that run at once. max_num_batched_tokens: tokens a step may compute, at least max_num_seqs;
+    None takes 2048 on
+        the CPU, where a step of more keeps the other requests waiting for long, else 8192, and max_num_seqs if that is
+        more.
+    enable_prefix_caching: reuse the pages of equal prefixes. page_size: tokens per KV page: a power of two from 16 to
+    128.
+    kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at least
+    one request of
         max_model_len if that is at most 4 GiB; on a GPU what the memory plan leaves.
-    kv_cache_dtype: "auto" (FP8 where the checkpoint has a scheme for it, else the activations' dtype), "fp8" (e4m3; scales from the
+    kv_cache_dtype: "auto" (FP8 where the checkpoint has a scheme for it, else the activations' dtype), "fp8" (e4m3;
+    scales from the
         checkpoint, else 1), or the activations' dtype by name.
-    quantization: "fp8" quantises a bf16 checkpoint while it loads (weights per output channel, activations per token), "fp8_block" by 128 x
-        128; one that is FP8 already must be of that kind and stays as it is. None takes any as it is. quantize_lm_head: the head becomes FP8 too.
+    quantization: "fp8" quantises a bf16 checkpoint while it loads (weights per output channel, activations per token),
+    "fp8_block" by 128 x
+        128; one that is FP8 already must be of that kind and stays as it is. None takes any as it is. quantize_lm_head:
+        the head becomes FP8 too.
     load_format: "auto" reads the checkpoint, "dummy" makes seeded random weights of its config.
     device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs.
-    prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth: steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
-    seed: of the noise of requests that bring none, and of dummy weights. max_logprobs: the most alternatives a request may ask for.
+    prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth:
+    steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
+    seed: of the noise of requests that bring none, and of dummy weights. max_logprobs: the most alternatives a request
+    may ask for.
     tokenizer: path of the tokenizer if it is not in the checkpoint. skip_tokenizer_init: token ids only.
-    chat_template: a Jinja template's file or text, or "mistral" for Mistral's own format; None takes what the checkpoint's template turns out to be.
+    chat_template: a Jinja template's file or text, or "mistral" for Mistral's own format; None takes what the
+    checkpoint's template turns out to be.
     scheduling_policy: "fcfs", or "priority" (a lower number first).
     tensor_parallel_size: 1; more comes later and is refused. revision: of a Hub repository.
     lora: a PEFT adapter, a directory or a Hub repository, that the model is merged with while it loads.
@@ -210,7 +224,9 @@ class EngineConfig:
     lora: str | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> EngineConfig:
-        """Refuse unknown names by a ``ValueError`` that says what to use, before the constructor would by a ``TypeError``."""
+        """Refuse unknown names by a ``ValueError`` that says what to use, before the constructor would by a
+        ``TypeError``.
+        """
         refuse_unknown_options("Engine", options, cls.__dataclass_fields__)
         return object.__new__(cls)
 
@@ -251,7 +267,9 @@ class EngineConfig:
         return self.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, self.max_num_seqs)
 
     def steps_in_flight(self, device: str) -> int:
-        """``pipeline_depth``, or what it is by default on ``device``: on the CPU a launch computes at once, so there is nothing to overlap."""
+        """``pipeline_depth``, or what it is by default on ``device``: on the CPU a launch computes at once, so there is
+        nothing to overlap.
+        """
         return self.pipeline_depth or (1 if device == "cpu" else 2)
 
     def _check_sizes(self) -> None:
@@ -291,7 +309,8 @@ def resolve_max_model_len(model: ModelConfig, config: EngineConfig) -> int:
     if isinstance(config.max_model_len, int):
         if config.max_model_len > claim:
             raise ValueError(
-                f"max_model_len must be at most the checkpoint's max_position_embeddings ({claim}), got {config.max_model_len}"
+                f"max_model_len must be at most the checkpoint's max_position_embeddings ({claim}), got "
+                f"{config.max_model_len}"
             )
         return config.max_model_len
     if claim > DEFAULT_CONTEXT_CAP:

@@ -17,7 +17,8 @@ DEFAULT_CONTEXT_CAP = 131072  # tokens; NeMo was trained for this, whatever its 
 # No model comes near these. The sampler's sums have room for as many ids.
 MAX_LAYERS, MAX_VOCAB, MAX_WIDTH = 4096, 1 << 22, 1 << 20
 
-# Without biases and scaling, Llama is the same computation. The last two are saved without a head, which tied embeddings do not need.
+# Without biases and scaling, Llama is the same computation. The last two are saved without a head, which tied
+# embeddings do not need.
 _ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM", "MistralModel", "LlamaModel")
 _INSTEAD = "this engine computes Mistral NeMo's architecture alone: serve it with vLLM, SGLang or transformers"
 _OTHERS = {
@@ -101,7 +102,8 @@ def refuse_other_architecture(read: ConfigReader) -> None:
     architectures = read.first("architectures", default=_ARCHITECTURES[:1])
     if not isinstance(architectures, (list, tuple)) or not set(_ARCHITECTURES).intersection(map(str, architectures)):
         raise ValueError(
-            f"config.json: architectures must hold MistralForCausalLM, got {architectures!r}{_what_it_is(architectures)}"
+            "config.json: architectures must hold MistralForCausalLM, got "
+            f"{architectures!r}{_what_it_is(architectures)}"
         )
     kind = read.first("model_type", default="mistral")
     if kind not in ("mistral", "llama"):
@@ -109,11 +111,13 @@ def refuse_other_architecture(read: ConfigReader) -> None:
     read.refuse(
         "sliding_window",
         because="is not supported: attention is over the whole context, as in Mistral NeMo (null)",
-        hint="serve a model with a window with vLLM or transformers, or take one without (Mistral 7B v0.3 rather than v0.1)",
+        hint="serve a model with a window with vLLM or transformers, or take one without (Mistral 7B v0.3 rather than "
+        "v0.1)",
     )
     read.refuse("hidden_act", unless=("silu",), because="must be silu")
     for key in ("attention_bias", "mlp_bias", "num_local_experts", "num_experts", "n_routed_experts", "q_lora_rank",
-                "kv_lora_rank", "attn_logit_softcapping", "final_logit_softcapping", "use_qk_norm", "qk_norm"):  # fmt: skip
+                "kv_lora_rank", "attn_logit_softcapping", "final_logit_softcapping", "use_qk_norm",
+                "qk_norm"):  # fmt: skip
         read.refuse(key, hint=_INSTEAD)
     for key in ("partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
         read.refuse(key, unless=(1,), hint=_INSTEAD)
@@ -131,7 +135,10 @@ def _what_it_is(architectures: Any) -> str:
 
 
 def read_rope_theta(read: ConfigReader) -> float:
-    """The rotary base: at the top level, or in ``rope_parameters`` as newer transformers write it. Scaling is refused."""
+    """The rotary base: at the top level, or in ``rope_parameters`` as newer transformers write it.
+
+    Scaling is refused.
+    """
     found = {} if read.first("rope_theta") is None else {"rope_theta": read.number("rope_theta")}
     for key in ("rope_parameters", "rope_scaling"):
         block = read.first(key, default={})
@@ -141,7 +148,8 @@ def read_rope_theta(read: ConfigReader) -> float:
         kind = inner.first("rope_type", "type")
         if kind not in (None, "default"):
             raise ValueError(
-                f"config.json: {key} of type {kind!r} is not supported: its rotary frequencies are scaled for longer texts, and only "
+                f"config.json: {key} of type {kind!r} is not supported: its rotary frequencies are scaled for longer "
+                "texts, and only "
                 "'default', without scaling, is computed here: serve it with vLLM or transformers"
             )
         inner.refuse("partial_rotary_factor", unless=(1,))

@@ -1,6 +1,7 @@
 """What a device's memory goes to, planned item by item before anything is allocated; and what would fit if it does not.
 
-Start-up sizes the engine by these functions, and ``nemo-engine plan`` shows what they say: there is one plan. Must not know torch.
+Start-up sizes the engine by these functions, and ``nemo-engine plan`` shows what they say: there is one plan. Must not
+know torch.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ CPU_KV_GIB_MOST = 4.0
 _RESERVE = 2 * GIB  # fragments, libraries' code, and what other processes take while this one runs
 _GRAPH_BYTES = 24 << 20  # of one captured step beside its tensors: its nodes and their parameters
 _GRAPH_FRAGMENTS = 192 << 20  # segments of the graphs' memory pool that are not full, and its split-K parts
-# torch gives each pair of a cuBLAS handle and a stream 32 MiB on Hopper (8 MiB before). A thread has a handle of its own: there are the pairs
-# of start-up's thread with its stream and with the captures', and that of the thread that serves.
+# torch gives each pair of a cuBLAS handle and a stream 32 MiB on Hopper (8 MiB before). A thread has a handle of its
+# own: there are the pairs of start-up's thread with its stream and with the captures', and that of the thread that
+# serves.
 _CUBLAS_WORKSPACES = 3 * (32 << 20)
 _WIDENED_BYTES = 256 << 20  # what prefill attention in CUDA widens of an FP8 cache at once: ops/cuda/prefill.py
 _SAMPLING_BYTES_PER_LOGIT = 16  # the logits, their fp32 copy where they are edited, and the candidates of a cut
@@ -99,8 +101,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """The plan of a device with ``free`` bytes for an engine whose activations take ``itemsize`` bytes each.
 
-    kv_pages: as many as are wanted, or None for all that the other items leave. weight_bytes: None for unquantised weights. kv_itemsize: of
-    the KV cache, None for ``itemsize``.
+    kv_pages: as many as are wanted, or None for all that the other items leave. weight_bytes: None for unquantised
+    weights. kv_itemsize: of the KV cache, None for ``itemsize``.
     """
     hidden, inner, tokens = model.hidden_size, model.intermediate_size, config.tokens_per_step("cuda")
     vocab, seqs = model.vocab_size, config.max_num_seqs
@@ -113,7 +115,8 @@ def plan_memory(
     tables = (seqs + 1) * (4 * max_model_len + 8 * pages_per_row + 5 * vocab) + max_model_len * model.head_dim * 4
     graphs = 0
     if not config.enforce_eager:
-        # Each size keeps its logits. What a step needs meanwhile is used again by all others: that of the largest is enough.
+        # Each size keeps its logits. What a step needs meanwhile is used again by all others: that of the largest is
+        # enough.
         sizes = graph_sizes(seqs)
         graphs = sum(sizes) * vocab * itemsize + seqs * token_bytes + _GRAPH_FRAGMENTS + 2 * _GRAPH_BYTES * len(sizes)
     plan = MemoryPlan(
@@ -134,7 +137,8 @@ def plan_memory(
 
 
 def widened_bytes(model: ModelConfig, slots: int, pages_per_row: int, page_size: int, kv_itemsize: int | None) -> int:
-    """Bytes in which prefill attention in CUDA widens pages of an FP8 cache to bf16, kept from the first prompt on; 0 of another cache.
+    """Bytes in which prefill attention in CUDA widens pages of an FP8 cache to bf16, kept from the first prompt on; 0
+    of another cache.
 
     At most ``_WIDENED_BYTES``, or one KV head of one row if that is more.
     """
@@ -153,7 +157,10 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def weight_bytes(model: ModelConfig, itemsize: int, kind_of: KindOf) -> int:
-    """Bytes of all weights and their scales, ``itemsize`` of each number that is not FP8. A tied dense head is no memory of its own."""
+    """Bytes of all weights and their scales, ``itemsize`` of each number that is not FP8.
+
+    A tied dense head is no memory of its own.
+    """
 
     def linear(layer: int | None, projection: str, rows: int, width: int) -> int:
         kind = kind_of(layer, projection)
@@ -174,7 +181,10 @@ def weight_bytes(model: ModelConfig, itemsize: int, kind_of: KindOf) -> int:
 
 
 def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """The batch sizes that are captured. A batch is padded to the next: by at most 1/3 from 24 rows on, 64 rows from 256 on."""
+    """The batch sizes that are captured.
+
+    A batch is padded to the next: by at most 1/3 from 24 rows on, 64 rows from 256 on.
+    """
     sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
     sizes += range(320, max_num_seqs + 64, 64)
     return tuple([size for size in sizes if size < max_num_seqs] + [max_num_seqs])
@@ -189,7 +199,8 @@ def what_would_fit(
     weight_bytes: int | None = None,
     kv_itemsize: int | None = None,
 ) -> str:
-    """One line: the longest context at this batch size, and the largest batch at this context, that ``free`` bytes hold.
+    """One line: the longest context at this batch size, and the largest batch at this context, that ``free`` bytes
+    hold.
 
     A batch counts as held if one request of the whole context fits beside what the batch size costs.
     """
@@ -229,8 +240,8 @@ def plan_kv_cache(
 ) -> tuple[int, int, MemoryPlan | None]:
     """The number of KV pages, ``max_model_len``, and on a GPU with ``free`` bytes what its memory goes to.
 
-    An explicit ``max_model_len`` that the KV budget cannot hold is refused with the arithmetic; without one, the context is cut to what
-    fits. So is a budget that the device cannot hold beside everything else.
+    An explicit ``max_model_len`` that the KV budget cannot hold is refused with the arithmetic; without one, the
+    context is cut to what fits. So is a budget that the device cannot hold beside everything else.
     """
     wanted = resolve_max_model_len(model, config)
     token_bytes = model.kv_bytes_per_token(sizes.kv_cache)
@@ -262,7 +273,8 @@ def plan_kv_cache(
         return num_pages, wanted, memory
     missing = (-(-wanted // config.page_size) - num_pages) * page_bytes
     arithmetic = (
-        f"a context of {wanted} tokens needs {_size_up(wanted * token_bytes)} of KV cache ({token_bytes} bytes per token), "
+        f"a context of {wanted} tokens needs {_size_up(wanted * token_bytes)} of KV cache ({token_bytes} bytes per "
+        "token), "
         f"and {num_pages} pages of {config.page_size} tokens ({_size_up(num_pages * page_bytes)}) hold {capacity}: "
         f"{_size_up(missing)} are missing"
     )
@@ -290,7 +302,10 @@ def memory_message(
 
 
 def _size_up(num_bytes: int) -> str:
-    """A size with two digits behind the point, rounded up: with so many more it fits. Below a tenth of a GiB in MiB, then KiB."""
+    """A size with two digits behind the point, rounded up: with so many more it fits.
+
+    Below a tenth of a GiB in MiB, then KiB.
+    """
     unit, name = next(
         ((1 << b, n) for b, n in ((30, "GiB"), (20, "MiB")) if num_bytes * 10 >= 1 << b), (1 << 10, "KiB")
     )

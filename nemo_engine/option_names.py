@@ -1,4 +1,5 @@
-"""Names of options that this engine does not have: which of its own is near, and what those of vLLM and transformers are here.
+"""Names of options that this engine does not have: which of its own is near, and what those of vLLM and transformers
+are here.
 
 One table serves ``Engine``, ``SamplingParams``, the command line and the server.
 """
@@ -12,7 +13,10 @@ from inspect import signature
 from typing import Any
 
 _VLLM_PARALLEL = "one GPU computes a model here: leave it out, and start an engine for each GPU"
-_NOTHING_SWAPPED = "nothing is swapped: a request that is preempted is computed anew. Leave it out, or set {kv_cache_gib} for less cache"
+_NOTHING_SWAPPED = (
+    "nothing is swapped: a request that is preempted is computed anew. Leave it out, or set {kv_cache_gib} for less "
+    "cache"
+)
 _BEAMS = "there is no beam search: sample several with {n}, and choose by cumulative_logprob"
 _GUIDED = "use {structured_outputs}"
 _LORA = "one adapter is merged with the model while it loads: use {lora}"
@@ -25,7 +29,8 @@ _QUANTIZED = "use {quantization} 'fp8'"
 # What to do instead. Braces hold names of options, which the command line writes as flags.
 ELSEWHERE = {
     # vLLM's engine
-    "gpu_memory_utilization": "memory is planned item by item and the KV cache takes what is left: set {kv_cache_gib} or {num_kv_pages} for less",
+    "gpu_memory_utilization": "memory is planned item by item and the KV cache takes what is left: set {kv_cache_gib} "
+    "or {num_kv_pages} for less",
     "kv_cache_memory_bytes": "use {kv_cache_gib}",
     "num_gpu_blocks_override": "use {num_kv_pages}",
     "block_size": "use {page_size}",
@@ -135,7 +140,9 @@ def advice(name: str, known: Iterable[str], place: str = "", *, as_flags: bool =
 
 
 def refuse_unknown_options(place: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ``ValueError`` naming the first option of ``given`` that ``place`` does not know, and what to use instead."""
+    """Raise ``ValueError`` naming the first option of ``given`` that ``place`` does not know, and what to use
+    instead.
+    """
     known = set(known)
     for name in given:
         if name not in known:

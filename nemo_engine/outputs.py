@@ -34,9 +34,9 @@ class CompletionOutput:
     """One of the ``n`` completions of a request.
 
     ``finish_reason`` is None while it runs. ``stop_reason`` is the stop string or stop token id that ended it, None for
-    the end-of-sequence token. ``logprobs`` holds one ``{token_id: Logprob}`` per generated token. ``tool_calls_start`` is the number
-    of characters in front of the first ``[TOOL_CALLS]`` token, counted from the start of the whole text also where ``text`` is a
-    delta; None if there is none (yet), or no text.
+    the end-of-sequence token. ``logprobs`` holds one ``{token_id: Logprob}`` per generated token. ``tool_calls_start``
+    is the number of characters in front of the first ``[TOOL_CALLS]`` token, counted from the start of the whole text
+    also where ``text`` is a delta; None if there is none (yet), or no text.
     """
 
     index: int
@@ -74,11 +74,11 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """What the prefix cache had of a prompt: ``num_cached_pages`` of the ``num_full_pages`` that it can have (the last token of a
-    prompt is always computed), and why not the next one.
+    """What the prefix cache had of a prompt: ``num_cached_pages`` of the ``num_full_pages`` that it can have (the last
+    token of a prompt is always computed), and why not the next one.
 
-    ``reason`` None: all were there. "not_seen": no earlier prompt went on like this one. "evicted": one did, and its page had to make
-    room. "prompt_logprobs", "disabled": the cache was not asked.
+    ``reason`` None: all were there. "not_seen": no earlier prompt went on like this one. "evicted": one did, and its
+    page had to make room. "prompt_logprobs", "disabled": the cache was not asked.
     """
 
     page_size: int
@@ -122,7 +122,8 @@ class StepRecord(NamedTuple):
 class RequestView(NamedTuple):
     """An unfinished completion, for those who watch the engine. ``age`` in seconds since its arrival.
 
-    ``num_computed_tokens`` counts those of prompt and output whose keys and values launched steps compute, cached ones among them.
+    ``num_computed_tokens`` counts those of prompt and output whose keys and values launched steps compute, cached ones
+    among them.
     """
 
     request_id: str

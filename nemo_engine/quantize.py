@@ -33,12 +33,15 @@ def quantize_checkpoint(
     tokenizer: str | Path | None = None,
     lora: str | Path | None = None,
 ) -> str:
-    """Quantise ``model`` (a directory, a Hub repository id, or a bundled model) into the directory ``out``; returns a line about it.
+    """Quantise ``model`` (a directory, a Hub repository id, or a bundled model) into the directory ``out``; returns a
+    line about it.
 
-    scheme: weights per output channel with inputs per token ("dynamic") or with static scales ("static"), or by 128 x 128 ("block").
-    kv_scales: of keys and values, one per layer ("tensor") or one per head. texts: for static scales, of at most ``max_tokens`` tokens
-    together, run on ``device``. tokenizer: its path, if it is not in the checkpoint. lora: a PEFT adapter to merge first. ``out`` appears when it is complete. Raises ``ValueError``
-    for what cannot be done, before anything is read.
+    scheme: weights per output channel with inputs per token ("dynamic") or with static scales ("static"), or by 128 x
+    128 ("block").
+    kv_scales: of keys and values, one per layer ("tensor") or one per head. texts: for static scales, of at most
+    ``max_tokens`` tokens together, run on ``device``. tokenizer: its path, if it is not in the checkpoint. lora: a PEFT
+    adapter to merge first. ``out`` appears when it is complete. Raises ``ValueError`` for what cannot be done, before
+    anything is read.
     """
     source, out = (
         open_checkpoint(model, revision=revision, lora=lora),
@@ -51,7 +54,8 @@ def quantize_checkpoint(
     if inventory.kv_scales and kv_scales == "none":
         name, _ = inventory.kv_scales[0]
         raise ValueError(
-            f"kv_scales 'none' would lose the scales of keys and values that {source.path} has ({name}): calibrate new ones with 'tensor' or "
+            f"kv_scales 'none' would lose the scales of keys and values that {source.path} has ({name}): calibrate new "
+            "ones with 'tensor' or "
             "'head'"
         )
     calibration = _calibrate(source, texts, max_tokens, device, tokenizer) if texts else None
@@ -91,7 +95,8 @@ def _calibrate(
         raise ValueError("texts must have at least 1 token to calibrate on, got 0")
     if largest >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer of {place} makes token {largest}, and the model's vocab_size is {config.vocab_size}: give its own tokenizer"
+            f"the tokenizer of {place} makes token {largest}, and the model's vocab_size is {config.vocab_size}: give "
+            "its own tokenizer"
         )
     dtype = resolve_dtype("auto", config.dtype, device)
     weights = load_weights(checkpoint, config, dtype=dtype, device=device)

@@ -1,7 +1,9 @@
-"""What a user may ask of one request. Names, defaults and rules are vLLM's; every value is checked here or at admission.
+"""What a user may ask of one request.
 
-Must not know: tokenizers, models, requests. Checks that need the vocabulary, the context length or the tokenizer are made
-by ``Engine`` when the request arrives.
+Names, defaults and rules are vLLM's; every value is checked here or at admission.
+
+Must not know: tokenizers, models, requests. Checks that need the vocabulary, the context length or the tokenizer are
+made by ``Engine`` when the request arrives.
 """
 
 from __future__ import annotations
@@ -69,26 +71,28 @@ class SamplingParams:
     """How the tokens of one request are chosen, when it ends, and what it reports.
 
     The order of operations on the logits is: raw log-probabilities are taken; then in fp32 ``structured_outputs``,
-    ``allowed_token_ids``, ``bad_words``, ``min_tokens`` and ``logit_bias``, the repetition, frequency and presence penalties;
-    greedy requests take the maximum; for the others ``temperature``, ``min_p``, ``top_k``, ``top_p`` (the token that crosses ``top_p`` is kept),
-    and the draw.
+    ``allowed_token_ids``, ``bad_words``, ``min_tokens`` and ``logit_bias``, the repetition, frequency and presence
+    penalties; greedy requests take the maximum; for the others ``temperature``, ``min_p``, ``top_k``, ``top_p`` (the
+    token that crosses ``top_p`` is kept), and the draw.
 
     n: completions per prompt, sharing the prompt's pages; above 1 needs sampling.
     presence_penalty, frequency_penalty: [-2, 2], over generated tokens only.
     repetition_penalty: finite, > 0, over prompt and generated tokens; above 1 discourages.
-    temperature: [0, 2]; 0 is greedy, and top_p, top_k and min_p then mean nothing. None means the default of the call, which fills it in: 1.0,
-    or for ``chat`` the model's own. A copy or ``dataclasses.replace`` keeps what was given.
+    temperature: [0, 2]; 0 is greedy, and top_p, top_k and min_p then mean nothing. None means the default of the call,
+    which fills it in: 1.0, or for ``chat`` the model's own. A copy or ``dataclasses.replace`` keeps what was given.
     top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most likely token.
     seed: 64-bit; -1 or None lets the engine choose. The same seed gives the same tokens in any batch.
-    stop: strings that end the output, at most 1024 of at most 10,000 characters, cut off unless ``include_stop_str_in_output``.
+    stop: strings that end the output, at most 1024 of at most 10,000 characters, cut off unless
+    ``include_stop_str_in_output``.
     include_stop_str_in_output: keep the stop string, or the text of a stop token, at the end of the text.
     stop_token_ids: ids that end the output and stay in ``token_ids``.
     ignore_eos: do not end at the end-of-sequence token.
     max_tokens: None means as many as context and cache hold. min_tokens: until then no stop token can be chosen.
-    logprobs, prompt_logprobs: alternatives to report per position, -1 for the whole vocabulary; the chosen or prompt token
-    is always added. prompt_logprobs turns off reading the prefix cache for the request.
+    logprobs, prompt_logprobs: alternatives to report per position, -1 for the whole vocabulary; the chosen or prompt
+    token is always added. prompt_logprobs turns off reading the prefix cache for the request.
     logprob_token_ids: report exactly these ids (at most 128) beside the chosen token.
-    logit_bias: {token id: bias}. allowed_token_ids: nothing else can be chosen. bad_words: at most 10,000 of at most 1000 characters, never completed in the output.
+    logit_bias: {token id: bias}. allowed_token_ids: nothing else can be chosen. bad_words: at most 10,000 of at most
+    1000 characters, never completed in the output.
     skip_special_tokens, detokenize: leave control tokens out of the text; make text at all.
     spaces_between_special_tokens: taken for compatibility; these tokenizers never put spaces there.
     output_kind, stream_interval: what the outputs of ``step()`` carry, and how many new tokens one is worth.
@@ -130,7 +134,9 @@ class SamplingParams:
     extra_args: Mapping[str, Any] | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> SamplingParams:
-        """Refuse unknown names by a ``ValueError`` that says what to use, before the constructor would by a ``TypeError``."""
+        """Refuse unknown names by a ``ValueError`` that says what to use, before the constructor would by a
+        ``TypeError``.
+        """
         refuse_unknown_options("SamplingParams", options, cls.__dataclass_fields__)
         return object.__new__(cls)
 

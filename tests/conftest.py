@@ -1,4 +1,6 @@
-"""What all tests share: one torch thread (set before torch is first imported), and GPU tests only where there is a GPU."""
+"""What all tests share: one torch thread (set before torch is first imported), and GPU tests only where there is a
+GPU.
+"""
 
 import os
 from typing import Any
@@ -59,7 +61,9 @@ def emulated_library() -> Any:
 
 @pytest.fixture
 def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's kernels launch as on a GPU of 8 multiprocessors: the interpreter runs a launch's programs one after the other."""
+    """Triton's kernels launch as on a GPU of 8 multiprocessors: the interpreter runs a launch's programs one after the
+    other.
+    """
     from nemo_engine.kernels import device
 
     monkeypatch.setattr(device, "elsewhere", device.Facts(8, device.HOPPER.shared))

@@ -17,7 +17,9 @@ NEW_TOKENS = 24
 
 
 def make_prompts(engine: Engine) -> list[list[int]]:
-    """64 prompts of 1 to 192 tokens: code and prose of the standard library, and every length around a page boundary."""
+    """64 prompts of 1 to 192 tokens: code and prose of the standard library, and every length around a page
+    boundary.
+    """
     assert engine.tokenizer is not None
     source = engine.tokenizer.encode(inspect.getsource(textwrap) + inspect.getsource(json), bos=False)
     page = engine.config.page_size
@@ -37,7 +39,7 @@ def test_greedy_tokens_of_nemo_tiny_equal_transformers() -> None:
     with torch.inference_mode():
         for ids, output in zip(prompts, outputs):
             expected = model.generate(
-                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
-                max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=2,
+                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=2,
             )[0, len(ids) :].tolist()  # fmt: skip
             assert output.outputs[0].token_ids == expected

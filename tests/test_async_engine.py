@@ -1,4 +1,6 @@
-"""The engine for asyncio programs: the same tokens as the plain one, and what happens to requests that are dropped, slow or ill-fated."""
+"""The engine for asyncio programs: the same tokens as the plain one, and what happens to requests that are dropped,
+slow or ill-fated.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from nemo_engine.sampling_params import RequestOutputKind
 from tests.scheduler.invariants import check
 
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "dtype": "float64", "page_size": 16, "num_kv_pages": 200, "max_num_seqs": 16, "max_num_batched_tokens": 128,
-    "max_model_len": 512,
+    "device": "cpu", "dtype": "float64", "page_size": 16, "num_kv_pages": 200, "max_num_seqs": 16,
+    "max_num_batched_tokens": 128, "max_model_len": 512,
 }  # fmt: skip
 DELTA = RequestOutputKind.DELTA
 

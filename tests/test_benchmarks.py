@@ -1,4 +1,6 @@
-"""The benchmark programs: they run on a CPU at tiny sizes, their arithmetic is right, and one failure does not stop the rest."""
+"""The benchmark programs: they run on a CPU at tiny sizes, their arithmetic is right, and one failure does not stop the
+rest.
+"""
 
 from __future__ import annotations
 

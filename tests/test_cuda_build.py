@@ -1,4 +1,6 @@
-"""The CUDA kernels compiled for sm_90a on a machine without a GPU: what the library needs, what it refuses, and how nvcc is found."""
+"""The CUDA kernels compiled for sm_90a on a machine without a GPU: what the library needs, what it refuses, and how
+nvcc is found.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,10 @@ def word(line: str, name: str) -> str:
 
 @needs_nvcc
 def test_weights_of_prefill_are_computed_while_products_run(lines: list[str]) -> None:
-    """Of a tile's 66 exponentials, 64 weights and two decays, none is left for after the wait. The first and last waits have none before them."""
+    """Of a tile's 66 exponentials, 64 weights and two decays, none is left for after the wait.
+
+    The first and last waits have none before them.
+    """
     (line,) = (line for line in lines if line.split()[0] == "prefill_kernel")
     assert word(line, "exps") == "0,66,66,0" and word(line, "waits") == "6"
 
@@ -173,7 +178,9 @@ def test_a_loop_waits_once_for_its_products(lines: list[str]) -> None:
 
 @needs_nvcc
 def test_registers_are_read_from_the_code(library: Path) -> None:
-    """As many as the assembler says, which keeps two for itself, of every kernel whose registers do not change on the way."""
+    """As many as the assembler says, which keeps two for itself, of every kernel whose registers do not change on the
+    way.
+    """
     pytest.importorskip("triton")
     from nemo_engine.benchmarks import cuda_kernel_report
     from nemo_engine.benchmarks.machine_flow import named_registers

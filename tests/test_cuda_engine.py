@@ -1,4 +1,6 @@
-"""The whole engine on a small model with every operation that has one in CUDA C++, emulated on the CPU, against the torch path; in bf16."""
+"""The whole engine on a small model with every operation that has one in CUDA C++, emulated on the CPU, against the
+torch path; in bf16.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, **options: Any) -> tuple[list[list[int]], list[float], dict[str, str]]:
-    """Tokens, log-probabilities of the first prompt's, and what served each operation; prompts prefilled in chunks of 16."""
+    """Tokens, log-probabilities of the first prompt's, and what served each operation; prompts prefilled in chunks of
+    16.
+    """
     engine = Engine(
         str(model),
         device="cpu",

@@ -156,7 +156,9 @@ def test_launches_that_a_gpu_would_refuse(checks: Any, threads: int) -> None:
 
 
 def test_two_libraries_are_two_modules(emulated_library: Any, tmp_path: Path) -> None:
-    """Also where the real one is built: what is opened is what lies at the path, not what was made under a name before."""
+    """Also where the real one is built: what is opened is what lies at the path, not what was made under a name
+    before.
+    """
     copy = shutil.copy(build(), tmp_path)
     other = open_library(Path(copy))
     assert other is not emulated_library and other.emulator is not emulated_library.emulator

@@ -165,8 +165,8 @@ def test_output_kinds(engine: Engine) -> None:
             kind.name, ids(3, 4), SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, output_kind=kind)
         )
     engine.add_request(
-        "every 2", ids(3, 4),
-        SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, output_kind=RequestOutputKind.DELTA, stream_interval=2),
+        "every 2", ids(3, 4), SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True,
+        output_kind=RequestOutputKind.DELTA, stream_interval=2),
     )  # fmt: skip
     outputs = collect(engine)
     sizes = {name: [len(o.outputs[0].token_ids) for o in seen] for name, seen in outputs.items()}

@@ -1,4 +1,6 @@
-"""An exception at every call inside the engine, one after the other: what comes after it is right, and nothing is lost."""
+"""An exception at every call inside the engine, one after the other: what comes after it is right, and nothing is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -316,7 +318,9 @@ def test_a_dead_engine_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stop_token_is_no_text_although_its_end_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure between the token and the end that it brings: the request ends by the error, and its text has no more than it would have."""
+    """A failure between the token and the end that it brings: the request ends by the error, and its text has no more
+    than it would have.
+    """
     from nemo_engine.scheduler import ends
 
     def fail(*_: object) -> None:

@@ -85,7 +85,9 @@ def first_logprobs(engine: Engine, prompts: list[list[int]]) -> list[dict[int, L
 @pytest.mark.parametrize("quantization", ["fp8", "stored"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fp8_weights_change_no_invariance(model: Path, model_fp8: Path, variant: str, quantization: str) -> None:
-    """Log-probabilities after prompts: equal but for single roundings, which a wrong row or scale would exceed by far."""
+    """Log-probabilities after prompts: equal but for single roundings, which a wrong row or scale would exceed by
+    far.
+    """
     path = model if quantization == "fp8" else model_fp8
     options: dict[str, Any] = {"dtype": "float32", "max_logprobs": 97}
     options |= {"quantization": "fp8"} if quantization == "fp8" else {}

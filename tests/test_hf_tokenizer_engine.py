@@ -1,4 +1,6 @@
-"""An engine with ``tokenizer.json`` in the place of ``tekken.json`` does the same, and one with a grown vocabulary shows its tokens."""
+"""An engine with ``tokenizer.json`` in the place of ``tekken.json`` does the same, and one with a grown vocabulary
+shows its tokens.
+"""
 
 from __future__ import annotations
 

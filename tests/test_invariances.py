@@ -200,7 +200,9 @@ def test_prompt_logprobs_are_the_same_whole_and_chunked(model: Path) -> None:
 
 
 def test_tokens_do_not_depend_on_one_that_never_decodes(model: Path) -> None:
-    """It prefills in the very step in which the decoding rows take a page, so that these look the same before and after."""
+    """It prefills in the very step in which the decoding rows take a page, so that these look the same before and
+    after.
+    """
     ids = {"prompt_token_ids": [(7 * i) % 97 for i in range(PAGE + 4)]}
     params = SamplingParams(temperature=0.0, max_tokens=2 * PAGE, ignore_eos=True)
     with make_engine(model, enable_prefix_caching=False) as engine:

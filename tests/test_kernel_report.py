@@ -141,7 +141,10 @@ def test_fp8_is_refused_where_the_gpu_has_none() -> None:
 def test_nothing_is_compiled_after_the_warm_up_and_no_launch_waits_for_the_device(
     sizes: tuple[int, ...], most_tokens: int
 ) -> None:
-    """Tensors on "meta" have no data: a launch that read a value back would fail. What it launches was compiled at start-up."""
+    """Tensors on "meta" have no data: a launch that read a value back would fail.
+
+    What it launches was compiled at start-up.
+    """
     config = EngineConfig(device="cpu", max_num_seqs=40, max_num_batched_tokens=most_tokens)
     rng = random.Random(0)
     for kernel in kernels().values():

@@ -33,7 +33,8 @@ TORCH_FREE_CHECKPOINT = {
 }
 
 MAY_IMPORT: dict[str, set[str]] = {
-    # Row 7. `chat` shows the defaults that the input processor fills in; `info` reads a checkpoint's headers without loading it.
+    # Row 7. `chat` shows the defaults that the input processor fills in; `info` reads a checkpoint's headers without
+    # loading it.
     "cli": {
         "engine.engine",
         "engine.input_processor",
@@ -63,9 +64,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.async_engine": {"engine.engine_thread", "engine.base", "engine.input_processor", "scheduler", *ROW_1},
     "engine.engine_thread": {"engine.base", *ROW_1},
     "engine.engine": {"engine.base", "engine.input_processor", "server.batch", "batch", *ROW_1},
-    "engine.base": {"engine.core", "engine.input_processor", "engine.output_processor", "scheduler", *ROW_1},
+    "engine.base": {
+        "engine.core",
+        "engine.input_processor",
+        "engine.output_processor",
+        "engine.user_request",
+        "scheduler",
+        *ROW_1,
+    },
     "engine.input_processor": {"scheduler", *ROW_1},
-    "engine.output_processor": {"engine.input_processor", "scheduler", *ROW_1},
+    "engine.output_processor": {"engine.user_request", "scheduler", *ROW_1},
+    "engine.user_request": {"engine.input_processor", "scheduler", *ROW_1},
     # Row 5
     "engine.core": {"scheduler", "runner", *CONTRACTS},
     # Row 5
@@ -135,7 +144,9 @@ def part_of(path: Path) -> str:
 
 
 def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute module name) of every import, wherever in the file it stands; ``from a import b`` gives ``a.b``."""
+    """(line, absolute module name) of every import, wherever in the file it stands; ``from a import b`` gives
+    ``a.b``.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -241,7 +252,8 @@ def loaded_after(statement: str) -> set[str]:
     [
         "import nemo_engine; dir(nemo_engine)",
         "import nemo_engine.scheduler",
-        "from nemo_engine import SamplingParams, EngineConfig, ModelConfig, RequestOutput; EngineConfig(); SamplingParams()",
+        "from nemo_engine import SamplingParams, EngineConfig, ModelConfig, RequestOutput; EngineConfig(); "
+        "SamplingParams()",
         "import nemo_engine.step, nemo_engine.startup_log",
         "import nemo_engine.cli",
         "import nemo_engine.planner.plan, nemo_engine.simulator, nemo_engine.workload",
@@ -260,7 +272,8 @@ def test_text_libraries_come_with_text() -> None:
 def test_token_ids_alone_need_no_text_libraries() -> None:
     loaded = loaded_after(
         "from nemo_engine import Engine, SamplingParams\n"
-        "with Engine('nemo-tiny', device='cpu', skip_tokenizer_init=True, num_kv_pages=16, max_model_len=64) as engine:\n"
+        "with Engine('nemo-tiny', device='cpu', skip_tokenizer_init=True, num_kv_pages=16, max_model_len=64) as "
+        "engine:\n"
         "    engine.generate({'prompt_token_ids': [1, 1044, 1045]}, SamplingParams(max_tokens=2, ignore_eos=True))"
     )
     assert loaded & {*TOKENIZERS, "transformers", "tiktoken"} == set()

@@ -15,7 +15,8 @@ from tests.helpers.checkpoints import StateDict, random_state_dict, tiny_config,
 CONTEXT = 131072
 NEW_TOKENS = 3
 EVERY = 1021  # of the prompt's positions, the last 20 beside them, are looked at
-# One layer: what attention gives a position is then seen in that position's log-probabilities, and keys need no attention.
+# One layer: what attention gives a position is then seen in that position's log-probabilities, and keys need no
+# attention.
 CONFIG = tiny_config(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, hidden_size=16, intermediate_size=24)
 
 

@@ -25,7 +25,8 @@ FIND_ALL = (
     "import nemo_engine, importlib.util, pathlib\n"
     "spec = importlib.util.find_spec('nemo_engine.kernels')\n"
     "bench = importlib.util.find_spec('nemo_engine.benchmarks.peers')\n"
-    "print(pathlib.Path(nemo_engine.__file__).parent, pathlib.Path(spec.origin).parent, pathlib.Path(bench.origin).parents[1], importlib.util.find_spec('kernels'))"
+    "print(pathlib.Path(nemo_engine.__file__).parent, pathlib.Path(spec.origin).parent, "
+    "pathlib.Path(bench.origin).parents[1], importlib.util.find_spec('kernels'))"
 )
 
 
@@ -52,7 +53,9 @@ def pip(*args: str, cwd: Path, cuda: str = "0") -> str:
 
 
 def where(site: Path) -> list[str]:
-    """Where the package, its kernels, its benchmarks and a stray top-level ``kernels`` are found, with ``site`` the only site directory."""
+    """Where the package, its kernels, its benchmarks and a stray top-level ``kernels`` are found, with ``site`` the
+    only site directory.
+    """
     code = f"import site; site.addsitedir({str(site)!r})\n{FIND_ALL}"
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=site, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -182,12 +185,15 @@ def test_every_python_of_the_range_is_named() -> None:
 
 @pytest.mark.parametrize("extra", ["", "test", "dev"])
 def test_missing_requirements_are_listed(extra: str, tmp_path: Path) -> None:
-    """``.ci/missing.py`` in an environment that has nothing but pip lists every requirement, and none of the project's own."""
+    """``.ci/missing.py`` in an environment that has nothing but pip lists every requirement, and none of the project's
+    own.
+    """
     import pip as pip_package
 
     code = (
         f"import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + [{str(tmp_path)!r}]\n"
-        f"import runpy; sys.argv[1:] = {[extra] if extra else []!r}; runpy.run_path({str(ROOT / '.ci/missing.py')!r}, run_name='__main__')"
+        f"import runpy; sys.argv[1:] = {[extra] if extra else []!r}; runpy.run_path({str(ROOT / '.ci/missing.py')!r}, "
+        "run_name='__main__')"
     )
     (tmp_path / "pip").symlink_to(Path(pip_package.__file__).parent)
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -60,10 +60,11 @@ def test_sizes_of_nemo() -> None:
 
 # Milliseconds of a decode step at 4.3 TB/s, 788 and 1576 TFLOP/s and nothing lost; (batch, context).
 DECODE_MS = [
-    ({}, {(1, 1024): 5.42, (8, 8192): 7.88, (32, 8192): 15.37, (64, 1024): 7.88, (128, 1024): 10.38, (256, 1024): 17.52}),
-    ({"quantization": "fp8"}, {(1, 1024): 2.89, (1, 131072): 7.84, (8, 32768): 12.84, (64, 8192): 22.83, (256, 1024): 13.98}),
-    (FP8, {(1, 1024): 2.87, (1, 32768): 3.47, (8, 131072): 22.82, (64, 8192): 12.84, (128, 8192): 22.83, (256, 1024): 8.98}),
-    (FP8 | {"quantize_lm_head": True}, {(1, 1024): 2.71, (1, 131072): 5.19, (32, 8192): 7.69, (256, 1024): 8.76}),
+    ({}, {(1, 1024): 5.42, (8, 8192): 7.88, (32, 8192): 15.37, (64, 1024): 7.88, (128, 1024): 10.38, (256, 1024):
+    17.52}), ({"quantization": "fp8"}, {(1, 1024): 2.89, (1, 131072): 7.84, (8, 32768): 12.84, (64, 8192): 22.83, (256,
+    1024): 13.98}), (FP8, {(1, 1024): 2.87, (1, 32768): 3.47, (8, 131072): 22.82, (64, 8192): 12.84, (128, 8192): 22.83,
+    (256, 1024): 8.98}), (FP8 | {"quantize_lm_head": True}, {(1, 1024): 2.71, (1, 131072): 5.19, (32, 8192): 7.69, (256,
+    1024): 8.76}),
 ]  # fmt: skip
 
 
@@ -284,7 +285,8 @@ def test_traffic_between_kernels_grows_with_the_rows() -> None:
         Roofline.of(NEMO.config, formats, H200, dataclasses.replace(Efficiencies(), elementwise=part))
         for part in (Figure(1.0, ""), nothing)
     )
-    # Per layer: two norms with residual (4 H each), the gated activation (3 I), rotary embedding and the write (2 (Q + 2 K)); 2 bytes each.
+    # Per layer: two norms with residual (4 H each), the gated activation (3 I), rotary embedding and the write (2 (Q +
+    # 2 K)); 2 bytes each.
     num_bytes = 40 * 2 * (8 * 5120 + 3 * 14336 + 2 * 6144)
     for rows in (1, 100):
         seconds = with_it.step_seconds(rows, 0, ()) - without.step_seconds(rows, 0, ())
@@ -339,15 +341,15 @@ def test_bad_input(call: Any, message: str) -> None:
 
 def test_measurements_replace_assumptions(tmp_path: Path) -> None:
     records = [
-        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "copy", "gb_per_s": 4000.0},
-        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 8192, "tflop_per_s": 700.0},
-        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 4096, "tflop_per_s": 600.0},
-        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 8, "tflop_per_s": 900.0},
-        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA A100-SXM4-80GB", "what": "copy", "gb_per_s": 1.0},
-        {"benchmark": "latency", "gpu": "NVIDIA H200", "what": "decode", "fraction": 0.8, "options": {"kv_cache_dtype": "fp8"}},
-        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H100 PCIe", "what": "copy", "gb_per_s": 1.0},
-        {"benchmark": "latency", "gpu": "NVIDIA H200", "what": "decode", "fraction": None, "options": None},
-        {"benchmark": "latency", "gpu": None, "what": "decode", "fraction": 0.1},
+        {"benchmark": "gpu_ceilings", "gpu": "NVIDIA H200", "what": "copy", "gb_per_s": 4000.0}, {"benchmark":
+        "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 8192, "tflop_per_s": 700.0}, {"benchmark":
+        "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 4096, "tflop_per_s": 600.0}, {"benchmark":
+        "gpu_ceilings", "gpu": "NVIDIA H200", "what": "bf16 cublas", "m": 8, "tflop_per_s": 900.0}, {"benchmark":
+        "gpu_ceilings", "gpu": "NVIDIA A100-SXM4-80GB", "what": "copy", "gb_per_s": 1.0}, {"benchmark": "latency",
+        "gpu": "NVIDIA H200", "what": "decode", "fraction": 0.8, "options": {"kv_cache_dtype": "fp8"}}, {"benchmark":
+        "gpu_ceilings", "gpu": "NVIDIA H100 PCIe", "what": "copy", "gb_per_s": 1.0}, {"benchmark": "latency", "gpu":
+        "NVIDIA H200", "what": "decode", "fraction": None, "options": None}, {"benchmark": "latency", "gpu": None,
+        "what": "decode", "fraction": 0.1},
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     found = Efficiencies.read(H200, tmp_path)

@@ -32,7 +32,9 @@ WRONG_RESULT = "bound|NaN|not what the definition gives|differs from run to run"
 
 @dataclass(frozen=True)
 class Mistake:
-    """``right`` stands in ``file`` once; ``wrong`` takes its place, or stands there whole if it says MISTAKEN itself."""
+    """``right`` stands in ``file`` once; ``wrong`` takes its place, or stands there whole if it says MISTAKEN
+    itself.
+    """
 
     file: str
     right: str
@@ -57,28 +59,53 @@ TILES = "linear_fp8", "257x144x400 channel"
 MISTAKES = {
     # decode
     "a key of the next page": Mistake(
-        "attention/decode.cuh", "(key >> p.page_shift)", "(key + 16) >> p.page_shift", "paged_attention", SPLIT, f"past the end|{WRONG_RESULT}"
+        "attention/decode.cuh",
+        "(key >> p.page_shift)",
+        "(key + 16) >> p.page_shift",
+        "paged_attention",
+        SPLIT,
+        f"past the end|{WRONG_RESULT}",
     ),
     "another row of a fragment": Mistake(
-        "attention/decode.cuh", "first_key + (matrix & 1) * 8", "first_key + (matrix >> 1) * 8", "paged_attention", SPLIT,
+        "attention/decode.cuh",
+        "first_key + (matrix & 1) * 8",
+        "first_key + (matrix >> 1) * 8",
+        "paged_attention",
+        SPLIT,
         WRONG_RESULT,
     ),
     "copies not waited for": Mistake(
-        "attention/decode.cuh", "copy_async_wait<DECODE_STAGES - 2>();", "copy_async_wait<DECODE_STAGES - 1>();",
-        "paged_attention", SPLIT, "a cp.async of thread .* not waited for",
+        "attention/decode.cuh",
+        "copy_async_wait<DECODE_STAGES - 2>();",
+        "copy_async_wait<DECODE_STAGES - 1>();",
+        "paged_attention",
+        SPLIT,
+        "a cp.async of thread .* not waited for",
     ),
     "other lanes' copies taken for there": Mistake(
-        "attention/decode.cuh", "warp_sync();  // the other lanes' copies", "if (!MISTAKEN) warp_sync();  // the other lanes' copies",
-        "paged_attention", SPLIT, f"reads offset .* in decode_attention, .*|{UNORDERED}",
+        "attention/decode.cuh",
+        "warp_sync();  // the other lanes' copies",
+        "if (!MISTAKEN) warp_sync();  // the other lanes' copies",
+        "paged_attention",
+        SPLIT,
+        f"reads offset .* in decode_attention, .*|{UNORDERED}",
     ),
     "parts combined by a relaxed atomic": Mistake(
-        "attention/decode.cuh", "atomic_add_ordered(counter, 1)", "atomic_add(counter, 1)", "paged_attention", SPLIT,
+        "attention/decode.cuh",
+        "atomic_add_ordered(counter, 1)",
+        "atomic_add(counter, 1)",
+        "paged_attention",
+        SPLIT,
         "race in global memory: .* no release and acquire",
     ),
     # norm
     "no barrier": Mistake(
-        "common/rows.cuh", "block_sync();\n    return warp_sum", "if (!MISTAKEN) block_sync();\n    return warp_sum",
-        "rms_norm", "2x5120", UNORDERED,
+        "common/rows.cuh",
+        "block_sync();\n    return warp_sum",
+        "if (!MISTAKEN) block_sync();\n    return warp_sum",
+        "rms_norm",
+        "2x5120",
+        UNORDERED,
     ),
     # gemm
     "a stage released before its products are done": Mistake(
@@ -86,87 +113,149 @@ MISTAKES = {
         "        wgmma_wait<0>();\n        keep_in_registers(fresh);\n",
         "        if (MISTAKEN && lane_index() == 0) mbarrier_arrive(&header->empty[at.stage]);\n"
         "        wgmma_wait<0>();\n        keep_in_registers(fresh);\n        if (!MISTAKEN)\n",
-        *TILES, UNREAD, 1,
+        *TILES,
+        UNREAD,
+        1,
     ),
     "the other phase waited for": Mistake(
-        "gemm/gemm.cuh", "mbarrier_wait(&header->full[at.stage], at.parity);",
-        "mbarrier_wait(&header->full[at.stage], at.parity ^ 1);", *TILES,
+        "gemm/gemm.cuh",
+        "mbarrier_wait(&header->full[at.stage], at.parity);",
+        "mbarrier_wait(&header->full[at.stage], at.parity ^ 1);",
+        *TILES,
         "multiplies offset .* a copy of the copy engine|deadlock in gemm_fp8, .* at mbarrier_wait",
     ),
     "a fence by one thread for all": Mistake(
-        "gemm/gemm.cuh", "    fence_async_proxy();\n", "    if (!MISTAKEN || threadIdx.x % 128 == 0) fence_async_proxy();\n",
-        *TILES, UNFENCED,
+        "gemm/gemm.cuh",
+        "    fence_async_proxy();\n",
+        "    if (!MISTAKEN || threadIdx.x % 128 == 0) fence_async_proxy();\n",
+        *TILES,
+        UNFENCED,
     ),
     "boxes stored before all have written them": Mistake(
-        "gemm/gemm.cuh", "named_barrier_sync(barrier, 128);", "", *TILES, UNORDERED,
+        "gemm/gemm.cuh",
+        "named_barrier_sync(barrier, 128);",
+        "",
+        *TILES,
+        UNORDERED,
     ),
     "boxes written before they have left": Mistake(
-        "gemm/gemm.cuh", "if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();",
-        "if (!MISTAKEN && threadIdx.x % 128 == 0) tma_store_wait_read<0>();", *TILES, UNREAD, 1,
+        "gemm/gemm.cuh",
+        "if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();",
+        "if (!MISTAKEN && threadIdx.x % 128 == 0) tma_store_wait_read<0>();",
+        *TILES,
+        UNREAD,
+        1,
     ),
     # linear
     "tokens asked for before the kernel before has ended": Mistake(
-        "linear/small.cuh", "    if constexpr (HAS_X) {\n        wait_for_previous_kernel();",
-        "    if constexpr (HAS_X) {\n        if (!MISTAKEN) wait_for_previous_kernel();", "linear", "17x320x130",
+        "linear/small.cuh",
+        "    if constexpr (HAS_X) {\n        wait_for_previous_kernel();",
+        "    if constexpr (HAS_X) {\n        if (!MISTAKEN) wait_for_previous_kernel();",
+        "linear",
+        "17x320x130",
         "before wait_for_previous_kernel",
     ),
     "products not waited for": Mistake(
-        "linear/small.cuh", "        wgmma_wait<0>();\n        keep_in_registers(sum);",
-        "        if (!MISTAKEN) wgmma_wait<0>();\n        keep_in_registers(sum);", "linear", "17x320x130",
+        "linear/small.cuh",
+        "        wgmma_wait<0>();\n        keep_in_registers(sum);",
+        "        if (!MISTAKEN) wgmma_wait<0>();\n        keep_in_registers(sum);",
+        "linear",
+        "17x320x130",
         f"before its products of wgmma were done|{UNREAD}",
     ),
     "an input fenced by one warp": Mistake(
-        "linear/small_input.cuh", "    fence_async_proxy();\n", "    if (!MISTAKEN || warp_index() == 0) fence_async_proxy();\n",
-        "quantize_linear_fp8", "5x1024x40", UNFENCED,
+        "linear/small_input.cuh",
+        "    fence_async_proxy();\n",
+        "    if (!MISTAKEN || warp_index() == 0) fence_async_proxy();\n",
+        "quantize_linear_fp8",
+        "5x1024x40",
+        UNFENCED,
     ),
     "scratch written while it is read": Mistake(
-        "linear/small_input.cuh", "named_barrier_sync(CONSUMER_BARRIER, consumers);  // the scratch",
-        "if (!MISTAKEN) named_barrier_sync(CONSUMER_BARRIER, consumers);  // the scratch", "quantize_linear_fp8", "8x256x48", UNORDERED,
+        "linear/small_input.cuh",
+        "named_barrier_sync(CONSUMER_BARRIER, consumers);  // the scratch",
+        "if (!MISTAKEN) named_barrier_sync(CONSUMER_BARRIER, consumers);  // the scratch",
+        "quantize_linear_fp8",
+        "8x256x48",
+        UNORDERED,
     ),
     # prefill
     "results written over queries that are read": Mistake(
-        "attention/prefill.cuh", "named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);  // all its products",
-        "if (!MISTAKEN) named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);  // all its products", "paged_attention",
-        PREFIXES, UNREAD,
+        "attention/prefill.cuh",
+        "named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);  // all its products",
+        "if (!MISTAKEN) named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);  // all its products",
+        "paged_attention",
+        PREFIXES,
+        UNREAD,
     ),
     "queries fenced by one lane of each warp": Mistake(
-        "attention/prefill.cuh", "        fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);",
+        "attention/prefill.cuh",
+        "        fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);",
         "        if (!MISTAKEN || lane_index() == 0) fence_async_proxy();\n"
         "        named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);",
-        "paged_attention", PREFIXES, UNFENCED,
+        "paged_attention",
+        PREFIXES,
+        UNFENCED,
     ),
     "weights changed while they are multiplied": Mistake(
-        "attention/prefill.cuh", "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, score_scale);",
-        "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, score_scale); pack_weights(r);", "paged_attention", PREFIXES,
+        "attention/prefill.cuh",
+        "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, score_scale);",
+        "soften<IS_MASKED>(r, decay, tile * PREFILL_KEYS, score_scale); pack_weights(r);",
+        "paged_attention",
+        PREFIXES,
         "registers of A have changed before the wait",
     ),
     "scores taken before the wait": Mistake(
-        "attention/prefill.cuh", "wgmma_wait<1>();", "", "paged_attention", PREFIXES, "an accumulator was written before the wait"
+        "attention/prefill.cuh",
+        "wgmma_wait<1>();",
+        "",
+        "paged_attention",
+        PREFIXES,
+        "an accumulator was written before the wait",
     ),
     "values past the end cleared without a fence": Mistake(
-        "attention/prefill.cuh", "        fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ALL, PREFILL_CONSUMERS);",
-        "        if (!MISTAKEN) fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ALL, PREFILL_CONSUMERS);",
-        "paged_attention", PREFIXES, UNFENCED,
+        "attention/prefill.cuh",
+        "        fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ALL, PREFILL_CONSUMERS);",
+        "        if (!MISTAKEN) fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ALL, "
+        "PREFILL_CONSUMERS);",
+        "paged_attention",
+        PREFIXES,
+        UNFENCED,
     ),
     # sampling
     "pieces combined by a relaxed atomic": Mistake(
-        "sampling/sample.cuh", "atomic_add_ordered(in.counters + row, 1)", "atomic_add(in.counters + row, 1)", "sample_",
-        "16x6144 all", "race in global memory: .* no release and acquire",
+        "sampling/sample.cuh",
+        "atomic_add_ordered(in.counters + row, 1)",
+        "atomic_add(in.counters + row, 1)",
+        "sample_",
+        "16x6144 all",
+        "race in global memory: .* no release and acquire",
     ),
     "the last block's decision not waited for": Mistake(
-        "sampling/sample.cuh", "    block_sync();\n    if (s->is_last)", "    if (!MISTAKEN) block_sync();\n    if (s->is_last)",
-        "sample_", "6x1001 plain", UNORDERED,
+        "sampling/sample.cuh",
+        "    block_sync();\n    if (s->is_last)",
+        "    if (!MISTAKEN) block_sync();\n    if (s->is_last)",
+        "sample_",
+        "6x1001 plain",
+        UNORDERED,
     ),
     "a count used before it is cleared": Mistake(
-        "sampling/sample.cuh", "    if (threadIdx.x == 0) s->count = 0;\n    block_sync();",
-        "    if (threadIdx.x == 0) s->count = 0;\n    if (!MISTAKEN) block_sync();", "sample_", "6x1001 top_k", UNORDERED,
+        "sampling/sample.cuh",
+        "    if (threadIdx.x == 0) s->count = 0;\n    block_sync();",
+        "    if (threadIdx.x == 0) s->count = 0;\n    if (!MISTAKEN) block_sync();",
+        "sample_",
+        "6x1001 top_k",
+        UNORDERED,
     ),
     "notes read before the pieces are surveyed": Mistake(
-        "sampling/sample.cuh", "    block_sync();\n    if (threadIdx.x == 0) s->is_last",
-        "    if (!MISTAKEN) block_sync();\n    if (threadIdx.x == 0) s->is_last", "sample_", "16x6144 plain",
+        "sampling/sample.cuh",
+        "    block_sync();\n    if (threadIdx.x == 0) s->is_last",
+        "    if (!MISTAKEN) block_sync();\n    if (threadIdx.x == 0) s->is_last",
+        "sample_",
+        "16x6144 plain",
         f"race in global memory|{UNORDERED}",
     ),
-}  # fmt: skip
+}
 
 
 def plant(csrc: Path) -> None:
@@ -186,7 +275,9 @@ def plant(csrc: Path) -> None:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The emulated library with every mistake planted and none true; what holds no mistake is taken from the right one."""
+    """The emulated library with every mistake planted and none true; what holds no mistake is taken from the right
+    one.
+    """
     right = build()
     folder = tmp_path_factory.mktemp("planted")
     shutil.copytree(ROOT / "csrc", folder / "csrc")

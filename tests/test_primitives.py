@@ -1,4 +1,6 @@
-"""The primitives of csrc/common, assembled for sm_90a: all of them, those that no kernel uses yet too, into the instructions that are meant."""
+"""The primitives of csrc/common, assembled for sm_90a: all of them, those that no kernel uses yet too, into the
+instructions that are meant.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ SOME = 0  # or more, where the compiler has a choice
 EXPECTED: dict[str, dict[str, int]] = {
     "barriers": {"BAR.SYNC": 2, "BAR.ARV": 1},
     "phase_barriers": {
-        "SYNCS.EXCH.64": 1, "SYNCS.ARRIVE.TRANS64.A1T0": 1, "SYNCS.ARRIVE.TRANS64": 2, "FENCE.VIEW.ASYNC.S": 2,
+        "SYNCS.EXCH.64": 1,
+        "SYNCS.ARRIVE.TRANS64.A1T0": 1,
+        "SYNCS.ARRIVE.TRANS64": 2,
+        "FENCE.VIEW.ASYNC.S": 2,
         "SYNCS.PHASECHK.TRANS64.TRYWAIT": 3,
     },
     "dependent_launch": {"PREEXIT": 1, "ACQBULK": 1},
@@ -35,26 +40,51 @@ EXPECTED: dict[str, dict[str, int]] = {
     "copies": {"LDGSTS.E.BYPASS.LTC128B.128": 2, "LDGDEPBAR": 1, "DEPBAR.LE": 1, "ARRIVES.LDGSTSBAR.64": 1},
     "prefetch": {"CCTL.E.PF2": 1},
     "copy_engine": {
-        "UTMACCTL.PF": 1, "UTMALDG.2D": 2, "UTMALDG.3D": 1, "UBLKCP.S.G": 1, "UTMASTG.2D": 1, "UTMACMDFLUSH": 1, "DEPBAR.LE": 2,
+        "UTMACCTL.PF": 1,
+        "UTMALDG.2D": 2,
+        "UTMALDG.3D": 1,
+        "UBLKCP.S.G": 1,
+        "UTMASTG.2D": 1,
+        "UTMACMDFLUSH": 1,
+        "DEPBAR.LE": 2,
     },
     "matrix_moves": {
-        "LDSM.16.M88.4": 1, "LDSM.16.MT88.4": 1, "LDSM.16.M88.2": 1, "LDSM.16.MT88.2": 1, "STSM.16.M88.4": 2, "MOVM.16.MT88": 1,
+        "LDSM.16.M88.4": 1,
+        "LDSM.16.MT88.4": 1,
+        "LDSM.16.M88.2": 1,
+        "LDSM.16.MT88.2": 1,
+        "STSM.16.M88.4": 2,
+        "MOVM.16.MT88": 1,
     },
     "warp_products": {"HMMA.16816.F32.BF16": 1, "HMMA.16816.F32": 2},
     **{
         f"group_products_{n}": {
-            f"HGMMA.64x{n}x16.F32.BF16": 4, f"QGMMA.64x{n}x32.F32.E4M3.E4M3": 1, "WARPGROUP.ARRIVE": 1, "WARPGROUP.DEPBAR.LE": 1,
+            f"HGMMA.64x{n}x16.F32.BF16": 4,
+            f"QGMMA.64x{n}x32.F32.E4M3.E4M3": 1,
+            "WARPGROUP.ARRIVE": 1,
+            "WARPGROUP.DEPBAR.LE": 1,
         }
         for n in COLUMNS
     },
     "overlapped": {"MUFU.EX2": 2, "WARPGROUP.DEPBAR.LE": 1},
     "lanes": {"SHFL.IDX": SOME, "SHFL.BFLY": SOME, "SHFL.UP": 1, "VOTE.ANY": 1, "POPC": 1},
     "conversions": {
-        "F2FP.BF16.F32.PACK_AB": 2, "F2FP.F16.F32.PACK_AB": 1, "F2FP.SATFINITE.E4M3.F32": 2, "F2FP.F16.E4M3.UNPACK_B": 2,
+        "F2FP.BF16.F32.PACK_AB": 2,
+        "F2FP.F16.F32.PACK_AB": 1,
+        "F2FP.SATFINITE.E4M3.F32": 2,
+        "F2FP.F16.E4M3.UNPACK_B": 2,
         "PRMT": SOME,
     },
-    "arithmetic": {"MUFU.EX2": 1, "MUFU.LG2": 1, "MUFU.RSQ": SOME, "MUFU.RCP": SOME, "FMUL": SOME, "FADD": SOME, "FFMA": SOME},
-}  # fmt: skip
+    "arithmetic": {
+        "MUFU.EX2": 1,
+        "MUFU.LG2": 1,
+        "MUFU.RSQ": SOME,
+        "MUFU.RCP": SOME,
+        "FMUL": SOME,
+        "FADD": SOME,
+        "FFMA": SOME,
+    },
+}
 
 
 def primitives() -> set[str]:

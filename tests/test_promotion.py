@@ -1,4 +1,7 @@
-"""Long sums over FP8: a tensor core that accumulates them alone is far off, and the kernels, which promote, are not. In emulation."""
+"""Long sums over FP8: a tensor core that accumulates them alone is far off, and the kernels, which promote, are not.
+
+In emulation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Checkpoints as people publish them, each from its files to the answers of a server: whose tokens, template and ends serve."""
+"""Checkpoints as people publish them, each from its files to the answers of a server: whose tokens, template and ends
+serve.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from tests.text.chat_templates import CHATML, HERMES, LLAMA, MINITRON, NEMO, TIN
 
 SIZE = 1500  # ids of the tokenizer before it grows
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "page_size": 16, "num_kv_pages": 160, "max_num_seqs": 4, "max_num_batched_tokens": 512,
-    "max_model_len": 1024,
+    "device": "cpu", "dtype": "float32", "page_size": 16, "num_kv_pages": 160, "max_num_seqs": 4,
+    "max_num_batched_tokens": 512, "max_model_len": 1024,
 }  # fmt: skip
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "What is 2 + 2? \u65e5\u672c"}
@@ -51,7 +53,10 @@ SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": 
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint in ``model``, with the files of its text in ``text``. ``ends`` close a turn; ``takes_tools``: its template does."""
+    """A checkpoint in ``model``, with the files of its text in ``text``.
+
+    ``ends`` close a turn; ``takes_tools``: its template does.
+    """
 
     model: Path
     text: Path
@@ -62,7 +67,9 @@ class Published:
 
 
 def write_text(folder: Path, names: dict[int, str], texts: tuple[str, ...] = (), **config: Any) -> int:
-    """``tokenizer.json`` in which ids have these names, those beyond the vocabulary too, ``texts`` no control tokens; returns the number of ids."""
+    """``tokenizer.json`` in which ids have these names, those beyond the vocabulary too, ``texts`` no control tokens;
+    returns the number of ids.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     cut = hf_tokenizers.cut_tekken(TINY, SIZE, folder.parent / "tekken.json")
     grown = [names[i] for i in sorted(names) if i >= SIZE]
@@ -112,7 +119,9 @@ def named_templates(folder: Path) -> Published:
 
 
 def minitron(folder: Path) -> Published:
-    """Its shape has queries as wide as the hidden states; LlamaForCausalLM; and no name for the end of a turn but the next turn's beginning."""
+    """Its shape has queries as wide as the hidden states; LlamaForCausalLM; and no name for the end of a turn but the
+    next turn's beginning.
+    """
     size = write_text(folder, {14: "<extra_id_0>", 15: "<extra_id_1>"}, chat_template=MINITRON)
     config = tiny_config(vocab_size=size, hidden_size=32, num_heads=4, num_kv_heads=1, head_dim=8, intermediate_size=90)
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1}
@@ -153,7 +162,8 @@ def adapter(folder: Path) -> Published:
 
 
 ALL = (
-    chatml_grown_by_two, renamed_ids, template_in_its_own_file, named_templates, minitron, fp8_without_tekken, tied_and_padded, adapter,
+    chatml_grown_by_two, renamed_ids, template_in_its_own_file, named_templates, minitron, fp8_without_tekken,
+    tied_and_padded, adapter,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 from nemo_engine import AsyncEngine, Engine, SamplingParams
 from nemo_engine.engine.base import PreparedRequest
 from nemo_engine.engine.engine_thread import Stream
-from nemo_engine.engine.output_processor import Completion, UserRequest
+from nemo_engine.engine.user_request import Completion, UserRequest
 from nemo_engine.scheduler import Request
 from nemo_engine.scheduler.scheduled_step import ScheduledStep
 from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan

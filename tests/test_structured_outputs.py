@@ -1,4 +1,6 @@
-"""Structured outputs through the whole engine: what comes out parses and validates, in any company, and the company is not disturbed."""
+"""Structured outputs through the whole engine: what comes out parses and validates, in any company, and the company is
+not disturbed.
+"""
 
 from __future__ import annotations
 

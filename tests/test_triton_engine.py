@@ -1,4 +1,6 @@
-"""The whole engine with every operation in Triton gives the tokens of the torch path: of a small model interpreted, of nemo-tiny on a GPU."""
+"""The whole engine with every operation in Triton gives the tokens of the torch path: of a small model interpreted, of
+nemo-tiny on a GPU.
+"""
 
 from __future__ import annotations
 

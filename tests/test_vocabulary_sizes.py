@@ -1,4 +1,6 @@
-"""Checkpoints with more rows than their tokenizer has tokens, or fewer; and that what one request's tokens become ends no other."""
+"""Checkpoints with more rows than their tokenizer has tokens, or fewer; and that what one request's tokens become ends
+no other.
+"""
 
 from __future__ import annotations
 

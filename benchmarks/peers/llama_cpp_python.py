@@ -1,8 +1,8 @@
 """llama.cpp through the C interface of its Python binding, on a GGUF file: continuous batching over its own cache.
 
-``llama_cpp.Llama`` runs one sequence at a time, so this steps the library as its server does: every step decodes the sequences under way and fills
-what is left of ``n_batch`` with prompts of the next ones. The batch is filled and the greedy token taken by numpy, as cheaply as Python can.
-``make_gguf.py`` makes the file.
+``llama_cpp.Llama`` runs one sequence at a time, so this steps the library as its server does: every step decodes the
+sequences under way and fills what is left of ``n_batch`` with prompts of the next ones. The batch is filled and the
+greedy token taken by numpy, as cheaply as Python can. ``make_gguf.py`` makes the file.
 """
 
 from __future__ import annotations
@@ -89,10 +89,12 @@ class _Batch:
 
 
 class Peer:
-    """gguf: the converted checkpoint, None for the only .gguf in its folder. n_seq: sequences at once, None for as many as there are prompts.
+    """gguf: the converted checkpoint, None for the only .gguf in its folder. n_seq: sequences at once, None for as many
+    as there are prompts.
 
-    n_batch, n_ubatch: tokens of a step, and of one pass over the weights. kv_unified: one buffer of keys and values for all sequences; without it
-    each has a part of its own, which is faster where they share nothing. flash_attn: None lets the library choose. n_threads: None for all cores.
+    n_batch, n_ubatch: tokens of a step, and of one pass over the weights. kv_unified: one buffer of keys and values for
+    all sequences; without it each has a part of its own, which is faster where they share nothing. flash_attn: None
+    lets the library choose. n_threads: None for all cores.
     """
 
     def __init__(
@@ -159,7 +161,9 @@ class Peer:
         return outputs
 
     def _step(self, running: list[_Sequence]) -> None:
-        """One batch: a token of each sequence that decodes, then prompts while there is room; appends the greedy tokens."""
+        """One batch: a token of each sequence that decodes, then prompts while there is room; appends the greedy
+        tokens.
+        """
         self._batch.clear()
         sampled = []
         for sequence in running:

@@ -2,12 +2,13 @@
 
 The converter is in the source package of llama-cpp-python, not in what pip installs:
 
-    pip download --no-binary llama-cpp-python --no-deps llama-cpp-python==0.3.36
-    tar xzf llama_cpp_python-0.3.36.tar.gz --strip-components=3 --wildcards '*/vendor/llama.cpp/conv*' '*/vendor/llama.cpp/gguf-py/*'
-    python benchmarks/peers/make_gguf.py nemo-tiny nemo-tiny.gguf --llama-cpp llama.cpp
+    pip download --no-binary llama-cpp-python --no-deps llama-cpp-python==0.3.36 tar xzf llama_cpp_python-0.3.36.tar.gz
+    --strip-components=3 --wildcards '*/vendor/llama.cpp/conv*' '*/vendor/llama.cpp/gguf-py/*' python
+    benchmarks/peers/make_gguf.py nemo-tiny nemo-tiny.gguf --llama-cpp llama.cpp
 
-Needs transformers, which turns a Tekken vocabulary into the tokenizer that the converter reads. The converter knows a tokenizer by a hash of what it
-makes of a sample, so it knows no vocabulary that was cut, such as nemo-tiny's: here it is told that the rules are Tekken's. The peer uses token ids alone.
+Needs transformers, which turns a Tekken vocabulary into the tokenizer that the converter reads. The converter knows a
+tokenizer by a hash of what it makes of a sample, so it knows no vocabulary that was cut, such as nemo-tiny's: here it
+is told that the rules are Tekken's. The peer uses token ids alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from nemo_engine.benchmarks.common import resolve_model
 
 
 def with_tokenizer(model: Path, folder: Path) -> None:
-    """Fill ``folder`` with the checkpoint ``model`` and a tokenizer that transformers can load; any .safetensors are linked."""
+    """Fill ``folder`` with the checkpoint ``model`` and a tokenizer that transformers can load; any .safetensors are
+    linked.
+    """
     from transformers.integrations.mistral import convert_tekken_tokenizer
 
     for file in model.iterdir():

@@ -67,9 +67,12 @@ def why_missing(name: str, python: str) -> str | None:
 
 
 class WorkerProcess:
-    """A program here in a process of its own, which answers a command by a line of JSON each. Use it as a context manager.
+    """A program here in a process of its own, which answers a command by a line of JSON each.
 
-    It has a session of its own, so that the processes it starts end with it. ``timeout``: seconds that it may take to answer, None for any time.
+    Use it as a context manager.
+
+    It has a session of its own, so that the processes it starts end with it. ``timeout``: seconds that it may take to
+    answer, None for any time.
     ``log``: a file to which what it printed is added in the end. Raises ``PeerError`` with the program's own error.
     """
 
@@ -183,9 +186,12 @@ class PeerProcess(WorkerProcess):
     def generate(
         self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], *, keep: bool = False
     ) -> tuple[float, list[list[int]]]:
-        """(seconds, greedy tokens of every prompt). With ``keep`` what is in the prefix cache stays there for the next call.
+        """(seconds, greedy tokens of every prompt).
 
-        Returns when the peer's processes rest: vLLM's worker looks for more work for a second, at the cost of whoever is measured next.
+        With ``keep`` what is in the prefix cache stays there for the next call.
+
+        Returns when the peer's processes rest: vLLM's worker looks for more work for a second, at the cost of whoever
+        is measured next.
         """
         answer = self.ask(do="generate", prompts=prompts, max_tokens=max_tokens, keep=keep)
         if not keep:
@@ -193,7 +199,9 @@ class PeerProcess(WorkerProcess):
         return answer["seconds"], answer["outputs"]
 
     def _settle(self) -> float:
-        """Wait until the peer's processes use next to nothing, for at most so long; returns how many cores they use then."""
+        """Wait until the peer's processes use next to nothing, for at most so long; returns how many cores they use
+        then.
+        """
         ticks = os.sysconf("SC_CLK_TCK")
         deadline = time.monotonic() + _SETTLE_SECONDS
         while True:

@@ -15,7 +15,8 @@ _HAS_PAGE_SIZE = "page_size" in inspect.signature(ContinuousBatchingConfig).para
 
 
 class Peer:
-    """dtype: of weights and computation. max_batch_tokens: of a step. max_requests_per_batch: None for as many as there are prompts.
+    """dtype: of weights and computation. max_batch_tokens: of a step. max_requests_per_batch: None for as many as there
+    are prompts.
 
     attn_implementation: "sdpa", "eager" and so on.
     """
@@ -39,7 +40,10 @@ class Peer:
         return {"transformers": version("transformers"), "torch": version("torch")}
 
     def prepare(self, prompts: list[list[int]], max_tokens: list[int]) -> None:
-        """Have a started manager whose cache holds what runs at once. Left to itself, it would take its size from the machine's memory."""
+        """Have a started manager whose cache holds what runs at once.
+
+        Left to itself, it would take its size from the machine's memory.
+        """
         most = min(self._most or len(prompts), len(prompts))
         pages = sorted((-(-(len(p) + n) // _PAGE) + 1 for p, n in zip(prompts, max_tokens)), reverse=True)
         needed = sum(pages[:most])
@@ -48,8 +52,9 @@ class Peer:
         self.forget()
         on_gpu = torch.cuda.is_available()
         batching = ContinuousBatchingConfig(
-            **{"page_size" if _HAS_PAGE_SIZE else "block_size": _PAGE}, num_blocks=needed, max_batch_tokens=self._max_batch_tokens,
-            max_requests_per_batch=most, use_cuda_graph=on_gpu, use_async_batching=on_gpu,
+            **{"page_size" if _HAS_PAGE_SIZE else "block_size": _PAGE}, num_blocks=needed,
+            max_batch_tokens=self._max_batch_tokens, max_requests_per_batch=most, use_cuda_graph=on_gpu,
+            use_async_batching=on_gpu,
         )  # fmt: skip
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         manager = self._model.init_continuous_batching(

@@ -21,7 +21,9 @@ def load(model: str, dtype: str, attn_implementation: str) -> torch.nn.Module:
 
 
 class Peer:
-    """dtype: of weights and computation. batch: prompts per call, None for all. attn_implementation: "sdpa", the fastest on a CPU, "eager" and so on."""
+    """dtype: of weights and computation. batch: prompts per call, None for all. attn_implementation: "sdpa", the
+    fastest on a CPU, "eager" and so on.
+    """
 
     def __init__(
         self, model: str, *, dtype: str = "bfloat16", batch: int | None = None, attn_implementation: str = "sdpa"
@@ -34,7 +36,10 @@ class Peer:
         return {"transformers": version("transformers"), "torch": version("torch")}
 
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
-        """Greedy tokens. A batch runs as long as its longest answer; the shorter ones are cut afterwards, as users do."""
+        """Greedy tokens.
+
+        A batch runs as long as its longest answer; the shorter ones are cut afterwards, as users do.
+        """
         size = self._batch or max(1, len(prompts))
         outputs: list[list[int]] = []
         for first in range(0, len(prompts), size):

@@ -14,9 +14,11 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 
 class Peer:
-    """Options are those of ``vllm.LLM``; prefix caching is on, as it is by default there and here, and emptied between rounds.
+    """Options are those of ``vllm.LLM``; prefix caching is on, as it is by default there and here, and emptied between
+    rounds.
 
-    On a CPU: enforce_eager=true and max_model_len=4096 start in 25 s. threads_bind: VLLM_CPU_OMP_THREADS_BIND, such as "0-1", None for its own choice.
+    On a CPU: enforce_eager=true and max_model_len=4096 start in 25 s. threads_bind: VLLM_CPU_OMP_THREADS_BIND, such as
+    "0-1", None for its own choice.
     """
 
     def __init__(self, model: str, *, threads_bind: str | None = None, **options: Any) -> None:

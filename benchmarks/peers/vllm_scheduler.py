@@ -1,10 +1,12 @@
-"""vLLM's own scheduler and KV cache manager, driven without a model, under whatever Python has vLLM: commands and answers are JSON lines.
+"""vLLM's own scheduler and KV cache manager, driven without a model, under whatever Python has vLLM: commands and
+answers are JSON lines.
 
     PYTHON vllm_scheduler.py
 
-Uses the standard library and vllm alone. Commands: {"do": "setup", "model": DIR, "num_seqs": n, "prompt_len": p, "block_size": b, "max_tokens": m},
-answered by {"versions": {...}} once all n requests decode; {"do": "steps", "count": k}, answered by the microseconds of ``schedule`` and
-``update_from_output`` of k steps in which all n decode, {"schedule_us": [...], "update_us": [...]}; {"do": "stop"}. An answer has "ok", and "error" if not.
+Uses the standard library and vllm alone. Commands: {"do": "setup", "model": DIR, "num_seqs": n, "prompt_len": p,
+"block_size": b, "max_tokens": m}, answered by {"versions": {...}} once all n requests decode; {"do": "steps", "count":
+k}, answered by the microseconds of ``schedule`` and ``update_from_output`` of k steps in which all n decode,
+{"schedule_us": [...], "update_us": [...]}; {"do": "stop"}. An answer has "ok", and "error" if not.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ class DecodeLoop:
 
         config = EngineArgs(
             model=model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True,
-            max_model_len=prompt_len + max_tokens + 1, max_num_seqs=max(num_seqs, 2), max_num_batched_tokens=8192, block_size=block_size,
-            enable_prefix_caching=True, async_scheduling=False,
+            max_model_len=prompt_len + max_tokens + 1, max_num_seqs=max(num_seqs, 2), max_num_batched_tokens=8192,
+            block_size=block_size, enable_prefix_caching=True, async_scheduling=False,
         ).create_engine_config()  # fmt: skip
         num_blocks = num_seqs * ((prompt_len + max_tokens) // block_size + 2) + 64
         config.cache_config.num_gpu_blocks = num_blocks

@@ -1,14 +1,17 @@
-"""One engine in a process of its own, under whatever Python has it installed: commands come as JSON lines, and so do answers.
+"""One engine in a process of its own, under whatever Python has it installed: commands come as JSON lines, and so do
+answers.
 
     PYTHON worker.py NAME
 
-Uses the standard library alone, since the interpreter may have nothing of nemo_engine. What an engine prints goes to stderr.
-Commands: {"do": "start", "model": DIR, "options": {...}}, {"do": "generate", "prompts": [[id, ...], ...], "max_tokens": [n, ...], "keep": false},
-{"do": "stop"}. Each is answered by one line: {"ok": true, ...} or {"ok": false, "error": "..."}.
+Uses the standard library alone, since the interpreter may have nothing of nemo_engine. What an engine prints goes to
+stderr. Commands: {"do": "start", "model": DIR, "options": {...}}, {"do": "generate", "prompts": [[id, ...], ...],
+"max_tokens": [n, ...], "keep": false}, {"do": "stop"}. Each is answered by one line: {"ok": true, ...} or {"ok": false,
+"error": "..."}.
 
-NAME is a file here with a class ``Peer(model, **options)``: ``versions()``, ``generate(prompts, max_tokens)``, ``close()``; and, if it has something to do
-there, ``prepare(prompts, max_tokens)`` before the clock starts (what is made once in a server's life), and ``forget()`` after it has stopped, unless
-the command says "keep": empty the prefix cache.
+NAME is a file here with a class ``Peer(model, **options)``: ``versions()``, ``generate(prompts, max_tokens)``,
+``close()``; and, if it has something to do there, ``prepare(prompts, max_tokens)`` before the clock starts (what is
+made once in a server's life), and ``forget()`` after it has stopped, unless the command says "keep": empty the prefix
+cache.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """``nemo-engine bench report``: a folder of results as tables and plots, and the README's section that is made of them.
 
-Every ``*.jsonl`` of the folder is read; a line that is no result is refused with its file and number. Results stand under their machine and commit, and
-ratios are made within one run only. ``--out`` writes report.md and the plots (PNG and SVG, needs matplotlib); ``--readme`` rewrites
-what stands between the two marks in a README and touches nothing else.
+Every ``*.jsonl`` of the folder is read; a line that is no result is refused with its file and number. Results stand
+under their machine and commit, and ratios are made within one run only. ``--out`` writes report.md and the plots (PNG
+and SVG, needs matplotlib); ``--readme`` rewrites what stands between the two marks in a README and touches nothing
+else.
 """
 
 from __future__ import annotations
@@ -152,7 +153,9 @@ def report(records: Sequence[Record]) -> str:
 
 
 def readme_section(records: Sequence[Record], folder: Path, readme: Path) -> str:
-    """What the README says of the results in ``folder``: of each benchmark the first table, from each machine's newest commit."""
+    """What the README says of the results in ``folder``: of each benchmark the first table, from each machine's newest
+    commit.
+    """
     newest: dict[object, Group] = {}
     for group in groups_of(records):
         if group.benchmark in README_SHOWS:
@@ -166,7 +169,10 @@ def readme_section(records: Sequence[Record], folder: Path, readme: Path) -> str
 
 
 def with_section(readme: Path, section: str) -> str:
-    """The text of ``readme`` with ``section`` between its marks. ``ValueError`` if they are not there once each, in order."""
+    """The text of ``readme`` with ``section`` between its marks.
+
+    ``ValueError`` if they are not there once each, in order.
+    """
     text = readme.read_text(encoding="utf-8")
     found = re.fullmatch(f"(.*{re.escape(BEGIN)}\n).*({re.escape(END)}\n.*)", text, re.DOTALL)
     if found is None or text.count(BEGIN) != 1 or text.count(END) != 1:

@@ -1,4 +1,7 @@
-"""Results as pictures, PNG and SVG, for what there is data of: one benchmark of one machine and commit in each. Needs matplotlib (extra ``plot``)."""
+"""Results as pictures, PNG and SVG, for what there is data of: one benchmark of one machine and commit in each.
+
+Needs matplotlib (extra ``plot``).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from nemo_engine.benchmarks.report.tables_parts import scheduler_name
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402
 
-# Okabe and Ito's colours, wine for their yellow, which colour-blind people tell apart; markers and hatches tell the same in grey.
+# Okabe and Ito's colours, wine for their yellow, which colour-blind people tell apart; markers and hatches tell the
+# same in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000")
 MARKERS = "osD^vP*X"
 _STYLE: Any = {
@@ -33,7 +37,9 @@ Plot = tuple[str, Any]  # a name for its file, and the figure
 
 
 def draw(benchmark: str, records: Sequence[Record], where: str, folder: Path) -> list[str]:
-    """Write the plots of one benchmark on one machine and commit, which ``where`` names; returns the names of the files without their ends."""
+    """Write the plots of one benchmark on one machine and commit, which ``where`` names; returns the names of the files
+    without their ends.
+    """
     names = []
     with pyplot.rc_context(_STYLE):
         for name, figure in PLOTS.get(benchmark, _nothing)(records):
@@ -110,7 +116,9 @@ def _throughput_bar(axis: Any, record: Record, place: int) -> None:
 
 
 def serve(records: Sequence[Record]) -> Iterator[Plot]:
-    """Output tokens per second against median TTFT and ITL: a line for each server, a point for each load; a picture for each kind of request."""
+    """Output tokens per second against median TTFT and ITL: a line for each server, a point for each load; a picture
+    for each kind of request.
+    """
     kinds: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         with blaming(record):
@@ -144,8 +152,8 @@ def _serve_line(axis: Any, records: Sequence[Record], field: str, place: int) ->
     beside, side = ((7, -11), "left") if place % 2 == 0 else ((-7, 5), "right")
     for _, x, y, record in points:
         axis.annotate(
-            arrivals_name(record).removesuffix(" at a time"), (x, y), beside, textcoords="offset points", fontsize=8, ha=side,
-            color=style["color"],
+            arrivals_name(record).removesuffix(" at a time"), (x, y), beside, textcoords="offset points", fontsize=8,
+            ha=side, color=style["color"],
         )  # fmt: skip
 
 
@@ -250,7 +258,9 @@ def _start_bar(axis: Any, record: Record, place: int, looks: dict[str, dict[str,
 
 
 def ops(records: Sequence[Record]) -> Iterator[Plot]:
-    """The roofline: operations a second against operations for each byte, below the ceilings that were measured in the same run."""
+    """The roofline: operations a second against operations for each byte, below the ceilings that were measured in the
+    same run.
+    """
     by_ceilings: dict[tuple[float, ...], list[Record]] = {}
     for record in records:
         with blaming(record):
@@ -300,7 +310,9 @@ def _ceilings(axis: Any, ceilings: tuple[float, ...], low: float, high: float) -
 
 
 def scheduler(records: Sequence[Record]) -> Iterator[Plot]:
-    """Microseconds of a step over the running requests, a line for each scheduler and page size; whiskers over the rounds."""
+    """Microseconds of a step over the running requests, a line for each scheduler and page size; whiskers over the
+    rounds.
+    """
     lines: dict[str, dict[int, Record]] = {}
     for record in records:
         with blaming(record):

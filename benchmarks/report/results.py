@@ -37,7 +37,9 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How many times more one is than the other, paired round by round: the median, and an interval that holds it with ``level``."""
+    """How many times more one is than the other, paired round by round: the median, and an interval that holds it with
+    ``level``.
+    """
 
     median: float
     low: float
@@ -139,7 +141,10 @@ def same_run(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any], rounds: str) -> Ratio:
-    """How many times more ``rounds`` is in one result than in the other, round by round of one run. ``ValueError`` if they may not be compared."""
+    """How many times more ``rounds`` is in one result than in the other, round by round of one run.
+
+    ``ValueError`` if they may not be compared.
+    """
     check_comparable(ours, theirs)
     if same_run(ours) != same_run(theirs):
         raise ValueError(f"rounds of two runs are not paired: {ours.get('date')} and {theirs.get('date')}")

@@ -1,4 +1,6 @@
-"""What tables of results are made of: a Markdown table, how numbers, engines and workloads are written, and which results are of one run."""
+"""What tables of results are made of: a Markdown table, how numbers, engines and workloads are written, and which
+results are of one run.
+"""
 
 from __future__ import annotations
 

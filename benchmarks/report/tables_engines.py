@@ -1,4 +1,7 @@
-"""Tables of engines and servers as their users see them: throughput, latencies, start-up. Ratios are made within one run only."""
+"""Tables of engines and servers as their users see them: throughput, latencies, start-up.
+
+Ratios are made within one run only.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ def throughput(records: Sequence[Record]) -> list[Table]:
     models = ", ".join(dict.fromkeys(model_name(record) for record in records))
     return [
         Table(
-            f"Offline throughput of {models}: output tokens/s, median of the rounds; in brackets, how many times faster {OURS} is, "
+            f"Offline throughput of {models}: output tokens/s, median of the rounds; in brackets, how many times "
+            f"faster {OURS} is, "
             "with a 95 % interval",
             ("workload", *(names[name] for name in engines)),
             tuple(rows),
@@ -52,11 +56,17 @@ def throughput(records: Sequence[Record]) -> list[Table]:
         ),
         Table(
             "The same with the spread of the rounds",
-            ("workload", "engine", "output tokens/s", f"{OURS} is faster by", "tokens equal before the first difference",
-             "options"),
+            (
+                "workload",
+                "engine",
+                "output tokens/s",
+                f"{OURS} is faster by",
+                "tokens equal before the first difference",
+                "options",
+            ),
             tuple(details),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _throughput_cell(record: Record | None, ours: Record | None) -> str:
@@ -102,9 +112,17 @@ def serve(records: Sequence[Record]) -> list[Table]:
                 first = (record.get("first_errors") or ["no reason is known"])[0]
                 notes.append(f"{record['server']} ({arrivals_name(record)}): {record['errors']} failed, first: {first}")
     columns = (
-        "workload", "arrivals", "server", "output tokens/s", "the first has more by", "TTFT ms, p50 / p99", "ITL ms, p50 / p99",
-        "TPOT ms, p50 / p99", "goodput, requests/s", "failed",
-    )  # fmt: skip
+        "workload",
+        "arrivals",
+        "server",
+        "output tokens/s",
+        "the first has more by",
+        "TTFT ms, p50 / p99",
+        "ITL ms, p50 / p99",
+        "TPOT ms, p50 / p99",
+        "goodput, requests/s",
+        "failed",
+    )
     title = (
         "Servers under load, as their clients see them: output tokens/s with the spread of the rounds, and latencies"
     )
@@ -112,14 +130,24 @@ def serve(records: Sequence[Record]) -> list[Table]:
 
 
 def outside_clients(records: Sequence[Record]) -> list[Table]:
-    """Servers of one run below one another, as other people's load generators saw them; ratios are those of the first against the others."""
+    """Servers of one run below one another, as other people's load generators saw them; ratios are those of the first
+    against the others.
+    """
     rows: list[tuple[str, ...]] = []
     for run in runs_of(records, lambda record: (record["tool"], record["concurrency"])):
         rows += rows_of(run, lambda record, first=run[0]: _outside_row(record, first))
     columns = (
-        "load generator", "requests", "server", "output tokens/s", "the first has more by", "TTFT ms, p50", "TTFT ms, p99", "ITL ms, p50",
-        "ITL ms, p99", "failed",
-    )  # fmt: skip
+        "load generator",
+        "requests",
+        "server",
+        "output tokens/s",
+        "the first has more by",
+        "TTFT ms, p50",
+        "TTFT ms, p99",
+        "ITL ms, p50",
+        "ITL ms, p99",
+        "failed",
+    )
     title = "Servers under other people's load generators: medians with the least and the greatest of the runs"
     return [Table(title, columns, tuple(rows), ())]
 
@@ -130,7 +158,8 @@ def _outside_row(record: Record, first: Record) -> tuple[str, ...]:
     version = record.get("server_version")
     return (
         str(record["tool"]),
-        f"{record['concurrency']} at a time, {sum(record['input_tokens']) / sum(record['requests']):.0f} in, {per_request:.0f} out",
+        f"{record['concurrency']} at a time, {sum(record['input_tokens']) / sum(record['requests']):.0f} in, "
+        f"{per_request:.0f} out",
         str(record["server"]) + (f" {version}" if version else ""),
         spread(record["output_tokens_per_second"]),
         times(ratio(first, record, "output_tokens_per_second")) if is_comparable else "–",
@@ -239,7 +268,9 @@ def server_overhead(records: Sequence[Record]) -> list[Table]:
 
 
 def latency(records: Sequence[Record]) -> list[Table]:
-    """Whole requests; decode steps, contexts below and batches beside one another; where the time of a step goes, where that was measured."""
+    """Whole requests; decode steps, contexts below and batches beside one another; where the time of a step goes, where
+    that was measured.
+    """
     kinds: dict[str, list[Record]] = {"start": [], "request": [], "decode": []}
     for record in records:
         with blaming(record):
@@ -248,9 +279,20 @@ def latency(records: Sequence[Record]) -> list[Table]:
     tables = []
     if kinds["request"]:
         columns = (
-            "model", "requests", "in", "out", "engine", "TTFT, ms", "ITL, ms", "TPOT, ms", "end to end, ms", "output tokens/s",
-            "of the roofline: prompts, steps", f"{OURS} is faster by: TTFT, end to end", "J a token",
-        )  # fmt: skip
+            "model",
+            "requests",
+            "in",
+            "out",
+            "engine",
+            "TTFT, ms",
+            "ITL, ms",
+            "TPOT, ms",
+            "end to end, ms",
+            "output tokens/s",
+            "of the roofline: prompts, steps",
+            f"{OURS} is faster by: TTFT, end to end",
+            "J a token",
+        )
         title = "Latency of requests that arrive at once: medians, with the least and the greatest median of a round"
         tables.append(
             Table(title, columns, rows_of(kinds["request"], _request_row), (*started, *_failures(kinds["request"])))

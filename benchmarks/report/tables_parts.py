@@ -1,4 +1,7 @@
-"""Tables of parts of the engine: operations, the scheduler, structured outputs, the simulator. Ratios are made within one run only."""
+"""Tables of parts of the engine: operations, the scheduler, structured outputs, the simulator.
+
+Ratios are made within one run only.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +47,16 @@ def validate_simulator(records: Sequence[Record]) -> list[Table]:
             for work in record["workloads"]:
                 measured, predicted = work["measured"], work["predicted"]
                 rows.append((
-                    f"{work['requests']} requests, {work['workload']}",
-                    number(measured["tokens_per_s"]), number(predicted["tokens_per_s"]), f"{work['throughput_error']:+.1%}",
+                    f"{work['requests']} requests, {work['workload']}", number(measured["tokens_per_s"]),
+                    number(predicted["tokens_per_s"]), f"{work['throughput_error']:+.1%}",
                     number(measured["median_ttft_s"] * 1e3), number(predicted["median_ttft_s"] * 1e3),
                     f"{work['ttft_error']:+.1%}",
                 ))  # fmt: skip
             verdict = "within" if record["is_within_limits"] else "NOT within"
-            limits = f"{record['most_throughput_error']:.0%} of throughput, {record['most_ttft_error']:.0%} of TTFT under arrivals"
+            limits = (
+                f"{record['most_throughput_error']:.0%} of throughput, {record['most_ttft_error']:.0%} of TTFT under "
+                "arrivals"
+            )
             notes.append(f"{model_name(record)}: {verdict} the limits ({limits})")
     columns = ("unseen workload", "tokens/s", "predicted", "error", "median TTFT, ms", "predicted", "error")
     return [Table("The simulator's predictions against the engine", columns, tuple(rows), tuple(notes))]
@@ -62,8 +68,16 @@ def ops(records: Sequence[Record]) -> list[Table]:
     for record in records:
         with blaming(record):
             found.setdefault(str(record["op"]), []).append(record)
-    columns = ("size", "implementation (* a baseline)", "us", "GB/s", "TFLOP/s", "of the roofline", "against the best baseline",
-               "trouble")  # fmt: skip
+    columns = (
+        "size",
+        "implementation (* a baseline)",
+        "us",
+        "GB/s",
+        "TFLOP/s",
+        "of the roofline",
+        "against the best baseline",
+        "trouble",
+    )
     return [Table(f"Operation {name}", columns, rows_of(of, _op_row)) for name, of in found.items()]
 
 
@@ -80,7 +94,9 @@ def _op_row(record: Record) -> tuple[str, ...]:
 
 
 def scheduler(records: Sequence[Record]) -> list[Table]:
-    """Running requests below one another, page sizes and vLLM's scheduler beside one another; all percentiles; profiles."""
+    """Running requests below one another, page sizes and vLLM's scheduler beside one another; all percentiles;
+    profiles.
+    """
     kinds = list(dict.fromkeys(kind for record in records for kind in [_scheduler_kind(record)]))
     kinds.sort(key=lambda kind: kind[0] != OURS)
     names = {_scheduler_kind(record): scheduler_name(record) for record in records}
@@ -100,7 +116,8 @@ def scheduler(records: Sequence[Record]) -> list[Table]:
     against = "; in brackets, how many times less than vLLM's scheduler, with a 95 % interval" if is_against else ""
     tables = [
         Table(
-            f"Host cost of a decode step, prompts of {lengths} tokens: median us of `schedule()` and `commit()` together{against}",
+            f"Host cost of a decode step, prompts of {lengths} tokens: median us of `schedule()` and `commit()` "
+            f"together{against}",
             ("running requests", *(names[kind] for kind in kinds)),
             tuple(rows),
             tuple(notes),

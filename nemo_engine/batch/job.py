@@ -1,4 +1,6 @@
-"""``BatchJob``: one run from IN to OUT: what is checked before a model is loaded, and the bar that shows how far it is."""
+"""``BatchJob``: one run from IN to OUT: what is checked before a model is loaded, and the bar that shows how far it
+is.
+"""
 
 from __future__ import annotations
 

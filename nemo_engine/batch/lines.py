@@ -1,7 +1,7 @@
 """One line of a batch file, in any of three forms, as a request to one of OpenAI's routes.
 
-OpenAI's: ``{"custom_id", "method": "POST", "url", "body"}``. A workload's, see ``workload.items``. Plain: ``prompt``, ``prompt_token_ids`` or
-``messages`` beside any other field of the route's body, and ``custom_id`` or ``id``.
+OpenAI's: ``{"custom_id", "method": "POST", "url", "body"}``. A workload's, see ``workload.items``. Plain: ``prompt``,
+``prompt_token_ids`` or ``messages`` beside any other field of the route's body, and ``custom_id`` or ``id``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Line:
 
 
 class LineError(Exception):
-    """A line is no request: ``code`` and the message say why. ``custom_id``: what it names itself, if that could be read."""
+    """A line is no request: ``code`` and the message say why.
+
+    ``custom_id``: what it names itself, if that could be read.
+    """
 
     def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
 """Batch files as windows of requests: read a piece at a time, such that memory does not grow with the file.
 
-A window is put in the order of its prompts, so that equal beginnings meet in the prefix cache. Which ids a file has used stands in a
-temporary database on disk.
+A window is put in the order of its prompts, so that equal beginnings meet in the prefix cache. Which ids a file has
+used stands in a temporary database on disk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The results of a batch: a line each, appended to OUT or OUT.errors as they come, and found there again by the next run.
+"""The results of a batch: a line each, appended to OUT or OUT.errors as they come, and found there again by the next
+run.
 
-What is written survives the process: a line that was cut off is removed, the others count as done. Every line begins with the number of
-its request, so a run that goes on needs a bit for each line that is done, and no more. OUT.run says what the run was asked for.
+What is written survives the process: a line that was cut off is removed, the others count as done. Every line begins
+with the number of its request, so a run that goes on needs a bit for each line that is done, and no more. OUT.run says
+what the run was asked for.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ class Numbers:
 
 
 class ResultFile:
-    """One file that results are appended to. ``is_stream``: a pipe, a device or standard output, of which nothing is read back."""
+    """One file that results are appended to.
+
+    ``is_stream``: a pipe, a device or standard output, of which nothing is read back.
+    """
 
     def __init__(self, path: Path, done: Numbers, fd: int | None = None) -> None:
         """Open ``path``, lock it, and put into ``done`` what is there. Raises ``ValueError`` or ``OSError``.
@@ -150,7 +155,8 @@ class ResultFile:
             is_gzip = file.peek(2)[:2] == GZIP_MAGIC
             if is_gzip != self._is_gzip and file.peek(1):
                 raise ValueError(
-                    f"{self.path} is {'' if is_gzip else 'not '}compressed, unlike what its name says: name another file"
+                    f"{self.path} is {'' if is_gzip else 'not '}compressed, unlike what its name says: name another "
+                    "file"
                 )
             yield from _members(file) if is_gzip else _plain(file)
 
@@ -188,7 +194,8 @@ class Results:
     def __init__(self, path: Path, options: Mapping[str, Any], *, force: bool = False) -> None:
         """Take up what an earlier run left. "-" is standard output, whose failures go to standard error.
 
-        Raises ``ValueError`` if the files are another run's, or if that was asked for other ``options`` and not ``force``; ``OSError``.
+        Raises ``ValueError`` if the files are another run's, or if that was asked for other ``options`` and not
+        ``force``; ``OSError``.
         """
         self.path = path
         self.done = Numbers()
@@ -286,7 +293,8 @@ def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
     ]
     if differences:
         raise ValueError(
-            f"{path} was begun with other options: {'; '.join(differences)}. Give those of then, name another file, or use --force"
+            f"{path} was begun with other options: {'; '.join(differences)}. Give those of then, name another file, or "
+            "use --force"
         )
 
 

@@ -1,4 +1,6 @@
-"""``answer_all``: the requests of a reader, a bounded number at a time, through a function that answers one, into results."""
+"""``answer_all``: the requests of a reader, a bounded number at a time, through a function that answers one, into
+results.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ class Answer:
 
 @dataclass(slots=True)
 class BatchSummary:
-    """What a run did. ``num_resumed``: lines that were done before it; the counts of tokens, and the seconds, are this run's alone."""
+    """What a run did.
+
+    ``num_resumed``: lines that were done before it; the counts of tokens, and the seconds, are this run's alone.
+    """
 
     num_answered: int = 0
     num_failed: int = 0
@@ -85,9 +90,12 @@ async def answer_all(
     max_open: int,
     watcher: Watcher | None = None,
 ) -> BatchSummary:
-    """Answer what is not done. At most ``max_open`` requests are open at a time, and two windows of so many lines are held.
+    """Answer what is not done.
 
-    ``answer`` returns errors that are the request's as answers; what it raises ends the run, as what ``results`` raise does.
+    At most ``max_open`` requests are open at a time, and two windows of so many lines are held.
+
+    ``answer`` returns errors that are the request's as answers; what it raises ends the run, as what ``results`` raise
+    does.
     """
     summary = BatchSummary(num_resumed=results.num_resumed)
     feed = _Feed(reader, max_open)

@@ -24,7 +24,9 @@ _TINIEST = 2.0**-20  # of a scale: what never was anything but 0 may be somethin
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """fp32 scales: of inputs by (layer, projection) and (None, "lm_head"), () each; of keys and values by layer, (key heads,) each."""
+    """fp32 scales: of inputs by (layer, projection) and (None, "lm_head"), () each; of keys and values by layer, (key
+    heads,) each.
+    """
 
     inputs: dict[tuple[int | None, str], Tensor]
     keys: list[Tensor]
@@ -67,7 +69,8 @@ def calibrate(
 ) -> Calibration:
     """Run ``texts``, token ids, through unquantised ``weights``; a scale is the largest magnitude over 448.
 
-    advance: is told how many tokens were done. Raises ``ValueError`` if there are none, or if an activation is not finite.
+    advance: is told how many tokens were done. Raises ``ValueError`` if there are none, or if an activation is not
+    finite.
     """
     longest = max(map(len, texts), default=0)
     if longest == 0:

@@ -1,6 +1,7 @@
 """Finding a checkpoint and reading what it is: a directory in either layout, a Hub repository, or the bundled model.
 
-Only configuration and file headers are read here, without torch; ``loading`` reads the tensors. A local path never touches the network.
+Only configuration and file headers are read here, without torch; ``loading`` reads the tensors. A local path never
+touches the network.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _logger = logging.getLogger("nemo_engine")
 class Checkpoint:
     """An opened checkpoint: ``tensors`` by what ``names`` calls them; empty if weights were not asked for.
 
-    ``quantization`` is None if it is not quantised. ``unused_files`` are the weight files of the other layout, where a directory holds
-    both. With an ``adapter``, ``model_config`` and ``tensors`` are those of the model that it makes.
+    ``quantization`` is None if it is not quantised. ``unused_files`` are the weight files of the other layout, where a
+    directory holds both. With an ``adapter``, ``model_config`` and ``tensors`` are those of the model that it makes.
     """
 
     path: Path
@@ -57,7 +58,9 @@ class Checkpoint:
 
     @property
     def text_folders(self) -> tuple[Path, ...]:
-        """Where tokenizer and chat template are looked for, each by itself: what an adapter brings goes before what the model has."""
+        """Where tokenizer and chat template are looked for, each by itself: what an adapter brings goes before what the
+        model has.
+        """
         return (self.path,) if self.adapter is None else (self.adapter.path, self.path)
 
     @property
@@ -97,9 +100,10 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a directory, a Hub repository ("org/name") or "nemo-tiny".
 
-    What exists on disk or looks like a path is local. needs: "weights"; "headers", of weights where there are any, which from the Hub are
-    read without the weights; or "config" alone. lora: a PEFT adapter, a directory or a Hub repository, which the model is merged with.
-    Raises ``FileNotFoundError`` or ``ValueError`` naming the file that is absent or broken.
+    What exists on disk or looks like a path is local. needs: "weights"; "headers", of weights where there are any,
+    which from the Hub are read without the weights; or "config" alone. lora: a PEFT adapter, a directory or a Hub
+    repository, which the model is merged with. Raises ``FileNotFoundError`` or ``ValueError`` naming the file that is
+    absent or broken.
     """
     path, remote = _resolve(model, revision, needs)
     checkpoint = _open_directory(path, needs, remote)
@@ -156,7 +160,8 @@ def _open_directory(path: Path, needs: Needs, remote: Headers | None) -> Checkpo
     if "adapter_config.json" in files and "config.json" not in files and "params.json" not in files:
         base = _base_of(path / "adapter_config.json")
         raise ValueError(
-            f"{path} is an adapter and no model: give {base or 'the model it was made for'} as the model, and this as lora"
+            f"{path} is an adapter and no model: give {base or 'the model it was made for'} as the model, and this as "
+            "lora"
         )
     if needs == "weights" and not weight_sets:
         raise FileNotFoundError(no_weights_message(path))
@@ -182,7 +187,8 @@ def _open_directory(path: Path, needs: Needs, remote: Headers | None) -> Checkpo
 
 
 _GGUF = (
-    "a GGUF file, whose numbers only llama.cpp and its like compute with: run it there, or give the safetensors checkpoint that it was made "
+    "a GGUF file, whose numbers only llama.cpp and its like compute with: run it there, or give the safetensors "
+    "checkpoint that it was made "
     "from, with quantization='fp8' where memory is short"
 )
 
@@ -200,8 +206,8 @@ def no_weights_message(path: Path) -> str:
         return f"{path} holds {_GGUF}"
     if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in files):
         return (
-            f"{path} holds its weights as a pickle (pytorch_model.bin), which may hold code and is not read: where you trust it, convert it with"
-            + CONVERSION.format(path=str(path))
+            f"{path} holds its weights as a pickle (pytorch_model.bin), which may hold code and is not read: where you "
+            "trust it, convert it with" + CONVERSION.format(path=str(path))
         )
     other = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
     found = f"it has {', '.join(other)}, which cannot be read" if other else "it has no weights at all"
@@ -276,7 +282,9 @@ def _head_dim_of_tensors(
 
 
 def _check_num_layers(config: ModelConfig, layout: Layout, num_tensors: int) -> None:
-    """Raise ``ValueError`` if so many tensors cannot have the layers of ``config``, before they are listed one by one."""
+    """Raise ``ValueError`` if so many tensors cannot have the layers of ``config``, before they are listed one by
+    one.
+    """
     if config.num_layers > num_tensors:
         name = "config.json: num_hidden_layers" if layout == "hf" else "params.json: n_layers"
         raise ValueError(f"{name} is {config.num_layers}, and all weight files together hold {num_tensors} tensors")
@@ -285,7 +293,9 @@ def _check_num_layers(config: ModelConfig, layout: Layout, num_tensors: int) -> 
 def _without_padding(
     tensors: Mapping[str, TensorInfo], names: TensorNames, config: ModelConfig
 ) -> dict[str, TensorInfo]:
-    """``tensors`` less the rows of embeddings and head, and their scales, beyond the vocabulary of the configuration."""
+    """``tensors`` less the rows of embeddings and head, and their scales, beyond the vocabulary of the
+    configuration.
+    """
     changed = dict(tensors)
     for part in WITH_VOCABULARY:
         info, module = tensors.get(names.tensor(part)), names.module(part)
@@ -322,14 +332,16 @@ def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     if tensors:
         untied = checkpoint.model_config.tie_word_embeddings and not config.tie_word_embeddings
         if untied and names.tensor("embed_tokens") in tensors:
-            # Training saw the head that the embeddings were; an adapter that brings the embeddings alone leaves it as it was.
+            # Training saw the head that the embeddings were; an adapter that brings the embeddings alone leaves it as
+            # it was.
             tensors[names.tensor("lm_head")] = tensors[names.tensor("embed_tokens")]
         tensors |= whole
     for layer, part in adapter.low_rank:
         stored = tensors.get(names.tensor(part, layer))
         if stored is not None and stored.dtype.startswith("float8"):
             raise ValueError(
-                f"{adapter.path} changes {names.tensor(part, layer)}, which {checkpoint.path} holds in FP8: merge it with the unquantised "
+                f"{adapter.path} changes {names.tensor(part, layer)}, which {checkpoint.path} holds in FP8: merge it "
+                "with the unquantised "
                 "checkpoint, with quantization='fp8' if it is to be FP8 afterwards"
             )
     return replace(checkpoint, model_config=config, tensors=tensors, adapter=adapter)

@@ -1,6 +1,7 @@
 """Writing an FP8 checkpoint in the compressed-tensors format, which transformers and vLLM read.
 
-Nothing that looks like a checkpoint exists before all of it does: it is written beside its place and renamed at the end.
+Nothing that looks like a checkpoint exists before all of it does: it is written beside its place and renamed at the
+end.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ def export_fp8(
 ) -> None:
     """Quantise ``checkpoint`` into the directory ``out``, in Hugging Face's layout whatever its own.
 
-    scheme: weights per output channel with inputs per token ("dynamic") or with calibrated scales ("static"), or by 128 x 128 ("block").
-    kv_scales: one per layer or one per head, of ``calibration``. advance: is told how many bytes were read. Raises ``ValueError`` for a
-    checkpoint that is quantised already, and for what cannot be; ``FileExistsError`` if ``out`` exists and is not empty.
+    scheme: weights per output channel with inputs per token ("dynamic") or with calibrated scales ("static"), or by 128
+    x 128 ("block").
+    kv_scales: one per layer or one per head, of ``calibration``. advance: is told how many bytes were read. Raises
+    ``ValueError`` for a checkpoint that is quantised already, and for what cannot be; ``FileExistsError`` if ``out``
+    exists and is not empty.
     """
     check_wanted(checkpoint, out, scheme, kv_scales, has_texts=calibration is not None)
     out = out.resolve()  # "." and links: what is renamed at the end is a directory with a name
@@ -215,7 +218,9 @@ def _copy_beside(source: Path, folder: Path) -> None:
 
 
 def _copy_text(checkpoint: Checkpoint, folder: Path) -> None:
-    """Where a model has an adapter: the tokenizer and the chat template that serve both, each of the first directory that has one."""
+    """Where a model has an adapter: the tokenizer and the chat template that serve both, each of the first directory
+    that has one.
+    """
     if checkpoint.tokenizer_path != checkpoint.path:
         for name in TEXT_FILES:
             if name not in TEMPLATE_FILES and (checkpoint.tokenizer_path / name).is_file():

@@ -1,6 +1,8 @@
-"""Fetching from the Hugging Face Hub: of a checkpoint, exactly one weight set, its configuration and its tokenizer; or an adapter.
+"""Fetching from the Hugging Face Hub: of a checkpoint, exactly one weight set, its configuration and its tokenizer; or
+an adapter.
 
-huggingface_hub reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT itself; what fails says which of them may help.
+huggingface_hub reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT itself; what fails says which of
+them may help.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def weight_sets_of(files: Iterable[str]) -> list[WeightSet]:
 
 
 def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path, Headers | None]:
-    """Download ``repo_id`` into huggingface_hub's cache and return the directory; for "headers", also those of its weights.
+    """Download ``repo_id`` into huggingface_hub's cache and return the directory; for "headers", also those of its
+    weights.
 
     Raises ``DownloadError`` where the repository cannot be had, and ``ValueError`` where it holds no weights.
     """
@@ -82,7 +85,8 @@ def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path,
         folder = _cached(repo_id, revision, f"model {repo_id!r} is no local directory, and", error)
         if needs != "config" and not weight_sets_of(file.name for file in folder.iterdir()):
             raise DownloadError(
-                f"the cache holds no weights of model {repo_id!r}, and the Hub cannot be asked: {_reason(error)}; {_what_may_help(error)}"
+                f"the cache holds no weights of model {repo_id!r}, and the Hub cannot be asked: {_reason(error)}; "
+                f"{_what_may_help(error)}"
             ) from error
         return folder, None
     wanted = [name for name in SMALL_FILES if name in files]
@@ -164,7 +168,10 @@ def _remote_headers(repo_id: str, revision: str | None, folder: Path, weights: W
 
 
 def _no_weights_message(repo_id: str, files: list[str]) -> str:
-    message = f"Hub repository {repo_id!r} holds neither model.safetensors nor consolidated.safetensors, whole or in shards with an index"
+    message = (
+        f"Hub repository {repo_id!r} holds neither model.safetensors nor consolidated.safetensors, whole or in shards "
+        "with an index"
+    )
     if ADAPTER_FILES[0] in files:
         return f"{message}: it is an adapter; give the model that it was made for as the model, and this as lora"
     if any(name.endswith(".gguf") for name in files):
@@ -206,4 +213,7 @@ def _what_may_help(error: Exception) -> str:
         return "is the id right, and the revision? A private repository needs HF_TOKEN"
     if isinstance(error, OSError) and error.errno == 28:
         return f"HF_HOME or HF_HUB_CACHE may name a larger disk than that of {constants.HF_HUB_CACHE}"
-    return f"asked was {constants.ENDPOINT}: HF_ENDPOINT may name a mirror, HF_HOME or HF_HUB_CACHE a cache that holds it, and HTTPS_PROXY a proxy"
+    return (
+        f"asked was {constants.ENDPOINT}: HF_ENDPOINT may name a mirror, HF_HOME or HF_HUB_CACHE a cache that holds "
+        "it, and HTTPS_PROXY a proxy"
+    )

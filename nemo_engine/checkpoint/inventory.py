@@ -1,4 +1,5 @@
-"""What a checkpoint's tensors are, held against its configuration before anything is allocated: each with its name, file and scheme.
+"""What a checkpoint's tensors are, held against its configuration before anything is allocated: each with its name,
+file and scheme.
 
 Reads headers only. ``loading`` takes what stands here and looks nothing up again. Must not know torch.
 """
@@ -56,8 +57,8 @@ class StoredScales:
 class StoredTensor:
     """A tensor of the model as files hold it.
 
-    ``scales`` are those of FP8 numbers. ``low_rank`` is what an adapter adds, ``is_of_adapter`` says that an adapter brings the tensor. The
-    rows of a query or key head may be in Mistral's order (``is_interleaved``).
+    ``scales`` are those of FP8 numbers. ``low_rank`` is what an adapter adds, ``is_of_adapter`` says that an adapter
+    brings the tensor. The rows of a query or key head may be in Mistral's order (``is_interleaved``).
     """
 
     expected: ExpectedTensor
@@ -70,7 +71,8 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """The tensors of a model; the names of the scales of each layer's keys and values; and what each projection becomes.
+    """The tensors of a model; the names of the scales of each layer's keys and values; and what each projection
+    becomes.
 
     ``repeated_head`` is the head that a checkpoint holds though its embeddings are tied.
     """
@@ -191,7 +193,8 @@ class _Taker:
         found = info.dtype
         if info.dtype != _FP8 and info.dtype not in _FLOATING:
             self.faults.append(
-                f"{tensor.name}: expected bfloat16, float16, float32 or float8_e4m3fn, found {found} in {info.file.name}"
+                f"{tensor.name}: expected bfloat16, float16, float32 or float8_e4m3fn, found {found} in "
+                f"{info.file.name}"
             )
             return False
         module = tensor.name.removesuffix(".weight")
@@ -211,7 +214,8 @@ class _Taker:
             self.faults.append(f"{tensor.name}: found {found} in {info.file.name}, but {reason}")
         elif covered and is_linear and not self._is_tied_copy(tensor):
             self.faults.append(
-                f"{tensor.name}: expected float8_e4m3fn, as the configuration's quantization covers it, found {found} in "
+                f"{tensor.name}: expected float8_e4m3fn, as the configuration's quantization covers it, found {found} "
+                "in "
                 f"{info.file.name}"
             )
         return False
@@ -318,6 +322,7 @@ def _without_head(tensor: ExpectedTensor) -> str:
     if tensor.part != "lm_head":
         return ""
     return (
-        " (if the embeddings are the head, config.json says so by tie_word_embeddings; MistralModel is saved without one: save it from "
+        " (if the embeddings are the head, config.json says so by tie_word_embeddings; MistralModel is saved without "
+        "one: save it from "
         "MistralForCausalLM)"
     )

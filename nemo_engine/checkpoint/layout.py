@@ -1,7 +1,8 @@
 """What each tensor of a checkpoint is called, and what shape it must have.
 
-Hugging Face's layout and Mistral's differ in names and in the order of rows in a query or key head: Mistral's is interleaved (the pairs
-that rotary embedding turns are rows 2i and 2i + 1), Hugging Face's and ours is half-split (rows i and i + head_dim / 2).
+Hugging Face's layout and Mistral's differ in names and in the order of rows in a query or key head: Mistral's is
+interleaved (the pairs that rotary embedding turns are rows 2i and 2i + 1), Hugging Face's and ours is half-split (rows
+i and i + head_dim / 2).
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ class TensorNames:
         return f"{self.prefix}layers.{layer}.{'self_attn' if self.layout == 'hf' else 'attention'}"
 
     def expected(self, config: ModelConfig, *, has_head: bool | None = None) -> list[ExpectedTensor]:
-        """All tensors of a checkpoint of ``config``; ``lm_head`` is among them unless it is tied, or as ``has_head`` says."""
+        """All tensors of a checkpoint of ``config``; ``lm_head`` is among them unless it is tied, or as ``has_head``
+        says.
+        """
         hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
         layer_shapes = {
             "input_layernorm": (hidden,),
@@ -127,7 +130,8 @@ MISTRAL = TensorNames("mistral", "")
 
 
 def names_in(layout: Layout, tensors: Iterable[str]) -> TensorNames:
-    """What a checkpoint with ``tensors`` puts in front of its names: "model.", nothing, "language_model.", or what it may be.
+    """What a checkpoint with ``tensors`` puts in front of its names: "model.", nothing, "language_model.", or what it
+    may be.
 
     Raises ``ValueError`` if there are several embeddings or several heads, so that one would have to be guessed.
     """

@@ -1,7 +1,7 @@
 """From a checkpoint's files into weights: as stored, merged with an adapter, or quantised on the way.
 
-Everything is checked before anything is allocated, then tensors go one by one to where they belong; so the peak is the weights plus one
-tensor. FP8 numbers are never quantised again: each part of a fused projection keeps its scales.
+Everything is checked before anything is allocated, then tensors go one by one to where they belong; so the peak is the
+weights plus one tensor. FP8 numbers are never quantised again: each part of a fused projection keeps its scales.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def load_weights(
 ) -> NemoWeights:
     """Check and load ``checkpoint`` as ``dtype`` onto ``device``, tensor by tensor.
 
-    progress: shows a bar; None shows one on a terminal if loading takes longer than a second. online: quantise the projections that it
-    covers and that are not FP8 already. inventory: of this checkpoint and ``online``, if it has been taken. needs_kv_scales: read the scales of keys and values, where there are any. is_widened: FP8 weights
-    are kept as fp32 numbers. Raises ``ValueError`` listing the tensors that are missing, too many, or of wrong shape or dtype, and for
-    NaN or infinity in what is or becomes FP8, or in an adapter.
+    progress: shows a bar; None shows one on a terminal if loading takes longer than a second. online: quantise the
+    projections that it covers and that are not FP8 already. inventory: of this checkpoint and ``online``, if it has
+    been taken. needs_kv_scales: read the scales of keys and values, where there are any. is_widened: FP8 weights are
+    kept as fp32 numbers. Raises ``ValueError`` listing the tensors that are missing, too many, or of wrong shape or
+    dtype, and for NaN or infinity in what is or becomes FP8, or in an adapter.
     """
     startup_log = StartupLog() if startup_log is None else startup_log
     if inventory is None:
@@ -93,10 +94,11 @@ def _stage_name(checkpoint: Checkpoint, inventory: Inventory, online: Quantizati
 
 
 class TensorReader:
-    """Reads tensors as the model has them: heads in half-split order, an adapter merged, FP8 numbers times their scales.
+    """Reads tensors as the model has them: heads in half-split order, an adapter merged, FP8 numbers times their
+    scales.
 
-    What is not wanted in a place of its own goes through one buffer, allocated once: freed and allocated anew, buffers of changing sizes
-    leave holes in the heap.
+    What is not wanted in a place of its own goes through one buffer, allocated once: freed and allocated anew, buffers
+    of changing sizes leave holes in the heap.
     """
 
     def __init__(self, checkpoint: Checkpoint, head_dim: int) -> None:
@@ -105,7 +107,9 @@ class TensorReader:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def stored(self, tensor: StoredTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The numbers of the file, rows in half-split order: in ``out``, of their shape and dtype, or in the buffer until the next."""
+        """The numbers of the file, rows in half-split order: in ``out``, of their shape and dtype, or in the buffer
+        until the next.
+        """
         if out is None:
             if self._buffer.numel() == 0:
                 self._buffer = torch.empty(
@@ -121,7 +125,9 @@ class TensorReader:
         return out
 
     def rows(self, tensor: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of the tensor's values: all as they are stored, or in fp32, some at a time, if anything is done to them."""
+        """(first row, rows) of the tensor's values: all as they are stored, or in fp32, some at a time, if anything is
+        done to them.
+        """
         numbers = self.stored(tensor)
         if tensor.scales is None and tensor.low_rank is None:
             yield 0, numbers
@@ -157,7 +163,10 @@ class TensorReader:
         return half_split(scales, self._head_dim) if tensor.is_interleaved else scales
 
     def scale(self, name: str, *, may_be_zero: bool = True) -> torch.Tensor:
-        """A tensor of scales in fp32. Raises ``ValueError`` if one cannot be a scale; 0 may be one of weights that are 0."""
+        """A tensor of scales in fp32.
+
+        Raises ``ValueError`` if one cannot be a scale; 0 may be one of weights that are 0.
+        """
         scales = read_tensor(self._checkpoint.tensors[name]).float()
         wrong = ~scales.isfinite() | (scales < 0 if may_be_zero else scales <= 0)
         if wrong.any():
@@ -247,7 +256,8 @@ class _TensorLoader:
         embeddings = self._weights.embed_tokens
         if not torch.equal(self._reader.stored(head).to(embeddings.device, embeddings.dtype), embeddings):
             raise ValueError(
-                f"{head.info.file.parent}: the configuration ties lm_head to the embeddings, but {head.expected.name} in "
+                f"{head.info.file.parent}: the configuration ties lm_head to the embeddings, but {head.expected.name} "
+                "in "
                 f"{head.info.file.name} differs from {self._names.tensor('embed_tokens')}"
             )
 

@@ -1,4 +1,5 @@
-"""A PEFT adapter (LoRA): what it changes in a model, read from its configuration and its file's header and held against the model.
+"""A PEFT adapter (LoRA): what it changes in a model, read from its configuration and its file's header and held against
+the model.
 
 Everything in it is used or refused by name. ``loading`` merges it, so it costs nothing afterwards. Must not know torch.
 """
@@ -24,12 +25,13 @@ Key = tuple[int | None, str]  # (layer, part)
 
 # Fields of adapter_config.json that change nothing of a merged model, or that are read below.
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_type", "peft_version", "revision",
-    "runtime_config", "task_type", "eva_config", "exclude_modules", "layers_pattern", "ensure_weight_tying", "qalora_group_size",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "revision", "runtime_config", "task_type", "eva_config", "exclude_modules", "layers_pattern",
+    "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
 _READ = {
-    "alpha_pattern", "bias", "init_lora_weights", "layers_to_transform", "lora_alpha", "modules_to_save", "r", "rank_pattern",
-    "target_modules", "use_rslora", "fan_in_fan_out",
+    "alpha_pattern", "bias", "init_lora_weights", "layers_to_transform", "lora_alpha", "modules_to_save", "r",
+    "rank_pattern", "target_modules", "use_rslora", "fan_in_fan_out",
 }  # fmt: skip
 _REFUSED = {
     "use_dora": "DoRA scales each weight's rows anew after the merge",
@@ -44,8 +46,8 @@ _REFUSED = {
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "kaiming")
 _PREFIXES = ("model.", "", "language_model.model.", "language_model.", "model.language_model.")
 _SUFFIXES = {
-    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".base_layer.weight": "whole",
-    ".weight": "whole",
+    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B",
+    ".base_layer.weight": "whole", ".weight": "whole",
 }  # fmt: skip
 _REPLACED = ".original_module.weight"
 _FLOATING = ("bfloat16", "float16", "float32", "float64")
@@ -68,7 +70,9 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an adapter changes: weights that it brings ``whole``, and those that it adds a product of ``low_rank`` to."""
+    """What an adapter changes: weights that it brings ``whole``, and those that it adds a product of ``low_rank``
+    to.
+    """
 
     path: Path
     vocab_size: int
@@ -88,7 +92,8 @@ class Adapter:
 def read_adapter(path: Path, config: ModelConfig) -> Adapter:
     """The adapter in directory ``path``, for a model of ``config``.
 
-    Raises ``ValueError`` (``FileNotFoundError`` for an absent file) naming file, field or tensor, and what is wrong with it.
+    Raises ``ValueError`` (``FileNotFoundError`` for an absent file) naming file, field or tensor, and what is wrong
+    with it.
     """
     config_file, weights_file = (path / name for name in ADAPTER_FILES)
     fields = read_json(config_file)
@@ -102,7 +107,8 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
     if not weights_file.exists():
         if (path / "adapter_model.bin").exists():
             raise ValueError(
-                f"{path / 'adapter_model.bin'} is a pickle, which may hold code: where you trust it, load the adapter with peft and save it "
+                f"{path / 'adapter_model.bin'} is a pickle, which may hold code: where you trust it, load the adapter "
+                "with peft and save it "
                 "anew, which writes adapter_model.safetensors"
             )
         raise FileNotFoundError(f"{weights_file} does not exist")
@@ -128,7 +134,8 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
         raise ValueError("fan_in_fan_out must be false, as weights are stored (out, in) here, got True")
     if fields.get("init_lora_weights") not in _INITS:
         raise ValueError(
-            f"init_lora_weights {fields['init_lora_weights']!r} is not supported: it replaces the model's weights, so the adapter belongs to "
+            f"init_lora_weights {fields['init_lora_weights']!r} is not supported: it replaces the model's weights, so "
+            "the adapter belongs to "
             "others than the checkpoint's; save it with path_initial_model_for_weight_conversion, or merge it with peft"
         )
     for name in ("rank_pattern", "alpha_pattern"):
@@ -159,7 +166,8 @@ def _compile(name: str, pattern: str, form: str = "{}") -> re.Pattern[str]:
     repeats = sum(map(pattern.count, "*+{"))
     if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or _NESTED.search(pattern):
         raise ValueError(
-            f"{name}: the pattern {pattern[:80]!r} is not supported: it is longer than {_MAX_PATTERN} characters, has more than {_MAX_REPEATS} "
+            f"{name}: the pattern {pattern[:80]!r} is not supported: it is longer than {_MAX_PATTERN} characters, has "
+            f"more than {_MAX_REPEATS} "
             "repetitions, or repeats a group"
         )
     try:
@@ -244,7 +252,8 @@ class _Taker:
             more = f"\n  and {len(self._faults) - FAULTS_SHOWN} more" if len(self._faults) > FAULTS_SHOWN else ""
             listed = "".join(f"\n  {fault}" for fault in self._faults[:FAULTS_SHOWN])
             raise ValueError(
-                f"{self._path / ADAPTER_FILES[1]} is not an adapter of this model and its own configuration:{listed}{more}"
+                f"{self._path / ADAPTER_FILES[1]} is not an adapter of this model and its own "
+                f"configuration:{listed}{more}"
             )
         return Adapter(self._path, vocab_size, whole, low_rank)
 
@@ -305,7 +314,9 @@ class _Taker:
         return any(expected.module.endswith(name) for name in self._fields.get("modules_to_save") or [])
 
     def _check_targets(self, whole: Mapping[Key, TensorInfo], low_rank: Mapping[Key, LowRank]) -> None:
-        """Products must be those that ``target_modules`` names, no more and no fewer; and modules in full those of ``modules_to_save``."""
+        """Products must be those that ``target_modules`` names, no more and no fewer; and modules in full those of
+        ``modules_to_save``.
+        """
         for name in self._fields.get("modules_to_save") or []:
             if not any(self._expected[key].module.endswith(name) for key in whole):
                 self._faults.append(f"modules_to_save names {name}, and it is not there in full")
@@ -323,7 +334,9 @@ class _Taker:
                 self._faults.append(f"{expected.module}: target_modules names it, and lora_A and lora_B are not there")
 
     def _check_tied(self, low_rank: Mapping[Key, LowRank]) -> None:
-        """Where head and embeddings are one tensor, a product for one of them would change the other, which training did not."""
+        """Where head and embeddings are one tensor, a product for one of them would change the other, which training
+        did not.
+        """
         for part in WITH_VOCABULARY:
             if self._config.tie_word_embeddings and (None, part) in low_rank:
                 self._faults.append(

@@ -1,7 +1,7 @@
 """What a checkpoint says about its FP8 numbers, in the words of each tool that writes such checkpoints.
 
-compressed-tensors (llm-compressor), plain "fp8" (AutoFP8, DeepSeek's blocks), NVIDIA ModelOpt, and Mistral's own. All come down to one
-``Quantization``. Everything else is refused by the scheme's name.
+compressed-tensors (llm-compressor), plain "fp8" (AutoFP8, DeepSeek's blocks), NVIDIA ModelOpt, and Mistral's own. All
+come down to one ``Quantization``. Everything else is refused by the scheme's name.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ _UNUSED = re.compile(r".*\.(q_scale|prob_output_scale|q_proj\.output_scale|q_fak
 class Quantization:
     """How linear layers are stored and what their inputs become.
 
-    weights: one scale per "tensor", per output "channel", or per "block" of 128 by 128; "none" if only keys and values are FP8.
-    activations: quantised by a "static" scale per layer, by a "dynamic" one per token (and per 128 of it beside weights in blocks), or
-    "none". covers() tells which modules. kv_cache: keys and values are meant to be FP8.
+    weights: one scale per "tensor", per output "channel", or per "block" of 128 by 128; "none" if only keys and values
+    are FP8.
+    activations: quantised by a "static" scale per layer, by a "dynamic" one per token (and per 128 of it beside weights
+    in blocks), or "none". covers() tells which modules. kv_cache: keys and values are meant to be FP8.
     """
 
     method: str  # "compressed-tensors", "fp8", "modelopt", "mistral"; or "online"
@@ -58,7 +59,9 @@ class Quantization:
     kv_cache: bool = False
 
     def covers(self, *names: str) -> bool | None:
-        """Whether a module of these names ("model.layers.0.mlp.down_proj") is to be FP8; None where only its tensor tells."""
+        """Whether a module of these names ("model.layers.0.mlp.down_proj") is to be FP8; None where only its tensor
+        tells.
+        """
         if self.method == "mistral":
             return None
         if any(self._matches(pattern, name) for pattern in self.ignored for name in names):
@@ -90,7 +93,10 @@ ONLINE = {
 
 
 def resolve_online(config: EngineConfig, stored: Quantization | None) -> Quantization | None:
-    """What becomes FP8 while a checkpoint of ``stored`` loads. Raises ``ValueError`` where ``config`` wants what it cannot become."""
+    """What becomes FP8 while a checkpoint of ``stored`` loads.
+
+    Raises ``ValueError`` where ``config`` wants what it cannot become.
+    """
     name = config.quantization
     head = replace(ONLINE["fp8"], targets=("lm_head",), ignored=()) if config.quantize_lm_head else None
     if stored is not None and stored.weights != "none":
@@ -291,13 +297,17 @@ def _unsupported(scheme: str, bits: str = "unnamed", what: str = "") -> ValueErr
     named = "" if bits == "unnamed" else f" ({bits})"
     known = f", {_KNOWN_METHODS[what]}" if what in _KNOWN_METHODS else ""
     return ValueError(
-        f"the checkpoint's quantisation is not supported: {scheme}{named}{known}; take the unquantised checkpoint that it was made from, with "
-        "quantization='fp8' where memory is short, or an FP8 (e4m3) one of compressed-tensors, quant_method 'fp8', ModelOpt or Mistral"
+        f"the checkpoint's quantisation is not supported: {scheme}{named}{known}; take the unquantised checkpoint that "
+        "it was made from, with "
+        "quantization='fp8' where memory is short, or an FP8 (e4m3) one of compressed-tensors, quant_method 'fp8', "
+        "ModelOpt or Mistral"
     )
 
 
 def refuse_foreign_tensors(names: Iterable[str]) -> None:
-    """Raise ``ValueError`` if the names of tensors show numbers that are packed as AWQ, GPTQ or bitsandbytes pack them."""
+    """Raise ``ValueError`` if the names of tensors show numbers that are packed as AWQ, GPTQ or bitsandbytes pack
+    them.
+    """
     for name in names:
         if name.endswith((".qweight", ".qzeros", ".g_idx")):
             raise _unsupported(f"tensor {name} is of AWQ or GPTQ", "integers of 2 to 8 bits")

@@ -1,6 +1,9 @@
-"""Safetensors files: where each tensor lies, and its bytes. Files are believed only after their sizes have been compared.
+"""Safetensors files: where each tensor lies, and its bytes.
 
-Tensors are read, not mapped: a mapped file would count as resident memory beside the weights. Must not know models, nor torch.
+Files are believed only after their sizes have been compared.
+
+Tensors are read, not mapped: a mapped file would count as resident memory beside the weights. Must not know models, nor
+torch.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: ``nbytes`` bytes from byte ``offset`` on, row-major, little-endian; ``dtype`` by torch's name."""
+    """One tensor of a file: ``nbytes`` bytes from byte ``offset`` on, row-major, little-endian; ``dtype`` by torch's
+    name.
+    """
 
     file: Path
     dtype: str
@@ -59,8 +64,9 @@ Headers = Mapping[str, dict[str, TensorInfo]]  # by the name of the file
 def read_weight_set(directory: Path, stem: str, remote: Headers | None = None) -> dict[str, TensorInfo]:
     """The tensors of ``stem.safetensors``, or else of the shards that ``stem.safetensors.index.json`` names.
 
-    remote: the headers of files that lie elsewhere, to be used in place of those in ``directory``. Raises ``ValueError``
-    (``FileNotFoundError`` for an absent shard) where index and files disagree, a file is cut off, or an index leaves its directory.
+    remote: the headers of files that lie elsewhere, to be used in place of those in ``directory``. Raises
+    ``ValueError`` (``FileNotFoundError`` for an absent shard) where index and files disagree, a file is cut off, or an
+    index leaves its directory.
     """
     single = f"{stem}.safetensors"
     if remote is not None and single in remote:
@@ -121,7 +127,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def tensors_of_header(path: Path, header: dict[str, Any], data_start: int, size: int | None) -> dict[str, TensorInfo]:
-    """The tensors of a header whose data begin at byte ``data_start`` of a file of ``size`` bytes; None where that is not known."""
+    """The tensors of a header whose data begin at byte ``data_start`` of a file of ``size`` bytes; None where that is
+    not known.
+    """
     tensors = {
         name: _tensor_info(path, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"
     }

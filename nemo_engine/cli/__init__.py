@@ -30,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; ``args.run`` is the chosen sub-command."""
     parser = _Parser(
         prog="nemo-engine",
-        description="An inference engine for Mistral NeMo. MODEL is a checkpoint directory, a Hub repository id, or nemo-tiny,\n"
+        description="An inference engine for Mistral NeMo. MODEL is a checkpoint directory, a Hub repository id, or "
+        "nemo-tiny,\n"
         "the bundled model: nemo-engine generate nemo-tiny --prompt 'The standard library'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,8 +1,8 @@
 """Command-line flags made from the fields of ``EngineConfig`` and ``SamplingParams``: names, types and help texts.
 
-A field ``max_num_seqs`` is the flag ``--max-num-seqs``; its help is what the class's docstring says after the name. A name
-that both classes have means the request's, and the engine's is ``--engine-NAME``. A flag that is not given is not passed
-on, so defaults are stated once, in the classes.
+A field ``max_num_seqs`` is the flag ``--max-num-seqs``; its help is what the class's docstring says after the name. A
+name that both classes have means the request's, and the engine's is ``--engine-NAME``. A flag that is not given is not
+passed on, so defaults are stated once, in the classes.
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_sampling_option(text: str) -> dict[str, Any]:
-    """``NAME=VALUE`` as one keyword of ``SamplingParams``; raises ``ValueError`` for an unknown name or an ill-formed value."""
+    """``NAME=VALUE`` as one keyword of ``SamplingParams``; raises ``ValueError`` for an unknown name or an ill-formed
+    value.
+    """
     name, value = _split(text)
     parser = _RaisingParser(add_help=False, allow_abbrev=False)
     add_sampling_arguments(parser)

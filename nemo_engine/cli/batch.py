@@ -1,4 +1,6 @@
-"""``nemo-engine batch``: answer a file of requests into a file of results, to go on from where it was after anything."""
+"""``nemo-engine batch``: answer a file of requests into a file of results, to go on from where it was after
+anything.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,14 @@ from typing import Any
 
 from nemo_engine.cli import arguments
 
-_SERVER_OPTIONS = ("served_model_name", "system_placement", "trust_request_chat_template", "request_timeout", "max_request_mib",
-                   "max_completions")  # fmt: skip
+_SERVER_OPTIONS = (
+    "served_model_name",
+    "system_placement",
+    "trust_request_chat_template",
+    "request_timeout",
+    "max_request_mib",
+    "max_completions",
+)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -17,10 +25,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "batch",
         help="answer a file of requests, and go on from where it was after anything",
-        description="Answer the requests of IN, a line of JSON each, into OUT: a line of OpenAI's batches (custom_id, method, url, body), a "
-        'workload\'s, or {"prompt": ...} or {"messages": ...} with any field of the route. Results are appended as they come; failures go to '
-        "OUT.errors, with line and reason. Started again, it answers what is left; remove OUT.errors first to try failures again. '-' is "
-        "standard input or output; gzip is read as what it holds, and written where OUT ends in .gz. Sampling options are those of lines "
+        description="Answer the requests of IN, a line of JSON each, into OUT: a line of OpenAI's batches (custom_id, "
+        "method, url, body), a "
+        'workload\'s, or {"prompt": ...} or {"messages": ...} with any field of the route. Results are appended as '
+        "they come; failures go to "
+        "OUT.errors, with line and reason. Started again, it answers what is left; remove OUT.errors first to try "
+        "failures again. '-' is "
+        "standard input or output; gzip is read as what it holds, and written where OUT ends in .gz. Sampling options "
+        "are those of lines "
         "that do not set their own.",
         usage="%(prog)s [MODEL] IN OUT [options]",
         allow_abbrev=False,

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from nemo_engine.engine.engine import Engine
 
 _SHARED = """\
-The :mod:`json` module exposes an API familiar to users of the standard library :mod:`marshal` and :mod:`pickle` modules.
-It encodes basic Python object hierarchies as text, and decodes text back into objects. Strings, integers, floating point
-numbers, lists and dictionaries are supported, and a caller can extend the encoder to recognise other objects. Be cautious
-when parsing data from untrusted sources: a malicious string may cause the decoder to consume considerable resources.
+The :mod:`json` module exposes an API familiar to users of the standard library :mod:`marshal` and :mod:`pickle`
+modules. It encodes basic Python object hierarchies as text, and decodes text back into objects. Strings, integers,
+floating point numbers, lists and dictionaries are supported, and a caller can extend the encoder to recognise other
+objects. Be cautious when parsing data from untrusted sources: a malicious string may cause the decoder to consume
+considerable resources.
 
 """
 
@@ -45,7 +46,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "demo",
         help="stream text for several prompts at once out of the bundled model",
-        description="Stream text for several prompts at once out of nemo-tiny, the bundled model, and show what it took.",
+        description="Stream text for several prompts at once out of nemo-tiny, the bundled model, and show what it "
+        "took.",
         allow_abbrev=False,
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log what start-up does, and its times and sizes")

@@ -1,4 +1,6 @@
-"""Files that flags name: texts that are read, and results that are written, refused by the flag's name before anything is computed."""
+"""Files that flags name: texts that are read, and results that are written, refused by the flag's name before anything
+is computed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def check_writable(flag: str, path: Path | None) -> None:
 
 
 def check_results(json_path: Path | None, plot_path: Path | None) -> None:
-    """Refuse what ``--json`` and ``--plot`` could not write in the end. ``ImportError`` if a plot needs what is not installed."""
+    """Refuse what ``--json`` and ``--plot`` could not write in the end.
+
+    ``ImportError`` if a plot needs what is not installed.
+    """
     if plot_path is not None and plot_path.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"--plot must end in .png or .svg, got {plot_path}")
     if plot_path is not None and importlib.util.find_spec("matplotlib") is None:

@@ -21,8 +21,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "generate",
         help="complete one or more prompts",
-        description="Complete prompts and print the text as it comes. Several prompts run at once and are shown in order. "
-        "Without --prompt and --prompt-file, each line of stdin is a prompt. --input and --output are the files of nemo-engine batch.",
+        description="Complete prompts and print the text as it comes. Several prompts run at once and are shown in "
+        "order. "
+        "Without --prompt and --prompt-file, each line of stdin is a prompt. --input and --output are the files of "
+        "nemo-engine batch.",
         usage="%(prog)s MODEL [--prompt TEXT]... [--prompt-file FILE]... [--json] | --input IN --output OUT [options]",
         allow_abbrev=False,
     )

@@ -1,4 +1,6 @@
-"""``nemo-engine info``: whether a model will run here, and what it is: from its configuration and file headers alone, without torch."""
+"""``nemo-engine info``: whether a model will run here, and what it is: from its configuration and file headers alone,
+without torch.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "info",
         help="show what a model is, whether it will run, and which GPUs it fits",
-        description="Show what a model is, its tokenizer, sizes and quantisation, whether it would be refused and why, and which GPUs it fits. "
-        "Loads no weights: of a Hub repository, configuration and headers are read. Exit code 1 if the model would be refused.",
+        description="Show what a model is, its tokenizer, sizes and quantisation, whether it would be refused and why, "
+        "and which GPUs it fits. "
+        "Loads no weights: of a Hub repository, configuration and headers are read. Exit code 1 if the model would be "
+        "refused.",
         allow_abbrev=False,
     )
     names = ", ".join(BUILT_IN)
@@ -147,7 +151,9 @@ def text_rows(checkpoint: Checkpoint) -> Rows:
 
 
 def fits(model: PlannedModel, inventory: Inventory | None, gpus: list[Gpu]) -> list[str]:
-    """Lines of a table: on each GPU, the tokens that its KV cache holds beside everything else, as the engine plans it at start-up."""
+    """Lines of a table: on each GPU, the tokens that its KV cache holds beside everything else, as the engine plans it
+    at start-up.
+    """
     rows = [("GPU", "GiB", "as it is", "quantization fp8", "and kv_cache_dtype fp8")]
     made: list[tuple[EngineConfig, Formats] | None] = []
     for weights, kv_cache in ((None, "auto"), ("fp8", "auto"), ("fp8", "fp8")):

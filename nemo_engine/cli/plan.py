@@ -1,4 +1,7 @@
-"""``nemo-engine plan``: what a model needs on a GPU, what fits, and how fast it can be expected to be. Needs neither GPU nor torch."""
+"""``nemo-engine plan``: what a model needs on a GPU, what fits, and how fast it can be expected to be.
+
+Needs neither GPU nor torch.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "plan",
         help="show what a model needs on a GPU, what fits, and what speed to expect",
-        description="Plan a model on a GPU without having one: memory item by item as the engine itself plans it at start-up, the largest "
-        "context and batch, times from the roofline and from efficiencies that were measured or are assumed, and what load meets given limits. "
+        description="Plan a model on a GPU without having one: memory item by item as the engine itself plans it at "
+        "start-up, the largest "
+        "context and batch, times from the roofline and from efficiencies that were measured or are assumed, and what "
+        "load meets given limits. "
         "Exit code 1 if it does not fit.",
         allow_abbrev=False,
     )

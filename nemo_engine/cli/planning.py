@@ -11,8 +11,19 @@ from nemo_engine.config import EngineConfig
 from nemo_engine.planner.gpus import GPUS, Gpu, find_gpu
 from nemo_engine.planner.models import BUILT_IN, PlannedModel, read_model
 
-OPTIONS = ("dtype", "quantization", "quantize_lm_head", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-           "page_size", "kv_cache_gib", "num_kv_pages", "pipeline_depth")  # fmt: skip
+OPTIONS = (
+    "dtype",
+    "quantization",
+    "quantize_lm_head",
+    "kv_cache_dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "page_size",
+    "kv_cache_gib",
+    "num_kv_pages",
+    "pipeline_depth",
+)
 _UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
 
 

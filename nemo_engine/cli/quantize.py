@@ -13,7 +13,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "quantize",
         help="write an FP8 checkpoint",
-        description="Quantise a checkpoint's linear layers to FP8 (e4m3) and write it in the compressed-tensors format, which "
+        description="Quantise a checkpoint's linear layers to FP8 (e4m3) and write it in the compressed-tensors "
+        "format, which "
         "transformers and vLLM read too. OUT appears when it is complete.",
         allow_abbrev=False,
     )
@@ -23,7 +24,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--scheme",
         choices=("dynamic", "static", "block"),
         default="dynamic",
-        help="weights per output channel with inputs per token (dynamic) or with scales from calibration (static), or by 128 x 128 "
+        help="weights per output channel with inputs per token (dynamic) or with scales from calibration (static), or "
+        "by 128 x 128 "
         "(block) [dynamic]",
     )
     parser.add_argument(

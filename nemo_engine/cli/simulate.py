@@ -37,7 +37,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "simulate",
         help="simulate serving a workload: latencies, goodput, KV cache, preemptions, prefix hits",
-        description="Run the engine's scheduler and KV manager over a workload on a virtual clock, with a step's time from a GPU's roofline or "
+        description="Run the engine's scheduler and KV manager over a workload on a virtual clock, with a step's time "
+        "from a GPU's roofline or "
         "from a fitted cost model. Needs neither GPU nor torch.",
         allow_abbrev=False,
     )
@@ -53,12 +54,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--workload",
         metavar="FILE",
         type=Path,
-        help="JSON lines, a request each; or ShareGPT's JSON, its lengths a fourth of its characters without a tokenizer",
+        help="JSON lines, a request each; or ShareGPT's JSON, its lengths a fourth of its characters without a "
+        "tokenizer",
     )
     group.add_argument(
         "--synthetic",
         metavar="SPEC",
-        help="in place of a file: requests=1000,input=lognormal:800:0.8,output=uniform:50:400,prefixes=4,prefix_tokens=512,turns=3,"
+        help="in place of a file: "
+        "requests=1000,input=lognormal:800:0.8,output=uniform:50:400,prefixes=4,prefix_tokens=512,turns=3,"
         "think_s=exponential:5,seed=0",
     )
     group.add_argument("--requests", metavar="N", type=int, help="take the first N of the workload only")
@@ -113,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
         finally:
             bar.close()
     print(
-        f"{facts['model']} on {setting.replicas} x {facts['machine']}, {setting.shape.num_pages:,} KV pages of {setting.shape.page_size}"
+        f"{facts['model']} on {setting.replicas} x {facts['machine']}, {setting.shape.num_pages:,} KV pages of "
+        f"{setting.shape.page_size}"
     )
     print(report(label, [(f"{value:g}", found) for value, found in runs]))
     if args.json is not None:

@@ -19,8 +19,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "verify",
         help="measure what FP8 costs in accuracy",
-        description="Compute stored prompts, a text and retrieval in the reference, with FP8 weights, with FP8 keys and values, and with "
-        "both, by this machine's kernels; compare logits, likeliest tokens and perplexity. Exit code 1 past the limits.",
+        description="Compute stored prompts, a text and retrieval in the reference, with FP8 weights, with FP8 keys "
+        "and values, and with both, by this machine's kernels; compare logits, likeliest tokens and perplexity. "
+        "Exit code 1 past the limits.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a Hub repository id, or nemo-tiny")
@@ -28,7 +29,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--against",
         metavar="REFERENCE",
         default="auto",
-        help="the same weights in bf16, fp16 or fp32, or another checkpoint: the one that an FP8 checkpoint was made of "
+        help="the same weights in bf16, fp16 or fp32, or another checkpoint: the one that an FP8 checkpoint was made "
+        "of "
         "[auto: the checkpoint's dtype]",
     )
     parser.add_argument(

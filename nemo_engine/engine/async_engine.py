@@ -1,4 +1,4 @@
-"""``AsyncEngine``: the engine for asyncio programs, in this process: one thread runs the steps, any number of event loops consume."""
+"""``AsyncEngine``: the engine for asyncio programs. One thread runs the steps, any number of event loops consume."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _T = TypeVar("_T")
 class AsyncEngine:
     """Serves any number of event loops with one model, in one process and without a child.
 
-    Takes what ``Engine`` takes, and loads the model before it returns: in a running loop, ``await asyncio.to_thread(AsyncEngine,
-    model, ...)``. Use it as a context manager (``with`` or ``async with``), or call ``close()``; one that is collected or left at the
-    interpreter's exit is closed then. It does not survive a fork. An ``Engine`` in the place of ``model`` stays its caller's, who may use it
-    meanwhile.
+    Takes what ``Engine`` takes, and loads the model before it returns: in a running loop, ``await
+    asyncio.to_thread(AsyncEngine, model, ...)``. Use it as a context manager (``with`` or ``async with``), or call
+    ``close()``; one that is collected or left at the interpreter's exit is closed then. It does not survive a fork. An
+    ``Engine`` in the place of ``model`` stays its caller's, who may use it meanwhile.
     """
 
     def __init__(self, model: str | Path | BaseEngine, **options: Any) -> None:
@@ -112,7 +112,7 @@ class AsyncEngine:
         return self._thread.num_waiting_of(client)
 
     def room_for(self, num_prompt_tokens: int) -> int:
-        """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for one."""
+        """Tokens that may follow a prompt of that length; ``ValueError`` if there is no room for any."""
         return self._engine.room_for(num_prompt_tokens)
 
     @property
@@ -134,9 +134,9 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """Complete one prompt; yields outputs as ``sampling_params.output_kind`` says, the last one with ``finished``.
 
-        Dropping, closing or cancelling the iterator aborts the request and frees its pages. Outputs that are not taken are merged.
-        The first ``next`` raises ``ValueError`` for bad input, ``EngineClosedError`` or ``EngineDeadError``. ``request_id`` None makes
-        one up.
+        Dropping, closing or cancelling the iterator aborts the request and frees its pages. Outputs that are not taken
+        are merged. The first ``next`` raises ``ValueError`` for bad input, ``EngineClosedError`` or
+        ``EngineDeadError``. ``request_id`` None makes one up.
         """
         refuse_unknown_arguments(self.generate, unknown)
         inputs = self.inputs
@@ -207,7 +207,9 @@ class AsyncEngine:
         self._thread.add(prepared, stream)
 
     def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests, whose iterators then yield what they had as "abort"; unknown ids are passed over. From any thread.
+        """End requests, whose iterators then yield what they had as "abort"; unknown ids are passed over.
+
+        From any thread.
 
         ValueError, and nothing is ended, if an id is no string.
         """
@@ -236,7 +238,7 @@ class AsyncEngine:
         return bool(done)
 
     async def call(self, function: Callable[[BaseEngine], _T]) -> _T:
-        """Run ``function`` on the engine between two steps, in its thread; for a look at its state. It must be quick."""
+        """Run ``function``, which must be quick, on the engine between two steps, in its thread."""
         done: Future[_T] = Future()
 
         def run() -> None:

@@ -1,4 +1,5 @@
-"""``BaseEngine``: one model with its loop, for those who run it: ``Engine`` in the caller's thread, ``AsyncEngine`` in its own.
+"""``BaseEngine``: one model with its loop, for those who run it: ``Engine`` in the caller's thread, ``AsyncEngine`` in
+its own.
 
 Puts together input checking, the core and output processing; knows neither model, ops nor tensors.
 """
@@ -18,7 +19,8 @@ from typing import Any, Self
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.engine.core import start_core
 from nemo_engine.engine.input_processor import CHAT_MAX_TOKENS, EncodedPrompt, InputProcessor, Params
-from nemo_engine.engine.output_processor import OutputProcessor, Sink, UserRequest
+from nemo_engine.engine.output_processor import OutputProcessor
+from nemo_engine.engine.user_request import Sink, UserRequest
 from nemo_engine.outputs import RequestView, SchedulerStats, StepRecord
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
 from nemo_engine.startup_log import StartupLog
@@ -35,13 +37,17 @@ class PreparedRequest:
 
 
 FORKED = (
-    "the engine runs in the process that this one was forked from, whose threads a fork does not copy: start processes by 'spawn', as "
-    "multiprocessing.get_context('spawn') does, or make the engine after the fork, where the parent has used neither engine nor torch"
+    "the engine runs in the process that this one was forked from, whose threads a fork does not copy: start processes "
+    "by 'spawn', as "
+    "multiprocessing.get_context('spawn') does, or make the engine after the fork, where the parent has used neither "
+    "engine nor torch"
 )
 
 
 class _Lock:
-    """A reentrant lock that cannot be entered in a forked process, where another thread's hold on it would never end."""
+    """A reentrant lock that cannot be entered in a forked process, where another thread's hold on it would never
+    end.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -68,8 +74,9 @@ class _Lock:
 class BaseEngine:
     """Takes prepared requests and advances all of them step by step; outputs go to each request's own sink.
 
-    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``ValueError`` that says what to use. Methods may be called from any thread. Use it as a
-    context manager, or call ``close()``, to give all memory back. In a process that is forked from this one, they raise ``RuntimeError``.
+    ``options`` are the fields of ``EngineConfig``; an unknown one is a ``ValueError`` that says what to use. Methods
+    may be called from any thread. Use it as a context manager, or call ``close()``, to give all memory back. In a
+    process that is forked from this one, they raise ``RuntimeError``.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
@@ -93,7 +100,9 @@ class BaseEngine:
         self.startup_log.log()
 
     def _load_tokenizer(self, folders: Sequence[Path]) -> int | None:
-        """Load the tokenizer before the weights, of the first of ``folders`` that has one; returns its number of ids, None if there is none."""
+        """Load the tokenizer before the weights, of the first of ``folders`` that has one; returns its number of ids,
+        None if there is none.
+        """
         if self.config.skip_tokenizer_init:
             self._check_no_template()
             return None
@@ -126,11 +135,15 @@ class BaseEngine:
         self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)
 
     def room_for(self, num_prompt_tokens: int) -> int:
-        """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for one."""
+        """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for
+        one.
+        """
         return self._core.scheduler.max_total_tokens(num_prompt_tokens, None) - num_prompt_tokens
 
     def chat_params(self, prompts: Sequence[EncodedPrompt], params: Params) -> list[SamplingParams]:
-        """The effective parameters of each conversation; without ``params`` an answer is cut to what the context and the cache hold."""
+        """The effective parameters of each conversation; without ``params`` an answer is cut to what the context and
+        the cache hold.
+        """
         own = self.inputs.params_per_prompt(params, len(prompts), is_chat=True)
         if params is not None:
             return own
@@ -150,9 +163,10 @@ class BaseEngine:
     ) -> PreparedRequest:
         """Check a request and make it ready for ``submit``; for those who run the loop themselves.
 
-        ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile. Outputs will
-        be appended to ``sink`` by the thread that calls ``advance``. ``request_id`` is a label; only if ``is_named`` must it be unique, and
-        can ``abort`` find the request by it. Waiting requests of equal ``priority`` are taken from each ``client`` in turn.
+        ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile.
+        Outputs will be appended to ``sink`` by the thread that calls ``advance``. ``request_id`` is a label; only if
+        ``is_named`` must it be unique, and can ``abort`` find the request by it. Waiting requests of equal ``priority``
+        are taken from each ``client`` in turn.
         """
         self.check_fits(prompt, params)
         user = UserRequest(request_id, prompt, params, kind, sink, is_named)
@@ -172,7 +186,8 @@ class BaseEngine:
     def advance(self) -> None:
         """Run one step for all requests; what is new goes to each request's own sink.
 
-        RuntimeError if the device is lost. After any other exception the requests that were running end with it, and the next call goes on.
+        RuntimeError if the device is lost. After any other exception the requests that were running end with it, and
+        the next call goes on.
         """
         with self._lock:
             self._check_open()
@@ -190,7 +205,8 @@ class BaseEngine:
     def abort(self, request_id: str | Sequence[str]) -> None:
         """End requests with all their completions, whose outputs so far come from the next ``step()`` as "abort".
 
-        Unknown ids are passed over, those of requests that have ended among them. ValueError, and nothing is ended, if an id is no string.
+        Unknown ids are passed over, those of requests that have ended among them. ValueError, and nothing is ended, if
+        an id is no string.
         """
         ids = check_ids(request_id)
         with self._lock, self._core.change():
@@ -209,12 +225,16 @@ class BaseEngine:
         return self._core.is_dead
 
     def has_work(self) -> bool:
-        """Whether ``advance`` has something to do: for a request, or for a step in flight, of which something is kept until it is done."""
+        """Whether ``advance`` has something to do: for a request, or for a step in flight, of which something is kept
+        until it is done.
+        """
         with self._lock:
             return len(self._outputs) > 0 or self._core.has_work()
 
     def settle(self) -> None:
-        """Make this thread the one that calls ``advance``, beside others that serve its outputs; call it there, before the first step."""
+        """Make this thread the one that calls ``advance``, beside others that serve its outputs; call it there, before
+        the first step.
+        """
         self._core.runner.settle()
 
     def num_waiting_of(self, client: str) -> int:
@@ -249,7 +269,10 @@ class BaseEngine:
             return self._outputs.views(limit)
 
     def count_saturated_kv(self) -> tuple[int, int]:
-        """Of an FP8 KV cache: (entries at its largest number, entries that are not 0). Reads it all; (0, 0) of other caches."""
+        """Of an FP8 KV cache: (entries at its largest number, entries that are not 0).
+
+        Reads it all; (0, 0) of other caches.
+        """
         with self._lock:
             self._check_open()
             return self._core.runner.count_saturated()

@@ -45,7 +45,10 @@ class StepRunner(Protocol):
         """Entries of an FP8 KV cache at its largest number, and entries that are not 0."""
 
     def recover(self) -> None:
-        """A step failed: forget what was kept from it for the next, and wait for the device. Raises if the device is lost."""
+        """A step failed: forget what was kept from it for the next, and wait for the device.
+
+        Raises if the device is lost.
+        """
 
     def close(self) -> None:
         """Free everything."""
@@ -71,8 +74,10 @@ class EngineCore:
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """Around everything that changes requests or pages. What an exception cuts short, an interrupt say, is mended before the next change:
-        the requests that were running end with an error, which the next ``step`` reports.
+        """Around everything that changes requests or pages.
+
+        What an exception cuts short, an interrupt say, is mended before the next change: the requests that were running
+        end with an error, which the next ``step`` reports.
         """
         if self._cut_short is not None:
             self._unreported = self.fail(self._cut_short)
@@ -85,11 +90,12 @@ class EngineCore:
         self._cut_short = None
 
     def step(self) -> StepOutput | None:
-        """Launch the next step if there is one, and commit the oldest if ``depth`` are in flight or nothing was launched.
+        """Launch the next step if there is one, and commit the oldest if ``depth`` are in flight or nothing was
+        launched.
 
-        If the runner breaks (out of memory, say), the requests that were running end with an error and the engine lives on. An interrupt
-        (Ctrl-C), or an exception of the scheduler, does the same to them and is passed on; the next step then reports them.
-        RuntimeError, for good, if the device is lost.
+        If the runner breaks (out of memory, say), the requests that were running end with an error and the engine lives
+        on. An interrupt (Ctrl-C), or an exception of the scheduler, does the same to them and is passed on; the next
+        step then reports them. RuntimeError, for good, if the device is lost.
         """
         if self._unreported is not None:
             committed, self._unreported = self._unreported, None
@@ -120,7 +126,8 @@ class EngineCore:
             raise
 
     def fail(self, message: str, or_first: bool = False) -> StepOutput:
-        """End the requests that are running with ``message``, and begin anew with the others; see ``Scheduler.fail_running``.
+        """End the requests that are running with ``message``, and begin anew with the others; see
+        ``Scheduler.fail_running``.
 
         RuntimeError, for good, if the device does not answer any more.
         """
@@ -191,7 +198,8 @@ def start_core(
 ) -> StartedCore:
     """Load ``model`` and build runner, scheduler and core as ``config`` says.
 
-    ``count_tokens`` is asked, before the weights are read, how many ids the tokenizer has that is looked for in these directories.
+    ``count_tokens`` is asked, before the weights are read, how many ids the tokenizer has that is looked for in these
+    directories.
     """
     from nemo_engine.runner.startup import start_device_half  # brings torch in
 

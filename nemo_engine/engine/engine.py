@@ -1,4 +1,7 @@
-"""``Engine``: the whole engine in one object and one process, for offline use and for embedding. The caller's thread runs the steps."""
+"""``Engine``: the whole engine in one object and one process, for offline use and for embedding.
+
+The caller's thread runs the steps.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ class Engine(BaseEngine):
     ``model`` is a directory (Hugging Face or Mistral format), a Hub repository id, or "nemo-tiny", the bundled model.
     ``options`` are the fields of ``EngineConfig``; an unknown one is a ``ValueError`` that says what to use.
 
-    Methods may be called from any thread; calls of several threads share the steps. Use it as a context manager, or call
-    ``close()``, to give all memory back.
+    Methods may be called from any thread; calls of several threads share the steps. Use it as a context manager, or
+    call ``close()``, to give all memory back.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
@@ -45,8 +48,8 @@ class Engine(BaseEngine):
     ) -> list[RequestOutput]:
         """Complete one prompt or a list of them; returns the final outputs in the order of the prompts.
 
-        A prompt is a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``. ``sampling_params`` is one for all or
-        one per prompt. ``progress`` shows a bar. Raises ``ValueError`` for bad input before anything is computed; a
+        A prompt is a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``. ``sampling_params`` is one for all
+        or one per prompt. ``progress`` shows a bar. Raises ``ValueError`` for bad input before anything is computed; a
         request that fails while it runs has finish reason "error", and the others are not disturbed.
         """
         refuse_unknown_arguments(self.generate, unknown)
@@ -73,13 +76,14 @@ class Engine(BaseEngine):
         """Answer one conversation (a list of messages) or a list of them; returns the final outputs in that order.
 
         Messages are OpenAI's: ``{"role": "user", "content": "..."}``. The default temperature is 0.3, as NeMo's makers
-        recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the official
-        template refuses, rather than merging neighbouring messages of one role. ``system_placement`` "first" puts system text and tools
-        in front of the first user message rather than the last, so that the prefix stays cached from turn to turn.
+        recommend, and without ``sampling_params`` an answer has at most 1024 tokens. ``strict`` refuses what the
+        official template refuses, rather than merging neighbouring messages of one role. ``system_placement`` "first"
+        puts system text and tools in front of the first user message rather than the last, so that the prefix stays
+        cached from turn to turn.
 
-        ``chat_template``, the text of a Jinja template, serves this call instead of the model's; a template is code, run with limits but run.
-        ``documents`` and ``chat_template_kwargs`` are what a template may read besides, and refused where it does not. What ends a turn in the
-        template ends an answer.
+        ``chat_template``, the text of a Jinja template, serves this call instead of the model's; a template is code,
+        run with limits but run. ``documents`` and ``chat_template_kwargs`` are what a template may read besides, and
+        refused where it does not. What ends a turn in the template ends an answer.
         """
         refuse_unknown_arguments(self.chat, unknown)
         encoded = self.inputs.encode_conversations(
@@ -148,17 +152,19 @@ class Engine(BaseEngine):
         progress: bool = False,
         **unknown: Any,
     ) -> BatchSummary:
-        """Answer the requests of a file, a line of JSON each, into ``target``; a run that was cut off goes on where it was.
+        """Answer the requests of a file, a line of JSON each, into ``target``; a run that was cut off goes on where it
+        was.
 
-        A line is OpenAI's (``custom_id``, ``method``, ``url``, ``body``), a workload's, or ``{"prompt": ...}`` or ``{"messages": ...}`` with any
-        field of the route's body. Results are appended as they come; what fails goes to ``target``.errors, with line and reason, and
-        the rest goes on. Memory does not grow with the file. "-" is standard input or output; compressed files (gzip) are read as what
-        they hold, and written where ``target`` ends in .gz.
+        A line is OpenAI's (``custom_id``, ``method``, ``url``, ``body``), a workload's, or ``{"prompt": ...}`` or
+        ``{"messages": ...}`` with any field of the route's body. Results are appended as they come; what fails goes to
+        ``target``.errors, with line and reason, and the rest goes on. Memory does not grow with the file. "-" is
+        standard input or output; compressed files (gzip) are read as what they hold, and written where ``target`` ends
+        in .gz.
 
-        ``sampling_params`` are those of requests that do not set their own. ``served_model_name``: names that lines may use for the model,
-        rather than that which the engine was made with. A run that goes on must be asked for what the first one was, unless ``force``.
-        ``progress`` shows a bar. Raises ``ValueError`` for that and for files that cannot be used, ``OSError`` where there is no room.
-        Needs the extra ``server``.
+        ``sampling_params`` are those of requests that do not set their own. ``served_model_name``: names that lines may
+        use for the model, rather than that which the engine was made with. A run that goes on must be asked for what
+        the first one was, unless ``force``. ``progress`` shows a bar. Raises ``ValueError`` for that and for files that
+        cannot be used, ``OSError`` where there is no room. Needs the extra ``server``.
         """
         refuse_unknown_arguments(self.batch, unknown)
         from nemo_engine.server.batch.answers import batch_of_engine
@@ -172,7 +178,8 @@ class Engine(BaseEngine):
     ) -> None:
         """Queue one request; its outputs come from ``step()``, as ``sampling_params.output_kind`` says.
 
-        Raises ``ValueError`` for bad input, an id that an unfinished request of ``add_request`` has, or a request that could never finish.
+        Raises ``ValueError`` for bad input, an id that an unfinished request of ``add_request`` has, or a request that
+        could never finish.
         """
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")

@@ -1,7 +1,7 @@
 """``EngineThread``: the thread that runs an engine's steps, and the way to it and from it.
 
-Requests come in through an inbox that the thread empties between two steps. Their outputs wait, merged, until their event loop takes them:
-so a slow consumer holds up nobody, and what waits for it is never more than one output.
+Requests come in through an inbox that the thread empties between two steps. Their outputs wait, merged, until their
+event loop takes them: so a slow consumer holds up nobody, and what waits for it is never more than one output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _logger = logging.getLogger("nemo_engine")
 
 
 class EngineDeadError(RuntimeError):
-    """The engine's thread has ended by an error, which is the cause of this one. Nothing can be asked of the engine any more."""
+    """The engine's thread has ended by an error, which is the cause of this one.
+
+    Nothing can be asked of the engine any more.
+    """
 
 
 class EngineClosedError(RuntimeError):
@@ -132,14 +135,19 @@ class EngineThread:
             raise EngineClosedError("the engine is being drained and takes no more requests")
 
     def check_alive(self) -> None:
-        """Raise ``EngineDeadError`` if the thread has ended by an error, ``EngineClosedError`` in a process that was forked from its own."""
+        """Raise ``EngineDeadError`` if the thread has ended by an error, ``EngineClosedError`` in a process that was
+        forked from its own.
+        """
         if self.error is not None:
             raise EngineDeadError(str(self.error)) from self.error.__cause__
         if not self.is_alive and not self.is_closing:
             raise EngineClosedError(FORKED)
 
     def add(self, prepared: PreparedRequest, stream: Stream) -> None:
-        """Queue a request whose outputs go to ``stream``, unless that was dropped. ``ValueError`` if its id is in use. From any thread."""
+        """Queue a request whose outputs go to ``stream``, unless that was dropped. ``ValueError`` if its id is in use.
+
+        From any thread.
+        """
         request_id = stream.request_id
         with self._condition:
             self.check_open()

@@ -37,7 +37,9 @@ _CHAT_OPTIONS = {"chat_template", *signature(Renderer.render).parameters} - {"se
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as token ids, with the text it came from if it was text. Prefixes match only between prompts of equal ``cache_salt``.
+    """A prompt as token ids, with the text it came from if it was text.
+
+    Prefixes match only between prompts of equal ``cache_salt``.
 
     ``end_ids`` end what is generated, beside the model's own end-of-sequence tokens.
     """
@@ -49,7 +51,10 @@ class EncodedPrompt:
 
 
 class InputProcessor:
-    """Checks and encodes, in any thread. Stateless but for the count of requests, from which unseeded ones get their noise."""
+    """Checks and encodes, in any thread.
+
+    Stateless but for the count of requests, from which unseeded ones get their noise.
+    """
 
     def __init__(
         self, model_config: ModelConfig, config: EngineConfig, renderers: ChatRenderers | None, max_model_len: int
@@ -71,8 +76,8 @@ class InputProcessor:
         self._numbers = itertools.count(1)
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> EncodedPrompt:
-        """Encode a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``, the latter two also with a ``cache_salt`` of 1 to
-        1024 characters; errors call it ``name``.
+        """Encode a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [...]}``, the latter two also with a
+        ``cache_salt`` of 1 to 1024 characters; errors call it ``name``.
         """
         if isinstance(prompt, str):
             return self._encode_text(prompt, name)
@@ -151,8 +156,8 @@ class InputProcessor:
     def encode_conversations(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
     ) -> list[EncodedPrompt]:
-        """Render one conversation or a list of them; ``options`` are those of ``Renderer.render``, and ``chat_template``, the text of
-        a template that serves instead of the model's.
+        """Render one conversation or a list of them; ``options`` are those of ``Renderer.render``, and
+        ``chat_template``, the text of a template that serves instead of the model's.
         """
         if self._renderers is None:
             raise ValueError("chat needs a tokenizer, and this engine has none: use generate with prompt_token_ids")
@@ -186,7 +191,9 @@ class InputProcessor:
     def requests(
         self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0, client: str = ""
     ) -> list[Request]:
-        """The ``n`` scheduler requests of one user request; ``params`` are effective ones. ``request_id`` is a label: each gets a number too.
+        """The ``n`` scheduler requests of one user request; ``params`` are effective ones.
+
+        ``request_id`` is a label: each gets a number too.
 
         They share the prompt's pages: through the prefix cache, or with that turned off under a salt of their own.
         """
@@ -205,7 +212,8 @@ class InputProcessor:
             size = len(bad_words) * longest * params.n
             if size > _MAX_BAD_WORD_TOKENS:
                 raise ValueError(
-                    f"bad_words must be at most {_MAX_BAD_WORD_TOKENS} tokens in all, each counted as long as the longest and n times, "
+                    f"bad_words must be at most {_MAX_BAD_WORD_TOKENS} tokens in all, each counted as long as the "
+                    "longest and n times, "
                     f"got {size}"
                 )
         unseeded = next(self._unseeded) if params.seed is None else 0
@@ -270,13 +278,17 @@ class InputProcessor:
         return self._tokenizer is not None
 
     def check_size(self, text: str, name: str) -> None:
-        """Refuse, with a ``ValueError``, a text that would take long to encode where any number of its tokens may be wanted."""
+        """Refuse, with a ``ValueError``, a text that would take long to encode where any number of its tokens may be
+        wanted.
+        """
         most = max(_LEAST_MAX_TEXT, _MAX_TEXT_PER_TOKEN * self._max_model_len)
         if len(text) > most:
             raise ValueError(f"{name} must have at most {most} characters here, got {len(text)}")
 
     def check_length(self, text: str, name: str) -> None:
-        """Refuse, with a ``ValueError``, a text of more tokens than the context holds, before it is encoded as a whole."""
+        """Refuse, with a ``ValueError``, a text of more tokens than the context holds, before it is encoded as a
+        whole.
+        """
         assert self._tokenizer is not None
         most = self._max_model_len
         if self._tokenizer.exceeds(text, most):

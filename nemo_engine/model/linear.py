@@ -52,12 +52,16 @@ class Linear(ABC):
 
 @dataclass(slots=True, eq=False)
 class DenseLinear(Linear):
-    """A projection in the dtype of the activations, without bias: ``weight`` is (out, in), one row per output, or as ``pack`` leaves it."""
+    """A projection in the dtype of the activations, without bias: ``weight`` is (out, in), one row per output, or as
+    ``pack`` leaves it.
+    """
 
     weight: torch.Tensor
 
     def pack(self) -> None:
-        """Put the weight into the order that ``ops.cpu.packed.linear`` multiplies fastest; nothing else can read it then."""
+        """Put the weight into the order that ``ops.cpu.packed.linear`` multiplies fastest; nothing else can read it
+        then.
+        """
         self.weight = pack_weight(self.weight)
 
     def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
@@ -80,11 +84,12 @@ class DenseLinear(Linear):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fp8Linear(Linear):
-    """A projection of FP8 (e4m3) weights, whose input is quantised too: per token, or by ``input_scale`` if there is one.
+    """A projection of FP8 (e4m3) weights, whose input is quantised too: per token, or by ``input_scale`` if there is
+    one.
 
     ``weight`` (out, in) holds FP8 numbers: as FP8, or widened to fp32 once where the definition computes (``widen``).
-    ``scales``, fp32: (out, 1), one per output; or (out / 128, in / 128), rounded up, one per block, the input then having one per token
-    and 128 of it. ``input_scale`` is () fp32.
+    ``scales``, fp32: (out, 1), one per output; or (out / 128, in / 128), rounded up, one per block, the input then
+    having one per token and 128 of it. ``input_scale`` is () fp32.
     """
 
     weight: torch.Tensor

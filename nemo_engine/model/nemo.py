@@ -34,7 +34,10 @@ def make_kv_cache(
     dtype: torch.dtype,
     make: Callable[..., Tensor] = torch.zeros,
 ) -> list[PagedKV]:
-    """A cache of ``num_pages`` pages and page 0, which is padding, for each layer of ``weights``, with its scales. ``make``: torch.zeros or torch.empty."""
+    """A cache of ``num_pages`` pages and page 0, which is padding, for each layer of ``weights``, with its scales.
+
+    ``make``: torch.zeros or torch.empty.
+    """
     shape = (num_pages + 1, config.num_kv_heads, page_size, config.head_dim)
     device = weights.embed_tokens.device
 

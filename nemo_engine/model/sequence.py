@@ -1,4 +1,6 @@
-"""One sequence through a model without an engine, for calibration and verification: fed piece by piece, logits of every token."""
+"""One sequence through a model without an engine, for calibration and verification: fed piece by piece, logits of every
+token.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ class Sequence:
 
     @torch.inference_mode()
     def feed(self, ids: list[int]) -> Tensor:
-        """The hidden state after each of ``ids``, as ``logits`` takes it: (T, H) twice, stacked. One token is a decode step."""
+        """The hidden state after each of ``ids``, as ``logits`` takes it: (T, H) twice, stacked.
+
+        One token is a decode step.
+        """
         device = self._page_table.device
         positions = torch.arange(self.length, self.length + len(ids), device=device)
         self.length += len(ids)

@@ -32,9 +32,9 @@ def all_dense(layer: int | None, projection: str) -> LinearKind:
 class LayerWeights:
     """One decoder layer. H hidden, I intermediate, Q and K the widths of all query heads and of all key heads.
 
-    ``qkv`` (Q + 2 K, H) has the rows [q; k; v], ``gate_up`` (2 I, H) has [gate; up]; ``o`` is (H, Q), ``down`` (H, I), the
-    norms (H,). Query and key heads are in half-split rotary order. ``k_scale`` and ``v_scale``, (key heads,) fp32, multiply the
-    entries of an FP8 cache; None for 1.
+    ``qkv`` (Q + 2 K, H) has the rows [q; k; v], ``gate_up`` (2 I, H) has [gate; up]; ``o`` is (H, Q), ``down`` (H, I),
+    the norms (H,). Query and key heads are in half-split rotary order. ``k_scale`` and ``v_scale``, (key heads,) fp32,
+    multiply the entries of an FP8 cache; None for 1.
     """
 
     input_layernorm: torch.Tensor
@@ -49,7 +49,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NemoWeights:
-    """A whole model: ``embed_tokens`` (V, H), ``norm`` (H,), ``lm_head`` (V, H). Tied and dense, the last holds the first's tensor."""
+    """A whole model: ``embed_tokens`` (V, H), ``norm`` (H,), ``lm_head`` (V, H).
+
+    Tied and dense, the last holds the first's tensor.
+    """
 
     embed_tokens: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -69,7 +72,9 @@ class NemoWeights:
         return self.embed_tokens.nbytes + layers + self.norm.nbytes + head
 
     def pack(self) -> None:
-        """Pack every dense projection (``DenseLinear.pack``), one after the other; a head that is the embeddings stays as it is."""
+        """Pack every dense projection (``DenseLinear.pack``), one after the other; a head that is the embeddings stays
+        as it is.
+        """
         projections = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         for linear in (*projections, self.lm_head):
             if isinstance(linear, DenseLinear) and linear.weight is not self.embed_tokens:
@@ -78,7 +83,9 @@ class NemoWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Where one tensor of a checkpoint lives: ``values``, of its shape; if that is FP8, also ``scales`` of its rows, in ``linear``."""
+    """Where one tensor of a checkpoint lives: ``values``, of its shape; if that is FP8, also ``scales`` of its rows, in
+    ``linear``.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor | None = None

@@ -58,7 +58,10 @@ _logger = logging.getLogger("nemo_engine")
 
 
 def served_by(name: str | None, site: Site) -> dict[str, str]:
-    """A preference for the implementation ``name`` of every operation where it serves ``site``. ``ValueError`` if none has it."""
+    """A preference for the implementation ``name`` of every operation where it serves ``site``.
+
+    ``ValueError`` if none has it.
+    """
     if name is None:
         return {}
     having = {op.name: impl for op in ALL_OPS for impl in op.impls if impl.name == name}

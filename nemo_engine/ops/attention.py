@@ -30,7 +30,10 @@ class Workspace:
         self._frozen: tuple[Tensor, ...] = ()
 
     def freeze(self) -> None:
-        """Keep the memory of all buffers from now on: captured graphs write to it. One that grows later is a new one beside it."""
+        """Keep the memory of all buffers from now on: captured graphs write to it.
+
+        One that grows later is a new one beside it.
+        """
         self._frozen = tuple(self._buffers.values())
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -48,8 +51,8 @@ class Workspace:
 class AttentionMeta:
     """Where the rows of a step lie. R rows, decode rows first; row i has queries ``query_start_loc[i] .. [i + 1] - 1``.
 
-    ``seq_lens[i]`` counts the keys of row i, those of its own queries included; its last query sees all of them. Its pages are
-    ``page_table[slot_ids[i]]``; entries past its last page mean nothing. A decode row has one query.
+    ``seq_lens[i]`` counts the keys of row i, those of its own queries included; its last query sees all of them. Its
+    pages are ``page_table[slot_ids[i]]``; entries past its last page mean nothing. A decode row has one query.
     """
 
     num_decodes: int
@@ -79,8 +82,8 @@ class AttentionMeta:
 def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
     """``softmax(scale * q k^T) v`` of each query over the keys of its request up to its own position.
 
-    q: (T, Hq, D), Hq a multiple of the KV heads Hk, query head h reading KV head ``h // (Hq / Hk)``. Scores and sums are in
-    fp32 (fp64 for fp64). A decode row may have no keys: zeros. Returns (T, Hq, D).
+    q: (T, Hq, D), Hq a multiple of the KV heads Hk, query head h reading KV head ``h // (Hq / Hk)``. Scores and sums
+    are in fp32 (fp64 for fp64). A decode row may have no keys: zeros. Returns (T, Hq, D).
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty_like(q)
@@ -125,14 +128,14 @@ def _cases() -> Iterator[Case]:
         ("whole prefills", 4, 4, 8, 16, [(15, 15), (16, 16), (17, 17), (1, 1)]),
         ("chunks over a prefix", 8, 2, 16, 16, [(5, 37), (1, 17), (16, 32), (300, 700)]),
         ("mixed", 6, 2, 32, 64, [(1, 64), (1, 65), (33, 129), (64, 64)]),
-        ("decodes of no, one and many keys", 4, 1, 16, 16, [(1, 0), (1, 64), (1, 0), (1, 1), (1, 3000), (1, 63), (1, 0)]),
+        ("no, one and many keys", 4, 1, 16, 16, [(1, 0), (1, 64), (1, 0), (1, 1), (1, 3000), (1, 63), (1, 0)]),
         ("pages of 128", 8, 2, 24, 128, [(1, 127), (1, 128), (1, 129), (70, 300)]),
         ("true size", 32, 8, 128, 64, [(1, 130), (3, 67)]),
         ("heads of 128, one key", 4, 1, 128, 16, [(1, 1)]),
         ("heads of 128, decodes around page boundaries", 8, 2, 128, 16, [(1, 15), (1, 16), (1, 17), (1, 1), (1, 129)]),
         ("heads of 128, pages of 32", 2, 2, 128, 32, [(1, 31), (1, 33), (1, 64), (1, 65), (2, 34)]),
         ("heads of 128, one very long decode", 8, 1, 128, 128, [(1, 5), (1, 2049), (1, 127), (1, 128)]),
-        ("heads of 128, a long decode among many short ones", 4, 1, 128, 16, [(1, 5)] * 20 + [(1, 2500)] + [(1, 65)] * 19),
+        ("heads of 128, a long decode among short ones", 4, 1, 128, 16, [(1, 5)] * 20 + [(1, 2500)] + [(1, 65)] * 19),
         ("heads of 128, decodes of no keys", 8, 2, 128, 32, [(1, 0), (1, 200), (1, 1), (1, 0), (1, 0)]),
         ("heads of 128, chunks over prefixes", 4, 2, 128, 16, [(1, 20), (5, 37), (16, 32), (70, 200), (2, 2)]),
         ("heads of 128, pairs", 4, 2, 128, 128, [(1, 300), (1, 64), (1, 63), (130, 130)]),
@@ -232,7 +235,10 @@ def _flash_attn_supports(site: Site) -> str | None:
         return f"runs on NVIDIA GPUs, this is {site.device_type}"
     if importlib.util.find_spec("flash_attn_interface") is None:
         if importlib.util.find_spec("flash_attn") is not None:
-            return "FlashAttention 2 reads pages of 256 tokens only; FlashAttention 3 (flash_attn_interface) is not installed"
+            return (
+                "FlashAttention 2 reads pages of 256 tokens only; FlashAttention 3 (flash_attn_interface) is not "
+                "installed"
+            )
         return "flash_attn_interface (FlashAttention 3) is not installed"
     if site.kv_dtype not in (None, site.dtype):
         return "reads no FP8 keys and values beside queries that are not FP8"

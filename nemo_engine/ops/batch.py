@@ -25,10 +25,11 @@ def build_batch_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row i computes the next ``starts[i + 1] - starts[i]`` tokens, at most ``longest``, of slot ``slots[i]``.
 
-    token_ids: (S, L) int32; num_computed: (S,) int64; page_table: (S, P) int64, modified: entry ``new_index[i]`` of row i's slot becomes
-    ``new_page[i]`` unless that is negative. slots, new_index, new_page: (R,) int64; starts: (R + 1,) int64, from 0 to ``num_tokens``.
-    Only slot 0, which is padding, may occur in several rows; it takes no new page. Returns ids, positions and places ``page * page_size +
-    offset`` of the tokens, (T,) int64 each, and (R,) int64: each row's length when the step is done.
+    token_ids: (S, L) int32; num_computed: (S,) int64; page_table: (S, P) int64, modified: entry ``new_index[i]`` of row
+    i's slot becomes ``new_page[i]`` unless that is negative. slots, new_index, new_page: (R,) int64; starts: (R + 1,)
+    int64, from 0 to ``num_tokens``. Only slot 0, which is padding, may occur in several rows; it takes no new page.
+    Returns ids, positions and places ``page * page_size + offset`` of the tokens, (T,) int64 each, and (R,) int64: each
+    row's length when the step is done.
     """
     is_new = new_page >= 0
     # What is not new is written to slot 0's first entry, which is page 0.
@@ -48,10 +49,12 @@ def build_batch_(
 def advance_(
     token_ids: Tensor, num_computed: Tensor, slots: Tensor, seq_lens: Tensor, sampled: Tensor, tokens: Tensor
 ) -> None:
-    """Enter the end of a step into the table: ``num_computed[slots] = seq_lens``, and each sampled token after its row's last one.
+    """Enter the end of a step into the table: ``num_computed[slots] = seq_lens``, and each sampled token after its
+    row's last one.
 
-    token_ids: (S, L) int32, num_computed: (S,) int64, both modified; slots, seq_lens: (R,) int64; sampled: (N,) int64, the rows that sampled;
-    tokens: (N,) int64, failures (negative) being entered as 0. Rows of slot 0, which is padding, leave it at length 0 and token 0.
+    token_ids: (S, L) int32, num_computed: (S,) int64, both modified; slots, seq_lens: (R,) int64; sampled: (N,) int64,
+    the rows that sampled; tokens: (N,) int64, failures (negative) being entered as 0. Rows of slot 0, which is padding,
+    leave it at length 0 and token 0.
     """
     num_computed[slots] = seq_lens * (slots > 0)
     slot = slots[sampled]

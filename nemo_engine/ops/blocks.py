@@ -17,7 +17,9 @@ _VECTOR = 8  # elements of an access of the CUDA kernel, 16 bytes
 
 
 def quantize_token_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``quantize_tokens`` of each 128 elements of a token: (T, K) -> (T, K) FP8 and (T, K / 128) fp32, rounded up; fp64 as there."""
+    """``quantize_tokens`` of each 128 elements of a token: (T, K) -> (T, K) FP8 and (T, K / 128) fp32, rounded up; fp64
+    as there.
+    """
     rows, width = x.shape
     blocks = -(-width // SCALE_BLOCK)
     padded = F.pad(x, (0, -width % SCALE_BLOCK))

@@ -1,8 +1,10 @@
-"""Linear layers with what comes before them in a layer: the norm, the activation, or their input's quantisation. In one launch where a kernel does so.
+"""Linear layers with what comes before them in a layer: the norm, the activation, or their input's quantisation.
 
-Each is written once, over the operations that it consists of: the definition is that over their definitions, and where no kernel of the
-whole is asked for, it runs over those that were chosen. Of FP8 weights with scales per block, the input is quantised by blocks too, and has
-no static scale.
+In one launch where a kernel does so.
+
+Each is written once, over the operations that it consists of: the definition is that over their definitions, and where
+no kernel of the whole is asked for, it runs over those that were chosen. Of FP8 weights with scales per block, the
+input is quantised by blocks too, and has no static scale.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def has_blocks(w8: Tensor, w_scales: Tensor) -> bool:
 def norm_linear(
     ops: Any, x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``linear`` of ``rms_norm``. x, residual: (T, K); norm_weight: (K,); weight: (N, K). Returns ((T, N), (T, K) x + residual)."""
+    """``linear`` of ``rms_norm``. x, residual: (T, K); norm_weight: (K,); weight: (N, K).
+
+    Returns ((T, N), (T, K) x + residual).
+    """
     normed, total = ops.rms_norm(x, norm_weight, eps, residual)
     return ops.linear(normed, weight), total
 
@@ -51,7 +56,9 @@ def norm_linear_fp8(
     w_scales: Tensor,
     x_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``linear_fp8`` of ``rms_norm_fp8``, x_scale being its static scale. w8: (N, K) FP8 -> ((T, N) of x's dtype, (T, K))."""
+    """``linear_fp8`` of ``rms_norm_fp8``, x_scale being its static scale. w8: (N, K) FP8 -> ((T, N) of x's dtype, (T,
+    K)).
+    """
     if has_blocks(w8, w_scales):
         normed, total = ops.rms_norm(x, norm_weight, eps, residual)
         return quantize_linear_fp8(ops, normed, w8, w_scales), total
@@ -68,7 +75,9 @@ def silu_mul_linear(ops: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
 def silu_mul_linear_fp8(
     ops: Any, gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None
 ) -> Tensor:
-    """``linear_fp8`` of ``silu_mul_fp8``, x_scale being its static scale. (T, 2 K), (N, K) FP8 -> (T, N) of gate_up's dtype."""
+    """``linear_fp8`` of ``silu_mul_fp8``, x_scale being its static scale. (T, 2 K), (N, K) FP8 -> (T, N) of gate_up's
+    dtype.
+    """
     if has_blocks(w8, w_scales):
         return quantize_linear_fp8(ops, ops.silu_mul(gate_up), w8, w_scales)
     product: Tensor = ops.linear_fp8(*ops.silu_mul_fp8(gate_up, x_scale), w8, w_scales, gate_up.dtype)
@@ -76,7 +85,9 @@ def silu_mul_linear_fp8(
 
 
 def quantize_linear_fp8(ops: Any, x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
-    """``linear_fp8`` of ``quantize_tokens``, x_scale being its static scale. x: (T, K); w8: (N, K) FP8 -> (T, N) of x's dtype."""
+    """``linear_fp8`` of ``quantize_tokens``, x_scale being its static scale. x: (T, K); w8: (N, K) FP8 -> (T, N) of x's
+    dtype.
+    """
     quantized = ops.quantize_token_blocks(x) if has_blocks(w8, w_scales) else ops.quantize_tokens(x, x_scale)
     product: Tensor = ops.linear_fp8(*quantized, w8, w_scales, x.dtype)
     return product

@@ -25,11 +25,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def linear_fp8(
     x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """``y = (x w^T) * x_scales * w_scales``, the product in fp32. x8: (T, K), w8: (N, K) FP8 e4m3 -> (T, N) of ``out_dtype``.
+    """``y = (x w^T) * x_scales * w_scales``, the product in fp32. x8: (T, K), w8: (N, K) FP8 e4m3 -> (T, N) of
+    ``out_dtype``.
 
-    w_scales, fp32: one number of any shape for the weight, or (N, 1), one per output; x_scales is then (T, 1) fp32, one per token. Or
-    (N / 128, K / 128), rounded up, one per block of the weight; x_scales is then (T, K / 128), one per token and 128 of K. Scales in fp64
-    give the product and the result in fp64.
+    w_scales, fp32: one number of any shape for the weight, or (N, 1), one per output; x_scales is then (T, 1) fp32, one
+    per token. Or (N / 128, K / 128), rounded up, one per block of the weight; x_scales is then (T, K / 128), one per
+    token and 128 of K. Scales in fp64 give the product and the result in fp64.
     """
     wide = x_scales.dtype
     x, w = x8.to(wide), w8.to(wide)
@@ -69,7 +70,9 @@ def _make(dtype: torch.dtype, rows: int, outputs: int, width: int) -> tuple[Any,
 
 
 def _make_fp8(dtype: torch.dtype, rows: int, outputs: int, width: int, kind: str) -> tuple[Any, ...]:
-    """Operands of one fixed precision, whatever the dtype: the result is bf16, as tensor cores add FP8 products in few bits."""
+    """Operands of one fixed precision, whatever the dtype: the result is bf16, as tensor cores add FP8 products in few
+    bits.
+    """
     x, w = _make(torch.float32, rows, outputs, width)
     generator = torch.Generator().manual_seed(rows + outputs + width)
     blocks = [-(-size // SCALE_BLOCK) for size in (outputs, width)]

@@ -1,4 +1,5 @@
-"""What an operation is: one definition in plain torch, a table of implementations, cases and cost; and how one is chosen.
+"""What an operation is: one definition in plain torch, a table of implementations, cases and cost; and how one is
+chosen.
 
 The tables are data: implementations are named as text and imported when selected, so a machine without triton or nvcc
 imports everything. Selection happens once, at start-up, from static facts, and yields plain callables.
@@ -82,7 +83,8 @@ class Impl:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Named inputs of an operation: ``make(dtype)`` gives its arguments, with everything that must not be read set to NaN.
+    """Named inputs of an operation: ``make(dtype)`` gives its arguments, with everything that must not be read set to
+    NaN.
 
     ``site``: facts of a ``Site`` that follow from the shapes, for implementations that do not serve all.
     """
@@ -96,8 +98,9 @@ class Case:
 class Op:
     """An operation. ``impls`` are in order of preference; ``cost`` maps a case's arguments to (bytes moved, flops).
 
-    ``is_fp8``: only models with FP8 weights or activations need it. ``composed``: of an operation that is several others in one launch, the
-    same as calls of those, which its first argument has as attributes; it is the default, over the chosen ones.
+    ``is_fp8``: only models with FP8 weights or activations need it. ``composed``: of an operation that is several
+    others in one launch, the same as calls of those, which its first argument has as attributes; it is the default,
+    over the chosen ones.
     """
 
     name: str
@@ -123,10 +126,10 @@ class Choice:
 def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
     """The first implementation that supports ``site``, or the one that ``prefer`` names.
 
-    An operation that is several others in one launch is composed of those (the choice's function is then still the definition) unless
-    ``prefer`` names a kernel of the whole, for no such kernel has been measured. If nothing serves: the definition, on a CPU, and on every
-    device for what only an FP8 model needs. Raises ``ValueError`` with the reasons if the preferred one is unknown or cannot serve, or if
-    nothing can.
+    An operation that is several others in one launch is composed of those (the choice's function is then still the
+    definition) unless ``prefer`` names a kernel of the whole, for no such kernel has been measured. If nothing serves:
+    the definition, on a CPU, and on every device for what only an FP8 model needs. Raises ``ValueError`` with the
+    reasons if the preferred one is unknown or cannot serve, or if nothing can.
     """
     wanted = prefer.get(op.name)
     known = [*(impl.name for impl in op.impls), *([COMPOSED] if op.composed else []), SEMANTICS]
@@ -150,7 +153,8 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
     if site.device_type != "cpu" and wanted is None and not op.is_fp8:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
         raise ValueError(
-            f"no kernel for {op.name} here: {reasons} (prefer={{{op.name!r}: {SEMANTICS!r}}} runs its definition, slowly)"
+            f"no kernel for {op.name} here: {reasons} (prefer={{{op.name!r}: {SEMANTICS!r}}} runs its definition, "
+            "slowly)"
         )
     return Choice(op.name, SEMANTICS, tuple(rejected), op.semantics, op.is_fp8)
 
@@ -162,7 +166,10 @@ def cpu_only(site: Site) -> str | None:
 
 @functools.cache
 def compiled_for_cpu() -> ModuleType | None:
-    """The kernels of csrc/cpu, if they were built. They take their threads from torch, whose OpenMP is loaded before them, as here."""
+    """The kernels of csrc/cpu, if they were built.
+
+    They take their threads from torch, whose OpenMP is loaded before them, as here.
+    """
     try:
         return importlib.import_module("nemo_engine._cpu")
     except ImportError:
@@ -200,7 +207,8 @@ def triton_runs(site: Site) -> str | None:
             None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton runs on a CPU with TRITON_INTERPRET=1 only"
         )
     if site.capability is None or site.capability < (8, 0):
-        return f"needs an NVIDIA GPU of compute capability 8.0, this is {site.device_type} {site.capability or ''}".rstrip()
+        this = f"{site.device_type} {site.capability or ''}".rstrip()
+        return f"needs an NVIDIA GPU of compute capability 8.0, this is {this}"
     return None
 
 

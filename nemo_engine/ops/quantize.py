@@ -17,10 +17,11 @@ _VECTOR = 8  # elements of an access of the CUDA kernels, 16 bytes
 
 
 def quantize_tokens(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``q = x / scale`` rounded to FP8, saturated, with a scale per row: ``max |x| / 448``, or ``scale`` (() fp32) for all rows.
+    """``q = x / scale`` rounded to FP8, saturated, with a scale per row: ``max |x| / 448``, or ``scale`` (() fp32) for
+    all rows.
 
-    x: (T, K). Returns (q (T, K) FP8, scales (T, 1) fp32; both fp64 for fp64, unrounded). A row with NaN or infinity gets the scale NaN, so
-    that its product is NaN.
+    x: (T, K). Returns (q (T, K) FP8, scales (T, 1) fp32; both fp64 for fp64, unrounded). A row with NaN or infinity
+    gets the scale NaN, so that its product is NaN.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     if scale is None:

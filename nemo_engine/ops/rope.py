@@ -41,9 +41,9 @@ class RopeMeta:
 def rope_and_append_kv_(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: RopeMeta) -> Tensor:
     """Rotate q and k (half-split pairs), write k and v into the cache, return the rotated q.
 
-    q: (T, Hq, D); k, v: (T, Hk, D); the caches of ``kv`` are modified. The rotation is computed in fp32 (fp64 for fp64) and rounded
-    once. An FP8 cache holds the rounded entries divided by their head's factor, saturated at the largest FP8 number. Returns
-    (T, Hq, D).
+    q: (T, Hq, D); k, v: (T, Hk, D); the caches of ``kv`` are modified. The rotation is computed in fp32 (fp64 for fp64)
+    and rounded once. An FP8 cache holds the rounded entries divided by their head's factor, saturated at the largest
+    FP8 number. Returns (T, Hq, D).
     """
     angles = meta.table[meta.positions].to(q.dtype if q.dtype == torch.float64 else torch.float32)
     cos, sin = angles[:, :1], angles[:, 1:]  # (T, 1, D / 2) each
@@ -78,8 +78,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _cases() -> Iterator[Case]:
     for tokens, heads, kv_heads, dim, page_size in (
-        (0, 4, 1, 8, 16), (1, 4, 1, 8, 16), (7, 2, 2, 16, 16), (5, 6, 3, 24, 32), (3, 64, 8, 128, 128), (40, 8, 2, 128, 64),
-        (0, 4, 1, 128, 16), (1, 32, 8, 128, 16), (37, 4, 1, 128, 32), (2, 6, 3, 128, 16),
+        (0, 4, 1, 8, 16), (1, 4, 1, 8, 16), (7, 2, 2, 16, 16), (5, 6, 3, 24, 32), (3, 64, 8, 128, 128),
+        (40, 8, 2, 128, 64), (0, 4, 1, 128, 16), (1, 32, 8, 128, 16), (37, 4, 1, 128, 32), (2, 6, 3, 128, 16),
     ):  # fmt: skip
         for is_fp8 in (False, True):
 

@@ -1,4 +1,6 @@
-"""How much of a GPU's data sheet is reached: measured where a results file has it, otherwise assumed, and each number says which."""
+"""How much of a GPU's data sheet is reached: measured where a results file has it, otherwise assumed, and each number
+says which.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,11 @@ class Figure:
 class Efficiencies:
     """Fractions and fixed costs that turn a data sheet into times.
 
-    memory, matmul_bf16, matmul_fp8: what a copy and a large product reach of the data sheet: the ceilings. The rest are fractions of
-    those: weights (reading them for few rows), kv_bf16 and kv_fp8 (decode attention), linear (large products inside a model), attention
-    (prefill attention, of bf16's ceiling). elementwise: of norms, activations and rotary embedding, the part that is memory traffic of its
-    own. launch_us: of one more kernel in a step. host_us, host_us_per_request: of planning and taking in a step. link_us: of one
-    reduction over several GPUs.
+    memory, matmul_bf16, matmul_fp8: what a copy and a large product reach of the data sheet: the ceilings. The rest are
+    fractions of those: weights (reading them for few rows), kv_bf16 and kv_fp8 (decode attention), linear (large
+    products inside a model), attention (prefill attention, of bf16's ceiling). elementwise: of norms, activations and
+    rotary embedding, the part that is memory traffic of its own. launch_us: of one more kernel in a step. host_us,
+    host_us_per_request: of planning and taking in a step. link_us: of one reduction over several GPUs.
     """
 
     memory: Figure = Figure(4.3 / 4.8, "assumed: a copy on an H200 reaches 4.3 of 4.8 TB/s")
@@ -57,16 +59,19 @@ class Efficiencies:
 
     @classmethod
     def read(cls, gpu: Gpu, folder: Path | None) -> Efficiencies:
-        """The assumptions, with what ``folder`` holds measurements of ``gpu`` for in their place (``*.jsonl`` of gpu_ceilings, latency)."""
+        """The assumptions, with what ``folder`` holds measurements of ``gpu`` for in their place (``*.jsonl`` of
+        gpu_ceilings, latency).
+        """
         found = cls()
         if folder is None:
             return found
         records = list(_records(gpu, folder))
         ceilings = [record for record in records if record.get("benchmark") == "gpu_ceilings"]
+        precise = "fp8 rowwise precise accumulation"
         for name, peak, unit, rates in (
             ("memory", gpu.bytes_per_s, 1e9, _rates(ceilings, "copy", "gb_per_s")),
             ("matmul_bf16", gpu.bf16_flops_per_s, 1e12, _rates(ceilings, "bf16 cublas", "tflop_per_s")),
-            ("matmul_fp8", gpu.fp8_flops_per_s, 1e12, _rates(ceilings, "fp8 rowwise precise accumulation", "tflop_per_s")),
+            ("matmul_fp8", gpu.fp8_flops_per_s, 1e12, _rates(ceilings, precise, "tflop_per_s")),
         ):  # fmt: skip
             if peak is not None and rates:
                 rate, file = max(rates)

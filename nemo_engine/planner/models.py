@@ -1,4 +1,7 @@
-"""What is planned for: a model's configuration, what its weights and its cache are stored as, and the bytes of both. Reads no tensors."""
+"""What is planned for: a model's configuration, what its weights and its cache are stored as, and the bytes of both.
+
+Reads no tensors.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ from nemo_engine.memory_plan import Sizes, weight_bytes
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 _COMMON: dict[str, Any] = {
-    "head_dim": 128, "num_kv_heads": 8, "num_heads": 32, "intermediate_size": 14336, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_ids": (2,),
+    "head_dim": 128, "num_kv_heads": 8, "num_heads": 32, "intermediate_size": 14336, "rope_theta": 1e6, "rms_norm_eps":
+    1e-5, "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_ids": (2,),
 }  # fmt: skip
-# By the config.json of mistralai/Mistral-Nemo-Instruct-2407, mistralai/Mistral-7B-Instruct-v0.3, nvidia/Mistral-NeMo-Minitron-8B-Base.
+# By the config.json of mistralai/Mistral-Nemo-Instruct-2407, mistralai/Mistral-7B-Instruct-v0.3,
+# nvidia/Mistral-NeMo-Minitron-8B-Base.
 BUILT_IN = {
     "nemo": ModelConfig(
         vocab_size=131072, hidden_size=5120, num_layers=40, max_position_embeddings=131072, **_COMMON
@@ -72,7 +76,8 @@ class Formats:
 
 
 def read_model(name: str, revision: str | None = None) -> PlannedModel:
-    """A built-in model by name, or what ``open_checkpoint`` opens; of its files, configuration and headers alone are read.
+    """A built-in model by name, or what ``open_checkpoint`` opens; of its files, configuration and headers alone are
+    read.
 
     Raises ``ValueError`` or ``FileNotFoundError`` naming the file and what is wrong with it.
     """
@@ -84,7 +89,8 @@ def read_model(name: str, revision: str | None = None) -> PlannedModel:
 
 
 def formats_of(model: PlannedModel, config: EngineConfig, inventory: Inventory | None = None) -> Formats:
-    """What ``config`` makes of ``model``, as start-up resolves it; ``inventory``, where it has been taken, says what is stored.
+    """What ``config`` makes of ``model``, as start-up resolves it; ``inventory``, where it has been taken, says what is
+    stored.
 
     Raises ``ValueError`` where they conflict.
     """

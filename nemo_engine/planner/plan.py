@@ -1,4 +1,5 @@
-"""A plan: what a model needs on a GPU item by item, what fits, how fast it can be expected to be, and what load meets given limits.
+"""A plan: what a model needs on a GPU item by item, what fits, how fast it can be expected to be, and what load meets
+given limits.
 
 Times are those of ``roofline``, of requests in a steady state and without a queue; the simulator has queues.
 """
@@ -53,7 +54,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What came out. ``memory`` is per GPU. If ``shortage`` is set it does not fit, and says why and what would; the rest is then empty."""
+    """What came out. ``memory`` is per GPU.
+
+    If ``shortage`` is set it does not fit, and says why and what would; the rest is then empty.
+    """
 
     model: PlannedModel
     gpu: Gpu
@@ -110,7 +114,10 @@ def make_plan(
     efficiencies: Efficiencies | None = None,
     tensor_parallel_size: int = 1,
 ) -> Plan:
-    """Plan ``model`` on ``gpu``. Raises ``ValueError`` for options that conflict; what does not fit is a plan that says so."""
+    """Plan ``model`` on ``gpu``.
+
+    Raises ``ValueError`` for options that conflict; what does not fit is a plan that says so.
+    """
     efficiencies = efficiencies or Efficiencies()
     ranks = tensor_parallel_size
     own, formats, sizes = _per_gpu(model, config, ranks)
@@ -127,7 +134,8 @@ def make_plan(
     total = load.input_tokens + load.output_tokens
     if shortage is None and total > max_model_len:
         raise ValueError(
-            f"input {load.input_tokens} and output {load.output_tokens} make {total} tokens: more than the context of {max_model_len}"
+            f"input {load.input_tokens} and output {load.output_tokens} make {total} tokens: more than the context of "
+            f"{max_model_len}"
         )
     largest = min(config.max_num_seqs, num_pages // -(-(total - 1) // config.page_size)) if shortage is None else 0
     points = [operating(roofline, ideal, load, batch, config) for batch in range(1, largest + 1)]
@@ -188,7 +196,9 @@ def _fits(model: PlannedModel, gpu: Gpu, config: EngineConfig, ranks: int) -> bo
 
 
 def _per_gpu(model: PlannedModel, config: EngineConfig, ranks: int) -> tuple[ModelConfig, Formats, Sizes]:
-    """What one GPU has of the model, formats, and the bytes of its weights: embeddings and head are divided, logits are gathered."""
+    """What one GPU has of the model, formats, and the bytes of its weights: embeddings and head are divided, logits are
+    gathered.
+    """
     formats = formats_of(model, config)
     own, sizes = shard(model.config, ranks), formats.sizes
     if ranks > 1:
@@ -200,8 +210,9 @@ def _per_gpu(model: PlannedModel, config: EngineConfig, ranks: int) -> tuple[Mod
 def operating(roofline: Roofline, ideal: Roofline, load: Load, batch: int, config: EngineConfig) -> Operating:
     """``batch`` requests that run all the time: whoever ends is followed by another.
 
-    While one decodes, the others' prompts are computed in its steps, (batch - 1) / output of them per step on average. A new request waits
-    for half a step, then for the steps that its prompt takes. The host plans while the GPU computes, unless ``pipeline_depth`` is 1.
+    While one decodes, the others' prompts are computed in its steps, (batch - 1) / output of them per step on average.
+    A new request waits for half a step, then for the steps that its prompt takes. The host plans while the GPU
+    computes, unless ``pipeline_depth`` is 1.
     """
     num_in, num_out = load.input_tokens, load.output_tokens
     context = int(batch * (num_in + (num_out + 1) / 2))

@@ -17,7 +17,8 @@ def report(plan: Plan) -> str:
     per = " per GPU" if ranks > 1 else ""
     count = f"{ranks} x " if ranks > 1 else ""
     lines = [
-        f"{plan.model.name} on {count}{plan.gpu.title}: {plan.gpu.marketing_gb} GB as sold, {plan.gpu.memory_gib:g} GiB by the driver "
+        f"{plan.model.name} on {count}{plan.gpu.title}: {plan.gpu.marketing_gb} GB as sold, {plan.gpu.memory_gib:g} "
+        "GiB by the driver "
         f"({plan.gpu.source})",
         "",
         f"memory{per}",
@@ -36,7 +37,8 @@ def report(plan: Plan) -> str:
         "",
         f"{plan.load.input_tokens} tokens in, {plan.load.output_tokens} out, so many requests at a time, no queue",
         *_table(plan.points),
-        "  TTFT with half a step of waiting; ITL: mean, steps that compute other prompts included; longest: a step with one of those",
+        "  TTFT with half a step of waiting; ITL: mean, steps that compute other prompts included; longest: a step "
+        "with one of those",
         "",
         *_limits(plan),
         "efficiencies, of the data sheet or of the ceiling above it",
@@ -58,7 +60,8 @@ def _table(points: tuple[Operating, ...]) -> list[str]:
     for point in points:
         times = (point.ttft, point.itl, point.longest_itl, point.step, point.ideal_step)
         rows.append((
-            str(point.batch), *(f"{seconds * 1e3:.2f}" for seconds in times), f"{point.tokens_per_s:,.0f}", f"{point.requests_per_s:.2f}",
+            str(point.batch), *(f"{seconds * 1e3:.2f}" for seconds in times), f"{point.tokens_per_s:,.0f}",
+            f"{point.requests_per_s:.2f}",
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
     return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
@@ -85,7 +88,8 @@ def _limits(plan: Plan) -> list[str]:
         assert cost is not None
         of_all = cost * load.output_tokens / (load.output_tokens + load.input_tokens)
         lines.append(
-            f"at {load.price_per_hour:g} per GPU hour and {point.batch} requests at a time: {cost:.3f} per million output tokens, "
+            f"at {load.price_per_hour:g} per GPU hour and {point.batch} requests at a time: {cost:.3f} per million "
+            "output tokens, "
             f"{of_all:.4f} per million tokens in and out"
         )
     return [*lines, ""] if lines else []

@@ -1,8 +1,8 @@
 """How long a step takes: each matrix product and each attention is bound by the bytes it reads or by its arithmetic.
 
-A step reads all weights once, and every key and value of its requests. Its time is a sum over layers' products, head, attention of decode
-rows, attention of prefill rows, element-wise work, and what is fixed. One number per decode row and the sum of all contexts is all that a
-decode step needs, so a simulator can keep both as it goes.
+A step reads all weights once, and every key and value of its requests. Its time is a sum over layers' products, head,
+attention of decode rows, attention of prefill rows, element-wise work, and what is fixed. One number per decode row and
+the sum of all contexts is all that a decode step needs, so a simulator can keep both as it goes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def num_pairs(start: int, count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """``StepCost`` of one model on one GPU, or on each of several that share it. All rates are those that are reached."""
+    """``StepCost`` of one model on one GPU, or on each of several that share it.
+
+    All rates are those that are reached.
+    """
 
     linear_params: float
     head_params: float
@@ -82,29 +85,22 @@ class Roofline:
         copy = gpu.bytes_per_s * e.memory.value
         bf16 = gpu.bf16_flops_per_s * e.matmul_bf16.value
         fp8_rate = bf16 if fp8 is None else fp8 * e.matmul_fp8.value
-        # Two norms, the gated activation, rotary embedding with the write into the cache: bytes that pass through memory.
+        # Two norms, the gated activation, rotary embedding with the write into the cache: bytes that pass through
+        # memory.
         passes = 2 * (6 * hidden + hidden * width) + (4 * inner + inner * width) / ranks
         passes += 4 * (model.q_size + 2 * model.kv_size) / ranks
         reductions = 0 if ranks == 1 else 2 * model.num_layers
         return cls(
-            linear_params=linear / ranks,
-            head_params=head / ranks,
-            linear_bytes=linear * width / ranks,
-            head_bytes=head * head_width / ranks,
-            kv_bytes_per_token=kv_bytes,
-            flops_per_pair=4 * model.q_size * model.num_layers / ranks,
-            elementwise_bytes_per_token=model.num_layers * passes * e.elementwise.value,
-            weight_bytes_per_s=copy * e.weights.value,
-            kv_bytes_per_s=copy * (e.kv_fp8 if formats.is_kv_fp8 else e.kv_bf16).value,
-            copy_bytes_per_s=copy,
-            linear_flops_per_s=(fp8_rate if formats.is_linear_fp8 else bf16) * e.linear.value,
-            head_flops_per_s=(fp8_rate if formats.is_head_fp8 else bf16) * e.linear.value,
-            decode_flops_per_s=(fp8_rate if formats.is_kv_fp8 else bf16) * e.attention.value,
-            prefill_flops_per_s=bf16 * e.attention.value,
+            linear_params=linear / ranks, head_params=head / ranks, linear_bytes=linear * width / ranks, head_bytes=head
+            * head_width / ranks, kv_bytes_per_token=kv_bytes, flops_per_pair=4 * model.q_size * model.num_layers /
+            ranks, elementwise_bytes_per_token=model.num_layers * passes * e.elementwise.value, weight_bytes_per_s=copy
+            * e.weights.value, kv_bytes_per_s=copy * (e.kv_fp8 if formats.is_kv_fp8 else e.kv_bf16).value,
+            copy_bytes_per_s=copy, linear_flops_per_s=(fp8_rate if formats.is_linear_fp8 else bf16) * e.linear.value,
+            head_flops_per_s=(fp8_rate if formats.is_head_fp8 else bf16) * e.linear.value, decode_flops_per_s=(fp8_rate
+            if formats.is_kv_fp8 else bf16) * e.attention.value, prefill_flops_per_s=bf16 * e.attention.value,
             link_seconds_per_token=reductions * 2 * (ranks - 1) / ranks * hidden * itemsize / gpu.link_bytes_per_s,
-            fixed_seconds=(model.num_layers * KERNELS_PER_LAYER * e.launch_us.value + reductions * e.link_us.value) * 1e-6,
-            host_fixed_seconds=e.host_us.value * 1e-6,
-            host_seconds_per_row=e.host_us_per_request.value * 1e-6,
+            fixed_seconds=(model.num_layers * KERNELS_PER_LAYER * e.launch_us.value + reductions * e.link_us.value) *
+            1e-6, host_fixed_seconds=e.host_us.value * 1e-6, host_seconds_per_row=e.host_us_per_request.value * 1e-6,
         )  # fmt: skip
 
     @property

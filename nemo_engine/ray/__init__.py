@@ -1,7 +1,8 @@
-"""Replicas on Ray Serve: each is an engine behind the very application of ``nemo_engine.server``, so routes, limits and errors are the same.
+"""Replicas on Ray Serve: each is an engine behind the very application of ``nemo_engine.server``, so routes, limits and
+errors are the same.
 
-Serve places, watches, scales and drains them. Needs the extra ``ray``. ``build_app`` is what ``serve run nemo_engine.ray:build_app`` and a
-YAML for ``serve deploy`` name.
+Serve places, watches, scales and drains them. Needs the extra ``ray``. ``build_app`` is what ``serve run
+nemo_engine.ray:build_app`` and a YAML for ``serve deploy`` name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _IDLE = 0.5  # of what a replica less would have to hold, below which one is giv
 
 
 class Replica:
-    """One engine and its application. ``engine`` and ``server`` are the fields of ``EngineConfig`` and ``ServerOptions``."""
+    """One engine and its application.
+
+    ``engine`` and ``server`` are the fields of ``EngineConfig`` and ``ServerOptions``.
+    """
 
     async def __init__(self, model: str, engine: Mapping[str, Any], server: Mapping[str, Any]) -> None:  # type: ignore[misc]
         self._engine = await asyncio.to_thread(AsyncEngine, model, **engine)
@@ -67,7 +71,9 @@ class Replica:
 
 
 def scale_by_load(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """How many replicas there should be: one more while requests wait or a KV cache is full, one less while the others could hold all."""
+    """How many replicas there should be: one more while requests wait or a KV cache is full, one less while the others
+    could hold all.
+    """
     now = context.current_num_replicas
     metrics: dict[str, dict[Any, Any]] = context.raw_metrics or {}
 
@@ -87,9 +93,10 @@ def scale_by_load(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 def build_app(args: Mapping[str, Any]) -> Any:
     """The Serve application of ``args``. Raises ``ValueError`` for what is wrong before anything is placed.
 
-    model: as ``Engine`` takes it. engine, server: the fields of ``EngineConfig`` and ``ServerOptions``. num_replicas: 1 by default; or
-    min_replicas and max_replicas, between which ``scale_by_load`` decides. session_affinity: requests with the same header ``x-session-id`` go to
-    the same replica, which has their prefix in its cache, and to the next on the ring if that is gone. name: of the deployment.
+    model: as ``Engine`` takes it. engine, server: the fields of ``EngineConfig`` and ``ServerOptions``. num_replicas: 1
+    by default; or min_replicas and max_replicas, between which ``scale_by_load`` decides. session_affinity: requests
+    with the same header ``x-session-id`` go to the same replica, which has their prefix in its cache, and to the next
+    on the ring if that is gone. name: of the deployment.
     """
     args = dict(args)
     unknown = {name: args.pop(name) for name in list(args) if name not in _ARGUMENTS}
@@ -142,9 +149,11 @@ def _arguments(
         max_ongoing_requests=config.max_num_seqs + options.max_queue,
         graceful_shutdown_timeout_s=options.drain_timeout,
         health_check_period_s=_HEALTH_PERIOD,
-        ray_actor_options={"num_gpus": 0 if config.device == "cpu" else 1},  # a whole one: the engine plans for all of its memory
+        ray_actor_options={
+            "num_gpus": 0 if config.device == "cpu" else 1
+        },  # a whole one: the engine plans for all of its memory
         **placing,
-    )  # fmt: skip
+    )
     return deployment.bind(model, engine, server)
 
 

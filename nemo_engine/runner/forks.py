@@ -1,4 +1,6 @@
-"""Finds out whether a forked process can compute: a fork copies none of the threads that torch has started, and waits for them all the same."""
+"""Finds out whether a forked process can compute: a fork copies none of the threads that torch has started, and waits
+for them all the same.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ _IDLE_LOOKS = 10  # one after the other, 10 ms apart
 def check_threads() -> None:
     """Raise ``RuntimeError`` if the first parallel operation of the calling thread would never return.
 
-    That is so after a fork, in the thread that goes on, if it had used OpenMP before: its pool counts threads that are gone. No interface
-    tells, so one operation is tried in a child process. In a process that was not forked, in other threads, and where the system does not
-    tell (other than Linux), nothing is done.
+    That is so after a fork, in the thread that goes on, if it had used OpenMP before: its pool counts threads that are
+    gone. No interface tells, so one operation is tried in a child process. In a process that was not forked, in other
+    threads, and where the system does not tell (other than Linux), nothing is done.
     """
     if threading.current_thread() is not threading.main_thread() or not _is_forked():
         return
@@ -37,8 +39,10 @@ def check_threads() -> None:
             os._exit(0)
     if not _ends(child):
         raise RuntimeError(
-            "this process was forked from one in which torch had started its threads; a fork does not copy them, and the engine would wait for "
-            "them for ever: start processes by 'spawn', as multiprocessing.get_context('spawn') does, or fork before torch computes "
+            "this process was forked from one in which torch had started its threads; a fork does not copy them, and "
+            "the engine would wait for "
+            "them for ever: start processes by 'spawn', as multiprocessing.get_context('spawn') does, or fork before "
+            "torch computes "
             "anything and make the engine after the fork"
         )
 

@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: one launch for a whole step, for a short list of batch sizes.
 
-A captured function reads its inputs from tensors at fixed addresses, and what it returns lies at fixed addresses too, overwritten by the
-next replay. The captures of an engine share one memory pool: they never run at the same time.
+A captured function reads its inputs from tensors at fixed addresses, and what it returns lies at fixed addresses too,
+overwritten by the next replay. The captures of an engine share one memory pool: they never run at the same time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Capture = Callable[[Callable[[], Any]], Captured[Any]]
 def _capture_stream(device_index: int) -> torch.cuda.Stream:
     """The stream of all captures of this process on a device.
 
-    torch's allocator gives a block again only to the stream that it was first given to, so captures on streams of their own would share
-    no memory; and cuBLAS keeps a workspace for each stream that it was ever used on.
+    torch's allocator gives a block again only to the stream that it was first given to, so captures on streams of their
+    own would share no memory; and cuBLAS keeps a workspace for each stream that it was ever used on.
     """
     return torch.cuda.Stream(device_index)
 
@@ -53,7 +53,8 @@ def cuda_capture(device: torch.device) -> Capture:
             function()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": in the mode "global", any other thread of the process that allocates device memory breaks the capture.
+        # "thread_local": in the mode "global", any other thread of the process that allocates device memory breaks the
+        # capture.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = function()
         return Captured(outputs, graph.replay)
@@ -65,8 +66,8 @@ def cuda_capture(device: torch.device) -> Capture:
 class DecodeGraph:
     """Decode steps of exactly ``size`` rows, whose description is copied into ``words`` before a replay.
 
-    ``whole`` goes from the request table to the sampled tokens and back into the table. ``forward`` ends at the logits, for batches whose
-    logits the host has work with before a token is chosen.
+    ``whole`` goes from the request table to the sampled tokens and back into the table. ``forward`` ends at the logits,
+    for batches whose logits the host has work with before a token is chosen.
     """
 
     size: int
@@ -76,7 +77,10 @@ class DecodeGraph:
 
 
 def capture_decodes(step: StepCompute, sizes: Sequence[int], capture: Capture) -> tuple[DecodeGraph, ...]:
-    """Graphs of decode steps of ``sizes`` rows, the smallest first. The largest is captured first, so that the others find room in its memory."""
+    """Graphs of decode steps of ``sizes`` rows, the smallest first.
+
+    The largest is captured first, so that the others find room in its memory.
+    """
     graphs = []
     for size in sorted(sizes, reverse=True):
         words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)

@@ -49,9 +49,9 @@ class KVCache:
     def count_saturated(self, highest_page: int, max_pages: int | None = None) -> tuple[int, int]:
         """Count the entries of an FP8 cache at its largest number, 448, and those that are not 0: (saturated, written).
 
-        What was larger is stored as 448, so this tells whether the scales are too small. (0, 0) of other caches. Reads the pages from 1 to
-        ``highest_page`` once (on the CPU, those beyond would be taken from the system for it), or ``max_pages`` of them, evenly spread.
-        The device is waited for once.
+        What was larger is stored as 448, so this tells whether the scales are too small. (0, 0) of other caches. Reads
+        the pages from 1 to ``highest_page`` once (on the CPU, those beyond would be taken from the system for it), or
+        ``max_pages`` of them, evenly spread. The device is waited for once.
         """
         stride = 1 if max_pages is None else -(-highest_page // max_pages)
         counts = torch.zeros(2, dtype=torch.int64, device=self._caches[0].device)
@@ -64,11 +64,14 @@ class KVCache:
         return saturated, written
 
     def warn_if_saturated(self, highest_page: int) -> None:
-        """Log a warning if, in a sample of the pages up to ``highest_page``, too many entries are at the largest number."""
+        """Log a warning if, in a sample of the pages up to ``highest_page``, too many entries are at the largest
+        number.
+        """
         saturated, written = self.count_saturated(highest_page, _SAMPLED_PAGES)
         if saturated > _TOLERATED_SATURATION * written:
             _logger.warning(
-                "%.2g %% of the FP8 KV cache's entries are saturated: its scales are too small; calibrate them (nemo-engine quantize "
+                "%.2g %% of the FP8 KV cache's entries are saturated: its scales are too small; calibrate them "
+                "(nemo-engine quantize "
                 "--kv-scales head)",
                 100 * saturated / written,
             )

@@ -1,4 +1,6 @@
-"""Changes to single logits: masks of grammars, allowed_token_ids, bad_words, min_tokens and logit_bias. Must not know of anything else.
+"""Changes to single logits: masks of grammars, allowed_token_ids, bad_words, min_tokens and logit_bias.
+
+Must not know of anything else.
 
 A slot's changes are uploaded once, when it is filled; a batch's are those of its slots laid end to end, so that
 applying them takes a fixed number of operations whatever the number of rows. Whether one applies at a position is
@@ -40,7 +42,10 @@ class SlotEdits:
 
     @staticmethod
     def of(fill: SlotFill, vocab_size: int, device: torch.device, hidden: Iterable[int] = ()) -> SlotEdits | None:
-        """What ``fill`` asks for, None if nothing. Bad words count where they lie wholly in the output, as in vLLM. ``hidden`` ids are masked."""
+        """What ``fill`` asks for, None if nothing. Bad words count where they lie wholly in the output, as in vLLM.
+
+        ``hidden`` ids are masked.
+        """
         params = fill.params
         added: list[tuple[int, float, int]] = [(token_id, -torch.inf, _ALWAYS) for token_id in hidden]
         words = []

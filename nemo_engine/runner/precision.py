@@ -16,7 +16,10 @@ _KV_DTYPES = {"fp8": FP8, "fp8_e4m3": FP8}
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Of activations, of keys and values; ``online``: what becomes FP8 while it loads. ``is_fp8``: some product has FP8 operands."""
+    """Of activations, of keys and values; ``online``: what becomes FP8 while it loads.
+
+    ``is_fp8``: some product has FP8 operands.
+    """
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -38,7 +41,8 @@ def resolve_precision(config: EngineConfig, checkpoint: Checkpoint, device: torc
 
 
 def use_wide_reductions() -> None:
-    """Have cuBLAS add the parts of a split product in fp32, in this process; torch lets it add them in the activations' dtype by default.
+    """Have cuBLAS add the parts of a split product in fp32, in this process; torch lets it add them in the activations'
+    dtype by default.
 
     Otherwise the rounding of a bf16 product would depend on the algorithm that its number of rows selects.
     """
@@ -63,6 +67,7 @@ def _resolve_kv_dtype(name: str, stored: Quantization | None, dtype: torch.dtype
     assert isinstance(kv_dtype, torch.dtype)
     if kv_dtype not in (FP8, dtype):
         raise ValueError(
-            f"kv_cache_dtype {name!r} conflicts with the dtype of the activations, {str(dtype).removeprefix('torch.')}: use 'auto' or 'fp8'"
+            f"kv_cache_dtype {name!r} conflicts with the dtype of the activations, "
+            f"{str(dtype).removeprefix('torch.')}: use 'auto' or 'fp8'"
         )
     return kv_dtype

@@ -1,4 +1,6 @@
-"""What the device knows of each request: its tokens, how many are computed, and its pages, in rows at fixed addresses."""
+"""What the device knows of each request: its tokens, how many are computed, and its pages, in rows at fixed
+addresses.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from nemo_engine.step import SlotFill, StepPlan
 
 
 class RequestTable:
-    """Rows 1 to ``num_slots``; row 0 is padding: one token of id 0, in page 0. The host sends differences; the step advances the rows.
+    """Rows 1 to ``num_slots``; row 0 is padding: one token of id 0, in page 0.
+
+    The host sends differences; the step advances the rows.
 
     ``token_ids`` (S + 1, max_len) int32; ``num_computed`` (S + 1,) int64; ``page_table`` (S + 1, max_pages) int64.
     Entries past what a row holds mean nothing. On the CPU, memory is taken as rows grow.

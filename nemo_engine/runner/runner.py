@@ -1,7 +1,7 @@
 """Computes steps: keeps requests, keys and values on the device, derives the model's inputs there, samples, reports.
 
-Knows neither scheduler nor text: a ``StepPlan`` comes in, a ``StepResult`` goes out. ``launch`` reads nothing back from the device, so on
-CUDA it never waits; ``LaunchedStep.result`` does.
+Knows neither scheduler nor text: a ``StepPlan`` comes in, a ``StepResult`` goes out. ``launch`` reads nothing back from
+the device, so on CUDA it never waits; ``LaunchedStep.result`` does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from nemo_engine.step import StepPlan
 
 
 class Runner:
-    """The device half. ``num_pages`` usable pages, contexts of up to ``max_model_len`` tokens; ``without_token`` as ``Sampler`` takes it."""
+    """The device half.
+
+    ``num_pages`` usable pages, contexts of up to ``max_model_len`` tokens; ``without_token`` as ``Sampler`` takes it.
+    """
 
     def __init__(
         self,
@@ -60,7 +63,8 @@ class Runner:
         self._cores = Cores(weights.num_bytes, page_bytes, adapts_below=adapts_below) if is_cpu else None
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._graphs: tuple[DecodeGraph, ...] = ()
-        # The decode rows uploaded last, if none got a page in that step: what they follow from (slots, size, changes of the table), and rows.
+        # The decode rows uploaded last, if none got a page in that step: what they follow from (slots, size, changes of
+        # the table), and rows.
         self._last: tuple[tuple[int, ...], int, int, StepRows] | None = None
 
     @torch.inference_mode()
@@ -119,7 +123,9 @@ class Runner:
     def _decode_rows(
         self, slots: tuple[int, ...], new_pages: dict[int, tuple[int, int]], graph: DecodeGraph | None
     ) -> StepRows:
-        """The rows on the device, in the graph's own words if there is one: uploaded only if they changed since the step before."""
+        """The rows on the device, in the graph's own words if there is one: uploaded only if they changed since the
+        step before.
+        """
         size = len(slots) if graph is None else graph.size
         changes = self._table.num_changes
         if self._last is not None and self._last[:3] == (slots, size, changes):
@@ -142,7 +148,9 @@ class Runner:
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Make this thread the one that runs all steps, beside others that compute: call it there, before the first step."""
+        """Make this thread the one that runs all steps, beside others that compute: call it there, before the first
+        step.
+        """
         warmup.settle(self._step, self._max_num_batched_tokens)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -162,7 +170,10 @@ class Runner:
         return self._kv_cache.count_saturated(self._table.highest_page)
 
     def recover(self) -> None:
-        """A step failed: forget the rows of the step before, and wait for the device. Raises what it says if it is lost."""
+        """A step failed: forget the rows of the step before, and wait for the device.
+
+        Raises what it says if it is lost.
+        """
         self._last = None
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -181,7 +192,10 @@ class Runner:
 
 
 def _adapts_below(weights: NemoWeights, ops: Ops) -> float:
-    """From how many tokens on a CPU multiplies in fp32, whose sums the number of threads splits; infinity if never. FP8 is computed so too."""
+    """From how many tokens on a CPU multiplies in fp32, whose sums the number of threads splits; infinity if never.
+
+    FP8 is computed so too.
+    """
     if weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear):
         return 0
     return WIDENED_FROM if ops.linear is linear_widened else math.inf

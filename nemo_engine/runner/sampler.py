@@ -1,10 +1,11 @@
-"""``Sampler``: what each slot wants of the logits, and the tokens and log-probabilities that come out of a step's logits.
+"""``Sampler``: what each slot wants of the logits, and the tokens and log-probabilities that come out of a step's
+logits.
 
 Owns the sampling parameters, seeds and token counts of all slots. Must not know the model, pages or the scheduler.
 
-Decisions (does any row sample, are any logits edited, ...) are made on the host, from what ``fill`` was given: a step asks
-the device nothing, and a feature that no row of a batch uses costs nothing. What follows from a batch's slots is kept
-until other slots are sampled or one is filled.
+Decisions (does any row sample, are any logits edited, ...) are made on the host, from what ``fill`` was given: a step
+asks the device nothing, and a feature that no row of a batch uses costs nothing. What follows from a batch's slots is
+kept until other slots are sampled or one is filled.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class Sampler:
     def __init__(
         self, num_slots: int, vocab_size: int, ops: Ops, device: torch.device, without_token: Sequence[int] = ()
     ) -> None:
-        """without_token: ids that only a request chooses that names them, in ``allowed_token_ids``, ``logit_bias`` or its grammar."""
+        """without_token: ids that only a request chooses that names them, in ``allowed_token_ids``, ``logit_bias`` or
+        its grammar.
+        """
         assert 1 <= vocab_size <= 1 << 22, vocab_size
         self._num_slots = num_slots
         self._vocab_size = vocab_size
@@ -151,12 +154,15 @@ class Sampler:
         token_ids: Tensor,
         masks: Masks = (),
     ) -> tuple[Tensor, list[Report]]:
-        """Choose the next token of each row, and report log-probabilities to those that ask. ``logits`` is left as it is.
+        """Choose the next token of each row, and report log-probabilities to those that ask.
+
+        ``logits`` is left as it is.
 
         logits: (R, V), row i of slot ``slots[i]``. slot_ids: (R,) int64, ``slots`` on the device.
         positions: (R,) int64, the index that the token will have in its request. token_ids: (num_slots + 1, max_len)
-        int32, each slot's history. masks: of some of ``slots``, applied before any other change. Returns (R,) int64: the token, or TOKEN_NOT_FINITE where the row's logits hold a NaN or
-        +inf, or TOKEN_ALL_MASKED where they are all -inf after masks and biases; and raw log-probabilities, of failed rows too.
+        int32, each slot's history. masks: of some of ``slots``, applied before any other change. Returns (R,) int64:
+        the token, or TOKEN_NOT_FINITE where the row's logits hold a NaN or +inf, or TOKEN_ALL_MASKED where they are all
+        -inf after masks and biases; and raw log-probabilities, of failed rows too.
         """
         assert logits.shape == (len(slots), self._vocab_size), (logits.shape, len(slots), self._vocab_size)
         if not slots:

@@ -57,8 +57,10 @@ def start_device_half(
     startup_log: StartupLog,
     count_tokens: Callable[[Sequence[Path]], int | None] = lambda _: None,
 ) -> DeviceHalf:
-    """Bring up ``model`` as ``config`` says. Raises ``ValueError`` for what cannot work, before anything is allocated, and ``RuntimeError`` in
-    a forked process that cannot compute.
+    """Bring up ``model`` as ``config`` says.
+
+    Raises ``ValueError`` for what cannot work, before anything is allocated, and ``RuntimeError`` in a forked process
+    that cannot compute.
     """
     check_threads()
     device = resolve_device(config.device)
@@ -101,7 +103,9 @@ def start_device_half(
 
 
 def check_capturable(ops: Ops) -> None:
-    """Raise ``ValueError`` if a step with these operations cannot become a CUDA graph: definitions may wait for the device."""
+    """Raise ``ValueError`` if a step with these operations cannot become a CUDA graph: definitions may wait for the
+    device.
+    """
     waiting = [choice.op for choice in ops.choices if choice.chosen == SEMANTICS and not choice.is_fp8]
     if waiting:
         names = ", ".join(f"{name!r}: {SEMANTICS!r}" for name in waiting)
@@ -172,7 +176,9 @@ def _build(
 
 
 def _without_token(config: ModelConfig, num_tokens: int | None) -> list[int]:
-    """The ids beyond a tokenizer of ``num_tokens`` ids, if there is one, but for those that end a text: the checkpoint itself names these."""
+    """The ids beyond a tokenizer of ``num_tokens`` ids, if there is one, but for those that end a text: the checkpoint
+    itself names these.
+    """
     first = config.vocab_size if num_tokens is None else num_tokens
     return [token_id for token_id in range(first, config.vocab_size) if token_id not in config.eos_token_ids]
 
@@ -191,7 +197,8 @@ def _verify(memory: MemoryPlan, device: torch.device) -> None:
     planned = memory.total - memory.reserve
     if peak > planned:
         _logger.warning(
-            "start-up took %.2f GiB of device memory, and %.2f GiB were planned; the reserve is smaller by the difference",
+            "start-up took %.2f GiB of device memory, and %.2f GiB were planned; the reserve is smaller by the "
+            "difference",
             peak / GIB,
             planned / GIB,
         )

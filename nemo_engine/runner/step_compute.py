@@ -1,6 +1,8 @@
-"""What a step computes on the device: inputs from the request table, the model, the choice of tokens, and the table's advance.
+"""What a step computes on the device: inputs from the request table, the model, the choice of tokens, and the table's
+advance.
 
-Nothing here reads from the device, so all of it can be captured into a graph. Must not know plans, but for whose prompts are reported.
+Nothing here reads from the device, so all of it can be captured into a graph. Must not know plans, but for whose
+prompts are reported.
 """
 
 from __future__ import annotations
@@ -34,15 +36,18 @@ class StepCompute:
     workspace: Workspace = field(default_factory=Workspace)
 
     def forward(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the model. Returns the last MLP's output and the residual, (T, H) each, and each row's new length (R,)."""
+        """Run the model.
+
+        Returns the last MLP's output and the residual, (T, H) each, and each row's new length (R,).
+        """
         table = self.table
         ids, positions, mapping, seq_lens = self.ops.build_batch_(
-            table.token_ids, table.num_computed, table.page_table, rows.slots, rows.starts, rows.new_index, rows.new_page,
-            self.kv_cache.page_size, rows.num_tokens, rows.longest,
+            table.token_ids, table.num_computed, table.page_table, rows.slots, rows.starts, rows.new_index,
+            rows.new_page, self.kv_cache.page_size, rows.num_tokens, rows.longest,
         )  # fmt: skip
         meta = AttentionMeta(
-            rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self.kv_cache.page_size, rows.num_pages,
-            rows.longest, self.workspace, rows.prefill_pages,
+            rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self.kv_cache.page_size,
+            rows.num_pages, rows.longest, self.workspace, rows.prefill_pages,
         )  # fmt: skip
         x, residual = self.model.forward(ModelInputs(ids, positions, mapping, meta), self.kv_cache.layers)
         return x, residual, seq_lens
@@ -69,7 +74,9 @@ class StepCompute:
     def prompt_reports(
         self, plan: StepPlan, prompt_lens: Mapping[int, int], x: Tensor, residual: Tensor
     ) -> dict[int, list[Report]]:
-        """Log-probabilities of prompt tokens, by the index of their prefill in ``plan``. prompt_lens: of the slots that want them."""
+        """Log-probabilities of prompt tokens, by the index of their prefill in ``plan``. prompt_lens: of the slots that
+        want them.
+        """
         by_prefill: dict[int, list[Report]] = {}
         begin = len(plan.decode_slots)
         for index, row in enumerate(plan.prefills):

@@ -10,7 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepRows:
-    """The R rows of a step, N of which sample: what the host knows of them, and tensors on the device, slices of one upload."""
+    """The R rows of a step, N of which sample: what the host knows of them, and tensors on the device, slices of one
+    upload.
+    """
 
     num_decodes: int  # the first rows, of one token each
     num_tokens: int
@@ -34,7 +36,9 @@ class StepRows:
         num_pages: int,
         prefill_pages: tuple[int, ...] | None = None,
     ) -> StepRows:
-        """Slice ``words``, laid out as ``pack`` does: each part begins at a multiple of 16 bytes, or kernels would be compiled anew."""
+        """Slice ``words``, laid out as ``pack`` does: each part begins at a multiple of 16 bytes, or kernels would be
+        compiled anew.
+        """
         whole = num_rows + num_rows % 2
         new_index = whole + num_rows // 2 * 2 + 2
         new_page, sampled = new_index + whole, new_index + 2 * whole

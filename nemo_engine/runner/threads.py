@@ -1,4 +1,6 @@
-"""How many of a CPU's cores a step takes: one or all that this process may use, by what steps of its kind took of late."""
+"""How many of a CPU's cores a step takes: one or all that this process may use, by what steps of its kind took of
+late.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import torch
 
 from nemo_engine.ops.op import compiled_for_cpu
 
-# What one core does in some two milliseconds: bytes that it reads once, and bytes of weights, in a cache by then, times the tokens that they meet.
+# What one core does in some two milliseconds: bytes that it reads once, and bytes of weights, in a cache by then, times
+# the tokens that they meet.
 _READ = 32 << 20
 _MULTIPLIED = 256 << 20
 _REMEMBERED = 8  # steps of a kind
@@ -25,14 +28,16 @@ _TRIALS_SHARE = 0.02  # of the time that steps take, what trials may cost more t
 class Cores:
     """Gives each step one core or all, whichever took less time of late.
 
-    Every operation of a step waits for the slowest of its threads. One whose core is taken by another program comes late by that program's
-    turn, a hundred times what its share of a small operation takes; on a quiet machine all cores are faster for most steps. No file of the
-    system tells which of the two holds here (a container sees neither its neighbours nor the host), but the steps' own times do. So steps of
-    a kind, which are those of like numbers of tokens and pages, begin with what ``is_small`` says; now and then one of them tries the
-    other number, as often as trials cost 2 % of the time at most.
+    Every operation of a step waits for the slowest of its threads. One whose core is taken by another program comes
+    late by that program's turn, a hundred times what its share of a small operation takes; on a quiet machine all cores
+    are faster for most steps. No file of the system tells which of the two holds here (a container sees neither its
+    neighbours nor the host), but the steps' own times do. So steps of a kind, which are those of like numbers of tokens
+    and pages, begin with what ``is_small`` says; now and then one of them tries the other number, as often as trials
+    cost 2 % of the time at most.
 
-    weight_bytes, page_bytes: of all layers. adapts_below: steps of as many tokens or more keep to what ``is_small`` says, since their bits
-    depend on the number of threads, as those of MKL's fp32 products do, and a clock must not choose bits. clock: seconds.
+    weight_bytes, page_bytes: of all layers. adapts_below: steps of as many tokens or more keep to what ``is_small``
+    says, since their bits depend on the number of threads, as those of MKL's fp32 products do, and a clock must not
+    choose bits. clock: seconds.
     """
 
     def __init__(
@@ -49,7 +54,9 @@ class Cores:
 
     @contextmanager
     def step(self, num_tokens: int, num_pages: int) -> Iterator[None]:
-        """Run a step of ``num_tokens`` that attends to ``num_pages`` inside; this thread's number of threads is what it was afterwards."""
+        """Run a step of ``num_tokens`` that attends to ``num_pages`` inside; this thread's number of threads is what it
+        was afterwards.
+        """
         before = torch.get_num_threads()
         most = min(before, self._allowed)
         if (
@@ -97,7 +104,9 @@ class _Kind:
         self._since_trial = 0
 
     def seconds(self, takes_all: bool) -> float:
-        """The mean of what is remembered, but for the slowest step if there are several: a single late thread is no load."""
+        """The mean of what is remembered, but for the slowest step if there are several: a single late thread is no
+        load.
+        """
         times = sorted(self._times[takes_all])
         return sum(times[:-1]) / (len(times) - 1) if len(times) > _TRIED else sum(times) / len(times)
 
@@ -127,7 +136,8 @@ class _Kind:
 
 
 def allowed_cores(system: Path = Path("/")) -> int:
-    """Cores that this process may use at once: those of its affinity, and no more than whole ones of its cgroups' quotas.
+    """Cores that this process may use at once: those of its affinity, and no more than whole ones of its cgroups'
+    quotas.
 
     system: the root under which proc/ and sys/ lie.
     """
@@ -136,7 +146,9 @@ def allowed_cores(system: Path = Path("/")) -> int:
 
 
 def _quotas(system: Path) -> Iterator[float]:
-    """The quotas, in cores, of the cgroup of this process and of those around it: of version 2 (cpu.max) or 1 (cpu.cfs_quota_us)."""
+    """The quotas, in cores, of the cgroup of this process and of those around it: of version 2 (cpu.max) or 1
+    (cpu.cfs_quota_us).
+    """
     try:
         lines = (system / "proc/self/cgroup").read_text().splitlines()
     except OSError:

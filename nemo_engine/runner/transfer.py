@@ -1,7 +1,7 @@
 """Copies between host and device that never wait: through pinned memory, on the current stream.
 
-Pinned memory comes from torch's caching host allocator, which gives a block out again only when the copies that used it are done on the
-device. So a step needs no ring of its own, and as many blocks exist as steps were ever in flight.
+Pinned memory comes from torch's caching host allocator, which gives a block out again only when the copies that used it
+are done on the device. So a step needs no ring of its own, and as many blocks exist as steps were ever in flight.
 """
 
 from __future__ import annotations

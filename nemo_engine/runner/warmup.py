@@ -1,4 +1,6 @@
-"""Steps of padding alone, before the first request: everything is compiled, and every library has what it keeps per thread."""
+"""Steps of padding alone, before the first request: everything is compiled, and every library has what it keeps per
+thread.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def settle(step: StepCompute, max_num_batched_tokens: int) -> None:
 def warm_up(step: StepCompute, sizes: Sequence[int], max_num_batched_tokens: int) -> None:
     """Run every kind of step once, so that every kernel is compiled and the largest step's memory is taken.
 
-    sizes: those that will be captured. Others are run at each power of two, where implementations may change, and at the most.
+    sizes: those that will be captured. Others are run at each power of two, where implementations may change, and at
+    the most.
     """
     for rows in sorted({*_powers_of_two(step.table.num_slots), *sizes}):
         _run_padding(step, [1] * rows)

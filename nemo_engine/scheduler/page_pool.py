@@ -63,7 +63,10 @@ class PagePool:
         )[1:]
 
     def allocate(self, count: int) -> list[int]:
-        """Hand out ``count`` pages with one user each; their content is forgotten. ``count`` must be at most num_free."""
+        """Hand out ``count`` pages with one user each; their content is forgotten.
+
+        ``count`` must be at most num_free.
+        """
         assert count <= self.num_free, (count, self.num_free)
         pages = []
         for _ in range(count):
@@ -105,7 +108,10 @@ class PagePool:
                     self._free.move_to_end(page, last=False)  # nothing is lost if it is handed out next
 
     def remember(self, pages: Iterable[int], page_hashes: Iterable[bytes]) -> None:
-        """Make the contents of ``pages``, in use, findable, in doubt. Of two pages with one content, the first is found."""
+        """Make the contents of ``pages``, in use, findable, in doubt.
+
+        Of two pages with one content, the first is found.
+        """
         for page, page_hash in zip(pages, page_hashes):
             self._in_doubt[page] = True
             if page_hash not in self._page_of and self._hash_of[page] is None:

@@ -65,7 +65,9 @@ class ScheduledStep:
         return self.decodes + [request for request, row in self.prefills if row.samples]
 
     def note_prefilled(self, token_ids: Sequence[int]) -> None:
-        """``token_ids`` came out of this step: the requests that completed a prompt in it are sound if theirs is a token."""
+        """``token_ids`` came out of this step: the requests that completed a prompt in it are sound if theirs is a
+        token.
+        """
         num_decodes = len(self.decodes)
         for request, token_id in zip(self.sampling[num_decodes:], token_ids[num_decodes:]):
             if request not in self.departed:

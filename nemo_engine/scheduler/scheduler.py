@@ -120,7 +120,7 @@ class Scheduler:
         return plan
 
     def _grow(self, at_limit: list[Request]) -> list[tuple[int, int, int]]:
-        """(slot, index, page) of a new page for each of ``at_limit`` with steps left; others are preempted if need be."""
+        """Give each of ``at_limit`` with steps left a page, preempting others if need be: (slot, index, page)."""
         full = sorted([request for request in at_limit if request.has_steps_left], key=by_urgency)
         for request in at_limit:
             if not request.has_steps_left:

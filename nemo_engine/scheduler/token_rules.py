@@ -17,7 +17,9 @@ ERRORS = {
 
 
 def mask_of(request: Request) -> bytes:
-    """What the grammar of ``request`` allows next; b"", which allows nothing, if it fails, which sets ``mask_error``."""
+    """What the grammar of ``request`` allows next; b"", which allows nothing, if it fails, which sets
+    ``mask_error``.
+    """
     assert request.grammar is not None
     request.mask_error = None
     try:

@@ -1,4 +1,7 @@
-"""Who may ask, and how much: hosts, API keys, the size of bodies, and a line of JSON for every request. Plain ASGI: streams pass through."""
+"""Who may ask, and how much: hosts, API keys, the size of bodies, and a line of JSON for every request.
+
+Plain ASGI: streams pass through.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,8 @@ class Access:
         if not is_host_allowed(headers.get("host", ""), self._options.allowed_hosts):
             raise ApiError(
                 403,
-                f"this server does not answer to the host {headers.get('host', '')[:200]!r}; --allowed-hosts names those that it does",
+                f"this server does not answer to the host {headers.get('host', '')[:200]!r}; --allowed-hosts names "
+                "those that it does",
                 code="host_not_allowed",
             )
         self._check_client(scope, path, headers)

@@ -1,4 +1,7 @@
-"""``respond``: a whole response as JSON. Those that may be long are made outside the event loop, which has other streams to serve."""
+"""``respond``: a whole response as JSON.
+
+Those that may be long are made outside the event loop, which has other streams to serve.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ async def respond(build: Callable[[], dict[str, Any]], headers: dict[str, str], 
 
 
 def written(value: Any) -> bytes:
-    """``value`` as JSON. Other threads get their turn in between, which during one call of the encoder they would not."""
+    """``value`` as JSON.
+
+    Other threads get their turn in between, which during one call of the encoder they would not.
+    """
     return b"".join(_pieces(value, 0))
 
 

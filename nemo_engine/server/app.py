@@ -17,7 +17,7 @@ from nemo_engine.server.access import Access
 from nemo_engine.server.batch.routes import add_batch_routes
 from nemo_engine.server.chat import create_chat_completion
 from nemo_engine.server.completions import create_completion
-from nemo_engine.server.document import describe
+from nemo_engine.server.openapi import describe
 from nemo_engine.server.options import ServerOptions
 from nemo_engine.server.parsing import Workers
 from nemo_engine.server.protocol import (
@@ -69,7 +69,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class _Route(APIRoute):
-    """A route whose function takes a checked body, ``request``, and the request as it came, ``http``; without a body, as FastAPI has it."""
+    """A route whose function takes a checked body, ``request``, and the request as it came, ``http``; without a body,
+    as FastAPI has it.
+    """
 
     workers: Workers
 
@@ -87,9 +89,12 @@ class _Route(APIRoute):
 
 
 def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, model: str = "model") -> FastAPI:
-    """The application. ``model`` is the model's name where ``options`` has none. The engine stays the caller's to close.
+    """The application. ``model`` is the model's name where ``options`` has none.
 
-    ``app.state.service`` is what the routes share; ``app.state.batches`` answers batches, if there is a folder for them.
+    The engine stays the caller's to close.
+
+    ``app.state.service`` is what the routes share; ``app.state.batches`` answers batches, if there is a folder for
+    them.
     """
     options = options or ServerOptions()
     service = Service(engine, options, model)

@@ -1,4 +1,6 @@
-"""The bodies of requests: received whole within a time and a size, and so that all of them together stay within bounds."""
+"""The bodies of requests: received whole within a time and a size, and so that all of them together stay within
+bounds.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ class Bodies:
         return None
 
     async def receive(self, receive: Receive) -> Body:
-        """The next request's body. Raises ``ApiError`` for one that is too large, too slow, or too much beside the others."""
+        """The next request's body.
+
+        Raises ``ApiError`` for one that is too large, too slow, or too much beside the others.
+        """
         body = Body(self)
         try:
             async with asyncio.timeout(self._timeout):

@@ -101,7 +101,10 @@ def checked_chat(service: Service, request: ChatRequest) -> tuple[ToolUse, Encod
 
 
 def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl-") -> Chat:
-    """Check a request and put it into the form that the engine takes. Runs outside the event loop: grammars may be compiled."""
+    """Check a request and put it into the form that the engine takes.
+
+    Runs outside the event loop: grammars may be compiled.
+    """
     service.check_admission(request.n or 1, service.turn_of(http))
     tools, prompt, own = checked_chat(service, request)
     echo = ""

@@ -23,7 +23,10 @@ _NAMED = re.compile(rb"([A-Za-z0-9_.-]{1,64}):(.+)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whose requests these are. ``name`` is that of the key, or stands for one that has none; "" where there are no keys."""
+    """Whose requests these are.
+
+    ``name`` is that of the key, or stands for one that has none; "" where there are no keys.
+    """
 
     name: str
 
@@ -41,7 +44,10 @@ class KeyRing:
         self.reload()
 
     def reload(self) -> None:
-        """Take the keys from where the options say. Raises ``ValueError`` or ``OSError``, and keeps what it has, if that fails."""
+        """Take the keys from where the options say.
+
+        Raises ``ValueError`` or ``OSError``, and keeps what it has, if that fails.
+        """
         clients = {}
         for entry in self._options.keys():
             named = _NAMED.fullmatch(entry)
@@ -55,7 +61,10 @@ class KeyRing:
         return len(self._clients)
 
     def find(self, headers: Headers) -> Client | None:
-        """Whose key ``headers`` show; ``ANYONE`` if there are no keys, None for a wrong one or none. Compares in constant time."""
+        """Whose key ``headers`` show; ``ANYONE`` if there are no keys, None for a wrong one or none.
+
+        Compares in constant time.
+        """
         if not self._clients:
             return ANYONE
         shown = _shown_keys(headers)

@@ -1,4 +1,6 @@
-"""``/v1/completions``: prompts as text or token ids, several at once, with echo and log-probabilities as OpenAI had them."""
+"""``/v1/completions``: prompts as text or token ids, several at once, with echo and log-probabilities as OpenAI had
+them.
+"""
 
 from __future__ import annotations
 

@@ -86,7 +86,10 @@ def log_of(scope: Scope) -> dict[str, Any]:
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What ``error`` means to a client. Bad input is the client's; everything unforeseen is ours, logged and not shown."""
+    """What ``error`` means to a client.
+
+    Bad input is the client's; everything unforeseen is ours, logged and not shown.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineClosedError):
@@ -142,7 +145,9 @@ def _path_of(loc: Sequence[int | str]) -> str:
 
 
 def validation_error(error: ValidationError | RequestValidationError) -> ApiError:
-    """Names the field, as a path, of the first thing wrong; where several types were tried, of what came nearest to one."""
+    """Names the field, as a path, of the first thing wrong; where several types were tried, of what came nearest to
+    one.
+    """
     errors = error.errors()
     paths = [_path_of(one["loc"]) for one in errors]
     depth = 2 if tuple(errors[0]["loc"][:1]) in _PLACES else 1  # of the field

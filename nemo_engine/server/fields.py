@@ -1,6 +1,7 @@
 """One rule for what a request's fields hold, at every level of every route.
 
-1. ``null`` is a field left out. So is any value that asks for nothing (false, "", [], {}, or an object or list of such alone) of a field
+1. ``null`` is a field left out. So is any value that asks for nothing (false, "", [], {}, or an object or list of such
+   alone) of a field
    that a route gives no meaning to.
 2. A field that would change the answer, and that this server cannot honour, is refused by its path.
 3. Any other field that a route does not know has no effect, and its path is listed in the header ``X-Ignored-Fields``.
@@ -19,7 +20,8 @@ from nemo_engine.text.messages import asks_nothing
 MAX_IGNORED = 32  # paths that are listed
 
 REFUSED: Final = object()  # a field of rule 2
-# What an object may hold: of each name None (a value that is not looked into), REFUSED, the names of an object, or [those of a list's].
+# What an object may hold: of each name None (a value that is not looked into), REFUSED, the names of an object, or
+# [those of a list's].
 Names = Mapping[str, Any]
 
 _PART: Names = {"type": None, "text": None, "refusal": None, "image_url": None, "input_audio": None, "file": None}
@@ -93,9 +95,12 @@ class Ignored:
             self.paths[path] = None
 
     def known_part(self, value: Any, names: Any, path: str, place: str | None = None) -> Any:
-        """``value`` without the fields that ``names`` does not have. Values of other types stay, for those who read them.
+        """``value`` without the fields that ``names`` does not have.
 
-        path: as it is listed, with "[]" for any index. place: the same with its indices, for errors. Raises ``ApiError``.
+        Values of other types stay, for those who read them.
+
+        path: as it is listed, with "[]" for any index. place: the same with its indices, for errors. Raises
+        ``ApiError``.
         """
         place = path if place is None else place
         if isinstance(names, list):

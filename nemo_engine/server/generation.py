@@ -1,4 +1,6 @@
-"""One HTTP request's prompts in the engine: their outputs as one stream, with time-out, metrics and what ``explain`` tells."""
+"""One HTTP request's prompts in the engine: their outputs as one stream, with time-out, metrics and what ``explain``
+tells.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,10 @@ class Generation:
         self._texts: dict[tuple[int, int], list[str]] | None = {} if service.options.log_prompts else None
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(index of the prompt, output) as they come. ``TimeoutError`` when the time is over; closing it aborts what runs."""
+        """(index of the prompt, output) as they come.
+
+        ``TimeoutError`` when the time is over; closing it aborts what runs.
+        """
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         self._service.check_admission(
             len(self.prompts) * self.n, self._turn
@@ -92,7 +97,10 @@ class Generation:
                 self._log["texts"] = ["".join(parts) for _, parts in sorted(self._texts.items())]
 
     def _take_ids(self) -> list[str]:
-        """The ids of the requests in the engine. ``ValueError`` if the client's own id is in use by it; that of a proxy may be."""
+        """The ids of the requests in the engine.
+
+        ``ValueError`` if the client's own id is in use by it; that of a proxy may be.
+        """
         running, owners = self._service.running, self._service.owners
         key = (self._client, self.id)
         if key in running and not self._may_repeat:

@@ -7,7 +7,10 @@ from nemo_engine.server.protocol import IGNORED_FIELDS_HEADER, ApiRequest
 
 
 def response_headers(request: ApiRequest) -> dict[str, str]:
-    """``X-Ignored-Fields`` with the fields that had no effect, if there are any. ``ApiError`` for one that is refused."""
+    """``X-Ignored-Fields`` with the fields that had no effect, if there are any.
+
+    ``ApiError`` for one that is refused.
+    """
     ignored = request.ignored_fields()
     names = [ascii(name)[1:-1][:64].replace(",", " ") for name in ignored[:MAX_IGNORED]]
     return {IGNORED_FIELDS_HEADER: ", ".join(names)} if names else {}

@@ -1,8 +1,8 @@
 """HTTP/1.1 on a socket: uvicorn's protocol over httptools, with the limits that it leaves open.
 
-Owns what happens before and after a request is the application's: the size of heads, the deadlines of silent, slow and deaf clients,
-the number of connections. Knows nothing of keys, bodies and routes (``access``). A head is refused before it is parsed as a whole:
-the parser below copies what it has of a header with each read.
+Owns what happens before and after a request is the application's: the size of heads, the deadlines of silent, slow and
+deaf clients, the number of connections. Knows nothing of keys, bodies and routes (``access``). A head is refused before
+it is parsed as a whole: the parser below copies what it has of a header with each read.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class Connections:
         return HttpProtocol(self, config, server_state, app_state, _loop)
 
     def add(self, connection: HttpProtocol) -> int:
-        """Count an open connection; returns by how many the limit is exceeded. An idle one makes room if there is one."""
+        """Count an open connection; returns by how many the limit is exceeded.
+
+        An idle one makes room if there is one.
+        """
         self._open[connection] = None
         if not self._is_watching:
             self._is_watching = True
@@ -208,8 +211,8 @@ class HttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
-            # No other protocol is spoken here, and the body is the request's, which this parser would leave: so it reads the
-            # head again, without the header that asks.
+            # No other protocol is spoken here, and the body is the request's, which this parser would leave: so it
+            # reads the head again, without the header that asks.
             method, version = self.parser.get_method(), self.parser.get_http_version().encode()
             lines = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)

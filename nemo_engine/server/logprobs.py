@@ -1,4 +1,6 @@
-"""Log-probabilities as the routes write them: OpenAI's lists of completions, OpenAI's objects of chat, vLLM's prompt log-probabilities."""
+"""Log-probabilities as the routes write them: OpenAI's lists of completions, OpenAI's objects of chat, vLLM's prompt
+log-probabilities.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ def token_text(request: SamplingRequest, token_id: int, one: Logprob | None, tok
 class TextOffsets:
     """Where the tokens of a text stand in it, in characters, as they come.
 
-    A token of whole characters stands where these are, whatever stood in front of it. One that is part of a character stands where the text
-    ends that is whole before it. A control token that the text does not show stands where it would be.
+    A token of whole characters stands where these are, whatever stood in front of it. One that is part of a character
+    stands where the text ends that is whole before it. A control token that the text does not show stands where it
+    would be.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, *, start: int = 0, skips_special: bool = True) -> None:
@@ -60,7 +63,11 @@ def completion_logprobs(
     entries: Sequence[dict[int, Logprob] | None],
     offsets: Sequence[int],
 ) -> dict[str, Any]:
-    """OpenAI's lists. The first token of an echoed prompt, whose entry is None, has no log-probability. offsets: of the tokens in the text."""
+    """OpenAI's lists.
+
+    The first token of an echoed prompt, whose entry is None, has no log-probability. offsets: of the tokens in the
+    text.
+    """
     tokens: list[str] = []
     values: list[float | None] = []
     top: list[dict[str, float] | None] = []
@@ -80,7 +87,10 @@ def completion_logprobs(
 def chat_logprobs(
     request: ChatRequest, tokenizer: Tokenizer, token_ids: Sequence[int], entries: Sequence[dict[int, Logprob]]
 ) -> list[dict[str, Any]]:
-    """OpenAI's form of the log-probabilities of generated tokens. ``bytes`` are the token's own, which need not be whole characters."""
+    """OpenAI's form of the log-probabilities of generated tokens.
+
+    ``bytes`` are the token's own, which need not be whole characters.
+    """
     count = request.top_logprobs or 0
 
     def shown(token_id: int, one: Logprob) -> dict[str, Any]:

@@ -24,7 +24,10 @@ class Form:
 
 
 async def receive_form(content_type: str, pieces: AsyncIterator[bytes], file: IO[bytes], most_bytes: int) -> Form:
-    """Write the part ``file`` of a form to ``file``. Raises ``ApiError`` for what is no form, or larger than ``most_bytes``."""
+    """Write the part ``file`` of a form to ``file``.
+
+    Raises ``ApiError`` for what is no form, or larger than ``most_bytes``.
+    """
     match = _BOUNDARY.match(content_type)
     if match is None:
         raise ApiError(400, "the body must be a form, sent as multipart/form-data", code="invalid_form")

@@ -18,10 +18,10 @@ from nemo_engine.server.tools import ToolUse
 
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions; chat has the rest of the context
 _PLAIN = (
-    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "seed",
-    "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids", "skip_special_tokens",
-    "spaces_between_special_tokens", "include_stop_str_in_output", "stream_interval", "logit_bias", "allowed_token_ids",
-    "bad_words",
+    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
+    "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids",
+    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "stream_interval",
+    "logit_bias", "allowed_token_ids", "bad_words",
 )  # fmt: skip
 
 
@@ -55,8 +55,9 @@ def effective(
 ) -> Effective:
     """The parameters of ``request`` for a prompt of that length; ``ValueError`` or ``ApiError`` for what is wrong.
 
-    ``asked_tokens`` is the request's own limit of output tokens. It and every default are cut to what the context and the cache hold
-    beside the prompt. The form of the answer is what the request asks for, or with ``tools`` that of their calls.
+    ``asked_tokens`` is the request's own limit of output tokens. It and every default are cut to what the context and
+    the cache hold beside the prompt. The form of the answer is what the request asks for, or with ``tools`` that of
+    their calls.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -95,7 +96,9 @@ def effective(
 
 
 def _in_words_of(request: GenerationRequest, message: str) -> str:
-    """``message`` with the field that the client sent: what ``response_format`` asks is ``structured_outputs`` to the engine."""
+    """``message`` with the field that the client sent: what ``response_format`` asks is ``structured_outputs`` to the
+    engine.
+    """
     if request.response_format is None or request.response_format.get("type") == "text":
         return message
     whole, kind = "response_format", request.response_format.get("type")

@@ -1,7 +1,8 @@
 """From the bytes of a body to a checked request, such that no body keeps the interpreter to itself for long.
 
-The parser is one call into C, during which no other thread runs: neither the event loop nor the engine. Its time goes with the number
-of values, keys and escapes, so these are counted before it is called. What is left of a large body's work runs in threads of its own.
+The parser is one call into C, during which no other thread runs: neither the event loop nor the engine. Its time goes
+with the number of values, keys and escapes, so these are counted before it is called. What is left of a large body's
+work runs in threads of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _T = TypeVar("_T")
 
 
 class Workers:
-    """Threads for what large bodies ask for. They are few, and not those of small bodies, which so do not wait behind large ones."""
+    """Threads for what large bodies ask for.
+
+    They are few, and not those of small bodies, which so do not wait behind large ones.
+    """
 
     def __init__(self, max_model_len: int) -> None:
         self.max_values = max(MAX_VALUES, 2 * max_model_len)

@@ -1,6 +1,9 @@
-"""What requests may hold: OpenAI's fields and vLLM's extras, by the same names. Values are checked by the engine's own rules.
+"""What requests may hold: OpenAI's fields and vLLM's extras, by the same names.
 
-The rule for values that ask for nothing and for fields that are not declared is that of ``fields``, for objects inside a body too.
+Values are checked by the engine's own rules.
+
+The rule for values that ask for nothing and for fields that are not declared is that of ``fields``, for objects inside
+a body too.
 """
 
 from __future__ import annotations

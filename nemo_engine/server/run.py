@@ -43,8 +43,8 @@ _logger = logging.getLogger("nemo_engine.server")
 def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, Any]) -> int:
     """Load ``model`` and serve it until SIGTERM or SIGINT; returns the exit code.
 
-    On the first signal /health fails at once and no request is taken; those that run may finish until ``drain_timeout``, which ends
-    them. A second signal ends everything.
+    On the first signal /health fails at once and no request is taken; those that run may finish until
+    ``drain_timeout``, which ends them. A second signal ends everything.
     """
     keys = options.keys()  # what is wrong should not cost a load
     Tracing(options.otlp_endpoint).close()
@@ -128,7 +128,9 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: the first begins the drain, the second ends the requests, a third does not wait for their clients."""
+        """A signal: the first begins the drain, the second ends the requests, a third does not wait for their
+        clients.
+        """
         if self._service.is_draining:
             self.force_exit = self.should_exit
             self.should_exit = True
@@ -188,7 +190,9 @@ def _check_tls(options: ServerOptions) -> None:
 
 
 def _for_address(options: ServerOptions, address: str, *, is_open: bool) -> ServerOptions:
-    """What follows from where the server listens and whether it has keys: the names that it answers to, and a warning."""
+    """What follows from where the server listens and whether it has keys: the names that it answers to, and a
+    warning.
+    """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
     options = replace(options, max_connections=max(1, min(options.max_connections, most)))
     if not is_open:
@@ -205,7 +209,10 @@ def _for_address(options: ServerOptions, address: str, *, is_open: bool) -> Serv
 
 
 def _listen(options: ServerOptions) -> socket.socket:
-    """Bind before the model is loaded: a port in use should not cost a load. Allows as many connections as the system does."""
+    """Bind before the model is loaded: a port in use should not cost a load.
+
+    Allows as many connections as the system does.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -53,7 +53,8 @@ class Service:
         self.tracing = Tracing(options.otlp_endpoint)
         self.created = int(time.time())
         self.is_draining = False
-        # By client and the id of a response under way: the ids of its requests in the engine; and by these, whose they are.
+        # By client and the id of a response under way: the ids of its requests in the engine; and by these, whose they
+        # are.
         self.running: dict[tuple[Client, str], set[str]] = {}
         self.owners: dict[str, Client] = {}
         self.server_defaults = options.sampling_defaults()
@@ -76,7 +77,10 @@ class Service:
         return tokenizer
 
     def renderer(self, chat_template: str | None = None) -> Renderer:
-        """What makes prompts of conversations, by the template that a request brings if the server allows it. Raises ``ApiError``."""
+        """What makes prompts of conversations, by the template that a request brings if the server allows it.
+
+        Raises ``ApiError``.
+        """
         renderers = self.engine.renderers
         if renderers is None:
             raise ApiError(400, "this model has no tokenizer: send token ids to /v1/completions")
@@ -115,7 +119,9 @@ class Service:
         return (http.headers.get(header) if header else None) or self.client_of(http).name
 
     def check_admission(self, num_completions: int, turn: str = "") -> None:
-        """503 while the server shuts down, 429 when too many requests wait, 400 for too many completions in one request."""
+        """503 while the server shuts down, 429 when too many requests wait, 400 for too many completions in one
+        request.
+        """
         if self.engine.error is not None:
             raise self.engine.error
         if self.is_draining or not self.engine.is_ready:
@@ -177,7 +183,10 @@ def _check_placement(engine: AsyncEngine, options: ServerOptions) -> None:
 
 
 def _read_model_defaults(engine: AsyncEngine) -> dict[str, Any]:
-    """What the checkpoint's own file says of sampling. ``ValueError`` naming file and field for a value that no request could have."""
+    """What the checkpoint's own file says of sampling.
+
+    ``ValueError`` naming file and field for a value that no request could have.
+    """
     path = engine.model_path / "generation_config.json"
     if not path.is_file():
         return {}

@@ -31,8 +31,8 @@ def named_event(name: str, data: Any) -> bytes:
 class EventStream(Response):
     """Sends what ``events`` yields. An error after the response has begun becomes a last event.
 
-    The first event is awaited before the response begins, so that what is refused at once has a status of its own. A client that
-    reads slowly holds up only its own ``events``; one that goes away closes them.
+    The first event is awaited before the response begins, so that what is refused at once has a status of its own. A
+    client that reads slowly holds up only its own ``events``; one that goes away closes them.
     """
 
     media_type = "text/event-stream"

@@ -122,7 +122,9 @@ def _detokenized(service: Service, request: DetokenizeRequest, headers: dict[str
 
 
 async def render(service: Service, http: Request, request: ChatRequest) -> Response:
-    """``/v1/chat/completions/render``: the prompt that a chat request would become, as ids and as text; what chat refuses is refused."""
+    """``/v1/chat/completions/render``: the prompt that a chat request would become, as ids and as text; what chat
+    refuses is refused.
+    """
     headers = response_headers(request)
     service.check_model(request.model)
     return await service.workers.run(http, _rendered, service, request, headers)
@@ -137,7 +139,10 @@ def _rendered(service: Service, request: ChatRequest, headers: dict[str, str]) -
 
 
 async def abort(service: Service, http: Request, request: AbortRequest) -> Response:
-    """``/abort``: end requests by the ids of their responses. Unknown ids, and those of other clients, are passed over."""
+    """``/abort``: end requests by the ids of their responses.
+
+    Unknown ids, and those of other clients, are passed over.
+    """
     headers = response_headers(request)
     ids = [request.request_id] if isinstance(request.request_id, str) else request.request_id
     whole = [f"{prefix}{one}" for one in ids for prefix in ("", "cmpl-", "chatcmpl-", "resp_")]

@@ -1,4 +1,6 @@
-"""What a request wants of its tools: which of them the answer may, must or must not call, and the grammar that makes it so."""
+"""What a request wants of its tools: which of them the answer may, must or must not call, and the grammar that makes it
+so.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class ToolUse:
 
     @classmethod
     def of(cls, request: ChatRequest, renderer: Renderer) -> ToolUse:
-        """Read ``tools``, ``tool_choice`` and ``parallel_tool_calls``; ``ValueError`` or ``ApiError`` for what does not fit."""
+        """Read ``tools``, ``tool_choice`` and ``parallel_tool_calls``; ``ValueError`` or ``ApiError`` for what does not
+        fit.
+        """
         tools = check_tools(request.tools) if request.tools else None
         choice = check_tool_choice(request.tool_choice, tools)
         if tools and renderer.no_tools is not None:
@@ -52,7 +56,8 @@ class ToolUse:
         return [dict(tool) for tool in self.tools if self.is_forced or tool["function"]["name"] in self.choice.names]
 
     def structured_outputs(self, asked: object | None) -> object | None:
-        """The form of the answer: that of the calls if calls are forced, else what the request asks for, or calls if it may make some.
+        """The form of the answer: that of the calls if calls are forced, else what the request asks for, or calls if it
+        may make some.
 
         ``asked`` is the form of text, of which an answer of forced calls has none.
         """
@@ -73,7 +78,9 @@ class ToolUse:
         return self.is_forced or (self.is_on and asked is not None)
 
     def blamed(self, message: str, asked: object | None) -> str:
-        """``message``, an error of what ``structured_outputs`` made, with the tool or the part of ``asked`` whose fault it is."""
+        """``message``, an error of what ``structured_outputs`` made, with the tool or the part of ``asked`` whose fault
+        it is.
+        """
         for index, tool in enumerate(self.tools):
             if tool["function"]["name"] in self.choice.names:
                 wrong = _fault(tool["function"].get("parameters") or {})

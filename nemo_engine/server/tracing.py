@@ -1,6 +1,9 @@
-"""OpenTelemetry: one span for every request of the engine, sent to a collector over OTLP/HTTP. Needs the extra ``otel``.
+"""OpenTelemetry: one span for every request of the engine, sent to a collector over OTLP/HTTP.
 
-Nothing is imported, and nothing done, without an endpoint. The names of attributes are those of the gen_ai conventions as vLLM has them.
+Needs the extra ``otel``.
+
+Nothing is imported, and nothing done, without an endpoint. The names of attributes are those of the gen_ai conventions
+as vLLM has them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A discrete-event simulation: the real scheduler on a virtual clock, with a cost model in the runner's place. Must not know torch."""
+"""A discrete-event simulation: the real scheduler on a virtual clock, with a cost model in the runner's place.
+
+Must not know torch.
+"""
 
 from nemo_engine.simulator.cost import CostModel, Measurement
 from nemo_engine.simulator.replica import EngineShape

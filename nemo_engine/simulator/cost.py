@@ -1,7 +1,8 @@
 """A cost model that is fitted from measured steps, for any machine; kept as JSON.
 
-A step takes: a curve over its decode rows, a constant per key that those attend to, a curve over its prefill tokens, constants per prefill row
-and per pair of query and key in prefills; less what a step of both kinds saves. All are at least 0, and the curves do not fall.
+A step takes: a curve over its decode rows, a constant per key that those attend to, a curve over its prefill tokens,
+constants per prefill row and per pair of query and key in prefills; less what a step of both kinds saves. All are at
+least 0, and the curves do not fall.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ Curve = tuple[tuple[int, float], ...]  # (count, seconds), by count
 
 
 class Measurement(NamedTuple):
-    """One step as it was: decode rows, the keys that they attended to, prefill rows, their tokens and pairs of query and key; seconds."""
+    """One step as it was: decode rows, the keys that they attended to, prefill rows, their tokens and pairs of query
+    and key; seconds.
+    """
 
     num_decodes: int
     sum_context: int
@@ -44,7 +47,10 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """``StepCost`` of one machine and model. ``facts`` is what is known of the measurements; the host's time is in the seconds."""
+    """``StepCost`` of one machine and model.
+
+    ``facts`` is what is known of the measurements; the host's time is in the seconds.
+    """
 
     decode: Curve
     context_seconds: float
@@ -56,7 +62,10 @@ class CostModel:
 
     @classmethod
     def fit(cls, measurements: Iterable[Measurement], facts: Mapping[str, Any] | None = None) -> CostModel:
-        """The model with the least relative error, single outliers mattering little. Raises ``ValueError`` if there are too few measurements."""
+        """The model with the least relative error, single outliers mattering little.
+
+        Raises ``ValueError`` if there are too few measurements.
+        """
         found = [m for m in measurements if m.num_decodes or m.num_prefills]
         if len(found) < _LEAST:
             raise ValueError(f"measurements must be at least {_LEAST} steps, got {len(found)}")
@@ -84,9 +93,8 @@ class CostModel:
             "p90_error": errors[int(0.9 * (len(errors) - 1))],
         }
         return cls(
-            tuple(zip(decode_knots, accumulate(x[:d]))), context, tuple(zip(prefill_knots, accumulate(x[d:-4]))), row, pair,
-            saving,
-            {**about, **(facts or {})},
+            tuple(zip(decode_knots, accumulate(x[:d]))), context, tuple(zip(prefill_knots, accumulate(x[d:-4]))), row,
+            pair, saving, {**about, **(facts or {})},
         )  # fmt: skip
 
     def decode_line(self, num_decodes: int) -> tuple[float, float]:
@@ -161,7 +169,9 @@ def _knots(counts: Iterable[int]) -> list[int]:
 
 
 def _place(knots: Sequence[int], count: int) -> tuple[int, float]:
-    """The knot at or before ``count``, and the part of the way to the next one: above 1 beyond the last; 0 at or before the first."""
+    """The knot at or before ``count``, and the part of the way to the next one: above 1 beyond the last; 0 at or before
+    the first.
+    """
     if count <= knots[0] or len(knots) == 1:
         return 0, 0.0
     index = len(knots) - 2

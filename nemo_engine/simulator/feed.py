@@ -1,4 +1,6 @@
-"""What comes when: items of a workload at their arrivals, later turns after the answers before them, and in a closed loop the next item."""
+"""What comes when: items of a workload at their arrivals, later turns after the answers before them, and in a closed
+loop the next item.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ class Contents:
             return self._encode(prompt)
         if turn.num_tokens is None:
             raise ValueError(
-                f"request {conversation.item.request_id!r}: a prompt of text needs prompt_tokens beside it, or a model with a tokenizer"
+                f"request {conversation.item.request_id!r}: a prompt of text needs prompt_tokens beside it, or a model "
+                "with a tokenizer"
             )
         self._num_codes += 1
         return [_FIRST_CODE + self._num_codes % _CODES] * turn.num_tokens
@@ -130,7 +133,8 @@ class Feed:
             raise ValueError(f"request {item.request_id!r} has no arrival_s: give a rate or a concurrency")
         elif item.arrival_s < self._latest:
             raise ValueError(
-                f"request {item.request_id!r}: arrival_s must not be before that of the item before it ({self._latest}), got {item.arrival_s}"
+                f"request {item.request_id!r}: arrival_s must not be before that of the item before it "
+                f"({self._latest}), got {item.arrival_s}"
             )
         else:
             self._latest = item.arrival_s
@@ -155,7 +159,9 @@ class Feed:
         return found
 
     def ended(self, conversation: Conversation, token_ids: list[int] | None, now: float) -> None:
-        """A turn is answered, all its tokens being ``token_ids``; None: it was refused, and so is what would follow it."""
+        """A turn is answered, all its tokens being ``token_ids``; None: it was refused, and so is what would follow
+        it.
+        """
         turns = conversation.item.turns
         conversation.turn += 1
         if token_ids is not None and conversation.turn < len(turns):

@@ -34,7 +34,8 @@ class EngineShape:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), got {self.max_num_batched_tokens}"
+                f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), got "
+                f"{self.max_num_batched_tokens}"
             )
         if self.pipeline_depth not in (1, 2):
             raise ValueError(f"pipeline_depth must be 1 or 2, got {self.pipeline_depth}")
@@ -71,7 +72,8 @@ class Replica:
         self._in_flight: deque[tuple[float, StepPlan]] = deque()  # with the time at which it is done
         self._lines: dict[int, tuple[float, float, float]] = {}
         self._is_blocked = False  # the first of those that wait found no room, and nothing was freed since
-        # Behind the scheduler's own queue, so that a long queue costs no token lists: (priority, order, makes the request).
+        # Behind the scheduler's own queue, so that a long queue costs no token lists: (priority, order, makes the
+        # request).
         self._held: list[tuple[int, int, Callable[[], SimulatedRequest]]] = []
         self._num_submitted = self._num_finished = 0
         self._urgency_inside = (-(1 << 62), 0)  # no request in the scheduler's queue is less urgent
@@ -97,7 +99,9 @@ class Replica:
         self._is_blocked = False
 
     def run_until(self, limit: float, max_ends: float = float("inf")) -> None:
-        """Plan and commit steps while ``now`` is before ``limit``, until nothing is left, or until so many requests ended."""
+        """Plan and commit steps while ``now`` is before ``limit``, until nothing is left, or until so many requests
+        ended.
+        """
         scheduler, in_flight, depth = self.scheduler, self._in_flight, self._shape.pipeline_depth
         stop = self._num_finished + max_ends
         while self.now < limit and self.num_unfinished and self._num_finished < stop:

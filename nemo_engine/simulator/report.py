@@ -10,8 +10,22 @@ from nemo_engine.simulator.results import Results
 from nemo_engine.simulator.statistics import Sketch
 from nemo_engine.workload import Limits
 
-_HEADS = ("requests/s", "tokens/s", "good/s", "good", "TTFT p50", "p99 ms", "ITL p50", "p99 ms", "TPOT p99", "KV peak", "running",
-          "prefix hits", "preempted", "busy")  # fmt: skip
+_HEADS = (
+    "requests/s",
+    "tokens/s",
+    "good/s",
+    "good",
+    "TTFT p50",
+    "p99 ms",
+    "ITL p50",
+    "p99 ms",
+    "TPOT p99",
+    "KV peak",
+    "running",
+    "prefix hits",
+    "preempted",
+    "busy",
+)
 
 
 def report(label: str, runs: Sequence[tuple[str, Results]]) -> str:
@@ -19,10 +33,11 @@ def report(label: str, runs: Sequence[tuple[str, Results]]) -> str:
     rows = [(label, *_HEADS)]
     for name, found in runs:
         rows.append((
-            name, f"{found.requests_per_s:.2f}", f"{found.output_tokens_per_s:,.0f}", f"{found.good_requests_per_s:.2f}",
-            f"{found.good_fraction:.1%}", _ms(found.ttft, 0.5), _ms(found.ttft, 0.99), _ms(found.itl, 0.5), _ms(found.itl, 0.99),
-            _ms(found.tpot, 0.99), f"{found.peak_kv_used:.1%}", f"{found.mean_running:.1f}", f"{found.prefix_hit_rate:.1%}",
-            f"{found.num_preemptions}", f"{found.busy_fraction:.1%}",
+            name, f"{found.requests_per_s:.2f}", f"{found.output_tokens_per_s:,.0f}",
+            f"{found.good_requests_per_s:.2f}", f"{found.good_fraction:.1%}", _ms(found.ttft, 0.5), _ms(found.ttft,
+            0.99), _ms(found.itl, 0.5), _ms(found.itl, 0.99), _ms(found.tpot, 0.99), f"{found.peak_kv_used:.1%}",
+            f"{found.mean_running:.1f}", f"{found.prefix_hit_rate:.1%}", f"{found.num_preemptions}",
+            f"{found.busy_fraction:.1%}",
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
@@ -41,7 +56,10 @@ def _ms(sketch: Sketch, q: float) -> str:
 
 
 def plot(label: str, runs: Sequence[tuple[float, Results]], limits: Limits, path: Path) -> None:
-    """Latencies and goodput over ``label``, the KV cache and the batch over time; PNG or SVG by the name of ``path``. Needs matplotlib."""
+    """Latencies and goodput over ``label``, the KV cache and the batch over time; PNG or SVG by the name of ``path``.
+
+    Needs matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -8,12 +8,15 @@ from nemo_engine.scheduler import Request
 from nemo_engine.simulator.replica import Replica
 
 ROUTINGS = ("round-robin", "least-loaded", "prefix-aware")
-_SLACK = 8  # requests by which the replica with the longest prefix may be ahead of the least loaded, and half as many again as that has
+# requests by which the replica with the longest prefix may be ahead of the least loaded, and half as many again as that
+# has
+_SLACK = 8
 
 
 class Router:
-    """``routing``: in turn; to the one with the fewest unfinished requests; or to the one whose cache has most of the prompt, if it is
-    not far more loaded than another. It knows what replicas hold at that moment, which real routers can only guess.
+    """``routing``: in turn; to the one with the fewest unfinished requests; or to the one whose cache has most of the
+    prompt, if it is not far more loaded than another. It knows what replicas hold at that moment, which real routers
+    can only guess.
     """
 
     def __init__(self, routing: str) -> None:

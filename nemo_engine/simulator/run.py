@@ -18,7 +18,10 @@ from nemo_engine.workload import Arrivals, Item, Limits
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is simulated besides the workload. ``use_priorities``: scheduling_policy "priority"; else all are equally urgent."""
+    """What is simulated besides the workload.
+
+    ``use_priorities``: scheduling_policy "priority"; else all are equally urgent.
+    """
 
     shape: EngineShape
     cost: StepCost

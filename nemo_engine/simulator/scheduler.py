@@ -49,8 +49,8 @@ class SimulatedRequest(Request):
 class Calendar:
     """The steps at which decoding requests are due: they start a page in it, or end when a step is committed after it.
 
-    Steps are counted from the first. ``has_overlap``: a step stays in flight while the next one is planned. So a request
-    is due to end in the step after its last one; without overlap, in its last one.
+    Steps are counted from the first. ``has_overlap``: a step stays in flight while the next one is planned. So a
+    request is due to end in the step after its last one; without overlap, in its last one.
     """
 
     def __init__(self, has_overlap: bool) -> None:
@@ -165,7 +165,8 @@ class SteadyRun:
     def meet(self, step: int, may_grow: bool) -> bool:
         """Give pages to those that start one in ``step``, and set ``ending``.
 
-        False, and nothing is done, if pages are to be given and lack or ``may_grow`` is false, or if no request is left.
+        False, and nothing is done, if pages are to be given and lack or ``may_grow`` is false, or if no request is
+        left.
         """
         due = self._calendar.take(self._first + step)
         growing = [r for r in due if r.compute_limit < r.max_total_tokens - 1]

@@ -1,4 +1,6 @@
-"""Statistics of a stream in bounded memory: quantiles with a relative error, and what changes over time at a resolution that adapts."""
+"""Statistics of a stream in bounded memory: quantiles with a relative error, and what changes over time at a resolution
+that adapts.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ class Sketch:
         self._buckets[key] = self._buckets.get(key, 0) + weight
 
     def add_all(self, values: Sequence[float], weight: int = 1) -> None:
-        """Count each of ``values``, of which there is at least one, ``weight`` times. Quick where they are nearly equal."""
+        """Count each of ``values``, of which there is at least one, ``weight`` times.
+
+        Quick where they are nearly equal.
+        """
         least, largest = min(values), max(values)
         key = _key(least)
         if key != _key(largest):
@@ -92,7 +97,9 @@ class Sketch:
 
 
 class Timeline:
-    """Time-weighted means of several numbers in at most 512 intervals, which become twice as long whenever they do not suffice."""
+    """Time-weighted means of several numbers in at most 512 intervals, which become twice as long whenever they do not
+    suffice.
+    """
 
     INTERVALS = 512
 

@@ -1,4 +1,7 @@
-"""Text in and out: tokenizers, chat rendering to ids, tool calls, incremental detokenization. Knows no requests and no tensors."""
+"""Text in and out: tokenizers, chat rendering to ids, tool calls, incremental detokenization.
+
+Knows no requests and no tensors.
+"""
 
 from nemo_engine.text.chat import SystemPlacement, render_chat
 from nemo_engine.text.chat_renderer import ChatRenderers, Renderer, chat_line

@@ -70,7 +70,10 @@ class CallReader(Protocol):
 
 
 class CallStyle(Protocol):
-    """``opening`` begins a call, ``trigger_id`` is its token, if it is one. ``shows_special``: the tags are control tokens, which must be shown."""
+    """``opening`` begins a call, ``trigger_id`` is its token, if it is one.
+
+    ``shows_special``: the tags are control tokens, which must be shown.
+    """
 
     described: str
     opening: str
@@ -78,7 +81,9 @@ class CallStyle(Protocol):
     shows_special: bool
 
     def reader(self, *, is_forced: bool, shows_special: bool, seed: str | None = None) -> CallReader:
-        """A reader of one streamed answer; ``is_forced``: it is calls and nothing else, and their beginning stands in the prompt."""
+        """A reader of one streamed answer; ``is_forced``: it is calls and nothing else, and their beginning stands in
+        the prompt.
+        """
         ...
 
     def read(
@@ -193,8 +198,8 @@ class TaggedCalls:
 class TaggedReader:
     """Reads an answer with tagged calls piece by piece; however it is cut, the events are the same when merged.
 
-    White space in front of a call, between calls and behind the last is left out. What stands between tags and is no call is content, with
-    its tag, and sets ``is_malformed``. ``is_cut``: the text ended within a call.
+    White space in front of a call, between calls and behind the last is left out. What stands between tags and is no
+    call is content, with its tag, and sets ``is_malformed``. ``is_cut``: the text ended within a call.
     """
 
     def __init__(self, form: CallForm, *, is_forced: bool = False, seed: str | None = None) -> None:

@@ -31,19 +31,21 @@ def render_chat(
 
     With ``add_generation_prompt`` off a conversation may also end with an assistant message, which an EOS then closes.
 
-    ``messages`` and ``tools`` are OpenAI's; see ``check_messages`` and ``check_tools`` for what is taken. Neighbouring messages of
-    one role are merged with a blank line between them, several system messages are joined and stand before the last user
-    message, an empty user message is put first if another role begins, and an assistant message with nothing in it is
-    left out; with ``strict`` what the official template refuses is refused. ``continue_final_message``, or ``"prefix": true`` in it,
-    leaves the last message, an assistant's, open to be continued. Raises ``ValueError`` naming the message.
+    ``messages`` and ``tools`` are OpenAI's; see ``check_messages`` and ``check_tools`` for what is taken. Neighbouring
+    messages of one role are merged with a blank line between them, several system messages are joined and stand before
+    the last user message, an empty user message is put first if another role begins, and an assistant message with
+    nothing in it is left out; with ``strict`` what the official template refuses is refused.
+    ``continue_final_message``, or ``"prefix": true`` in it, leaves the last message, an assistant's, open to be
+    continued. Raises ``ValueError`` naming the message.
 
-    The format gives an assistant's turn either text or tool calls. One with both is rendered as the model writes it when it does:
-    the text, then the token [TOOL_CALLS] and the calls.
+    The format gives an assistant's turn either text or tool calls. One with both is rendered as the model writes it
+    when it does: the text, then the token [TOOL_CALLS] and the calls.
 
-    ``system_placement`` "last" is the format's own rule: system text and tool list stand in front of the last user message, so they
-    move from turn to turn, and what follows is computed anew. "first" puts them in front of the first user message, where they
-    stay: the ids of a turn then begin with those of the turn before. ``start_tool_calls`` ends the prompt with the token
-    [TOOL_CALLS], so that the answer is a list of calls. Texts that make far more than ``max_tokens`` are refused before they are encoded.
+    ``system_placement`` "last" is the format's own rule: system text and tool list stand in front of the last user
+    message, so they move from turn to turn, and what follows is computed anew. "first" puts them in front of the first
+    user message, where they stay: the ids of a turn then begin with those of the turn before. ``start_tool_calls`` ends
+    the prompt with the token [TOOL_CALLS], so that the answer is a list of calls. Texts that make far more than
+    ``max_tokens`` are refused before they are encoded.
     """
     from mistral_common.exceptions import MistralCommonException
 
@@ -173,7 +175,9 @@ def _check_alternation(messages: list[ChatMessage]) -> None:
 
 
 def _merge(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """Neighbours of one role made one, less system messages and empty ones of the assistant; a user message first of all."""
+    """Neighbours of one role made one, less system messages and empty ones of the assistant; a user message first of
+    all.
+    """
     merged: list[ChatMessage] = []
     texts: list[list[str]] = []  # of each
     for message in messages:

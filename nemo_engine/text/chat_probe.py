@@ -1,4 +1,6 @@
-"""What a chat template does, found by trying it on small conversations: what ends a turn, whether it takes tools, how it writes calls."""
+"""What a chat template does, found by trying it on small conversations: what ends a turn, whether it takes tools, how
+it writes calls.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ _WORDS = ("quokka", "numbat")
 class MessageForm:
     """How messages have to be put so that a template takes them.
 
-    ``parts``: content as a list of parts. ``empty_content``: content "" beside calls, which otherwise is left out. ``text_arguments``:
-    arguments of calls as JSON text rather than objects. ``short_ids``: ids of calls of 9 letters and digits.
+    ``parts``: content as a list of parts. ``empty_content``: content "" beside calls, which otherwise is left out.
+    ``text_arguments``: arguments of calls as JSON text rather than objects. ``short_ids``: ids of calls of 9 letters
+    and digits.
     """
 
     parts: bool = False
@@ -51,7 +54,10 @@ class MessageForm:
 
 @dataclass(frozen=True, slots=True)
 class TemplateFacts:
-    """``ends`` close an assistant's turn. ``writes_list``: calls follow [TOOL_CALLS], as Mistral has it. ``no_tools`` says why tools are refused."""
+    """``ends`` close an assistant's turn. ``writes_list``: calls follow [TOOL_CALLS], as Mistral has it.
+
+    ``no_tools`` says why tools are refused.
+    """
 
     form: MessageForm
     ends: tuple[AddedToken, ...]
@@ -91,7 +97,10 @@ def put(form: MessageForm, messages: Sequence[dict[str, Any]]) -> Messages:
 
 
 def probe(template: ChatTemplate) -> TemplateFacts:
-    """Try a template. Raises ``ValueError`` if it takes no conversation at all. All tries together may cost what one rendering may."""
+    """Try a template. Raises ``ValueError`` if it takes no conversation at all.
+
+    All tries together may cost what one rendering may.
+    """
     with Metered():
         return _probe(template)
 

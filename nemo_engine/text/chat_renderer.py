@@ -1,7 +1,8 @@
-"""Which way a checkpoint's conversations become prompts: by Mistral's rules (``chat``), or by the checkpoint's own template.
+"""Which way a checkpoint's conversations become prompts: by Mistral's rules (``chat``), or by the checkpoint's own
+template.
 
-That is found by trying. The template is rendered over small conversations, with a system text, turns and tools; where its ids are
-those of Mistral's rules, these serve, with all that they can. Else the template does.
+That is found by trying. The template is rendered over small conversations, with a system text, turns and tools; where
+its ids are those of Mistral's rules, these serve, with all that they can. Else the template does.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
 class Renderer(Protocol):
     """Makes prompts of conversations. ``source`` is a template's file. ``calls`` is how tool calls are written.
 
-    ``end_ids`` end an answer, beside the model's own end-of-sequence tokens; ``end_names`` are the same as texts. ``no_tools``: why tools are
-    refused, None where they are taken. ``places_system``: ``system_placement`` has a meaning. ``fields`` of messages, beside the usual
-    ones, may have an effect.
+    ``end_ids`` end an answer, beside the model's own end-of-sequence tokens; ``end_names`` are the same as texts.
+    ``no_tools``: why tools are refused, None where they are taken. ``places_system``: ``system_placement`` has a
+    meaning. ``fields`` of messages, beside the usual ones, may have an effect.
     """
 
     name: str
@@ -59,7 +60,10 @@ class Renderer(Protocol):
         start_tool_calls: bool = False,
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Token ids of the prompt; see ``render_chat``. ``documents`` and ``chat_template_kwargs`` are for templates. Raises ``ValueError``."""
+        """Token ids of the prompt; see ``render_chat``. ``documents`` and ``chat_template_kwargs`` are for templates.
+
+        Raises ``ValueError``.
+        """
         ...
 
 
@@ -92,7 +96,8 @@ class MistralRenderer:
         """See ``Renderer``."""
         if self._tokenizer.mistral is None:
             raise ValueError(
-                "chat needs a chat template, and this model has none, nor [INST] and the like for Mistral's format: give "
+                "chat needs a chat template, and this model has none, nor [INST] and the like for Mistral's format: "
+                "give "
                 "chat_template=FILE, or use generate"
             )
         for name, value in (("documents", documents), ("chat_template_kwargs", chat_template_kwargs)):
@@ -104,8 +109,9 @@ class MistralRenderer:
 class ChatRenderers:
     """The renderer of a checkpoint's conversations, and those of templates that requests bring.
 
-    ``folders`` are those in which files are looked for, the tokenizer's first. ``why`` says why it is this one. ``chat_template``: a
-    template's file or text, or "mistral"; None takes what the checkpoint has. Raises ``ValueError`` for a template that cannot be used.
+    ``folders`` are those in which files are looked for, the tokenizer's first. ``why`` says why it is this one.
+    ``chat_template``: a template's file or text, or "mistral"; None takes what the checkpoint has. Raises
+    ``ValueError`` for a template that cannot be used.
     """
 
     def __init__(self, tokenizer: Tokenizer, folders: Sequence[Path], chat_template: str | None = None) -> None:
@@ -124,9 +130,11 @@ class ChatRenderers:
         return self._given(chat_template)
 
     def describe(self) -> dict[str, Any]:
-        """What serves and why: ``renderer`` ("mistral" or "template"), ``template`` (its file), ``why``, ``ends``, ``tools``.
+        """What serves and why: ``renderer`` ("mistral" or "template"), ``template`` (its file), ``why``, ``ends``,
+        ``tools``.
 
-        ``ends`` are the tokens that the template ends a turn with, by name; ``tools`` is how calls are written, or why tools are refused.
+        ``ends`` are the tokens that the template ends a turn with, by name; ``tools`` is how calls are written, or why
+        tools are refused.
         """
         default = self.default
         return {
@@ -168,7 +176,8 @@ class ChatRenderers:
             made = self._template(templates)
         except ValueError as error:
             raise ValueError(
-                f'chat template in {self._folders[0]}: {error}; another can be given: chat_template=FILE, or chat_template="{MISTRAL}" for Mistral\'s own format'
+                f"chat template in {self._folders[0]}: {error}; another can be given: chat_template=FILE, or "
+                f'chat_template="{MISTRAL}" for Mistral\'s own format'
             ) from None
         difference = made.difference_from_mistral()
         if difference is None:

@@ -21,7 +21,9 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """Texts of templates by their names, "default" and "tool_use" among them; ``source`` names the file, or the option, that they are of."""
+    """Texts of templates by their names, "default" and "tool_use" among them; ``source`` names the file, or the option,
+    that they are of.
+    """
 
     source: str
     texts: Mapping[str, str]
@@ -30,8 +32,8 @@ class Templates:
 def find_templates(folders: Sequence[Path]) -> Templates | None:
     """The templates of the first of ``folders`` that has some, None if none has.
 
-    ``chat_template.jinja`` and ``additional_chat_templates/*.jinja`` come before ``tokenizer_config.json``, and that before
-    ``chat_template.json``. Raises ``ValueError`` for a file that cannot be read.
+    ``chat_template.jinja`` and ``additional_chat_templates/*.jinja`` come before ``tokenizer_config.json``, and that
+    before ``chat_template.json``. Raises ``ValueError`` for a file that cannot be read.
     """
     return next((hit for folder in folders if (hit := _find(folder)) is not None), None)
 

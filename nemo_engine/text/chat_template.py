@@ -1,10 +1,12 @@
-"""``ChatTemplate``: one Jinja template, and the conversations that it makes prompts of: texts, and the control tokens between them.
+"""``ChatTemplate``: one Jinja template, and the conversations that it makes prompts of: texts, and the control tokens
+between them.
 
-Text of a user never becomes a control token, whatever a template does with it. The template is rendered twice: with the plain texts, and
-with their ``shadow``, in which no character of theirs that a control token has is what it was. Both have equal lengths and, but for
-shadows, equal characters; so a control token that stands in the second was written by the template, and all else is text. Where the second
-differs, because a template looks at letters in a way that does not see through shadows, it is made once more with fewer shadows: without
-those of letters, and at last with one in each control token that a user's text holds, which then decides.
+Text of a user never becomes a control token, whatever a template does with it. The template is rendered twice: with the
+plain texts, and with their ``shadow``, in which no character of theirs that a control token has is what it was. Both
+have equal lengths and, but for shadows, equal characters; so a control token that stands in the second was written by
+the template, and all else is text. Where the second differs, because a template looks at letters in a way that does not
+see through shadows, it is made once more with fewer shadows: without those of letters, and at last with one in each
+control token that a user's text holds, which then decides.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ _SPACES = re.compile(r"\s*")
 
 
 class ControlTokens:
-    """The added tokens of a tokenizer that a template may write, how shadows keep them out of texts, and prompts into ids.
+    """The added tokens of a tokenizer that a template may write, how shadows keep them out of texts, and prompts into
+    ids.
 
     ``casts`` are the ways to cast shadows, from the most to the fewest.
     """
@@ -66,7 +69,9 @@ class ControlTokens:
         )
 
     def cast(self, value: Any, cast: Cast | None) -> Any:
-        """A copy of ``value``, which is JSON, with shadows in its strings; of the keys in those alone that are no names."""
+        """A copy of ``value``, which is JSON, with shadows in its strings; of the keys in those alone that are no
+        names.
+        """
         if isinstance(value, str):
             return value if cast is None else cast(value)
         if isinstance(value, dict) or isinstance(value, Mapping):  # the second takes a while
@@ -85,7 +90,10 @@ class ControlTokens:
         return value
 
     def encode(self, parts: Sequence[Part]) -> list[int]:
-        """Token ids of what a template wrote. Those of texts are kept, for most of a conversation comes again with its next turn."""
+        """Token ids of what a template wrote.
+
+        Those of texts are kept, for most of a conversation comes again with its next turn.
+        """
         ids: list[int] = []
         for index, part in enumerate(parts):
             if isinstance(part, AddedToken):
@@ -123,7 +131,9 @@ class ControlTokens:
 
 
 class ChatTemplate:
-    """A compiled template; ``name`` says in errors where it came from. ``words`` are the names and the texts that stand in it.
+    """A compiled template; ``name`` says in errors where it came from.
+
+    ``words`` are the names and the texts that stand in it.
 
     ``special`` are ``bos_token`` and its like, as texts. Raises ``ValueError`` for a template that cannot be compiled.
     """
@@ -160,8 +170,9 @@ class ChatTemplate:
     ) -> list[Part]:
         """The prompt: texts, none empty, and the control tokens that the template wrote.
 
-        ``messages``, ``tools`` and ``documents`` are JSON values without lone surrogates; ``variables`` are what the template may look at
-        besides. Raises ``ValueError`` for a conversation that the template refuses, and for a template that costs too much.
+        ``messages``, ``tools`` and ``documents`` are JSON values without lone surrogates; ``variables`` are what the
+        template may look at besides. Raises ``ValueError`` for a conversation that the template refuses, and for a
+        template that costs too much.
         """
         given = {"tools": tools, "documents": documents, **(variables or {}), "messages": messages}
         fixed = {**self._special, "add_generation_prompt": add_generation_prompt}

@@ -60,9 +60,9 @@ class Detokenizer:
     def mark(self) -> int | None:
         """Where the first token ``mark_token_id`` stands: the number of characters in front of it in the whole text.
 
-        Its own text, where control tokens are shown, comes after. None as long as the text released does not reach there, so also
-        for good if a stop string cut the text in front of it. A character that was incomplete before the token counts as in front
-        of it; a stop token that adds no text leaves no mark.
+        Its own text, where control tokens are shown, comes after. None as long as the text released does not reach
+        there, so also for good if a stop string cut the text in front of it. A character that was incomplete before the
+        token counts as in front of it; a stop token that adds no text leaves no mark.
         """
         return self._mark if self._mark is not None and self._num_released >= self._mark else None
 
@@ -70,8 +70,8 @@ class Detokenizer:
         """Take in new ids; returns the stop string that they completed. After that, later ids have no effect.
 
         With ``last_is_stop_token`` the last id ended the request and adds no text, unless stop strings are to be
-        included. Of several stop strings, the one that ends first in the text counts, then the first listed. They are not looked
-        for in the text of the first ``min_tokens`` ids.
+        included. Of several stop strings, the one that ends first in the text counts, then the first listed. They are
+        not looked for in the text of the first ``min_tokens`` ids.
         """
         if self._is_done:
             return None

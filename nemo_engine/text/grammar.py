@@ -49,7 +49,9 @@ class Grammar:
         self._num_bytes = num_bytes
 
     def mask(self) -> bytes:
-        """The tokens that may come next: bit i of the little-endian 32-bit words is token i; an end token where the text may end."""
+        """The tokens that may come next: bit i of the little-endian 32-bit words is token i; an end token where the
+        text may end.
+        """
         bits: bytes = _guarded(self._matcher.compute_bitmask)
         self._check()
         return bits[: self._num_bytes]
@@ -86,10 +88,13 @@ def _guarded(function: Any, *args: Any) -> Any:
 
 
 class GrammarCompiler:
-    """Compiles for one tokenizer and one model's vocabulary. Thread-safe; compiling may take up to some seconds, and holds no lock.
+    """Compiles for one tokenizer and one model's vocabulary.
 
-    llguidance and the vocabulary are loaded at the first use. Of ``vocab_size`` ids, those that the tokenizer does not know are
-    never allowed, nor are control tokens where a grammar does not name them by id, but for ``eos_token_ids`` at the end.
+    Thread-safe; compiling may take up to some seconds, and holds no lock.
+
+    llguidance and the vocabulary are loaded at the first use. Of ``vocab_size`` ids, those that the tokenizer does not
+    know are never allowed, nor are control tokens where a grammar does not name them by id, but for ``eos_token_ids``
+    at the end.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
@@ -138,7 +143,8 @@ class GrammarCompiler:
             if self._vocabulary is None:
                 if not self._eos or self._eos[0] >= self._vocab_size:
                     raise ValueError(
-                        f"structured_outputs needs an end-of-sequence token that the model has: it has {self._vocab_size} ids, and none is named"
+                        "structured_outputs needs an end-of-sequence token that the model has: it has "
+                        f"{self._vocab_size} ids, and none is named"
                     )
                 if find_spec("llguidance") is None:
                     raise ValueError('structured_outputs needs llguidance: pip install "nemo-engine[structured]"')
@@ -150,7 +156,9 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants it: bytes of each id, control tokens, and text into ids where a text is forced."""
+    """A tokenizer as llguidance wants it: bytes of each id, control tokens, and text into ids where a text is
+    forced.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
         known = min(vocab_size, tokenizer.vocab_size)
@@ -195,7 +203,8 @@ class _Vocabulary:
 def tool_call_grammar(
     tool_calls_id: int, schema: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None
 ) -> StructuredOutputsParams:
-    """An output that is a tool call: the token [TOOL_CALLS], and after it JSON of ``schema`` (see ``tool_call_schema``).
+    """An output that is a tool call: the token [TOOL_CALLS], and after it JSON of ``schema`` (see
+    ``tool_call_schema``).
 
     With ``otherwise`` it may be JSON of that schema instead.
     """

@@ -1,8 +1,8 @@
 """Compiling a grammar that may be hostile: in a process of its own first, with little time, memory and stack.
 
-llguidance bounds what a token may cost, but some small inputs take it minutes, gigabytes or the whole stack to compile. So whatever is
-not known to be harmless is compiled by this file as a script, which may be killed. The texts that llguidance reads, and its limits, are
-made here for both processes. As a script it must import nothing of this package.
+llguidance bounds what a token may cost, but some small inputs take it minutes, gigabytes or the whole stack to compile.
+So whatever is not known to be harmless is compiled by this file as a script, which may be killed. The texts that
+llguidance reads, and its limits, are made here for both processes. As a script it must import nothing of this package.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def plain_error(text: str) -> str:
 
 
 def _one_of(texts: list[str]) -> str:
-    """A regular expression: as rules of a grammar, more than some thousand texts would be too many to follow at once."""
+    """A regular expression: as rules of a grammar, more than some thousand texts would be too many to follow at
+    once.
+    """
     return "|".join([re.sub(r"[^0-9A-Za-z]", lambda found: f"\\x{{{ord(found[0]):x}}}", text) for text in texts])
 
 
@@ -95,7 +97,9 @@ def matches_nothing(tokenizer: Any, lark: str) -> bool:
 
 
 def allows_more_than_white_space(tokenizer: Any, pattern: str) -> bool:
-    """Whether the regular expression ``pattern`` matches a text that is not JSON white space; ``ValueError`` if it is none."""
+    """Whether the regular expression ``pattern`` matches a text that is not JSON white space; ``ValueError`` if it is
+    none.
+    """
     from llguidance import regex_to_lark
 
     return not matches_nothing(tokenizer, f"start: W\nW: /{regex_to_lark(pattern)}/ & ~/[ \\t\\r\\n]*/")
@@ -131,7 +135,9 @@ def try_compile(spec: Mapping[str, Any]) -> None:
 
 
 def find_empty(grammars: Mapping[str, str]) -> list[str]:
-    """The names of those ``grammars``, Lark by name, that match nothing; ``ValueError`` if finding out costs too much."""
+    """The names of those ``grammars``, Lark by name, that match nothing; ``ValueError`` if finding out costs too
+    much.
+    """
     return _try({"grammars": grammars})
 
 
@@ -139,15 +145,20 @@ def _try(spec: Mapping[str, Any]) -> list[str]:
     with _trials:
         try:
             trial = subprocess.run(
-                [sys.executable, "-P", __file__], input=json.dumps(spec), capture_output=True, text=True,
-                timeout=TRIAL_WALL_SECONDS, env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # arenas would reserve what the limit counts
-            )  # fmt: skip
+                [sys.executable, "-P", __file__],
+                input=json.dumps(spec),
+                capture_output=True,
+                text=True,
+                timeout=TRIAL_WALL_SECONDS,
+                env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # arenas would reserve what the limit counts
+            )
             answer = json.loads(trial.stdout) if trial.returncode == 0 else None
         except (subprocess.TimeoutExpired, OSError) as error:
             raise UntriedError(f"it could not be tried: {error}") from None
     if answer is None:
         raise ValueError(
-            f"it is too complex: compiling it takes more than {TRIAL_CPU_SECONDS} s, {TRIAL_MEMORY >> 20} MiB or its nesting "
+            f"it is too complex: compiling it takes more than {TRIAL_CPU_SECONDS} s, {TRIAL_MEMORY >> 20} MiB or its "
+            "nesting "
             f"{_TRIAL_STACK >> 20} MiB of stack"
         )
     if answer["error"]:

@@ -1,4 +1,5 @@
-"""Reading Hugging Face's tokenizer files: ``tokenizer.json`` and what ``tokenizer_config.json`` and ``special_tokens_map.json`` add.
+"""Reading Hugging Face's tokenizer files: ``tokenizer.json`` and what ``tokenizer_config.json`` and
+``special_tokens_map.json`` add.
 
 What is wrong with a file is said with its path, the field and the reason.
 """
@@ -33,10 +34,12 @@ class _Duplicate(ValueError):
 
 @dataclass(slots=True)
 class HFFiles:
-    """What the files of one folder say. ``data`` is ``tokenizer.json``; ``vocab`` its model's, from written tokens to ids.
+    """What the files of one folder say.
 
-    ``added`` has the added tokens by id, with what the other files say of them. ``named`` has the tokens that have a role, such as
-    "eos_token", by id. ``size`` is the number of ids, without holes.
+    ``data`` is ``tokenizer.json``; ``vocab`` its model's, from written tokens to ids.
+
+    ``added`` has the added tokens by id, with what the other files say of them. ``named`` has the tokens that have a
+    role, such as "eos_token", by id. ``size`` is the number of ids, without holes.
     """
 
     path: Path

@@ -1,7 +1,9 @@
-"""``HFVocabulary``: a ``tokenizer.json`` of byte-level BPE, or of BPE with byte fallback, read and run by the tokenizers library.
+"""``HFVocabulary``: a ``tokenizer.json`` of byte-level BPE, or of BPE with byte fallback, read and run by the
+tokenizers library.
 
-Owns the way from written tokens to bytes, and that text never becomes an added token: the library is given a vocabulary without them.
-Where merges are those of byte strings by rank, as Mistral's and OpenAI's are, tiktoken encodes: the ids are the same, several times as fast.
+Owns the way from written tokens to bytes, and that text never becomes an added token: the library is given a vocabulary
+without them. Where merges are those of byte strings by rank, as Mistral's and OpenAI's are, tiktoken encodes: the ids
+are the same, several times as fast.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _TO_LATIN_1 = {ord(letter): byte for letter, byte in _BYTE_OF.items()}
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 _SHORT = 64  # characters of a piece whose ids are kept
 _MAX_KNOWN = 1 << 16
-# What such a regular expression matches never goes from a visible character to a space: those of NeMo, of Llama 3, of Qwen 2.
+# What such a regular expression matches never goes from a visible character to a space: those of NeMo, of Llama 3, of
+# Qwen 2.
 _CUTS_AT_SPACES = {
     TEKKEN_PATTERN,
     *(
@@ -96,7 +99,10 @@ class HFVocabulary(Vocabulary):
 
     @cached_property
     def mistral(self) -> Any:  # type: ignore[override]
-        """See ``Vocabulary``. In byte-level BPE alone: Mistral's format over SentencePiece has rules of its own for spaces."""
+        """See ``Vocabulary``.
+
+        In byte-level BPE alone: Mistral's format over SentencePiece has rules of its own for spaces.
+        """
         return mistral_format(self) if self.version == BYTE_LEVEL else None
 
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
@@ -150,7 +156,8 @@ def _byte_level_bytes(files: HFFiles, ordinary: Mapping[str, int]) -> dict[int, 
     except UnicodeEncodeError as error:
         files.refuse(
             "model.vocab",
-            f"is not written in GPT-2's alphabet of bytes, and model.byte_fallback is false: {error.object!r} has another letter",
+            f"is not written in GPT-2's alphabet of bytes, and model.byte_fallback is false: {error.object!r} has "
+            "another letter",
         )
 
 
@@ -209,7 +216,9 @@ def _check_lossless(files: HFFiles, steps: list[dict[str, Any]]) -> None:
 
 
 def _check_byte_fallback(files: HFFiles) -> bool:
-    """Refuse what would make ids that are not the bytes of a text but for spaces; whether the first space of a text is dropped."""
+    """Refuse what would make ids that are not the bytes of a text but for spaces; whether the first space of a text is
+    dropped.
+    """
     for step in _kinds(files.data.get("normalizer"), "normalizers"):
         is_space = step.get("pattern") == {"String": " "} and step.get("content") == _SPACE
         if not (step.get("type") == "Replace" and is_space or step == {"type": "Prepend", "prepend": _SPACE}):
@@ -240,8 +249,8 @@ def _check_byte_fallback(files: HFFiles) -> bool:
 
 
 def _prefix_rule(files: HFFiles) -> str:
-    """Where BPE with byte fallback gets a space: in front of "each" piece of text between added tokens, of each that has none ("bare"),
-    of the "first" if it has none, or "never".
+    """Where BPE with byte fallback gets a space: in front of "each" piece of text between added tokens, of each that
+    has none ("bare"), of the "first" if it has none, or "never".
     """
     if any(step.get("type") == "Prepend" for step in _kinds(files.data.get("normalizer"), "normalizers")):
         return "each"

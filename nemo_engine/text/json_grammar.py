@@ -1,7 +1,7 @@
 """``SchemaGrammar``: a JSON schema as a Lark grammar for llguidance, which keeps to every keyword of the schema.
 
-llguidance has a compiler of its own for JSON schemas, which rounds integers to doubles, lets escapes through patterns and takes
-patterns of names that leave nothing; so it gets the parts that it is good at, rules and terminals.
+llguidance has a compiler of its own for JSON schemas, which rounds integers to doubles, lets escapes through patterns
+and takes patterns of names that leave nothing; so it gets the parts that it is good at, rules and terminals.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class SchemaGrammar:
         return not self._is_costly and not self._rules.has_doubts and len(self._rules) <= MAX_RULES // 10
 
     def lark(self, white_space: str, empty: Iterable[str] = ()) -> str:
-        """The grammar; ``white_space`` is a regular expression, "" for none. ``empty``: those doubtful terminals that match nothing.
+        """The grammar; ``white_space`` is a regular expression, "" for none.
+
+        ``empty``: those doubtful terminals that match nothing.
 
         ``ValueError`` if then no text is left.
         """
@@ -208,7 +210,8 @@ class SchemaGrammar:
         if least > len(names) + bool(others) and others:
             places = [self._schema.index.place(flat, "minProperties") for flat in term if "minProperties" in flat]
             raise ValueError(
-                f"{', '.join(places)}: {least} is more than the required properties and those that are named: names of others may repeat"
+                f"{', '.join(places)}: {least} is more than the required properties and those that are named: names of "
+                "others may repeat"
             )
         other = self._rules.rule(others) if others else None
         num_required = len(required)
@@ -222,7 +225,8 @@ class SchemaGrammar:
         texts = {text: flat for flat in term for text in flat.get("patternProperties", ())}
         if len(texts) > _MAX_PATTERNS:
             raise ValueError(
-                f"{self._schema.index.place(list(texts.values())[-1], 'patternProperties')}: at most {_MAX_PATTERNS} patterns are "
+                f"{self._schema.index.place(list(texts.values())[-1], 'patternProperties')}: at most {_MAX_PATTERNS} "
+                "patterns are "
                 "supported in one object"
             )
         patterns = {text: self._schema.pattern(flat, text, "patternProperties") for text, flat in texts.items()}

@@ -1,4 +1,6 @@
-"""Multiples of an integer as regular expressions over digits: twos and fives by the last digits, other primes by remainders."""
+"""Multiples of an integer as regular expressions over digits: twos and fives by the last digits, other primes by
+remainders.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def _coprime_powers(value: int) -> list[int]:
 
 
 def _remainders(factor: int) -> tuple[str, list[str]]:
-    """Digits, and a point among them, of multiples of ``factor``: remainders are states, which are removed from the last on, as Kleene did."""
+    """Digits, and a point among them, of multiples of ``factor``: remainders are states, which are removed from the
+    last on, as Kleene did.
+    """
     edges: dict[tuple[int, int], str] = {}
     for state in range(factor):
         for digit in range(10):

@@ -131,7 +131,9 @@ def _any_of(options: Iterable[str | None]) -> str | None:
 
 
 def _naturals(low: int, high: int | None) -> str | None:
-    """Integers of ``low``, which is not negative, to ``high``; without a bound, of some more digits than ``low`` has."""
+    """Integers of ``low``, which is not negative, to ``high``; without a bound, of some more digits than ``low``
+    has.
+    """
     if high is None:
         count = len(str(low))
         longer = f"[1-9][0-9]{{{count},{count + _MORE_DIGITS}}}"

@@ -1,8 +1,8 @@
 """``Pattern``: the regular expressions of JSON schemas, as expressions over JSON strings as they are written.
 
-ECMA 262's syntax, as far as Python's ``re`` reads it the same way. Where the two disagree (``\\w``, ``\\s``, ``.``), what must match
-matches by both, and what must not match does not by either. Every text has one way to be written as a JSON string here, so
-intersections and complements of what is written are those of the texts.
+ECMA 262's syntax, as far as Python's ``re`` reads it the same way. Where the two disagree (``\\w``, ``\\s``, ``.``),
+what must match matches by both, and what must not match does not by either. Every text has one way to be written as a
+JSON string here, so intersections and complements of what is written are those of the texts.
 """
 
 from __future__ import annotations

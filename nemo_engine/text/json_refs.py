@@ -1,7 +1,8 @@
-"""``SchemaIndex``: where each part of a JSON schema stands, what references lead to, and which keywords are what they must be.
+"""``SchemaIndex``: where each part of a JSON schema stands, what references lead to, and which keywords are what they
+must be.
 
-Draft 2020-12, with what earlier drafts wrote otherwise. Keywords that no draft knows, and those that only describe, are ignored, as
-the standard has it. A keyword that cannot be kept is refused by its name and place.
+Draft 2020-12, with what earlier drafts wrote otherwise. Keywords that no draft knows, and those that only describe, are
+ignored, as the standard has it. A keyword that cannot be kept is refused by its name and place.
 """
 
 from __future__ import annotations

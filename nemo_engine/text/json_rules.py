@@ -1,4 +1,6 @@
-"""``Rules``: rules and terminals of a Lark grammar, from which what matches nothing is taken out before it is written."""
+"""``Rules``: rules and terminals of a Lark grammar, from which what matches nothing is taken out before it is
+written.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ class Rules:
         return (self._shared[key],)
 
     def union(self, options: list[str]) -> str:
-        """The terminal that is any of ``options``, which are expressions; those in doubt must be terminals of their own."""
+        """The terminal that is any of ``options``, which are expressions; those in doubt must be terminals of their
+        own.
+        """
         if len(options) == 1 and options[0] in self._terminals:
             return self._terminals[options[0]]
         return self.terminal(" | ".join(options), all(self._terminals.get(one) in self._doubtful for one in options))

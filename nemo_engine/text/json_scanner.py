@@ -17,9 +17,9 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 class JsonScanner:
     """Reads one JSON value (RFC 8259) from its first character to its last, in linear time and bounded memory.
 
-    What it passes on is always the beginning of valid JSON: numbers and literals are held back until they are whole, and raw
-    control characters in strings, which models write, are passed on as escapes. After ``is_done`` or ``is_broken`` it takes no
-    more; a number at the outermost level is done when something follows it.
+    What it passes on is always the beginning of valid JSON: numbers and literals are held back until they are whole,
+    and raw control characters in strings, which models write, are passed on as escapes. After ``is_done`` or
+    ``is_broken`` it takes no more; a number at the outermost level is done when something follows it.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,8 @@ class JsonScanner:
     def feed(self, text: str, start: int = 0) -> tuple[int, str]:
         """Read on in ``text`` from ``start``; returns where it stopped and what it passes on.
 
-        If the value breaks, that is the place of the character that cannot stand there, and ``pending`` comes before it.
+        If the value breaks, that is the place of the character that cannot stand there, and ``pending`` comes before
+        it.
         """
         passed: list[str] = []
         place = start

@@ -1,4 +1,6 @@
-"""``SchemaTerms``: what a JSON schema, or several at once, ask of a value, as alternatives without ``$ref``, ``anyOf`` and the like."""
+"""``SchemaTerms``: what a JSON schema, or several at once, ask of a value, as alternatives without ``$ref``, ``anyOf``
+and the like.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ class SchemaTerms:
         return stack
 
     def _choices(self, schema: Flat) -> list[list[Sequence[Part]]]:
-        """What ``schema`` asks for, in the order of its keywords: of each entry one option, which is schemas that all hold."""
+        """What ``schema`` asks for, in the order of its keywords: of each entry one option, which is schemas that all
+        hold.
+        """
         known = self._steps.get(id(schema))
         if known is not None:
             return known
@@ -184,7 +188,8 @@ class SchemaTerms:
                 found.append(format_pattern(name))
             elif name is not None and name not in FREE_FORMATS and "pattern" not in flat:
                 raise ValueError(
-                    f"{self.index.place(flat, 'format')}: {name[:100]!r} is not supported. It may be {', '.join(FORMATS)}, "
+                    f"{self.index.place(flat, 'format')}: {name[:100]!r} is not supported. It may be "
+                    f"{', '.join(FORMATS)}, "
                     "or any with a pattern beside it"
                 )
         return found
@@ -277,7 +282,9 @@ class SchemaTerms:
 
 
 def _check_disjoint(terms: SchemaTerms, schema: Flat) -> None:
-    """Refuse a ``oneOf`` of which two options are not known to exclude each other: as a choice it would then allow too much."""
+    """Refuse a ``oneOf`` of which two options are not known to exclude each other: as a choice it would then allow too
+    much.
+    """
     beside = {key: value for key, value in schema.items() if key != "oneOf"}
     context: list[Schema] = [terms.make(beside, schema)] if beside else []
     options = [list(terms.terms([*context, option])) for option in schema["oneOf"]]
@@ -290,8 +297,10 @@ def _check_disjoint(terms: SchemaTerms, schema: Flat) -> None:
         terms.spend()
         if not all(_exclude(terms, one, other, 4) for one in some for other in others):
             raise ValueError(
-                f"{terms.index.place(schema, 'oneOf')} is supported where its options exclude each other by their types or by "
-                f"a required property with different values; options {first} and {second} may both hold. anyOf allows that"
+                f"{terms.index.place(schema, 'oneOf')} is supported where its options exclude each other by their "
+                "types or by "
+                f"a required property with different values; options {first} and {second} may both hold. anyOf allows "
+                "that"
             )
 
 
@@ -332,7 +341,10 @@ def item_schema(flat: Flat, index: int) -> Schema:
 
 
 def item_schemas(flat: Flat) -> tuple[list[Schema], Schema]:
-    """What ``flat`` asks of the first items, and of the others. Earlier drafts wrote the first as a list of ``items``."""
+    """What ``flat`` asks of the first items, and of the others.
+
+    Earlier drafts wrote the first as a list of ``items``.
+    """
     if isinstance(flat.get("items"), list):
         return flat["items"], flat.get("additionalItems", True)
     return flat.get("prefixItems", []), flat.get("items", True)

@@ -125,7 +125,10 @@ def literal_json(value: object) -> str:
 
 
 def lengths(node: Node, most: int) -> int:
-    """The lengths of the texts of ``node``: bit n is set if one has n characters. Lengths over ``most`` are left out."""
+    """The lengths of the texts of ``node``: bit n is set if one has n characters.
+
+    Lengths over ``most`` are left out.
+    """
     every = (1 << (most + 1)) - 1
     if isinstance(node, Chars):
         return 2 & every if node.ranges else 0

@@ -1,8 +1,8 @@
 """Checks the messages of a conversation, OpenAI's, and puts them into the form that rendering takes. Knows no tokens.
 
-Clients send back what they received, so what a response message holds besides its text is taken: fields that are null or empty,
-``annotations``, ``refusal`` (as the text, if there is no other) and ``parsed``. Any other field is refused by name, since the model
-could not see it. ``name`` is taken on every message; the format has no place for it.
+Clients send back what they received, so what a response message holds besides its text is taken: fields that are null
+or empty, ``annotations``, ``refusal`` (as the text, if there is no other) and ``parsed``. Any other field is refused by
+name, since the model could not see it. ``name`` is taken on every message; the format has no place for it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class CallIds:
         self._taken: set[str] = set()
 
     def short(self, call_id: str) -> str:
-        """The id that stands for ``call_id``: of ``tool_call_id_for_prompt``, or another hash if an id before has it."""
+        """The id that stands for ``call_id``: of ``tool_call_id_for_prompt``, or another hash if an id before has
+        it.
+        """
         if call_id not in self._short:
             attempt, short = 0, tool_call_id_for_prompt(call_id)
             while short in self._taken:
@@ -81,8 +83,8 @@ class CallIds:
 def check_messages(messages: object, known: Collection[str] = ()) -> list[ChatMessage]:
     """The messages, checked one by one and tool results against calls. Raises ``ValueError`` naming message and field.
 
-    A tool's message must answer a call of the assistant's turn before it. Calls may stay without an answer. ``known`` are fields that
-    a message may have besides.
+    A tool's message must answer a call of the assistant's turn before it. Calls may stay without an answer. ``known``
+    are fields that a message may have besides.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ValueError(f"messages must be a non-empty list of messages, got {messages!r}")
@@ -96,7 +98,8 @@ def check_messages(messages: object, known: Collection[str] = ()) -> list[ChatMe
         if message.role == "tool":
             if message.call_id not in waiting:
                 raise ValueError(
-                    f"{name}.tool_call_id must be that of a tool call of the assistant message before it that has no answer yet, "
+                    f"{name}.tool_call_id must be that of a tool call of the assistant message before it that has no "
+                    "answer yet, "
                     f"got {raw['tool_call_id']!r}"
                 )
             waiting.remove(message.call_id)

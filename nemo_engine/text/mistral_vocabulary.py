@@ -1,4 +1,6 @@
-"""``MistralVocabulary``: Tekken and SentencePiece files, read by mistral-common, which is imported when one is loaded."""
+"""``MistralVocabulary``: Tekken and SentencePiece files, read by mistral-common, which is imported when one is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ TEKKEN_PATTERN = (
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )  # where NeMo's tokenizer cuts a text; other models of Mistral's differ
 V3_TOKENS = (
-    "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]",
+    "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
 )  # fmt: skip
 _FILLER = re.compile(r"<SPECIAL_\d+>")
 
@@ -121,7 +124,9 @@ class _Mistralised:
 
 
 def mistral_format(vocabulary: Vocabulary) -> Any:
-    """Mistral's v3 format of conversations in the tokens of a ``tokenizer.json``, as ``Vocabulary.mistral`` has it; None if it lacks some."""
+    """Mistral's v3 format of conversations in the tokens of a ``tokenizer.json``, as ``Vocabulary.mistral`` has it;
+    None if it lacks some.
+    """
     names = {text: token_id for token_id, text in vocabulary.special.items()}
     if not names.keys() >= {*V3_TOKENS} or names["<s>"] != vocabulary.bos_id:
         return None
@@ -133,7 +138,9 @@ def mistral_format(vocabulary: Vocabulary) -> Any:
 
 
 def _check_sizes(path: Path) -> None:
-    """Refuse a Tekken file whose numbers of tokens are not backed by its content, before anything of that size is made."""
+    """Refuse a Tekken file whose numbers of tokens are not backed by its content, before anything of that size is
+    made.
+    """
     if path.suffix != ".json":
         return
     try:
@@ -144,10 +151,12 @@ def _check_sizes(path: Path) -> None:
         raise ValueError(f"tokenizer file {path} cannot be read: {type(error).__name__}: {error}") from None
     if type(num_special) is not int or not 0 <= num_special <= MAX_SPECIAL_TOKENS:
         raise ValueError(
-            f"tokenizer file {path}: config.default_num_special_tokens must be an integer from 0 to {MAX_SPECIAL_TOKENS}, got {num_special!r}"
+            f"tokenizer file {path}: config.default_num_special_tokens must be an integer from 0 to "
+            f"{MAX_SPECIAL_TOKENS}, got {num_special!r}"
         )
     if type(size) is not int or not num_special < size <= num_special + count:
         raise ValueError(
-            f"tokenizer file {path}: config.default_vocab_size must be an integer from {num_special + 1} to {num_special + count}, as there are "
+            f"tokenizer file {path}: config.default_vocab_size must be an integer from {num_special + 1} to "
+            f"{num_special + count}, as there are "
             f"{num_special} special tokens and {count} in vocab, got {size!r}"
         )

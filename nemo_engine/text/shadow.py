@@ -1,9 +1,10 @@
 """Shadows: characters of users' text, marked so that they are known again in what a template makes of them.
 
-A shadow is a lone surrogate that stands for an ASCII character. No text that is taken in holds one (``checks.check_unicode``), and
-templates hold none, so wherever a shadow shows up it came from a user. A text and its shadow have the same length, so what is cut out of
-one is cut out of the other. What templates ask of texts (``==``, ``in``, ``split``, ``upper``, ...) sees through shadows: the
-functions here give what the plain texts would, with the shadows kept where they stood.
+A shadow is a lone surrogate that stands for an ASCII character. No text that is taken in holds one
+(``checks.check_unicode``), and templates hold none, so wherever a shadow shows up it came from a user. A text and its
+shadow have the same length, so what is cut out of one is cut out of the other. What templates ask of texts (``==``,
+``in``, ``split``, ``upper``, ...) sees through shadows: the functions here give what the plain texts would, with the
+shadows kept where they stood.
 """
 
 from __future__ import annotations
@@ -18,9 +19,28 @@ _BASE = 0xDC00  # the shadow of character c is chr(_BASE + ord(c))
 _ANY = re.compile("[\udc00-\udc7f]")
 _ESCAPE = re.compile(r"\\(\\|udc([0-7][0-9a-f]))")
 _TEST_NAMES = frozenset(
-    ("startswith", "endswith", "find", "rfind", "index", "rindex", "count", "isdigit", "isdecimal", "isnumeric", "isalpha", "isalnum",
-     "isupper", "islower", "istitle", "isspace", "isidentifier", "isprintable", "isascii")
-)  # fmt: skip
+    (
+        "startswith",
+        "endswith",
+        "find",
+        "rfind",
+        "index",
+        "rindex",
+        "count",
+        "isdigit",
+        "isdecimal",
+        "isnumeric",
+        "isalpha",
+        "isalnum",
+        "isupper",
+        "islower",
+        "istitle",
+        "isspace",
+        "isidentifier",
+        "isprintable",
+        "isascii",
+    )
+)
 _CASE_NAMES = frozenset(("upper", "lower", "capitalize", "title", "swapcase", "casefold"))
 
 

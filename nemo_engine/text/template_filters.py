@@ -1,4 +1,5 @@
-"""Filters, tests and methods of texts as chat templates have them: Jinja's, with limits, of the plain texts behind shadows.
+"""Filters, tests and methods of texts as chat templates have them: Jinja's, with limits, of the plain texts behind
+shadows.
 
 What they make keeps the shadows: so a text of a user stays that, whatever a template does with it.
 """
@@ -82,7 +83,9 @@ def are_equal(left: Any, right: Any) -> bool:
 
 
 def _ordered(name: str, num_before: int) -> Callable[..., Any]:
-    """A filter that orders or compares elements, by their plain texts; ``attribute`` follows ``num_before`` other arguments."""
+    """A filter that orders or compares elements, by their plain texts; ``attribute`` follows ``num_before`` other
+    arguments.
+    """
 
     @pass_environment
     def applied(environment: Environment, value: Any, *args: Any, attribute: Any = None, **kwargs: Any) -> Any:

@@ -1,4 +1,6 @@
-"""``TemplateGenerator``: the Python code that Jinja makes of a chat template, in which the environment sees what could cost or chance much."""
+"""``TemplateGenerator``: the Python code that Jinja makes of a chat template, in which the environment sees what could
+cost or chance much.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,10 @@ class TemplateLimitError(ValueError):
 
 
 class Meter:
-    """Counts the work of one rendering, and raises ``TemplateLimitError`` where it becomes too much. ``now`` is its time of day."""
+    """Counts the work of one rendering, and raises ``TemplateLimitError`` where it becomes too much.
+
+    ``now`` is its time of day.
+    """
 
     def __init__(self) -> None:
         self.now = datetime.now()

@@ -1,4 +1,6 @@
-"""``TemplateRenderer``: conversations become prompts by a checkpoint's own template; imported where there is one, for Jinja takes a while."""
+"""``TemplateRenderer``: conversations become prompts by a checkpoint's own template; imported where there is one, for
+Jinja takes a while.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ _REASONING = (
 
 
 class TemplateRenderer:
-    """A template, or several by name: "tool_use" serves conversations with tools where there is one. Raises ``ValueError``."""
+    """A template, or several by name: "tool_use" serves conversations with tools where there is one.
+
+    Raises ``ValueError``.
+    """
 
     name = "template"
     places_system = False
@@ -101,7 +106,8 @@ class TemplateRenderer:
             raise ValueError(f'system_placement must be "last" or "first", got {system_placement!r}')
         if system_placement == "first":
             raise ValueError(
-                f'system_placement "first" is for Mistral\'s own format; here the template of {self.source} places system text'
+                f'system_placement "first" is for Mistral\'s own format; here the template of {self.source} places '
+                "system text"
             )
         if tools:
             check_tools(tools)
@@ -128,7 +134,9 @@ class TemplateRenderer:
         return self._control.encode(parts)
 
     def difference_from_mistral(self) -> str | None:
-        """In what its prompts are others than those of Mistral's rules, None if they are the same where that was tried."""
+        """In what its prompts are others than those of Mistral's rules, None if they are the same where that was
+        tried.
+        """
         return _difference_from_mistral(self, self._tokenizer)
 
     def _started(self, parts: list[Part], last: ChatMessage, tools: Tools) -> list[Part]:

@@ -1,8 +1,9 @@
 """Jinja for chat templates: transformers' environment, with limits of what a template may cost and no way out of it.
 
-The same filters, functions and tags as transformers has (``raise_exception``, ``strftime_now``, ``tojson`` without HTML escapes, loop controls,
-``generation``), less the few that no chat needs and that cost or chance much. Every loop, call and filter takes a step of the ``Meter``,
-and what makes text or lists says first how much. Questions that a template asks of texts see through shadows (``shadow``).
+The same filters, functions and tags as transformers has (``raise_exception``, ``strftime_now``, ``tojson`` without HTML
+escapes, loop controls, ``generation``), less the few that no chat needs and that cost or chance much. Every loop, call
+and filter takes a step of the ``Meter``, and what makes text or lists says first how much. Questions that a template
+asks of texts see through shadows (``shadow``).
 """
 
 from __future__ import annotations
@@ -158,7 +159,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return "".join(terms)
 
     def made(self, value: Any) -> Any:
-        """A new list, tuple or object. One that holds another twice is as large as both: so none can grow beyond all bounds."""
+        """A new list, tuple or object.
+
+        One that holds another twice is as large as both: so none can grow beyond all bounds.
+        """
         meter().charge_value(value)
         return value
 
@@ -191,7 +195,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return wrapped
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """``obj.attribute``; what nearly all templates ask for, fields of messages and methods of texts, needs no further look."""
+        """``obj.attribute``; what nearly all templates ask for, fields of messages and methods of texts, needs no
+        further look.
+        """
         if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute]
         if type(obj) is str and attribute in _TEXT_METHODS:

@@ -1,4 +1,5 @@
-"""``Tokenizer``: text to token ids and back, over a ``Vocabulary`` of any kind; ``load_tokenizer``, which chooses the file.
+"""``Tokenizer``: text to token ids and back, over a ``Vocabulary`` of any kind; ``load_tokenizer``, which chooses the
+file.
 
 The libraries are imported when a tokenizer is loaded that needs them, not before.
 """
@@ -31,8 +32,9 @@ _logger = logging.getLogger("nemo_engine")
 def load_tokenizer(path: Path) -> Tokenizer | None:
     """Load a tokenizer file, or that of a checkpoint directory; None if the directory has none.
 
-    Of a directory with one of Mistral's files and ``tokenizer.json``, Mistral's serves if both have the same tokens, and else ``tokenizer.json``,
-    which fine-tunes change. Raises ``FileNotFoundError`` for a path that does not exist and ``ValueError`` for a broken file.
+    Of a directory with one of Mistral's files and ``tokenizer.json``, Mistral's serves if both have the same tokens,
+    and else ``tokenizer.json``, which fine-tunes change. Raises ``FileNotFoundError`` for a path that does not exist
+    and ``ValueError`` for a broken file.
     """
     if path.is_file():
         return Tokenizer(path)
@@ -68,8 +70,9 @@ def _choose(own: Path, other: Path) -> Tokenizer:
 class Tokenizer:
     """One tokenizer file: Tekken (``tekken.json``), SentencePiece v3, or Hugging Face's ``tokenizer.json``.
 
-    ``fingerprint`` is equal for two files exactly if they have the same version, pattern, tokens and control tokens. ``note`` says why this
-    file was taken, where there was a choice. ``bos_id`` and ``eos_id`` are None where a ``tokenizer.json`` names none.
+    ``fingerprint`` is equal for two files exactly if they have the same version, pattern, tokens and control tokens.
+    ``note`` says why this file was taken, where there was a choice. ``bos_id`` and ``eos_id`` are None where a
+    ``tokenizer.json`` names none.
     """
 
     def __init__(self, path: Path, vocabulary: Vocabulary | None = None, *, note: str = "") -> None:
@@ -98,8 +101,8 @@ class Tokenizer:
 
     @property
     def mistral(self) -> Any:
-        """mistral-common's ``MistralTokenizer``, or for a ``tokenizer.json`` with the control tokens of Mistral's v3 what has its
-        ``instruct_tokenizer``; None where Mistral's rules cannot be written in these tokens.
+        """mistral-common's ``MistralTokenizer``, or for a ``tokenizer.json`` with the control tokens of Mistral's v3
+        what has its ``instruct_tokenizer``; None where Mistral's rules cannot be written in these tokens.
         """
         return self._vocabulary.mistral
 
@@ -114,7 +117,9 @@ class Tokenizer:
         return None if token is None else token.id
 
     def encode_span(self, text: str, *, is_start: bool = False) -> list[int]:
-        """Ids of a part of a prompt that stands between control tokens, or at the very start of it; no BOS, and text is text."""
+        """Ids of a part of a prompt that stands between control tokens, or at the very start of it; no BOS, and text is
+        text.
+        """
         check_unicode("text", text)
         return self._vocabulary.encode(text, is_start=is_start)
 
@@ -156,8 +161,8 @@ class Tokenizer:
     def encode_bad_words(self, words: Iterable[str]) -> list[tuple[int, ...]]:
         """Id sequences of each word, as it begins a text and as it follows a space, by vLLM's rule.
 
-        White space in front of a word does not count, but for a word that is nothing else: that is taken as it is.
-        The second is kept if it has as many tokens as the first and starts differently. Raises ``ValueError`` for a word
+        White space in front of a word does not count, but for a word that is nothing else: that is taken as it is. The
+        second is kept if it has as many tokens as the first and starts differently. Raises ``ValueError`` for a word
         that has no tokens.
         """
         found: list[tuple[int, ...]] = []

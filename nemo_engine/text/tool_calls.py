@@ -1,7 +1,7 @@
 """NeMo's tool calls, read from an answer's text as it comes: ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]``.
 
-The trigger is the token ``[TOOL_CALLS]``, whose place in the text ``CompletionOutput.tool_calls_start`` gives, never these
-characters. What follows is never an error: what is no list of calls is content. Knows no requests and no HTTP.
+The trigger is the token ``[TOOL_CALLS]``, whose place in the text ``CompletionOutput.tool_calls_start`` gives, never
+these characters. What follows is never an error: what is no list of calls is content. Knows no requests and no HTTP.
 """
 
 from __future__ import annotations
@@ -91,15 +91,15 @@ def hashed_id(text: str) -> str:
 class ToolCallParser:
     """Reads the text after the trigger, piece by piece; however it is cut, the events are the same when merged.
 
-    A call starts when its name is complete; its arguments follow as they come, as the model wrote them, and joined they are JSON
-    that equals its object. The keys ``id`` and ``type`` are passed over, white space may stand anywhere, a single object may
-    stand for the list, arguments may be a string that holds JSON (they then come in one piece), null or missing (then ``{}``),
-    and text after the list is content.
+    A call starts when its name is complete; its arguments follow as they come, as the model wrote them, and joined they
+    are JSON that equals its object. The keys ``id`` and ``type`` are passed over, white space may stand anywhere, a
+    single object may stand for the list, arguments may be a string that holds JSON (they then come in one piece), null
+    or missing (then ``{}``), and text after the list is content.
 
-    Where the text is no such list, ``is_malformed`` is set. If no call was open, what was held back since the trigger or the last
-    call becomes content; an open call is finished as it is. All text that follows is content. ``finish`` does the same for
-    text that breaks off, without setting ``is_malformed`` if a call had started. Takes linear time and holds back at most
-    ``MAX_HELD`` characters.
+    Where the text is no such list, ``is_malformed`` is set. If no call was open, what was held back since the trigger
+    or the last call becomes content; an open call is finished as it is. All text that follows is content. ``finish``
+    does the same for text that breaks off, without setting ``is_malformed`` if a call had started. Takes linear time
+    and holds back at most ``MAX_HELD`` characters.
     """
 
     def __init__(self, *, seed: str | int | None = None) -> None:
@@ -288,10 +288,11 @@ class ToolCallParser:
 
 
 class AnswerParser:
-    """An answer's text and calls from its deltas: content up to the token [TOOL_CALLS], then what ``ToolCallParser`` says.
+    """An answer's text and calls from its deltas: content up to the token [TOOL_CALLS], then what ``ToolCallParser``
+    says.
 
-    ``starts_with_calls``: the token was given with the prompt, so the whole answer is calls. ``shows_special``: control tokens
-    are shown (``skip_special_tokens=False``), and the token's own text is taken out.
+    ``starts_with_calls``: the token was given with the prompt, so the whole answer is calls. ``shows_special``: control
+    tokens are shown (``skip_special_tokens=False``), and the token's own text is taken out.
     """
 
     def __init__(
@@ -332,9 +333,9 @@ def parse_tool_calls(
 ) -> tuple[str, list[ToolCall]]:
     """The whole text after the trigger as (content, calls).
 
-    All of it is content, and there are no calls, if it is no list of calls or breaks off within one. With ``is_truncated`` (the
-    finish reason was "length") a last call whose name is known is given with its arguments as far as they came, as a
-    stream gives it.
+    All of it is content, and there are no calls, if it is no list of calls or breaks off within one. With
+    ``is_truncated`` (the finish reason was "length") a last call whose name is known is given with its arguments as far
+    as they came, as a stream gives it.
     """
     parser = ToolCallParser(seed=seed)
     events = parser.feed(text) + parser.finish()
@@ -351,7 +352,9 @@ def parse_answer(
     seed: str | int | None = None,
     shows_special: bool = False,
 ) -> tuple[str, list[ToolCall]]:
-    """The ``text`` and ``tool_calls_start`` of a whole ``CompletionOutput`` as (content, calls); see ``parse_tool_calls``."""
+    """The ``text`` and ``tool_calls_start`` of a whole ``CompletionOutput`` as (content, calls); see
+    ``parse_tool_calls``.
+    """
     if tool_calls_start is None:
         return text, []
     begin = tool_calls_start + (len(MARKER) if shows_special else 0)
@@ -371,7 +374,9 @@ def merge_events(events: Sequence[Event]) -> tuple[str, list[ToolCall]]:
 
 
 def _unwrap(token: str) -> str | None:
-    """The object that a JSON string holds as text, or ``{}`` for null and an empty string; None if it holds something else."""
+    """The object that a JSON string holds as text, or ``{}`` for null and an empty string; None if it holds something
+    else.
+    """
     text = json.loads(token)
     if text is None:
         return "{}"

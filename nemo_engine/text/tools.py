@@ -1,4 +1,6 @@
-"""Tool definitions, OpenAI's: checks, the choice among them, and the JSON schema of the calls that the model may write."""
+"""Tool definitions, OpenAI's: checks, the choice among them, and the JSON schema of the calls that the model may
+write.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,20 @@ _DATA = ("const", "enum", "default", "examples")  # values, not schemas
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """What the model may do: write text or calls ("auto"), no calls ("none"), calls only ("required"), of ``names`` alone."""
+    """What the model may do: write text or calls ("auto"), no calls ("none"), calls only ("required"), of ``names``
+    alone.
+    """
 
     mode: Literal["auto", "none", "required"]
     names: tuple[str, ...]
 
 
 def check_tools(tools: object) -> list[dict[str, Any]]:
-    """Check tool definitions; returns each as ``{"type": "function", "function": {"name", "description", "parameters", ...}}``.
+    """Check tool definitions; returns each as ``{"type": "function", "function": {"name", "description", "parameters",
+    ...}}``.
 
-    A name is 1 to 64 letters, digits, "_" and "-", and used once. ``parameters`` is the JSON schema of an object; without it a
-    function takes none. ``strict`` is taken. Raises ``ValueError`` naming the tool and the field.
+    A name is 1 to 64 letters, digits, "_" and "-", and used once. ``parameters`` is the JSON schema of an object;
+    without it a function takes none. ``strict`` is taken. Raises ``ValueError`` naming the tool and the field.
     """
     from mistral_common.utils.json_utils import validate_json_schema_by_draft7
 
@@ -41,7 +46,8 @@ def check_tools(tools: object) -> list[dict[str, Any]]:
         function = _check_function(tool, name)
         if function["name"] in places:
             raise ValueError(
-                f"{name}.function.name must be used once, got {function['name']!r}, also that of tools[{places[function['name']]}]"
+                f"{name}.function.name must be used once, got {function['name']!r}, also that of "
+                f"tools[{places[function['name']]}]"
             )
         places[function["name"]] = index
         try:
@@ -97,9 +103,9 @@ def tool_call_schema(
 ) -> dict[str, Any]:
     """The JSON schema of what may follow [TOOL_CALLS]: a list of calls of ``tools``, of ``names`` alone if given.
 
-    One call exactly unless ``parallel``. Definitions that a parameter schema refers to are moved under ``$defs`` of the whole,
-    as "function.definition". Raises ``ValueError`` for a name that is no tool's, and for references that lead out of
-    their schema or nowhere.
+    One call exactly unless ``parallel``. Definitions that a parameter schema refers to are moved under ``$defs`` of the
+    whole, as "function.definition". Raises ``ValueError`` for a name that is no tool's, and for references that lead
+    out of their schema or nowhere.
     """
     functions = {tool["function"]["name"]: tool["function"] for tool in check_tools(tools)}
     if names is not None and (isinstance(names, str) or not names):

@@ -1,4 +1,6 @@
-"""``Vocabulary``: what a tokenizer file of any kind is to ``Tokenizer``, and ``AddedToken``, a token with a name of its own."""
+"""``Vocabulary``: what a tokenizer file of any kind is to ``Tokenizer``, and ``AddedToken``, a token with a name of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ from typing import Any
 class AddedToken:
     """A token that only its id or a template puts into a prompt: no text of a user becomes it.
 
-    ``special`` ones are control tokens, which an answer shows only if it is asked to; others are text that has an id of its own.
-    In a template's text, ``lstrip`` and ``rstrip`` take the white space on that side of ``content`` away, and ``single_word``
-    needs something other than a word's character on both sides. ``normalized`` is kept as the file has it.
+    ``special`` ones are control tokens, which an answer shows only if it is asked to; others are text that has an id of
+    its own. In a template's text, ``lstrip`` and ``rstrip`` take the white space on that side of ``content`` away, and
+    ``single_word`` needs something other than a word's character on both sides. ``normalized`` is kept as the file has
+    it.
     """
 
     id: int
@@ -28,10 +31,10 @@ class AddedToken:
 class Vocabulary:
     """The tokens of one file, and text into ids.
 
-    ``token_bytes`` has those of each id, none for control tokens. ``added`` is in the order of ids. ``begin_ids`` stand before a
-    prompt. ``drops_first_space`` is whether a text loses the space at its very start. ``pattern`` is what else the ids of a text depend on.
-    ``cuts_words`` is whether a text may be cut between a letter and a space without an effect on its ids. ``mistral`` has an
-    ``instruct_tokenizer`` of mistral-common, if there is any.
+    ``token_bytes`` has those of each id, none for control tokens. ``added`` is in the order of ids. ``begin_ids`` stand
+    before a prompt. ``drops_first_space`` is whether a text loses the space at its very start. ``pattern`` is what else
+    the ids of a text depend on. ``cuts_words`` is whether a text may be cut between a letter and a space without an
+    effect on its ids. ``mistral`` has an ``instruct_tokenizer`` of mistral-common, if there is any.
     """
 
     version: str
@@ -47,7 +50,10 @@ class Vocabulary:
     mistral: Any = None
 
     def prepare(self) -> None:
-        """Make ready to encode; ``ValueError`` where the file turns out not to allow it. What is said above needs none of it."""
+        """Make ready to encode; ``ValueError`` where the file turns out not to allow it.
+
+        What is said above needs none of it.
+        """
 
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
         """Ids of ``text`` and nothing else; not ``is_start`` where a control token stands in front of it."""

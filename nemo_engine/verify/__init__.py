@@ -1,4 +1,6 @@
-"""How far FP8 is from the reference, measured: logits, KL divergence, top-1 agreement, perplexity, and retrieval at growing context."""
+"""How far FP8 is from the reference, measured: logits, KL divergence, top-1 agreement, perplexity, and retrieval at
+growing context.
+"""
 
 from nemo_engine.verify.measure import Limits, Measured, verify
 from nemo_engine.verify.report import as_json, plot, report

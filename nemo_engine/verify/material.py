@@ -71,7 +71,8 @@ def material_for(checkpoint: Checkpoint, tokenizer: str | Path | None, text: str
     largest = max(map(max, material.sequences))
     if largest >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer of {place} makes token {largest}, and the model's vocab_size is {config.vocab_size}: give its own tokenizer"
+            f"the tokenizer of {place} makes token {largest}, and the model's vocab_size is {config.vocab_size}: give "
+            "its own tokenizer"
         )
     return material
 
@@ -79,7 +80,9 @@ def material_for(checkpoint: Checkpoint, tokenizer: str | Path | None, text: str
 def make_material(
     tokenizer: Encoder, text: str | None, max_context: int, bos: int | None, model_context: int = 1 << 30
 ) -> Material:
-    """The stored prompts, the text in pieces, and numbers to be found at growing context; none is longer than ``model_context``."""
+    """The stored prompts, the text in pieces, and numbers to be found at growing context; none is longer than
+    ``model_context``.
+    """
     begin = [] if bos is None else [bos]
     prompts = [
         [*begin, *tokenizer.encode(prompt, bos=False)][:model_context]

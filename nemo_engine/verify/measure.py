@@ -1,6 +1,8 @@
-"""Four configurations: the reference itself, FP8 weights, FP8 keys and values, and both, token by token against the first.
+"""Four configurations: the reference itself, FP8 weights, FP8 keys and values, and both, token by token against the
+first.
 
-Every sequence is prefilled but for its last tokens, which are decode steps, so both kinds of kernel are in what is measured.
+Every sequence is prefilled but for its last tokens, which are decode steps, so both kinds of kernel are in what is
+measured.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # and the 
 class Limits:
     """What a configuration may lose against the reference.
 
-    FP8 weights: ``perplexity`` percent of perplexity, and the likeliest token is the same for ``top1`` of all tokens. FP8 keys and values:
-    ``kv_perplexity`` percent, and alone the same ``top1``; beside FP8 weights, ``kv_perplexity`` percent more than those cost.
+    FP8 weights: ``perplexity`` percent of perplexity, and the likeliest token is the same for ``top1`` of all tokens.
+    FP8 keys and values: ``kv_perplexity`` percent, and alone the same ``top1``; beside FP8 weights, ``kv_perplexity``
+    percent more than those cost.
     """
 
     perplexity: float = 1.0
@@ -60,8 +63,9 @@ class Limits:
 class Measured:
     """One configuration against the reference, over ``num_tokens`` tokens.
 
-    Errors are of logits; KL divergences in nats, of the reference from this; perplexity over the text alone. ``retrieval``: {context in
-    tokens: mean log-probability of a number that was named once, far back}. NaN where logits were not finite.
+    Errors are of logits; KL divergences in nats, of the reference from this; perplexity over the text alone.
+    ``retrieval``: {context in tokens: mean log-probability of a number that was named once, far back}. NaN where logits
+    were not finite.
     """
 
     name: str
@@ -79,7 +83,9 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """What a configuration computed: (2, T, H) of each sequence, on the CPU; and the function that makes logits of it."""
+    """What a configuration computed: (2, T, H) of each sequence, on the CPU; and the function that makes logits of
+    it.
+    """
 
     states: list[Tensor]
     logits: Callable[[Tensor], Tensor]
@@ -98,12 +104,14 @@ def verify(
     revision: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> list[Measured]:
-    """Measure ``model`` in each configuration against the reference: its own dense weights in a dtype, or another checkpoint.
+    """Measure ``model`` in each configuration against the reference: its own dense weights in a dtype, or another
+    checkpoint.
 
-    quantization: how an unquantised checkpoint becomes FP8; one that is FP8 is taken as it is, and its dequantised weights are the reference
-    unless ``against`` is the checkpoint that it was made of. against: a dtype ("auto": the checkpoint's), or a checkpoint. text: for perplexity, in
-    place of the bundled one. max_context: the longest of retrieval. tokenizer: its path, if not in the checkpoint; with none at all, words
-    become tokens by a hash. A configuration beyond ``limits`` has ``faults``. Raises ``ValueError`` for what cannot be run.
+    quantization: how an unquantised checkpoint becomes FP8; one that is FP8 is taken as it is, and its dequantised
+    weights are the reference unless ``against`` is the checkpoint that it was made of. against: a dtype ("auto": the
+    checkpoint's), or a checkpoint. text: for perplexity, in place of the bundled one. max_context: the longest of
+    retrieval. tokenizer: its path, if not in the checkpoint; with none at all, words become tokens by a hash. A
+    configuration beyond ``limits`` has ``faults``. Raises ``ValueError`` for what cannot be run.
     """
     if quantization not in ONLINE:
         raise ValueError(f"quantization must be one of {', '.join(map(repr, ONLINE))}, got {quantization!r}")
@@ -255,7 +263,10 @@ def _logprobs(hidden: Hidden, states: Tensor, targets: list[int]) -> Tensor:
 
 
 def judge(results: SequenceOf[Measured], limits: Limits) -> None:
-    """Hold each configuration against ``limits``, and write what it exceeds into its faults. The first is the reference."""
+    """Hold each configuration against ``limits``, and write what it exceeds into its faults.
+
+    The first is the reference.
+    """
     reference, weights, kv, both = results
     for found, base, limit in (
         (weights, reference, limits.perplexity),

@@ -20,8 +20,8 @@ def report(results: SequenceOf[Measured]) -> str:
     rows = [heads]
     for found in results:
         rows.append([
-            found.name, f"{found.max_error:.3f}", f"{found.mean_error:.4f}", f"{found.max_kl:.4f}", f"{found.mean_kl:.5f}",
-            f"{found.top1:.4f}", f"{found.perplexity:.3f}", f"{found.perplexity_change:+.2f} %",
+            found.name, f"{found.max_error:.3f}", f"{found.mean_error:.4f}", f"{found.max_kl:.4f}",
+            f"{found.mean_kl:.5f}", f"{found.top1:.4f}", f"{found.perplexity:.3f}", f"{found.perplexity_change:+.2f} %",
             *(f"{found.retrieval.get(context, math.nan):.2f}" for context in contexts),
         ])  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
@@ -50,7 +50,10 @@ def as_json(results: SequenceOf[Measured], facts: dict[str, Any]) -> str:
 
 
 def plot(results: SequenceOf[Measured], path: Path) -> None:
-    """Change of perplexity, disagreement, KL divergence and retrieval, as PNG or SVG by the name of ``path``. Needs matplotlib."""
+    """Change of perplexity, disagreement, KL divergence and retrieval, as PNG or SVG by the name of ``path``.
+
+    Needs matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

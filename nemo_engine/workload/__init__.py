@@ -1,4 +1,5 @@
-"""Workloads: requests with their arrivals, from a file or generated, for benchmarks of any server and for the simulator alike.
+"""Workloads: requests with their arrivals, from a file or generated, for benchmarks of any server and for the simulator
+alike.
 
 A workload file has a JSON object a line, see ``items.parse_line``. Must not know engines, schedulers or tokenizers.
 """

@@ -12,8 +12,9 @@ _KINDS = ("poisson", "gamma", "constant", "closed", "file")
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """kind: "poisson", "gamma" (intervals of shape ``burstiness``: below 1 in bursts, 1 is Poisson), "constant", "file" (each item's own
-    ``arrival_s``) or "closed". rate_per_s: of the first three. concurrency: of "closed", requests that are always under way. seed: of the noise.
+    """kind: "poisson", "gamma" (intervals of shape ``burstiness``: below 1 in bursts, 1 is Poisson), "constant", "file"
+    (each item's own ``arrival_s``) or "closed". rate_per_s: of the first three. concurrency: of "closed", requests that
+    are always under way. seed: of the noise.
     """
 
     kind: str

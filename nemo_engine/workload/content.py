@@ -1,4 +1,7 @@
-"""What a prompt holds: its own text or ids, or filler where a workload has only lengths. Filler is a function of names and counts alone."""
+"""What a prompt holds: its own text or ids, or filler where a workload has only lengths.
+
+Filler is a function of names and counts alone.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from nemo_engine.workload.items import Item
 
 _FIRST_ID = 1000  # below it, Tekken has control tokens
 _WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem hand part place case week "
-    "company system program question work number night point home water room mother area money story fact month lot right study book"
+    "time year people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week "
+    "company system program question work number night point home water room mother area money story fact month lot "
+    "right study book"
 ).split()
 
 
@@ -26,7 +31,9 @@ def filler_text(name: str, count: int) -> str:
 
 
 def prompt_token_ids(item: Item, turn: int, vocab_size: int, answers: Sequence[Sequence[int]] = ()) -> list[int]:
-    """The whole prompt of a turn, prefix, earlier prompts and their ``answers`` included, for prompts of ids or lengths."""
+    """The whole prompt of a turn, prefix, earlier prompts and their ``answers`` included, for prompts of ids or
+    lengths.
+    """
     ids = filler_ids(f"prefix {item.prefix}", item.prefix_tokens, vocab_size) if item.prefix is not None else []
     for index in range(turn + 1):
         prompt = item.turns[index].prompt
@@ -42,7 +49,10 @@ def prompt_token_ids(item: Item, turn: int, vocab_size: int, answers: Sequence[S
 
 
 def prompt_messages(item: Item, turn: int, answers: Sequence[str] = ()) -> list[Mapping[str, str]]:
-    """A turn as OpenAI's messages, with earlier turns and their ``answers``. Raises ``ValueError`` for prompts of token ids."""
+    """A turn as OpenAI's messages, with earlier turns and their ``answers``.
+
+    Raises ``ValueError`` for prompts of token ids.
+    """
     messages: list[Mapping[str, str]] = []
     if item.prefix is not None:
         messages.append({"role": "system", "content": filler_text(f"prefix {item.prefix}", item.prefix_tokens)})

@@ -1,5 +1,5 @@
-"""Distributions of lengths and times, written as ``200``, ``uniform:50:400``, ``lognormal:1000:0.8:16:8000``, ``normal:500:100``,
-``exponential:300`` or ``choice:128:2048``, or as the number in JSON."""
+"""Distributions of lengths and times, written as ``200``, ``uniform:50:400``, ``lognormal:1000:0.8:16:8000``,
+``normal:500:100``, ``exponential:300`` or ``choice:128:2048``, or as the number in JSON."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ _ROLES = ("system", "user", "assistant", "tool")
 class Turn:
     """What is asked, and how many tokens answer it.
 
-    ``prompt`` is a text, token ids, OpenAI's messages, or only a number of tokens. ``num_tokens`` is how many tokens it is, where that is
-    known. ``think_s``: seconds from the answer before to this turn.
+    ``prompt`` is a text, token ids, OpenAI's messages, or only a number of tokens. ``num_tokens`` is how many tokens it
+    is, where that is known. ``think_s``: seconds from the answer before to this turn.
     """
 
     prompt: Prompt
@@ -33,8 +33,8 @@ class Turn:
 class Item:
     """A request (one turn) or a conversation: a turn's prompt follows all prompts and answers before it.
 
-    ``arrival_s``: of the first turn, in seconds from the start; None where the arrivals are made elsewhere. Items of equal ``prefix`` begin
-    with the same ``prefix_tokens`` tokens. A larger ``priority`` is less urgent.
+    ``arrival_s``: of the first turn, in seconds from the start; None where the arrivals are made elsewhere. Items of
+    equal ``prefix`` begin with the same ``prefix_tokens`` tokens. A larger ``priority`` is less urgent.
     """
 
     request_id: str
@@ -51,11 +51,14 @@ class Item:
 
 
 def parse_line(data: object, where: str, default_id: str) -> Item:
-    """An item from the JSON of a line. Raises ``ValueError`` that begins with ``where`` and names the field and its value.
+    """An item from the JSON of a line.
 
-    Fields: ``id``; ``arrival_s``; one of ``prompt`` (text), ``prompt_token_ids``, ``messages`` (OpenAI's) and ``prompt_tokens`` (a number; beside
-    a text or messages it says how many tokens they are); ``output_tokens``; ``prefix`` (a name) with ``prefix_tokens``; ``priority``. In place of
-    prompt and output, ``turns`` is a list of objects with those and ``think_s``.
+    Raises ``ValueError`` that begins with ``where`` and names the field and its value.
+
+    Fields: ``id``; ``arrival_s``; one of ``prompt`` (text), ``prompt_token_ids``, ``messages`` (OpenAI's) and
+    ``prompt_tokens`` (a number; beside a text or messages it says how many tokens they are); ``output_tokens``;
+    ``prefix`` (a name) with ``prefix_tokens``; ``priority``. In place of prompt and output, ``turns`` is a list of
+    objects with those and ``think_s``.
     """
     read = _Line(data, where)
     item_id = read.text("id") if "id" in read.data else default_id
@@ -180,7 +183,8 @@ class _Line:
         for index, token_id in enumerate(value):
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**31:
                 raise ValueError(
-                    f"{self.where}: {self.inner}{field}[{index}] must be an integer from 0 to {2**31 - 1}, got {_short(token_id)}"
+                    f"{self.where}: {self.inner}{field}[{index}] must be an integer from 0 to {2**31 - 1}, got "
+                    f"{_short(token_id)}"
                 )
         return Turn(tuple(value), output, len(value), think)
 
@@ -194,7 +198,8 @@ class _Line:
                 or not isinstance(message.get("content"), str)
             ):
                 raise ValueError(
-                    f"{self.where}: {self.inner}messages[{index}] must be an object with a role ({', '.join(_ROLES)}) and a "
+                    f"{self.where}: {self.inner}messages[{index}] must be an object with a role ({', '.join(_ROLES)}) "
+                    "and a "
                     f"text as content, got {_short(message)}"
                 )
         return tuple(value)

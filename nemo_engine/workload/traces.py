@@ -16,10 +16,12 @@ _ANSWERS = ("gpt", "chatgpt", "assistant", "bing", "bard")
 def read_sharegpt(
     path: Path, count_tokens: Callable[[str], int], *, is_multi_turn: bool = False, most: int | None = None
 ) -> Iterator[Item]:
-    """Conversations of a list of ``{"id", "conversations": [{"from": "human"|"gpt", "value": ...}]}``, or JSON lines of ``{"messages": [...]}``.
+    """Conversations of a list of ``{"id", "conversations": [{"from": "human"|"gpt", "value": ...}]}``, or JSON lines of
+    ``{"messages": [...]}``.
 
-    The first prompt and the length of its answer, or every turn of a conversation. Conversations that do not begin with a prompt and its answer are
-    passed over, as all benchmarks do. Raises ``ValueError`` naming file, entry and field of what is no conversation.
+    The first prompt and the length of its answer, or every turn of a conversation. Conversations that do not begin with
+    a prompt and its answer are passed over, as all benchmarks do. Raises ``ValueError`` naming file, entry and field of
+    what is no conversation.
     """
     count = 0
     for place, entry in _entries(path):

@@ -1,6 +1,7 @@
 """Kill a batch run again and again, and see that nothing is lost, doubled or torn.
 
-``python tests/batch/kills.py --kills 50`` does so with the command and the bundled model; ``test_kills`` a few times with a scripted run.
+``python tests/batch/kills.py --kills 50`` does so with the command and the bundled model; ``test_kills`` a few times
+with a scripted run.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def union(target: Path, *, is_cut: bool = False) -> Counter[str]:
 def killed(
     command: Callable[[Path], Sequence[str]], source: Path, target: Path, num_kills: int, seed: int, start_up: float
 ) -> Counter[int]:
-    """Run ``command(target)``, kill it at a random moment, and again; returns how many results there were after each kill.
+    """Run ``command(target)``, kill it at a random moment, and again; returns how many results there were after each
+    kill.
 
     One in four is killed within ``start_up`` seconds, the others some results after those that were there.
     """

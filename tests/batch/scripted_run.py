@@ -1,4 +1,5 @@
-"""A batch run without an engine, as a process of its own: ``python -m tests.batch.scripted_run IN OUT SECONDS [--force]``.
+"""A batch run without an engine, as a process of its own: ``python -m tests.batch.scripted_run IN OUT SECONDS
+[--force]``.
 
 The answer to a line is made of its body alone, after about so many seconds.
 """

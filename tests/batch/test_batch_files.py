@@ -87,8 +87,19 @@ def reader_of(data: bytes, max_bytes: int = 100) -> Reader:
 def test_every_line_has_its_number_and_its_answer() -> None:
     limit = b'{"prompt":"' + b"x" * 87 + b'"}'
     assert len(limit) == 100
-    lines = [b'{"prompt":"a"}', b"", b"  ", b'{"pro', limit, limit[:-2] + b'y"}', b'{"prompt":"' + b"z" * 1000 + b'"}',
-             b'{"prompt":"b","id":"same"}', b'{"prompt":"c","id":"same"}', b"\xff\xfe", b'{"prompt":"last"}']  # fmt: skip
+    lines = [
+        b'{"prompt":"a"}',
+        b"",
+        b"  ",
+        b'{"pro',
+        limit,
+        limit[:-2] + b'y"}',
+        b'{"prompt":"' + b"z" * 1000 + b'"}',
+        b'{"prompt":"b","id":"same"}',
+        b'{"prompt":"c","id":"same"}',
+        b"\xff\xfe",
+        b'{"prompt":"last"}',
+    ]
     found = reader_of(b"\r\n".join(lines)).window(100)
     told = {line.number: getattr(line, "message", "a request") for line in found}
     assert sorted(told) == [1, 4, 5, 6, 7, 8, 9, 10, 11]  # blank lines are none

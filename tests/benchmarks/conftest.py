@@ -13,7 +13,9 @@ from nemo_engine.benchmarks.peers.process import PeerKind
 
 @pytest.fixture
 def fake_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``fake``, ``fake2`` to ``fake4`` and ``other``, by ``fake_peer.py``, and ``absent``, whose package is not installed."""
+    """``fake``, ``fake2`` to ``fake4`` and ``other``, by ``fake_peer.py``, and ``absent``, whose package is not
+    installed.
+    """
     here = str(Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
     for name in ("fake", "fake2", "fake3", "fake4", "other", "absent"):

@@ -1,6 +1,8 @@
-"""The part of ``llama_cpp`` that the peer calls, over a toy model: the next token is the sum of all tokens of its sequence, modulo 97.
+"""The part of ``llama_cpp`` that the peer calls, over a toy model: the next token is the sum of all tokens of its
+sequence, modulo 97.
 
-Checks what the library takes for granted: positions without holes, sequences and rows within what the context was made for.
+Checks what the library takes for granted: positions without holes, sequences and rows within what the context was made
+for.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from typing import Any
 
 
 class Peer:
-    """fails: "start", "die", "count", "answers", "error", "hang", "child" or "generate:N", at call N. slow_s: seconds of a call.
+    """fails: "start", "die", "count", "answers", "error", "hang", "child" or "generate:N", at call N. slow_s: seconds
+    of a call.
 
     calls: a file to which every call is written. The answer to a prompt is its last id, again and again.
     """

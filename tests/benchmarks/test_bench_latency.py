@@ -1,4 +1,6 @@
-"""``bench latency``: its clock, its rooflines, its grid, peers beside it, profiles; and what does not fit does not stop the rest."""
+"""``bench latency``: its clock, its rooflines, its grid, peers beside it, profiles; and what does not fit does not stop
+the rest.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ def test_the_roofline_of_nemo() -> None:
     assert rooflines.decode_bytes(roofline, 0, 0) == pytest.approx(weights, rel=1e-4)  # norms apart
     assert rooflines.decode_bytes(roofline, 4, 1000) - rooflines.decode_bytes(roofline, 0, 0) == 4000 * 163840
     assert rooflines.decode_seconds(roofline, 4, 1000) == pytest.approx((weights + 4000 * 163840) / 1e12, rel=1e-4)
-    # A prompt of 8192 tokens is bound by arithmetic: layers' products, and half a square of attention. One row of the head: by its bytes.
+    # A prompt of 8192 tokens is bound by arithmetic: layers' products, and half a square of attention. One row of the
+    # head: by its bytes.
     layers = 2 * (12_247_782_400 - 2 * 131072 * 5120) * 8192
     attention = 4 * 4096 * 40 * 8192 * 8193 / 2
     head = 2 * 131072 * 5120
@@ -150,8 +153,8 @@ def test_requests_and_decode_steps_of_a_grid(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_reported_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, rows = bench(
-        tmp_path / "r", "--batch", 8, 1, "--input", 50, 150, "--output", 20, "--context", 64, 4000, "--steps", 4, "--rounds", 1,
-        "--option", "num_kv_pages=4", "--option", "max_model_len=160",
+        tmp_path / "r", "--batch", 8, 1, "--input", 50, 150, "--output", 20, "--context", 64, 4000, "--steps", 4,
+        "--rounds", 1, "--option", "num_kv_pages=4", "--option", "max_model_len=160",
     )  # fmt: skip
     assert code == 1
     by_point = {(row["batch"], row.get("input", 0), row.get("context", 0)): row for row in rows}

@@ -1,4 +1,6 @@
-"""``bench ops``: its arithmetic, what one failure does to the rest, other makers' kernels beside ours, and the program on a CPU."""
+"""``bench ops``: its arithmetic, what one failure does to the rest, other makers' kernels beside ours, and the program
+on a CPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``bench scheduler``: it counts steps in which all decode, vLLM's scheduler takes turns with ours, and its profile sums up."""
+"""``bench scheduler``: it counts steps in which all decode, vLLM's scheduler takes turns with ours, and its profile
+sums up.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +94,8 @@ def test_vllm_takes_turns_and_its_failure_is_told(
     monkeypatch.setattr(scheduler, "_ADAPTER", tmp_path / "adapter.py")
     monkeypatch.setattr(scheduler, "why_missing", lambda name, python: None)
     code, rows = bench(
-        tmp_path / "r", "--num-seqs", 2, 64, "--page-sizes", 64, "--prompt-len", 8, "--steps", 10, "--rounds", 3, "--vllm",
-        sys.executable,
+        tmp_path / "r", "--num-seqs", 2, 64, "--page-sizes", 64, "--prompt-len", 8, "--steps", 10, "--rounds", 3,
+        "--vllm", sys.executable,
     )  # fmt: skip
     assert code == 1
     ours, theirs, ours_too, broken = rows

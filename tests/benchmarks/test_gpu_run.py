@@ -1,4 +1,6 @@
-"""The run on a GPU, without one: all of it on the CPU at a toy's size, faults in its stages, ends at any moment, and what it tells afterwards."""
+"""The run on a GPU, without one: all of it on the CPU at a toy's size, faults in its stages, ends at any moment, and
+what it tells afterwards.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ GPU = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
 # What the machine with the GPU has, and what these need.
 THERE = {
     "torch", "triton", "numpy", "safetensors", "pytest", "pytest-xdist", "cmake", "ninja", "pybind11", "setuptools",
-    "iniconfig", "pluggy", "packaging", "pygments", "execnet", "typing_extensions", "typing-extensions", "sympy", "mpmath", "jinja2",
-    "markupsafe", "networkx", "filelock", "fsspec",
+    "iniconfig", "pluggy", "packaging", "pygments", "execnet", "typing_extensions", "typing-extensions", "sympy",
+    "mpmath", "jinja2", "markupsafe", "networkx", "filelock", "fsspec",
 }  # fmt: skip
 
 
@@ -65,7 +67,10 @@ def test_without_a_gpu_nothing_is_done(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_with_faults_in_three_stages(tmp_path: Path) -> None:
-    """Every kind of work runs on the CPU; a crash, a hang and a stage without memory cost themselves alone. Then the run goes on from its file."""
+    """Every kind of work runs on the CPU; a crash, a hang and a stage without memory cost themselves alone.
+
+    Then the run goes on from its file.
+    """
     mark = str(tmp_path)
     chosen = ["device", "smoke", "tests", "fp8-triton", "bf16-triton", "throughput", "profile"]
     plants = {"smoke": "crash", "bf16-triton": "oom", "throughput": "hang"}
@@ -103,7 +108,8 @@ def test_a_dry_run_with_faults_in_three_stages(tmp_path: Path) -> None:
     assert gpu_summary.last_by_key(read_records(again / "results.jsonl"))["smoke triton"]["status"] == "ok"
 
 
-# A run whose stages take no time to start: each starts a process that would outlive it, and writes numbers as fast as it can.
+# A run whose stages take no time to start: each starts a process that would outlive it, and writes numbers as fast as
+# it can.
 QUICK = """
 import sys
 from pathlib import Path
@@ -137,7 +143,9 @@ sys.exit(gpu.main(["--dry-run", "--out", sys.argv[1], "--seconds", "100"]))
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 4])
 def test_a_run_that_is_killed_leaves_readable_results_and_no_process(tmp_path: Path, number: int) -> None:
-    """SIGKILL at a random moment after the first numbers; once SIGTERM, after which the run still says what is known."""
+    """SIGKILL at a random moment after the first numbers; once SIGTERM, after which the run still says what is
+    known.
+    """
     mark = str(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-c", QUICK, str(tmp_path)], cwd=ROOT, env=environment(GPU_TEST_MARK=mark), text=True,
@@ -243,8 +251,13 @@ def line(op: str, impl: str, status: str, case: str = "a") -> dict[str, Any]:
 
 
 def test_a_first_run_avoids_what_crashes_and_a_resumed_one_what_fails() -> None:
-    records = [line("linear", "cuda", "crashed"), line("sample_", "triton", "failed"), line("rms_norm", "cuda", "failed"),
-               line("rms_norm", "cuda", "passed"), line("silu_mul", "cuda", "passed")]  # fmt: skip
+    records = [
+        line("linear", "cuda", "crashed"),
+        line("sample_", "triton", "failed"),
+        line("rms_norm", "cuda", "failed"),
+        line("rms_norm", "cuda", "passed"),
+        line("silu_mul", "cuda", "passed"),
+    ]
     assert gpu_summary.failing_implementations(records, all_failures=False) == {"linear": ["cuda"]}
     assert gpu_summary.failing_implementations(records, all_failures=True) == {
         "linear": ["cuda"],

@@ -110,7 +110,9 @@ def toy_answer(prompt: list[int], count: int) -> list[int]:
 def test_llama_cpp_is_stepped_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_seq: int | None, n_batch: int
 ) -> None:
-    """Against a toy in the library's place: prompts in parts, places filled anew, every sequence as if it were alone."""
+    """Against a toy in the library's place: prompts in parts, places filled anew, every sequence as if it were
+    alone.
+    """
     monkeypatch.setitem(sys.modules, "llama_cpp", fake_llama_cpp)
     monkeypatch.delitem(sys.modules, "nemo_engine.benchmarks.peers.llama_cpp_python", raising=False)
     adapter = importlib.import_module("nemo_engine.benchmarks.peers.llama_cpp_python")

@@ -64,13 +64,30 @@ def test_tables_and_plots_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     written = (tmp_path / "out" / "report.md").read_text()
     assert capsys.readouterr().out.startswith(report(read(folder)))
     expected = {
-        "throughput": ["output tokens/s", "nemo_engine", "transformers", "failed", "16 requests, 16 to 256 in, 128 out"],
-        "serve-1": ["output tokens/s", "median time to first token, ms", "median time between tokens, ms", "ours", "theirs"],
+        "throughput": [
+            "output tokens/s",
+            "nemo_engine",
+            "transformers",
+            "failed",
+            "16 requests, 16 to 256 in, 128 out",
+        ],
+        "serve-1": [
+            "output tokens/s",
+            "median time to first token, ms",
+            "median time between tokens, ms",
+            "ours",
+            "theirs",
+        ],
         "decode-1": ["context of each request, tokens", "decode step, ms (median)", "64 requests", "128k", "roofline"],
-        "startup-1": ["seconds from a new process to the first token", "import torch", "stages below 2 % together", "vllm, warm"],
+        "startup-1": [
+            "seconds from a new process to the first token",
+            "import torch",
+            "stages below 2 % together",
+            "vllm, warm",
+        ],
         "scheduler": ["running requests", "schedule() and commit(), us (median)", "vllm 0.32, pages of 16"],
         "roofline-1": ["FLOP/byte", "TFLOP/s", "linear", "norm", "FP8 products 1500 TFLOP/s", "hollow: a baseline"],
-    }  # fmt: skip
+    }
     for name, labels in expected.items():
         (svg,) = (tmp_path / "out").glob(f"{name}-*.svg")
         text = svg.read_text()

@@ -1,4 +1,6 @@
-"""Results files: what is written with each number, what is refused when they are read, and what is not put into one ratio."""
+"""Results files: what is written with each number, what is refused when they are read, and what is not put into one
+ratio.
+"""
 
 from __future__ import annotations
 

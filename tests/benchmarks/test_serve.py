@@ -130,9 +130,11 @@ def test_an_answer_in_pieces_of_any_size(kind: str, size: int) -> None:
         (HEAD + b"\r\ndata: {no\n\n", "HttpError: an event is no JSON: {no"),
         (HEAD + b'\r\ndata: {"error": {"message": "out of memory"}}\n\n', "HttpError: out of memory"),
         (HEAD + b'\r\ndata: [1]\n\n', "AttributeError: 'list' object has no attribute 'get'"),
-        (HEAD + b"\r\n" + BODY.replace(USAGE.encode() + b"\r\n\r\n", b""), "the server told no usage, so its tokens cannot be counted"),
+        (HEAD + b"\r\n" + BODY.replace(USAGE.encode() + b"\r\n\r\n", b""), "the server told no usage, so its tokens "
+                                                                           "cannot be counted"),
         (HEAD + b"\r\n" + f"{USAGE}\n\ndata: [DONE]\n\n".encode(), "the answer has no text"),
-        (HEAD + b"\r\n" + BODY.replace(b'"completion_tokens": 3', b'"completion_tokens": 2'), "2 tokens came, and 3 were asked for"),
+        (HEAD + b"\r\n" + BODY.replace(b'"completion_tokens": 3', b'"completion_tokens": 2'), "2 tokens came, and 3 "
+                                                                                              "were asked for"),
     ],
 )  # fmt: skip
 def test_what_breaks_says_how(answer: bytes, error: str) -> None:
@@ -230,7 +232,8 @@ def test_closed_loops_against_our_server(tmp_path: Path, live: LiveServer, capsy
 )
 def test_open_loops_against_our_server(tmp_path: Path, live: LiveServer, options: tuple[object, ...]) -> None:
     code, (record,) = bench(
-        tmp_path / "r.jsonl", live.url, "--generate", "requests=10,input=4,output=2", *options, "--rounds", 1, "--warmup", 0
+        tmp_path / "r.jsonl", live.url, "--generate", "requests=10,input=4,output=2", *options, "--rounds", 1,
+        "--warmup", 0
     )  # fmt: skip
     assert code == 0 and record["new_tokens"] == 20 and record["arrivals"]["rate"] == 200
     assert record["late_s"]["p50"] < 0.1
@@ -239,7 +242,8 @@ def test_open_loops_against_our_server(tmp_path: Path, live: LiveServer, options
 def test_recorded_arrivals(tmp_path: Path, live: LiveServer) -> None:
     workload = tmp_path / "w.jsonl"
     workload.write_text(
-        '{"prompt_tokens": 4, "output_tokens": 2, "arrival_s": 0}\n{"prompt": "def f", "output_tokens": 2, "arrival_s": 0.4}\n'
+        '{"prompt_tokens": 4, "output_tokens": 2, "arrival_s": 0}\n{"prompt": "def f", "output_tokens": 2, '
+        '"arrival_s": 0.4}\n'
     )
     code, (record,) = bench(
         tmp_path / "r.jsonl", live.url, "--workload", workload, "--rounds", 1, "--warmup", 0, "--slo-ttft", "1us"
@@ -262,7 +266,8 @@ def test_conversations_take_their_answers_back(tmp_path: Path, live: LiveServer,
 def test_a_request_that_is_refused_fails_and_the_rest_count(tmp_path: Path, live: LiveServer) -> None:
     workload = tmp_path / "w.jsonl"
     workload.write_text(
-        '{"prompt_tokens": 4, "output_tokens": 2}\n{"prompt_tokens": 2000, "output_tokens": 2}\n'  # longer than the context
+        # longer than the context
+        '{"prompt_tokens": 4, "output_tokens": 2}\n{"prompt_tokens": 2000, "output_tokens": 2}\n'
     )
     code, (record,) = bench(
         tmp_path / "r.jsonl", live.url, "--workload", workload, "--concurrency", 2, "--rounds", 2, "--warmup", 0

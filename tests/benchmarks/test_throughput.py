@@ -1,4 +1,6 @@
-"""``bench throughput``: ours beside transformers on one workload, engines that fail, conversations, and what is refused."""
+"""``bench throughput``: ours beside transformers on one workload, engines that fail, conversations, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +67,8 @@ def test_what_fails_is_failed_and_never_slow(tmp_path: Path) -> None:
     }
     names = ["fake", "fake2", "fake3", "fake4"]
     code, found = bench(
-        tmp_path / "r.jsonl", "--generate", "requests=3,input=4,output=5", "--rounds", 2, "--peers", *names, "other", "absent",
-        *(part for name, fails in zip(names, errors) for part in ("--option", f"{name}.fails={fails}")),
+        tmp_path / "r.jsonl", "--generate", "requests=3,input=4,output=5", "--rounds", 2, "--peers", *names, "other",
+        "absent", *(part for name, fails in zip(names, errors) for part in ("--option", f"{name}.fails={fails}")),
     )  # fmt: skip
     assert code == 1
     ours, *fakes, other, absent = found
@@ -89,8 +91,8 @@ def test_missing_alone_is_no_failure(tmp_path: Path) -> None:
 def test_points_are_measured_for_themselves_and_a_slow_engine_is_slow(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     code, found = bench(
-        tmp_path / "r.jsonl", "--generate", "requests=2,input=4,output=8", "--rounds", 1, "--concurrency", 1, 2, "--peers",
-        "fake", "--option", f'fake.calls="{calls}"', "--option", "fake.slow_s=0.5",
+        tmp_path / "r.jsonl", "--generate", "requests=2,input=4,output=8", "--rounds", 1, "--concurrency", 1, 2,
+        "--peers", "fake", "--option", f'fake.calls="{calls}"', "--option", "fake.slow_s=0.5",
     )  # fmt: skip
     assert code == 0 and [(record["engine"], record["concurrency"]) for record in found] == [
         ("nemo_engine", 1), ("fake", 1), ("nemo_engine", 2), ("fake", 2),

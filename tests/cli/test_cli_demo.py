@@ -18,7 +18,9 @@ class Terminal(io.StringIO):
 
 
 def screen(written: str) -> list[str]:
-    """The lines that a terminal shows after ``written``: line breaks, cursor up (F) and erase line (2K) are understood."""
+    """The lines that a terminal shows after ``written``: line breaks, cursor up (F) and erase line (2K) are
+    understood.
+    """
     lines, row = [""], 0
     for part in re.split(r"(\n|\033\[\d*[A-Za-z])", written):
         if part == "\n":

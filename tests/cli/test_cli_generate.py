@@ -193,7 +193,8 @@ def test_interrupt_is_exit_code_130(fake: type[FakeEngine], capsys: pytest.Captu
 def test_help_and_version_need_no_torch(command: list[str]) -> None:
     code = (
         "import sys\nfrom nemo_engine.cli import main\n"
-        f"try: main({[*command, '--help']!r})\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in "
+        "sys.modules"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr

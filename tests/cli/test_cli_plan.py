@@ -63,7 +63,10 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 def test_no_torch_is_imported() -> None:
     for argv in (PLAN, SIMULATE + ["--rate", "5"]):
-        code = f"import sys; from nemo_engine.cli import main; main({argv!r}); print([n for n in ('torch', 'numpy') if n in sys.modules])"
+        code = (
+            f"import sys; from nemo_engine.cli import main; main({argv!r}); print([n for n in ('torch', 'numpy') if n "
+            "in sys.modules])"
+        )
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert run.stdout.splitlines()[-1] == "[]"
 
@@ -76,7 +79,8 @@ def test_no_torch_is_imported() -> None:
         (["plan", "no/such/model", "--gpu", "h200"], "'no/such/model' does not exist"),
         ([*PLAN, "--input", "0"], "input_tokens must be an integer of at least 1, got 0"),
         ([*PLAN, "--input", "200000"], "input 200000 and output 200 make 200200 tokens"),
-        ([*PLAN, "--context", "200000"], "max_model_len must be at most the checkpoint's max_position_embeddings (131072)"),
+        ([*PLAN, "--context", "200000"], "max_model_len must be at most the checkpoint's max_position_embeddings "
+                                         "(131072)"),
         ([*PLAN, "--context", "100", "--max-model-len", "200"], "--context and --max-model-len are the same"),
         ([*PLAN, "--tp", "3"], "tensor_parallel_size must divide num_heads (32), got 3"),
         ([*PLAN, "--slo-itl", "30 parsecs"], "a time above 0 such as 30ms or 1.5s is needed, got '30 parsecs'"),
@@ -93,7 +97,8 @@ def test_no_torch_is_imported() -> None:
         (SIMULATE, "has no arrival_s: give a rate or a concurrency"),
         ([*SIMULATE, "--rate", "0"], "numbers above 0, separated by commas, are needed, got '0'"),
         ([*SIMULATE, "--rate", "5", "--concurrency", "4"], "--concurrency is a closed loop"),
-        ([*SIMULATE, "--rate", "5", "--arrivals", "poisson", "--burstiness", "0.5"], "--burstiness is for gamma arrivals"),
+        ([*SIMULATE, "--rate", "5", "--arrivals", "poisson", "--burstiness", "0.5"], "--burstiness is for gamma "
+                                                                                     "arrivals"),
         ([*SIMULATE, "--arrivals", "constant"], "--arrivals constant needs a --rate"),
         ([*SIMULATE, "--rate", "5", "--arrivals", "file"], "--rate is not for the file's own arrivals, got 5"),
         ([*SIMULATE, "--rate", "5", "--replicas", "0"], "replicas must be at least 1, got 0"),
@@ -104,7 +109,8 @@ def test_no_torch_is_imported() -> None:
         ([*SIMULATE[:-1], "inputs=3", "--rate", "5"], "--synthetic: inputs is not a field here"),
         ([*SIMULATE[:-1], "input", "--rate", "5"], "--synthetic: NAME=VALUE,... is needed, got 'input'"),
         ([*SIMULATE[:4], "--workload", "/no/such/file", "--rate", "5"], "--workload must be a file, got '/no/such/file'"),
-        (["simulate", "nemo", "--gpu", "rtx4090", "--synthetic", "requests=1", "--rate", "1"], "does not fit into the device's memory"),
+        (["simulate", "nemo", "--gpu", "rtx4090", "--synthetic", "requests=1", "--rate", "1"], "does not fit into the "
+                                                                                               "device's memory"),
         ([*SIMULATE, "--rate", "5", "--cost-model", "/no/such/file"], "/no/such/file"),
     ],
 )  # fmt: skip

@@ -1,4 +1,6 @@
-"""The CUDA kernels compiled for the CPU: built once, loaded as ``nemo_engine._C``, with every tensor they may touch made known."""
+"""The CUDA kernels compiled for the CPU: built once, loaded as ``nemo_engine._C``, with every tensor they may touch
+made known.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def load() -> Any:
 
 
 def open_library(path: Path) -> Any:
-    """A compiled library as a module. Its name is its own: pybind11 hands out what it has made under a name before, such as the real one."""
+    """A compiled library as a module.
+
+    Its name is its own: pybind11 hands out what it has made under a name before, such as the real one.
+    """
     spec = importlib.util.spec_from_file_location(f"emulated_{abs(hash(path))}._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -74,7 +79,8 @@ def emulated(library: Any) -> Iterator[Any]:
 
 
 class Watch(TorchDispatchMode):
-    """Inside it, the emulation knows every array: those in ``tensors``, those in ``constants``, and what torch makes meanwhile.
+    """Inside it, the emulation knows every array: those in ``tensors``, those in ``constants``, and what torch makes
+    meanwhile.
 
     What is made empty is poisoned, so that an element that a kernel does not write shows.
     """

@@ -1,4 +1,6 @@
-"""What the fuzz tries: a model, engines and requests, each drawn from its own seeded generator, so that leaving one out changes no other."""
+"""What the fuzz tries: a model, engines and requests, each drawn from its own seeded generator, so that leaving one out
+changes no other.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +164,9 @@ def client_id(rng: random.Random, base: str | None = None) -> str:
 
 
 def named_alike(seed: str, index: int, model: ModelCase, options: dict[str, Any]) -> list[RequestCase]:
-    """Requests of several completions, and others beside them whose ids could be the names of these; none in some engines."""
+    """Requests of several completions, and others beside them whose ids could be the names of these; none in some
+    engines.
+    """
     rng = random.Random(f"names {seed}")
     if rng.random() < 0.6:
         return []

@@ -1,4 +1,6 @@
-"""A decoder in float64 and the rules of sampling, written from their definitions in numpy: what every answer of an engine is held to."""
+"""A decoder in float64 and the rules of sampling, written from their definitions in numpy: what every answer of an
+engine is held to.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +164,9 @@ def complaint(scores: Array, token: int, params: SamplingParams, seed: int | Non
 
 
 def _kept(distance: Array, params: SamplingParams, near: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The tokens that min_p, top_k and top_p keep for sure, and those that they may keep, if distances are known to within ``near``."""
+    """The tokens that min_p, top_k and top_p keep for sure, and those that they may keep, if distances are known to
+    within ``near``.
+    """
     sure, possible = distance < np.inf, distance < np.inf
     limits = [-math.log(params.min_p)] if params.min_p > 0 else []
     if params.top_k and params.top_k < len(distance):

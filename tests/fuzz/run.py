@@ -1,4 +1,6 @@
-"""Random models, engines and requests against the reference: python tests/fuzz/run.py --minutes 60, or one case again by its seed."""
+"""Random models, engines and requests against the reference: python tests/fuzz/run.py --minutes 60, or one case again
+by its seed.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def described(error: BaseException) -> str:
 
 
 def try_seed(seed: int) -> Counter[str]:
-    """Play all engines of ``seed``; an ``AssertionError`` has the shortest case found and the command that repeats it."""
+    """Play all engines of ``seed``; an ``AssertionError`` has the shortest case found and the command that repeats
+    it.
+    """
     counts: Counter[str] = Counter()
     for number in range(ENGINES):
         try:

@@ -1,4 +1,7 @@
-"""The fuzz in the suite: fixed seeds that reach everything, and faults put back that it must find. ``make fuzz MINUTES=n`` tries new seeds."""
+"""The fuzz in the suite: fixed seeds that reach everything, and faults put back that it must find.
+
+``make fuzz MINUTES=n`` tries new seeds.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from fuzz.run import ENGINES, cases_of, try_seed
 
 from nemo_engine.engine.core import EngineCore
 from nemo_engine.engine.input_processor import InputProcessor
-from nemo_engine.engine.output_processor import OutputProcessor, UserRequest
+from nemo_engine.engine.output_processor import OutputProcessor
+from nemo_engine.engine.user_request import UserRequest
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.runner import Runner
 from nemo_engine.scheduler import Request, Scheduler, StepOutput

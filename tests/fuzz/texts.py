@@ -1,4 +1,6 @@
-"""What tokens of the bundled tokenizer mean: their bytes, the text of a completion with its stop strings, and what a grammar allows."""
+"""What tokens of the bundled tokenizer mean: their bytes, the text of a completion with its stop strings, and what a
+grammar allows.
+"""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from typing import Any
 from nemo_engine.benchmarks.report.results import Record
 
 PLACE = {
-    "cpu": "Some CPU", "cores": 2, "usable_cores": 2, "memory_gib": 24, "gpu": None, "commit": "abc1234", "command": "bench",
-    "date": "2026-11-25T13:00:00Z", "file": "r.jsonl", "line": 1,
+    "cpu": "Some CPU", "cores": 2, "usable_cores": 2, "memory_gib": 24, "gpu": None, "commit": "abc1234", "command":
+    "bench", "date": "2026-11-25T13:00:00Z", "file": "r.jsonl", "line": 1,
 }  # fmt: skip
 
 
@@ -34,19 +34,19 @@ def serve(server: str, concurrency: int, rates: list[float], **fields: Any) -> R
     times = {"p50": 0.01 * concurrency, "p90": 0.03, "p95": 0.04, "p99": 0.05}
     return {
         "benchmark": "serve", "server": server, "workload": {"source": "requests=8,input=64,output=32", "requests": 8},
-        "arrivals": {"concurrency": concurrency, "rate": None, "arrivals": None, "burstiness": 1.0}, "route": "completions",
-        "output_tokens_per_second": rates, "ttft_s": times, "itl_s": times, "tpot_s": times, "e2e_s": times,
-        "slo": {"ttft_s": None, "itl_s": None}, "goodput_requests_per_second": [1.0], "errors": 0, "first_errors": [], **PLACE,
-        **fields,
+        "arrivals": {"concurrency": concurrency, "rate": None, "arrivals": None, "burstiness": 1.0}, "route":
+        "completions", "output_tokens_per_second": rates, "ttft_s": times, "itl_s": times, "tpot_s": times, "e2e_s":
+        times, "slo": {"ttft_s": None, "itl_s": None}, "goodput_requests_per_second": [1.0], "errors": 0,
+        "first_errors": [], **PLACE, **fields,
     }  # fmt: skip
 
 
 def decode(batch: int, context: int) -> Record:
     """A line of ``bench latency``."""
     return {
-        "benchmark": "latency", "what": "decode", "batch": batch, "context": context, "engine": "nemo_engine", "status": "ok",
-        "model": "nemo", "options": {"kv_cache_dtype": "fp8"}, "ms_per_step": 6.0 + batch * context / 1e5, "roofline_ms": 5.0,
-        "fraction": 0.8, **PLACE,
+        "benchmark": "latency", "what": "decode", "batch": batch, "context": context, "engine": "nemo_engine", "status":
+        "ok", "model": "nemo", "options": {"kv_cache_dtype": "fp8"}, "ms_per_step": 6.0 + batch * context / 1e5,
+        "roofline_ms": 5.0, "fraction": 0.8, **PLACE,
     }  # fmt: skip
 
 

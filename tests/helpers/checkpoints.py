@@ -1,4 +1,6 @@
-"""Tiny random checkpoints for tests: a configuration, its weights under Hugging Face names, and both layouts on disk."""
+"""Tiny random checkpoints for tests: a configuration, its weights under Hugging Face names, and both layouts on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def tiny_config(**overrides: Any) -> ModelConfig:
 
 
 def random_state_dict(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> StateDict:
-    """Seeded weights under the names of HF's ``MistralForCausalLM``, drawn in fp32, at a scale that gives peaked logits.
+    """Seeded weights under the names of HF's ``MistralForCausalLM``, drawn in fp32, at a scale that gives peaked
+    logits.
 
     A tensor depends on ``seed`` and its own name and shape only. Tied embeddings have no ``lm_head.weight``.
     """
@@ -175,7 +178,10 @@ def write_hf(
 def write_mistral(
     path: Path, config: ModelConfig, state: Mapping[str, torch.Tensor], *, shards: int = 1, **param_changes: Any
 ) -> Path:
-    """A Mistral checkpoint in ``path`` from HF-named ``state``; ``param_changes`` go into ``params.json``. Returns ``path``."""
+    """A Mistral checkpoint in ``path`` from HF-named ``state``; ``param_changes`` go into ``params.json``.
+
+    Returns ``path``.
+    """
     write_shards(path, "consolidated", mistral_state_dict(config, state), shards)
     (path / "params.json").write_text(json.dumps(mistral_params(config) | param_changes, indent=2))
     return path
@@ -204,7 +210,9 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 def random_adapter(
     config: ModelConfig, targets: Mapping[str, int] | tuple[str, ...] = SEVEN, seed: int = 7, rank: int = 4
 ) -> StateDict:
-    """Both halves of a PEFT adapter's products, fp32, for ``targets``: names of projections, or such names and their ranks."""
+    """Both halves of a PEFT adapter's products, fp32, for ``targets``: names of projections, or such names and their
+    ranks.
+    """
     ranks = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(targets, rank)
     generator = torch.Generator().manual_seed(seed)
     state: StateDict = {}
@@ -226,7 +234,9 @@ def write_adapter(path: Path, state: Mapping[str, torch.Tensor], **fields: Any) 
 
 
 def merged(state: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], scaling: float) -> StateDict:
-    """``state`` plus ``scaling`` times each product of ``adapter``, added in fp32: the formula of PEFT's documentation."""
+    """``state`` plus ``scaling`` times each product of ``adapter``, added in fp32: the formula of PEFT's
+    documentation.
+    """
     result = dict(state)
     for name, a in adapter.items():
         if name.endswith(".lora_A.weight"):

@@ -1,4 +1,6 @@
-"""FP8 checkpoints as each tool writes them, made from a state dict; and what their numbers mean, worked out apart from the engine."""
+"""FP8 checkpoints as each tool writes them, made from a state dict; and what their numbers mean, worked out apart from
+the engine.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def write_fp8(
 ) -> tuple[StateDict, StateDict]:
     """A checkpoint of ``flavour``; kv: None, "tensor" or "head" scales of keys and values.
 
-    Returns what its weights mean, as a state dict, and its other scales by module: ``NAME.input_scale``, ``self_attn.k_scale`` of a layer.
+    Returns what its weights mean, as a state dict, and its other scales by module: ``NAME.input_scale``,
+    ``self_attn.k_scale`` of a layer.
     """
     kind, is_static = FLAVOURS[flavour]
     method = flavour.split()[0]

@@ -1,4 +1,6 @@
-"""Writes ``tokenizer.json`` as Hugging Face has it: of a Tekken file, and of BPE with byte fallback as SentencePiece's become."""
+"""Writes ``tokenizer.json`` as Hugging Face has it: of a Tekken file, and of BPE with byte fallback as SentencePiece's
+become.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ _ALPHABET = {byte: chr(byte) for byte in _PRINTED} | {
     byte: chr(256 + index) for index, byte in enumerate(sorted({*range(256)} - {*_PRINTED}))
 }
 CONTROLS = (
-    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-    "[TOOL_CALLS]", "<pad>", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "<pad>", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
 )  # fmt: skip
 
 
@@ -30,7 +32,9 @@ def added(token_id: int, content: str, **flags: bool) -> dict[str, Any]:
 
 
 def tekken_as_hf(tekken: Path, renamed: dict[int, str] | None = None, grown: Sequence[str] = ()) -> dict[str, Any]:
-    """``tokenizer.json`` of a Tekken file, by the rules by which NeMo's was made. renamed: control tokens; grown: more of them, at the end."""
+    """``tokenizer.json`` of a Tekken file, by the rules by which NeMo's was made. renamed: control tokens; grown: more
+    of them, at the end.
+    """
     data = json.loads(tekken.read_text())
     config = data["config"]
     first, size = config["default_num_special_tokens"], config["default_vocab_size"]
@@ -142,7 +146,15 @@ def byte_fallback(words: Sequence[str], *, legacy: bool = False) -> dict[str, An
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": ids, "merges": merges,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": merges,
         },
-    }  # fmt: skip
+    }

@@ -1,4 +1,7 @@
-"""Runs tests marked ``interpreted``. Triton reads TRITON_INTERPRET when it is imported, so they need a process of their own."""
+"""Runs tests marked ``interpreted``.
+
+Triton reads TRITON_INTERPRET when it is imported, so they need a process of their own.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """Triton's interpreter, made to compute what a GPU computes.
 
-Triton 3.6 interprets bf16 and FP8 wrongly: fp32 -> bf16 truncates, other narrowing rounds halves up and loses the carry, an integer
-becomes the bits of a bf16, and ``tl.dot`` multiplies the bits of bf16 as integers. Here narrow floats are converted by torch (to nearest,
-ties to even; FP8 saturates, as the hardware's conversion does) and products are of the values, in the accumulator's dtype.
+Triton 3.6 interprets bf16 and FP8 wrongly: fp32 -> bf16 truncates, other narrowing rounds halves up and loses the
+carry, an integer becomes the bits of a bf16, and ``tl.dot`` multiplies the bits of bf16 as integers. Here narrow floats
+are converted by torch (to nearest, ties to even; FP8 saturates, as the hardware's conversion does) and products are of
+the values, in the accumulator's dtype.
 
-It also spends most of its time on what never changes: this is computed once. And it checks whether integers overflow only after it has
-computed each operation three times, and only with options that nothing sets: here each signed operation is checked (see ``hasten``).
+It also spends most of its time on what never changes: this is computed once. And it checks whether integers overflow
+only after it has computed each operation three times, and only with options that nothing sets: here each signed
+operation is checked (see ``hasten``).
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def install() -> None:
 
 
 def hasten() -> None:
-    """Replace what Triton's interpreter computes again at each operation by what it computed the first time; check 32 bits."""
+    """Replace what Triton's interpreter computes again at each operation by what it computed the first time; check 32
+    bits.
+    """
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter

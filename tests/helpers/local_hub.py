@@ -1,4 +1,6 @@
-"""A small Hugging Face Hub on this machine: what huggingface_hub asks of the real one, for folders, with a record of what was asked."""
+"""A small Hugging Face Hub on this machine: what huggingface_hub asks of the real one, for folders, with a record of
+what was asked.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""An FP8 model worked out in float64, step by step, with nothing of the engine: every product of FP8 numbers is exact."""
+"""An FP8 model worked out in float64, step by step, with nothing of the engine: every product of FP8 numbers is
+exact.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def to_fp8(x: Tensor) -> Tensor:
 class Reference:
     """state: what the weights mean. others: static scales by module, of inputs and of keys and values.
 
-    inputs: "static", "token", "block" or "none": how the inputs of projections are quantised. is_kv_fp8: keys and values are.
+    inputs: "static", "token", "block" or "none": how the inputs of projections are quantised. is_kv_fp8: keys and
+    values are.
     """
 
     config: ModelConfig

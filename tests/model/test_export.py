@@ -60,9 +60,11 @@ def our_logits(path: Path, kv_dtype: torch.dtype) -> Tensor:
 
 
 def their_cache(path: Path) -> Any:
-    """transformers' cache, whose keys and values compressed-tensors rounds by the scheme and the scales that are in ``path``.
+    """transformers' cache, whose keys and values compressed-tensors rounds by the scheme and the scales that are in
+    ``path``.
 
-    Its own hook does the same, but knows attention by an argument that transformers has renamed (5.24); rounding twice changes nothing.
+    Its own hook does the same, but knows attention by an argument that transformers has renamed (5.24); rounding twice
+    changes nothing.
     """
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -284,7 +286,9 @@ def test_scales_of_keys_and_values_are_not_lost(tmp_path: Path) -> None:
 
 
 def test_where_it_goes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link to an empty directory, the working directory; not below a file, which is noticed before anything is computed."""
+    """A link to an empty directory, the working directory; not below a file, which is noticed before anything is
+    computed.
+    """
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     quantize_checkpoint(source, tmp_path / "link")

@@ -1,4 +1,6 @@
-"""FP8 checkpoints at the edges: scales that are no scales, shapes and keys that tools have used, keys and values alone in FP8."""
+"""FP8 checkpoints at the edges: scales that are no scales, shapes and keys that tools have used, keys and values alone
+in FP8.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,9 @@ def test_a_scheme_for_keys_without_scales_is_told(tmp_path: Path, caplog: pytest
 
 
 def test_inputs_beyond_a_static_scale_saturate(tmp_path: Path) -> None:
-    """As 448 times the scale with their sign, and nothing becomes NaN; an input that is not finite gives NaN in its row alone."""
+    """As 448 times the scale with their sign, and nothing becomes NaN; an input that is not finite gives NaN in its row
+    alone.
+    """
     write_fp8(tmp_path, SMALL, random_state_dict(SMALL), "fp8 static")
     linear = load(tmp_path).layers[0].o
     assert isinstance(linear, Fp8Linear) and linear.input_scale is not None

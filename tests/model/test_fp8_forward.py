@@ -1,4 +1,6 @@
-"""The forward pass of FP8 models against float64 worked out step by step, and against transformers on the dequantised weights."""
+"""The forward pass of FP8 models against float64 worked out step by step, and against transformers on the dequantised
+weights.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def prompts_of(config: ModelConfig) -> list[list[int]]:
 
 
 def assert_near(model: Nemo, reference: Reference, *, is_kv_fp8: bool = False) -> None:
-    """Of fp32: where a value lies beside the middle of two FP8 numbers it may fall to the other, so a few in a thousand may be off."""
+    """Of fp32: where a value lies beside the middle of two FP8 numbers it may fall to the other, so a few in a thousand
+    may be off.
+    """
     prompts = prompts_of(model.config)
     for found, prompt in zip(our_logits(model, prompts, FP8 if is_kv_fp8 else None), prompts, strict=True):
         expected = reference.logits(prompt)
@@ -115,7 +119,9 @@ def test_inputs_that_stay_as_they_are_equal_transformers(tmp_path: Path) -> None
 
 
 def coarse(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    """Magnitudes from 0.05 to 1: as FP8 numbers multiples of 2 up to 448, of which fp32 holds every sum of products exactly."""
+    """Magnitudes from 0.05 to 1: as FP8 numbers multiples of 2 up to 448, of which fp32 holds every sum of products
+    exactly.
+    """
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     return signs * torch.empty(shape).uniform_(0.05, 1.0, generator=generator)
 

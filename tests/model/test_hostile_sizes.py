@@ -1,4 +1,6 @@
-"""Numbers in a checkpoint's files that are wrong or malicious: refused by file and field, before anything of their size is made."""
+"""Numbers in a checkpoint's files that are wrong or malicious: refused by file and field, before anything of their size
+is made.
+"""
 
 from __future__ import annotations
 

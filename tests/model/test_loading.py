@@ -1,4 +1,6 @@
-"""Loading puts every number where it belongs, refuses what does not fit before it allocates, and holds no second copy."""
+"""Loading puts every number where it belongs, refuses what does not fit before it allocates, and holds no second
+copy.
+"""
 
 from __future__ import annotations
 
@@ -245,9 +247,17 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(hidden_size=1024, num_heads=32, num_kv_heads=32, head_dim=128, intermediate_size=4096,
                          num_layers=2, vocab_size=4096, dtype="bfloat16")  # fmt: skip
     shapes = random_state_dict(tiny_config(num_layers=2))
-    sizes = {"q_proj": (4096, 1024), "k_proj": (4096, 1024), "v_proj": (4096, 1024), "o_proj": (1024, 4096),
-             "gate_proj": (4096, 1024), "up_proj": (4096, 1024), "down_proj": (1024, 4096), "embed_tokens": (4096, 1024),
-             "lm_head": (4096, 1024)}  # fmt: skip
+    sizes = {
+        "q_proj": (4096, 1024),
+        "k_proj": (4096, 1024),
+        "v_proj": (4096, 1024),
+        "o_proj": (1024, 4096),
+        "gate_proj": (4096, 1024),
+        "up_proj": (4096, 1024),
+        "down_proj": (1024, 4096),
+        "embed_tokens": (4096, 1024),
+        "lm_head": (4096, 1024),
+    }
     state = {name: torch.ones(sizes.get(name.split(".")[-2], (1024,)), dtype=torch.bfloat16) for name in shapes}
     write_hf(path / "hf", config, state)
     write_mistral(path / "mistral", config, state)

@@ -1,4 +1,6 @@
-"""LoRA adapters: merged as PEFT merges them, before anything is quantised, and refused by name where something would be left out."""
+"""LoRA adapters: merged as PEFT merges them, before anything is quantised, and refused by name where something would be
+left out.
+"""
 
 from __future__ import annotations
 
@@ -261,7 +263,8 @@ def test_a_quantised_checkpoint_is_that_of_the_merged_model(tmp_path: Path) -> N
         ({"rank_pattern": {"q_proj": 2}}, rf"{Q0}: lora_A must be \[2, 24\], found \[4, 24\]"),
         ({"target_modules": ["q_proj"]}, "layers.0.self_attn.k_proj: has lora_A and lora_B, and target_modules does not"),
         ({"layers_to_transform": [0]}, "layers.1.self_attn.q_proj: has lora_A and lora_B, and target_modules does not"),
-        ({"target_modules": [*SEVEN, "lm_head"]}, "lm_head: target_modules names it, and lora_A and lora_B are not there"),
+        ({"target_modules": [*SEVEN, "lm_head"]}, "lm_head: target_modules names it, and lora_A and lora_B are not "
+                                                  "there"),
     ],
 )  # fmt: skip
 def test_fields_that_a_merge_would_leave_out(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -287,10 +290,12 @@ def change(**changes: Tensor | None) -> StateDict:
         (change(**{f"{PREFIX}self_attn.q_proj.lora_magnitude_vector": torch.zeros(32)}), "DoRA is not supported"),
         (change(**{f"{PREFIX}self_attn.q_proj.lora_B.bias": torch.zeros(32)}), "belongs to nothing in this model"),
         (change(**{f"{PREFIX}input_layernorm.lora_A.weight": torch.zeros(4, 24)}), "belongs to nothing in this model"),
-        (change(**{Q0.replace("layers.0", "layers.9"): torch.zeros(4, 24)}), "layers.9.* belongs to nothing in this model"),
+        (change(**{Q0.replace("layers.0", "layers.9"): torch.zeros(4, 24)}), "layers.9.* belongs to nothing in this "
+                                                                             "model"),
         (change(**{"base_model.model.score.weight": torch.zeros(2, 24)}), "score.weight: .*belongs to nothing"),
         (change(**{"base_model.model.model.norm.weight": torch.zeros(25)}), r"norm.weight: in full must be \[24\]"),
-        (change(**{f"{PREFIX}mlp.up_proj.weight": torch.zeros(40, 24)}), "up_proj: is there in full, and modules_to_save"),
+        (change(**{f"{PREFIX}mlp.up_proj.weight": torch.zeros(40, 24)}), "up_proj: is there in full, and "
+                                                                         "modules_to_save"),
         (ADAPTER | grown(CONFIG, 2, "lm_head"), "the vocabulary grows from 97 to 99, and embed_tokens is not in the"),
         (ADAPTER | grown(CONFIG, -1), "embed_tokens: has 96 rows, and the model's vocab_size is 97"),
         (ADAPTER | grown(CONFIG, 2, "model.embed_tokens") | grown(CONFIG, 3, "lm_head"), r"must be \[100, 24\], found \[99"),

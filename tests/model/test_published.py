@@ -1,4 +1,6 @@
-"""Checkpoints as people publish them: other names of tensors, padded rows, mixed dtypes; and what is refused, with what to do instead."""
+"""Checkpoints as people publish them: other names of tensors, padded rows, mixed dtypes; and what is refused, with what
+to do instead.
+"""
 
 from __future__ import annotations
 
@@ -146,8 +148,13 @@ def test_padded_rows(
 
 def test_a_padded_head_in_fp8(tmp_path: Path) -> None:
     config = tiny_config(num_heads=2, num_kv_heads=2, head_dim=64, hidden_size=128, intermediate_size=128)
-    plain = tiny_config(**{name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "head_dim", "hidden_size",
-                                                                    "intermediate_size")}, vocab_size=130)  # fmt: skip
+    plain = tiny_config(
+        **{
+            name: getattr(config, name)
+            for name in ("num_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size")
+        },
+        vocab_size=130,
+    )
     state = random_state_dict(plain)
     for flavour in ("compressed-tensors dynamic", "compressed-tensors block"):
         folder = tmp_path / flavour.replace(" ", "-")
@@ -200,17 +207,22 @@ def test_a_checkpoint_without_a_head_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen has biases or norms in its attention.*vLLM"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen has biases or norms in its "
+                                                                         "attention.*vLLM"),
         ({"architectures": ["MixtralForCausalLM"]}, "Mixtral is a mixture of experts, and this engine .*vLLM"),
         ({"architectures": ["SomethingNew"]}, r"got \['SomethingNew'\]: this engine computes Mistral NeMo's .*vLLM"),
         ({"model_type": "gemma2"}, "model_type must be mistral, got 'gemma2': Gemma has .*vLLM"),
         ({"architectures": ["LlavaForConditionalGeneration"]}, "images beside text, and this .*vLLM"),
         ({"sliding_window": 4096}, "sliding_window is not supported.*got 4096: serve a model with a window with vLLM"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3' is not supported: .*serve it with vLLM"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3' is not supported: .*serve it with "
+                                                                   "vLLM"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' is not supported: .*serve it with vLLM"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq' .INT4., 4-bit integers by AWQ; take the unq"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' .INT4., integers .* by GPTQ; take the unq"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "made by bitsandbytes .*; take"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq' .INT4., 4-bit integers by AWQ; take the "
+                                                                      "unq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' .INT4., integers .* by GPTQ; take the "
+                                                                       "unq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "made by bitsandbytes .*; "
+                                                                                          "take"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quant_method 'hqq'; take the unquantised checkpoint"),
     ],
 )  # fmt: skip

@@ -247,13 +247,18 @@ OUT = "model.layers.0.self_attn.o_proj"
     [
         ("fp8 static", {f"{OUT}.weight_scale": None}, f"{OUT}.weight_scale: expected beside an FP8 weight, not found"),
         ("fp8 static", {f"{OUT}.input_scale": None}, f"{OUT}.input_scale: expected, as activations have static scales"),
-        ("fp8 dynamic", {f"{OUT}.input_scale": torch.ones(())}, f"{OUT}.input_scale: not expected, as activations have no static"),
+        ("fp8 dynamic", {f"{OUT}.input_scale": torch.ones(())}, f"{OUT}.input_scale: not expected, as activations have "
+                                                                "no static"),
         ("fp8 static", {f"{OUT}.weight_scale": torch.ones(24)}, r"o_proj.weight_scale: expected \[\] or \[1\] or \[1, 1\], found \[24\]"),
         ("compressed-tensors dynamic", {f"{OUT}.weight_scale": torch.ones(23, 1)}, r"expected \[24, 1\] or \[24\], found \[23, 1\]"),
-        ("fp8 static", {f"{OUT}.weight": torch.ones(24, 32)}, "expected float8_e4m3fn, as the configuration's quantization covers it, found float32"),
-        ("fp8 static", {"lm_head.weight": torch.ones(97, 24).to(FP8)}, "lm_head.weight: found float8_e4m3fn .* leaves it out"),
-        ("fp8 static", {"model.norm.weight": torch.ones(24).to(FP8)}, "model.norm.weight: found float8_e4m3fn .* is no linear layer"),
-        ("fp8 static", {"model.layers.0.self_attn.k_scale": torch.ones(())}, "k_scale: found in layer 0, but not the scale of its values"),
+        ("fp8 static", {f"{OUT}.weight": torch.ones(24, 32)}, "expected float8_e4m3fn, as the configuration's "
+                                                              "quantization covers it, found float32"),
+        ("fp8 static", {"lm_head.weight": torch.ones(97, 24).to(FP8)}, "lm_head.weight: found float8_e4m3fn .* leaves "
+                                                                       "it out"),
+        ("fp8 static", {"model.norm.weight": torch.ones(24).to(FP8)}, "model.norm.weight: found float8_e4m3fn .* is no "
+                                                                      "linear layer"),
+        ("fp8 static", {"model.layers.0.self_attn.k_scale": torch.ones(())}, "k_scale: found in layer 0, but not the "
+                                                                             "scale of its values"),
         ("fp8 static", {"model.layers.0.self_attn.q_zero": torch.ones(())}, "q_zero: not expected"),
         ("mistral static", {}, ""),
     ],

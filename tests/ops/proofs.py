@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from nemo_engine.ops.op import Case, Op
 
-# Norm-wise relative error in units of the dtype's epsilon: catches a small systematic error under a loose maximum. In bf16
-# the final rounding alone is 0.3; in fp32 SDPA's own exponential has an error of some units.
-# The units in the last place that a row may be off beyond the definition's own error follow for the same reasons.
+# Norm-wise relative error in units of the dtype's epsilon: catches a small systematic error under a loose maximum. In
+# bf16 the final rounding alone is 0.3; in fp32 SDPA's own exponential has an error of some units. The units in the last
+# place that a row may be off beyond the definition's own error follow for the same reasons.
 ROW_UNITS = {torch.float8_e4m3fn: 2, torch.bfloat16: 2, torch.float32: 6, torch.float64: 2}
 GLOBAL_FLOOR = {torch.float8_e4m3fn: 1.0, torch.bfloat16: 1.0, torch.float32: 4.0, torch.float64: 8.0}
 
@@ -86,8 +86,8 @@ def assert_close(
 ) -> None:
     """Per row at most twice the error of ``low`` plus some units in the last place; NaN exactly where ``exact`` has it.
 
-    rounds_within: the operation rounds to less than its results' precision on the way; as a whole it may then be off by little more than
-    ``low``, which does so too.
+    rounds_within: the operation rounds to less than its results' precision on the way; as a whole it may then be off by
+    little more than ``low``, which does so too.
     """
     assert got.shape == exact.shape, (what, got.shape, exact.shape)
     assert torch.equal(got.double().isnan(), exact.isnan()), f"{what}: NaN in other places than the definition has it"
@@ -113,7 +113,9 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def run_low(op: Op, case: Case, dtype: torch.dtype, exact: list[Tensor]) -> list[Tensor]:
-    """The definition with every intermediate in ``dtype``; for fp64, which nothing is wider than, four times fp32's error scaled down."""
+    """The definition with every intermediate in ``dtype``; for fp64, which nothing is wider than, four times fp32's
+    error scaled down.
+    """
     low_dtype = torch.float32 if dtype is torch.float64 else dtype
     with KeepNarrow(low_dtype):
         low = run(op.semantics, mapped(case.make(low_dtype), torch.clone))
@@ -127,7 +129,9 @@ def run_low(op: Op, case: Case, dtype: torch.dtype, exact: list[Tensor]) -> list
 
 
 def prove(op: Op, function: Callable[..., Any], case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Accuracy, poison, untouched buffers and determinism of ``function``, run on ``device``, on ``case``; integers must be equal."""
+    """Accuracy, poison, untouched buffers and determinism of ``function``, run on ``device``, on ``case``; integers
+    must be equal.
+    """
     args = case.make(dtype)
     plain = run(op.semantics, mapped(args, torch.clone))
     got, again = (

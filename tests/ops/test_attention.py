@@ -1,4 +1,6 @@
-"""Paged attention beyond the common cases: random shapes, the choice of pages, order of rows, memory of long contexts."""
+"""Paged attention beyond the common cases: random shapes, the choice of pages, order of rows, memory of long
+contexts.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,9 @@ def flash_attn_with_kvcache(
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
 ) -> Tensor:
-    """What FlashAttention 3 documents: (pages, page_size, heads, D) caches, int32 indices, q dense or of variable length."""
+    """What FlashAttention 3 documents: (pages, page_size, heads, D) caches, int32 indices, q dense or of variable
+    length.
+    """
     assert causal and {x.dtype for x in (cache_seqlens, page_table)} == {torch.int32} and k_cache.stride(-1) == 1
     if cu_seqlens_q is None:
         assert q.dim() == 4 and len(q) == len(cache_seqlens)

@@ -1,4 +1,6 @@
-"""The kernels of csrc/cpu and the packed products, beside the cases that test_ops holds every implementation against."""
+"""The kernels of csrc/cpu and the packed products, beside the cases that test_ops holds every implementation
+against.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,8 @@ def test_it_shares_the_threads_of_torch() -> None:
     code = (
         "import torch, nemo_engine._cpu\n"
         "maps = open('/proc/self/maps').read()\n"
-        "print(len({line.split()[-1] for line in maps.splitlines() if 'libgomp' in line or 'libiomp' in line or 'libomp' in line}))"
+        "print(len({line.split()[-1] for line in maps.splitlines() if 'libgomp' in line or 'libiomp' in line or "
+        "'libomp' in line}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout == "1\n", run.stderr

@@ -1,4 +1,6 @@
-"""What the cases of the operations do not reach of the CUDA kernels, in emulation: bad arguments, odd strides, far addresses, launches at true sizes."""
+"""What the cases of the operations do not reach of the CUDA kernels, in emulation: bad arguments, odd strides, far
+addresses, launches at true sizes.
+"""
 
 from __future__ import annotations
 
@@ -49,35 +51,93 @@ CALLS: dict[str, dict[str, Any]] = {
     "quantize_tokens": {"y": AT, "scales": AT, "x": AT, "scale": AT, **ROWS},
     "quantize_token_blocks": {"y": AT, "scales": AT, "x": AT, **ROWS},
     "rope_and_append_kv": {
-        "is_fp8": True, "q_out": AT, "q": AT, "k": AT, "v": AT, "table": AT, "positions": AT, "slot_mapping": AT,
-        "k_cache": AT, "v_cache": AT, **SCALES, "tokens": 3, "q_stride": 512, "k_stride": 512, "v_stride": 512,
-        "num_heads": 4, "num_kv_heads": 2, "page_size": 16, "stream": 0,
+        "is_fp8": True,
+        "q_out": AT,
+        "q": AT,
+        "k": AT,
+        "v": AT,
+        "table": AT,
+        "positions": AT,
+        "slot_mapping": AT,
+        "k_cache": AT,
+        "v_cache": AT,
+        **SCALES,
+        "tokens": 3,
+        "q_stride": 512,
+        "k_stride": 512,
+        "v_stride": 512,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "page_size": 16,
+        "stream": 0,
     },
     "small_linear": {**SMALL, "input": 1},
     "small_linear_fp8": SMALL_FP8,
     "gemm_fp8": GEMM,
     "prefill_attention": {
-        **PAGED, **SCALES, "slot_ids": AT, "starts": AT, "seq_lens": AT, "out_stride": 1024, "num_pages": 9, "num_rows": 2,
+        **PAGED,
+        **SCALES,
+        "slot_ids": AT,
+        "starts": AT,
+        "seq_lens": AT,
+        "out_stride": 1024,
+        "num_pages": 9,
+        "num_rows": 2,
         "num_queries": 9,
     },
     "gather_pages": {
-        "k_out": AT, "v_out": AT, "k_cache": AT, "v_cache": AT, "page_table": AT, "slot_ids": AT, "bounds": AT, "table_stride": 8,
-        "num_rows": 2, "out_pages": 9, "num_kv_heads": 8, "first_head": 4, "num_heads": 4, "page_size": 16, "stream": 0,
+        "k_out": AT,
+        "v_out": AT,
+        "k_cache": AT,
+        "v_cache": AT,
+        "page_table": AT,
+        "slot_ids": AT,
+        "bounds": AT,
+        "table_stride": 8,
+        "num_rows": 2,
+        "out_pages": 9,
+        "num_kv_heads": 8,
+        "first_head": 4,
+        "num_heads": 4,
+        "page_size": 16,
+        "stream": 0,
     },
     "decode_attention": {
-        **PAGED, **SCALES, "is_fp8": True, "plan": AT, "scratch": AT, "counters": AT, "num_items": 3, "num_units": 30,
+        **PAGED,
+        **SCALES,
+        "is_fp8": True,
+        "plan": AT,
+        "scratch": AT,
+        "counters": AT,
+        "num_items": 3,
+        "num_units": 30,
     },
     "plan_decode": {
-        "plan": AT, "starts": AT, "seq_lens": AT, "slot_ids": AT, "first_query": 0, "num_items": 3, "first_row": 0,
-        "num_rows": 3, "num_units": 30, "stream": 0,
+        "plan": AT,
+        "starts": AT,
+        "seq_lens": AT,
+        "slot_ids": AT,
+        "first_query": 0,
+        "num_items": 3,
+        "first_row": 0,
+        "num_rows": 3,
+        "num_units": 30,
+        "stream": 0,
     },
     "decode_units": {"num_kv_heads": 8},
     "decode_plan_words": {"num_items": 3, "num_units": 30},
     "decode_scratch_words": {"num_units": 30, "num_heads": 8},
     "small_linear_fits": {"input": 1, "is_fp8": False, "rows": 1, "outputs": 8, "width": 64},
     "sample_subs": {"vocab_size": 1000},
-    "sample": {"is_bf16": True, **dict.fromkeys(SAMPLED, AT), "stride": 1000, "rows": 2, "vocab_size": 1000, "stream": 0},
-}  # fmt: skip
+    "sample": {
+        "is_bf16": True,
+        **dict.fromkeys(SAMPLED, AT),
+        "stride": 1000,
+        "rows": 2,
+        "vocab_size": 1000,
+        "stream": 0,
+    },
+}
 MAY_BE_NULL = {"scale", "k_scale", "v_scale", "fixed_scale", "residual"}
 UNUSED = {("small_linear_fits", "rows")}
 
@@ -199,7 +259,9 @@ def test_attention_says_what_it_does_not_serve(dry: Any, facts: dict[str, Any], 
 def test_launches_of_a_decode_layer_at_true_size(
     dry: Any, rows: int, is_fp8: bool, count: int, hidden: int, inner: int, ranks: int
 ) -> None:
-    """Six at one row; from two rows on SiLU, from three on the norms, from nine on FP8's quantisation are launches of their own."""
+    """Six at one row; from two rows on SiLU, from three on the norms, from nine on FP8's quantisation are launches of
+    their own.
+    """
     heads, kv_heads, inner = 32 // ranks, 8 // ranks, inner // ranks
 
     def weight(outputs: int, width: int) -> tuple[Tensor, ...]:
@@ -210,7 +272,7 @@ def test_launches_of_a_decode_layer_at_true_size(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
 
-    q, cache, meta, scale = attention_inputs([(1, 70)] * rows, heads, kv_heads, 128, 64, torch.bfloat16, is_fp8)  # fmt: skip
+    q, cache, meta, scale = attention_inputs([(1, 70)] * rows, heads, kv_heads, 128, 64, torch.bfloat16, is_fp8)
     x, residual, norm_weight, ints = empty(rows, hidden), empty(rows, hidden), empty(hidden), torch.zeros(rows).long()
     kv = empty(rows, kv_heads, 128)
     suffix = "_fp8" if is_fp8 else ""
@@ -219,7 +281,9 @@ def test_launches_of_a_decode_layer_at_true_size(
     rope.rope_and_append_kv_(q, kv, kv, cache, RopeMeta(torch.empty(80, 2, 64), ints, ints))
     cuda_attention.paged_attention(q, cache, meta, scale)
     out = empty(rows, heads * 128)
-    linear.quantize_linear_fp8(out, *weight(hidden, heads * 128)) if is_fp8 else linear.linear(out, *weight(hidden, heads * 128))  # fmt: skip
+    linear.quantize_linear_fp8(out, *weight(hidden, heads * 128)) if is_fp8 else linear.linear(
+        out, *weight(hidden, heads * 128)
+    )
     norm_linear(x, residual, norm_weight, 1e-5, *weight(2 * inner, hidden))
     activated(empty(rows, 2 * inner), *weight(hidden, inner))
     names = [launch["name"] for launch in dry.emulator.launches()]

@@ -1,4 +1,6 @@
-"""Prefill attention of the CUDA kernels over FP8 caches, in emulation: pages widened exactly, in turns that fit the scratch memory, and nothing else changed."""
+"""Prefill attention of the CUDA kernels over FP8 caches, in emulation: pages widened exactly, in turns that fit the
+scratch memory, and nothing else changed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from nemo_engine.planner.models import BUILT_IN
 from tests.emulation.library import emulated, watched
 
 NEMO = BUILT_IN["nemo"]
-# (queries, keys): a decode, a long prefix, whole pages, one key past a page, a prompt of one page, one whose last tile is full.
+# (queries, keys): a decode, a long prefix, whole pages, one key past a page, a prompt of one page, one whose last tile
+# is full.
 ROWS = [(1, 20), (9, 150), (16, 32), (3, 33), (2, 2), (40, 128)]
 
 
@@ -70,7 +73,9 @@ def attend(library: Any, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: flo
 
 @pytest.mark.emulated
 def test_turns_change_no_bit(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By rows and by heads, with the pages of each row known and not: less scratch memory, more turns, the same result."""
+    """By rows and by heads, with the pages of each row known and not: less scratch memory, more turns, the same
+    result.
+    """
     q, kv, meta, scale = attention_inputs(ROWS, 2, 2, 128, 16, torch.bfloat16, is_fp8=True)
     pages = tuple(-(-keys // 16) for _, keys in ROWS[1:])
     results, turns = [], []
@@ -92,15 +97,17 @@ def test_a_row_has_the_same_bits_alone_as_in_its_batch(library: Any) -> None:
     for row in range(1, len(ROWS)):
         own = slice(*meta.query_start_loc[row : row + 2].tolist())
         alone = AttentionMeta(
-            0, torch.tensor([0, ROWS[row][0]]), meta.seq_lens[row : row + 1], meta.page_table, meta.slot_ids[row : row + 1],
-            32, meta.num_pages, ROWS[row][0],
+            0, torch.tensor([0, ROWS[row][0]]), meta.seq_lens[row : row + 1], meta.page_table, meta.slot_ids[row : row +
+            1], 32, meta.num_pages, ROWS[row][0],
         )  # fmt: skip
         assert torch.equal(attend(library, q[own], kv, alone, scale), together[own])
 
 
 @pytest.mark.emulated
 def test_nan_and_scales_of_a_cache_are_kept(library: Any) -> None:
-    """A NaN among a row's keys or values reaches what the definition says and nothing else; no scales are scales of 1."""
+    """A NaN among a row's keys or values reaches what the definition says and nothing else; no scales are scales of
+    1.
+    """
     q, kv, meta, scale = attention_inputs([(6, 40), (5, 40)], 2, 2, 128, 16, torch.bfloat16, is_fp8=True)
     ones = [torch.ones(2)] * 2
     plain = attend(library, q, PagedKV(*kv.caches), meta, scale)
@@ -129,7 +136,9 @@ def test_nan_and_scales_of_a_cache_are_kept(library: Any) -> None:
     ],
 )
 def test_scratch_memory_at_true_size(library: Any, pages: tuple[int, ...], turns: list[tuple[int, int, int]]) -> None:
-    """NeMo's heads: (first row, end, heads) of each turn, by its blocks; and that the memory is as much in every step, and as planned."""
+    """NeMo's heads: (first row, end, heads) of each turn, by its blocks; and that the memory is as much in every step,
+    and as planned.
+    """
     emulator, rows, width = library.emulator, len(pages), max(2048, *pages)
     q = torch.empty(8 * rows, 32, 128, dtype=torch.bfloat16)
     cache, ints = torch.empty(3, 8, 64, 128, dtype=FP8), torch.full((rows,), 8)

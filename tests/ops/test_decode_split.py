@@ -66,7 +66,9 @@ def test_rows_are_whole_where_that_is_as_fast(rows: int) -> None:
 
 
 def test_the_rule_fills_the_gpu() -> None:
-    """NeMo's heads on an H200: at least 0.95 of the least time wherever the work is 256k keys or more, 0.93 from 64k keys on."""
+    """NeMo's heads on an H200: at least 0.95 of the least time wherever the work is 256k keys or more, 0.93 from 64k
+    keys on.
+    """
     units = num_units(SMS, KV_HEADS)
     assert units * KV_HEADS == 264
     seen = {name: rule_fill(lengths, units) for name, lengths in mixes().items()}

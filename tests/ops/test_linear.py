@@ -1,4 +1,7 @@
-"""Linear layers: what the proofs of every operation do not ask. Triton's part is run by its interpreter, and compiled for sm_90a."""
+"""Linear layers: what the proofs of every operation do not ask.
+
+Triton's part is run by its interpreter, and compiled for sm_90a.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +163,9 @@ for kind, name, variant, kernel in variants.values():
 
 
 def compiled(rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...], kinds: tuple[str, ...]) -> list[list[Any]]:
-    """Every variant that products of these sizes launch: [kind, kernel, variant, shared memory, instructions, promotion]."""
+    """Every variant that products of these sizes launch: [kind, kernel, variant, shared memory, instructions,
+    promotion].
+    """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE, json.dumps([rows, shapes, kinds])]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -169,7 +174,9 @@ def compiled(rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...], kinds: 
 
 
 def test_compiled_for_hopper_as_meant() -> None:
-    """No spills, TMA, asynchronous tensor core instructions that do not wait for each other, wide stores, and FP8 sums in fp32."""
+    """No spills, TMA, asynchronous tensor core instructions that do not wait for each other, wide stores, and FP8 sums
+    in fp32.
+    """
     variants = compiled((1, 32, 64, 128, 256, 4096), ((28672, 5120),), ("channel", "block", "bfloat16"))
     variants += compiled((128, 4096), ((6144, 5120),), ("tensor",))
     assert {variant[1] for variant in variants} == {"_split_kernel", "_persistent_kernel", "_reduce_kernel"}

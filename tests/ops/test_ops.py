@@ -1,4 +1,6 @@
-"""Every implementation of every operation against its definition, on every case: on this CPU, in Triton's interpreter, and on a GPU."""
+"""Every implementation of every operation against its definition, on every case: on this CPU, in Triton's interpreter,
+and on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def site(dtype: torch.dtype = torch.float32, device_type: str = "cpu", **facts: 
 
 
 def is_compiled_for_tests_alone(op: Op, impl: Impl, case: Case, dtype: torch.dtype) -> bool:
-    """Triton's attention in fp32 with heads of 128 compiles for 15 s a case, and no NeMo is served so: in the interpreter it is proven all the same."""
+    """Triton's attention in fp32 with heads of 128 compiles for 15 s a case, and no NeMo is served so: in the
+    interpreter it is proven all the same.
+    """
     is_fp32_attention = op.name == "paged_attention" and impl.name == "triton" and dtype is torch.float32
     return is_fp32_attention and site(**case.site).head_dim >= 128
 

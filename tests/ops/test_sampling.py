@@ -1,8 +1,9 @@
-"""The noise against its definition in plain integers, the draw against sorting in numpy and against exact probabilities.
+"""The noise against its definition in plain integers, the draw against sorting in numpy and against exact
+probabilities.
 
 Statistical tests use fixed seeds, so they always give the same answer; each was run at a false-alarm rate of 1e-9, and
-there are fewer than 100 of them, so the chance that a sound generator failed any of them when they were written is below
-1e-7.
+there are fewer than 100 of them, so the chance that a sound generator failed any of them when they were written is
+below 1e-7.
 """
 
 from __future__ import annotations

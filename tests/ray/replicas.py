@@ -1,4 +1,7 @@
-"""Replicas of the bundled model on a real local cluster: ``make test-ray``. Not part of the suite, whose installation has no Ray."""
+"""Replicas of the bundled model on a real local cluster: ``make test-ray``.
+
+Not part of the suite, whose installation has no Ray.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ ARGS: dict[str, Any] = {
 }
 URL = "http://127.0.0.1:8123"
 WEATHER = {
-    "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
+    "type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type":
+    "string"}}, "required": ["city"]}},
 }  # fmt: skip
 
 
@@ -101,7 +104,12 @@ def test_openais_client_through_the_proxy(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True) if chunk.choices) == whole
     call = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=60).choices[0].message.tool_calls[0]
     assert call.function.name == "weather" and "city" in json.loads(call.function.arguments)
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert isinstance(json.loads(ask(client, response_format=form, max_tokens=60).choices[0].message.content)["a"], int)
     with pytest.raises(openai.NotFoundError, match="does not exist"):
@@ -123,7 +131,10 @@ def test_a_session_stays_where_its_prefix_is(client: openai.OpenAI) -> None:
                 )
                 cached += answer.usage.prompt_tokens_details.cached_tokens
                 total += answer.usage.prompt_tokens
-                messages += [{"role": "assistant", "content": answer.choices[0].message.content or "x"}, {"role": "user", "content": "go on"}]  # fmt: skip
+                messages += [
+                    {"role": "assistant", "content": answer.choices[0].message.content or "x"},
+                    {"role": "user", "content": "go on"},
+                ]
         return cached / total
 
     without, with_sessions = hits(False), hits(True)
@@ -222,7 +233,8 @@ def test_how_many_replicas_a_load_wants(now: int, loads: list[tuple[float, ...]]
     }
     metrics["slots"] = {replica: [SimpleNamespace(value=8)] for replica in range(len(loads))}
     context: Any = SimpleNamespace(
-        current_num_replicas=now, raw_metrics=metrics, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=3
+        current_num_replicas=now, raw_metrics=metrics, capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=3
     )  # fmt: skip
     assert scale_by_load(context)[0] == wanted
 

@@ -1,7 +1,8 @@
 """CUDA graphs without a GPU: what a function does to tensors is recorded once and then done again on the same memory.
 
-Like a CUDA graph, a replay runs no Python of the function: it repeats operations and kernel launches with the tensors, numbers and grids
-of the capture. So whatever the function decides from values on the host, or allocates anew, shows as a wrong result or is refused.
+Like a CUDA graph, a replay runs no Python of the function: it repeats operations and kernel launches with the tensors,
+numbers and grids of the capture. So whatever the function decides from values on the host, or allocates anew, shows as
+a wrong result or is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""How steps are captured on a GPU, and what the captures' memory comes to, without a GPU: by stand-ins for torch's and by its allocator's rules."""
+"""How steps are captured on a GPU, and what the captures' memory comes to, without a GPU: by stand-ins for torch's and
+by its allocator's rules.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ MIB = 1 << 20
 
 
 class Pool:
-    """The rules of torch's caching allocator for one stream of one memory pool: the best fit, split, joined again when it is freed."""
+    """The rules of torch's caching allocator for one stream of one memory pool: the best fit, split, joined again when
+    it is freed.
+    """
 
     def __init__(self) -> None:
         self.reserved = 0
@@ -113,7 +117,9 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_plan_holds_the_graphs_of_nemo(
     seqs: int, quantization: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All captures on one stream with one pool: what torch would reserve for their tensors, against what is planned for them."""
+    """All captures on one stream with one pool: what torch would reserve for their tensors, against what is planned for
+    them.
+    """
     kv_dtype = FP8 if quantization else torch.bfloat16
     kind_of = planned_inventory(NEMO, None, ONLINE[quantization]).kind_of if quantization else all_dense
     site = Site.of(NEMO, 64, torch.bfloat16, torch.device("cpu"), kv_dtype)
@@ -148,7 +154,9 @@ class _Stream:
 
 
 def test_captures_share_a_stream_and_disturb_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One stream per device for all engines, one pool per engine, and a mode that lets other threads allocate meanwhile."""
+    """One stream per device for all engines, one pool per engine, and a mode that lets other threads allocate
+    meanwhile.
+    """
     current, made, captured = _Stream(), [], []
     handles = iter(range(100))
 
@@ -211,7 +219,9 @@ def test_parts_of_products_are_added_in_fp32(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_serving_thread_has_called_everything_before_it_is_ready(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Libraries keep handles, workspaces and pools per thread: no operation is called for the first time in a thread by a served step."""
+    """Libraries keep handles, workspaces and pools per thread: no operation is called for the first time in a thread by
+    a served step.
+    """
     called: set[tuple[str, int]] = set()
     select = Ops.select
 

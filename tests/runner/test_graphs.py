@@ -1,4 +1,6 @@
-"""Decode steps as graphs equal eager steps: emulated on the CPU with every operation in Triton's interpreter, real on a GPU."""
+"""Decode steps as graphs equal eager steps: emulated on the CPU with every operation in Triton's interpreter, real on a
+GPU.
+"""
 
 from __future__ import annotations
 

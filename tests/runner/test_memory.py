@@ -117,7 +117,9 @@ def test_every_choice_shows_in_the_plan() -> None:
     ("quantization", "heads", "most"), [("fp8", 2, 0.56), ("fp8_block", 2, 0.56), ("fp8", 0, 0.53)]
 )
 def test_fp8_takes_half(quantization: str, heads: int, most: float) -> None:
-    """What is planned for NeMo, and that the plan is what a model takes, scales and all. heads: the matrices that stay as they are."""
+    """What is planned for NeMo, and that the plan is what a model takes, scales and all. heads: the matrices that stay
+    as they are.
+    """
     scheme = ONLINE[quantization] if heads else dataclasses.replace(ONLINE[quantization], ignored=())
     small = tiny_config(hidden_size=256, intermediate_size=384, num_heads=2, num_kv_heads=2, head_dim=128)
     inventory = planned_inventory(small, None, scheme)

@@ -180,7 +180,9 @@ def test_a_mixed_batch_equals_each_request_alone(tmp_path: Path) -> None:
 def test_the_same_slots_decode_on_without_anything_in_the_plan(
     is_sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device keeps the counters, and rows that stay are uploaded once, also where plans come from another process."""
+    """The device keeps the counters, and rows that stay are uploaded once, also where plans come from another
+    process.
+    """
     config = tiny_config()
     ids = random_ids(20)
     packed: list[Any] = []
@@ -347,7 +349,9 @@ def test_close_drops_the_memory(tmp_path: Path) -> None:
 
 
 def test_attention_is_told_the_pages_of_each_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the rows after the decodes, so that what is widened for them fits; all that a row holds, however little of it this step computes."""
+    """Of the rows after the decodes, so that what is widened for them fits; all that a row holds, however little of it
+    this step computes.
+    """
     runner, seen = make_runner(tmp_path, tiny_config()), []
     meta_of = step_compute.AttentionMeta
     monkeypatch.setattr(step_compute, "AttentionMeta", lambda *args: seen.append(meta_of(*args)) or seen[-1])

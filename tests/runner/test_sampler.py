@@ -1,5 +1,5 @@
-"""``Sampler`` against an independent implementation that works row by row, by sorting, in numpy; and what must not happen:
-rows that mix, state that outlives its request, logits that change, a question to the device in a steady step.
+"""``Sampler`` against an independent implementation that works row by row, by sorting, in numpy; and what must not
+happen: rows that mix, state that outlives its request, logits that change, a question to the device in a steady step.
 """
 
 from __future__ import annotations
@@ -194,10 +194,19 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "min_tokens": {"temperature": 0.0, "min_tokens": 4, "max_tokens": 50},
     "min_tokens drawn": {"min_tokens": 2, "max_tokens": 50, "top_p": 0.9},
     "everything": {
-        "temperature": 0.9, "top_k": 30, "top_p": 0.92, "min_p": 0.01, "repetition_penalty": 1.1, "frequency_penalty": 0.1,
-        "presence_penalty": 0.2, "min_tokens": 3, "max_tokens": 50, "logit_bias": {1: 1.5, 4: -2.0}, "seed": 3,
+        "temperature": 0.9,
+        "top_k": 30,
+        "top_p": 0.92,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": 0.1,
+        "presence_penalty": 0.2,
+        "min_tokens": 3,
+        "max_tokens": 50,
+        "logit_bias": {1: 1.5, 4: -2.0},
+        "seed": 3,
     },
-}  # fmt: skip
+}
 
 
 def clip_to(vocab_size: int, values: dict[str, Any]) -> SamplingParams:

@@ -1,4 +1,6 @@
-"""Steps take one core or all, whichever was faster of late, for both engines alike; and no more than a container's quota."""
+"""Steps take one core or all, whichever was faster of late, for both engines alike; and no more than a container's
+quota.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +165,8 @@ def test_both_engines_say_what_each_step_computes(monkeypatch: pytest.MonkeyPatc
     found: list[tuple[Any, ...]] = []
     step = Cores.step
     monkeypatch.setattr(
-        Cores, "step", lambda self, *sizes: found.append((threading.current_thread().name, *sizes)) or step(self, *sizes)
+        Cores, "step", lambda self, *sizes: found.append((threading.current_thread().name, *sizes)) or step(self,
+        *sizes)
     )  # fmt: skip
     options: dict[str, Any] = {
         "device": "cpu", "skip_tokenizer_init": True, "page_size": 16, "num_kv_pages": 64, "max_model_len": 128,

@@ -26,7 +26,10 @@ def next_token(history: Sequence[int], seed: int, allowed: Sequence[int] = range
 
 
 class ScriptedGrammar:
-    """Allows a few tokens, by what came before; after ``length`` tokens only token 2. With ``has_faults`` it breaks now and then."""
+    """Allows a few tokens, by what came before; after ``length`` tokens only token 2.
+
+    With ``has_faults`` it breaks now and then.
+    """
 
     def __init__(self, seed: int, length: int, has_faults: bool) -> None:
         self.script = (seed, length, has_faults)

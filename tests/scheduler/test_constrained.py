@@ -20,7 +20,10 @@ FORM = {"regex": "as the grammar says"}
 
 
 class Log:
-    """A grammar that notes what is asked of it, and allows everything. ``breaks``: the method and the call at which it raises."""
+    """A grammar that notes what is asked of it, and allows everything.
+
+    ``breaks``: the method and the call at which it raises.
+    """
 
     def __init__(self, breaks: tuple[str, int] = ("", 0), ends_after: int = 10**9) -> None:
         self.calls: list[str] = []
@@ -53,7 +56,9 @@ def make(
 
 
 def play(scheduler: Scheduler, depth: int, steps: int = 10**6, token: int = 7) -> list[tuple[StepPlan, set[str]]]:
-    """Run with ``depth`` steps in flight, every row choosing ``token`` (or failing where its mask is empty): (plan, who is in it)."""
+    """Run with ``depth`` steps in flight, every row choosing ``token`` (or failing where its mask is empty): (plan, who
+    is in it).
+    """
     played: list[tuple[StepPlan, set[str]]] = []
     in_flight: deque[StepPlan] = deque()
     while (scheduler.has_unfinished() or in_flight) and len(played) < steps:

@@ -68,7 +68,9 @@ def test_pages_are_handed_out_unfindable_first_then_least_recently_used() -> Non
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_free_list_is_that_of_a_plain_one(seed: int) -> None:
-    """Blank pages first, the last released first; then the least recently used, however often pages are shared and given back."""
+    """Blank pages first, the last released first; then the least recently used, however often pages are shared and
+    given back.
+    """
     rng = random.Random(seed)
     pool, free, content = PagePool(7), list(range(1, 8)), {}
     users: dict[int, int] = {}

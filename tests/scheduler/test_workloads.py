@@ -1,4 +1,6 @@
-"""Thousands of random workloads over a scripted runner: every request generates what it would alone, and nothing is lost."""
+"""Thousands of random workloads over a scripted runner: every request generates what it would alone, and nothing is
+lost.
+"""
 
 from __future__ import annotations
 

@@ -19,13 +19,16 @@ from nemo_engine.server.service import Service
 MODEL = "nemo-tiny"
 # float32: what else is in a batch changes the last bits, which in bfloat16 now and then changes a token.
 ENGINE_OPTIONS: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "page_size": 16, "num_kv_pages": 400, "max_num_seqs": 32, "max_num_batched_tokens": 256,
-    "max_model_len": 1024,
+    "device": "cpu", "dtype": "float32", "page_size": 16, "num_kv_pages": 400, "max_num_seqs": 32,
+    "max_num_batched_tokens": 256, "max_model_len": 1024,
 }  # fmt: skip
 
 
 class LiveServer:
-    """``create_app`` over ``engine``, which stays the caller's: several servers may share one. Use it as a context manager."""
+    """``create_app`` over ``engine``, which stays the caller's: several servers may share one.
+
+    Use it as a context manager.
+    """
 
     def __init__(self, engine: AsyncEngine, **options: Any) -> None:
         options.setdefault("log_requests", False)

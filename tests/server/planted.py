@@ -29,7 +29,10 @@ def planted(
     metrics: RequestMetrics | None = None,
     raises: Exception | None = None,
 ) -> Iterator[list[EncodedPrompt]]:
-    """Every request is answered with ``pieces``, each a delta of one token; ``raises`` is raised behind them. Yields the prompts that came."""
+    """Every request is answered with ``pieces``, each a delta of one token; ``raises`` is raised behind them.
+
+    Yields the prompts that came.
+    """
     prompts: list[EncodedPrompt] = []
 
     async def generate(

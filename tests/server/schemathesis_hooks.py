@@ -1,4 +1,6 @@
-"""What schemathesis is told of the rules that JSON Schema cannot say (``server/document.py``): cases that break them are not sent as valid."""
+"""What schemathesis is told of the rules that JSON Schema cannot say (``server/openapi.py``): cases that break them
+are not sent as valid.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ schemathesis.openapi.format("lark", strategies.sampled_from(['start: "a" | "b"',
 
 @schemathesis.hook
 def map_case(_: Any, case: Any) -> Any:
-    """To JSON Schema 1.0 is an integer, here it is none: whole numbers are written without a point. No time-out ends a request."""
+    """To JSON Schema 1.0 is an integer, here it is none: whole numbers are written without a point.
+
+    No time-out ends a request.
+    """
     case.body = _whole(case.body)
     if isinstance(case.body, dict) and type(case.body.get("timeout")) in (int, float) and case.body["timeout"] > 0:
         case.body["timeout"] = 60

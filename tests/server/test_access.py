@@ -279,7 +279,8 @@ def test_cross_origin_requests_are_off_unless_asked_for(engine: AsyncEngine, liv
         (b'{"prompt": "a", "n": 1000}', "n times the number of prompts must be at most 128, got 1000"),
         (b'{"prompt": "a", "stop": ""}', "stop must hold non-empty strings"),
         (json.dumps({"prompt": "a", "stop": ["x"] * 1025}).encode(), "stop must hold at most 1024 strings, got 1025"),
-        (json.dumps({"prompt": "a", "bad_words": ["x"] * 10001}).encode(), "bad_words must hold at most 10000 words, got 10001"),
+        (json.dumps({"prompt": "a", "bad_words": ["x"] * 10001}).encode(), "bad_words must hold at most 10000 words, "
+                                                                           "got 10001"),
         (b'{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
         (b'{"prompt": "a", "logit_bias": {"7000": 1}}', "logit_bias must hold ids in [0, 6143], got 7000"),
         (b'{"prompt": "a", "seed": 18446744073709551616}', "seed"),

@@ -43,7 +43,9 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 def without_ids(body: dict[str, Any]) -> dict[str, Any]:
-    text = json.dumps({name: value for name, value in body.items() if not name.startswith(("id", "created", "usage", "completed"))})  # fmt: skip
+    text = json.dumps(
+        {name: value for name, value in body.items() if not name.startswith(("id", "created", "usage", "completed"))}
+    )
     return {
         name: value
         for name, value in json.loads(text, parse_float=lambda number: round(float(number), 4)).items()
@@ -77,7 +79,14 @@ def test_what_fails_and_why(offline: Engine, tmp_path: Path) -> None:
     summary = offline.batch(write(tmp_path / "in", lines), tmp_path / "out", served_model_name="named")
     failed = {result["line"]: result for result in results(tmp_path / "out.errors")}
     assert list(by_id(tmp_path / "out")) >= ["7"] and summary.num_failed == len(failed)
-    wanted = {1: "the model 'gpt-4' does not exist", 2: "stream must be false", 3: "temperature", 5: "tools", 6: "messages", 7: "messages"}  # fmt: skip
+    wanted = {
+        1: "the model 'gpt-4' does not exist",
+        2: "stream must be false",
+        3: "temperature",
+        5: "tools",
+        6: "messages",
+        7: "messages",
+    }
     for line, says in wanted.items():
         error = failed[line]["error"]
         assert says in error["message"] and error["code"]

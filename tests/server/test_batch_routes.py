@@ -1,4 +1,6 @@
-"""``/v1/files`` and ``/v1/batches`` with OpenAI's client: whole, cancelled, after a restart, of other clients, and refused."""
+"""``/v1/files`` and ``/v1/batches`` with OpenAI's client: whole, cancelled, after a restart, of other clients, and
+refused.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ URL = "/v1/chat/completions"
 
 def line(index: int, **body: Any) -> str:
     messages = [{"role": "user", "content": f"Hello {index}"}]
-    return json.dumps({"custom_id": f"{index}", "method": "POST", "url": URL, "body": {"messages": messages, "max_tokens": 4} | body})  # fmt: skip
+    return json.dumps(
+        {"custom_id": f"{index}", "method": "POST", "url": URL, "body": {"messages": messages, "max_tokens": 4} | body}
+    )
 
 
 def client_of(live: LiveServer, key: str = "none") -> openai.OpenAI:
@@ -39,7 +43,9 @@ def ended(client: openai.OpenAI, batch_id: str) -> Any:
 
 
 def test_openais_client(engine: AsyncEngine, tmp_path: Path) -> None:
-    content = "\n".join([*(line(index) for index in range(5)), "{", line(6, temperature="hot"), line(7).replace(URL, "/v1/completions")])  # fmt: skip
+    content = "\n".join(
+        [*(line(index) for index in range(5)), "{", line(6, temperature="hot"), line(7).replace(URL, "/v1/completions")]
+    )
     with LiveServer(engine, batch_dir=str(tmp_path)) as live:
         client = client_of(live)
         file = client.files.create(file=("in.jsonl", content.encode()), purpose="batch")
@@ -57,7 +63,11 @@ def test_openais_client(engine: AsyncEngine, tmp_path: Path) -> None:
         assert sorted(one["custom_id"] for one in answers) == ["0", "1", "2", "3", "4"]
         assert all(one["response"]["body"]["usage"]["completion_tokens"] <= 4 for one in answers)
         failed = [json.loads(one) for one in client.files.content(batch.error_file_id).text.splitlines()]
-        assert {one["line"]: one["error"]["code"] for one in failed} == {6: "invalid_json", 7: "invalid_value", 8: "mismatched_endpoint"}  # fmt: skip
+        assert {one["line"]: one["error"]["code"] for one in failed} == {
+            6: "invalid_json",
+            7: "invalid_value",
+            8: "mismatched_endpoint",
+        }
         assert {one.id for one in client.files.list()} == {file.id, batch.output_file_id, batch.error_file_id}
         assert [one.id for one in client.files.list(purpose="batch_output", limit=1)]
         assert [one.id for one in client.batches.list(limit=1)] == [made.id]
@@ -161,7 +171,8 @@ def test_what_is_refused(engine: AsyncEngine, live: LiveServer, tmp_path: Path) 
 def test_forms_in_pieces_of_any_size(size: int, tmp_path: Path) -> None:
     content = b"a\r\n--bound \r\n-\r\n--boundar\r\n"
     body = (
-        b'--boundary\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--boundary\r\ncontent-disposition: form-data; '
+        b"--boundary\r\nContent-Disposition: form-data; "
+        b'name="purpose"\r\n\r\nbatch\r\n--boundary\r\ncontent-disposition: form-data; '
         b'name="file"; filename="x.jsonl"\r\nContent-Type: text/plain\r\n\r\n' + content + b"\r\n--boundary--\r\n"
     )
 

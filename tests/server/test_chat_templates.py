@@ -1,4 +1,6 @@
-"""A fine-tune with a chat template behind the server: its prompts, its ends of turns, its calls, and templates that clients send."""
+"""A fine-tune with a chat template behind the server: its prompts, its ends of turns, its calls, and templates that
+clients send.
+"""
 
 from __future__ import annotations
 

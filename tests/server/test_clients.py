@@ -1,4 +1,6 @@
-"""Clients among themselves: keys with names, what each may see and end, turns, hosts, pages of other sites, what is logged."""
+"""Clients among themselves: keys with names, what each may see and end, turns, hosts, pages of other sites, what is
+logged.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def test_names_stand_in_logs_and_metrics(narrow: AsyncEngine, caplog: pytest.Log
 
 @contextmanager
 def held_up(server: LiveServer) -> Iterator[tuple[Posts, list[str]]]:
-    """Sends requests, none of which begins before the end of the block, and their ids in the order in which they ended."""
+    """Sends requests, none of which begins before the end of the block, and their ids in the order in which they
+    ended.
+    """
     order: list[str] = []
     service, resume = server.service, threading.Event()
 

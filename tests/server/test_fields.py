@@ -41,20 +41,41 @@ def part(**more: Any) -> list[dict[str, Any]]:
 # Of each object in a body: the route, a body in which it has one more field, and the path by which that is told.
 PLACES: list[tuple[str, Any, str]] = [
     ("/v1/completions", lambda more: {"prompt": "a", "max_tokens": 1, **more}, ""),
-    ("/v1/completions", lambda more: {"prompt": "a", "max_tokens": 1, "stream": True, "stream_options": more}, "stream_options."),
-    ("/v1/completions", lambda more: {"prompt": "a", "max_tokens": 1, "response_format": {"type": "text", **more}}, "response_format."),
+    (
+        "/v1/completions",
+        lambda more: {"prompt": "a", "max_tokens": 1, "stream": True, "stream_options": more},
+        "stream_options.",
+    ),
+    (
+        "/v1/completions",
+        lambda more: {"prompt": "a", "max_tokens": 1, "response_format": {"type": "text", **more}},
+        "response_format.",
+    ),
     (CHAT, lambda more: user(**more), ""),
     (CHAT, lambda more: history(**more), "messages[]."),
     (CHAT, lambda more: user(part(**more)), "messages[].content[]."),
     (CHAT, lambda more: history(content=part(**more)), "messages[].content[]."),
-    (CHAT, lambda more: {"messages": [{"role": "system", "content": part(**more)}, {"role": "user", "content": "a"}], "max_tokens": 1},
-     "messages[].content[]."),
+    (
+        CHAT,
+        lambda more: {
+            "messages": [{"role": "system", "content": part(**more)}, {"role": "user", "content": "a"}],
+            "max_tokens": 1,
+        },
+        "messages[].content[].",
+    ),
     (CHAT, lambda more: history(tool_calls=[CALL | more]), "messages[].tool_calls[]."),
-    (CHAT, lambda more: history(tool_calls=[CALL | {"function": CALL["function"] | more}]), "messages[].tool_calls[].function."),
+    (
+        CHAT,
+        lambda more: history(tool_calls=[CALL | {"function": CALL["function"] | more}]),
+        "messages[].tool_calls[].function.",
+    ),
     (CHAT, lambda more: user(tools=[TOOL | more]), "tools[]."),
     (CHAT, lambda more: user(tools=[TOOL | {"function": FUNCTION | more}]), "tools[].function."),
-    (CHAT, lambda more: user(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {}, **more}}),
-     "response_format.json_schema."),
+    (
+        CHAT,
+        lambda more: user(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {}, **more}}),
+        "response_format.json_schema.",
+    ),
     (CHAT + "/render", lambda more: history(**more), "messages[]."),
     ("/tokenize", lambda more: {"prompt": "a", **more}, ""),
     ("/tokenize", lambda more: {"messages": [{"role": "user", "content": "a", **more}]}, "messages[]."),
@@ -62,12 +83,16 @@ PLACES: list[tuple[str, Any, str]] = [
     ("/abort", lambda more: {"request_id": "none", **more}, ""),
     ("/v1/responses", lambda more: input_of(**more), ""),
     ("/v1/responses", lambda more: input_of({"role": "assistant", "content": "a", **more}), "input[]."),
-    ("/v1/responses", lambda more: input_of({"role": "user", "content": [{"type": "input_text", "text": "a", **more}]}), "input[].content[]."),
+    (
+        "/v1/responses",
+        lambda more: input_of({"role": "user", "content": [{"type": "input_text", "text": "a", **more}]}),
+        "input[].content[].",
+    ),
     ("/v1/responses", lambda more: input_of(tools=[{"type": "function", **FUNCTION, **more}]), "tools[]."),
     ("/v1/responses", lambda more: input_of(text=more), "text."),
     ("/v1/responses", lambda more: input_of(text={"format": {"type": "text", **more}}), "text.format."),
     ("/v1/responses", lambda more: input_of(stream=True, stream_options=more), "stream_options."),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("path", "body", "told"), PLACES)
@@ -166,7 +191,11 @@ def test_no_tools_are_no_tools(live: LiveServer) -> None:
 def test_a_forced_call_has_the_form_of_a_call_whatever_text_would_have(live: LiveServer) -> None:
     form = {"type": "json_schema", "name": "a", "schema": {"type": "object", "properties": {"b": {"type": "string"}}}}
     tool = {"type": "function", **FUNCTION}
-    answer = post(live, "/v1/responses", input_of(tools=[tool], tool_choice="required", text={"format": form}) | {"max_output_tokens": 60})  # fmt: skip
+    answer = post(
+        live,
+        "/v1/responses",
+        input_of(tools=[tool], tool_choice="required", text={"format": form}) | {"max_output_tokens": 60},
+    )
     assert answer.status_code == 200 and answer.json()["output"][0]["type"] == "function_call", answer.text
     chat = user(tools=[TOOL], tool_choice="required", response_format={"type": "json_object"}) | {"max_tokens": 60}
     message = post(live, CHAT, chat).json()["choices"][0]["message"]
@@ -174,7 +203,10 @@ def test_a_forced_call_has_the_form_of_a_call_whatever_text_would_have(live: Liv
 
 
 def test_responses_takes_what_other_models_answers_would_include(live: LiveServer) -> None:
-    body = input_of(include=["reasoning.encrypted_content", "message.output_text.logprobs"], reasoning={"summary": "auto", "effort": None})  # fmt: skip
+    body = input_of(
+        include=["reasoning.encrypted_content", "message.output_text.logprobs"],
+        reasoning={"summary": "auto", "effort": None},
+    )
     answer = post(live, "/v1/responses", body)
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-ignored-fields"] == "reasoning.summary, include[0]"

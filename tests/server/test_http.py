@@ -1,4 +1,6 @@
-"""Around the bodies: methods, encodings, ids of requests, aborts by id, and what is refused before it costs anything."""
+"""Around the bodies: methods, encodings, ids of requests, aborts by id, and what is refused before it costs
+anything.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,10 @@ def test_streams_that_are_left_while_they_wait_are_ended(narrow: LiveServer, pat
 
     def send(path: str, body: dict[str, Any]) -> socket.socket:
         content = json.dumps(body | {"stream": True, "ignore_eos": True}).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+            f"{len(content)}\r\n\r\n"
+        )
         connection = socket.create_connection(("127.0.0.1", int(narrow.url.rsplit(":", 1)[1])), timeout=30)
         connection.sendall(head.encode() + content)
         return connection

@@ -118,7 +118,10 @@ def rounds_of_load(count: int) -> dict[str, Any]:
 
 
 def test_many_requests_of_all_kinds_leave_nothing_behind() -> None:
-    """In a process of its own: what other tests left behind comes and goes. Allocators grow in leaps; a leak grows in every round."""
+    """In a process of its own: what other tests left behind comes and goes.
+
+    Allocators grow in leaps; a leak grows in every round.
+    """
     code = "import json; from tests.server.test_load import rounds_of_load; print(json.dumps(rounds_of_load(8)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]

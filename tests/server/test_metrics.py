@@ -1,4 +1,6 @@
-"""``/metrics``: vLLM's names, counts that are exact, times that add up; and ``explain``, which tells the same of one request."""
+"""``/metrics``: vLLM's names, counts that are exact, times that add up; and ``explain``, which tells the same of one
+request.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,8 @@ def test_why_a_prefix_broke(fresh: LiveServer) -> None:
 
     changed = [*prompt[:20], 5, *prompt[21:]]
     assert cache(prompt=changed) | {"page_size": 16} == {
-        "page_size": 16, "full_pages": 3, "cached_pages": 1, "broke_at_page": 1, "broke_at_token": 16, "reason": "not_seen",
+        "page_size": 16, "full_pages": 3, "cached_pages": 1, "broke_at_page": 1, "broke_at_token": 16, "reason":
+        "not_seen",
     }  # fmt: skip
     assert cache(prompt=prompt, cache_salt="mine")["broke_at_page"] == 0
     assert cache(prompt=prompt, cache_salt="mine")["reason"] is None

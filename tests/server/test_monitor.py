@@ -1,4 +1,7 @@
-"""The page's files and headers, and the picture of the engine that it draws. Without a browser; with one: test_page.py."""
+"""The page's files and headers, and the picture of the engine that it draws.
+
+Without a browser; with one: test_page.py.
+"""
 
 from __future__ import annotations
 

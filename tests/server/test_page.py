@@ -1,4 +1,5 @@
-"""The page in headless Chromium: a chat by keyboard, answers, calls and mistakes shown, and the view of the engine under load.
+"""The page in headless Chromium: a chat by keyboard, answers, calls and mistakes shown, and the view of the engine
+under load.
 
 Skipped where there is no Chromium; ``.ci/setup`` installs it where it may.
 """
@@ -383,7 +384,8 @@ def test_everything_is_reached_by_tab_and_shows_it(page: Any) -> None:
         reached.append(focused(page))
         assert page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle") == "solid", reached[-1]
         name = page.evaluate(
-            "() => { const e = document.activeElement; return e.getAttribute('aria-label') || e.labels?.[0]?.textContent || e.textContent }"
+            "() => { const e = document.activeElement; return e.getAttribute('aria-label') || "
+            "e.labels?.[0]?.textContent || e.textContent }"
         )
         assert name.strip(), reached[-1]
         page.keyboard.press("Tab")

@@ -269,6 +269,9 @@ def test_bad_options_are_one_line() -> None:
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client"])
 def test_a_missing_package_is_named(missing: str) -> None:
-    script = f"import sys; sys.modules[{missing!r}] = None; from nemo_engine.cli import main; sys.exit(main(['serve', 'nemo-tiny']))"
+    script = (
+        f"import sys; sys.modules[{missing!r}] = None; from nemo_engine.cli import main; sys.exit(main(['serve', "
+        "'nemo-tiny']))"
+    )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and "nemo-engine[server]" in run.stderr and missing in run.stderr

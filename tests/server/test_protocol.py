@@ -1,4 +1,6 @@
-"""HTTP as hostile and as odd clients speak it, over sockets: heads, deadlines, connections, pipelines, chunks, upgrades."""
+"""HTTP as hostile and as odd clients speak it, over sockets: heads, deadlines, connections, pipelines, chunks,
+upgrades.
+"""
 
 from __future__ import annotations
 

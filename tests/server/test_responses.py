@@ -1,4 +1,6 @@
-"""/v1/responses with the real openai client: every event is validated by the client's own types and put together by it."""
+"""/v1/responses with the real openai client: every event is validated by the client's own types and put together by
+it.
+"""
 
 from __future__ import annotations
 
@@ -286,7 +288,18 @@ def test_the_history_of_calls_is_the_chat_it_stands_for(client: OpenAI, engine: 
     assert prompts[0].token_ids == prompts[1].token_ids
 
 
-PIECES = ["Let ", "me see.", CALLS, '[{"name": "get_', 'weather", "argu', f'ments": {ARGUMENTS}}}', ", ", '{"name": ', '"get_time"}]', ""]  # fmt: skip
+PIECES = [
+    "Let ",
+    "me see.",
+    CALLS,
+    '[{"name": "get_',
+    'weather", "argu',
+    f'ments": {ARGUMENTS}}}',
+    ", ",
+    '{"name": ',
+    '"get_time"}]',
+    "",
+]
 
 
 def test_text_and_calls_of_the_models_own_choice(live: LiveServer, engine: AsyncEngine) -> None:
@@ -517,9 +530,9 @@ def test_no_tools_may_be_an_empty_list(client: OpenAI) -> None:
 
 def test_values_that_ask_for_nothing_are_taken(live: LiveServer) -> None:
     nothing: dict[str, Any] = {
-        "store": False, "background": False, "previous_response_id": None, "conversation": None, "reasoning": {"effort": None},
-        "include": [], "truncation": "disabled", "text": {"format": {"type": "text"}, "verbosity": "medium"}, "metadata": None,
-        "tools": None, "tool_choice": "auto", "n": 1, "max_tool_calls": None, "top_logprobs": 0,
+        "store": False, "background": False, "previous_response_id": None, "conversation": None, "reasoning": {"effort":
+        None}, "include": [], "truncation": "disabled", "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "metadata": None, "tools": None, "tool_choice": "auto", "n": 1, "max_tool_calls": None, "top_logprobs": 0,
         "stream_options": {"include_obfuscation": False},
     }  # fmt: skip
     answer = post(live, **nothing)

@@ -1,5 +1,6 @@
-"""schemathesis over the server's own OpenAPI document, in all its phases and with all its checks: what the document forbids is refused, what it
-allows is accepted, every answer is one that it has, and none is of status 500. ``schemathesis_hooks`` has the rules that no schema can say.
+"""schemathesis over the server's own OpenAPI document, in all its phases and with all its checks: what the document
+forbids is refused, what it allows is accepted, every answer is one that it has, and none is of status 500.
+``schemathesis_hooks`` has the rules that no schema can say.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 from nemo_engine import AsyncEngine
-from nemo_engine.server.document import ids_below
+from nemo_engine.server.openapi import ids_below
 from tests.server.live import LiveServer
 
 FOLDER = Path(__file__).parent
@@ -22,9 +23,10 @@ def test_the_server_does_what_its_document_says(engine: AsyncEngine, tmp_path: P
     hooks = {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(FOLDER)}
     with LiveServer(engine, max_completion_tokens=4) as server:
         command = [
-            sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", f"--url={server.url}", "--max-examples=5",
-            "--generation-database=none", "--phases=examples,coverage,fuzzing,stateful", "--workers=1", "--checks=all",
-            "--max-response-time=60", "--request-timeout=60", "--seed=1", "--no-shrink", "--no-color",
+            sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", f"--url={server.url}",
+            "--max-examples=5", "--generation-database=none", "--phases=examples,coverage,fuzzing,stateful",
+            "--workers=1", "--checks=all", "--max-response-time=60", "--request-timeout=60", "--seed=1", "--no-shrink",
+            "--no-color",
         ]  # fmt: skip
         run = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path, env=os.environ | hooks)
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""A schema that cannot be kept is refused by the name of the field that the client sent it in, on every road into the grammar."""
+"""A schema that cannot be kept is refused by the name of the field that the client sent it in, on every road into the
+grammar.
+"""
 
 from __future__ import annotations
 

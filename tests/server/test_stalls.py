@@ -1,4 +1,6 @@
-"""No body stops the streams of others: the worst gap of a stream beside each of many hostile ones, as a ratio to its worst gap alone."""
+"""No body stops the streams of others: the worst gap of a stream beside each of many hostile ones, as a ratio to its
+worst gap alone.
+"""
 
 from __future__ import annotations
 
@@ -92,27 +94,40 @@ BODIES: dict[str, Callable[[], tuple[str, bytes]]] = {
     "calls that are answered/400": lambda: chat(
         messages=[
             MESSAGE,
-            {"role": "assistant", "tool_calls": [
-                {"id": f"c{i}", "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in range(5000)
-            ]},
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {"id": f"c{i}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                    for i in range(5000)
+                ],
+            },
             *({"role": "tool", "tool_call_id": f"c{i}", "content": "1"} for i in range(4999, -1, -1)),
         ]
     ),
     "JSON in a result/400": lambda: chat(
         messages=[
             MESSAGE,
-            {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
             {"role": "tool", "tool_call_id": "c", "content": "[" + "[]," * (4 * M) + "[]]"},
         ]
     ),
     "tools/400": lambda: chat(tools=[tool(i) for i in range(4000)]),
     "allowed tools/400": lambda: chat(
         tools=[tool(i) for i in range(2000)],
-        tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
-            {"type": "function", "function": {"name": f"f{i}"}} for i in range(2000)
-        ]}},
+        tool_choice={
+            "type": "allowed_tools",
+            "allowed_tools": {
+                "mode": "auto",
+                "tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(2000)],
+            },
+        },
     ),
-    "a large schema/": lambda: completion(structured_outputs={"json": {"type": "object", "properties": {f"k{i}": {} for i in range(24_000)}}}),
+    "a large schema/": lambda: completion(
+        structured_outputs={"json": {"type": "object", "properties": {f"k{i}": {} for i in range(24_000)}}}
+    ),
     "a large enum/": lambda: completion(structured_outputs={"json": {"enum": [f"k{i}" for i in range(200_000)]}}),
     "a large choice/": lambda: completion(structured_outputs={"choice": [f"k{i}" for i in range(200_000)]}),
     "a long expression/": lambda: completion(structured_outputs={"regex": "(a|b)*" * 200_000}),
@@ -122,7 +137,7 @@ BODIES: dict[str, Callable[[], tuple[str, bytes]]] = {
     "long input/400": lambda: answer(input="some words " * M),
     "metadata/400": lambda: answer(metadata={f"k{i}": "v" for i in range(49_000)}),
     "include/400": lambda: answer(include=["x"] * 240_000),
-}  # fmt: skip
+}
 
 
 class Stream:

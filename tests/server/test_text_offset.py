@@ -1,4 +1,6 @@
-"""``text_offset`` of completions: a token of whole characters stands in the text where it is said to, streamed or whole."""
+"""``text_offset`` of completions: a token of whole characters stands in the text where it is said to, streamed or
+whole.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ HIDDEN = {TOKENIZER.special_text(i) for i in range(TOKENIZER.vocab_size) if TOKE
 
 
 def misplaced(choice: dict[str, Any], but: set[str] = HIDDEN) -> list[tuple[int, str, str]]:
-    """Tokens of whole characters that do not stand where they are said to; those that a stop string cut off stand nowhere."""
+    """Tokens of whole characters that do not stand where they are said to; those that a stop string cut off stand
+    nowhere.
+    """
     text, logprobs = choice["text"], choice["logprobs"]
     return [
         (offset, token, text[offset : offset + len(token)])

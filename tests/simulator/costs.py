@@ -10,7 +10,10 @@ from nemo_engine.planner.roofline import Chunk
 
 @dataclass(frozen=True)
 class SimpleCost:
-    """Seconds per step, per row of one token, per key of decode rows, and of the host. Powers of two keep sums exact."""
+    """Seconds per step, per row of one token, per key of decode rows, and of the host.
+
+    Powers of two keep sums exact.
+    """
 
     step: float = 1 / 64
     token: float = 1 / 256

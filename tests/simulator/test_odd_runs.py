@@ -1,4 +1,6 @@
-"""Whole simulations that are odd: ties, tiny caches, more replicas than requests, what can never run, and input that is refused."""
+"""Whole simulations that are odd: ties, tiny caches, more replicas than requests, what can never run, and input that is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def test_odd_settings_keep_their_books(first_seed: int) -> None:
         )
         cost = rng.choice([SimpleCost(), SimpleCost(0, 0, 0), SimpleCost(1e-3, 0, 1e-7, 1e-2)])
         options: dict[str, Any] = {
-            "cost": cost, "replicas": rng.choice([1, 1, 2, 40]), "routing": rng.choice(ROUTINGS), "use_priorities": rng.random() < 0.5,
+            "cost": cost, "replicas": rng.choice([1, 1, 2, 40]), "routing": rng.choice(ROUTINGS), "use_priorities":
+            rng.random() < 0.5,
         }  # fmt: skip
         found = run(items, arrivals, shape, **options)
         finished, refused, tokens = 0, 0, 0

@@ -1,4 +1,6 @@
-"""Whole simulations: cases worked out by hand, queueing theory, conservation, routing, conversations, and the planner's word for it."""
+"""Whole simulations: cases worked out by hand, queueing theory, conservation, routing, conversations, and the planner's
+word for it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Simulated decisions and times are those of the plain scheduler, driven step by step by a loop that is written here once more."""
+"""Simulated decisions and times are those of the plain scheduler, driven step by step by a loop that is written here
+once more.
+"""
 
 from __future__ import annotations
 

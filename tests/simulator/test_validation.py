@@ -1,4 +1,7 @@
-"""The scripts that measure the simulator run, and write what they say they do. How good the numbers are is not for a shared machine to tell."""
+"""The scripts that measure the simulator run, and write what they say they do.
+
+How good the numbers are is not for a shared machine to tell.
+"""
 
 from __future__ import annotations
 

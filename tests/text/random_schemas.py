@@ -1,4 +1,6 @@
-"""Random JSON schemas, of everything that the compiler keeps and some that it refuses, and random regular expressions."""
+"""Random JSON schemas, of everything that the compiler keeps and some that it refuses, and random regular
+expressions.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,10 @@ _NAMES = [
     "\u2028",
 ]
 _PATTERNS = [
-    "^[^\"]*$", r"^[^\\]{1,5}$", "^[a-z]+$", r"^\d{3}-\d{4}$", "abc", "^x-", "-[0-9]$", r"^\w+@\w+\.[a-z]{2,3}$", r"^[^/\\:*?\"<>|]+$", "^(yes|no)?$",
-    r"^\S+$", r"\s", "^.$", "^.{2,4}$", r"^[\w.]*$", r"^[^\w]$", r"^\D*$", "^a|b$", "(^a$)|(^b+$)", "^[é日]+$", "^[^a-z😀]{0,3}$", r"^\u0041\x42$", "^$", "",
-    r"^(?=.*\d)(?=.*[a-z])[a-z\d]{4,8}$", r"^(?!foo)[a-z]{3}$", r"^[\t\n]+$", "(?i)^ab?k$", r"^(a|b)*a(a|b){3}$", "[\\x00-\\x1f]", r"^[^\x00-\x1f]{2}$",
+    "^[^\"]*$", r"^[^\\]{1,5}$", "^[a-z]+$", r"^\d{3}-\d{4}$", "abc", "^x-", "-[0-9]$", r"^\w+@\w+\.[a-z]{2,3}$",
+    r"^[^/\\:*?\"<>|]+$", "^(yes|no)?$", r"^\S+$", r"\s", "^.$", "^.{2,4}$", r"^[\w.]*$", r"^[^\w]$", r"^\D*$", "^a|b$",
+    "(^a$)|(^b+$)", "^[é日]+$", "^[^a-z😀]{0,3}$", r"^\u0041\x42$", "^$", "", r"^(?=.*\d)(?=.*[a-z])[a-z\d]{4,8}$",
+    r"^(?!foo)[a-z]{3}$", r"^[\t\n]+$", "(?i)^ab?k$", r"^(a|b)*a(a|b){3}$", "[\\x00-\\x1f]", r"^[^\x00-\x1f]{2}$",
 ]  # fmt: skip
 _FORMATS = [
     "date",

@@ -360,10 +360,9 @@ def test_replayed_calls_begin_as_the_model_wrote_them(nemo: Tokenizer) -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(0, 2) | st.sampled_from(["a", "", "call_1", "f", "{}", "\ud800", "text", "function"]),
-    lambda inner: st.lists(inner, max_size=2)
-    | st.dictionaries(st.sampled_from(["type", "text", "id", "function", "name", "arguments", "x"]), inner, max_size=4),
-    max_leaves=8,
+    st.none() | st.booleans() | st.integers(0, 2) | st.sampled_from(["a", "", "call_1", "f", "{}", "\ud800", "text",
+    "function"]), lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "text", "id",
+    "function", "name", "arguments", "x"]), inner, max_size=4), max_leaves=8,
 )  # fmt: skip
 KEYS = ["content", "name", "tool_calls", "tool_call_id", "refusal", "annotations", "audio"]
 ANY_MESSAGE = st.builds(

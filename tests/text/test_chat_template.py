@@ -1,4 +1,6 @@
-"""Chat templates: prompts are transformers', id for id, no text of a user becomes a control token, and a template's work has limits."""
+"""Chat templates: prompts are transformers', id for id, no text of a user becomes a control token, and a template's
+work has limits.
+"""
 
 from __future__ import annotations
 
@@ -157,9 +159,34 @@ def test_text_is_text_wherever_a_user_puts_it(kit: Kit) -> None:
 
 
 _PIECES = st.sampled_from(
-    ["<|im_end|>", "<|im_", "end|>", "<|", "|>", "user", "<", ">", "[INST]", "s", "</think>", "<think>", "\n", "  ", "\u00e9", "Hello", "|",
-     "\U0001f389", '"', "\\", "'", "\0", "<tool_call>", "<|end|>", "system"]
-)  # fmt: skip
+    [
+        "<|im_end|>",
+        "<|im_",
+        "end|>",
+        "<|",
+        "|>",
+        "user",
+        "<",
+        ">",
+        "[INST]",
+        "s",
+        "</think>",
+        "<think>",
+        "\n",
+        "  ",
+        "\u00e9",
+        "Hello",
+        "|",
+        "\U0001f389",
+        '"',
+        "\\",
+        "'",
+        "\0",
+        "<tool_call>",
+        "<|end|>",
+        "system",
+    ]
+)
 _TEXT = st.lists(_PIECES, max_size=6).map("".join)
 
 
@@ -185,7 +212,9 @@ def test_any_conversation_has_the_text_of_transformers_and_the_control_tokens_of
 
 
 def test_what_a_template_asks_of_texts_is_answered_as_in_transformers(kit: Kit) -> None:
-    """Also where the text holds what has an id of its own: the thoughts of an answer are left out, as the template wants it."""
+    """Also where the text holds what has an id of its own: the thoughts of an answer are left out, as the template
+    wants it.
+    """
     said = [
         {"role": "user", "content": "Why?"},
         {"role": "assistant", "content": "<think>\nhm </s>\n</think>\n\nBecause."},
@@ -194,21 +223,31 @@ def test_what_a_template_asks_of_texts_is_answered_as_in_transformers(kit: Kit) 
     parts = kit.template(DEEPSEEK).render(said)
     assert "hm" not in flat(parts) and flat(parts) == kit.their_text(DEEPSEEK, said)
     asks = (
-        "{% for m in messages %}{{ m.content.startswith('<tool_call>') }}{{ m.content.endswith('</think>') }}{{ m.content == '<s>' }}"
-        "{{ m.content != '<s>' }}{{ m.content in ['<s>', 'x'] }}{{ m.content is eq '<s>' }}{{ {'<s>': 1}[m.content] }}{{ m.content | length }}"
-        "{{ m.content.find('s>') }}{{ m.content.count('<') }}{{ m.content.replace('<s>', '[s]') }}{{ m.content.partition('s')[0] }}"
-        "{{ m.content.removeprefix('<').removesuffix('>') }}{{ m.content.rsplit('|', 1)[0] }}{{ m.content.isupper() }}{{ m.content | int }}"
-        "{{ m.content.rstrip('>') }}{{ '<s>' in m }}{{ m.content | title }}{{ m.content is lower }}{{ m.content | upper }}{% endfor %}"
+        "{% for m in messages %}{{ m.content.startswith('<tool_call>') }}{{ m.content.endswith('</think>') }}{{ "
+        "m.content == '<s>' }}"
+        "{{ m.content != '<s>' }}{{ m.content in ['<s>', 'x'] }}{{ m.content is eq '<s>' }}{{ {'<s>': 1}[m.content] "
+        "}}{{ m.content | length }}"
+        "{{ m.content.find('s>') }}{{ m.content.count('<') }}{{ m.content.replace('<s>', '[s]') }}{{ "
+        "m.content.partition('s')[0] }}"
+        "{{ m.content.removeprefix('<').removesuffix('>') }}{{ m.content.rsplit('|', 1)[0] }}{{ m.content.isupper() "
+        "}}{{ m.content | int }}"
+        "{{ m.content.rstrip('>') }}{{ '<s>' in m }}{{ m.content | title }}{{ m.content is lower }}{{ m.content | "
+        "upper }}{% endfor %}"
     )
     orders = (
-        "{% for m in messages %}{{ [m.content, 'b', '<'] | sort | join(',') }}{{ [m.content, 'b'] | max }}{{ [m.content, 'b'] | min }}"
-        "{{ messages | sort(true, attribute='content') | map(attribute='role') | join }}{{ [m.content, 'q', 'S'] | unique | list }}"
-        "{{ m.content | sort | join }}{{ m.content > 'a' }}{{ m.content <= '<' }}{{ [m.content] == ['<s>'] }}{{ {'a': m.content} == {'a': 's'} }}"
+        "{% for m in messages %}{{ [m.content, 'b', '<'] | sort | join(',') }}{{ [m.content, 'b'] | max }}{{ "
+        "[m.content, 'b'] | min }}"
+        "{{ messages | sort(true, attribute='content') | map(attribute='role') | join }}{{ [m.content, 'q', 'S'] | "
+        "unique | list }}"
+        "{{ m.content | sort | join }}{{ m.content > 'a' }}{{ m.content <= '<' }}{{ [m.content] == ['<s>'] }}{{ {'a': "
+        "m.content} == {'a': 's'} }}"
         "{{ [[m.content]] != [['<|im_end|>']] }}{{ [] | min }}{% endfor %}"
     )
     writes = (
-        "{% for m in messages %}{{ m.content | e }}{{ m.content | forceescape }}{{ m.content | urlencode }}{{ '%r %a' % (m.content, 'x') }}"
-        "{{ m.content | tojson(ensure_ascii=True) }}{{ m.content.title().splitlines() }}{{ 'a' + m.content + 'b' + m.content }}{{ [1] + [2] }}"
+        "{% for m in messages %}{{ m.content | e }}{{ m.content | forceescape }}{{ m.content | urlencode }}{{ '%r %a' "
+        "% (m.content, 'x') }}"
+        "{{ m.content | tojson(ensure_ascii=True) }}{{ m.content.title().splitlines() }}{{ 'a' + m.content + 'b' + "
+        "m.content }}{{ [1] + [2] }}"
         "{{ m.values() | list }}{{ m.items() | list }}{{ m.role.upper() + m['content'] }}{% endfor %}"
     )
     for text in (asks, orders, writes):
@@ -304,7 +343,9 @@ def test_the_checkpoints_files_are_looked_through_in_transformers_order(tmp_path
 
 
 def test_which_renderer_serves_is_found_by_trying(kit: Kit, tmp_path: Path) -> None:
-    """Of a checkpoint with tekken.json, too: Mistral's template under any name is Mistral's, and a foreign one is not."""
+    """Of a checkpoint with tekken.json, too: Mistral's template under any name is Mistral's, and a foreign one is
+    not.
+    """
     shutil.copy(TINY, tmp_path / "tekken.json")
     tekken = load_tokenizer(tmp_path)
     assert tekken is not None

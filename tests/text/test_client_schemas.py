@@ -56,37 +56,65 @@ class _Model(BaseModel):
 
 
 _STRICT = {  # OpenAI's strict mode
-    "type": "object", "additionalProperties": False, "required": ["steps", "answer"], "$schema": "http://json-schema.org/draft-07/schema#",
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["steps", "answer"],
+    "$schema": "http://json-schema.org/draft-07/schema#",
     "properties": {
         "steps": {"type": "array", "items": {"$ref": "#/definitions/step"}, "maxItems": 2},
         "answer": {"anyOf": [{"type": "string"}, {"type": "null"}], "description": "what comes out", "default": None},
     },
-    "definitions": {"step": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"], "additionalProperties": False}},
-}  # fmt: skip
+    "definitions": {
+        "step": {
+            "type": "object",
+            "properties": {"text": {"type": "string"}},
+            "required": ["text"],
+            "additionalProperties": False,
+        }
+    },
+}
 _ZOD = {  # zod's, as its own converter writes them
-    "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "additionalProperties": False,
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "additionalProperties": False,
     "properties": {
-        "email": {"type": "string", "format": "email",
-                  "pattern": r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"},
+        "email": {
+            "type": "string",
+            "format": "email",
+            "pattern": r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+        },
         "safe": {"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991},
         "float": {"type": "number", "minimum": -3.4028234663852886e38, "maximum": 3.4028234663852886e38},
         "double": {"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308},
         "cuid": {"type": "string", "format": "cuid", "pattern": "^[cC][^\\s-]{8,}$"},
-        "kind": {"oneOf": [{"type": "object", "properties": {"t": {"type": "string", "const": c}}, "required": ["t"]} for c in "ab"]},
+        "kind": {
+            "oneOf": [
+                {"type": "object", "properties": {"t": {"type": "string", "const": c}}, "required": ["t"]} for c in "ab"
+            ]
+        },
         "record": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "boolean"}},
     },
     "required": ["email", "safe", "float", "double", "cuid", "kind", "record"],
-}  # fmt: skip
+}
 _PROTOBUF = {"type": "object", "properties": {
     "int64": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1, "format": "int64"},
     "uint64": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
     "exclusive": {"type": "integer", "exclusiveMinimum": -(2**63) - 1, "exclusiveMaximum": 2**63},
     "id": {"enum": [1234567890123456789, 2**53 + 1]}, "one": {"const": 2**63 - 1},
 }, "required": ["int64", "uint64", "exclusive", "id", "one"], "additionalProperties": False}  # fmt: skip
-_OPENAPI = {"type": "object", "nullable": True, "example": {}, "xml": {"name": "x"}, "discriminator": {"propertyName": "k"}, "properties": {
-    "n": {"type": "integer", "format": "int32", "minimum": 0, "exclusiveMinimum": True}, "secret": {"type": "string", "format": "password", "writeOnly": True},
-    "file": {"type": "string", "format": "binary", "contentMediaType": "image/png"},
-}, "required": ["n", "secret", "file"]}  # fmt: skip
+_OPENAPI = {
+    "type": "object",
+    "nullable": True,
+    "example": {},
+    "xml": {"name": "x"},
+    "discriminator": {"propertyName": "k"},
+    "properties": {
+        "n": {"type": "integer", "format": "int32", "minimum": 0, "exclusiveMinimum": True},
+        "secret": {"type": "string", "format": "password", "writeOnly": True},
+        "file": {"type": "string", "format": "binary", "contentMediaType": "image/png"},
+    },
+    "required": ["n", "secret", "file"],
+}
 
 SCHEMAS: dict[str, Any] = {
     "pydantic": _Model.model_json_schema(),

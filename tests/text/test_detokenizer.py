@@ -1,4 +1,6 @@
-"""Incremental text: joined deltas equal the whole, nothing half-finished is shown, stop strings cut where they should."""
+"""Incremental text: joined deltas equal the whole, nothing half-finished is shown, stop strings cut where they
+should.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,8 @@ def test_stop_strings_cut_at_the_first_end(
         matched = detokenizer.append(ids[place : place + size])
         place, turn = place + size, turn + 1
     detokenizer.finish()
-    # The whole text is known here, so the rule is plain: the match that ends first, of the first token that completes one.
+    # The whole text is known here, so the rule is plain: the match that ends first, of the first token that completes
+    # one.
     consumed, expected, expected_stop = 0, text, None
     for consumed in range(1, len(ids) + 1):
         shown = tiny.decode(ids[:consumed]).rstrip("\ufffd")

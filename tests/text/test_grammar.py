@@ -1,4 +1,6 @@
-"""Structured outputs as grammars over real vocabularies: what they allow, what is refused by name, and what hostile input costs."""
+"""Structured outputs as grammars over real vocabularies: what they allow, what is refused by name, and what hostile
+input costs.
+"""
 
 from __future__ import annotations
 
@@ -266,13 +268,15 @@ def test_a_plain_tool_call_is_compiled_without_a_trial(tiny: Kit, monkeypatch: p
         ({"json": {"enum": ["x" * 300_000]}}, "structured_outputs.json must have at most 262144 characters"),
         ({"json": {"enum": list(range(60_000))}}, "structured_outputs.json must have at most 50000 values"),
         ({"regex": 5}, "structured_outputs.regex must be a string, got 5"),
-        ({"regex": "a" * (MAX_GRAMMAR_CHARS + 1)}, "structured_outputs.regex must have at most 65536 characters, got 65537"),
+        ({"regex": "a" * (MAX_GRAMMAR_CHARS + 1)}, "structured_outputs.regex must have at most 65536 characters, got "
+                                                   "65537"),
         ({"choice": []}, "structured_outputs.choice must be a list of at least one string"),
         ({"choice": "abc"}, "structured_outputs.choice must be a list of at least one string"),
         ({"choice": ["a", 3]}, r"structured_outputs.choice\[1\] must be a string, got 3"),
         ({"choice": ["a", "\ud800"]}, r"structured_outputs.choice\[1\] must be valid Unicode"),
         ({"choice": ["x" * 200_000, "y" * 200_000]}, "structured_outputs.choice must have at most 262144 characters"),
-        ({"regex": "a", "disable_any_whitespace": True}, "disable_any_whitespace needs json or json_object, got it with regex"),
+        ({"regex": "a", "disable_any_whitespace": True}, "disable_any_whitespace needs json or json_object, got it "
+                                                         "with regex"),
         ({"json": {}, "disable_any_whitespace": "no"}, "disable_any_whitespace must be true or false"),
         ({"json": {}, "disable_any_whitespace": True, "whitespace_pattern": " "}, "whitespace_pattern does not go with"),
     ],
@@ -320,18 +324,23 @@ def test_nesting_is_limited_and_cycles_end() -> None:
         ({"json": {"type": "array", "uniqueItems": True}}, "structured_outputs.json: uniqueItems at # is not supported"),
         ({"json": {"not": {}}}, "not at # is not supported"),
         ({"json": {"properties": {"a/b": {"if": {}, "then": {}}}}}, "if at #/properties/a~1b is not supported"),
-        ({"json": {"type": "string", "format": "zork"}}, "structured_outputs.json: format at #: 'zork' is not supported. It may be date, "),
-        ({"json": {"type": "string", "pattern": "a(?=a)"}}, "structured_outputs.json: pattern at #: 'a\\(\\?=a\\)': .*look-ahead"),
+        ({"json": {"type": "string", "format": "zork"}}, "structured_outputs.json: format at #: 'zork' is not "
+                                                         "supported. It may be date, "),
+        ({"json": {"type": "string", "pattern": "a(?=a)"}}, "structured_outputs.json: pattern at #: 'a\\(\\?=a\\)': "
+                                                            ".*look-ahead"),
         ({"json": {"items": {"pattern": r"(a)\1"}}}, r"pattern at #/items: .*: \\1 is not supported, at character 5"),
         ({"json": {"multipleOf": -1}}, "multipleOf at # must be a number greater than 0, got -1"),
         ({"json": {"type": "integer", "multipleOf": 17}}, "multipleOf at #: multiples of 17 cannot be followed"),
         ({"json": {"maxLength": "3"}}, 'maxLength at # must be an integer of 0 to 1000000000, got "3"'),
         ({"json": {"patternProperties": {c: {} for c in "abcde"}}}, "patternProperties at #: at most 4 patterns"),
-        ({"grammar": 'start: j\nj: %json {"uniqueItems": true}'}, "structured_outputs.grammar: uniqueItems at # is not supported"),
+        ({"grammar": 'start: j\nj: %json {"uniqueItems": true}'}, "structured_outputs.grammar: uniqueItems at # is not "
+                                                                  "supported"),
         ({"grammar": "start: j\nj: %json {\"a\"}"}, "what follows %json is not JSON"),
         ({"json": {"type": "zork"}}, "structured_outputs.json: type at # must be null, boolean.*got \"zork\""),
         ({"json": {"minimum": 2, "maximum": 1, "type": "integer"}}, "no text satisfies it"),
-        ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "oneOf at # is supported where its options exclude each other .*options 0 and 1 may both hold"),
+        ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "oneOf at # is supported where its options "
+                                                                         "exclude each other .*options 0 and 1 may "
+                                                                         "both hold"),
         ({"json": {"minProperties": 2}}, "minProperties at #: 2 is more than the required properties"),
         ({"json": {"x-guidance": {"lenient": True}, "not": {}}}, "x-guidance is not supported"),
         ({"json": {"$ref": "https://example.com/a.json"}}, "https://example.com/a.json. is not a part of this schema"),

@@ -1,4 +1,6 @@
-"""``tokenizer.json``: ids against Tekken's, the library's and transformers', text that stays text, the choice of a file, broken files."""
+"""``tokenizer.json``: ids against Tekken's, the library's and transformers', text that stays text, the choice of a
+file, broken files.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def prose(language: str, length: int) -> str:
 
 
 def strange(seed: int, length: int) -> str:
-    """Characters of all planes, marks, white space of all kinds, and runs of few letters, in which ties among merges would show."""
+    """Characters of all planes, marks, white space of all kinds, and runs of few letters, in which ties among merges
+    would show.
+    """
     draw = random.Random(seed)
     marks, spaces = "\u0301\u0489\u093f\u200d\ufe0f\u20e3", " \t\r\n\x00\x1c\x85\u00a0\u2028\u200b\ufeff\u3000"
     planes = ((32, 127), (0xA0, 0x2FF), (0x300, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0x20000, 0x10FFFF))
@@ -381,7 +385,8 @@ def test_a_tekken_file_needs_no_other_library(tmp_path: Path) -> None:
 
     code = (
         "import sys; from pathlib import Path; from nemo_engine.text import load_tokenizer\n"
-        f"load_tokenizer(Path({str(TEKKEN.parent)!r})); print('tokenizers' in sys.modules, 'transformers' in sys.modules)"
+        f"load_tokenizer(Path({str(TEKKEN.parent)!r})); print('tokenizers' in sys.modules, 'transformers' in "
+        "sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False False\n"
@@ -472,18 +477,21 @@ NAMED = {"SpecialToken": {"id": "<x>", "type_id": 0}}
         (put("added_tokens", 14, "content", "<|im_start|>"), r"added_tokens\[14\] gives id 14 to '<\|im_start\|>', and '<SPECIAL_14>' has it"),
         (lambda data: data["added_tokens"].append(added(6144, "a")), "gives 'a' id 6144, and model.vocab gives it 1097"),
         (lambda data: data["added_tokens"].append(added(6150, "<x>")), "have no token 6144, and go up to 6150"),
-        (lambda data: data["added_tokens"].extend([added(6144, "<x>"), added(6145, "<x>")]), "gives '<x>' id 6145, and it has 6144"),
+        (lambda data: data["added_tokens"].extend([added(6144, "<x>"), added(6145, "<x>")]), "gives '<x>' id 6145, and "
+                                                                                             "it has 6144"),
         (put("normalizer", {"type": "NFC"}), "normalizer must be none for byte-level BPE, got NFC"),
         (put("normalizer", SEQUENCE), "normalizer must be none for byte-level BPE, got NFC"),
         (put("normalizer", "Lowercase"), "normalizer must be none for byte-level BPE, got Lowercase"),
         (put("pre_tokenizer", None), "pre_tokenizer must have one step ByteLevel"),
         (put("pre_tokenizer", {"type": "Whitespace"}), "pre_tokenizer must be of .*, got Whitespace"),
         (put("pre_tokenizer", "pretokenizers", 0, REMOVING), "pre_tokenizer must not remove what it cuts at: Split does"),
-        (put("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", True), "pre_tokenizer.add_prefix_space must be false"),
+        (put("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", True), "pre_tokenizer.add_prefix_space must be "
+                                                                             "false"),
         (put("pre_tokenizer", "pretokenizers", 0, "pattern", {"Regex": "("}), "Oniguruma error"),
         (put("decoder", {"type": "WordPiece"}), r"decoder must be ByteLevel for byte-level BPE, got \['WordPiece'\]"),
         (put("decoder", None), r"decoder must be ByteLevel for byte-level BPE, got \[\]"),
-        (put("post_processor", {"type": "BertProcessing"}), "post_processor.type must be TemplateProcessing, .*, got 'BertProcessing'"),
+        (put("post_processor", {"type": "BertProcessing"}), "post_processor.type must be TemplateProcessing, .*, got "
+                                                            "'BertProcessing'"),
         (put("post_processor", "single", 0, NAMED), r"post_processor.single\[0\] names no token of post_processor.special_tokens"),
         (put("post_processor", "single", []), "post_processor.single must hold the text once, and holds it 0 times"),
         (put("post_processor", "special_tokens", "<s>", "ids", [9999]), "stands for ids that are no tokens"),
@@ -504,7 +512,8 @@ def test_broken_tokenizer_files(edit: Callable[[Json], object], reason: str, tin
         ("tokenizer_config.json", "{", "JSONDecodeError"),
         ("tokenizer_config.json", "[]", "it must hold an object"),
         ("tokenizer_config.json", '{"bos_token": "<s>", "bos_token": "</s>"}', "'bos_token' stands twice in one object"),
-        ("tokenizer_config.json", '{"bos_token": "<start>"}', "bos_token is '<start>', which tokenizer.json does not have"),
+        ("tokenizer_config.json", '{"bos_token": "<start>"}', "bos_token is '<start>', which tokenizer.json does not "
+                                                              "have"),
         ("tokenizer_config.json", '{"eos_token": {"content": 7}}', "eos_token.content must be a text, got 7"),
         ("tokenizer_config.json", '{"eos_token": 7}', "eos_token must be a text, got 7"),
         ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token must be true or false, got 'yes'"),
@@ -514,7 +523,9 @@ def test_broken_tokenizer_files(edit: Callable[[Json], object], reason: str, tin
         ("tokenizer_config.json", '{"added_tokens_decoder": {"a": {}}}', r"added_tokens_decoder\['a'\] must be named by an id"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"14": {"content": "<|im_start|>"}}}',
          r"added_tokens_decoder\['14'\] is '<\|im_start\|>', and tokenizer.json gives id 14 to '<SPECIAL_14>'"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"6144": {"content": "</s>"}}}', "is '</s>', and tokenizer.json gives it id 2"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"6144": {"content": "</s>"}}}', "is '</s>', and "
+                                                                                             "tokenizer.json gives "
+                                                                                             "it id 2"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"6145": {"content": "<x>"}}}', "have no token 6144"),
         ("tokenizer_config.json", '{"additional_special_tokens": "<s>"}', "additional_special_tokens must be a list"),
         ("special_tokens_map.json", '{"eos_token": "<end>"}', "eos_token is '<end>', which tokenizer.json does not have"),
@@ -550,7 +561,8 @@ def test_a_huge_file_is_not_read(edited: Callable[..., Path], monkeypatch: pytes
     [
         (put("normalizer", {"type": "Lowercase"}), "normalizer may put \u2581 in front and for spaces, got .*Lowercase"),
         (put("pre_tokenizer", "replacement", "_"), "pre_tokenizer.replacement must be \u2581"),
-        (put("pre_tokenizer", "prepend_scheme", "often"), "pre_tokenizer.prepend_scheme must be always, first or never, got 'often'"),
+        (put("pre_tokenizer", "prepend_scheme", "often"), "pre_tokenizer.prepend_scheme must be always, first or "
+                                                          "never, got 'often'"),
         (put("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False}), "pre_tokenizer must not be ByteLevel"),
         (put("decoder", "decoders", 0, {"type": "Lowercase"}), "decoder may be of .*Lowercase"),
         (put("decoder", "decoders", []), "decoder must make \u2581 a space"),

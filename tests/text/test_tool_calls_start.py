@@ -89,7 +89,9 @@ def test_no_text_no_place(engine: Engine) -> None:
 
 
 def test_the_system_text_first_stays_cached(engine: Engine) -> None:
-    """A turn finds all full pages of the turn before; by the format's own rule it finds only those before the system text."""
+    """A turn finds all full pages of the turn before; by the format's own rule it finds only those before the system
+    text.
+    """
     system = {"role": "system", "content": "You explain Python's standard library. " * 20}
     first = [system, {"role": "user", "content": "What does os.path.join do?"}]
     second = [*first, {"role": "assistant", "content": "It joins paths."}, {"role": "user", "content": "And split?"}]

@@ -197,8 +197,10 @@ def test_choices_without_tools() -> None:
         ({"type": "custom"}, "tool_choice must be"),
         ({"type": "function"}, "tool_choice.function.name must be .* got None"),
         ({"type": "function", "function": {"name": "town"}}, r"must be that of a tool \(city, list, other, none\), got 'town'"),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, "must have a mode and a list of tools"),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "x", "tools": [tool("city")]}}, "mode must be auto or required, got 'x'"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, "must have a mode and a list of "
+                                                                                    "tools"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "x", "tools": [tool("city")]}}, "mode must be auto or "
+                                                                                             "required, got 'x'"),
         ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [5]}}, r"tools\[0\].function.name must be"),
     ],
 )  # fmt: skip
@@ -208,10 +210,9 @@ def test_choices_that_are_refused(choice: Any, message: str) -> None:
 
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["function", "f", "object", "#", "auto"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["type", "function", "name", "parameters", "properties", "$ref", "$defs", "x", "items"]), inner, max_size=4),
-    max_leaves=15,
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["function", "f", "object", "#",
+    "auto"]), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "function", "name",
+    "parameters", "properties", "$ref", "$defs", "x", "items"]), inner, max_size=4), max_leaves=15,
 )  # fmt: skip
 
 

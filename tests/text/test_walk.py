@@ -1,4 +1,7 @@
-"""Random walks through grammars of random schemas, expressions, choices and grammars, with a fixed seed. More: ``python -m tests.text.walk``."""
+"""Random walks through grammars of random schemas, expressions, choices and grammars, with a fixed seed.
+
+More: ``python -m tests.text.walk``.
+"""
 
 from __future__ import annotations
 

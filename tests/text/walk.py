@@ -1,8 +1,8 @@
 """Random walks through compiled grammars: what comes out is checked by other means than the grammar.
 
-``run(minutes, seed)`` makes schemas, expressions, choices and grammars, walks through each by random allowed tokens and checks every
-text: JSON strictly parsed and by ``jsonschema``, expressions by ``re``. What is refused must be refused by a keyword that is there.
-As a script: ``python -m tests.text.walk --minutes 10 --seed 3``.
+``run(minutes, seed)`` makes schemas, expressions, choices and grammars, walks through each by random allowed tokens and
+checks every text: JSON strictly parsed and by ``jsonschema``, expressions by ``re``. What is refused must be refused by
+a keyword that is there. As a script: ``python -m tests.text.walk --minutes 10 --seed 3``.
 """
 
 from __future__ import annotations
@@ -118,16 +118,13 @@ def walk(tokenizer: Bytes, grammar: Grammar, rng: random.Random) -> str | None:
 # ---- checks
 
 _FORMAT_CHECKS: dict[str, Callable[[str], object]] = {
-    "date": datetime.date.fromisoformat,
-    "time": lambda text: datetime.time.fromisoformat(text if len(text) > 8 else "no"),
-    "date-time": lambda text: datetime.datetime.fromisoformat(text.replace("Z", "+00:00")),
-    "ipv4": ipaddress.IPv4Address,
-    "ipv6": ipaddress.IPv6Address,
-    "uuid": uuid.UUID,
-    "email": lambda text: re.fullmatch(r"[^@\s]{1,64}@[^@\s]{1,253}", text) or int("no"),
-    "hostname": lambda text: len(text) <= 253 and re.fullmatch(r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*", text) or int("no"),
-    "duration": lambda text: re.fullmatch(r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=.)(\d+H)?(\d+M)?(\d+S)?)?)", text) or int("no"),
-    "uri": lambda text: re.fullmatch(r"[a-zA-Z][\w+.-]*:[!-~]+", text) or int("no"),
+    "date": datetime.date.fromisoformat, "time": lambda text: datetime.time.fromisoformat(text if len(text) > 8 else
+    "no"), "date-time": lambda text: datetime.datetime.fromisoformat(text.replace("Z", "+00:00")), "ipv4":
+    ipaddress.IPv4Address, "ipv6": ipaddress.IPv6Address, "uuid": uuid.UUID, "email": lambda text:
+    re.fullmatch(r"[^@\s]{1,64}@[^@\s]{1,253}", text) or int("no"), "hostname": lambda text: len(text) <= 253 and
+    re.fullmatch(r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*", text) or int("no"), "duration": lambda text:
+    re.fullmatch(r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=.)(\d+H)?(\d+M)?(\d+S)?)?)", text) or int("no"), "uri": lambda
+    text: re.fullmatch(r"[a-zA-Z][\w+.-]*:[!-~]+", text) or int("no"),
 }  # fmt: skip
 
 
@@ -300,7 +297,10 @@ def _find_empty(grammars: dict[str, str]) -> list[str]:
 
 
 def run(minutes: float, seed: int = 0, steps: int | None = None) -> Counter[str]:
-    """Walk for ``minutes``, or ``steps`` forms if given; returns counts. Compiles here: what is made is small, and processes are slow."""
+    """Walk for ``minutes``, or ``steps`` forms if given; returns counts.
+
+    Compiles here: what is made is small, and processes are slow.
+    """
     walker, end = Walker(seed), time.monotonic() + minutes * 60
     with (
         mock.patch.object(grammar_module, "try_compile", lambda spec: None),

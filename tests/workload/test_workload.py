@@ -1,4 +1,6 @@
-"""Workload files, generators, arrivals and traces: what is read is what was written, made-up ones repeat, and bad lines are named."""
+"""Workload files, generators, arrivals and traces: what is read is what was written, made-up ones repeat, and bad lines
+are named.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The kernels of csrc/cpu, for models in bf16 or fp32 on a CPU: their tensors are checked here and passed on as addresses."""
+"""The kernels of csrc/cpu, for models in bf16 or fp32 on a CPU: their tensors are checked here and passed on as
+addresses.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _cpu: Any = compiled_for_cpu()
 
 
 def _check(dtype: torch.dtype, *others: Tensor) -> None:
-    """The kernels see addresses alone: an FP8 cache, or weights of another dtype, would be read as what they are not."""
+    """The kernels see addresses alone: an FP8 cache, or weights of another dtype, would be read as what they are
+    not.
+    """
     for x in others:
         if x.dtype != dtype or not x.is_contiguous():
             raise TypeError(f"must be contiguous {dtype}, got {x.dtype} of strides {x.stride()}")
@@ -68,7 +72,10 @@ def rope_and_append_kv_(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: Rope
 
 
 def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
-    """See ``attention.paged_attention``; the scales are None. Every query is a row of its own to the kernel, but for long prompts."""
+    """See ``attention.paged_attention``; the scales are None.
+
+    Every query is a row of its own to the kernel, but for long prompts.
+    """
     q = q.contiguous()
     _check(q.dtype, *kv.caches)
     out = torch.empty_like(q)

@@ -1,4 +1,6 @@
-"""bf16 products on a CPU: by oneDNN, whose weights are kept in the order in which it reads them; in fp32 where it has no such products."""
+"""bf16 products on a CPU: by oneDNN, whose weights are kept in the order in which it reads them; in fp32 where it has
+no such products.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,13 @@ from torch import Tensor
 
 from nemo_engine.ops.op import Site
 
-# oneDNN compiles a product for every number of rows that it sees: milliseconds, and memory. Prompts have any number, so it is rounded up.
+# oneDNN compiles a product for every number of rows that it sees: milliseconds, and memory. Prompts have any number, so
+# it is rounded up.
 _EVERY_COUNT = 64
 _ROWS = 32
 
-# Without bf16 products torch multiplies number by number: from so many rows on it costs less to widen the weight, 4 MiB at a time.
+# Without bf16 products torch multiplies number by number: from so many rows on it costs less to widen the weight, 4 MiB
+# at a time.
 WIDENED_FROM = 8
 _WIDENED = 1 << 20  # numbers at once, so that they stay in a cache
 
@@ -40,7 +44,9 @@ def _has_products() -> bool:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """(N, K) bf16, copied into an order that only ``linear`` reads; the bytes are the same, but for N and K that oneDNN rounds up."""
+    """(N, K) bf16, copied into an order that only ``linear`` reads; the bytes are the same, but for N and K that oneDNN
+    rounds up.
+    """
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 

@@ -1,6 +1,7 @@
 """The CUDA kernels of ``nemo_engine._C`` behind the signatures of the operations, one module per family.
 
-Everything about tensors is checked here: the library sees addresses, sizes, strides and a stream. Nothing is allocated there.
+Everything about tensors is checked here: the library sees addresses, sizes, strides and a stream. Nothing is allocated
+there.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ def stream_of(tensor: Tensor) -> int:
 
 
 def counters(device: torch.device, count: int, owner: int = 0) -> Tensor:
-    """``count`` int32 zeros at one address. A kernel that counts its blocks there leaves zeros, so launches of one stream share them.
+    """``count`` int32 zeros at one address.
 
-    ``owner`` tells engines apart, whose streams may run at the same time: the address of something that an engine keeps and passes.
-    What was too small for a later call is kept all the same: a captured graph has its address.
+    A kernel that counts its blocks there leaves zeros, so launches of one stream share them.
+
+    ``owner`` tells engines apart, whose streams may run at the same time: the address of something that an engine keeps
+    and passes. What was too small for a later call is kept all the same: a captured graph has its address.
     """
     made = _counters.setdefault((device, owner), [])
     if not made or len(made[-1]) < count:
@@ -42,5 +45,8 @@ def counters(device: torch.device, count: int, owner: int = 0) -> Tensor:
 
 
 def row_stride(tensor: Tensor, dim: int = 0) -> int:
-    """Elements between neighbours along ``dim``. Of a single one any stride is right, and torch may have left any: what it holds."""
+    """Elements between neighbours along ``dim``.
+
+    Of a single one any stride is right, and torch may have left any: what it holds.
+    """
     return tensor.stride(dim) if tensor.shape[dim] > 1 else tensor.shape[dim + 1 :].numel()

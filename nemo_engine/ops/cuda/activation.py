@@ -29,7 +29,9 @@ def silu_mul_fp8(gate_up: Tensor, scale: Tensor | None = None) -> tuple[Tensor, 
 
 
 def quantize_tokens(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As ``nemo_engine.ops.quantize.quantize_tokens``; bf16, rows dense, K a multiple of 8 up to 16,384; ``scale``: () fp32."""
+    """As ``nemo_engine.ops.quantize.quantize_tokens``; bf16, rows dense, K a multiple of 8 up to 16,384; ``scale``: ()
+    fp32.
+    """
     rows, width = _shape(x)
     y, scales = _outputs(x, width, columns=1)
     library().quantize_tokens(

@@ -47,8 +47,9 @@ def _decode(out: Tensor, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: flo
     scratch = meta.workspace.take("CUDA decode parts", (words,), torch.float32, q.device)
     kernels.decode_attention(
         kv.dtype == _FP8, out.data_ptr(), q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale),
-        address(kv.v_scale), meta.page_table.data_ptr(), plan.data_ptr(), scratch.data_ptr(), counts.data_ptr(), row_stride(q),
-        row_stride(q, 1), row_stride(meta.page_table), items, units, heads, kv_heads, kv.page_size, scale, stream,
+        address(kv.v_scale), meta.page_table.data_ptr(), plan.data_ptr(), scratch.data_ptr(), counts.data_ptr(),
+        row_stride(q), row_stride(q, 1), row_stride(meta.page_table), items, units, heads, kv_heads, kv.page_size,
+        scale, stream,
     )  # fmt: skip
 
 

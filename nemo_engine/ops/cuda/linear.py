@@ -1,4 +1,6 @@
-"""Linear layers by csrc/linear (at most 64 rows) and csrc/gemm, with the norm, activation or quantisation before them where rows are few."""
+"""Linear layers by csrc/linear (at most 64 rows) and csrc/gemm, with the norm, activation or quantisation before them
+where rows are few.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ class _Input(IntEnum):
     QUANTIZE = 3
 
 
-# Up to how many rows a launch makes its input itself. Every block makes all of it, which costs nothing while the ring of weights
-# (88 KiB a block, 132 blocks: 2.7 us at 4.3 TB/s) fills for the first time, and holds memory up after that. Instructions of a warp
-# for 32 x 8 elements, all passes, from the machine code (FP8 and bf16), at 4 a cycle of 1.755 GHz:
-#   SiLU      272 and 107, 14,336 elements: 2.2 and 0.9 us a row (and two MUFU an element and pass, 16 a cycle: 2.0 and 1.0)
+# Up to how many rows a launch makes its input itself. Every block makes all of it, which costs nothing while the ring
+# of weights (88 KiB a block, 132 blocks: 2.7 us at 4.3 TB/s) fills for the first time, and holds memory up after that.
+# Instructions of a warp for 32 x 8 elements, all passes, from the machine code (FP8 and bf16), at 4 a cycle of 1.755
+# GHz:
+#   SiLU      272 and 107, 14,336 elements: 2.2 and 0.9 us a row (and two MUFU an element and pass, 16 a cycle: 2.0 and
+# 1.0)
 #   norm      387 and 250,  5,120 elements: 1.1 and 0.7 us a row
 #   quantise  103,          4,096 elements: 0.23 us a row
 _FUSED_ROWS = {_Input.SILU_MUL: 1, _Input.NORM: 2, _Input.QUANTIZE: 8}

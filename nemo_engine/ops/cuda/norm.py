@@ -25,8 +25,8 @@ def rms_norm_fp8(
     y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     library().rms_norm_fp8(
-        y.data_ptr(), scales.data_ptr(), *_arguments(total, x, weight, residual), 0 if scale is None else scale.data_ptr(),
-        *_sizes(x, residual), eps, stream_of(x),
+        y.data_ptr(), scales.data_ptr(), *_arguments(total, x, weight, residual), 0 if scale is None else
+        scale.data_ptr(), *_sizes(x, residual), eps, stream_of(x),
     )  # fmt: skip
     return y, scales, total
 

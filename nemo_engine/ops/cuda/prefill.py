@@ -1,4 +1,6 @@
-"""Attention of rows with several queries, by csrc/attention/prefill; pages of an FP8 cache are widened to bf16 before it, by csrc/attention/gather."""
+"""Attention of rows with several queries, by csrc/attention/prefill; pages of an FP8 cache are widened to bf16 before
+it, by csrc/attention/gather.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.cuda import address, library, row_stride, stream_of
 from nemo_engine.ops.paged_kv import PagedKV
 
-# What widened pages may take, beyond which rows and then KV heads take turns. 128 Ki keys of 4 of NeMo's 8 KV heads: at 2,048
-# queries each of the two turns is still two full rounds of blocks.
+# What widened pages may take, beyond which rows and then KV heads take turns. 128 Ki keys of 4 of NeMo's 8 KV heads: at
+# 2,048 queries each of the two turns is still two full rounds of blocks.
 WIDENED_BYTES = 256 << 20
 _DIM = 128
 
@@ -21,9 +23,9 @@ _DIM = 128
 def prefill(out: Tensor, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> None:
     """Fills ``out`` for the rows from ``meta.num_decodes`` on. out, q: (T, Hq, 128) bf16, all queries of the step.
 
-    Arguments as ``nemo_engine.ops.attention.paged_attention``, which are checked there; caches bf16, or FP8, which takes scratch memory: ``WIDENED_BYTES``, or what
-    one KV head of the longest row that the page table holds takes if that is more; less where all rows of the table take less. A
-    row's bits do not depend on other rows.
+    Arguments as ``nemo_engine.ops.attention.paged_attention``, which are checked there; caches bf16, or FP8, which
+    takes scratch memory: ``WIDENED_BYTES``, or what one KV head of the longest row that the page table holds takes if
+    that is more; less where all rows of the table take less. A row's bits do not depend on other rows.
     """
     first, rows = meta.num_decodes, meta.seq_lens.shape[0]
     if kv.dtype == torch.bfloat16:
@@ -54,7 +56,10 @@ def prefill(out: Tensor, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: flo
 
 
 def widened_capacity(slots: int, pages: int, kv_heads: int, page_size: int) -> int:
-    """Pages of one KV head, K and V, that the scratch memory holds. The same in every step of an engine, so that it is taken once."""
+    """Pages of one KV head, K and V, that the scratch memory holds.
+
+    The same in every step of an engine, so that it is taken once.
+    """
     budget = WIDENED_BYTES // (2 * 2 * page_size * _DIM)
     return max(pages, min(budget, slots * pages * kv_heads))
 
@@ -85,13 +90,15 @@ def _launch(
     rows: tuple[int, int],
     scale: float,
 ) -> None:
-    """One launch, for the rows from the first of ``rows`` to before the second. pages: a table, its stride, and each row's place there."""
+    """One launch, for the rows from the first of ``rows`` to before the second. pages: a table, its stride, and each
+    row's place there.
+    """
     first, end = rows
     table, table_stride, slot_ids = pages
     queries = min(q.shape[0] - meta.num_decodes, (end - first) * meta.longest)
     library().prefill_attention(
         out.data_ptr(), q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale),
-        table.data_ptr(), slot_ids.data_ptr(), meta.query_start_loc[first:].data_ptr(), meta.seq_lens[first:].data_ptr(),
-        row_stride(out), row_stride(q), row_stride(q, 1), table_stride, kv.k.shape[0], end - first, queries, q.shape[1],
-        kv.num_heads, kv.page_size, scale, stream_of(q),
+        table.data_ptr(), slot_ids.data_ptr(), meta.query_start_loc[first:].data_ptr(),
+        meta.seq_lens[first:].data_ptr(), row_stride(out), row_stride(q), row_stride(q, 1), table_stride, kv.k.shape[0],
+        end - first, queries, q.shape[1], kv.num_heads, kv.page_size, scale, stream_of(q),
     )  # fmt: skip

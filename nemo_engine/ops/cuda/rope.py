@@ -13,7 +13,8 @@ _FP8 = torch.float8_e4m3fn
 
 
 def rope_and_append_kv_(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: RopeMeta) -> Tensor:
-    """As ``nemo_engine.ops.rope.rope_and_append_kv_``; heads of 128, each token's heads dense, page_size a power of two.
+    """As ``nemo_engine.ops.rope.rope_and_append_kv_``; heads of 128, each token's heads dense, page_size a power of
+    two.
 
     Caches are bf16, or FP8 with or without scales.
     """
@@ -33,7 +34,7 @@ def rope_and_append_kv_(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: Rope
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     library().rope_and_append_kv(
         is_fp8, out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), table.data_ptr(), meta.positions.data_ptr(),
-        meta.slot_mapping.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale), tokens,
-        row_stride(q), row_stride(k), row_stride(v), heads, kv_heads, page_size, stream_of(q),
+        meta.slot_mapping.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale),
+        tokens, row_stride(q), row_stride(k), row_stride(v), heads, kv_heads, page_size, stream_of(q),
     )  # fmt: skip
     return out

@@ -16,7 +16,8 @@ def sample_(
 ) -> Tensor:
     """As ``nemo_engine.ops.sample.sample_``; logits bf16 or fp32, V at most 2^22. ``facts`` are for CPUs.
 
-    Where top_p alone cuts a row, its mass is a sum of fp32 exponentials, which is off by some 1e-7. Scratch memory: V / 32 bytes a row.
+    Where top_p alone cuts a row, its mass is a sum of fp32 exponentials, which is off by some 1e-7. Scratch memory: V /
+    32 bytes a row.
     """
     rows, vocab_size = logits.shape
     assert logits.dtype in (torch.bfloat16, torch.float32) and row_stride(logits, 1) == 1, (

@@ -1,4 +1,6 @@
-"""Paged attention by the Triton kernels: rows of one query by the decode kernel, rows of several by the prefill kernel."""
+"""Paged attention by the Triton kernels: rows of one query by the decode kernel, rows of several by the prefill
+kernel.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
         units = kernels.num_decode_units(kv.num_heads, q.device)
         plan = meta.once("decode plan", lambda: kernels.plan_decode(lens, units))
         kernels.decode(
-            out[:decodes], q[:decodes], kv.k, kv.v, meta.page_table, meta.slot_ids[:decodes], lens, plan, scale, kv.k_scale,
-            kv.v_scale,
+            out[:decodes], q[:decodes], kv.k, kv.v, meta.page_table, meta.slot_ids[:decodes], lens, plan, scale,
+            kv.k_scale, kv.v_scale,
         )  # fmt: skip
     if decodes < meta.seq_lens.shape[0]:
         kernels.prefill(

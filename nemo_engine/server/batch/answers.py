@@ -1,4 +1,6 @@
-"""Batch files over an engine in this process: each line goes through the route of its url as a request over HTTP would, without HTTP."""
+"""Batch files over an engine in this process: each line goes through the route of its url as a request over HTTP would,
+without HTTP.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +70,15 @@ class BatchAnswers:
     def reader(self, job: BatchJob) -> Reader:
         """The requests of ``job``, as this server reads them."""
         return job.reader(
-            self._read_json, self._service.engine.model_config.vocab_size, int(self._service.options.max_request_mib * 2**20)
+            self._read_json, self._service.engine.model_config.vocab_size, int(self._service.options.max_request_mib *
+            2**20)
         )  # fmt: skip
 
     async def answer(self, line: Line) -> Answer:
-        """The answer to one line, an error if it is the line's. Raises what ends the run: an engine that is dead or closed."""
+        """The answer to one line, an error if it is the line's.
+
+        Raises what ends the run: an engine that is dead or closed.
+        """
         model, route = _ROUTES[line.url]
         scope: dict[str, Any] = {"type": "http", "method": "POST", "path": line.url, "headers": [], "query_string": b"",
                                  "nemo_engine.client": self._client}  # fmt: skip
@@ -96,7 +102,12 @@ class BatchAnswers:
 
     def _check(self, line: Line) -> None:
         if self._only_url is not None and line.url != self._only_url:
-            raise ApiError(400, f"url must be the batch's endpoint, {self._only_url}, got {line.url}", param="url", code="mismatched_endpoint")  # fmt: skip
+            raise ApiError(
+                400,
+                f"url must be the batch's endpoint, {self._only_url}, got {line.url}",
+                param="url",
+                code="mismatched_endpoint",
+            )
         if line.body.get("stream"):
             raise ApiError(400, "stream must be false in a batch: an answer is one line", param="stream")
 
@@ -144,7 +155,10 @@ def _failed(scope: dict[str, Any], error: ApiError) -> Answer:
 def batch_options(
     model: str, sampling: Mapping[str, Any], engine: Mapping[str, Any], server: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a run is asked for, as OUT.run keeps it. ``ValueError`` for sampling parameters that only a line can ask for."""
+    """What a run is asked for, as OUT.run keeps it.
+
+    ``ValueError`` for sampling parameters that only a line can ask for.
+    """
     for name in _IN_LINES:
         if sampling.get(name) is not None:
             raise ValueError(f"{name} must stand in the lines that ask for it: it changes the form of their answers")
@@ -202,8 +216,14 @@ def _set_fields(params: SamplingParams | Mapping[str, Any] | None) -> dict[str, 
 
 
 def _run(
-    engine: AsyncEngine, options: ServerOptions, model: str, job: BatchJob, sampling: Mapping[str, Any], *, progress: bool
-) -> BatchSummary:  # fmt: skip
+    engine: AsyncEngine,
+    options: ServerOptions,
+    model: str,
+    job: BatchJob,
+    sampling: Mapping[str, Any],
+    *,
+    progress: bool,
+) -> BatchSummary:
     service = Service(engine, options, model)
     service.server_defaults |= sampling
     answers = BatchAnswers(service)

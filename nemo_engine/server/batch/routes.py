@@ -1,4 +1,6 @@
-"""``/v1/files`` and ``/v1/batches``, as OpenAI's clients call them; refused where the server has no folder for files."""
+"""``/v1/files`` and ``/v1/batches``, as OpenAI's clients call them; refused where the server has no folder for
+files.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +83,12 @@ def _add_files(router: APIRouter, service: Service, store: BatchStore) -> None:
 
     @router.get(FILES)
     async def files(
-        http: Request, after: str | None = None, limit: int = _MOST_LISTED, order: str = "desc", purpose: str | None = None
-    ) -> dict[str, Any]:  # fmt: skip
+        http: Request,
+        after: str | None = None,
+        limit: int = _MOST_LISTED,
+        order: str = "desc",
+        purpose: str | None = None,
+    ) -> dict[str, Any]:
         _check_list(limit, order)
         return store.page(
             "file", service.client_of(http), after, limit, order == "asc",
@@ -111,7 +117,8 @@ def _add_batches(router: APIRouter, service: Service, store: BatchStore, worker:
         check_metadata(request.metadata)
         service.check_admission(1)
         made = worker.create(
-            service.client_of(http), request.input_file_id, request.endpoint, request.completion_window, request.metadata
+            service.client_of(http), request.input_file_id, request.endpoint, request.completion_window,
+            request.metadata
         )  # fmt: skip
         return JSONResponse(made, headers=headers)
 

@@ -1,4 +1,6 @@
-"""The files and batches of ``/v1/files`` and ``/v1/batches``: what lies in the folder that the server was given, and survives it."""
+"""The files and batches of ``/v1/files`` and ``/v1/batches``: what lies in the folder that the server was given, and
+survives it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 
 
 class Entry:
-    """A file or a batch. ``shown``: the object that clients get. ``data``: of a file, the name of its content in the folder."""
+    """A file or a batch. ``shown``: the object that clients get.
+
+    ``data``: of a file, the name of its content in the folder.
+    """
 
     def __init__(self, shown: dict[str, Any], owner: str, data: str | None, created: float) -> None:
         self.shown = shown
@@ -35,7 +40,10 @@ class Entry:
 
 
 class BatchStore:
-    """Entries as files ``ID.json``, each written whole or not at all. Raises ``ValueError`` for a folder that cannot be used."""
+    """Entries as files ``ID.json``, each written whole or not at all.
+
+    Raises ``ValueError`` for a folder that cannot be used.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,8 +71,9 @@ class BatchStore:
     ) -> dict[str, Any]:
         """Make content that lies in the folder a file of ``client``."""
         shown = {
-            "id": file_id or new_id("file-"), "object": "file", "bytes": (self.folder / data).stat().st_size, "created_at": int(time.time()),
-            "filename": filename, "purpose": purpose, "status": "processed", "expires_at": None, "status_details": None,
+            "id": file_id or new_id("file-"), "object": "file", "bytes": (self.folder / data).stat().st_size,
+            "created_at": int(time.time()), "filename": filename, "purpose": purpose, "status": "processed",
+            "expires_at": None, "status_details": None,
         }  # fmt: skip
         self.save(Entry(shown, client, data, time.time()))
         return shown
@@ -100,8 +109,14 @@ class BatchStore:
         del self.entries[entry.id]
 
     def page(
-        self, kind: str, client: Client, after: str | None, limit: int, is_ascending: bool, matches: Callable[[Entry], bool]
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        kind: str,
+        client: Client,
+        after: str | None,
+        limit: int,
+        is_ascending: bool,
+        matches: Callable[[Entry], bool],
+    ) -> dict[str, Any]:
         """A page of the entries of ``client``, as OpenAI's lists have it."""
         own = [e for e in self.entries.values() if e.owner == client.name and e.shown["object"] == kind and matches(e)]
         own.sort(key=lambda entry: (entry.created, entry.id), reverse=not is_ascending)

@@ -1,4 +1,6 @@
-"""``BatchWorker``: answers the batches of a server after one another, beside its other requests; goes on with them after a restart."""
+"""``BatchWorker``: answers the batches of a server after one another, beside its other requests; goes on with them
+after a restart.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +55,10 @@ class BatchWorker:
         shown: dict[str, Any] = {
             "id": new_id("batch_"), "object": "batch", "endpoint": endpoint, "errors": None, "input_file_id": source.id,
             "completion_window": window, "status": "validating", "output_file_id": None, "error_file_id": None,
-            "created_at": int(time.time()), "in_progress_at": None, "expires_at": None, "finalizing_at": None, "completed_at": None,
-            "failed_at": None, "expired_at": None, "cancelling_at": None, "cancelled_at": None,
-            "request_counts": {"total": 0, "completed": 0, "failed": 0}, "metadata": metadata, "model": self._service.model_name,
+            "created_at": int(time.time()), "in_progress_at": None, "expires_at": None, "finalizing_at": None,
+            "completed_at": None, "failed_at": None, "expired_at": None, "cancelling_at": None, "cancelled_at": None,
+            "request_counts": {"total": 0, "completed": 0, "failed": 0}, "metadata": metadata, "model":
+            self._service.model_name,
         }  # fmt: skip
         # Its results lie under the id that their file will have, so that a server that goes on finds them.
         self.store.save(Entry(shown, client.name, new_id("file-"), time.time()))

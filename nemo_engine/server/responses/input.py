@@ -46,7 +46,10 @@ _RENAMED = (
 
 
 class ChatForm:
-    """The chat request that stands for ``request``. Raises ``ApiError`` or ``ValueError`` for what has no place in one."""
+    """The chat request that stands for ``request``.
+
+    Raises ``ApiError`` or ``ValueError`` for what has no place in one.
+    """
 
     def __init__(self, request: ResponsesRequest) -> None:
         request.check()
@@ -77,7 +80,10 @@ class ChatForm:
         )
 
     def renamed(self, text: str) -> str:
-        """An error's text, or the name of a field, in the words of this API. What stands after "got" is the client's own."""
+        """An error's text, or the name of a field, in the words of this API.
+
+        What stands after "got" is the client's own.
+        """
         head, got, rest = text.partition(", got ")
 
         def place(match: re.Match[str]) -> str:

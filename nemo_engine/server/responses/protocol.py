@@ -1,7 +1,8 @@
-"""What a request to ``/v1/responses`` may hold: OpenAI's fields for text and functions, and the extras of the chat route.
+"""What a request to ``/v1/responses`` may hold: OpenAI's fields for text and functions, and the extras of the chat
+route.
 
-Values are checked where the chat route checks them; here stands what only this API has. Nothing is stored, so ``store: true`` and what
-refers to an earlier response are refused: the conversation is sent as ``input`` each time.
+Values are checked where the chat route checks them; here stands what only this API has. Nothing is stored, so ``store:
+true`` and what refers to an earlier response are refused: the conversation is sent as ``input`` each time.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ class ResponsesRequest(SamplingRequest):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def ignored_fields(self) -> list[str]:
-        """Fields that had no effect, those of ``text`` and ``stream_options`` among them; ``ApiError`` for what is refused."""
+        """Fields that had no effect, those of ``text`` and ``stream_options`` among them; ``ApiError`` for what is
+        refused.
+        """
         ignored = super().ignored_fields()
         for name in ("text", "stream_options"):
             inner: ApiRequest | None = getattr(self, name)

@@ -1,4 +1,7 @@
-"""``/v1/responses``: OpenAI's newer form of a chat, for text and functions. Answers through the chat route's own path; stores nothing."""
+"""``/v1/responses``: OpenAI's newer form of a chat, for text and functions.
+
+Answers through the chat route's own path; stores nothing.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ from nemo_engine.text.tool_calls import ArgumentsDelta, CallFinished, CallStarte
 
 
 async def stream(run: Run) -> AsyncIterator[bytes]:
-    """All events. The first waits for the first output, so what is refused before it raises; what fails later is an event."""
+    """All events.
+
+    The first waits for the first output, so what is refused before it raises; what fails later is an event.
+    """
     events = _Events(run)
     outputs = run.chat.generation.outputs()
     has_begun = False

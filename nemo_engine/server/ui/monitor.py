@@ -41,7 +41,8 @@ _NAMES = {
 }
 _HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src "
+    "'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -185,7 +186,9 @@ def _request(view: RequestView) -> dict[str, Any]:
 
 
 def _steps(records: list[StepRecord]) -> dict[str, list[float | int]]:
-    """Of each step but the first, which only tells when the next one began: its number, rows, tokens, and milliseconds since the last."""
+    """Of each step but the first, which only tells when the next one began: its number, rows, tokens, and milliseconds
+    since the last.
+    """
     pairs = list(zip(records, records[1:]))
     return {
         "id": [after.step_id for _, after in pairs],
