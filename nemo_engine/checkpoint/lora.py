@@ -111,7 +111,9 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
                 "with peft and save it "
                 "anew, which writes adapter_model.safetensors"
             )
-        raise FileNotFoundError(f"{weights_file} does not exist")
+        others = sorted(file.name for file in path.glob("*.safetensors"))
+        instead = f"; an adapter is read from this file alone: put the tensors of {', '.join(others)} into it"
+        raise FileNotFoundError(f"{weights_file} does not exist{instead if others else ''}")
     return _Taker(path, fields, config, read_header(weights_file)).take(scaling_of)
 
 

@@ -366,7 +366,11 @@ def test_files_that_are_no_adapter(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="adapter_model.safetensors is cut off"):
             open_checkpoint(base, lora=adapter)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors does not exist$"):
+        open_checkpoint(base, lora=adapter)
+    for part in (2, 1):
+        (adapter / f"adapter_model-{part}.safetensors").write_bytes(whole)
+    with pytest.raises(FileNotFoundError, match=r"put the tensors of adapter_model-1.safetensors, adapter_model-2.* into"):
         open_checkpoint(base, lora=adapter)
     (adapter / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle.*load the adapter with peft and save it"):
