@@ -40,14 +40,15 @@ demo: $(VENV)/.installed-base  ## install, then stream text for several prompts 
 	@$(BIN)/nemo-engine demo
 
 test: $(VENV)/.installed-test  ## install, then run the test suite
+	@$(if $(PYTEST_ARGS),,echo "[test] does it work at all?"; $(BIN)/python -m pytest -q tests/test_tiny.py)
 	@echo "[test] $(BIN)/python -m pytest $(PYTEST_WAYS) $(PYTEST_ARGS)"
-	@$(BIN)/python -m pytest $(PYTEST_WAYS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_WAYS) $(or $(PYTEST_ARGS),--ignore=tests/test_tiny.py)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, layering
 	@echo "[check] format";   $(BIN)/ruff format --check $(CODE)
 	@echo "[check] lint";     $(BIN)/ruff check $(CODE)
 	@echo "[check] types";    $(BIN)/mypy nemo_engine
-	@echo "[check] layering"; $(BIN)/python -m pytest -q tests/test_layering.py
+	@echo "[check] layering and sizes"; $(BIN)/python -m pytest -q tests/test_layering.py tests/test_budget.py
 
 test-op: $(VENV)/.installed-test  ## one operation against its definition, Triton interpreted: make test-op OP=rms_norm
 	@test -n "$(OP)" || { echo "name an operation: make test-op OP=rms_norm"; exit 2; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -232,6 +233,19 @@ def test_kernels_know_nothing_of_the_engine(path: Path) -> None:
 )
 def test_the_table_itself(part: str, module: str, allowed: bool) -> None:
     assert is_allowed(module, part) is allowed
+
+
+def test_the_table_of_architecture_md_is_this_one() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    lines = re.findall(r"^\| (\d) \| (.*?) \|", text[text.index("## Layers") : text.index("## Who owns")], re.MULTILINE)
+    row_of = {name: int(row) for row, names in lines for name in re.findall(r"`([\w.]+)`", names)}
+    parts = {part for part in MAY_IMPORT if "__" not in part}
+    assert parts | {"benchmarks", "kernels", "csrc"} == set(row_of)
+    for part in parts:
+        for allowed in MAY_IMPORT[part]:
+            target = allowed if allowed in row_of else allowed.split(".")[0]
+            may_be_lazy = part == "engine.engine" and target in ("server", "batch")
+            assert may_be_lazy or row_of[target] <= row_of[part], f"{part} (row {row_of[part]}) may import {allowed}"
 
 
 def test_imports_are_found_wherever_they_stand() -> None:

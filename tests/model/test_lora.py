@@ -370,7 +370,9 @@ def test_files_that_are_no_adapter(tmp_path: Path) -> None:
         open_checkpoint(base, lora=adapter)
     for part in (2, 1):
         (adapter / f"adapter_model-{part}.safetensors").write_bytes(whole)
-    with pytest.raises(FileNotFoundError, match=r"put the tensors of adapter_model-1.safetensors, adapter_model-2.* into"):
+    with pytest.raises(
+        FileNotFoundError, match=r"put the tensors of adapter_model-1.safetensors, adapter_model-2.* into"
+    ):
         open_checkpoint(base, lora=adapter)
     (adapter / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle.*load the adapter with peft and save it"):

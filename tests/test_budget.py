@@ -1,0 +1,74 @@
+"""How large the package may be: lines of Python by room, and what a newcomer reads first.
+
+A room that outgrows its budget is made smaller, or argues for more here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nemo_engine"
+
+# Lines of Python, docstrings and blank lines included, by the first folder (files at the top are one room).
+BUDGETS = {
+    ".": 2250,  # options and their checks, outputs, the wire between the halves, the plan of memory, quantize
+    "batch": 950,  # files that survive a kill, a full disk and gigabytes
+    "checkpoint": 2750,  # every way in which NeMo is published, and a refusal that says what to do for the rest
+    "cli": 2000,
+    "engine": 2300,  # both engines, and what an exception anywhere must not break
+    "model": 520,
+    "ops": 3300,  # 22 operations, their cases, and adapters of three kinds of kernels
+    "planner": 900,
+    "ray": 180,
+    "runner": 1750,
+    "scheduler": 1100,
+    "server": 6700,  # four dialects of an API, whose every limit stands in its document, and a network that means harm
+    "simulator": 1500,
+    "text": 7500,  # any tokenizer, templates by strangers, JSON schemas that are kept: a third of it is schemas
+    "verify": 500,
+    "workload": 750,
+}
+MEAN_FILE = 152  # lines
+
+READ_FIRST = (
+    "nemo_engine/step.py",
+    "nemo_engine/engine/engine.py",
+    "nemo_engine/engine/core.py",
+    "nemo_engine/scheduler/request.py",
+    "nemo_engine/scheduler/scheduler.py",
+    "nemo_engine/scheduler/running.py",
+    "nemo_engine/scheduler/scheduled_step.py",
+    "nemo_engine/runner/runner.py",
+    "nemo_engine/runner/step_rows.py",
+    "nemo_engine/runner/step_compute.py",
+    "nemo_engine/model/nemo.py",
+    "nemo_engine/ops/norm.py",
+    "kernels/norm.py",
+)
+
+
+def lines_of(path: Path) -> int:
+    return path.read_text().count("\n")
+
+
+@pytest.mark.parametrize("room", BUDGETS)
+def test_a_room_keeps_to_its_budget(room: str) -> None:
+    files = PACKAGE.glob("*.py") if room == "." else (PACKAGE / room).rglob("*.py")
+    assert sum(map(lines_of, files)) <= BUDGETS[room]
+
+
+def test_every_room_has_a_budget_and_files_are_short_in_the_mean() -> None:
+    files = list(PACKAGE.rglob("*.py"))
+    assert {path.relative_to(PACKAGE).parts[0] for path in files if path.parent != PACKAGE} == {*BUDGETS} - {"."}
+    assert sum(map(lines_of, files)) / len(files) <= MEAN_FILE
+
+
+def test_what_is_read_first_is_read_in_an_afternoon() -> None:
+    assert sum(lines_of(ROOT / name) for name in READ_FIRST) <= 2000
+    architecture = (ROOT / "ARCHITECTURE.md").read_text()
+    named = architecture[architecture.index("**To read in an afternoon**") : architecture.index("## One request")]
+    assert [name for name in READ_FIRST if f"`{name.removeprefix('nemo_engine/')}`" not in named] == []
+    assert architecture.count("\n") <= 150
