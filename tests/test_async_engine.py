@@ -147,7 +147,7 @@ def test_a_dropped_iterator_frees_its_pages(engine: AsyncEngine, how: str) -> No
 def test_a_request_that_is_cancelled_while_it_is_added_never_runs(
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = engine._loop.prepare
+    prepare = engine._engine.prepare
     has_begun, may_go_on = threading.Event(), threading.Event()
 
     def slow(*args: Any, **more: Any) -> Any:
@@ -156,7 +156,7 @@ def test_a_request_that_is_cancelled_while_it_is_added_never_runs(
         return prepare(*args, **more)
 
     async def run() -> None:
-        monkeypatch.setattr(engine._loop, "prepare", slow)
+        monkeypatch.setattr(engine._engine, "prepare", slow)
         params = seeded(3, 400, structured_outputs={"regex": "[a-z]{100,400}"})
         task = asyncio.create_task(last(engine, prompt_ids(3), params, "victim"))
         assert await asyncio.to_thread(has_begun.wait, 30)

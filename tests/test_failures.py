@@ -308,7 +308,7 @@ def test_a_dead_engine_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     def dies() -> None:
         raise SystemError("planted")
 
-    engine._loop.close = close  # type: ignore[method-assign]
+    engine._engine.close = close  # type: ignore[method-assign]
     assert engine.is_ready
     with pytest.raises(ValueError, match=r"request_id\[0\] must be a string, got \['x'\]"):
         engine.abort([["x"]])  # type: ignore[list-item]
@@ -321,7 +321,6 @@ def test_a_stop_token_is_no_text_although_its_end_was_lost(monkeypatch: pytest.M
     """A failure between the token and the end that it brings: the request ends by the error, and its text has no more
     than it would have.
     """
-    from nemo_engine.scheduler import ends
 
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
@@ -330,7 +329,7 @@ def test_a_stop_token_is_no_text_although_its_end_was_lost(monkeypatch: pytest.M
         params = SamplingParams(temperature=0.0, max_tokens=8, allowed_token_ids=[2000], stop_token_ids=[2000])
         engine.add_request("a", "The", params)
         with monkeypatch.context() as patch:
-            patch.setattr(ends, "end_of", fail)
+            patch.setattr("nemo_engine.scheduler.scheduler.end_of", fail)
             with pytest.raises(RuntimeError, match="planted"):
                 for _ in range(4):
                     engine.step()

@@ -59,8 +59,6 @@ class Scheduler:
         self.running = RunningRequests(self.max_num_seqs)
         self._in_flight = deque[ScheduledStep]()  # launched and not committed, the oldest first
 
-    # ---- requests
-
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """The largest length (prompt and output) that a request may reach; ``ValueError`` if it could never finish."""
         return self.kv.max_total_tokens(num_prompt_tokens, max_tokens, self.max_model_len)
@@ -127,6 +125,7 @@ class Scheduler:
                 self.running.end_decode(request)
         for request in full:
             self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
+        for request in full:
             while request.status is RequestStatus.RUNNING and not self.kv.append_pages([request]):
                 self.preempt(self.running.least_urgent())
         full = [request for request in full if request.status is RequestStatus.RUNNING]
@@ -227,9 +226,9 @@ class Scheduler:
     def fail_running(self, message: str, or_first: bool = False) -> StepOutput:
         """End every running request with an error: a step broke, or a change of the books was cut short.
 
-        What waits goes on waiting. Launched steps are forgotten, and so are pages and slots: their books may be half
-        written, and the step may have written anywhere. May be called again if it is cut short itself. ``or_first``: if
-        nobody runs, the first of those that wait ends instead.
+        What waits goes on waiting. Launched steps, pages and slots are forgotten: their books may be half written, and
+        the step may have written anywhere. It may be called again if it is cut short itself. ``or_first``: if nobody
+        runs, the first of those that wait ends instead.
         """
         self._begin_anew()
         self.kv.reset()

@@ -196,7 +196,7 @@ def test_interrupted_leaves_nothing(source: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from nemo_engine.model import export
+from nemo_engine.checkpoint import export
 from nemo_engine.checkpoint.checkpoint import open_checkpoint
 export._copy_beside = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 export.export_fp8(open_checkpoint(sys.argv[1]), Path(sys.argv[2]))
