@@ -1,4 +1,4 @@
-"""Results as tables for the README, and as plots: `nemo-engine bench report FOLDER`."""
+"""Results as tables and plots: `nemo-engine bench report FOLDER`."""
 
 from nemo_engine.benchmarks.report.command import add_arguments, run
 

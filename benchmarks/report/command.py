@@ -1,8 +1,8 @@
-"""``nemo-engine bench report``: a folder of results as tables and plots, and the README's section that is made of them.
+"""``nemo-engine bench report``: a folder of results as tables and plots, and as the section of docs/results.md.
 
 Every ``*.jsonl`` of the folder is read; a line that is no result is refused with its file and number. Results stand
 under their machine and commit, and ratios are made within one run only. ``--out`` writes report.md and the plots (PNG
-and SVG, needs matplotlib); ``--readme`` rewrites what stands between the two marks in a README and touches nothing
+and SVG, needs matplotlib); ``--section`` rewrites what stands between the two marks in a file and touches nothing
 else.
 """
 
@@ -20,10 +20,10 @@ from nemo_engine.benchmarks.report import tables_engines, tables_parts
 from nemo_engine.benchmarks.report.results import Record, read, same_machine, same_place
 from nemo_engine.benchmarks.report.tables import Table, anything
 
-BEGIN = "<!-- measured: begin; made by `nemo-engine bench report --readme README.md` from benchmarks/results -->"
+BEGIN = "<!-- measured: begin; made by `nemo-engine bench report --section docs/results.md` from benchmarks/results -->"
 END = "<!-- measured: end -->"
-# What the README shows, in this order: the first table of each, of the newest commit on each machine.
-README_SHOWS = ("throughput", "serve", "outside_clients", "scheduler", "startup", "structured", "validate_simulator")
+# What the section shows, in this order: the first table of each, of the newest commit on each machine.
+SECTION_SHOWS = ("throughput", "serve", "outside_clients", "scheduler", "startup", "structured", "validate_simulator")
 
 
 TABLES: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="results, *.jsonl, or one such file [%(default)s]",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and plots there (extra plot)")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="make the measured section of FILE anew")
+    parser.add_argument("--section", type=Path, metavar="FILE", help="make the measured section of FILE anew")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if not records:
         raise ValueError(f"{args.folder}: there is no *.jsonl with results in it")
     text = report(records)
-    readme = (
-        None if args.readme is None else with_section(args.readme, readme_section(records, args.folder, args.readme))
+    written = (
+        None if args.section is None else with_section(args.section, section_of(records, args.folder, args.section))
     )
     print(text, end="")
     if args.out is not None:
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
         pictures = "".join(f"\n![{name}]({name}.svg)\n" for name in names)
         (args.out / "report.md").write_text(text + ("\n## Plots\n" + pictures if names else ""), encoding="utf-8")
         print(f"\n{args.out / 'report.md'}: {len(names)} plots")
-    if readme is not None:
-        args.readme.write_text(readme, encoding="utf-8")
-        print(f"\n{args.readme}: its measured section is up to date")
+    if written is not None:
+        args.section.write_text(written, encoding="utf-8")
+        print(f"\n{args.section}: its measured section is up to date")
     return 0
 
 
@@ -128,12 +128,12 @@ class Group:
 
 
 def groups_of(records: Sequence[Record]) -> list[Group]:
-    """By benchmark, machine and commit; those that the README shows come first, the newest results last."""
+    """By benchmark, machine and commit; those that the section shows come first, the newest results last."""
     found: dict[object, Group] = {}
     for record in records:
         key = (record["benchmark"], same_place(record))
         found.setdefault(key, Group(str(record["benchmark"]), [])).records.append(record)
-    order = {name: index for index, name in enumerate(README_SHOWS)}
+    order = {name: index for index, name in enumerate(SECTION_SHOWS)}
     return sorted(
         found.values(), key=lambda group: (order.get(group.benchmark, len(order)), group.benchmark, group.newest)
     )
@@ -152,15 +152,13 @@ def report(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
-def readme_section(records: Sequence[Record], folder: Path, readme: Path) -> str:
-    """What the README says of the results in ``folder``: of each benchmark the first table, from each machine's newest
-    commit.
-    """
+def section_of(records: Sequence[Record], folder: Path, target: Path) -> str:
+    """The results in ``folder``: the first table of each benchmark, from each machine's newest commit."""
     newest: dict[object, Group] = {}
     for group in groups_of(records):
-        if group.benchmark in README_SHOWS:
+        if group.benchmark in SECTION_SHOWS:
             newest[group.benchmark, same_machine(group.records[0])] = group
-    base = os.path.relpath(folder if folder.is_dir() else folder.parent, readme.parent)
+    base = os.path.relpath(folder if folder.is_dir() else folder.parent, target.parent)
     parts = []
     for group in newest.values():
         links = ", ".join(f"[{name}]({Path(base).as_posix()}/{name})" for name in group.files)
@@ -168,15 +166,15 @@ def readme_section(records: Sequence[Record], folder: Path, readme: Path) -> str
     return "\n".join(parts)
 
 
-def with_section(readme: Path, section: str) -> str:
-    """The text of ``readme`` with ``section`` between its marks.
+def with_section(target: Path, section: str) -> str:
+    """The text of file ``target`` with ``section`` between its marks.
 
     ``ValueError`` if they are not there once each, in order.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = target.read_text(encoding="utf-8")
     found = re.fullmatch(f"(.*{re.escape(BEGIN)}\n).*({re.escape(END)}\n.*)", text, re.DOTALL)
     if found is None or text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(
-            f"{readme}: the marks of the measured section must stand there, each once on its line: {BEGIN} and {END}"
+            f"{target}: the marks of the measured section must stand there, each once on its line: {BEGIN} and {END}"
         )
     return f"{found[1]}\n{section}\n{found[2]}"

@@ -1,4 +1,4 @@
-"""``nemo-engine bench report``: what it refuses, its plots, and the README's section."""
+"""``nemo-engine bench report``: what it refuses, its plots, and the section of docs/results.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_engine.benchmarks.report import command
-from nemo_engine.benchmarks.report.command import BEGIN, END, readme_section, report, with_section
+from nemo_engine.benchmarks.report.command import BEGIN, END, report, section_of, with_section
 from nemo_engine.benchmarks.report.results import Record, read
 from nemo_engine.cli import main
 from tests.helpers.bench_lines import PLACE, decode, op, scheduler_run, serve, start, throughput
@@ -100,7 +100,7 @@ def test_tables_and_plots_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(list((tmp_path / "out").iterdir())) == 1 + 2 * len(expected)
 
 
-# ---- the README
+# ---- the section
 
 
 def test_the_section_has_the_newest_commit_of_each_machine_and_links_its_file(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_section_has_the_newest_commit_of_each_machine_and_links_its_file(tm
     write(folder, old, throughput("nemo_engine", [2.0], commit="new"), name="cpu.jsonl")
     write(folder, throughput("nemo_engine", [3.0], gpu="NVIDIA H200", commit="old"), name="gpu.jsonl")
     write(folder, {"benchmark": "gpu", "stage": "tests", **PLACE}, name="stages.jsonl")
-    section = readme_section(read(folder), folder, tmp_path / "README.md")
+    section = section_of(read(folder), folder, tmp_path / "results.md")
     assert "commit new" in section and section.count("commit old") == 1 and "NVIDIA H200" in section
     assert "[cpu.jsonl](benchmarks/results/cpu.jsonl) · Some CPU, 2 cores, 24 GiB · commit new · 2026-11-25" in section
     assert "stages" not in section
@@ -120,26 +120,26 @@ def test_the_command_rewrites_what_is_between_the_marks_and_nothing_else(tmp_pat
     folder = tmp_path / "results"
     folder.mkdir()
     write(folder, throughput("nemo_engine", [2.0]))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Before\n\n{BEGIN}\nstale\n{END}\n\nAfter\n")
+    target = tmp_path / "results.md"
+    target.write_text(f"# Before\n\n{BEGIN}\nstale\n{END}\n\nAfter\n")
     for _ in range(2):
-        assert main(["bench", "report", str(folder), "--readme", str(readme)]) == 0
-        text = readme.read_text()
+        assert main(["bench", "report", str(folder), "--section", str(target)]) == 0
+        text = target.read_text()
         assert text.startswith(f"# Before\n\n{BEGIN}\n") and text.endswith(f"{END}\n\nAfter\n")
         assert "stale" not in text and "[r.jsonl](results/r.jsonl)" in text
 
 
 @pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n" * 2])
-def test_a_readme_without_its_marks_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ValueError, match=r"README\.md: the marks"):
-        with_section(readme, "new")
+def test_a_file_without_its_marks_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
+    target = tmp_path / "results.md"
+    target.write_text(text)
+    with pytest.raises(ValueError, match=r"results\.md: the marks"):
+        with_section(target, "new")
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    readme, folder = ROOT / "README.md", ROOT / "benchmarks" / "results"
-    section = readme_section(read(folder), folder, readme)
-    assert readme.read_text(encoding="utf-8") == with_section(readme, section), (
-        "the README's measured section is out of date: nemo-engine bench report --readme README.md"
+def test_the_page_of_results_says_what_the_results_say() -> None:
+    target, folder = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+    section = section_of(read(folder), folder, target)
+    assert target.read_text(encoding="utf-8") == with_section(target, section), (
+        "docs/results.md is out of date: nemo-engine bench report --section docs/results.md"
     )
