@@ -63,7 +63,7 @@ Shape = tuple[str, int, int]  # kernel with its template's arguments, threads of
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Of the right size, so that a kernel's arguments are checked as ever; its memory is never touched."""
+    """Memory of the right size, so that a kernel's arguments are checked as ever; its memory is never touched."""
     return torch.empty(shape, dtype=dtype)
 
 

@@ -23,7 +23,7 @@ Blocks = Sequence[Sequence[int]]  # for each block in the order of their start, 
 
 
 def model_time(blocks: Blocks, places: int) -> float:
-    """Of all blocks, in the time in which each of ``places`` blocks that read at once reads a tile."""
+    """The time of all blocks, counted in the time in which a block reads a tile; ``places`` blocks read at once."""
     waiting = [list(block) for block in reversed(blocks)]
     running: list[list[float]] = []  # what is left of a pause, and of the tiles that follow it
     queues: list[list[int]] = []  # the parts after these
@@ -57,14 +57,12 @@ def model_time(blocks: Blocks, places: int) -> float:
 
 
 def fill(lengths: Sequence[int], blocks: Blocks, units: int) -> float:
-    """Of a split whose units hold ``blocks``, one for each KV head, on as many places as the rule has units: at
-    most 1.
-    """
+    """The fill, at most 1, of a split whose units hold ``blocks`` on as many places as the rule has units."""
     return sum(lengths) / TILE / units / model_time(blocks, units)
 
 
 def rule_fill(lengths: Sequence[int], units: int) -> float:
-    """Of the rule in ``nemo_engine.kernels.decode_split``."""
+    """The fill of the rule in ``nemo_engine.kernels.decode_split``."""
     return fill(lengths, [[end - begin for _, begin, end in unit] for unit in parts(lengths, units)], units)
 
 

@@ -56,7 +56,7 @@ def tool(name: str, *args: str, cwd: Path | None = None) -> str:
 
 
 def count_instructions(code: str) -> dict[str, int]:
-    """Of ``INSTRUCTIONS``, those in a listing of nvdisasm."""
+    """How many of each of ``INSTRUCTIONS`` a listing of nvdisasm has."""
     counts: Counter[str] = Counter()
     for word in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE):
         name = next((prefix for prefix in INSTRUCTIONS if word.startswith(prefix)), None)

@@ -79,7 +79,7 @@ class Work:
 
     @property
     def new_tokens(self) -> int:
-        """Of a round."""
+        """Output tokens of a round."""
         return sum(item.output_tokens for item in self.items)
 
     def run(self, peer: PeerProcess) -> tuple[float, Tokens]:

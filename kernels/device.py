@@ -20,7 +20,7 @@ elsewhere = HOPPER  # what tensors that are on no GPU are treated as; changed wh
 
 
 def facts(device: torch.device) -> Facts:
-    """Of ``device`` if it is a GPU, else ``elsewhere``."""
+    """The facts of ``device`` if it is a GPU, else ``elsewhere``."""
     if device.type != "cuda":
         return elsewhere
     properties = torch.cuda.get_device_properties(device)

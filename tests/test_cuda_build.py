@@ -126,7 +126,7 @@ def word(line: str, name: str) -> str:
 
 @needs_nvcc
 def test_weights_of_prefill_are_computed_while_products_run(lines: list[str]) -> None:
-    """Of a tile's 66 exponentials, 64 weights and two decays, none is left for after the wait.
+    """None of a tile's 66 exponentials (64 weights and two decays) is left for after the wait.
 
     The first and last waits have none before them.
     """

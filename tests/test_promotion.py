@@ -42,7 +42,7 @@ def accumulated_in_the_tensor_core(library: Any, x: Tensor, w: Tensor) -> float:
 
 
 def test_a_dot_product_of_14336(library: Any) -> None:
-    """Of the down projection's length, all terms positive, as after a bias in one direction."""
+    """A sum of the down projection's length, all terms positive, as after a bias in one direction."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.rand(14336, generator=generator).add(0.5).to(FP8) for _ in range(2))
     exact = float(x.double() @ w.double())

@@ -174,7 +174,7 @@ def test_blocks_of_a_checkpoint_without_them_are_a_conflict(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("few_prompts")
 def test_scales_of_keys_and_values_are_the_models(tmp_path: Path) -> None:
-    """Of an FP8 checkpoint, also where its weights are those of the reference."""
+    """An FP8 checkpoint is measured, also where its weights are those of the reference."""
     config = tiny_config(vocab_size=6145, head_dim=64)
     state = random_state_dict(config, seed=1)
     write_hf(tmp_path / "dense", config, state)

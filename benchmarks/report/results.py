@@ -27,7 +27,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Of at least one number."""
+        """The spread of at least one number."""
         found = list(values)
         return cls(statistics.median(found), min(found), max(found))
 
@@ -48,7 +48,7 @@ class Ratio:
 
     @classmethod
     def paired(cls, ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Ratio:
-        """Of rounds measured in turns; the interval is that of 2,000 bootstrap samples of the rounds."""
+        """The ratio of rounds measured in turns; the interval is that of 2,000 bootstrap samples of the rounds."""
         if len(ours) != len(theirs) or not ours:
             raise ValueError(f"rounds must be paired, got {len(ours)} and {len(theirs)}")
         ratios = [a / b for a, b in zip(ours, theirs)]

@@ -62,7 +62,7 @@ def spread(values: Iterable[float]) -> str:
 
 
 def times(of: Ratio) -> str:
-    """Of a ratio with its interval: ``4.6x (3.8 to 5.0)``."""
+    """The text of a ratio with its interval: ``4.6x (3.8 to 5.0)``."""
     digits = 1 if of.median >= 3 else 2
     return f"{of.median:.{digits}f}x ({of.low:.{digits}f} to {of.high:.{digits}f})"
 

@@ -170,7 +170,7 @@ def _plain(file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
-    """Of a file of gzip members, each of which holds whole lines."""
+    """The lines of a file of gzip members, each of which holds whole lines."""
     end, data = 0, b""
     while data := data or file.read(_PIECE):
         inflater, parts, size = zlib.decompressobj(wbits=31), [], 0

@@ -269,7 +269,7 @@ class BaseEngine:
             return self._outputs.views(limit)
 
     def count_saturated_kv(self) -> tuple[int, int]:
-        """Of an FP8 KV cache: (entries at its largest number, entries that are not 0).
+        """How much of an FP8 KV cache is saturated: (entries at its largest number, entries that are not 0).
 
         Reads it all; (0, 0) of other caches.
         """

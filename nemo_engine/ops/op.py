@@ -186,7 +186,7 @@ def cpu_runs(site: Site) -> str | None:
 
 
 def cpu_heads_run(site: Site) -> str | None:
-    """Of the kernels of csrc/cpu that handle heads: their size, and a cache of the model's own dtype."""
+    """What the kernels of csrc/cpu that handle heads need: their size, and a cache of the model's dtype."""
     if site.head_dim > _CPU_MAX_HEAD_DIM or site.head_dim % 2:
         return f"an even head_dim of at most {_CPU_MAX_HEAD_DIM}, this is {site.head_dim}"
     if site.kv_dtype not in (None, site.dtype):

@@ -81,7 +81,7 @@ class Plan:
         return self.num_pages * self.config.page_size
 
     def cost_per_million(self, point: Operating) -> float | None:
-        """Of a million output tokens, in the currency of the price."""
+        """The price of a million output tokens, in the currency of the price."""
         price = self.load.price_per_hour
         return None if price is None else price * self.tensor_parallel_size / (point.tokens_per_s * 3600) * 1e6
 

@@ -27,10 +27,10 @@ class StepCost(Protocol):
         """(seconds, seconds per token of context) of a step of ``num_decodes`` decode rows alone."""
 
     def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk]) -> float:
-        """Of any step. ``sum_context``: keys that the decode rows attend to, their own among them."""
+        """Seconds of any step. ``sum_context``: keys that the decode rows attend to, their own among them."""
 
     def host_seconds(self, num_rows: int) -> float:
-        """Of planning a step and taking it in."""
+        """Seconds of planning a step and taking it in."""
 
 
 def num_pairs(start: int, count: int) -> int:
@@ -105,11 +105,11 @@ class Roofline:
 
     @property
     def context_seconds(self) -> float:
-        """Of one more token of context of one decode row."""
+        """Seconds of one more token of context of one decode row."""
         return max(self.kv_bytes_per_token / self.kv_bytes_per_s, self.flops_per_pair / self.decode_flops_per_s)
 
     def _rows_seconds(self, num_tokens: int, num_sampled: int) -> float:
-        """Of everything but attention, for ``num_tokens`` rows of which ``num_sampled`` need logits."""
+        """Seconds of everything but attention, for ``num_tokens`` rows of which ``num_sampled`` need logits."""
         linear = max(
             self.linear_bytes / self.weight_bytes_per_s, 2 * self.linear_params * num_tokens / self.linear_flops_per_s
         )

@@ -16,7 +16,7 @@ _KV_DTYPES = {"fp8": FP8, "fp8_e4m3": FP8}
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Of activations, of keys and values; ``online``: what becomes FP8 while it loads.
+    """The dtypes of activations, and of keys and values; ``online``: what becomes FP8 while it loads.
 
     ``is_fp8``: some product has FP8 operands.
     """

@@ -196,7 +196,7 @@ class Generation:
 
 
 def _id_of_header(http: Request) -> str | None:
-    """That of ``X-Request-Id``, which proxies set, if it is printable."""
+    """The id in ``X-Request-Id``, which proxies set, if it is printable."""
     asked = http.headers.get("x-request-id", "")
     return asked if _HEADER_ID.fullmatch(asked) else None
 

@@ -102,7 +102,7 @@ def describe(document: Schema, service: Service) -> None:
 
 
 def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
-    """Of the fields of a request of ``kind``, what they hold on this server."""
+    """What the fields of a request of ``kind`` may hold on this server."""
     most = service.options.max_completion_tokens
     limit: Schema = {} if most is None else {"maximum": most}
     tokens = {"type": ["integer", "null"], "minimum": 1, **limit}

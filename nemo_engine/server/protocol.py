@@ -205,7 +205,7 @@ class GenerationRequest(SamplingRequest):
     return_token_ids: bool | None = False
 
     def ignored_fields(self) -> list[str]:
-        """Those of ``stream_options`` too."""
+        """The unknown fields, with those of ``stream_options``."""
         inner = [] if self.stream_options is None else self.stream_options.ignored_fields()
         return super().ignored_fields() + [f"stream_options.{name}" for name in inner]
 

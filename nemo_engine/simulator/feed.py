@@ -45,7 +45,7 @@ class Contents:
         self._params: dict[int, SamplingParams] = {}
 
     def num_prompt_tokens(self, conversation: Conversation) -> int:
-        """Of the next turn. Raises ``ValueError`` for a text of unknown length."""
+        """Tokens of the next turn's prompt. Raises ``ValueError`` for a text of unknown length."""
         item = conversation.item
         turn = item.turns[conversation.turn]
         count = turn.num_tokens

@@ -116,7 +116,7 @@ class Replica:
             self._commit(*in_flight.popleft())
 
     def _line(self, num_decodes: int) -> tuple[float, float, float]:
-        """Of a step of decode rows: seconds, seconds per token of context, seconds of the host."""
+        """The cost of a step of decode rows: seconds, seconds per token of context, seconds of the host."""
         line = self._lines.get(num_decodes)
         if line is None:
             line = self._lines[num_decodes] = (

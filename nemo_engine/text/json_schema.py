@@ -180,7 +180,7 @@ class SchemaTerms:
         return self._patterns[text]
 
     def patterns(self, flats: Sequence[Flat]) -> list[Pattern]:
-        """Those that a string must match, formats among them."""
+        """The patterns that a string must match, formats among them."""
         found = [self.pattern(flat, flat["pattern"]) for flat in flats if "pattern" in flat]
         for flat in flats:
             name = flat.get("format")

@@ -46,7 +46,7 @@ class Item:
 
     @property
     def output_tokens(self) -> int:
-        """Of all turns."""
+        """Output tokens of all turns."""
         return sum(turn.output_tokens for turn in self.turns)
 
 

@@ -42,7 +42,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def processes_of(mark: str) -> list[psutil.Process]:
-    """Those that run and have ``mark`` in their environment."""
+    """The processes that run and have ``mark`` in their environment."""
     found = []
     for process in psutil.process_iter():
         try:

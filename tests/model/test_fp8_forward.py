@@ -49,7 +49,7 @@ def prompts_of(config: ModelConfig) -> list[list[int]]:
 
 
 def assert_near(model: Nemo, reference: Reference, *, is_kv_fp8: bool = False) -> None:
-    """Of fp32: where a value lies beside the middle of two FP8 numbers it may fall to the other, so a few in a thousand
+    """In fp32, where a value lies beside the middle of two FP8 numbers it may fall to the other, so a few in a thousand
     may be off.
     """
     prompts = prompts_of(model.config)

@@ -349,7 +349,7 @@ def test_close_drops_the_memory(tmp_path: Path) -> None:
 
 
 def test_attention_is_told_the_pages_of_each_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the rows after the decodes, so that what is widened for them fits; all that a row holds, however little of it
+    """The pages of the rows after the decodes are told, so that what is widened for them fits; all that a row holds, however little of it
     this step computes.
     """
     runner, seen = make_runner(tmp_path, tiny_config()), []

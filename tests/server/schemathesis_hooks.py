@@ -42,7 +42,7 @@ def _whole(value: Any) -> Any:
 
 
 def _broken(body: dict[str, Any]) -> Iterator[bool]:
-    """Of each rule, whether ``body`` breaks it."""
+    """Whether ``body`` breaks each rule."""
     n = body.get("n") or 1
     most = body.get("max_tokens") or body.get("max_completion_tokens") or body.get("max_output_tokens") or 4
     yield (body.get("min_tokens") or 0) > most

@@ -343,7 +343,7 @@ def test_the_checkpoints_files_are_looked_through_in_transformers_order(tmp_path
 
 
 def test_which_renderer_serves_is_found_by_trying(kit: Kit, tmp_path: Path) -> None:
-    """Of a checkpoint with tekken.json, too: Mistral's template under any name is Mistral's, and a foreign one is
+    """A checkpoint with tekken.json is no exception: Mistral's template under any name is Mistral's, and a foreign one is
     not.
     """
     shutil.copy(TINY, tmp_path / "tekken.json")

@@ -56,7 +56,7 @@ def _shape(x: Tensor) -> tuple[int, int]:
 
 
 def _gated_shape(gate_up: Tensor) -> tuple[int, int]:
-    """Of the output."""
+    """Rows and columns of the output."""
     rows, width = _shape(gate_up)
     assert width % 2 == 0, gate_up.shape
     return rows, width // 2

@@ -68,7 +68,7 @@ class Run:
         return answer
 
     def logprobs(self, completion: CompletionOutput) -> list[dict[str, Any]]:
-        """Of the tokens of ``completion`` in front of [TOOL_CALLS]."""
+        """The log-probabilities of the tokens of ``completion`` in front of [TOOL_CALLS]."""
         if not self.has_logprobs:
             return []
         token_ids = self.text_tokens(completion.token_ids)

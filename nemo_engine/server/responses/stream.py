@@ -79,7 +79,7 @@ class _Events:
         return found
 
     def logprobs(self, completion: CompletionOutput) -> list[dict[str, Any]]:
-        """Those of a delta's tokens that are text."""
+        """The log-probabilities of a delta's tokens that are text."""
         if self._is_past_text:
             return []
         found = self._run.logprobs(completion)

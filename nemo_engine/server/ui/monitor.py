@@ -186,9 +186,7 @@ def _request(view: RequestView) -> dict[str, Any]:
 
 
 def _steps(records: list[StepRecord]) -> dict[str, list[float | int]]:
-    """Of each step but the first, which only tells when the next one began: its number, rows, tokens, and milliseconds
-    since the last.
-    """
+    """Number, rows, tokens and milliseconds of each step but the first, which only tells when the next one began."""
     pairs = list(zip(records, records[1:]))
     return {
         "id": [after.step_id for _, after in pairs],
