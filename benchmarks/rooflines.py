@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def measured_roofline(folder: Path, model: ModelConfig, config: EngineConfig, ceilings: Ceilings) -> Roofline:
-    """The roofline of ``model`` as ``config`` runs it: every weight read once, every key and value once, every product at the
+    """The roofline of ``model`` as ``config`` runs it: every weight, key and value is read once, products are at the
     device's best rate.
     """
     return roofline_of(replace(read_model(str(folder)), config=model), config, ceilings)

@@ -139,7 +139,7 @@ def read_rope_theta(read: ConfigReader) -> float:
 
     Scaling is refused.
     """
-    found = {} if read.first("rope_theta") is None else {"rope_theta": read.number("rope_theta")}
+    thetas = {} if read.first("rope_theta") is None else {"rope_theta": read.number("rope_theta")}
     for key in ("rope_parameters", "rope_scaling"):
         block = read.first(key, default={})
         if not isinstance(block, dict):
@@ -157,11 +157,11 @@ def read_rope_theta(read: ConfigReader) -> float:
         if unknown:
             raise ValueError(f"config.json: {key} has what is not supported: {', '.join(sorted(unknown))}")
         if inner.first("rope_theta") is not None:
-            found[f"{key}.rope_theta"] = inner.number("rope_theta")
-    if not found and read.first("model_type") == "llama":
+            thetas[f"{key}.rope_theta"] = inner.number("rope_theta")
+    if not thetas and read.first("model_type") == "llama":
         return 10000.0  # LlamaConfig's default, which old files leave out
-    if not found:
+    if not thetas:
         raise ValueError("config.json has no rope_theta, neither at the top level nor in rope_parameters")
-    if len(set(found.values())) > 1:
-        raise ValueError(f"config.json: rope_theta is given twice and differs: {found!r}")
-    return next(iter(found.values()))
+    if len(set(thetas.values())) > 1:
+        raise ValueError(f"config.json: rope_theta is given twice and differs: {thetas!r}")
+    return next(iter(thetas.values()))

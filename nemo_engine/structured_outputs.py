@@ -105,11 +105,11 @@ class StructuredOutputsParams:
         return cls(**value)
 
 
-def _check_text(name: str, value: object, most: int) -> None:
+def _check_text(name: str, value: object, limit: int) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, got {value!r}")
-    if len(value) > most:
-        raise ValueError(f"{name} must have at most {most} characters, got {len(value)}")
+    if len(value) > limit:
+        raise ValueError(f"{name} must have at most {limit} characters, got {len(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

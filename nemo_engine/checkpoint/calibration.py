@@ -93,9 +93,9 @@ def calibrate(
         hidden = sequence.feed(ids)
         normed, _ = ops.rms_norm(hidden[0], weights.norm, config.rms_norm_eps, hidden[1])
         last = torch.maximum(last, normed.abs().max().float().cpu())
-        for kv, found in zip(sequence.kv_cache, largest, strict=True):
+        for kv, maxima in zip(sequence.kv_cache, largest, strict=True):
             for index, cache in enumerate(kv.caches):  # what was not written is 0
-                found[index] = torch.maximum(found[index], cache.abs().amax((0, 2, 3)).float().cpu())
+                maxima[index] = torch.maximum(maxima[index], cache.abs().amax((0, 2, 3)).float().cpu())
         num_tokens += len(ids)
         advance(len(ids))
     inputs: dict[tuple[int | None, str], Tensor] = {

@@ -265,14 +265,14 @@ def _head_dim_of_tensors(
     names: TensorNames, tensors: Mapping[str, TensorInfo], num_heads: Any, num_kv_heads: Any
 ) -> int | None:
     """Rows of the first layer's query projection over its heads; the key projection must agree. None without them."""
-    found = []
+    projections = []
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     for part, heads in (("q_proj", num_heads), ("k_proj", num_kv_heads)):
         name = names.tensor(part, 0)
         if name not in tensors or type(heads) is not int or heads < 1 or not tensors[name].shape:
             return None
-        found.append((name, tensors[name].shape[0], heads))
-    (q_name, q_rows, _), (k_name, k_rows, _) = found
+        projections.append((name, tensors[name].shape[0], heads))
+    (q_name, q_rows, _), (k_name, k_rows, _) = projections
     if q_rows % num_heads or k_rows % num_kv_heads or q_rows // num_heads != k_rows // num_kv_heads:
         raise ValueError(
             f"the configuration has no head_dim, and the tensors disagree about it: {q_name} has {q_rows} rows for "

@@ -60,15 +60,15 @@ def weight_sets_of(files: Iterable[str]) -> list[WeightSet]:
     Hugging Face's goes before Mistral's, unless only the latter has its configuration; one file goes before shards.
     """
     names = set(files)
-    found = []
+    sets = []
     for stem, config_file in (("model", "config.json"), ("consolidated", "params.json")):
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         if single in names:
-            found.append(WeightSet(stem, config_file, (single,)))
+            sets.append(WeightSet(stem, config_file, (single,)))
         elif index in names:
             shards = sorted(name for name in names if name.startswith(f"{stem}-") and name.endswith(".safetensors"))
-            found.append(WeightSet(stem, config_file, (index, *shards)))
-    return sorted(found, key=lambda weights: weights.config_file not in names)
+            sets.append(WeightSet(stem, config_file, (index, *shards)))
+    return sorted(sets, key=lambda weights: weights.config_file not in names)
 
 
 def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path, Headers | None]:

@@ -190,10 +190,10 @@ class _Taker:
         """Whether it is stored as FP8, as its configuration says it is or may be."""
         info, quantization = self.tensors[tensor.name], self.checkpoint.quantization
         is_linear = tensor.part in PROJECTION_OF
-        found = info.dtype
+        dtype = info.dtype
         if info.dtype != _FP8 and info.dtype not in _FLOATING:
             self.faults.append(
-                f"{tensor.name}: expected bfloat16, float16, float32 or float8_e4m3fn, found {found} in "
+                f"{tensor.name}: expected bfloat16, float16, float32 or float8_e4m3fn, found {dtype} in "
                 f"{info.file.name}"
             )
             return False
@@ -211,10 +211,10 @@ class _Taker:
                 if quantization is None
                 else "the configuration leaves it out"
             )
-            self.faults.append(f"{tensor.name}: found {found} in {info.file.name}, but {reason}")
+            self.faults.append(f"{tensor.name}: found {dtype} in {info.file.name}, but {reason}")
         elif covered and is_linear and not self._is_tied_copy(tensor):
             self.faults.append(
-                f"{tensor.name}: expected float8_e4m3fn, as the configuration's quantization covers it, found {found} "
+                f"{tensor.name}: expected float8_e4m3fn, as the configuration's quantization covers it, found {dtype} "
                 "in "
                 f"{info.file.name}"
             )
@@ -232,9 +232,9 @@ class _Taker:
         if weight is None:
             self.faults.append(f"{module}.weight_scale: expected beside an FP8 weight, not found")
             return None
-        one = ((), (1,), (1, 1))
+        scalar = ((), (1,), (1, 1))
         shapes: dict[str, tuple[tuple[int, ...], ...]] = {
-            "tensor": one,
+            "tensor": scalar,
             "channel": ((rows, 1), (rows,)),
             "block": ((-(-rows // BLOCK), -(-width // BLOCK)),),
         }
@@ -243,7 +243,7 @@ class _Taker:
         if quantization.activations == "static" and inputs is None:
             self.faults.append(f"{module}.input_scale: expected, as activations have static scales, not found")
         if inputs is not None:
-            self._is_scale(inputs, *one)
+            self._is_scale(inputs, *scalar)
             if quantization.activations != "static":
                 self.faults.append(f"{inputs}: not expected, as activations have no static scales")
         return StoredScales(weight, inputs, quantization.weights)
@@ -253,7 +253,7 @@ class _Taker:
 
     def _kv_scales(self) -> Iterator[tuple[int, tuple[str, str]]]:
         """(layer, names of the scales of keys and of values), of all layers or of none."""
-        found: dict[int, tuple[str, str]] = {}
+        scales: dict[int, tuple[str, str]] = {}
         heads = self.config.num_kv_heads
         shapes = ((), (1,), (1, 1), (1, 1, 1), (heads,), (heads, 1), (1, heads), (heads, 1, 1))
         for layer in range(self.config.num_layers):
@@ -266,18 +266,18 @@ class _Taker:
             if k is not None and v is not None:
                 self._is_scale(k, *shapes)
                 self._is_scale(v, *shapes)
-                found[layer] = (k, v)
+                scales[layer] = (k, v)
             elif k is not None or v is not None:
                 self.faults.append(
                     f"{k or v}: found in layer {layer}, but not the scale of its {'values' if k else 'keys'}"
                 )
-        if found and len(found) < self.config.num_layers:
-            absent = next(layer for layer in range(self.config.num_layers) if layer not in found)
+        if scales and len(scales) < self.config.num_layers:
+            absent = next(layer for layer in range(self.config.num_layers) if layer not in scales)
             self.faults.append(f"layer {absent} has no scales of keys and values, and others have")
         quantization = self.checkpoint.quantization
-        if not found and not self.faults and quantization is not None and quantization.kv_cache:
+        if not scales and not self.faults and quantization is not None and quantization.kv_cache:
             _logger.warning("%s is for FP8 keys and values and has no scales of them: 1 is taken", self.checkpoint.path)
-        yield from found.items()
+        yield from scales.items()
 
     def _kinds(
         self, expected: list[ExpectedTensor], in_fp8: set[str], online: Quantization | None

@@ -159,15 +159,15 @@ def _of_compressed_tensors(block: Mapping[str, Any]) -> Quantization:
         if not has_kv:
             raise ValueError("config.json: quantization_config of compressed-tensors has no config_groups")
         return Quantization("compressed-tensors", "none", "none", targets=(), kv_cache=True)
-    found: set[tuple[Any, Any]] = set()
+    schemes: set[tuple[Any, Any]] = set()
     targets: list[str] = []
     for name, group in groups.items():
         group = _object(f"config_groups.{name}", group)
-        found.add(_scheme_of_group(name, group, block.get("format")))
+        schemes.add(_scheme_of_group(name, group, block.get("format")))
         targets += _names(f"config_groups.{name}.targets", group.get("targets", ["Linear"]))
-    if len(found) > 1:
+    if len(schemes) > 1:
         raise _unsupported("compressed-tensors with several schemes in one checkpoint")
-    ((weights, activations),) = found
+    ((weights, activations),) = schemes
     return Quantization(
         "compressed-tensors",
         weights,

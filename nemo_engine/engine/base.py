@@ -144,11 +144,11 @@ class BaseEngine:
         """The effective parameters of each conversation; without ``params`` an answer is cut to what the context and
         the cache hold.
         """
-        own = self.inputs.params_per_prompt(params, len(prompts), is_chat=True)
+        effective = self.inputs.params_per_prompt(params, len(prompts), is_chat=True)
         if params is not None:
-            return own
+            return effective
         room = [min(CHAT_MAX_TOKENS, self.room_for(len(prompt.token_ids))) for prompt in prompts]
-        return [replace(one, max_tokens=most) for one, most in zip(own, room, strict=True)]
+        return [replace(each, max_tokens=max_tokens) for each, max_tokens in zip(effective, room, strict=True)]
 
     def prepare(
         self,
@@ -216,8 +216,8 @@ class BaseEngine:
     def withdraw(self, prepared: Iterable[PreparedRequest]) -> None:
         """As ``abort``, of requests that were submitted, named or not."""
         with self._lock, self._core.change():
-            for one in prepared:
-                self._outputs.abort(one.user)
+            for request in prepared:
+                self._outputs.abort(request.user)
 
     @property
     def is_dead(self) -> bool:
@@ -314,7 +314,7 @@ def check_ids(request_id: object) -> list[str]:
     if not isinstance(request_id, Iterable):
         raise ValueError(f"request_id must be a string or a list of strings, got {request_id!r}")
     ids = list(request_id)
-    for index, one in enumerate(ids):
-        if not isinstance(one, str):
-            raise ValueError(f"request_id[{index}] must be a string, got {one!r}")
+    for index, element in enumerate(ids):
+        if not isinstance(element, str):
+            raise ValueError(f"request_id[{index}] must be a string, got {element!r}")
     return ids

@@ -213,9 +213,9 @@ class Engine(BaseEngine):
 
     def _stream(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
         self._check_open()
-        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+        for index, (prompt, request_params) in enumerate(zip(prompts, params, strict=True)):
             with _naming(index, len(prompts)):
-                self.check_fits(prompt, own)
+                self.check_fits(prompt, request_params)
         return self._run_all(prompts, params)
 
     def _run_all(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
@@ -243,16 +243,16 @@ class Engine(BaseEngine):
         self._check_open()
         sinks: list[list[RequestOutput]] = [[] for _ in prompts]
         prepared = []
-        for index, (prompt, own, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
+        for index, (prompt, request_params, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
             label = str(next(self._labels))
             with _naming(index, len(prompts)):
-                prepared.append(self.prepare(label, prompt, own, kind, sink, is_named=False))
+                prepared.append(self.prepare(label, prompt, request_params, kind, sink, is_named=False))
         return sinks, prepared
 
     def _submit_all(self, prepared: list[PreparedRequest]) -> None:
         with self._lock:
-            for one in prepared:
-                self.submit(one)
+            for request in prepared:
+                self.submit(request)
 
     def _leave(self, prepared: list[PreparedRequest]) -> None:
         """End what is unfinished of ``prepared``, and the steps in flight if nobody else has part in them."""

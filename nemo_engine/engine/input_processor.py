@@ -186,7 +186,7 @@ class InputProcessor:
             raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
         if len(params) != count:
             raise ValueError(f"sampling_params must be one, or one per prompt ({count}), got {len(params)}")
-        return [self.effective_params(one, is_chat=is_chat) for one in params]
+        return [self.effective_params(given, is_chat=is_chat) for given in params]
 
     def requests(
         self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0, client: str = ""
@@ -226,7 +226,7 @@ class InputProcessor:
         siblings = []
         for index in range(params.n):
             # Prompt log-probabilities are the same for all siblings: the first one computes them.
-            own = (
+            sibling_params = (
                 params
                 if index == 0 or params.prompt_logprobs is None
                 else dataclasses.replace(params, prompt_logprobs=None)
@@ -235,7 +235,7 @@ class InputProcessor:
                 Request(
                     f"{next(self._numbers)}-{request_id}",
                     prompt.token_ids,
-                    own,
+                    sibling_params,
                     seed=self._seed(params.seed, unseeded, index),
                     eos_token_ids=ends,
                     bad_words_token_ids=tuple(bad_words),
@@ -281,19 +281,19 @@ class InputProcessor:
         """Refuse, with a ``ValueError``, a text that would take long to encode where any number of its tokens may be
         wanted.
         """
-        most = max(_LEAST_MAX_TEXT, _MAX_TEXT_PER_TOKEN * self._max_model_len)
-        if len(text) > most:
-            raise ValueError(f"{name} must have at most {most} characters here, got {len(text)}")
+        limit = max(_LEAST_MAX_TEXT, _MAX_TEXT_PER_TOKEN * self._max_model_len)
+        if len(text) > limit:
+            raise ValueError(f"{name} must have at most {limit} characters here, got {len(text)}")
 
     def check_length(self, text: str, name: str) -> None:
         """Refuse, with a ``ValueError``, a text of more tokens than the context holds, before it is encoded as a
         whole.
         """
         assert self._tokenizer is not None
-        most = self._max_model_len
-        if self._tokenizer.exceeds(text, most):
-            least = max(most + 1, self._tokenizer.min_tokens(text))
-            raise ValueError(f"{name} has at least {least} tokens: more than max_model_len {most}")
+        limit = self._max_model_len
+        if self._tokenizer.exceeds(text, limit):
+            least = max(limit + 1, self._tokenizer.min_tokens(text))
+            raise ValueError(f"{name} has at least {least} tokens: more than max_model_len {limit}")
 
 
 def check_cache_salt(salt: object, name: str) -> str:

@@ -182,7 +182,7 @@ def _reach_(distance: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     key = distance.view(bits)
     digit = torch.empty_like(key)
     index = torch.empty_like(key, dtype=torch.int64)  # what scatter_add_ asks for
-    found = torch.zeros_like(target)
+    prefix = torch.zeros_like(target)
     num_buckets = 1 << _DIGIT_BITS
     for shift in reversed(range(0, num_bits, _DIGIT_BITS)):
         torch.bitwise_right_shift(key, shift, out=digit).bitwise_and_(num_buckets - 1)
@@ -191,10 +191,10 @@ def _reach_(distance: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         reached = buckets.cumsum(dim=1)
         bucket = (reached < target).sum(dim=1, keepdim=True).clamp_(max=num_buckets - 1)
         target = target - (reached - buckets).gather(1, bucket)
-        found = (found << _DIGIT_BITS) | bucket
+        prefix = (prefix << _DIGIT_BITS) | bucket
         if shift:
             weight *= digit == bucket.to(bits)
-    return found.to(bits).view(distance.dtype)
+    return prefix.to(bits).view(distance.dtype)
 
 
 def apply_penalties_(

@@ -189,24 +189,24 @@ class Sampler:
 
     def _make_batch(self, slots: tuple[int, ...]) -> _Batch:
         params = [self._params[slot] for slot in slots]
-        drawn = [row for row, one in enumerate(params) if not one.is_greedy]
+        drawn = [row for row, row_params in enumerate(params) if not row_params.is_greedy]
         edits = {row: self._edits[slot] for row, slot in enumerate(slots) if slot in self._edits}
         active = [params[row] for row in drawn]
         facts = SampleFacts(
             drawn=None if len(drawn) == len(params) else self._index(drawn),
             num_drawn=len(drawn),
-            has_min_p=any(one.min_p > 0.0 for one in active),
+            has_min_p=any(row_params.min_p > 0.0 for row_params in active),
             max_top_k=max(map(self._top_k_of, active), default=0),
-            has_top_p=any(one.top_p < 1.0 for one in active),
-            penalised=self._index([row for row, one in enumerate(params) if one.has_penalties]),
-            has_repetition=any(one.repetition_penalty != 1.0 for one in params),
+            has_top_p=any(row_params.top_p < 1.0 for row_params in active),
+            penalised=self._index([row for row, row_params in enumerate(params) if row_params.has_penalties]),
+            has_repetition=any(row_params.repetition_penalty != 1.0 for row_params in params),
         )
         reports: dict[_What, list[int]] = {}
-        for row, one in enumerate(params):
-            if one.logprob_token_ids:
-                reports.setdefault(tuple(one.logprob_token_ids), []).append(row)
-            elif one.has_logprobs:
-                reports.setdefault(one.logprobs or 0, []).append(row)
+        for row, row_params in enumerate(params):
+            if row_params.logprob_token_ids:
+                reports.setdefault(tuple(row_params.logprob_token_ids), []).append(row)
+            elif row_params.has_logprobs:
+                reports.setdefault(row_params.logprobs or 0, []).append(row)
         return _Batch(
             slots=slots,
             facts=facts,

@@ -58,9 +58,9 @@ class Cores:
         was afterwards.
         """
         before = torch.get_num_threads()
-        most = min(before, self._allowed)
+        max_threads = min(before, self._allowed)
         if (
-            self._cpu is None or most == 1 == before
+            self._cpu is None or max_threads == 1 == before
         ):  # without csrc/cpu, torch could only change it for the whole process
             yield
             return
@@ -68,10 +68,10 @@ class Cores:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind(takes_all=not self.is_small(num_tokens, num_pages))
-        adapts = most > 1 and num_tokens < self._adapts_below
+        adapts = max_threads > 1 and num_tokens < self._adapts_below
         is_trial = adapts and kind.may_try(self._credit)
-        takes_all = most > 1 and kind.takes_all is not is_trial
-        count = most if takes_all else 1
+        takes_all = max_threads > 1 and kind.takes_all is not is_trial
+        count = max_threads if takes_all else 1
         if count != before:
             self._cpu.set_num_threads(count)
         began = self._clock()

@@ -185,7 +185,7 @@ def _logprobs(
     own: SamplingParams,
     completion: CompletionOutput | None,
 ) -> dict[str, Any] | None:
-    """The log-probabilities of one choice: the prompt's tokens if ``echo`` is its text, then those of ``completion``."""
+    """Log-probabilities of one choice: of the prompt's tokens if ``echo`` is its text, then of ``completion``."""
     tokenizer = service.engine.tokenizer
     token_ids: list[int] = []
     entries: list[dict[int, Logprob] | None] = []
