@@ -3,7 +3,8 @@
 The device half runs on meta tensors, which have shapes and no data, while every launch compiles its kernel for the
 target GPU and runs nothing. So the variants are exactly those of the engine, and a step that read a value on the host
 would fail here. Prints, per kernel and variant: registers, shared memory, spills, local memory, the instructions that
-matter, and how many blocks an SM holds at once.
+matter, and how many blocks an SM holds at once. Its first line has a digest of the other lines and of all that they
+depend on, so that whether a stored report is that of these sources is known without compiling them.
 
     python benchmarks/kernel_report.py --write         # updates benchmarks/results/kernels-sm90.txt
 """
@@ -13,9 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,14 +77,15 @@ NEMO = ModelConfig(
 class _Target:
     """Stands in for Triton's driver where there is no GPU: says what to compile for."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, device: Any = None) -> None:
         self._target = GPUTarget("cuda", capability, 32)
+        self._device = capability if device is None else device
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
-    def get_current_device(self) -> int:
-        return self._target.arch  # kernels are cached per device
+    def get_current_device(self) -> Any:
+        return self._device  # kernels are cached per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -110,6 +115,34 @@ def compile_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
         device.elsewhere = device.HOPPER
         JITFunction.run = run
         driver._active = before
+
+
+@contextlib.contextmanager
+def listed(capability: int, wanted: str = "") -> Iterator[set[str]]:
+    """Inside ``compile_only``, no kernel but the one of the name ``wanted`` is compiled.
+
+    Yields what Triton would make each of, in words: kernel, dtypes, constants, alignments and options.
+    """
+    words: set[str] = set()
+    compile_one = JITFunction._do_compile
+
+    def list_one(
+        self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attrs: Any, warmup: bool
+    ) -> Any:
+        chosen = {name: value for name, value in vars(options).items() if name != "extern_libs"}  # paths
+        words.add(f"{self.__name__} {signature} {constants} {attrs} {chosen}")
+        if self.__name__ == wanted:
+            return compile_one(self, key, signature, device, constants, options, attrs, warmup)
+        kernel = SimpleNamespace(src=self.ASTSource(self, signature, constants, attrs), metadata=options)
+        self.device_caches[device][0][key] = kernel
+        return kernel
+
+    driver.set_active(_Target(capability, object()))  # type: ignore[arg-type]  # whose cache no other will look into
+    JITFunction._do_compile = list_one
+    try:
+        yield words
+    finally:
+        JITFunction._do_compile = compile_one
 
 
 def _variant(function: Any, kernel: Any) -> str:
@@ -237,6 +270,9 @@ def inspect(kernel: str, variant: str, compiled: Any) -> Facts:
     )
 
 
+RUNS: tuple[Callable[[int, int], None], ...] = (run_engine, run_linear, run_fp8)
+
+
 def collect(
     capability: int, ranks: Sequence[int], runs: Sequence[Callable[[int, int], None]]
 ) -> dict[tuple[str, str], Any]:
@@ -248,11 +284,33 @@ def collect(
     return compiled
 
 
+def launches(wanted: str = "") -> tuple[str, dict[tuple[str, str], Any]]:
+    """A digest of all that the report is made of: the text of the kernels and of what reads their machine code, and
+    each launch as Triton tells it from others. And every variant, of which only those of the kernel ``wanted`` are
+    compiled.
+    """
+    with compile_only(90) as variants, listed(90, wanted) as words:
+        for number in TENSOR_PARALLEL:
+            for run in RUNS:
+                run(90, number)
+    digest = hashlib.sha256("\n".join(sorted(words)).encode())
+    readers = [Path(__file__), Path(__file__).with_name("machine_code.py")]
+    for path in [*sorted(Path(device.__file__).parent.glob("*.py")), *readers]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest(), variants
+
+
+def titled(digest: str, lines: Sequence[str]) -> list[str]:
+    """A report: its first line, and ``lines``."""
+    whole = hashlib.sha256("\n".join([digest, *lines]).encode()).hexdigest()
+    return [f"triton {triton.__version__}, sm_90a, digest {whole[:16]}", *lines]
+
+
 def report() -> list[str]:
     """The lines of the stored report, one a variant, sorted."""
-    compiled = collect(90, TENSOR_PARALLEL, (run_engine, run_linear, run_fp8))
+    compiled = collect(90, TENSOR_PARALLEL, RUNS)
     lines = sorted(inspect(kernel, variant, code).line() for (kernel, variant), code in compiled.items())
-    return [f"triton {triton.__version__}, sm_90a", *lines]
+    return titled(launches()[0], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,4 +6,4 @@ from tests.helpers.interpreted import run_interpreted
 
 
 def test_the_rest_in_the_interpreter() -> None:
-    run_interpreted("tests/ops", "tests/runner", "tests/test_triton_engine.py", "--ignore=tests/ops/test_ops.py")
+    run_interpreted("tests/ops", "tests/runner", "tests/test_triton_engine.py", leaving="tests/ops/test_ops.py")

@@ -72,36 +72,135 @@ def hasten() -> None:
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    # The language stays patched between calls; the interpreter looks through all of it at every call of a function.
+    patch_language_once(tl, interpreter)
+    keep_types(tl, interpreter)
+    keep_conversions(tl, TritonSemantic)
+    wide = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check_overflow(self: Any, left: Any, right: Any, operation: Any) -> None:
+        scalar = left.type.scalar
+        if not scalar.is_int_signed() or scalar.int_bitwidth == 64:  # unsigned ones are hashed with, and wrap
+            return
+        one, other = left.handle.data, right.handle.data
+        if one.size == other.size == 1:
+            least = most = getattr(int, f"__{operation.__name__}__")(one.item(), other.item())
+        else:
+            result = wide[operation.__name__](one, other, dtype=np.int64)
+            least, most = result.min(), result.max()
+        fits = scalar.get_int_min_value() <= least and most <= scalar.get_int_max_value()
+        assert fits, f"int{scalar.int_bitwidth} overflow detected for operation {operation.__name__}"
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
+
+
+def patch_language_once(tl: Any, interpreter: Any) -> None:
+    """The language stays patched between calls; the interpreter looks through all of it at every call of a function.
+    What it puts there calls an operation at once, without asking whether it was given its semantics.
+    """
+    semantic = interpreter.interpreter_semantic
+    asks = tl.core.builtin(lambda: None).__code__
+
+    def patch(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = member.__wrapped__ if getattr(member, "__code__", None) is asks else member
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(owner, name, call)
+
+    interpreter._patch_attr = patch
     interpreter._patch_lang(types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core}))
     unchanged = types.SimpleNamespace(restore=lambda: None)
     interpreter._patch_lang = lambda fn: unchanged
+
+
+def keep_types(tl: Any, interpreter: Any) -> None:
+    """There is each type of a block once, and what follows from it is computed once."""
+    block, constexpr = tl.block_type, tl.constexpr
     numpy_dtype = functools.cache(interpreter._get_np_dtype)
     interpreter._get_np_dtype = lambda dtype: (
         np.dtype(np.uint64) if dtype.scalar.is_ptr() else numpy_dtype(dtype.scalar)
     )
+    tl.str_to_ty = functools.cache(tl.str_to_ty)
+    known: dict[Any, Any] = {}  # a type holds the type of its elements, whose id therefore stays its own
+    make_block = block.__init__
+
+    def numbers(shape: Any) -> tuple[Any, ...]:
+        return tuple([size.value if size.__class__ is constexpr else size for size in shape])
+
+    def the_block(cls: Any, element: Any, shape: Any) -> Any:
+        key = (id(element), numbers(shape))
+        if key not in known:
+            known[key] = made = object.__new__(cls)
+            make_block(made, element, shape)
+        return known[key]
+
+    block.__new__ = the_block
+    block.__init__ = lambda self, element, shape: None
+    block.with_element_ty = lambda self, scalar: block(scalar, self.shape)
+    block.to_ir = lambda self, builder: self
+
+    type_of_values, types_of_values = tl.core._type_for_tuple_values, {}
+
+    def type_for_tuple_values(values: Any, fields: Any = None) -> Any:
+        key = numbers(values)
+        if fields is not None or any(value.__class__ is not int for value in key):
+            return type_of_values(values, fields)
+        if key not in types_of_values:
+            types_of_values[key] = type_of_values(values)
+        return types_of_values[key]
+
+    tl.core._type_for_tuple_values = type_for_tuple_values
 
     @functools.cache
     def sizes(shape: tuple[int, ...]) -> tuple[Any, Any]:
-        return tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(np.prod(shape, dtype=object))
+        return tl.tuple([constexpr(size) for size in shape]), constexpr(np.prod(shape, dtype=object))
 
     def make_tensor(self: Any, handle: Any, type: Any) -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.shape, self.numel = sizes(tuple(type.shape) if type.is_block() else ())
 
-    block = functools.cache(tl.block_type)
-
-    wide = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-    def check_overflow(self: Any, left: Any, right: Any, operation: Any) -> None:
-        scalar = left.type.scalar
-        if scalar.is_int_signed() and scalar.int_bitwidth < 64:  # unsigned ones are hashed with, and wrap
-            result = wide[operation.__name__](left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
-            fits = scalar.get_int_min_value() <= result.min() and result.max() <= scalar.get_int_max_value()
-            assert fits, f"int{scalar.int_bitwidth} overflow detected for operation {operation.__name__}"
+    def make_handle(self: Any, data: Any, dtype: Any) -> None:
+        assert dtype.is_ptr() or data.itemsize * 8 <= max(8, dtype.primitive_bitwidth), (data.dtype, dtype)
+        self.data, self.dtype, self.attr = data, dtype, {}
 
     tl.tensor.__init__ = make_tensor
-    tl.block_type.with_element_ty = lambda self, scalar: (tl.block_type if scalar.is_ptr() else block)(
-        scalar, self.shape
-    )
-    TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
+    interpreter.TensorHandle.__init__ = make_handle
+
+
+def keep_conversions(tl: Any, semantic: Any) -> None:
+    """How operands of two types become alike depends on these types alone, and on a number's value."""
+    make_alike, tensor = semantic.binary_op_type_checking_impl, tl.tensor
+    alike: dict[Any, Any] = {}
+    constants: dict[Any, Any] = {}
+
+    def checked(self: Any, left: Any, right: Any, *how: bool) -> Any:
+        if left.__class__ is not tensor:
+            if right.__class__ is tensor:
+                key = (repr(left), None, id(right.type), how)
+                if key in constants:
+                    return constants[key][0], right
+                result = make_alike(self, left, right, *how)
+                if result[1] is right:
+                    constants[key] = result[0], right.type
+                return result
+        elif right.__class__ is not tensor:
+            key = (id(left.type), repr(right), None, how)
+            if key in constants:
+                return left, constants[key][0]
+            result = make_alike(self, left, right, *how)
+            if result[0] is left:
+                constants[key] = result[1], left.type
+            return result
+        else:
+            key = (id(left.type), id(right.type), how)
+            if key in alike:
+                return left, right
+            result = make_alike(self, left, right, *how)
+            if result[0] is left and result[1] is right:
+                alike[key] = left.type, right.type  # held, so that their ids stay theirs
+            return result
+        return make_alike(self, left, right, *how)
+
+    semantic.binary_op_type_checking_impl = checked

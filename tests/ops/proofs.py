@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -128,16 +129,39 @@ def run_low(op: Op, case: Case, dtype: torch.dtype, exact: list[Tensor]) -> list
     ]
 
 
-def prove(op: Op, function: Callable[..., Any], case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+@contextlib.contextmanager
+def new_memory_poisoned() -> Iterator[None]:
+    """Inside, what is allocated holds NaN, or the largest integer, until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def prove(
+    op: Op,
+    function: Callable[..., Any],
+    case: Case,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    is_serial: bool = False,
+) -> None:
     """Accuracy, poison, untouched buffers and determinism of ``function``, run on ``device``, on ``case``; integers
     must be equal.
+
+    is_serial: its programs run one after the other, as in Triton's interpreter. Two runs then differ only by what it
+    reads before it was written, so it runs once, on new memory that is poisoned.
     """
     args = case.make(dtype)
     plain = run(op.semantics, mapped(args, torch.clone))
-    got, again = (
-        [tensor.cpu() for tensor in run(function, mapped(args, lambda x: amid_poison(x.to(device)), device))]
-        for _ in range(2)
-    )
+    runs = []
+    for _ in range(1 if is_serial else 2):
+        with new_memory_poisoned() if is_serial else contextlib.nullcontext():
+            left = run(function, mapped(args, lambda x: amid_poison(x.to(device)), device))
+        runs.append([tensor.cpu() for tensor in left])
+    got, again = runs[0], runs[-1]
     assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in plain]
     if not any(tensor.is_floating_point() for tensor in tensors(op.semantics(*mapped(args, torch.clone)))):
         for index, (one, other, same) in enumerate(zip(got, again, plain, strict=True)):
