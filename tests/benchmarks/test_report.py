@@ -49,7 +49,7 @@ def test_an_empty_folder_and_a_missing_matplotlib_are_told(
     assert "there is no *.jsonl with results" in capsys.readouterr().err
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "pip install nemo-engine[plot]" in capsys.readouterr().err
+    assert "pip install 'nemo-engine[plot]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
