@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import nemo_engine
 from csrc import build
@@ -156,7 +157,11 @@ def test_the_command_is_installed(wheel: Path) -> None:
 
 def test_python_m_is_the_same_command() -> None:
     run = subprocess.run([sys.executable, "-m", "nemo_engine", "--version"], cwd=ROOT, capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (0, f"nemo-engine {nemo_engine.__version__}\n")
+    first, second = run.stdout.splitlines()
+    assert run.returncode == 0 and first == f"nemo-engine {nemo_engine.__version__}"
+    assert re.fullmatch(
+        rf"torch {re.escape(torch.__version__)}, CUDA {torch.version.cuda or 'none'}, commit \S.*", second
+    )
 
 
 def test_mandatory_dependencies_are_few() -> None:

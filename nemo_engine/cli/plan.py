@@ -17,8 +17,8 @@ from nemo_engine.cli.planning import (
     gpu_of,
     model_of,
     results_folder,
-    seconds,
 )
+from nemo_engine.cli.values import seconds
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

@@ -1,9 +1,8 @@
-"""What ``plan`` and ``simulate`` have in common: the model, the GPU, and values with units."""
+"""What ``plan`` and ``simulate`` have in common: the model, the GPU and the engine's options."""
 
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from nemo_engine.cli.arguments import add_some_engine_arguments, engine_options
@@ -24,7 +23,6 @@ OPTIONS = (
     "num_kv_pages",
     "pipeline_depth",
 )
-_UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...], *, needs_gpu: bool) -> None:
@@ -65,15 +63,3 @@ def results_folder(args: argparse.Namespace) -> Path | None:
         return Path(args.results)
     here = Path(__file__).parents[2] / "benchmarks" / "results"
     return here if here.is_dir() else None
-
-
-def seconds(text: str) -> float:
-    """``30ms``, ``1.5s``, ``0.2``."""
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(s|ms|us|min|)", text)
-    try:
-        value = float(match[1]) * _UNITS[match[2]] if match else -1.0
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a time above 0 such as 30ms or 1.5s is needed, got {text!r}")
-    return value

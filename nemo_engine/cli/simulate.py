@@ -20,8 +20,8 @@ from nemo_engine.cli.planning import (
     gpu_of,
     model_of,
     results_folder,
-    seconds,
 )
+from nemo_engine.cli.values import above_zero, add_list, seconds
 
 if TYPE_CHECKING:
     from nemo_engine.config import EngineConfig
@@ -62,10 +62,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SPEC",
         help="in place of a file: "
         "requests=1000,input=lognormal:800:0.8,output=uniform:50:400,prefixes=4,prefix_tokens=512,turns=3,"
-        "think_s=exponential:5,seed=0",
+        "think_s=exponential:5,seed=0; lognormal:800:0.8 has the median 800 and the sigma 0.8",
     )
     group.add_argument("--requests", metavar="N", type=int, help="take the first N of the workload only")
-    group.add_argument("--rate", metavar="X[,Y]", type=_numbers(float), help="requests per second; several are a sweep")
+    add_list(
+        group, "--rate", above_zero(float), "numbers above 0", metavar="X",
+        help="requests per second; several are a sweep",
+    )  # fmt: skip
     group.add_argument(
         "--arrivals",
         choices=("poisson", "gamma", "constant", "file"),
@@ -74,9 +77,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--burstiness", metavar="X", type=float, default=1.0, help="of gamma arrivals: below 1 in bursts [1]"
     )
-    group.add_argument(
-        "--concurrency", metavar="N[,M]", type=_numbers(int), help="a closed loop of so many in place of a rate"
-    )
+    add_list(
+        group, "--concurrency", above_zero(int), "whole numbers above 0", metavar="N",
+        help="a closed loop of so many in place of a rate; several are a sweep",
+    )  # fmt: skip
     group.add_argument("--arrival-seed", metavar="N", type=int, default=0, help="of the arrivals' noise [0]")
     group = parser.add_argument_group("deployment")
     group.add_argument("--replicas", metavar="N", type=int, default=1, help="engines behind a router [1]")
@@ -233,30 +237,15 @@ def _encoder(args: argparse.Namespace) -> Any:
     return encode if any(path.glob("tekken*")) or any(path.glob("tokenizer*")) else None
 
 
-def _numbers(kind: type[int] | type[float]) -> Any:
-    """A parser of a comma-separated list of numbers above 0."""
-
-    def parse(text: str) -> list[int | float]:
-        try:
-            numbers = [kind(part) for part in text.split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or not all(0 < number < float("inf") for number in numbers):
-            raise argparse.ArgumentTypeError(f"numbers above 0, separated by commas, are needed, got {text!r}")
-        return numbers
-
-    return parse
-
-
 class _Bar:
-    """Says how far a long run is; nothing in the first two seconds, or without tqdm."""
+    """Says how far a long run is; nothing in the first two seconds, without a terminal, or without tqdm."""
 
     def __init__(self, text: str) -> None:
         self._bar: Any = None
         if importlib.util.find_spec("tqdm") is not None:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(desc=text, unit="request", delay=_PATIENCE_S)
+            self._bar = tqdm(desc=text, unit="request", delay=_PATIENCE_S, disable=None)
 
     def update(self, num_done: int, virtual_s: float) -> None:
         if self._bar is not None:

@@ -95,7 +95,7 @@ def test_no_torch_is_imported() -> None:
         (["simulate", "nemo", "--gpu", "h200"], "give a --workload file or a --synthetic specification"),
         ([*SIMULATE, "--workload", "x"], "give a --workload file or a --synthetic specification"),
         (SIMULATE, "has no arrival_s: give a rate or a concurrency"),
-        ([*SIMULATE, "--rate", "0"], "numbers above 0, separated by commas, are needed, got '0'"),
+        ([*SIMULATE, "--rate", "0"], "numbers above 0 are needed, with spaces or commas between them, got '0'"),
         ([*SIMULATE, "--rate", "5", "--concurrency", "4"], "--concurrency is a closed loop"),
         ([*SIMULATE, "--rate", "5", "--arrivals", "poisson", "--burstiness", "0.5"], "--burstiness is for gamma "
                                                                                      "arrivals"),
