@@ -25,6 +25,7 @@ from nemo_engine.cli.values import above_zero, add_list, seconds
 
 if TYPE_CHECKING:
     from nemo_engine.config import EngineConfig
+    from nemo_engine.planner.efficiency import Efficiencies
     from nemo_engine.planner.models import PlannedModel
     from nemo_engine.simulator import Results, Setting
     from nemo_engine.workload import Arrivals, Item
@@ -42,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "from a fitted cost model. Needs neither GPU nor torch.",
         allow_abbrev=False,
     )
-    add_model_arguments(parser, (*OPTIONS, "enable_prefix_caching", "scheduling_policy"), needs_gpu=False)
+    add_model_arguments(parser, (*OPTIONS, "enable_prefix_caching", "scheduling_policy"), several=False)
     parser.add_argument(
         "--cost-model",
         metavar="FILE",
@@ -98,8 +99,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from nemo_engine.planner.report import accuracy
     from nemo_engine.simulator import simulate
-    from nemo_engine.simulator.report import plot, report
+    from nemo_engine.simulator.report import plot, report, verdict
 
     check_results(args.json, args.plot)
     if (args.workload is None) == (args.synthetic is None):
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workload is not None and not args.workload.is_file():
         raise ValueError(f"--workload must be a file, got {str(args.workload)!r}")
     config, model = config_of(args), model_of(args)
-    facts, setting = setting_of(args, config, model)
+    facts, setting, efficiencies = setting_of(args, config, model)
     label, points = sweep(args)
     encode = _encoder(args)
     runs: list[tuple[float, Results]] = []
@@ -119,11 +121,14 @@ def run(args: argparse.Namespace) -> int:
             runs.append((value, simulate(_items(args, encode), arrivals, setting, encode=encode, progress=bar.update)))
         finally:
             bar.close()
+    print(verdict(label, runs, setting.limits))
     print(
         f"{facts['model']} on {setting.replicas} x {facts['machine']}, {setting.shape.num_pages:,} KV pages of "
         f"{setting.shape.page_size}"
     )
     print(report(label, [(f"{value:g}", found) for value, found in runs]))
+    if efficiencies is not None:
+        print("\n".join(accuracy(args.gpu, efficiencies)))
     if args.json is not None:
         records = [{label: value, **found.as_json()} for value, found in runs]
         args.json.write_text(json.dumps(facts | {"runs": records}, indent=1) + "\n", encoding="utf-8")
@@ -132,8 +137,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedModel) -> tuple[dict[str, Any], Setting]:
-    """The engine that is simulated, with as many pages as it would have; and what is said of it."""
+def setting_of(
+    args: argparse.Namespace, config: EngineConfig, model: PlannedModel
+) -> tuple[dict[str, Any], Setting, Efficiencies | None]:
+    """What is said of the engine that is simulated, itself with as many pages as it would have, and what its times are
+    made of if not fitted.
+    """
     from nemo_engine.memory_plan import plan_kv_cache
     from nemo_engine.planner.efficiency import Efficiencies
     from nemo_engine.planner.models import formats_of
@@ -149,6 +158,7 @@ def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedMod
         model.config, config, formats.sizes, None if gpu is None else gpu.free_bytes
     )
     cost: StepCost
+    efficiencies = None
     facts: dict[str, Any] = {"model": model.name, "workload": str(args.workload or args.synthetic)}
     if args.cost_model is not None:
         fitted = CostModel.load(args.cost_model)
@@ -172,7 +182,8 @@ def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedMod
         config.scheduling_policy == "priority",
         Limits(args.slo_ttft, args.slo_itl),
     )
-    return facts | {"engine": asdict(shape), "replicas": args.replicas, "routing": args.routing}, setting
+    facts |= {"engine": asdict(shape), "replicas": args.replicas, "routing": args.routing}
+    return facts, setting, efficiencies
 
 
 def sweep(args: argparse.Namespace) -> tuple[str, list[tuple[float, Arrivals]]]:
