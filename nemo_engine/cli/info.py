@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_engine.checkpoint.checkpoint import open_checkpoint
     from nemo_engine.checkpoint.hub import DownloadError
 
-    gpus = [Gpu(f"{gib:g} GiB", "", 0, gib, 1.0, 1.0, None, 1.0, "") for gib in args.gib or ()]
+    gpus = [Gpu(f"{gib:g} GiB", "", 0, gib, "", 1.0, 1.0, None, 1.0, "") for gib in args.gib or ()]
     if args.model in BUILT_IN and args.revision is None and args.lora is None:
         config = BUILT_IN[args.model]
         _print([("model", f"{args.model}, by its published configuration"), *describe(config), *sizes(config)])

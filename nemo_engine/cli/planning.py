@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from nemo_engine.cli.arguments import add_some_engine_arguments, engine_options
+from nemo_engine.cli.values import add_list
 from nemo_engine.config import EngineConfig
 from nemo_engine.planner.gpus import GPUS, Gpu, find_gpu
 from nemo_engine.planner.models import BUILT_IN, PlannedModel, read_model
@@ -25,13 +26,16 @@ OPTIONS = (
 )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...], *, needs_gpu: bool) -> None:
-    """The model, the GPU, and the engine's options that matter on paper."""
+def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...], *, several: bool) -> None:
+    """The model, the GPU, or ``several`` of which one is needed, and the engine's options that matter on paper."""
     names = ", ".join(BUILT_IN)
     parser.add_argument(
         "model", metavar="MODEL", help=f"a checkpoint directory, a Hub repository id, nemo-tiny, or one of {names}"
     )
-    parser.add_argument("--gpu", metavar="NAME", required=needs_gpu, help=f"one of {', '.join(GPUS)}")
+    if several:
+        add_list(parser, "--gpu", known_gpu, "GPUs", metavar="NAME", required=True, help=f"of {', '.join(GPUS)}")
+    else:
+        parser.add_argument("--gpu", metavar="NAME", type=known_gpu, help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--memory-gib", metavar="X", type=float, help="of the GPU, in place of what it has")
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
     parser.add_argument("--results", metavar="DIR", type=Path, help="measurements (*.jsonl) that replace assumptions")
@@ -48,6 +52,19 @@ def gpu_of(args: argparse.Namespace) -> Gpu:
     if args.memory_gib is not None and not 0.6 < args.memory_gib < 1e6:
         raise ValueError(f"--memory-gib must be from 0.6 to 1000000, got {args.memory_gib}")
     return find_gpu(args.gpu, args.memory_gib)
+
+
+def gpus_of(args: argparse.Namespace) -> list[Gpu]:
+    """The GPUs that were named, each once."""
+    return [gpu_of(argparse.Namespace(gpu=name, memory_gib=args.memory_gib)) for name in dict.fromkeys(args.gpu)]
+
+
+def known_gpu(text: str) -> str:
+    """``text``, if a GPU is called so. Raises ``argparse.ArgumentTypeError``."""
+    try:
+        return find_gpu(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def config_of(args: argparse.Namespace) -> EngineConfig:

@@ -50,6 +50,8 @@ class ListOf:
         """The items of one word. Raises ``argparse.ArgumentTypeError``."""
         try:
             return [self.convert(part) for part in text.removesuffix(",").split(",")]
+        except argparse.ArgumentTypeError:
+            raise
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"{self.what} are needed, with spaces or commas between them, got {text!r}"
