@@ -55,7 +55,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError(f"--config needs PyYAML ({error}): pip install 'nemo-engine[server]'") from error
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc,name-defined]
+    class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)

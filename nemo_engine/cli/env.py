@@ -74,7 +74,7 @@ def torch_cuda() -> str:
 def _commit() -> str:
     from nemo_engine.benchmarks import provenance
 
-    return provenance.commit_of(Path(provenance.__file__).resolve())
+    return str(provenance.commit_of(Path(provenance.__file__).resolve()))
 
 
 def _software() -> Iterator[tuple[str, str]]:
