@@ -52,7 +52,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--workload", type=Path, metavar="FILE", help="a workload file")
     group.add_argument(
-        "--generate", default="requests=32,input=uniform:16:256,output=128", metavar="NAME=VALUE,...",
+        "--synthetic", default="requests=32,input=uniform:16:256,output=128", metavar="NAME=VALUE,...",
         help="a workload that is made up [%(default)s]",
     )  # fmt: skip
 
@@ -61,13 +61,13 @@ def workload_of(args: argparse.Namespace) -> list[Item]:
     """The workload that the options name."""
     if args.workload is not None:
         return list(read_workload(args.workload))
-    return list(generate(WorkloadSpec.parse_text(args.generate, "--generate")))
+    return list(generate(WorkloadSpec.parse_text(args.synthetic, "--synthetic")))
 
 
 def workload_facts(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, Any]:
     """What a result says of its workload. ``new_tokens``: of all answers together."""
     facts: dict[str, Any] = {
-        "source": str(args.workload or args.generate),
+        "source": str(args.workload or args.synthetic),
         "requests": len(items),
         "turns": sum(len(item.turns) for item in items),
         "new_tokens": sum(item.output_tokens for item in items),
@@ -75,7 +75,7 @@ def workload_facts(args: argparse.Namespace, items: Sequence[Item]) -> dict[str,
     if all(turn.num_tokens for item in items for turn in item.turns):
         facts["prompt_tokens"] = sum(i.prefix_tokens + sum(turn.num_tokens or 0 for turn in i.turns) for i in items)
     if args.workload is None:
-        facts["seed"] = WorkloadSpec.parse_text(args.generate, "--generate").seed
+        facts["seed"] = WorkloadSpec.parse_text(args.synthetic, "--synthetic").seed
     return facts
 
 

@@ -32,6 +32,7 @@ from nemo_engine.benchmarks.peers import PeerError, PeerProcess, why_missing
 from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.benchmarks.report.results import Ratio, Record
 from nemo_engine.benchmarks.stage_times import format_rows
+from nemo_engine.cli.values import add_list
 from nemo_engine.planner.roofline import Roofline
 
 OURS = "nemo_engine"
@@ -78,10 +79,10 @@ class Session:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     add_common_arguments(parser)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="requests at once [1]")
-    parser.add_argument("--input", type=int, nargs="+", metavar="N", help="tokens of each prompt [128]")
-    parser.add_argument("--output", type=int, nargs="+", metavar="N", help="new tokens of each request [128]")
-    parser.add_argument("--context", type=int, nargs="+", metavar="N", help="decode at these contexts instead, or too")
+    add_list(parser, "--batch", int, "whole numbers", default=[1], metavar="N", help="requests at once [1]")
+    add_list(parser, "--input", int, "whole numbers", metavar="N", help="tokens of each prompt [128]")
+    add_list(parser, "--output", int, "whole numbers", metavar="N", help="new tokens of each request [128]")
+    add_list(parser, "--context", int, "whole numbers", metavar="N", help="decode at these contexts instead, or too")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="timed steps of a decode point [50]")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of a request point [5]")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before them, not counted [1]")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_engine.benchmarks.gpu_meter import GpuMeter
 from nemo_engine.benchmarks.provenance import append_record, provenance
+from nemo_engine.cli.values import add_list
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ _SIZES = ("nemo", "nemo-tiny", "tiny")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these operations")
+    add_list(parser, "--op", str, "names", metavar="NAME", help="only these operations")
     parser.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto", help="[auto: a GPU where there is one]"
     )

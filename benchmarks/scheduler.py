@@ -30,6 +30,7 @@ from nemo_engine.benchmarks.peers import PeerError, WorkerProcess, why_missing
 from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.benchmarks.report.results import Ratio, Record, percentiles
 from nemo_engine.benchmarks.stage_times import StageTimes, format_rows
+from nemo_engine.cli.values import add_list
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Scheduler
 from nemo_engine.step import StepResult
@@ -44,15 +45,16 @@ Rounds = list[list[float]]  # microseconds of each step, by round
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument(
+    add_list(
+        parser,
         "--num-seqs",
-        type=int,
-        nargs="+",
+        int,
+        "whole numbers",
         default=[1, 64, 256, 1024],
         metavar="N",
         help="running requests [1 64 256 1024]",
     )
-    parser.add_argument("--page-sizes", type=int, nargs="+", default=[64, 16], metavar="N", help="ours [64 16]")
+    add_list(parser, "--page-sizes", int, "whole numbers", default=[64, 16], metavar="N", help="ours [64 16]")
     parser.add_argument("--prompt-len", type=int, default=1024, metavar="N", help="tokens of each prompt [1024]")
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="timed steps of a round [60]")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, in turns with vLLM's [5]")

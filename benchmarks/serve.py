@@ -18,7 +18,7 @@ Servers are given by address, and --start starts one by its command and ends it 
     --slo-itl 30ms \\
         --start ours='nemo-engine serve nemo-tiny --port 8000' \\
         --start vllm='/opt/vllm/bin/python -m vllm.entrypoints.openai.api_server --model DIR --port 8001' \\
-        --generate requests=64,input=uniform:16:256,output=128 --json serve.jsonl
+        --synthetic requests=64,input=uniform:16:256,output=128 --json serve.jsonl
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.benchmarks.report.results import Ratio, Record, Spread, percentiles
 from nemo_engine.benchmarks.started import StartedServer
 from nemo_engine.cli.files import check_writable
-from nemo_engine.cli.planning import seconds
+from nemo_engine.cli.values import add_list, seconds
 from nemo_engine.workload import Arrivals, Item, Limits
 
 Rounds = list[list[Trip]]
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ignore-eos", action=argparse.BooleanOptionalAction, default=True,
         help="answers as long as the workload says, checked; without it they end where the model ends them",
     )  # fmt: skip
-    parser.add_argument("--concurrency", type=int, nargs="+", metavar="N", help="closed loop: so many at a time")
-    parser.add_argument("--rate", type=float, nargs="+", metavar="X", help="open loop: requests a second")
+    add_list(parser, "--concurrency", int, "whole numbers", metavar="N", help="closed loop: so many at a time")
+    add_list(parser, "--rate", float, "numbers", metavar="X", help="open loop: requests a second")
     parser.add_argument(
         "--arrivals", choices=("poisson", "gamma", "constant", "file"),
         help="open loop: poisson, if there is a --rate; file are the workload's own times",

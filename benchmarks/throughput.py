@@ -12,7 +12,7 @@ near-ties, so the share of equal tokens before the first difference is told, and
 that fails is reported with its error, and the others go on.
 
     nemo-engine bench throughput nemo-tiny --peers transformers vllm=/opt/vllm/bin/python --concurrency 1 16 64 \\
-        --generate requests=64,input=uniform:16:256,output=128 --option vllm.enforce_eager=true --json throughput.jsonl
+        --synthetic requests=64,input=uniform:16:256,output=128 --option vllm.enforce_eager=true --json throughput.jsonl
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from nemo_engine.benchmarks.prompts import TokenPrompts
 from nemo_engine.benchmarks.provenance import append_record, provenance
 from nemo_engine.benchmarks.report.results import Ratio, Record, Spread
 from nemo_engine.cli.files import check_writable
+from nemo_engine.cli.values import add_list, seconds
 from nemo_engine.workload import Item
 
 if TYPE_CHECKING:
@@ -55,10 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     add_common_arguments(parser)
     add_workload_arguments(parser)
-    parser.add_argument(
+    add_list(
+        parser,
         "--concurrency",
-        type=int,
-        nargs="+",
+        int,
+        "whole numbers",
         metavar="N",
         help="requests that run at once, in every engine; several are measured one after another [each engine's own "
         "limit]",
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds that count [5]")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before them, not counted [1]")
     parser.add_argument(
-        "--timeout", type=float, default=1800.0, metavar="SECONDS", help="for an engine to start, or for a round [1800]"
+        "--timeout", type=seconds, default=1800.0, metavar="TIME", help="for an engine to start, or for a round [1800s]"
     )
 
 
@@ -158,8 +160,6 @@ def _check(args: argparse.Namespace) -> None:
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-    if not args.timeout > 0:
-        raise ValueError(f"--timeout must be greater than 0 s, got {args.timeout}")
     check_writable("--log", args.log)
 
 

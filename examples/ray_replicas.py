@@ -1,4 +1,4 @@
-"""Two replicas of the bundled model on a local cluster of Ray, asked by OpenAI's client: ``pip install nemo-engine[ray]
+"""Two replicas of the bundled model on a local cluster of Ray, asked by OpenAI's client: ``pip install 'nemo-engine[ray]'
 openai``.
 """
 

@@ -35,7 +35,7 @@ TORCH_FREE_CHECKPOINT = {
 
 MAY_IMPORT: dict[str, set[str]] = {
     # Row 7. `chat` shows the defaults that the input processor fills in; `info` reads a checkpoint's headers without
-    # loading it.
+    # loading it; `env` tells the cores that a process gets.
     "cli": {
         "engine.engine",
         "engine.input_processor",
@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint.hub",
         "checkpoint.inventory",
         "checkpoint.layout",
+        "runner.threads",
         *ROW_1,
     },
     # `engine` imports it when `Engine.batch` is called.
@@ -101,7 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 TORCH = {"torch", "numpy", "safetensors", "triton"}
 TOKENIZERS = {"mistral_common", "tokenizers", "tiktoken", "sentencepiece", "llguidance", "jinja2"}
 MAY_USE: dict[str, set[str]] = {
-    "cli": {"torch", "tqdm"},
+    "cli": {"torch", "tqdm", "shtab", "yaml"},
     "engine.engine": {"tqdm"},
     "batch": {"tqdm"},
     "ray": {"ray"},

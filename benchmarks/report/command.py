@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables, and write what is asked for."""
     if args.out is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("bench report --out draws with matplotlib: pip install nemo-engine[plot]")
+        raise ImportError("bench report --out draws with matplotlib: pip install 'nemo-engine[plot]'")
     records = read(args.folder)
     if not records:
         raise ValueError(f"{args.folder}: there is no *.jsonl with results in it")

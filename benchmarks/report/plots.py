@@ -123,7 +123,9 @@ def serve(records: Sequence[Record]) -> Iterator[Plot]:
     for record in records:
         with blaming(record):
             kinds.setdefault((workload_name(record).partition(", ")[2], record["route"]), []).append(record)
-    for index, ((lengths, route), found) in enumerate(kinds.items()):
+    # A single load is no line: its numbers are in the table.
+    lines = {kind: found for kind, found in kinds.items() if len({_load(record) for record in found}) > 1}
+    for index, ((lengths, route), found) in enumerate(lines.items()):
         figure, axes = _figure(
             1, 2, (11, 5), f"Servers under load: {lengths}, {route}; at each point, requests at a time or a second"
         )
@@ -172,7 +174,8 @@ def latency(records: Sequence[Record]) -> Iterator[Plot]:
         with blaming(record):
             if record["what"] == "decode" and record["status"] == "ok":
                 decode.setdefault(f"{model_name(record)}{precision_name(record)}", []).append(record)
-    for index, (name, found) in enumerate(decode.items()):
+    lines = {name: found for name, found in decode.items() if len({record["context"] for record in found}) > 1}
+    for index, (name, found) in enumerate(lines.items()):
         figure, (axis,) = _figure(1, 1, (8, 5.5), f"A decode step of {name}")
         for place, batch in enumerate(sorted({record["batch"] for record in found})):
             line = sorted((r for r in found if r["batch"] == batch), key=lambda record: record["context"])

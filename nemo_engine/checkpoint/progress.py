@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ SECONDS_BEFORE_BAR = 1.0  # unasked, a bar is shown only for what takes longer
 def progress_bar(what: str, total: int, wanted: bool | None, unit: str = "B") -> Iterator[Callable[[int], object]]:
     """Yields a function to call with the bytes (or ``unit``) just done.
 
-    ``wanted`` True shows a bar, False none, None one on a terminal if it takes longer than a second.
+    ``wanted`` True shows a bar, False none, None one on a terminal if it takes longer than a second. Without tqdm there
+    is none.
     """
-    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+    is_wanted = sys.stderr.isatty() if wanted is None else wanted
+    if not is_wanted or importlib.util.find_spec("tqdm") is None:
         yield lambda num_bytes: None
         return
     from tqdm import tqdm

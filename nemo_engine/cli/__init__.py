@@ -12,23 +12,21 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn, TextIO
+from typing import TextIO
 
-from nemo_engine import __version__
-from nemo_engine.cli import batch, bench, chat, demo, generate, info, plan, quantize, serve, simulate, verify
-from nemo_engine.option_names import advice
+from nemo_engine.cli import batch, bench, chat, demo, env, generate, info, plan, quantize, serve, simulate, verify
+from nemo_engine.cli.parser import EXIT_BAD_INPUT, Parser, PrintCompletion
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # a request ended with an error
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_COMMANDS = (generate, chat, serve, batch, info, plan, simulate, bench, quantize, verify, demo)
+_COMMANDS = (generate, chat, serve, batch, info, plan, simulate, bench, quantize, verify, demo, env)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; ``args.run`` is the chosen sub-command."""
-    parser = _Parser(
+    parser = Parser(
         prog="nemo-engine",
         description="An inference engine for Mistral NeMo. MODEL is a checkpoint directory, a Hub repository id, or "
         "nemo-tiny,\n"
@@ -36,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"nemo-engine {__version__}")
+    parser.add_argument("--version", action=env.Version, help="show the versions of this engine, torch and CUDA")
+    parser.add_argument("--print-completion", action=PrintCompletion, help="print completions for bash, zsh or tcsh")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands).set_defaults(run=command.run)
@@ -75,28 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_BAD_INPUT
         finally:
             logging.getLogger("nemo_engine").removeHandler(handler)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line: the flags are many, and ``--help`` lists them."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but unknown flags are refused here, by the sub-command that has others like them."""
-        self._words = list(sys.argv[1:] if args is None else args)  # which ``error`` looks at
-        known, rest = super().parse_known_args(args, namespace)
-        flag = next((text.partition("=")[0] for text in rest if text.startswith("--") and text != "--"), None)
-        if flag is not None:
-            flags = [name[2:].replace("-", "_") for name in self._option_string_actions if name.startswith("--")]
-            hint = advice(flag[2:].replace("-", "_"), flags, as_flags=True)
-            self.error(f"unrecognized arguments: {flag}" + (f": {hint}" if hint else ""))
-        return known, rest
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("the following arguments are required"):
-            takers = [flag for action in self._actions if action.nargs == "+" for flag in action.option_strings]
-            for flag in [word for word in self._words if word in takers][-1:]:
-                message += f"; {flag} takes all words behind it, so write MODEL first: {self.prog} MODEL {flag} ..."
-        self.exit(EXIT_BAD_INPUT, f"nemo-engine: error: {message} ({self.prog} --help lists what it takes)\n")
 
 
 def _show_warning(

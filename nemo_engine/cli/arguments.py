@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from nemo_engine.cli.values import ListOf, Several
 from nemo_engine.config import EngineConfig
 from nemo_engine.option_names import advice
 from nemo_engine.sampling_params import SamplingParams
@@ -26,6 +27,14 @@ NO_FLAGS = {
 }  # fmt: skip
 
 _SEVERAL_AT_ONCE = {"served_model_name", "allowed_hosts"}  # --served-model-name a b
+
+# In the short help; the others are in --help-all.
+_COMMON = {
+    "dtype", "device", "quantization", "kv_cache_dtype", "max_model_len", "max_num_seqs", "lora", "tokenizer",
+    "revision", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "ignore_eos",
+    "repetition_penalty", "host", "port", "uds",
+    "served_model_name", "api_key", "api_key_file", "log_requests", "batch_dir",
+}  # fmt: skip
 
 _ENGINE_DEST = "engine_option_"
 _SAMPLING_DEST = "sampling_option_"
@@ -42,10 +51,6 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _int_or_auto(text: str) -> int | str | None:
     return text if text == "auto" else _or_none(int)(text)
-
-
-def _ids(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _key_value(text: str) -> tuple[str, str]:
@@ -74,7 +79,6 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 _int_or_auto.__name__ = "integer, 'auto' or 'none'"
-_ids.__name__ = "comma-separated list of token ids"
 
 # How a field of this annotation is written on the command line: the keywords of add_argument.
 _FORMS: dict[str, dict[str, Any]] = {
@@ -89,7 +93,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "dict[str, str] | None": {"type": _key_value, "action": "append", "metavar": "KEY=VALUE"},
     "str | Sequence[str] | None": {"action": "append", "metavar": "TEXT"},
     "Sequence[str] | None": {"action": "append", "metavar": "TEXT"},
-    "Sequence[int] | None": {"type": _ids, "metavar": "ID,ID,..."},
+    "Sequence[int] | None": {"type": ListOf(int, "token ids"), "action": Several, "nargs": "+", "metavar": "ID"},
     "Mapping[int, float] | None": {"type": _bias, "action": "append", "metavar": "ID=BIAS"},
     "StructuredOutputsParams | Mapping[str, Any] | None": {"type": _json_object, "metavar": "JSON"},
 }
@@ -209,11 +213,12 @@ def _add(
 ) -> None:
     form = _FORMS[str(field.type).replace('"', "'")]
     if field.name in _SEVERAL_AT_ONCE:
-        form = form | {"action": "extend", "nargs": "+"}
+        form = form | {"type": ListOf(str, "names"), "action": Several, "nargs": "+"}
     default = "" if field.default is None else f" [{str(field.default).lower()}]"
     text = (helps.get(field.name, "") + default).replace("%", "%%")
     flag = "--" + name.replace("_", "-")
-    group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, help=text, **form)
+    action = group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, help=text, **form)
+    action.is_rare = name not in _COMMON  # type: ignore[attr-defined]  # Parser leaves it out of --help
 
 
 def _given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:

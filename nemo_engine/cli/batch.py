@@ -64,7 +64,7 @@ def answer_file(args: argparse.Namespace, model: str | None, server: dict[str, A
         from nemo_engine.server.batch.answers import batch_options, run_batch
     except ImportError as error:
         raise ImportError(
-            f"batches need packages that are not installed ({error}): pip install nemo-engine[server]"
+            f"batches need packages that are not installed ({error}): pip install 'nemo-engine[server]'"
         ) from error
     from nemo_engine.batch.job import BatchJob, first_model
 

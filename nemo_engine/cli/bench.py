@@ -30,11 +30,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             allow_abbrev=False,
         )
         module.add_arguments(kind)
-        kind.set_defaults(benchmark=module.run)
+        kind.set_defaults(benchmark=module.run, help_command=f"{kind.prog} --help")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
-    code: int = args.benchmark(args)
+    try:
+        code: int = args.benchmark(args)
+    except ValueError as error:
+        raise ValueError(f"{error} ({args.help_command} lists what it takes)") from error
     return code

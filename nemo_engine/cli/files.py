@@ -39,6 +39,6 @@ def check_results(json_path: Path | None, plot_path: Path | None) -> None:
     if plot_path is not None and plot_path.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"--plot must end in .png or .svg, got {plot_path}")
     if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install nemo-engine[plot]")
+        raise ImportError("--plot needs matplotlib: pip install 'nemo-engine[plot]'")
     check_writable("--json", json_path)
     check_writable("--plot", plot_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,7 +93,20 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise ValueError("no prompt: stdin holds no line of text")
+        if all(_is_json_object(line) for line in prompts):
+            warnings.warn(
+                "standard input looks like JSON lines, and each line is a prompt as it stands; requests in JSON go "
+                "through --input FILE --output OUT",
+                stacklevel=2,
+            )
     return prompts
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def print_in_order(outputs: Iterator[RequestOutput], num_prompts: int, n: int) -> Iterator[RequestOutput]:

@@ -8,6 +8,7 @@ import argparse
 from math import prod
 from typing import TYPE_CHECKING
 
+from nemo_engine.cli.values import above_zero, add_list
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.config_reader import DEFAULT_CONTEXT_CAP
 from nemo_engine.memory_plan import GIB, DoesNotFitError, plan_kv_cache
@@ -38,8 +39,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "model", metavar="MODEL", help=f"a checkpoint directory, a Hub repository id, nemo-tiny, or one of {names}"
     )
-    parser.add_argument(
-        "--gib", type=_positive, action="append", metavar="X", help="free memory of another GPU; may be repeated"
+    add_list(
+        parser, "--gib", above_zero(float), "numbers of GiB above 0", metavar="X", help="free memory of other GPUs"
     )
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
     parser.add_argument("--lora", metavar="PATH", help="a PEFT adapter, a directory or a Hub repository")
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_engine.checkpoint.checkpoint import open_checkpoint
     from nemo_engine.checkpoint.hub import DownloadError
 
-    gpus = [Gpu(f"{gib:g} GiB", "", 0, gib, 1.0, 1.0, None, 1.0, "") for gib in args.gib or ()]
+    gpus = [Gpu(f"{gib:g} GiB", "", 0, gib, "", 1.0, 1.0, None, 1.0, "") for gib in args.gib or ()]
     if args.model in BUILT_IN and args.revision is None and args.lora is None:
         config = BUILT_IN[args.model]
         _print([("model", f"{args.model}, by its published configuration"), *describe(config), *sizes(config)])
@@ -198,10 +199,3 @@ def context_of(config: ModelConfig) -> int:
 def size(num_bytes: int) -> str:
     """``num_bytes`` in MiB or GiB."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / (1 << 20):.2f} MiB"
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number of GiB greater than 0 is needed, got {text}")
-    return value

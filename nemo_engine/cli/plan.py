@@ -14,11 +14,11 @@ from nemo_engine.cli.planning import (
     OPTIONS,
     add_model_arguments,
     config_of,
-    gpu_of,
+    gpus_of,
     model_of,
     results_folder,
-    seconds,
 )
+from nemo_engine.cli.values import add_list, seconds
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -30,10 +30,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "start-up, the largest "
         "context and batch, times from the roofline and from efficiencies that were measured or are assumed, and what "
         "load meets given limits. "
-        "Exit code 1 if it does not fit.",
+        "Several GPUs make a table. Exit code 1 if it does not fit, on none of them.",
         allow_abbrev=False,
     )
-    add_model_arguments(parser, (*OPTIONS, "enforce_eager"), needs_gpu=True)
+    add_model_arguments(parser, (*OPTIONS, "enforce_eager"), several=True)
     group = parser.add_argument_group("load")
     group.add_argument("--tp", metavar="N", type=int, default=1, help="GPUs that share the model, on paper [1]")
     group.add_argument("--context", metavar="N", type=int, help="the same as --max-model-len")
@@ -43,7 +43,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--slo-itl", metavar="TIME", type=seconds, help="limit of the mean time from token to token, as 30ms"
     )
-    group.add_argument("--price-per-hour", metavar="X", type=float, help="of one GPU, for the cost of a million tokens")
+    add_list(
+        group, "--price-per-hour", float, "prices", metavar="X",
+        help="of one GPU, or one price for each, for the cost of a million tokens",
+    )  # fmt: skip
+    group.add_argument("--currency", metavar="NAME", default="", help="of the prices, as EUR")
+    parser.add_argument("-v", "--verbose", action="store_true", help="with efficiencies and published results")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the plan")
     return parser
 
@@ -51,8 +56,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if the plan does not fit."""
     from nemo_engine.planner.efficiency import Efficiencies
-    from nemo_engine.planner.plan import Load, make_plan
-    from nemo_engine.planner.report import as_json, report
+    from nemo_engine.planner.gpus import Gpu
+    from nemo_engine.planner.plan import Load, Plan, make_plan
+    from nemo_engine.planner.report import accuracy, as_json, compare, report
     from nemo_engine.workload import Limits
 
     check_writable("--json", args.json)
@@ -60,11 +66,32 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, "engine_option_max_model_len", None) is not None:
             raise ValueError(f"--context and --max-model-len are the same: give one, got {args.context} and another")
         args.engine_option_max_model_len = args.context
-    config, gpu = config_of(args), gpu_of(args)
-    load = Load(args.input, args.output, Limits(args.slo_ttft, args.slo_itl), args.price_per_hour)
-    efficiencies = Efficiencies.read(gpu, results_folder(args))
-    plan = make_plan(model_of(args), gpu, config, load, efficiencies, args.tp)
-    print(report(plan))
+    gpus, config, model = gpus_of(args), config_of(args), model_of(args)
+    prices = args.price_per_hour or [None]
+    if len(prices) not in (1, len(gpus)):
+        raise ValueError(f"--price-per-hour takes one price, or one for each GPU, got {len(prices)} for {len(gpus)}")
+    if args.currency and args.price_per_hour is None:
+        raise ValueError(f"--currency is that of --price-per-hour, which is not given, got {args.currency!r}")
+    plans: list[tuple[Gpu, Plan | str]] = []
+    for gpu, price in zip(gpus, prices * len(gpus) if len(prices) == 1 else prices):
+        load = Load(args.input, args.output, Limits(args.slo_ttft, args.slo_itl), price, args.currency)
+        efficiencies = Efficiencies.read(gpu, results_folder(args))
+        try:
+            plans.append((gpu, make_plan(model, gpu, config, load, efficiencies, args.tp)))
+        except ValueError as error:
+            if len(gpus) == 1:
+                raise
+            plans.append((gpu, str(error)))
+    made = [plan for _, plan in plans if isinstance(plan, Plan)]
+    if not made:
+        raise ValueError("; ".join(dict.fromkeys(str(reason) for _, reason in plans)))
+    if len(plans) == 1:
+        print(report(made[0], verbose=args.verbose))
+    else:
+        print(compare(plans))
+        print("\n".join(line for plan in made[:1] for line in accuracy("", plan.efficiencies)))
     if args.json is not None:
-        args.json.write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")
-    return int(plan.shortage is not None)
+        data = [as_json(plan) if isinstance(plan, Plan) else {"gpu": gpu.name, "error": plan} for gpu, plan in plans]
+        text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    return int(all(plan.shortage is not None for plan in made))

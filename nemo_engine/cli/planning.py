@@ -1,12 +1,12 @@
-"""What ``plan`` and ``simulate`` have in common: the model, the GPU, and values with units."""
+"""What ``plan`` and ``simulate`` have in common: the model, the GPU and the engine's options."""
 
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from nemo_engine.cli.arguments import add_some_engine_arguments, engine_options
+from nemo_engine.cli.values import add_list
 from nemo_engine.config import EngineConfig
 from nemo_engine.planner.gpus import GPUS, Gpu, find_gpu
 from nemo_engine.planner.models import BUILT_IN, PlannedModel, read_model
@@ -24,16 +24,18 @@ OPTIONS = (
     "num_kv_pages",
     "pipeline_depth",
 )
-_UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...], *, needs_gpu: bool) -> None:
-    """The model, the GPU, and the engine's options that matter on paper."""
+def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...], *, several: bool) -> None:
+    """The model, the GPU, or ``several`` of which one is needed, and the engine's options that matter on paper."""
     names = ", ".join(BUILT_IN)
     parser.add_argument(
         "model", metavar="MODEL", help=f"a checkpoint directory, a Hub repository id, nemo-tiny, or one of {names}"
     )
-    parser.add_argument("--gpu", metavar="NAME", required=needs_gpu, help=f"one of {', '.join(GPUS)}")
+    if several:
+        add_list(parser, "--gpu", known_gpu, "GPUs", metavar="NAME", required=True, help=f"of {', '.join(GPUS)}")
+    else:
+        parser.add_argument("--gpu", metavar="NAME", type=known_gpu, help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--memory-gib", metavar="X", type=float, help="of the GPU, in place of what it has")
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
     parser.add_argument("--results", metavar="DIR", type=Path, help="measurements (*.jsonl) that replace assumptions")
@@ -52,6 +54,19 @@ def gpu_of(args: argparse.Namespace) -> Gpu:
     return find_gpu(args.gpu, args.memory_gib)
 
 
+def gpus_of(args: argparse.Namespace) -> list[Gpu]:
+    """The GPUs that were named, each once."""
+    return [gpu_of(argparse.Namespace(gpu=name, memory_gib=args.memory_gib)) for name in dict.fromkeys(args.gpu)]
+
+
+def known_gpu(text: str) -> str:
+    """``text``, if a GPU is called so. Raises ``argparse.ArgumentTypeError``."""
+    try:
+        return find_gpu(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def config_of(args: argparse.Namespace) -> EngineConfig:
     """The engine's options."""
     return EngineConfig(**engine_options(args))
@@ -65,15 +80,3 @@ def results_folder(args: argparse.Namespace) -> Path | None:
         return Path(args.results)
     here = Path(__file__).parents[2] / "benchmarks" / "results"
     return here if here.is_dir() else None
-
-
-def seconds(text: str) -> float:
-    """``30ms``, ``1.5s``, ``0.2``."""
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(s|ms|us|min|)", text)
-    try:
-        value = float(match[1]) * _UNITS[match[2]] if match else -1.0
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a time above 0 such as 30ms or 1.5s is needed, got {text!r}")
-    return value

@@ -20,11 +20,12 @@ from nemo_engine.cli.planning import (
     gpu_of,
     model_of,
     results_folder,
-    seconds,
 )
+from nemo_engine.cli.values import above_zero, add_list, seconds
 
 if TYPE_CHECKING:
     from nemo_engine.config import EngineConfig
+    from nemo_engine.planner.efficiency import Efficiencies
     from nemo_engine.planner.models import PlannedModel
     from nemo_engine.simulator import Results, Setting
     from nemo_engine.workload import Arrivals, Item
@@ -42,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "from a fitted cost model. Needs neither GPU nor torch.",
         allow_abbrev=False,
     )
-    add_model_arguments(parser, (*OPTIONS, "enable_prefix_caching", "scheduling_policy"), needs_gpu=False)
+    add_model_arguments(parser, (*OPTIONS, "enable_prefix_caching", "scheduling_policy"), several=False)
     parser.add_argument(
         "--cost-model",
         metavar="FILE",
@@ -62,10 +63,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SPEC",
         help="in place of a file: "
         "requests=1000,input=lognormal:800:0.8,output=uniform:50:400,prefixes=4,prefix_tokens=512,turns=3,"
-        "think_s=exponential:5,seed=0",
+        "think_s=exponential:5,seed=0; lognormal:800:0.8 has the median 800 and the sigma 0.8",
     )
     group.add_argument("--requests", metavar="N", type=int, help="take the first N of the workload only")
-    group.add_argument("--rate", metavar="X[,Y]", type=_numbers(float), help="requests per second; several are a sweep")
+    add_list(
+        group, "--rate", above_zero(float), "numbers above 0", metavar="X",
+        help="requests per second; several are a sweep",
+    )  # fmt: skip
     group.add_argument(
         "--arrivals",
         choices=("poisson", "gamma", "constant", "file"),
@@ -74,9 +78,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--burstiness", metavar="X", type=float, default=1.0, help="of gamma arrivals: below 1 in bursts [1]"
     )
-    group.add_argument(
-        "--concurrency", metavar="N[,M]", type=_numbers(int), help="a closed loop of so many in place of a rate"
-    )
+    add_list(
+        group, "--concurrency", above_zero(int), "whole numbers above 0", metavar="N",
+        help="a closed loop of so many in place of a rate; several are a sweep",
+    )  # fmt: skip
     group.add_argument("--arrival-seed", metavar="N", type=int, default=0, help="of the arrivals' noise [0]")
     group = parser.add_argument_group("deployment")
     group.add_argument("--replicas", metavar="N", type=int, default=1, help="engines behind a router [1]")
@@ -94,8 +99,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from nemo_engine.planner.report import accuracy
     from nemo_engine.simulator import simulate
-    from nemo_engine.simulator.report import plot, report
+    from nemo_engine.simulator.report import plot, report, verdict
 
     check_results(args.json, args.plot)
     if (args.workload is None) == (args.synthetic is None):
@@ -105,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workload is not None and not args.workload.is_file():
         raise ValueError(f"--workload must be a file, got {str(args.workload)!r}")
     config, model = config_of(args), model_of(args)
-    facts, setting = setting_of(args, config, model)
+    facts, setting, efficiencies = setting_of(args, config, model)
     label, points = sweep(args)
     encode = _encoder(args)
     runs: list[tuple[float, Results]] = []
@@ -115,11 +121,14 @@ def run(args: argparse.Namespace) -> int:
             runs.append((value, simulate(_items(args, encode), arrivals, setting, encode=encode, progress=bar.update)))
         finally:
             bar.close()
+    print(verdict(label, runs, setting.limits))
     print(
         f"{facts['model']} on {setting.replicas} x {facts['machine']}, {setting.shape.num_pages:,} KV pages of "
         f"{setting.shape.page_size}"
     )
     print(report(label, [(f"{value:g}", found) for value, found in runs]))
+    if efficiencies is not None:
+        print("\n".join(accuracy(args.gpu, efficiencies)))
     if args.json is not None:
         records = [{label: value, **found.as_json()} for value, found in runs]
         args.json.write_text(json.dumps(facts | {"runs": records}, indent=1) + "\n", encoding="utf-8")
@@ -128,8 +137,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedModel) -> tuple[dict[str, Any], Setting]:
-    """The engine that is simulated, with as many pages as it would have; and what is said of it."""
+def setting_of(
+    args: argparse.Namespace, config: EngineConfig, model: PlannedModel
+) -> tuple[dict[str, Any], Setting, Efficiencies | None]:
+    """What is said of the engine that is simulated, itself with as many pages as it would have, and what its times are
+    made of if not fitted.
+    """
     from nemo_engine.memory_plan import plan_kv_cache
     from nemo_engine.planner.efficiency import Efficiencies
     from nemo_engine.planner.models import formats_of
@@ -145,6 +158,7 @@ def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedMod
         model.config, config, formats.sizes, None if gpu is None else gpu.free_bytes
     )
     cost: StepCost
+    efficiencies = None
     facts: dict[str, Any] = {"model": model.name, "workload": str(args.workload or args.synthetic)}
     if args.cost_model is not None:
         fitted = CostModel.load(args.cost_model)
@@ -168,7 +182,8 @@ def setting_of(args: argparse.Namespace, config: EngineConfig, model: PlannedMod
         config.scheduling_policy == "priority",
         Limits(args.slo_ttft, args.slo_itl),
     )
-    return facts | {"engine": asdict(shape), "replicas": args.replicas, "routing": args.routing}, setting
+    facts |= {"engine": asdict(shape), "replicas": args.replicas, "routing": args.routing}
+    return facts, setting, efficiencies
 
 
 def sweep(args: argparse.Namespace) -> tuple[str, list[tuple[float, Arrivals]]]:
@@ -233,30 +248,15 @@ def _encoder(args: argparse.Namespace) -> Any:
     return encode if any(path.glob("tekken*")) or any(path.glob("tokenizer*")) else None
 
 
-def _numbers(kind: type[int] | type[float]) -> Any:
-    """A parser of a comma-separated list of numbers above 0."""
-
-    def parse(text: str) -> list[int | float]:
-        try:
-            numbers = [kind(part) for part in text.split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or not all(0 < number < float("inf") for number in numbers):
-            raise argparse.ArgumentTypeError(f"numbers above 0, separated by commas, are needed, got {text!r}")
-        return numbers
-
-    return parse
-
-
 class _Bar:
-    """Says how far a long run is; nothing in the first two seconds, or without tqdm."""
+    """Says how far a long run is; nothing in the first two seconds, without a terminal, or without tqdm."""
 
     def __init__(self, text: str) -> None:
         self._bar: Any = None
         if importlib.util.find_spec("tqdm") is not None:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(desc=text, unit="request", delay=_PATIENCE_S)
+            self._bar = tqdm(desc=text, unit="request", delay=_PATIENCE_S, disable=None)
 
     def update(self, num_done: int, virtual_s: float) -> None:
         if self._bar is not None:

@@ -280,7 +280,7 @@ class _ProgressBar:
             try:
                 from tqdm.auto import tqdm
             except ImportError:
-                warnings.warn("progress needs tqdm: pip install tqdm", stacklevel=4)
+                warnings.warn("progress needs tqdm: pip install 'nemo-engine[progress]'", stacklevel=4)
             else:
                 self._bar = tqdm(total=total, desc="requests", unit="request")
 

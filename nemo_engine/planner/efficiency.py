@@ -14,6 +14,7 @@ from typing import Any
 from nemo_engine.planner.gpus import Gpu
 
 _LARGE_ROWS = 4096  # rows of a matrix product that is bound by arithmetic
+_FP8_KERNELS = 3.6e12  # bytes/s of FP8 keys and values that TensorRT-LLM's results on an H200 imply: arithmetic binds
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +25,19 @@ class Figure:
     source: str
 
 
+_OF_MEMORY = {"HBM2e": Figure(1.7 / 2.039, "assumed: gpt-fast's README takes 1.7 of an A100's 2.039 TB/s")}
+
+
 @dataclass(frozen=True, slots=True)
 class Efficiencies:
     """Fractions and fixed costs that turn a data sheet into times.
 
     memory, matmul_bf16, matmul_fp8: what a copy and a large product reach of the data sheet: the ceilings. The rest are
-    fractions of those: weights (reading them for few rows), kv_bf16 and kv_fp8 (decode attention), linear (large
-    products inside a model), attention (prefill attention, of bf16's ceiling). elementwise: of norms, activations and
-    rotary embedding, the part that is memory traffic of its own. launch_us: of one more kernel in a step. host_us,
-    host_us_per_request: of planning and taking in a step. link_us: of one reduction over several GPUs.
+    fractions of those: weights (reading them for few rows), kv_bf16 and kv_fp8 (decode attention), linear and
+    linear_fp8 (large products inside a model), attention (prefill attention, of bf16's ceiling). elementwise: of norms,
+    activations and rotary embedding, the part that is memory traffic of its own. launch_us: of one more kernel in a
+    step. gap_us: of a step, whatever is in it. host_us, host_us_per_request: of planning and taking in a step. link_us:
+    of one reduction over several GPUs.
     """
 
     memory: Figure = Figure(4.3 / 4.8, "assumed: a copy on an H200 reaches 4.3 of 4.8 TB/s")
@@ -40,11 +45,13 @@ class Efficiencies:
     matmul_fp8: Figure = Figure(788 / 989, "assumed: as bf16's")
     weights: Figure = Figure(0.88, "assumed: between published kernels' 0.8 and the goal of 0.9")
     kv_bf16: Figure = Figure(0.93, "assumed: FlashAttention 3 and TileOPs on an H200 reach 0.83 to 0.99")
-    kv_fp8: Figure = Figure(0.70, "assumed: public kernels stop at 0.70")
-    linear: Figure = Figure(0.87, "assumed: published FP8 and bf16 kernels reach 0.85 to 0.95")
+    kv_fp8: Figure = Figure(0.84, "derived: TensorRT-LLM 1.0 on an H200 implies 3.6 of 4.3 TB/s; others stop at 3.0")
+    linear: Figure = Figure(0.87, "assumed: published kernels reach 0.85 to 0.95")
+    linear_fp8: Figure = Figure(0.70, "derived: whole engines reach 0.65 to 0.75 in FP8 where prompts dominate")
     attention: Figure = Figure(0.75, "assumed: FlashAttention 3 reaches 0.66 to 0.78, causal, at 2k to 16k")
     elementwise: Figure = Figure(0.5, "assumed: half is fused into matrix products")
     launch_us: Figure = Figure(1.3, "assumed: a kernel boundary inside a CUDA graph on an H100")
+    gap_us: Figure = Figure(500.0, "derived: what vLLM 0.19 takes on an H100 beyond reading the weights of an 8B")
     host_us: Figure = Figure(150.0, "assumed: planning, one upload and one launch")
     host_us_per_request: Figure = Figure(0.4, "assumed: schedule() and commit() measured at 0.15 us, and output")
     link_us: Figure = Figure(10.0, "assumed: latency of an all-reduce inside one machine")
@@ -54,15 +61,33 @@ class Efficiencies:
         names = {field.name for field in fields(self)} - {"memory", "matmul_bf16", "matmul_fp8"}
         one = Figure(1.0, "ideal")
         free = Figure(0.0, "ideal")
-        costs = {"elementwise", "launch_us", "host_us", "host_us_per_request", "link_us"}
+        costs = {"elementwise", "launch_us", "gap_us", "host_us", "host_us_per_request", "link_us"}
         return replace(self, **{name: free if name in costs else one for name in names})
+
+    @classmethod
+    def assumed(cls, gpu: Gpu) -> Efficiencies:
+        """Without any measurement of ``gpu``: what another kind of memory or chip was measured with says so."""
+        found = cls()
+        if gpu.memory in _OF_MEMORY:
+            found = replace(found, memory=_OF_MEMORY[gpu.memory])
+        elif gpu.memory != "HBM3e":
+            found = replace(found, memory=_carried(found.memory, gpu.memory))
+        if not gpu.name.startswith("h"):
+            names = ("matmul_bf16", "matmul_fp8")
+            found = replace(found, **{name: _carried(getattr(found, name), "this chip") for name in names})
+        copy = gpu.bytes_per_s * found.memory.value
+        fp8 = min(found.kv_bf16.value, max(found.kv_fp8.value, _FP8_KERNELS / copy))
+        if fp8 != found.kv_fp8.value:
+            source = "assumed: as bf16's; arithmetic binds FP8 kernels at 3.6 TB/s, which this memory does not reach"
+            found = replace(found, kv_fp8=Figure(fp8, source))
+        return found
 
     @classmethod
     def read(cls, gpu: Gpu, folder: Path | None) -> Efficiencies:
         """The assumptions, with what ``folder`` holds measurements of ``gpu`` for in their place (``*.jsonl`` of
         gpu_ceilings, latency).
         """
-        found = cls()
+        found = cls.assumed(gpu)
         if folder is None:
             return found
         records = list(_records(gpu, folder))
@@ -79,6 +104,10 @@ class Efficiencies:
         return _with_decode(found, records)
 
 
+def _carried(figure: Figure, to: str) -> Figure:
+    return Figure(figure.value, f"{figure.source}; carried over to {to} without a measurement")
+
+
 def _with_decode(found: Efficiencies, records: list[dict[str, Any]]) -> Efficiencies:
     """Whole decode steps that were measured replace what was assumed of their parts."""
     steps = [
@@ -90,7 +119,7 @@ def _with_decode(found: Efficiencies, records: list[dict[str, Any]]) -> Efficien
         return found
     every = Figure(statistics.median(step[0] for step in steps), f"measured, whole decode steps: {steps[0][2]}")
     free = Figure(0.0, "measured: contained in whole decode steps")
-    found = replace(found, weights=every, launch_us=free)
+    found = replace(found, weights=every, launch_us=free, gap_us=free)
     for name, is_fp8 in (("kv_bf16", False), ("kv_fp8", True)):
         own = [step for step in steps if step[1] is is_fp8]
         if own:

@@ -19,7 +19,7 @@ from nemo_engine.memory_plan import Sizes, weight_bytes
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "head_dim": 128, "num_kv_heads": 8, "num_heads": 32, "intermediate_size": 14336, "rope_theta": 1e6, "rms_norm_eps":
     1e-5, "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_ids": (2,),
 }  # fmt: skip
@@ -27,16 +27,26 @@ _COMMON: dict[str, Any] = {
 # nvidia/Mistral-NeMo-Minitron-8B-Base.
 BUILT_IN = {
     "nemo": ModelConfig(
-        vocab_size=131072, hidden_size=5120, num_layers=40, max_position_embeddings=131072, **_COMMON
+        vocab_size=131072, hidden_size=5120, num_layers=40, max_position_embeddings=131072, **COMMON
     ),
     "mistral-7b-v0.3": ModelConfig(
-        vocab_size=32768, hidden_size=4096, num_layers=32, max_position_embeddings=32768, **_COMMON
+        vocab_size=32768, hidden_size=4096, num_layers=32, max_position_embeddings=32768, **COMMON
     ),
     "minitron-8b": ModelConfig(
         vocab_size=131072, hidden_size=4096, num_layers=40, max_position_embeddings=8192,
-        **{**_COMMON, "intermediate_size": 11520},
+        **{**COMMON, "intermediate_size": 11520},
     ),
 }  # fmt: skip
+
+
+# Repositories of these shapes, unquantised: planned without a network.
+REPOSITORIES = {
+    "mistralai/mistral-nemo-instruct-2407": "nemo",
+    "mistralai/mistral-nemo-base-2407": "nemo",
+    "mistralai/mistral-7b-instruct-v0.3": "mistral-7b-v0.3",
+    "mistralai/mistral-7b-v0.3": "mistral-7b-v0.3",
+    "nvidia/mistral-nemo-minitron-8b-base": "minitron-8b",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +86,14 @@ class Formats:
 
 
 def read_model(name: str, revision: str | None = None) -> PlannedModel:
-    """A built-in model by name, or what ``open_checkpoint`` opens; of its files, configuration and headers alone are
-    read.
+    """A built-in model by its name or its repository, or what ``open_checkpoint`` opens; of its files,
+    configuration and headers alone are read.
 
     Raises ``ValueError`` or ``FileNotFoundError`` naming the file and what is wrong with it.
     """
-    if name in BUILT_IN and revision is None:
-        return PlannedModel(name, BUILT_IN[name])
+    shape = BUILT_IN.get(REPOSITORIES.get(name.lower(), name))
+    if shape is not None and revision is None and not Path(name).is_dir():
+        return PlannedModel(name, shape)
     needs: Needs = "headers" if Path(name).is_dir() else "config"
     checkpoint = open_checkpoint(name, revision=revision, needs=needs)
     return PlannedModel(name, checkpoint.model_config, checkpoint.quantization)

@@ -35,12 +35,13 @@ class Operating:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The shape of the requests, and limits. Tokens and seconds; ``price_per_hour`` of one GPU in any currency."""
+    """The shape of the requests, and limits. Tokens and seconds; ``price_per_hour`` of one GPU, in ``currency``."""
 
     input_tokens: int
     output_tokens: int
     limits: Limits = Limits()
     price_per_hour: float | None = None
+    currency: str = ""
 
     def __post_init__(self) -> None:
         for name in ("input_tokens", "output_tokens"):
@@ -118,7 +119,7 @@ def make_plan(
 
     Raises ``ValueError`` for options that conflict; what does not fit is a plan that says so.
     """
-    efficiencies = efficiencies or Efficiencies()
+    efficiencies = efficiencies or Efficiencies.assumed(gpu)
     ranks = tensor_parallel_size
     own, formats, sizes = _per_gpu(model, config, ranks)
     roofline = Roofline.of(model.config, formats, gpu, efficiencies, ranks)

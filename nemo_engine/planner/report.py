@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 from nemo_engine.memory_plan import GIB
+from nemo_engine.planner import published
+from nemo_engine.planner.efficiency import Efficiencies
+from nemo_engine.planner.gpus import Gpu
 from nemo_engine.planner.plan import Operating, Plan, alternatives
+from nemo_engine.workload import Limits
 
+_GPU_HEADS = (
+    "GPU", "GB", "memory", "fits", "KV tokens", "1: tokens/s", "TTFT ms", "at a time", "tokens/s", "requests/s",
+    "per million",
+)  # fmt: skip
 _HEADS = ("batch", "TTFT ms", "ITL ms", "longest ms", "step ms", "roofline ms", "tokens/s", "requests/s")
 
 
-def report(plan: Plan) -> str:
-    """Everything, a section after the other."""
+def verdict(plan: Plan) -> str:
+    """The plan in a sentence."""
+    ranks = plan.tensor_parallel_size
+    what = f"{plan.model.name} on {f'{ranks} x ' if ranks > 1 else ''}{plan.gpu.title}"
+    if plan.shortage is not None:
+        return f"NO: {what}: {str(plan.shortage).splitlines()[0]}"
+    if not plan.points:
+        return f"NO: {what}: its KV cache holds no request of {plan.load.input_tokens} + {plan.load.output_tokens}"
+    one, most = plan.points[0], plan.best or max(plan.points, key=lambda point: point.tokens_per_s)
+    kept = plan.load.limits != Limits()
+    if kept and plan.best is None:
+        return f"NO: {what} fits, and the limits are not met even by one request at a time"
+    return (
+        f"YES: {what}: one request gets {1 / one.itl:,.0f} tokens/s after {one.ttft * 1e3:.0f} ms; "
+        f"{most.batch} at a time{' keep the limits and' if kept else ''} get {most.tokens_per_s:,.0f} tokens/s, "
+        f"{most.requests_per_s:.1f} requests/s"
+    )
+
+
+def accuracy(gpu: str, efficiencies: Efficiencies) -> list[str]:
+    """How much the numbers are worth."""
+    figures = [getattr(efficiencies, field.name) for field in fields(efficiencies)]
+    lines = [f"accuracy: {published.error_line(gpu)}"]
+    if not any(figure.source.startswith("measured") for figure in figures):
+        lines.append(
+            "  times are those of a well-tuned engine on this GPU: this engine has not been measured on it yet"
+        )
+    return lines
+
+
+def report(plan: Plan, *, verbose: bool = False) -> str:
+    """Everything, a section after the other; ``verbose``: with the efficiencies and the published results."""
     ranks = plan.tensor_parallel_size
     per = " per GPU" if ranks > 1 else ""
     count = f"{ranks} x " if ranks > 1 else ""
     lines = [
+        verdict(plan),
+        "",
         f"{plan.model.name} on {count}{plan.gpu.title}: {plan.gpu.marketing_gb} GB as sold, {plan.gpu.memory_gib:g} "
         "GiB by the driver "
         f"({plan.gpu.source})",
@@ -41,10 +82,45 @@ def report(plan: Plan) -> str:
         "with one of those",
         "",
         *_limits(plan),
-        "efficiencies, of the data sheet or of the ceiling above it",
-        *_figures(plan),
+        *accuracy(plan.gpu.name, plan.efficiencies),
     ]
-    return "\n".join(lines)
+    if not verbose:
+        return "\n".join([*lines, "  -v shows the efficiencies and every published result"])
+    lines += ["", "efficiencies, of the data sheet or of the ceiling above it", *_figures(plan), ""]
+    return "\n".join(
+        [
+            *lines,
+            "published results, output tokens/s; what is called derived above comes from them",
+            published.table(published.comparison()),
+        ]
+    )
+
+
+def compare(plans: Sequence[tuple[Gpu, Plan | str]]) -> str:
+    """A line for each GPU, of which a plan was made or a text says why not."""
+    rows: list[tuple[str, ...]] = [_GPU_HEADS]
+    notes = []
+    for gpu, plan in plans:
+        first = (gpu.name, f"{gpu.marketing_gb}", gpu.memory)
+        if isinstance(plan, str) or plan.shortage is not None or not plan.points:
+            reason = plan if isinstance(plan, str) else verdict(plan).removeprefix("NO: ")
+            notes.append(f"{gpu.name}: {reason}")
+            rows.append((*first, "no", *["-"] * (len(_GPU_HEADS) - 4)))
+            continue
+        one, most = plan.points[0], plan.best or max(plan.points, key=lambda point: point.tokens_per_s)
+        if plan.load.limits != Limits() and plan.best is None:
+            notes.append(f"{gpu.name}: the limits are not met even by one request at a time")
+            rows.append((*first, "limits", f"{plan.capacity_tokens:,}", *["-"] * (len(_GPU_HEADS) - 5)))
+            continue
+        cost = plan.cost_per_million(most)
+        rows.append((
+            *first, "yes", f"{plan.capacity_tokens:,}", f"{1 / one.itl:,.0f}", f"{one.ttft * 1e3:.0f}",
+            f"{most.batch}", f"{most.tokens_per_s:,.0f}", f"{most.requests_per_s:.2f}",
+            "-" if cost is None else f"{cost:.3f}",
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    return "\n".join([*lines, *notes])
 
 
 def _shortage(plan: Plan) -> list[str]:
@@ -84,13 +160,12 @@ def _limits(plan: Plan) -> list[str]:
         )
     if load.price_per_hour is not None and plan.points:
         point = point or max(plan.points, key=lambda one: one.tokens_per_s)
-        cost = plan.cost_per_million(point)
+        cost, unit = plan.cost_per_million(point), f" {load.currency}" if load.currency else ""
         assert cost is not None
         of_all = cost * load.output_tokens / (load.output_tokens + load.input_tokens)
         lines.append(
-            f"at {load.price_per_hour:g} per GPU hour and {point.batch} requests at a time: {cost:.3f} per million "
-            "output tokens, "
-            f"{of_all:.4f} per million tokens in and out"
+            f"at {load.price_per_hour:g}{unit} per GPU hour and {point.batch} requests at a time: {cost:.3f}{unit} per "
+            f"million output tokens, {of_all:.4f}{unit} per million tokens in and out"
         )
     return [*lines, ""] if lines else []
 
@@ -122,7 +197,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "load": {
             "input_tokens": load.input_tokens, "output_tokens": load.output_tokens, "slo_ttft": load.limits.ttft_s,
-            "slo_itl": load.limits.itl_s, "price_per_hour": load.price_per_hour,
+            "slo_itl": load.limits.itl_s, "price_per_hour": load.price_per_hour, "currency": load.currency or None,
         },
         "efficiencies": asdict(plan.efficiencies),
     }  # fmt: skip

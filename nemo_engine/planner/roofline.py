@@ -90,18 +90,27 @@ class Roofline:
         passes = 2 * (6 * hidden + hidden * width) + (4 * inner + inner * width) / ranks
         passes += 4 * (model.q_size + 2 * model.kv_size) / ranks
         reductions = 0 if ranks == 1 else 2 * model.num_layers
+        kernels = model.num_layers * KERNELS_PER_LAYER * e.launch_us.value
         return cls(
-            linear_params=linear / ranks, head_params=head / ranks, linear_bytes=linear * width / ranks, head_bytes=head
-            * head_width / ranks, kv_bytes_per_token=kv_bytes, flops_per_pair=4 * model.q_size * model.num_layers /
-            ranks, elementwise_bytes_per_token=model.num_layers * passes * e.elementwise.value, weight_bytes_per_s=copy
-            * e.weights.value, kv_bytes_per_s=copy * (e.kv_fp8 if formats.is_kv_fp8 else e.kv_bf16).value,
-            copy_bytes_per_s=copy, linear_flops_per_s=(fp8_rate if formats.is_linear_fp8 else bf16) * e.linear.value,
-            head_flops_per_s=(fp8_rate if formats.is_head_fp8 else bf16) * e.linear.value, decode_flops_per_s=(fp8_rate
-            if formats.is_kv_fp8 else bf16) * e.attention.value, prefill_flops_per_s=bf16 * e.attention.value,
+            linear_params=linear / ranks,
+            head_params=head / ranks,
+            linear_bytes=linear * width / ranks,
+            head_bytes=head * head_width / ranks,
+            kv_bytes_per_token=kv_bytes,
+            flops_per_pair=4 * model.q_size * model.num_layers / ranks,
+            elementwise_bytes_per_token=model.num_layers * passes * e.elementwise.value,
+            weight_bytes_per_s=copy * e.weights.value,
+            kv_bytes_per_s=copy * (e.kv_fp8 if formats.is_kv_fp8 else e.kv_bf16).value,
+            copy_bytes_per_s=copy,
+            linear_flops_per_s=fp8_rate * e.linear_fp8.value if formats.is_linear_fp8 else bf16 * e.linear.value,
+            head_flops_per_s=fp8_rate * e.linear_fp8.value if formats.is_head_fp8 else bf16 * e.linear.value,
+            decode_flops_per_s=(fp8_rate if formats.is_kv_fp8 else bf16) * e.attention.value,
+            prefill_flops_per_s=bf16 * e.attention.value,
             link_seconds_per_token=reductions * 2 * (ranks - 1) / ranks * hidden * itemsize / gpu.link_bytes_per_s,
-            fixed_seconds=(model.num_layers * KERNELS_PER_LAYER * e.launch_us.value + reductions * e.link_us.value) *
-            1e-6, host_fixed_seconds=e.host_us.value * 1e-6, host_seconds_per_row=e.host_us_per_request.value * 1e-6,
-        )  # fmt: skip
+            fixed_seconds=(e.gap_us.value + kernels + reductions * e.link_us.value) * 1e-6,
+            host_fixed_seconds=e.host_us.value * 1e-6,
+            host_seconds_per_row=e.host_us_per_request.value * 1e-6,
+        )
 
     @property
     def context_seconds(self) -> float:

@@ -22,10 +22,10 @@ try:
     from ray import serve
     from ray.serve.config import AutoscalingConfig, AutoscalingContext, RequestRouterConfig
 except ImportError as error:
-    raise ImportError(f"replicas need Ray ({error}): pip install nemo-engine[ray]") from error
+    raise ImportError(f"replicas need Ray ({error}): pip install 'nemo-engine[ray]'") from error
 
 _ARGUMENTS = {"model", "engine", "server", "num_replicas", "min_replicas", "max_replicas", "session_affinity", "name"}
-_NOT_HERE = ("host", "port", "ssl_certfile", "ssl_keyfile", "max_connections")  # what Serve's proxy does
+_NOT_HERE = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile", "max_connections")  # what Serve's proxy does
 _SESSIONS = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH_PERIOD = 5.0  # seconds
 _FULL = 0.9  # of the KV cache, from which on another replica is wanted

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from nemo_engine.checkpoint.progress import progress_bar
 from nemo_engine.runner.step_compute import StepCompute
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.transfer import to_device
@@ -82,20 +83,22 @@ def capture_decodes(step: StepCompute, sizes: Sequence[int], capture: Capture) -
     The largest is captured first, so that the others find room in its memory.
     """
     graphs = []
-    for size in sorted(sizes, reverse=True):
-        words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
-        rows = StepRows.of(words, size, size, size, 1, step.table.page_table.shape[1])
+    with progress_bar("capture graphs", len(sizes), None, unit="graphs") as advance:
+        for size in sorted(sizes, reverse=True):
+            words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
+            rows = StepRows.of(words, size, size, size, 1, step.table.page_table.shape[1])
 
-        def forward(rows: StepRows = rows) -> tuple[Tensor, Tensor]:
-            x, residual, seq_lens = step.forward(rows)
-            return step.model.logits(x, residual), seq_lens
+            def forward(rows: StepRows = rows) -> tuple[Tensor, Tensor]:
+                x, residual, seq_lens = step.forward(rows)
+                return step.model.logits(x, residual), seq_lens
 
-        def whole(rows: StepRows = rows) -> Tensor:
-            logits, seq_lens = forward(rows)
-            tokens = step.sampler.sample_any(logits, rows.slots, seq_lens)
-            step.advance(rows.slots, seq_lens, rows.sampled, tokens)
-            return tokens
+            def whole(rows: StepRows = rows) -> Tensor:
+                logits, seq_lens = forward(rows)
+                tokens = step.sampler.sample_any(logits, rows.slots, seq_lens)
+                step.advance(rows.slots, seq_lens, rows.sampled, tokens)
+                return tokens
 
-        graphs.append(DecodeGraph(size, words, capture(whole), capture(forward)))
+            graphs.append(DecodeGraph(size, words, capture(whole), capture(forward)))
+            advance(1)
     step.workspace.freeze()
     return tuple(reversed(graphs))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nemo_engine.checkpoint.progress import progress_bar
 from nemo_engine.runner.step_compute import StepCompute
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.transfer import to_device
@@ -28,10 +29,12 @@ def warm_up(step: StepCompute, sizes: Sequence[int], max_num_batched_tokens: int
     sizes: those that will be captured. Others are run at each power of two, where implementations may change, and at
     the most.
     """
-    for rows in sorted({*_powers_of_two(step.table.num_slots), *sizes}):
-        _run_padding(step, [1] * rows)
-    for tokens in _powers_of_two(max_num_batched_tokens):
-        _run_padding(step, _padding_rows(step, tokens))
+    decodes = [[1] * rows for rows in sorted({*_powers_of_two(step.table.num_slots), *sizes})]
+    prefills = [_padding_rows(step, tokens) for tokens in _powers_of_two(max_num_batched_tokens)]
+    with progress_bar("warm up", len(decodes) + len(prefills), None, unit="steps") as advance:
+        for counts in decodes + prefills:
+            _run_padding(step, counts)
+            advance(1)
 
 
 def _run_padding(step: StepCompute, counts: list[int]) -> None:

@@ -36,7 +36,8 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 class ServerOptions:
     """The options of ``nemo-engine serve``.
 
-    host: address to listen on; 0.0.0.0 for all. port: to listen on; 0 takes a free one. served_model_name: names that
+    host: address to listen on; 0.0.0.0 for all. port: to listen on; 0 takes a free one. uds: path of a Unix socket to
+    listen on instead; whoever may write to it may ask. served_model_name: names that
     requests may use for the model; the first is the one in responses; None takes the name that was given. api_key:
     accepted keys, each as KEY or as NAME:KEY, whose name stands in logs and metrics; without this, api_key_file and the
     variable NEMO_ENGINE_API_KEY, anyone may ask. api_key_file: a file with one key a line, read again on SIGHUP.
@@ -67,6 +68,7 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None
     served_model_name: Sequence[str] | None = None
     api_key: Sequence[str] | None = None
     api_key_file: str | None = None

@@ -51,7 +51,7 @@ def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, A
     _check_tls(options)
     _log_requests()
     listener = _listen(options)
-    options = _for_address(options, listener.getsockname()[0], is_open=not keys)
+    options = _for_address(options, listener, is_open=not keys)
     try:
         with AsyncEngine(model, **engine_options) as engine:
             app = create_app(engine, options, model=str(model))
@@ -62,15 +62,23 @@ def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, A
                 return runner.run(_serve(app, listener, options))
     finally:
         listener.close()
+        if options.uds is not None:
+            Path(options.uds).unlink(missing_ok=True)
+
+
+def _address_text(listener: socket.socket, options: ServerOptions) -> str:
+    """What a client is told to connect to."""
+    if options.uds is not None:
+        return f"unix:{options.uds}"
+    address = listener.getsockname()
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{'https' if options.ssl_certfile else 'http'}://{host}:{address[1]}"
 
 
 async def _serve(app: FastAPI, listener: socket.socket, options: ServerOptions) -> int:
     service: Service = app.state.service
     server = _Server(uvicorn_config(app, options), service)
-    address = listener.getsockname()
-    scheme = "https" if options.ssl_certfile else "http"
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    print(f"nemo-engine: {service.model_name} at {scheme}://{host}:{address[1]}", file=sys.stderr, flush=True)
+    print(f"nemo-engine: {service.model_name} at {_address_text(listener, options)}", file=sys.stderr, flush=True)
     if service.engine.renderers is not None:
         print(f"nemo-engine: {service.engine.renderers.line()}", file=sys.stderr, flush=True)
     if options.api_key_file is not None:
@@ -189,14 +197,15 @@ def _check_tls(options: ServerOptions) -> None:
         ) from None
 
 
-def _for_address(options: ServerOptions, address: str, *, is_open: bool) -> ServerOptions:
+def _for_address(options: ServerOptions, listener: socket.socket, *, is_open: bool) -> ServerOptions:
     """What follows from where the server listens and whether it has keys: the names that it answers to, and a
     warning.
     """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
     options = replace(options, max_connections=max(1, min(options.max_connections, most)))
-    if not is_open:
+    if not is_open or options.uds is not None:
         return options
+    address = listener.getsockname()[0]
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         _logger.warning(
             "anyone who reaches %s may use this server: it has no API keys (--api-key, --api-key-file, %s)",
@@ -216,6 +225,8 @@ def _listen(options: ServerOptions) -> socket.socket:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if options.uds is not None:
+        return _listen_at_path(options.uds)
     try:
         infos = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -228,6 +239,28 @@ def _listen(options: ServerOptions) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(f"port {options.port} of {options.host} cannot be listened on: {error.strerror}") from None
+    return listener
+
+
+def _listen_at_path(path: str) -> socket.socket:
+    """A Unix socket at ``path``; one that a killed server left behind, to which nobody listens, is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if Path(path).is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    Path(path).unlink()
+                else:
+                    raise ValueError(f"uds {path!r}: another process listens there")
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"uds {path!r} cannot be listened on: {error.strerror or error}") from None
+    except ValueError:
+        listener.close()
+        raise
     return listener
 
 

@@ -46,7 +46,7 @@ class Tracing:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise ValueError(
-                f'otlp_endpoint needs the extra otel: pip install "nemo-engine[otel]" ({error})'
+                f"otlp_endpoint needs the extra otel: pip install 'nemo-engine[otel]' ({error})"
             ) from error
         if url.path in ("", "/"):
             endpoint = url._replace(path=_PATH).geturl()

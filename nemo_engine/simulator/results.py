@@ -26,6 +26,7 @@ class Tally:
         self.num_cached_tokens = 0
         self.good_output_tokens = 0
         self.first_arrival_s = float("inf")
+        self.last_arrival_s = 0.0
         self.last_end_s = 0.0
         self.ttft, self.tpot, self.e2e, self.queue = Sketch(), Sketch(), Sketch(), Sketch()
 
@@ -46,6 +47,7 @@ class Tally:
         self.num_prompt_tokens += request.num_prompt_tokens
         self.num_cached_tokens += request.num_cached_tokens
         self.first_arrival_s = min(self.first_arrival_s, request.arrived_s)
+        self.last_arrival_s = max(self.last_arrival_s, request.arrived_s)
         self.last_end_s = max(self.last_end_s, now)
         self.ttft.add(ttft)
         if num_out > 1:
@@ -66,6 +68,7 @@ class Results:
     num_refused: int
     first_refusal: str | None
     duration_s: float  # from the first arrival to the last end
+    arrival_span_s: float  # from the first arrival to the last
     requests_per_s: float
     output_tokens_per_s: float
     prompt_tokens_per_s: float
@@ -107,6 +110,7 @@ class Results:
             num_refused=tally.num_refused,
             first_refusal=tally.first_refusal,
             duration_s=duration,
+            arrival_span_s=max(tally.last_arrival_s - tally.first_arrival_s, 0.0) if tally.num_finished else 0.0,
             requests_per_s=tally.num_finished * per_s,
             output_tokens_per_s=tally.num_output_tokens * per_s,
             prompt_tokens_per_s=tally.num_prompt_tokens * per_s,

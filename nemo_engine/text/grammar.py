@@ -147,7 +147,7 @@ class GrammarCompiler:
                         f"{self._vocab_size} ids, and none is named"
                     )
                 if find_spec("llguidance") is None:
-                    raise ValueError('structured_outputs needs llguidance: pip install "nemo-engine[structured]"')
+                    raise ValueError("structured_outputs needs llguidance: pip install 'nemo-engine[structured]'")
                 from llguidance import LLTokenizer, TokenizerWrapper
 
                 words = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._eos))

@@ -42,8 +42,10 @@ class MistralVocabulary(Vocabulary):
             self._is_tekken: bool = type(self._raw).__name__ == "Tekkenizer"
             self.special = self._special_tokens()
             self.token_bytes = [self._bytes_of(token_id) for token_id in range(self._raw.n_words)]
-        except ImportError:
-            raise
+        except ImportError as error:
+            raise ImportError(
+                f"tokenizer file {path} needs sentencepiece: pip install 'nemo-engine[sentencepiece]' ({error})"
+            ) from error
         except Exception as error:
             raise ValueError(f"tokenizer file {path} cannot be read: {type(error).__name__}: {error}") from error
         self.added = tuple(AddedToken(token_id, text) for token_id, text in sorted(self.special.items()))

@@ -49,7 +49,7 @@ def test_an_empty_folder_and_a_missing_matplotlib_are_told(
     assert "there is no *.jsonl with results" in capsys.readouterr().err
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "pip install nemo-engine[plot]" in capsys.readouterr().err
+    assert "pip install 'nemo-engine[plot]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -98,6 +98,15 @@ def test_tables_and_plots_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
         width, height = struct.unpack(">II", png[16:24])
         assert png.startswith(b"\x89PNG") and min(width, height) > 400 and len(png) > 10_000
     assert len(list((tmp_path / "out").iterdir())) == 1 + 2 * len(expected)
+
+
+def test_a_single_point_is_a_table_and_no_plot(tmp_path: Path) -> None:
+    records = [serve("ours", 16, [100.0]), serve("theirs", 16, [90.0]), decode(1, 1024), decode(64, 1024)]
+    folder = write(tmp_path, *records)
+    assert main(["bench", "report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.md"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "theirs" in text and "64" in text
 
 
 # ---- the section

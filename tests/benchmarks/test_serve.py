@@ -207,7 +207,7 @@ def test_what_cannot_be_asked_is_named(turn: Turn, options: dict[str, Any], erro
 
 def test_closed_loops_against_our_server(tmp_path: Path, live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = bench(
-        tmp_path / "r.jsonl", f"one={live.url}", f"two={live.url}/v1/", "--generate", "requests=6,input=8,output=5",
+        tmp_path / "r.jsonl", f"one={live.url}", f"two={live.url}/v1/", "--synthetic", "requests=6,input=8,output=5",
         "--concurrency", 1, 3, "--rounds", 2, "--warmup", 0, "--slo-ttft", "10s", "--slo-itl", "5s",
     )  # fmt: skip
     assert code == 0
@@ -232,7 +232,7 @@ def test_closed_loops_against_our_server(tmp_path: Path, live: LiveServer, capsy
 )
 def test_open_loops_against_our_server(tmp_path: Path, live: LiveServer, options: tuple[object, ...]) -> None:
     code, (record,) = bench(
-        tmp_path / "r.jsonl", live.url, "--generate", "requests=10,input=4,output=2", *options, "--rounds", 1,
+        tmp_path / "r.jsonl", live.url, "--synthetic", "requests=10,input=4,output=2", *options, "--rounds", 1,
         "--warmup", 0
     )  # fmt: skip
     assert code == 0 and record["new_tokens"] == 20 and record["arrivals"]["rate"] == 200
@@ -256,7 +256,7 @@ def test_recorded_arrivals(tmp_path: Path, live: LiveServer) -> None:
 def test_conversations_take_their_answers_back(tmp_path: Path, live: LiveServer, options: tuple[str, ...]) -> None:
     spec = "requests=2,input=8,output=6,turns=2,prefixes=1,prefix_tokens=16"
     code, (record,) = bench(
-        tmp_path / "r.jsonl", live.url, "--generate", spec, "--concurrency", 2, "--rounds", 1, "--warmup", 0, *options
+        tmp_path / "r.jsonl", live.url, "--synthetic", spec, "--concurrency", 2, "--rounds", 1, "--warmup", 0, *options
     )
     assert code == 0 and record["new_tokens"] == 2 * 2 * 6
     if not options:
@@ -287,7 +287,7 @@ def test_an_absent_server_is_failed_and_in_no_ratio(tmp_path: Path, live: LiveSe
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     code, found = bench(
-        tmp_path / "r.jsonl", f"ours={live.url}", f"gone={url}", "--generate", "requests=2,input=4,output=2",
+        tmp_path / "r.jsonl", f"ours={live.url}", f"gone={url}", "--synthetic", "requests=2,input=4,output=2",
         "--concurrency", 2, "--rounds", 1, "--warmup", 0,
     )  # fmt: skip
     assert code == 1 and [record["status"] for record in found] == ["ok", "failed"]
@@ -317,7 +317,7 @@ def test_a_started_server_is_measured_and_ended_and_a_broken_one_named(tmp_path:
         port = free.getsockname()[1]
     log = tmp_path / "log"
     code, found = bench(
-        tmp_path / "r.jsonl", f"good=http://127.0.0.1:{port}", "bad=http://127.0.0.1:1", "--generate",
+        tmp_path / "r.jsonl", f"good=http://127.0.0.1:{port}", "bad=http://127.0.0.1:1", "--synthetic",
         "requests=2,input=4,output=3", "--concurrency", 1, "--rounds", 1, "--warmup", 0, "--log", log,
         "--start", f"good={sys.executable} {tmp_path / 'server.py'} {port}",
         "--start", f"bad={sys.executable} -c \"raise SystemExit('no such model')\"",
@@ -358,7 +358,7 @@ def test_measures_of_known_trips() -> None:
         (("--rate", "1", "--rounds", "0"), "--rounds must be at least 1, got 0"),
         (("--rate", "1", "--start", "b=x"), "--start must name a server of this command, once: a; got 'b'"),
         (("--rate", "1", "--start", "a"), "--start must be NAME=COMMAND, got 'a'"),
-        (("--rate", "1", "--generate", "input=x"), "--generate: input"),
+        (("--rate", "1", "--synthetic", "input=x"), "--synthetic: input"),
     ],
 )
 def test_bad_options_are_named(options: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]) -> None:

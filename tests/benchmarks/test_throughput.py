@@ -33,7 +33,7 @@ def test_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     peers = ("--peers", "transformers", "transformers-batching", "--option", "transformers.dtype=float32")
     path = tmp_path / "r.jsonl"
     code, found = bench(
-        path, "--generate", SMALL, "--rounds", 2, "--concurrency", 2, *peers, "--option", "dtype=float32"
+        path, "--synthetic", SMALL, "--rounds", 2, "--concurrency", 2, *peers, "--option", "dtype=float32"
     )
     assert code == 0 and [record["engine"] for record in found] == ["nemo_engine", *peers[1:3]]
     ours, generate_, batching = found
@@ -67,7 +67,7 @@ def test_what_fails_is_failed_and_never_slow(tmp_path: Path) -> None:
     }
     names = ["fake", "fake2", "fake3", "fake4"]
     code, found = bench(
-        tmp_path / "r.jsonl", "--generate", "requests=3,input=4,output=5", "--rounds", 2, "--peers", *names, "other",
+        tmp_path / "r.jsonl", "--synthetic", "requests=3,input=4,output=5", "--rounds", 2, "--peers", *names, "other",
         "absent", *(part for name, fails in zip(names, errors) for part in ("--option", f"{name}.fails={fails}")),
     )  # fmt: skip
     assert code == 1
@@ -82,7 +82,7 @@ def test_what_fails_is_failed_and_never_slow(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fake_peers")
 def test_missing_alone_is_no_failure(tmp_path: Path) -> None:
     code, found = bench(
-        tmp_path / "r.jsonl", "--generate", SMALL, "--rounds", 1, "--warmup", 0, "--peers", "absent=/no/python"
+        tmp_path / "r.jsonl", "--synthetic", SMALL, "--rounds", 1, "--warmup", 0, "--peers", "absent=/no/python"
     )
     assert code == 0 and found[1]["error"].endswith("cannot be run: No such file or directory")
 
@@ -91,7 +91,7 @@ def test_missing_alone_is_no_failure(tmp_path: Path) -> None:
 def test_points_are_measured_for_themselves_and_a_slow_engine_is_slow(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     code, found = bench(
-        tmp_path / "r.jsonl", "--generate", "requests=2,input=4,output=8", "--rounds", 1, "--concurrency", 1, 2,
+        tmp_path / "r.jsonl", "--synthetic", "requests=2,input=4,output=8", "--rounds", 1, "--concurrency", 1, 2,
         "--peers", "fake", "--option", f'fake.calls="{calls}"', "--option", "fake.slow_s=0.5",
     )  # fmt: skip
     assert code == 0 and [(record["engine"], record["concurrency"]) for record in found] == [
@@ -166,14 +166,13 @@ def test_agreement_counts_up_to_the_first_difference() -> None:
     [
         (("--concurrency", "0"), "--concurrency must be at least 1, got 0"),
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
-        (("--timeout", "0"), "--timeout must be greater than 0 s, got 0.0"),
         (("--concurrency", "2", "--option", "max_num_seqs=2"), "nemo_engine.max_num_seqs and --concurrency say the same"),
         (("--option", "bogus=1"), "bogus"),
         (("--option", "page_size=7"), "page_size must be from 16 to 128, got 7"),
         (("--option", "vllm.seed=1"), "--option names 'vllm', which does not run here"),
         (("--peers", "nothing"), "got 'nothing'"),
         (("--peers", "vllm", "vllm=python"), "--peers names vllm twice"),
-        (("--generate", "requests=0"), "--generate: requests must be an integer of at least 1, got 0"),
+        (("--synthetic", "requests=0"), "--synthetic: requests must be an integer of at least 1, got 0"),
         (("--log", "/no/folder/log"), "--log /no/folder/log: there is no directory /no/folder"),
     ],
 )  # fmt: skip

@@ -53,6 +53,22 @@ def test_prompts_from_files_and_stdin(
     assert fake.calls[1][1] == ["one", "two\u2028 still two", "three"]
 
 
+@pytest.mark.parametrize(
+    ("text", "warns"), [('{"prompt": "a"}\n{"prompt": "b"}\n', True), ('{"a": 1}\nplain\n', False), ("1\n[2]\n", False)]
+)
+def test_lines_of_json_on_stdin_are_prompts_with_a_warning(
+    fake: type[FakeEngine],
+    text: str,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pipe(monkeypatch, text)
+    assert main(["generate", "m"]) == 0
+    assert fake.calls[0][1] == text.splitlines()
+    assert ("looks like JSON lines" in capsys.readouterr().err) is warns
+
+
 def test_json_is_one_object_a_line(fake: type[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["generate", "m", "--prompt", "a", "--prompt", "b", "--json", "--temperature", "0.5", "--stop", "x"]) == 0

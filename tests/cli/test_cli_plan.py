@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,17 +31,36 @@ def test_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         "--output",
         "200",
     ]
-    limits = ["--slo-ttft", "1s", "--slo-itl", "30ms", "--price-per-hour", "3.5", "--json", str(file)]
+    limits = [
+        "--slo-ttft",
+        "1s",
+        "--slo-itl",
+        "30ms",
+        "--price-per-hour",
+        "3.5",
+        "--currency",
+        "EUR",
+        "-v",
+        "--json",
+        str(file),
+    ]
     assert main([*PLAN, *options, *limits]) == 0
     out, err = capsys.readouterr()
-    for text in ("weights", "KV cache: 81,920 bytes per token", "requests of 32,768, the whole context", "tokens/s", "per million output tokens",
+    for text in ("weights", "KV cache: 81,920 bytes per token", "requests of 32,768, the whole context", "tokens/s", "EUR per million output tokens",
                  "TTFT of at most 1000 ms and ITL of at most 30 ms: up to", "assumed:"):  # fmt: skip
         assert text in out
     data = json.loads(file.read_text())
     assert data["fits"] and data["max_model_len"] == 32768 and data["memory_bytes"]["weights"] == 13_597_583_360
     assert data["best"]["itl_s"] <= 0.03 and data["best"]["cost_per_million_output_tokens"] > 0
-    assert all(figure["source"].startswith(("assumed", "measured")) for figure in data["efficiencies"].values())
+    assert all(
+        figure["source"].startswith(("assumed", "derived", "measured")) for figure in data["efficiencies"].values()
+    )
     assert err == ""
+    assert re.match(r"YES: nemo on NVIDIA H200 SXM: one request gets \d+ tokens/s .* keep the limits", out)
+    assert main(PLAN) == 0
+    short = capsys.readouterr().out
+    assert "assumed:" not in short and "this engine has not been measured on it yet" in short
+    assert re.search(r"accuracy: against \d+ published results on this GPU, .* off by -?\+?\d+%", short)
 
 
 @pytest.mark.parametrize("model", ["nemo-tiny", "mistral-7b-v0.3", "minitron-8b"])
@@ -48,6 +68,41 @@ def test_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_other_models_and_gpus(model: str, gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", model, "--gpu", gpu, "--input", "100"]) == 0
     assert "together" in capsys.readouterr().out
+
+
+def test_several_gpus_are_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "plans.json"
+    argv = ["plan", "--gpu", "h200", "a100,l4", "nemo", "--quantization", "fp8", "--price-per-hour", "4,2,1"]
+    assert main([*argv, "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert rows["h200"][2:4] == ["HBM3e", "yes"] and rows["a100"][3] == "no" and rows["l4"][3] == "yes"
+    assert "a100: FP8 needs compute capability 8.9" in out and "none on this GPU" in out
+    h200, a100, l4 = json.loads(file.read_text())
+    assert h200["load"]["price_per_hour"] == 4 and l4["load"]["price_per_hour"] == 1 and "FP8" in a100["error"]
+    assert main(["plan", "nemo", "--gpu", "l4", "rtx3090"]) == 1
+
+
+def test_a_published_repository_needs_no_network(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["plan", "mistralai/Mistral-Nemo-Instruct-2407", "--gpu", "h200"]) == 0
+    assert "131,072" in capsys.readouterr().out
+
+
+def test_the_verdict_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["simulate", "nemo", "--gpu", "h200", "--synthetic", "requests=200,input=300,output=100"]
+    assert main([*argv, "--rate", "2", "100", "--arrivals", "constant"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    near = float(re.match(r"saturates near ([\d.]+) requests/s; at most", first)[1])
+    assert 10 < near < 90
+    assert main([*argv, "--rate", "2", "--arrivals", "constant", "--slo-itl", "1us"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("keeps up with 2 requests/s; ") and "keep the limits at no rate" in out
+    assert "has not been measured on it yet" in out
+    assert main([*argv, "--rate", "1e6"]) == 0
+    assert capsys.readouterr().out.startswith("too few requests for a rate")
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -75,6 +130,8 @@ def test_no_torch_is_imported() -> None:
     ("argv", "message"),
     [
         (["plan", "nemo", "--gpu", "h900"], "gpu must be one of h200, "),
+        (["plan", "nemo", "--gpu", "h200", "--currency", "EUR"], "--currency is that of --price-per-hour"),
+        ([*PLAN, "--price-per-hour", "1", "2"], "--price-per-hour takes one price, or one for each GPU, got 2 for 1"),
         (["plan", "nemo"], "required: --gpu"),
         (["plan", "no/such/model", "--gpu", "h200"], "'no/such/model' does not exist"),
         ([*PLAN, "--input", "0"], "input_tokens must be an integer of at least 1, got 0"),
@@ -95,7 +152,7 @@ def test_no_torch_is_imported() -> None:
         (["simulate", "nemo", "--gpu", "h200"], "give a --workload file or a --synthetic specification"),
         ([*SIMULATE, "--workload", "x"], "give a --workload file or a --synthetic specification"),
         (SIMULATE, "has no arrival_s: give a rate or a concurrency"),
-        ([*SIMULATE, "--rate", "0"], "numbers above 0, separated by commas, are needed, got '0'"),
+        ([*SIMULATE, "--rate", "0"], "numbers above 0 are needed, with spaces or commas between them, got '0'"),
         ([*SIMULATE, "--rate", "5", "--concurrency", "4"], "--concurrency is a closed loop"),
         ([*SIMULATE, "--rate", "5", "--arrivals", "poisson", "--burstiness", "0.5"], "--burstiness is for gamma "
                                                                                      "arrivals"),

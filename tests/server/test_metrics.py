@@ -4,7 +4,10 @@ request.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -56,6 +59,26 @@ def test_names_are_vllms_with_the_prefix_asked_for(fresh: LiveServer, live: Live
         names = set(scrape(server, prefix))
         assert {f"{name}_total" for name in COUNTERS} | GAUGES <= names
         assert {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")} <= names
+
+
+def test_the_dashboard_asks_for_what_there_is(live: LiveServer) -> None:
+    """Every name in the queries of deploy/'s dashboard is one of /metrics, those of a GPU included, with its labels."""
+    folder = Path(__file__).parents[2]
+    board = json.loads((folder / "deploy/grafana/dashboards/nemo-engine.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    queries += [variable["query"] for variable in board["templating"]["list"]]
+    used = {name for query in queries for name in re.findall(r"nemo_engine:\w+", query)}
+    page = httpx.get(live.url + "/metrics").text
+    samples = [s for family in text_string_to_metric_families(page) for s in family.samples]
+    known = {sample.name for sample in samples}
+    known |= {
+        f"nemo_engine:{name}" for name in re.findall(r'"(gpu_\w+)"', (folder / "nemo_engine/server/gpu.py").read_text())
+    }
+    assert len(used) > 15 and used <= known
+    assert all(sample.labels["model_name"] for sample in samples if sample.name in used)
+    assert any("finished_reason" in sample.labels for sample in samples)
+    places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
+    assert len(set(places)) == len(places) == len({panel["id"] for panel in board["panels"]})
 
 
 def test_counts_are_exact_and_times_add_up(fresh: LiveServer) -> None:
