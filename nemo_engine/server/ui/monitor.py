@@ -153,6 +153,7 @@ class Monitor:
             "uptime": round(time.monotonic() - self._started, 1),
             "engine": {
                 "model": service.model_name,
+                "root": service.model_root,
                 "version": __version__,
                 "max_model_len": engine.max_model_len,
                 "max_num_seqs": config.max_num_seqs,
