@@ -180,7 +180,7 @@ def _routes(service: Service) -> APIRouter:
     if service.options.page:
 
         @router.post("/monitor/pages", include_in_schema=False)
-        async def monitor_pages(request: ChatRequest, http: Request) -> dict[str, Any]:
+        async def monitor_pages(request: ChatRequest, http: Request) -> Response:
             return await conversation_pages(service, http, request)
 
     @router.get("/health")

@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from nemo_engine import __version__
 from nemo_engine.outputs import RequestView, StepRecord
@@ -71,7 +71,7 @@ def monitor_routes(service: Service) -> APIRouter:
     return router
 
 
-async def conversation_pages(service: Service, http: Request, request: ChatRequest) -> dict[str, Any]:
+async def conversation_pages(service: Service, http: Request, request: ChatRequest) -> Response:
     """``/monitor/pages``: which pages hold the conversation of a chat request, as a next request would find them.
 
     ``runs``: (first page, number of pages) of neighbours, in the order of the conversation.
@@ -84,7 +84,7 @@ async def conversation_pages(service: Service, http: Request, request: ChatReque
             runs[-1][1] += 1
         else:
             runs.append([page, 1])
-    return {"num_tokens": len(prompt.token_ids), "num_pages": len(pages), "runs": runs}
+    return JSONResponse({"num_tokens": len(prompt.token_ids), "num_pages": len(pages), "runs": runs})
 
 
 class PageFile:

@@ -1,12 +1,12 @@
 // The conversation: what is sent, how answers come in, what can be done with a message.
 
 import { chunks, pagesOf } from "./api.js";
-import { byId, button, copy, make } from "./dom.js";
+import { byId, button, make } from "./dom.js";
 import { keep, kept } from "./keep.js";
 import { tokensOf } from "./lens.js";
-import { MessageView, ROLES, waitOf } from "./message.js";
+import { MessageView, waitOf } from "./message.js";
 import { requestFor, restoreSettings, settingsNow, startSettings, useExampleTools } from "./settings.js";
-import { curlOf, pythonOf } from "./snippets.js";
+import { startCopy } from "./snippets.js";
 
 let messages = []; // { role, content, tool_calls, tool_call_id } as the API has them; view, stats and tokens of this page
 let running = null; // the answer under way: { message, id, abort }
@@ -33,7 +33,7 @@ export function startChat() {
   byId("stop").addEventListener("click", stop);
   byId("lens").addEventListener("click", turnLens);
   startClear();
-  startCopy();
+  startCopy({ messages: () => messages.map(bare), request: lastRequest, failed: tell });
   startSettings(save);
   for (const example of document.querySelectorAll(".example")) example.addEventListener("click", () => sendExample(example));
   document.addEventListener("picture", ({ detail }) => look(detail));
@@ -77,32 +77,6 @@ function clear() {
   byId("message").focus();
 }
 
-function startCopy() {
-  const menu = byId("copy-menu");
-  const ways = {
-    "copy-all": () => messages.map(({ role, content, tool_calls: calls }) => `**${ROLES[role]}**\n\n${content ?? ""}${calls ? JSON.stringify(calls, null, 2) : ""}\n`).join("\n"),
-    "copy-curl": () => curlOf(lastRequest()),
-    "copy-python": () => pythonOf(lastRequest()),
-  };
-  for (const [id, make] of Object.entries(ways)) {
-    byId(id).addEventListener("click", ({ currentTarget }) => {
-      try {
-        copy(make(), currentTarget);
-      } catch (error) {
-        menu.open = false;
-        tell(error);
-      }
-    });
-  }
-  menu.addEventListener("focusout", ({ relatedTarget }) => { if (relatedTarget && !menu.contains(relatedTarget)) menu.open = false; });
-  document.addEventListener("pointerdown", ({ target }) => { if (!menu.contains(target)) menu.open = false; });
-  menu.addEventListener("keydown", ({ key }) => {
-    if (key !== "Escape" || !menu.open) return;
-    menu.open = false;
-    menu.firstElementChild.focus();
-  });
-}
-
 /** What was asked last, or would be asked first. */
 function lastRequest() {
   const asked = messages.slice(0, messages.findLastIndex(({ role }) => role !== "assistant") + 1).map(bare);
@@ -137,6 +111,7 @@ function add(message) {
 
 /** Something of the conversation is new: show what can be done, and keep it. */
 function changed() {
+  pages.step = null;
   dropErrors();
   byId("empty").hidden = messages.length > 0;
   messages.forEach((message, i) => {
@@ -212,7 +187,7 @@ function again(message) {
 }
 
 /** An answer that was cut off: by its length, by whoever reads it, or by a lost connection. */
-const canGoOn = ({ role, content, tool_calls: calls, stats }) => role === "assistant" && Boolean(content) && !calls && [undefined, null, "length", "stopped"].includes(stats?.finish);
+const canGoOn = ({ role, content, tool_calls: calls, stats }) => role === "assistant" && Boolean(content) && !calls && [undefined, "length", "stopped", "broke off"].includes(stats?.finish);
 
 function goOn(message) {
   byId("message").focus();
@@ -253,6 +228,7 @@ async function answer(continued = null) {
   const failure = await receive(message, body);
   running = null;
   message.stats.wait = "";
+  if (failure) message.stats.finish = "broke off";
   message.view.update(true);
   message.view.root.removeAttribute("aria-busy");
   settle(message, failure);

@@ -20,7 +20,8 @@ export function button(text, act, properties = {}) {
 
 /** Put `text` on the clipboard, and say so on the button for a moment. */
 export async function copy(text, from) {
-  const name = from.textContent;
+  if (from.textContent.endsWith("opied")) return;
+  const [name, label] = [from.textContent, from.ariaLabel];
   let isDone = true;
   try {
     await navigator.clipboard.writeText(text);
@@ -28,8 +29,8 @@ export async function copy(text, from) {
     isDone = copyBySelection(text); // the clipboard is for https and localhost alone
     from.focus();
   }
-  from.textContent = isDone ? "Copied" : "Not copied";
-  setTimeout(() => { from.textContent = name; }, 1500);
+  Object.assign(from, { textContent: isDone ? "Copied" : "Not copied", ariaLabel: null });
+  setTimeout(() => Object.assign(from, { textContent: name, ariaLabel: label }), 1500);
 }
 
 function copyBySelection(text) {

@@ -1,8 +1,37 @@
-// The same request for other clients: curl and OpenAI's Python library.
+// Copies of the conversation: as text, and as a request of other clients, curl and OpenAI's Python library.
 
 import { BASE } from "./api.js";
+import { byId, copy } from "./dom.js";
+import { ROLES } from "./message.js";
 
-export function curlOf(body) {
+/** The menu of copies. `now`: gives the messages and the request, and is told what is wrong with that. */
+export function startCopy(now) {
+  const menu = byId("copy-menu");
+  const ways = {
+    "copy-all": () => now.messages().map(({ role, content, tool_calls: calls }) => `**${ROLES[role]}**\n\n${content ?? ""}${calls ? JSON.stringify(calls, null, 2) : ""}\n`).join("\n"),
+    "copy-curl": () => curlOf(now.request()),
+    "copy-python": () => pythonOf(now.request()),
+  };
+  for (const [id, textOf] of Object.entries(ways)) {
+    byId(id).addEventListener("click", ({ currentTarget }) => {
+      try {
+        copy(textOf(), currentTarget);
+      } catch (error) {
+        menu.open = false;
+        now.failed(error);
+      }
+    });
+  }
+  menu.addEventListener("focusout", ({ relatedTarget }) => { if (relatedTarget && !menu.contains(relatedTarget)) menu.open = false; });
+  document.addEventListener("pointerdown", ({ target }) => { if (!menu.contains(target)) menu.open = false; });
+  menu.addEventListener("keydown", ({ key }) => {
+    if (key !== "Escape" || !menu.open) return;
+    menu.open = false;
+    menu.firstElementChild.focus();
+  });
+}
+
+function curlOf(body) {
   const data = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
   return [
     `curl ${BASE}/chat/completions`,
@@ -12,7 +41,7 @@ export function curlOf(body) {
   ].join(" \\\n") + "\n";
 }
 
-export function pythonOf(body) {
+function pythonOf(body) {
   const fields = Object.entries(body).map(([name, value]) => `    ${name}=${literal(value, 1)},\n`);
   return [
     "import os",
