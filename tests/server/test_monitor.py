@@ -20,7 +20,7 @@ import pytest
 
 import nemo_engine.server
 from nemo_engine import AsyncEngine, Engine, SamplingParams
-from nemo_engine.server.ui.monitor import MAX_CELLS, PAGE_STATES, Monitor, page_map
+from nemo_engine.server.ui.monitor import MAX_CELLS, PAGE_STATES, Monitor, page_map, queue_places
 from tests.server.live import ENGINE_OPTIONS, MODEL, LiveServer
 
 PAGE = Path(nemo_engine.server.__file__).parent / "ui" / "page"
@@ -173,6 +173,7 @@ def test_running_requests_come_first_and_the_list_ends() -> None:
                 str(index), {"prompt_token_ids": [1, 2000]}, SamplingParams(max_tokens=9, ignore_eos=True)
             )
         engine.step()
+        assert queue_places(engine.requests(100)) == [None] * 32 + list(range(1, 9))
         views = [(one.request_id, one.state) for one in engine.requests(100)]
         assert views == [(str(index), "decode" if index < 32 else "waiting") for index in range(40)]
         assert [(one.request_id, one.state) for one in engine.requests(35)] == views[:35]

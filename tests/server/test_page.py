@@ -88,7 +88,7 @@ def test_a_message_by_keyboard_is_streamed_to_its_end(page: Any, live: LiveServe
     ]
     page.get_by_role("button", name="Again: Assistant").click()  # whose prompt is cached by now
     again = until_answered(page).locator("[data-key=prompt]").text_content()
-    assert asked[2] == asked[1] and int(again.split(", ")[1].split()[0]) > 0
+    assert asked[2] | {"request_id": ""} == asked[1] | {"request_id": ""} and int(again.split(", ")[1].split()[0]) > 0
 
 
 @pytest.mark.parametrize("way", ["Escape", "button"])
@@ -232,10 +232,6 @@ def test_the_engine_moves_under_load(page: Any, live: LiveServer) -> None:
     try:
         expect(page.locator("#running")).to_have_text("32 of 32", timeout=PATIENCE)
         expect(page.locator("#waiting")).to_have_text(re.compile("[1-9]"), timeout=PATIENCE)
-        change_request(page, priority=1000, max_tokens=1)  # stays behind all others
-        send(page, "Is it my turn?")
-        wait = page.locator("[data-key=wait]")
-        expect(wait).to_have_text(re.compile(r"^\d*(1st|2nd|3rd|[04-9]th|1[1-3]th) in the queue$"), timeout=PATIENCE)
         expect(page.locator("#n-shared")).to_have_text(re.compile("[1-9]"))
         expect(page.locator("#requests tr[data-state=decode]").first).to_be_visible()
         expect(page.locator("#requests tr[data-state=waiting]").first).to_be_attached()
@@ -256,8 +252,6 @@ def test_the_engine_moves_under_load(page: Any, live: LiveServer) -> None:
     expect(page.locator("#n-used")).to_have_text("0")
     expect(page.locator("#n-cached")).to_have_text(re.compile("[1-9]"))
     expect(page.locator("#requests")).to_have_text("No requests.")
-    until_answered(page)
-    expect(wait).to_have_count(0)
 
 
 def test_it_comes_back_when_the_server_does(open_page: Callable[..., Any], engine: AsyncEngine) -> None:

@@ -307,7 +307,26 @@ def test_the_pages_of_the_conversation_are_marked(page: Any, live: LiveServer) -
     assert page.locator("#map").screenshot() != marked
 
 
-def test_what_a_request_waits_for_is_told(page: Any) -> None:
+def test_what_a_request_waits_for_is_told(page: Any, live: LiveServer) -> None:
+    asked: list[dict[str, Any]] = []
+    page.route(CHAT, lambda route: asked.append(json.loads(route.request.post_data)))  # and never answered
+    send(page, "Is it my turn?")
+    expect(page.locator("#stop")).to_be_visible()
+    mine = {"state": "waiting", "queue_place": 2, "age": 1, "prompt_tokens": 9, "cached_tokens": 0, "computed_tokens": 0,
+            "output_tokens": 0, "pages": 0, "preemptions": 0}  # fmt: skip
+    other = mine | {"id": "chatcmpl-other", "queue_place": 1}
+
+    def show(route: Any) -> None:
+        picture = httpx.get(f"{live.url}/monitor").json()
+        picture["requests"] = [other, mine | {"id": f"chatcmpl-{asked[0]['request_id']}"}]
+        route.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(picture)}\n\n")
+
+    page.route("**/monitor/stream", show)
+    page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")  # takes a new connection
+    expect(page.locator("[data-key=wait]")).to_have_text("2nd in the queue")
+    page.unroute("**/monitor/stream")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("alert")).to_contain_text("Stopped before the first token")
     told = page.evaluate(
         """async () => {
             const { waitOf } = await import("/page/message.js");

@@ -114,7 +114,7 @@ class Monitor:
         self._lock = asyncio.Lock()
         self._taken = -INTERVAL
         self._last: dict[str, Any] = {}
-        self._requests: list[tuple[RequestView, int, Client]] = []
+        self._requests: list[tuple[RequestView, int | None, Client]] = []
 
     async def snapshot(self, client: Client = ANYONE) -> dict[str, Any]:
         """The picture of now, at most half an ``INTERVAL`` old, with the requests of ``client`` alone."""
@@ -143,10 +143,9 @@ class Monitor:
             lambda e: (e.page_states(), e.requests(limit), e.steps_since(since)[-MAX_STEPS:], e.stats())
         )
         config = engine.config
-        num_running = sum(view.state != "waiting" for view in requests)  # they are the first
         self._requests = [
-            (view, max(0, index - num_running + 1), service.owners.get(view.request_id, ANYONE))
-            for index, view in enumerate(requests)
+            (view, place, service.owners.get(view.request_id, ANYONE))
+            for view, place in zip(requests, queue_places(requests))
         ]
         return {
             "status": "draining" if service.is_draining or not engine.is_ready else "ready",
@@ -194,11 +193,17 @@ def page_map(states: bytes) -> dict[str, Any]:
     }
 
 
-def _request(view: RequestView, place: int) -> dict[str, Any]:
+def queue_places(views: list[RequestView]) -> list[int | None]:
+    """For each of ``views``, those that run before those that wait: its place in the queue from 1, None if it runs."""
+    num_running = sum(view.state != "waiting" for view in views)
+    return [None if index < num_running else index - num_running + 1 for index in range(len(views))]
+
+
+def _request(view: RequestView, place: int | None) -> dict[str, Any]:
     return {
         "id": view.request_id,
         "state": view.state,
-        "queue_place": place or None,
+        "queue_place": place,
         "age": round(view.age, 2),
         "prompt_tokens": view.num_prompt_tokens,
         "cached_tokens": view.num_cached_tokens,

@@ -364,11 +364,12 @@ function look(picture) {
 /** Ask which pages hold the conversation, and tell the map. */
 async function findPages() {
   const asked = messages.map(bare).filter(({ content, tool_calls: calls }) => content || calls);
+  if (asked.at(-1)?.tool_calls) asked.pop(); // its results are to come, and without them it is no conversation
   let found = null;
   pages.isAsked = true;
   if (asked.length) {
     const isOpen = asked.at(-1).role === "assistant";
-    const isComing = isOpen && running && !asked.at(-1).tool_calls;
+    const isComing = isOpen && running;
     try {
       const { messages: all, tools } = requestFor(asked);
       found = await pagesOf({ messages: all, tools, add_generation_prompt: !isOpen, continue_final_message: Boolean(isComing) });
