@@ -1,7 +1,7 @@
 """Take the pictures of the page in docs/screenshots: ``python docs/screenshots.py URL``.
 
-URL is that of ``nemo-engine serve nemo-tiny``. Needs Chromium and playwright (the extra ``test``). What nemo-tiny
-writes holds no Markdown, so the picture that shows some has it written into the answer by "Edit".
+URL is that of ``nemo-engine serve nemo-tiny --page-size 16``. Needs Chromium and playwright (the extra ``test``).
+What nemo-tiny writes holds no Markdown, so the picture that shows some has it written into the answer by "Edit".
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def open_page(browser: Browser, url: str, size: tuple[int, int], scheme: Any) ->
     page = browser.new_context(
         viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
     ).new_page()
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(60_000)
     page.goto(url)
     page.wait_for_selector("#status[data-state=ready]")
     page.locator("#about-context", has_text="tokens").wait_for()
@@ -102,7 +102,6 @@ def main(url: str) -> None:
         save(page, "token-lens")
         page.locator("#lens").click()
         show_markdown(page)
-        page.locator("#own").wait_for()
         save(page, "markdown")
         page.context.close()
 
@@ -112,12 +111,12 @@ def main(url: str) -> None:
         page.context.close()
 
         is_over = threading.Event()
-        threads = [threading.Thread(target=load, args=(url, seed, is_over)) for seed in range(24)]
+        threads = [threading.Thread(target=load, args=(url, seed, is_over)) for seed in range(12)]
         for thread in threads:
             thread.start()
         try:
             page = open_page(browser, url, WIDE, "dark")
-            ask(page, QUESTION)
+            ask(page, QUESTION + " And what does os.path.split do, and how do the two belong together?")
             page.locator("#own").wait_for()
             save(page, "load-dark")
             page.context.close()

@@ -6,7 +6,7 @@ import { bytesOf, drawLine, drawMap, drawSteps, duration, follow, short } from "
 const RETRY = 2000; // milliseconds
 const PATIENCE = 3000; // milliseconds without a picture, of which there is one a second
 
-const percent = (share) => (share > 0 && share < 0.0005 ? "below 0.1 %" : share > 0 && share < 0.0995 ? `${(share * 100).toFixed(1)} %` : `${Math.round(share * 100)} %`);
+const percent = (share) => (share > 0 && share < 0.0005 ? "<0.1 %" : share > 0 && share < 0.0995 ? `${(share * 100).toFixed(1)} %` : `${Math.round(share * 100)} %`);
 
 let source = null;
 let retry = null;
