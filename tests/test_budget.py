@@ -17,16 +17,16 @@ BUDGETS = {
     ".": 2250,  # options and their checks, outputs, the wire between the halves, the plan of memory, quantize
     "batch": 950,  # files that survive a kill, a full disk and gigabytes
     "checkpoint": 2750,  # every way in which NeMo is published, and a refusal that says what to do for the rest
-    "cli": 2000,
+    "cli": 2400,  # every option has a flag, a help of one line, completion and a place in a file
     "engine": 2300,  # both engines, and what an exception anywhere must not break
     "model": 520,
     "ops": 3300,  # 22 operations, their cases, and adapters of three kinds of kernels
-    "planner": 900,
+    "planner": 1200,  # 13 GPUs with sources, and 74 published results that it is held against
     "ray": 180,
     "runner": 1750,
     "scheduler": 1100,
     "server": 6700,  # four dialects of an API, whose every limit stands in its document, and a network that means harm
-    "simulator": 1500,
+    "simulator": 1600,
     "text": 7500,  # any tokenizer, templates by strangers, JSON schemas that are kept: a third of it is schemas
     "verify": 500,
     "workload": 750,

@@ -23,6 +23,7 @@ from nemo_engine.engine.output_processor import OutputProcessor
 from nemo_engine.engine.user_request import Sink, UserRequest
 from nemo_engine.outputs import RequestView, SchedulerStats, StepRecord
 from nemo_engine.sampling_params import RequestOutputKind, SamplingParams
+from nemo_engine.scheduler import Request
 from nemo_engine.startup_log import StartupLog
 from nemo_engine.text import ChatRenderers, Tokenizer, load_tokenizer
 
@@ -263,8 +264,18 @@ class BaseEngine:
         with self._lock:
             return self._core.scheduler.kv.pool.states()
 
+    def cached_pages(self, token_ids: Sequence[int]) -> list[int]:
+        """The pages from which a prompt of ``token_ids`` would be served now, in order, by their places in
+        ``page_states``. It is not counted as a use of them.
+        """
+        request = Request("", token_ids, SamplingParams())
+        with self._lock:
+            return [page - 1 for page in self._core.scheduler.kv.match(request)]
+
     def requests(self, limit: int) -> list[RequestView]:
-        """At most ``limit`` unfinished completions: those that run, then those that wait, each in order of arrival."""
+        """At most ``limit`` unfinished completions: those that run, in order of arrival, then those that wait, in the
+        order in which they would be admitted if no other came.
+        """
         with self._lock:
             return self._outputs.views(limit)
 

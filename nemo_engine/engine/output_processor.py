@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from itertools import chain, islice
 
 from nemo_engine.engine.user_request import Completion, UserRequest
 from nemo_engine.outputs import Logprob, RequestView
@@ -89,20 +90,15 @@ class OutputProcessor:
         self._users.pop(user, None)
 
     def views(self, limit: int) -> list[RequestView]:
-        """At most ``limit`` completions: those that run, then those that wait, each in order of arrival.
+        """At most ``limit`` completions: those that run in order of arrival, then those that wait as they are to come.
 
         O(completions).
         """
-        running: list[Completion] = []
-        waiting: list[Completion] = []
-        for completion in self._completions.values():
-            status = completion.request.status
-            if status is RequestStatus.RUNNING:
-                running.append(completion)
-            elif status is RequestStatus.WAITING:
-                waiting.append(completion)
+        running = [one for one in self._completions.values() if one.request.status is RequestStatus.RUNNING]
+        waiting = (self._completions.get(request) for request in self._scheduler.waiting)
         now = time.monotonic()
-        return [self._view(completion, now) for completion in (*running, *waiting)[:limit]]
+        shown = islice(chain(running, filter(None, waiting)), limit)
+        return [self._view(completion, now) for completion in shown]
 
     def _view(self, completion: Completion, now: float) -> RequestView:
         request = completion.request

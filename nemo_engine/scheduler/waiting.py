@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
+from collections.abc import Iterator
+from heapq import merge
 
 from nemo_engine.scheduler.request import Request, by_urgency
 
@@ -41,6 +44,11 @@ class WaitingQueue:
         clients = self._new[self._priorities[0]]
         return next(iter(next(iter(clients.values())).values()))
 
+    def __iter__(self) -> Iterator[Request]:
+        """The requests as ``first`` and ``pop`` would give them if no other came."""
+        new = (request for priority in self._priorities for request in _in_turns(self._new[priority]))
+        return merge(self._preempted, new, key=lambda request: (request.priority, not request.num_preemptions))
+
     def pop(self) -> None:
         """Take the first request out; it is the next client's turn."""
         request = self.first()
@@ -66,3 +74,14 @@ class WaitingQueue:
     def count_of(self, client: str) -> int:
         """How many requests of ``client`` wait that have not run yet. From any thread."""
         return sum(len(clients.get(client, ())) for clients in list(self._new.values()))
+
+
+def _in_turns(clients: dict[str, dict[int, Request]]) -> Iterator[Request]:
+    queues = deque(iter(requests.values()) for requests in clients.values())
+    while queues:
+        request = next(queues[0], None)
+        if request is None:
+            queues.popleft()
+        else:
+            yield request
+            queues.rotate(-1)

@@ -31,7 +31,7 @@ from nemo_engine.server.protocol import (
 from nemo_engine.server.responses.protocol import ResponsesRequest
 from nemo_engine.server.responses.route import create_response
 from nemo_engine.server.service import Service
-from nemo_engine.server.ui.monitor import monitor_routes
+from nemo_engine.server.ui.monitor import conversation_pages, monitor_routes
 
 _ERROR = {
     "type": "object",
@@ -176,6 +176,12 @@ def _routes(service: Service) -> APIRouter:
     @router.post("/abort")
     async def abort(request: AbortRequest, http: Request) -> Response:
         return await status.abort(service, http, request)
+
+    if service.options.page:
+
+        @router.post("/monitor/pages", include_in_schema=False)
+        async def monitor_pages(request: ChatRequest, http: Request) -> Response:
+            return await conversation_pages(service, http, request)
 
     @router.get("/health")
     @router.get("/v1/health/ready")

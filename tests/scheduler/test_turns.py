@@ -88,6 +88,16 @@ def test_a_preempted_request_does_not_wait_for_its_turn() -> None:
     assert engine.stats().total_preemptions > 0
 
 
+def in_order(waiting: dict[int, list[Request]], turns: dict[int, list[str]]) -> list[Request]:
+    """How those that wait would come if nobody else did: a round of each client after the other."""
+    found = []
+    for priority, level in sorted(waiting.items()):
+        left = {client: [one for one in level if one.client == client] for client in turns[priority]}
+        while any(left.values()):
+            found += [mine.pop(0) for mine in left.values() if mine]
+    return found
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_queues_against_a_plain_model(seed: int) -> None:
     dice = random.Random(seed)
@@ -109,6 +119,8 @@ def test_random_queues_against_a_plain_model(seed: int) -> None:
             if one.client not in clients:
                 clients.append(one.client)
             continue
+        if arrival % 10 == 0:
+            assert list(queue) == in_order(waiting, turns)
         if action < 0.85:
             priority = min(priority for priority, level in waiting.items() if level)
             client = turns[priority][0]
@@ -122,3 +134,19 @@ def test_random_queues_against_a_plain_model(seed: int) -> None:
         waiting[one.priority].remove(one)
         left = {other.client for other in waiting[one.priority]}
         turns[one.priority] = [client for client in turns[one.priority] if client in left]
+
+
+def test_the_queue_tells_who_comes_next() -> None:
+    queue = WaitingQueue()
+    for arrival, (name, priority, preemptions) in enumerate(
+        [("a1", 0, 0), ("a2", 0, 0), ("b1", 0, 0), ("a3", 0, 1), ("c1", 5, 1), ("c2", 5, 0), ("d1", -1, 0)]
+    ):
+        one = request(name, priority)
+        one.arrival, one.num_preemptions = arrival, preemptions
+        queue.push(one)
+    shown = [one.request_id for one in queue]
+    taken = []
+    while queue:
+        taken.append(queue.first().request_id)
+        queue.pop()
+    assert shown == taken == ["d1", "a3", "a1", "b1", "a2", "c1", "c2"]

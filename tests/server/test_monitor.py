@@ -20,7 +20,7 @@ import pytest
 
 import nemo_engine.server
 from nemo_engine import AsyncEngine, Engine, SamplingParams
-from nemo_engine.server.ui.monitor import MAX_CELLS, PAGE_STATES, Monitor, page_map
+from nemo_engine.server.ui.monitor import MAX_CELLS, PAGE_STATES, Monitor, page_map, queue_places
 from tests.server.live import ENGINE_OPTIONS, MODEL, LiveServer
 
 PAGE = Path(nemo_engine.server.__file__).parent / "ui" / "page"
@@ -46,7 +46,7 @@ def get(server: LiveServer, path: str, **headers: str) -> httpx.Response:
 def test_all_that_the_page_needs_is_its_own() -> None:
     text = {path.name: path.read_text() for path in PAGE.iterdir()}
     asked = {
-        *re.findall(r'(?:src|href)="([^"]*)"', text["index.html"]),
+        *re.findall(r'(?:src|href)="([^"#][^"]*)"', text["index.html"]),
         *re.findall(r'from "\./([^"]*)"', " ".join(text.values())),
     }
     assert {name.removeprefix("page/") for name in asked} == set(text) - {"index.html"}
@@ -83,6 +83,7 @@ def test_files_come_with_strict_headers(live: LiveServer, path: str) -> None:
 def test_one_option_turns_it_off(engine: AsyncEngine, path: str) -> None:
     with LiveServer(engine, page=False) as server:
         assert get(server, path).status_code == 404
+        assert httpx.post(server.url + "/monitor/pages", json={}).status_code == 404
 
 
 def test_it_lies_behind_the_key(engine: AsyncEngine) -> None:
@@ -142,6 +143,7 @@ def test_it_tells_what_runs(engine: AsyncEngine, live: LiveServer) -> None:
         picture = snapshot(live)
     assert picture["status"] == "ready" and picture["engine"]["model"] == "nemo-tiny"
     stats, pages = picture["stats"], picture["pages"]
+    assert {one["queue_place"] for one in picture["requests"]} == {None}
     assert len(picture["requests"]) == stats["num_running"] + stats["num_waiting"] == 3
     for one in picture["requests"]:
         assert one["id"].startswith("watched-") and one["state"] == "decode" and one["age"] > 0
@@ -151,7 +153,7 @@ def test_it_tells_what_runs(engine: AsyncEngine, live: LiveServer) -> None:
             >= one["computed_tokens"]
             >= one["prompt_tokens"] + one["output_tokens"] - 2
         )
-    assert sum(pages["counts"].values()) == stats["num_pages"] == pages["num_cells"]
+    assert sum(pages["counts"].values()) == stats["num_pages"] >= pages["num_shown"] == pages["num_cells"]
     assert pages["counts"]["used"] + pages["counts"]["shared"] == stats["num_pages"] - stats["num_free_pages"] > 0
     assert pages["counts"]["shared"] >= len(prompt) // picture["engine"]["page_size"]  # the prompt is one for all
     steps = picture["steps"]
@@ -171,6 +173,7 @@ def test_running_requests_come_first_and_the_list_ends() -> None:
                 str(index), {"prompt_token_ids": [1, 2000]}, SamplingParams(max_tokens=9, ignore_eos=True)
             )
         engine.step()
+        assert queue_places(engine.requests(100)) == [None] * 32 + list(range(1, 9))
         views = [(one.request_id, one.state) for one in engine.requests(100)]
         assert views == [(str(index), "decode" if index < 32 else "waiting") for index in range(40)]
         assert [(one.request_id, one.state) for one in engine.requests(35)] == views[:35]
@@ -178,9 +181,10 @@ def test_running_requests_come_first_and_the_list_ends() -> None:
 
 @pytest.mark.parametrize("num_pages", [1, 7, MAX_CELLS, MAX_CELLS + 1, 100_003])
 def test_the_map_of_any_cache_is_small(num_pages: int) -> None:
-    states = bytes(page * page % 7 % 4 for page in range(num_pages))
+    states = bytes(page * page % 7 % 4 for page in range(num_pages - 1)) + b"\1"
     found = page_map(states)
     per_cell, count = found["pages_per_cell"], found["num_cells"]
+    assert found["num_shown"] == num_pages  # all have been in use
     assert count <= MAX_CELLS and (count - 1) * per_cell < num_pages <= count * per_cell
     assert found["counts"] == {name: states.count(state) for state, name in enumerate(PAGE_STATES)}
     assert len(json.dumps(found)) < 18_000
@@ -190,6 +194,46 @@ def test_the_map_of_any_cache_is_small(num_pages: int) -> None:
         for cell in (0, count // 2, count - 1):
             pages = states[cell * per_cell : (cell + 1) * per_cell]
             assert shares[cell] == pages.count(state) * 255 // len(pages)
+
+
+@pytest.mark.parametrize(
+    ("num_touched", "num_shown", "per_cell"),
+    [(0, 256, 1), (257, 512, 1), (4096, 4096, 1), (5000, 8192, 2), (9000, 12_000, 3)],
+)
+def test_the_map_shows_the_pages_that_were_in_use(num_touched: int, num_shown: int, per_cell: int) -> None:
+    found = page_map(b"\2" * num_touched + bytes(12_000 - num_touched))
+    assert (found["num_shown"], found["pages_per_cell"]) == (num_shown, per_cell)
+    assert found["counts"] == {"free": 12_000 - num_touched, "cached": 0, "used": num_touched, "shared": 0}
+    used = base64.b64decode(found["cells"]["used"])
+    assert len(used) == found["num_cells"] and sum(used) // 255 == num_touched // per_cell
+    assert page_map(bytes(10))["num_shown"] == 10
+
+
+def test_the_pages_of_a_conversation(live: LiveServer) -> None:
+    def ask(**body: Any) -> httpx.Response:
+        return httpx.post(f"{live.url}/monitor/pages", json=body, timeout=20)
+
+    messages = [{"role": "user", "content": "Which pages hold this text of mine? " * 8}]
+    assert ask(messages=messages).json()["runs"] == []
+    before = snapshot(live)["stats"]["total_prefix_queried_tokens"]
+    body = {"messages": messages, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60).json()
+    size, num_prompt_tokens = ENGINE_OPTIONS["page_size"], answer["usage"]["prompt_tokens"]
+    found = ask(messages=messages).json()
+    assert found["num_tokens"] == num_prompt_tokens and found["num_pages"] == (num_prompt_tokens - 1) // size > 2
+    assert sum(count for _, count in found["runs"]) == found["num_pages"]
+    pages = [first + i for first, count in found["runs"] for i in range(count)]
+    assert len(set(pages)) == len(pages) and min(pages) >= 0
+    time.sleep(0.6)
+    picture = snapshot(live)
+    cached = base64.b64decode(picture["pages"]["cells"]["cached"])  # a page a square
+    assert all(cached[page] == 255 for page in pages)
+    assert picture["stats"]["total_prefix_queried_tokens"] == before + num_prompt_tokens  # looking is no use
+    more = [*messages, answer["choices"][0]["message"]]
+    whole = ask(messages=more, add_generation_prompt=False).json()
+    assert whole["num_pages"] >= found["num_pages"] and whole["num_tokens"] > found["num_tokens"]
+    assert ask(messages=[]).status_code == 400 and ask(messages=[{"role": "no"}]).status_code == 400
+    assert get(live, "/monitor/pages").status_code == 405
 
 
 # ---- the stream

@@ -1,5 +1,6 @@
 // Starts the page: the theme, the two views, the chat and the view of the engine.
 
+import { startAbout } from "./about.js";
 import { startChat } from "./chat.js";
 import { startEngine } from "./engine.js";
 
@@ -41,6 +42,7 @@ function startViews() {
 }
 
 startViews();
+startAbout();
 startChat();
 startEngine();
 startTheme();

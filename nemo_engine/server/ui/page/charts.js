@@ -36,8 +36,11 @@ function context(canvas, height) {
 
 export const bytesOf = (text) => Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
 
-/** `cells` maps a state's name to a byte per cell: the share of the cell's pages in that state. The rest is free. */
-export function drawMap(canvas, count, cells) {
+/**
+ * `cells` maps a state's name to a byte per cell: the share of the cell's pages in that state. The rest is free. `own`: the set of cells
+ * that are marked.
+ */
+export function drawMap(canvas, count, cells, own) {
   const width = canvas.clientWidth;
   if (!width || !count) return;
   let size = Math.min(16, Math.max(3, Math.floor(Math.sqrt((width * 190) / count))));
@@ -54,7 +57,16 @@ export function drawMap(canvas, count, cells) {
       if (share) for (let i = 0; i < 3; i += 1) mixed[i] += (rgb[i] - free[i]) * share;
     }
     draw.fillStyle = `rgb(${mixed.map(Math.round).join(" ")})`;
-    draw.fillRect((cell % columns) * size, Math.floor(cell / columns) * size, size - gap, size - gap);
+    const [x, y] = [(cell % columns) * size, Math.floor(cell / columns) * size];
+    draw.fillRect(x, y, size - gap, size - gap);
+    if (own.has(cell)) {
+      const [edge, side] = [size > 8 ? 2 : 1, size - gap];
+      draw.fillStyle = color("own");
+      draw.fillRect(x, y, side, edge);
+      draw.fillRect(x, y + side - edge, side, edge);
+      draw.fillRect(x, y, edge, side);
+      draw.fillRect(x + side - edge, y, edge, side);
+    }
   }
 }
 

@@ -1,34 +1,18 @@
-// The chat: keeps the conversation, streams answers from v1/chat/completions, and shows them as text, never as HTML.
+// The conversation: what is sent, how answers come in, what can be done with a message.
 
-import { duration } from "./charts.js";
+import { chunks, pagesOf } from "./api.js";
+import { byId, button, make } from "./dom.js";
+import { keep, kept } from "./keep.js";
+import { tokensOf } from "./lens.js";
+import { MessageView, waitOf } from "./message.js";
+import { requestFor, restoreSettings, settingsNow, startSettings, useExampleTools } from "./settings.js";
+import { startCopy } from "./snippets.js";
 
-const ROLES = { user: "You", assistant: "Assistant", tool: "Tool result" };
-const EXAMPLE_TOOLS = [
-  {
-    type: "function",
-    function: {
-      name: "get_current_weather",
-      description: "Get the current weather",
-      parameters: {
-        type: "object",
-        properties: { location: { type: "string" }, format: { type: "string", enum: ["celsius", "fahrenheit"] } },
-        required: ["location", "format"],
-      },
-    },
-  },
-];
-
-const byId = (id) => document.getElementById(id);
-
-/** An element with properties and children; text children stay text. */
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
-let messages = []; // as the API has them, with `view` for what is shown and `stats` for how it went
-let running = null; // the AbortController of the answer under way
+let messages = []; // { role, content, tool_calls, tool_call_id } as the API has them; view, stats and tokens of this page
+let running = null; // the answer under way: { message, id, abort }
+let hasLens = false;
+let model = "";
+const pages = { at: 0, step: null, isAsked: false }; // of the last question where the conversation lies
 
 export function startChat() {
   const message = byId("message");
@@ -47,21 +31,22 @@ export function startChat() {
     if (event.key === "Escape" && running) stop();
   });
   byId("stop").addEventListener("click", stop);
-  byId("clear").addEventListener("click", clear);
-  byId("settings").addEventListener("input", summarize);
-  for (const example of document.querySelectorAll(".example")) {
-    example.addEventListener("click", () => {
-      if (example.dataset.example === "tools") {
-        byId("tools").value = JSON.stringify(EXAMPLE_TOOLS, null, 2);
-        byId("tool-choice").value = "required";
-        byId("parallel").value = "no";
-        summarize();
-        message.value = "What's the weather like in Paris today, in celsius?";
-      } else message.value = example.textContent;
-      send();
-    });
-  }
-  summarize();
+  byId("lens").addEventListener("click", turnLens);
+  startClear();
+  startCopy({ messages: () => messages.map(bare), request: lastRequest, failed: tell });
+  startSettings(save);
+  for (const example of document.querySelectorAll(".example")) example.addEventListener("click", () => sendExample(example));
+  document.addEventListener("picture", ({ detail }) => look(detail));
+  addEventListener("pagehide", save);
+  restore();
+}
+
+function sendExample(example) {
+  if ("tools" in example.dataset) {
+    useExampleTools();
+    byId("message").value = "What's the weather like in Paris today, in celsius?";
+  } else byId("message").value = example.textContent;
+  send();
 }
 
 function fitMessage() {
@@ -70,58 +55,36 @@ function fitMessage() {
   message.style.height = `${message.scrollHeight + 2}px`;
 }
 
+function startClear() {
+  const dialog = byId("clear-dialog");
+  byId("clear").addEventListener("click", () => {
+    if (!messages.length) return;
+    byId("clear-text").textContent = messages.length === 1 ? "The message is deleted for good." : `${messages.length} messages are deleted for good.`;
+    dialog.showModal();
+  });
+  byId("clear-no").addEventListener("click", () => dialog.close());
+  byId("clear-yes").addEventListener("click", () => {
+    dialog.close();
+    clear();
+  });
+}
+
 function clear() {
   stop();
+  for (const { view } of messages) view.root.remove();
   messages = [];
-  for (const one of byId("log").querySelectorAll(".message, .error")) one.remove();
-  byId("empty").hidden = false;
+  changed();
   byId("message").focus();
 }
 
-function stop() {
-  running?.abort();
+/** What was asked last, or would be asked first. */
+function lastRequest() {
+  const asked = messages.slice(0, messages.findLastIndex(({ role }) => role !== "assistant") + 1).map(bare);
+  if (!asked.length) asked.push({ role: "user", content: byId("message").value.trim() || "Hello" });
+  return { model, ...requestFor(asked) };
 }
 
-function summarize() {
-  const parts = [];
-  if (byId("system").value.trim()) parts.push("system prompt");
-  for (const [id, name] of [["temperature", "temperature"], ["max-tokens", "at most"], ["seed", "seed"]]) {
-    if (byId(id).value) parts.push(`${name} ${byId(id).value}${id === "max-tokens" ? " tokens" : ""}`);
-  }
-  if (byId("tools").value.trim()) parts.push(`tools ${byId("tool-choice").value || "auto"}`);
-  byId("settings-summary").textContent = parts.join(", ");
-}
-
-/** The body of a request, or null after telling what is wrong with the settings. */
-function request() {
-  const body = { messages: [], stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, explain: true };
-  if (byId("system").value.trim()) body.messages.push({ role: "system", content: byId("system").value });
-  for (const { view, stats, ...message } of messages) body.messages.push(message);
-  for (const [id, name] of [["temperature", "temperature"], ["max-tokens", "max_tokens"], ["seed", "seed"]]) {
-    const field = byId(id);
-    if (!field.validity.valid) {
-      byId("settings").open = true;
-      field.focus();
-      fail(`${name}: ${field.validationMessage}`);
-      return null;
-    }
-    if (field.value) body[name] = Number(field.value);
-  }
-  const tools = byId("tools").value.trim();
-  if (tools) {
-    try {
-      body.tools = JSON.parse(tools);
-    } catch (error) {
-      byId("settings").open = true;
-      byId("tools").focus();
-      fail(`The tools are not valid JSON: ${error.message}`);
-      return null;
-    }
-    if (byId("parallel").value) body.parallel_tool_calls = false;
-    if (byId("tool-choice").value && messages.at(-1)?.role !== "tool") body.tool_choice = byId("tool-choice").value;
-  }
-  return body;
-}
+const bare = ({ view, stats, tokens, ...message }) => message;
 
 function send() {
   const message = byId("message");
@@ -129,44 +92,39 @@ function send() {
   add({ role: "user", content: message.value });
   message.value = "";
   fitMessage();
+  if (matchMedia("(max-width: 560px)").matches) byId("settings").open = false;
   answer();
 }
 
 // ---- what is shown
 
 function add(message) {
-  byId("empty").hidden = true;
-  dropErrors();
-  const body = make("div", { className: "body", textContent: message.content ?? "" });
-  const actions = make("div", { className: "actions" });
-  const role = make("span", { className: "role", textContent: ROLES[message.role] });
-  const calls = make("form", { className: "calls" });
-  const meta = make("div", { className: "meta" });
-  const root = make("article", { className: "message" }, make("div", { className: "head" }, role, actions), body, calls, meta);
-  root.dataset.role = message.role;
-  root.setAttribute("aria-label", ROLES[message.role]);
-  message.view = { root, body, calls, meta, actions };
+  const actions = [["Copy", () => message.view.copy()], ["Edit", () => edit(message)], ["Delete", () => remove(message)],
+    ["Again", () => again(message)], ["Continue", () => goOn(message)]];
+  message.view = new MessageView(message, actions, follow);
   messages.push(message);
-  for (const [text, act] of [["Edit", edit], ["Delete", remove], ["Again", again]]) {
-    const button = make("button", { type: "button", className: "link", textContent: text });
-    button.setAttribute("aria-label", `${text}: ${ROLES[message.role]}`);
-    button.addEventListener("click", () => act(message));
-    actions.append(button);
-  }
-  follow(() => byId("log").append(root), message.role === "user");
-  refresh();
+  message.view.begin(hasLens, message !== running?.message);
+  follow(() => byId("log").append(message.view.root), message.role === "user");
+  changed();
   return message;
 }
 
-/** Only the last message can be done again; nothing can be changed while an answer comes. */
-function refresh() {
+/** Something of the conversation is new: show what can be done, and keep it. */
+function changed() {
+  pages.step = null;
+  dropErrors();
+  byId("empty").hidden = messages.length > 0;
   messages.forEach((message, i) => {
-    message.view.actions.hidden = Boolean(running);
-    if (i !== messages.length - 1) message.view.calls.querySelectorAll("label, button").forEach((one) => one.remove());
-    message.view.actions.lastChild.hidden = i !== messages.length - 1 || message.role === "tool";
+    const { actions, calls } = message.view;
+    const isLast = i === messages.length - 1;
+    actions.hidden = Boolean(running);
+    if (!isLast) calls.querySelectorAll("label, button").forEach((one) => one.remove());
+    message.view.action("Again").hidden = !isLast || message.role === "tool";
+    message.view.action("Continue").hidden = !isLast || !canGoOn(message);
   });
   byId("send").hidden = Boolean(running);
   byId("stop").hidden = !running;
+  if (!running) save();
 }
 
 /** Change the log, and stay at its end if that is where it was. */
@@ -181,40 +139,35 @@ function dropErrors() {
   for (const one of byId("log").querySelectorAll(".error")) one.remove();
 }
 
-function fail(text, canRetry = false) {
+function fail(text, ...buttons) {
   dropErrors();
-  const error = make("div", { className: "error" }, make("span", { textContent: text }));
-  error.setAttribute("role", "alert");
-  if (canRetry) {
-    const retry = make("button", { type: "button", textContent: "Try again" });
-    retry.addEventListener("click", () => { dropErrors(); answer(); byId("message").focus(); });
-    error.append(retry);
-  }
+  const error = make("div", { className: "error", role: "alert" }, make("span", { textContent: text }), ...buttons);
   follow(() => byId("log").append(error), true);
 }
 
+/** Say what is wrong with the settings, and go there. */
+function tell({ message, field }) {
+  byId("settings").open = true;
+  field?.focus();
+  fail(message);
+}
+
+function turnLens() {
+  hasLens = !hasLens;
+  byId("lens").setAttribute("aria-pressed", String(hasLens));
+  byId("lens-note").hidden = !hasLens;
+  for (const message of messages) if (message.tokens) message.view.begin(hasLens, message !== running?.message);
+}
+
+// ---- what can be done with a message
+
 function edit(message) {
-  const { body, root } = message.view;
-  if (root.querySelector(".edit")) return;
-  const text = make("textarea", { value: message.content ?? "", rows: Math.min(12, (message.content ?? "").split("\n").length + 1) });
-  text.setAttribute("aria-label", "Edited message");
-  const save = make("button", { type: "submit", className: "main", textContent: "Save" });
-  const cancel = make("button", { type: "button", textContent: "Cancel" });
-  const form = make("form", { className: "edit" }, text, make("div", {}, save, cancel));
-  const close = () => { form.replaceWith(body); message.view.actions.firstChild.focus(); };
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    message.content = text.value;
-    body.textContent = text.value;
-    close();
+  message.view.edit((text) => {
+    message.content = text;
+    delete message.tokens;
+    message.view.begin(hasLens);
+    changed();
   });
-  cancel.addEventListener("click", close);
-  text.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") close();
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
-  });
-  body.replaceWith(form);
-  text.focus();
 }
 
 /** Take a message away, and with a call its results. */
@@ -223,9 +176,7 @@ function remove(message) {
   let end = at + 1;
   while (message.tool_calls && messages[end]?.role === "tool") end += 1;
   for (const one of messages.splice(at, end - at)) one.view.root.remove();
-  dropErrors();
-  byId("empty").hidden = messages.length > 0;
-  refresh();
+  changed();
   byId("message").focus();
 }
 
@@ -235,65 +186,68 @@ function again(message) {
   answer();
 }
 
-// ---- an answer
+/** An answer that was cut off: by its length, by whoever reads it, or by a lost connection. */
+const canGoOn = ({ role, content, tool_calls: calls, stats }) => role === "assistant" && Boolean(content) && !calls && [undefined, "length", "stopped", "broke off"].includes(stats?.finish);
 
-async function answer() {
-  const body = request();
-  if (!body) return;
-  running = new AbortController();
-  const stats = { sent: performance.now(), first: null, last: null, usage: null, explain: null, finish: null };
-  const message = add({ role: "assistant", content: "", stats });
-  const { root } = message.view;
-  root.setAttribute("aria-busy", "true");
-  byId("stop").disabled = false;
-  const painter = paint(message);
-  let failure = null;
-  try {
-    for await (const chunk of chunks(body, running.signal)) {
-      if (chunk.error) throw new Error(chunk.error.message);
-      take(message, chunk);
-      painter.later();
-    }
-    if (!stats.finish) failure = "The answer broke off.";
-  } catch (error) {
-    if (running.signal.aborted) stats.finish = "stopped";
-    else failure = error.message;
-  }
-  running = null;
-  painter.now();
-  root.removeAttribute("aria-busy");
-  settle(message, failure);
-  refresh();
+function goOn(message) {
+  byId("message").focus();
+  answer(message);
 }
 
-/** The JSON of each event of a streamed answer. Throws what the server says is wrong. */
-async function* chunks(body, signal) {
-  const response = await fetch("v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-    signal,
-  });
-  if (!response.ok) {
-    const text = await response.text();
-    let told = "";
-    try {
-      told = JSON.parse(text).error.message;
-    } catch { /* not from this server */ }
-    throw new Error(told || `The server answered ${response.status}.`);
+function stop() {
+  running?.abort.abort();
+}
+
+// ---- an answer
+
+/** Ask for the next answer, or for the rest of `continued`. */
+async function answer(continued = null) {
+  let body;
+  try {
+    body = requestFor(messages.map(bare));
+  } catch (error) {
+    tell(error);
+    return;
   }
-  const decoder = new TextDecoder();
-  let buffer = "";
-  for (const reader = response.body.getReader(); ;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    buffer += decoder.decode(value, { stream: true });
-    const events = buffer.split("\n\n");
-    buffer = events.pop();
-    for (const one of events) {
-      if (one === "data: [DONE]") return;
-      if (one.startsWith("data: ")) yield JSON.parse(one.slice(6));
+  const id = `page-${Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("")}`;
+  Object.assign(body, { request_id: id, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, explain: true });
+  if (hasLens) Object.assign(body, { logprobs: true, top_logprobs: 5 });
+  if (continued) {
+    Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
+    delete body.tool_choice;
+  }
+  const message = continued ?? { role: "assistant", content: "" };
+  message.stats = { sent: performance.now(), first: null, last: null, firstTokens: 0, usage: null, explain: null, finish: null, wait: "" };
+  if (hasLens && !message.tokens) message.tokens = message.content ? [{ text: message.content, logprob: null }] : [];
+  running = { message, id: `chatcmpl-${id}`, abort: new AbortController(), bytes: new TextDecoder() };
+  if (continued) {
+    message.view.begin(hasLens, false);
+    changed();
+  } else add(message);
+  message.view.root.setAttribute("aria-busy", "true");
+  const failure = await receive(message, body);
+  running = null;
+  message.stats.wait = "";
+  if (failure) message.stats.finish = "broke off";
+  message.view.update(true);
+  message.view.root.removeAttribute("aria-busy");
+  settle(message, failure);
+}
+
+/** Returns what went wrong. */
+async function receive(message, body) {
+  const { signal } = running.abort;
+  try {
+    for await (const chunk of chunks(body, signal)) {
+      if (chunk.error) return chunk.error.message;
+      take(message, chunk);
+      message.view.later();
     }
+    return message.stats.finish ? null : "The answer broke off.";
+  } catch (error) {
+    if (!signal.aborted) return error.message;
+    message.stats.finish = "stopped";
+    return null;
   }
 }
 
@@ -306,8 +260,14 @@ function take(message, { choices, usage, explain }) {
   if (!choice) return;
   const { content, tool_calls: calls } = choice.delta ?? {};
   stats.last = performance.now();
-  stats.first ??= stats.last; // the event with the role is sent with the first token
+  if (stats.first === null) { // the event with the role is sent with the first token
+    stats.first = stats.last;
+    stats.firstTokens = Math.max(1, usage?.completion_tokens ?? 0);
+    stats.wait = "";
+  }
   if (content) message.content += content;
+  if (choice.logprobs) message.tokens?.push(...tokensOf(choice.logprobs, running.bytes));
+  else if (content) message.tokens?.push({ text: content, logprob: null });
   for (const { index, id, function: part } of calls ?? []) {
     message.tool_calls ??= [];
     const call = (message.tool_calls[index] ??= { id, type: "function", function: { name: "", arguments: "" } });
@@ -317,77 +277,25 @@ function take(message, { choices, usage, explain }) {
   if (choice.finish_reason) stats.finish = choice.finish_reason;
 }
 
-/** Shows an answer as it grows, once a frame. */
-function paint(message) {
-  const { body, calls, meta } = message.view;
-  const text = body.appendChild(document.createTextNode(""));
-  let frame = null;
-  const now = () => {
-    cancelAnimationFrame(frame);
-    frame = null;
-    follow(() => {
-      const added = message.content.slice(text.length);
-      if (added) text.appendData(added);
-      showCalls(calls, message.tool_calls ?? []);
-      showMeta(meta, message.stats);
-    });
-  };
-  return { now, later: () => { frame ??= requestAnimationFrame(now); } };
-}
-
-function showCalls(element, calls) {
-  calls.forEach((call, i) => {
-    const card = element.children[i] ?? element.appendChild(
-      make("div", { className: "call" }, make("div", { className: "name" }, make("span", { textContent: "calls" }), make("b"), make("span", { className: "id" })), make("pre")),
-    );
-    const [, name, id] = card.firstChild.children;
-    name.textContent = call.function.name;
-    id.textContent = call.id;
-    let shown = call.function.arguments;
-    try {
-      shown = JSON.stringify(JSON.parse(shown), null, 2);
-    } catch { /* not complete yet */ }
-    card.lastChild.textContent = shown;
-  });
-}
-
-/** How it went: by the clock here while the answer comes, by the server's when it has come. */
-function showMeta(element, { sent, first, last, usage, explain, finish }) {
-  const parts = [];
-  if (first !== null) parts.push([duration((first - sent) / 1000), "TTFT", "ttft"]);
-  if (usage) {
-    const { prompt_tokens: prompt, completion_tokens: tokens } = usage;
-    const seconds = explain?.decode_seconds ?? (last - first) / 1000;
-    if (tokens > 1 && seconds > 0) parts.push([((tokens - 1) / seconds).toFixed(1), "tokens/s", "rate"]);
-    parts.push([String(tokens), tokens === 1 ? "token" : "tokens", "tokens"]);
-    parts.push([String(prompt), `prompt, ${usage.prompt_tokens_details?.cached_tokens ?? 0} cached`, "prompt"]);
-  }
-  if (explain?.queue_seconds > 0.1) parts.push([duration(explain.queue_seconds), "in the queue", "queue"]);
-  if (explain?.preemptions) parts.push([String(explain.preemptions), "preempted", "preemptions"]);
-  if (finish) parts.push(["", finish.replace("_", " "), "finish"]);
-  element.replaceChildren(...parts.map(([value, name, key]) => {
-    const part = make("span", {}, make("b", { textContent: value }), value ? ` ${name}` : name);
-    part.dataset.key = key;
-    return part;
-  }));
-}
-
 /** The answer has ended: keep what can be sent back, and ask for the results of calls. */
 function settle(message, failure) {
-  if (!messages.includes(message)) return; // cleared meanwhile
+  if (!messages.includes(message)) { // cleared meanwhile
+    changed();
+    return;
+  }
   const { root, calls } = message.view;
   const whole = (message.tool_calls ?? []).map((call, i) => ({ call, card: calls.children[i] })).filter(({ call }) => isObject(call.function.arguments));
   delete message.tool_calls;
-  if (whole.length) {
-    message.tool_calls = whole.map(({ call }) => call);
-    if (!failure) askResults(message, whole);
-  }
-  if (!message.content && !whole.length && (failure || message.stats.finish === "stopped")) {
+  if (whole.length) message.tool_calls = whole.map(({ call }) => call);
+  const isEmpty = !message.content && !whole.length;
+  if (isEmpty && (failure || message.stats.finish === "stopped")) {
     root.remove();
     messages.splice(messages.indexOf(message), 1);
     failure ??= "Stopped before the first token.";
   }
-  if (failure) fail(failure, true);
+  changed();
+  if (whole.length && !failure) askResults(message, whole);
+  if (failure) fail(failure, ...(canGoOn(message) ? [button("Continue", () => goOn(message))] : []), button("Try again", () => again(messages.at(-1))));
 }
 
 function isObject(text) {
@@ -413,5 +321,61 @@ function askResults(message, whole) {
     whole.forEach(({ call }, i) => add({ role: "tool", tool_call_id: call.id, content: fields[i].value }));
     byId("message").focus();
     answer();
-  });
+  }, { once: true });
+}
+
+// ---- what is kept, and where it lies in the engine
+
+function save() {
+  const plain = messages.map(({ view, tokens, ...message }) => message);
+  const last = plain.at(-1);
+  if (running && last?.role === "assistant") { // the page is left while it comes
+    if (last.content) plain.splice(-1, 1, { role: "assistant", content: last.content, stats: { ...last.stats, finish: "stopped", wait: "" } });
+    else plain.pop();
+  }
+  byId("not-kept").hidden = keep({ messages: plain, settings: settingsNow() });
+}
+
+function restore() {
+  const stored = kept();
+  if (!stored) return;
+  restoreSettings(stored.settings);
+  for (const message of stored.messages) add(message);
+}
+
+/** A picture of the engine has come. */
+function look(picture) {
+  model = picture.engine.model;
+  if (running) {
+    const { message, id } = running;
+    const own = picture.requests.find((one) => one.id === id);
+    const wait = own ? waitOf(own) : "";
+    if (wait !== message.stats.wait) {
+      message.stats.wait = wait;
+      message.view.later();
+    }
+  }
+  const step = picture.steps.id.at(-1);
+  if (step === pages.step || pages.isAsked || performance.now() - pages.at < (running ? 1500 : 4000)) return;
+  pages.step = step;
+  findPages();
+}
+
+/** Ask which pages hold the conversation, and tell the map. */
+async function findPages() {
+  const asked = messages.map(bare).filter(({ content, tool_calls: calls }) => content || calls);
+  if (asked.at(-1)?.tool_calls) asked.pop(); // its results are to come, and without them it is no conversation
+  let found = null;
+  pages.isAsked = true;
+  if (asked.length) {
+    const isOpen = asked.at(-1).role === "assistant";
+    const isComing = isOpen && running;
+    try {
+      const { messages: all, tools } = requestFor(asked);
+      found = await pagesOf({ messages: all, tools, add_generation_prompt: !isOpen, continue_final_message: Boolean(isComing) });
+    } catch { /* the settings are being changed */ }
+  }
+  Object.assign(pages, { at: performance.now(), isAsked: false });
+  const cache = messages.findLast(({ stats }) => stats?.explain)?.stats.explain.cache;
+  document.dispatchEvent(new CustomEvent("ownpages", { detail: { runs: [], ...found, num_reused: cache?.cached_pages } }));
 }

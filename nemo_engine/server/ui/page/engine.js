@@ -1,15 +1,17 @@
 // The view of the engine: takes a picture a second from monitor/stream while the page is visible, and draws it.
 
+import { byId, make, number } from "./dom.js";
 import { bytesOf, drawLine, drawMap, drawSteps, duration, follow, short } from "./charts.js";
 
 const RETRY = 2000; // milliseconds
+const PATIENCE = 3000; // milliseconds without a picture, of which there is one a second
 
-const byId = (id) => document.getElementById(id);
-const number = (value) => value.toLocaleString("en");
-const percent = (share) => (share > 0 && share < 0.0995 ? `${(share * 100).toFixed(1)} %` : `${Math.round(share * 100)} %`);
+const percent = (share) => (share > 0 && share < 0.0005 ? "<0.1 %" : share > 0 && share < 0.0995 ? `${(share * 100).toFixed(1)} %` : `${Math.round(share * 100)} %`);
 
 let source = null;
 let retry = null;
+let silence = null;
+let own = { runs: [] }; // the pages that hold this tab's conversation
 let last = null; // the last picture
 let stepCursor = null; // shares of the width
 
@@ -27,6 +29,7 @@ export function startEngine() {
   }
   follow(byId("steps"), () => 4 / byId("steps").clientWidth, (share) => { stepCursor = share; drawBatch(); });
   document.addEventListener("themechange", draw);
+  document.addEventListener("ownpages", ({ detail }) => { own = detail; draw(); });
   new ResizeObserver(draw).observe(byId("panels"));
   document.addEventListener("visibilitychange", () => (document.hidden ? disconnect() : connect()));
   if (!document.hidden) connect();
@@ -35,7 +38,9 @@ export function startEngine() {
 function connect() {
   disconnect();
   source = new EventSource("monitor/stream");
+  awaitNews();
   source.onmessage = ({ data }) => {
+    awaitNews();
     if (data === "[DONE]") return;
     const picture = JSON.parse(data);
     if (picture.error) say("bad", picture.error.message);
@@ -48,8 +53,15 @@ function connect() {
   };
 }
 
+/** Say so if no picture comes in time. */
+function awaitNews() {
+  clearTimeout(silence);
+  silence = setTimeout(() => say("wait", "no news for 3 s"), PATIENCE);
+}
+
 function disconnect() {
   clearTimeout(retry);
+  clearTimeout(silence);
   source?.close();
   source = null;
 }
@@ -69,11 +81,7 @@ function put(id, text) {
 function putTile(id, text, remark = "") {
   const element = byId(id);
   element.textContent = text;
-  if (remark) {
-    const small = document.createElement("small");
-    small.textContent = ` ${remark}`;
-    element.append(small);
-  }
+  if (remark) element.append(make("small", { textContent: ` ${remark}` }));
 }
 
 function show(picture) {
@@ -93,6 +101,7 @@ function show(picture) {
   putTile("preemptions", number(stats.total_preemptions));
   showRequests(picture);
   draw();
+  document.dispatchEvent(new CustomEvent("picture", { detail: picture }));
 }
 
 /** Generated tokens per second, over the last three whole seconds. */
@@ -107,34 +116,18 @@ function showRequests({ requests, stats }) {
   put("requests-text", total > requests.length ? `the first ${requests.length} of ${number(total)}` : "");
   const body = byId("requests");
   if (!requests.length) {
-    if (!body.querySelector(".none")) {
-      const cell = document.createElement("td");
-      cell.className = "none";
-      cell.colSpan = 8;
-      cell.textContent = "No requests.";
-      body.replaceChildren(document.createElement("tr"));
-      body.firstChild.append(cell);
-    }
+    if (!body.querySelector(".none")) body.replaceChildren(make("tr", {}, make("td", { className: "none", colSpan: 8, textContent: "No requests." })));
     return;
   }
   const swatches = { decode: "used", prefill: "prefill", waiting: "waiting" };
   body.replaceChildren(...requests.map((one) => {
-    const row = document.createElement("tr");
-    row.dataset.state = one.state;
     const prompt = one.state === "prefill" ? `${number(Math.min(one.computed_tokens, one.prompt_tokens))} / ${number(one.prompt_tokens)}` : number(one.prompt_tokens);
-    const cells = [one.id, one.state, prompt, number(one.cached_tokens), number(one.output_tokens), number(one.pages), number(one.preemptions), duration(one.age)];
-    cells.forEach((text, i) => {
-      const cell = document.createElement("td");
-      if (i === 1) {
-        const swatch = document.createElement("i");
-        swatch.className = `swatch ${swatches[one.state]}`;
-        cell.append(swatch);
-      }
-      if (i === 0) cell.title = text;
-      if (i > 1) cell.className = "n";
-      cell.append(text);
-      row.append(cell);
-    });
+    const numbers = [prompt, number(one.cached_tokens), number(one.output_tokens), number(one.pages), number(one.preemptions), duration(one.age)];
+    const row = make("tr", {},
+      make("td", { textContent: one.id, title: one.id }),
+      make("td", {}, make("i", { className: `swatch ${swatches[one.state]}` }), one.state),
+      ...numbers.map((text) => make("td", { className: "n", textContent: text })));
+    row.dataset.state = one.state;
     return row;
   }));
 }
@@ -149,13 +142,28 @@ function draw() {
 function drawPages() {
   const { pages, engine, stats } = last;
   const cells = Object.fromEntries(Object.entries(pages.cells).map(([name, text]) => [name, bytesOf(text)]));
-  drawMap(byId("map"), pages.num_cells, cells);
+  drawMap(byId("map"), pages.num_cells, cells, ownCells(pages));
   for (const [name, count] of Object.entries(pages.counts)) put(`n-${name}`, number(count));
   const { free, cached, used, shared } = pages.counts;
   const total = free + cached + used + shared;
+  const shown = pages.num_shown < total ? `the first ${number(pages.num_shown)} of ` : "";
   const each = pages.pages_per_cell > 1 ? `, ${pages.pages_per_cell} a square` : "";
-  put("map-text", `${number(total)} pages of ${engine.page_size} tokens${each}, at most ${percent(stats.peak_used_pages / total)} in use so far`);
-  byId("map").setAttribute("aria-label", `Map of ${number(total)} KV pages: ${number(used)} in use by one request, ${number(shared)} shared by several, ${number(cached)} cached, ${number(free)} free`);
+  put("map-text", `${shown}${number(total)} pages of ${engine.page_size} tokens${each}, at most ${percent(stats.peak_used_pages / total)} in use so far`);
+  const count = own.runs.reduce((sum, [, length]) => sum + length, 0);
+  byId("own").hidden = !count;
+  put("n-own", number(count));
+  put("own-text", own.num_reused ? `, of which the last answer reused ${number(own.num_reused)}` : "");
+  const yours = count ? `; this conversation lies in ${number(count)}` : "";
+  byId("map").setAttribute("aria-label", `Map of ${number(total)} KV pages: ${number(used)} in use by one request, ${number(shared)} shared by several, ${number(cached)} cached, ${number(free)} free${yours}`);
+}
+
+/** The squares in which pages of this conversation lie. */
+function ownCells({ pages_per_cell: each }) {
+  const cells = new Set();
+  for (const [first, count] of own.runs) {
+    for (let cell = Math.floor(first / each); cell * each < first + count; cell += 1) cells.add(cell);
+  }
+  return cells;
 }
 
 function drawBatch() {
