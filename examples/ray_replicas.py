@@ -1,5 +1,6 @@
-"""Two replicas of the bundled model on a local cluster of Ray, asked by OpenAI's client: ``pip install 'nemo-engine[ray]'
-openai``.
+"""Two replicas of the bundled model on a local cluster of Ray, asked by OpenAI's client.
+
+Needs ``pip install 'nemo-engine[ray]' openai``.
 """
 
 from __future__ import annotations
