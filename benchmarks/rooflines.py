@@ -28,7 +28,7 @@ def measured_roofline(folder: Path, model: ModelConfig, config: EngineConfig, ce
 def roofline_of(model: PlannedModel, config: EngineConfig, ceilings: Ceilings) -> Roofline:
     """The same for a model that the planner knows."""
     device = Gpu(
-        "here", "the device at hand", 0, 0.0, ceilings.bytes_per_s, ceilings.bf16_flops_per_s, ceilings.fp8_flops_per_s,
+        "here", "the device at hand", 0, 0.0, "", ceilings.bytes_per_s, ceilings.bf16_flops_per_s, ceilings.fp8_flops_per_s,
         1.0, "measured in the same run",
     )  # fmt: skip
     whole = Figure(1.0, "the ceiling itself is measured")
