@@ -28,8 +28,8 @@ def measured_roofline(folder: Path, model: ModelConfig, config: EngineConfig, ce
 def roofline_of(model: PlannedModel, config: EngineConfig, ceilings: Ceilings) -> Roofline:
     """The same for a model that the planner knows."""
     device = Gpu(
-        "here", "the device at hand", 0, 0.0, ceilings.bytes_per_s, ceilings.bf16_flops_per_s, ceilings.fp8_flops_per_s,
-        1.0, "measured in the same run",
+        "here", "the device at hand", 0, 0.0, "", ceilings.bytes_per_s, ceilings.bf16_flops_per_s,
+        ceilings.fp8_flops_per_s, 1.0, "measured in the same run",
     )  # fmt: skip
     whole = Figure(1.0, "the ceiling itself is measured")
     efficiencies = replace(Efficiencies().ideal(), memory=whole, matmul_bf16=whole, matmul_fp8=whole)

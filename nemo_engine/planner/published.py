@@ -120,7 +120,9 @@ def _steps() -> Iterator[Case]:
 
 
 def error_line(gpu: str) -> str:
-    """How far the model is from the published results, on ``gpu`` where there are any of it, in one line."""
+    """How far the model is from the published results, on ``gpu`` where there are any of it ("" for all), in one
+    line.
+    """
     of_gpu = [case for case in comparison() if case.gpu == gpu]
     cases = of_gpu or comparison()
     parts = []
@@ -128,7 +130,8 @@ def error_line(gpu: str) -> str:
         errors = [case.error for case in cases if case.is_of_prompts is of_prompts]
         if errors:
             parts.append(f"{min(errors):+.0%} to {max(errors):+.0%} (median {median(errors):+.0%}) {name}")
-    place = "on this GPU" if of_gpu else f"on {', '.join(dict.fromkeys(c.gpu for c in cases))}, none on this GPU"
+    others = f"on {', '.join(dict.fromkeys(case.gpu for case in cases))}"
+    place = "on this GPU" if of_gpu else f"{others}, none on this GPU" if gpu else others
     return f"against {len(cases)} published results {place}, promised throughput is off by {', '.join(parts)}"
 
 

@@ -77,7 +77,10 @@ def test_several_gpus_are_a_table(capsys: pytest.CaptureFixture[str], tmp_path: 
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert rows["h200"][2:4] == ["HBM3e", "yes"] and rows["a100"][3] == "no" and rows["l4"][3] == "yes"
-    assert "a100: FP8 needs compute capability 8.9" in out and "none on this GPU" in out
+    assert (
+        "a100: FP8 needs compute capability 8.9" in out
+        and "74 published results on h100, h200, a100, l40s, promised" in out
+    )
     h200, a100, l4 = json.loads(file.read_text())
     assert h200["load"]["price_per_hour"] == 4 and l4["load"]["price_per_hour"] == 1 and "FP8" in a100["error"]
     assert main(["plan", "nemo", "--gpu", "l4", "rtx3090"]) == 1
