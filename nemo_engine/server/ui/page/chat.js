@@ -12,7 +12,7 @@ let messages = []; // { role, content, tool_calls, tool_call_id } as the API has
 let running = null; // the answer under way: { message, id, abort }
 let hasLens = false;
 let model = "";
-const pages = { at: 0, step: null, isAsked: false }; // of the last question where the conversation lies
+const pages = { at: 0, step: null, isAsked: false, isRefused: false }; // of the last question where the conversation lies
 
 export function startChat() {
   const message = byId("message");
@@ -111,7 +111,7 @@ function add(message) {
 
 /** Something of the conversation is new: show what can be done, and keep it. */
 function changed() {
-  pages.step = null;
+  Object.assign(pages, { step: null, isRefused: false });
   dropErrors();
   byId("empty").hidden = messages.length > 0;
   messages.forEach((message, i) => {
@@ -356,7 +356,7 @@ function look(picture) {
     }
   }
   const step = picture.steps.id.at(-1);
-  if (step === pages.step || pages.isAsked || performance.now() - pages.at < (running ? 1500 : 4000)) return;
+  if (step === pages.step || pages.isAsked || pages.isRefused || performance.now() - pages.at < (running ? 1500 : 4000)) return;
   pages.step = step;
   findPages();
 }
@@ -375,7 +375,8 @@ async function findPages() {
       found = await pagesOf({ messages: all, tools, add_generation_prompt: !isOpen, continue_final_message: Boolean(isComing) });
     } catch { /* the settings are being changed */ }
   }
-  Object.assign(pages, { at: performance.now(), isAsked: false });
+  // What is refused, a conversation longer than the context say, is so until it changes.
+  Object.assign(pages, { at: performance.now(), isAsked: false, isRefused: asked.length > 0 && found === null });
   const cache = messages.findLast(({ stats }) => stats?.explain)?.stats.explain.cache;
   document.dispatchEvent(new CustomEvent("ownpages", { detail: { runs: [], ...found, num_reused: cache?.cached_pages } }));
 }
