@@ -21,7 +21,7 @@ from csrc import build
 ROOT = Path(__file__).parent.parent
 HAS_NVCC = build.find_nvcc()[0] is not None
 # All of the tree: what else lies there is made by tools.
-FOLDERS = (".ci", ".github", "benchmarks", "csrc", "deploy", "examples", "kernels", "nemo_engine", "tests")
+FOLDERS = (".ci", ".github", "benchmarks", "csrc", "deploy", "docs", "examples", "kernels", "nemo_engine", "tests")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 FIND_ALL = (
@@ -120,7 +120,10 @@ def test_the_wheel_without_compilers_says_so(tree: Path, tmp_path: Path, monkeyp
 
 def test_the_source_distribution_holds_what_building_and_testing_need(tree: Path, tmp_path: Path) -> None:
     everything = {
-        str(path.relative_to(tree)) for name in FOLDERS for path in (tree / name).rglob("*") if path.is_file()
+        str(path.relative_to(tree))
+        for name in FOLDERS
+        for path in (tree / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     everything |= {path.name for path in tree.iterdir() if path.is_file()}
     command = [

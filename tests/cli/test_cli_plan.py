@@ -105,7 +105,7 @@ def test_the_verdict_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("keeps up with 2 requests/s; ") and "keep the limits at no rate" in out
     assert "has not been measured on it yet" in out
     assert main([*argv, "--rate", "1e6"]) == 0
-    assert capsys.readouterr().out.startswith("too few requests for a rate")
+    assert capsys.readouterr().out.startswith("too few requests to judge a rate")
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

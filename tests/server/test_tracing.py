@@ -154,7 +154,7 @@ def test_endpoints_that_are_none(endpoint: str) -> None:
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ValueError, match=r"otlp_endpoint needs the extra otel: pip install \"nemo-engine\[otel\]\""):
+    with pytest.raises(ValueError, match=r"otlp_endpoint needs the extra otel: pip install 'nemo-engine\[otel\]'"):
         Tracing("http://127.0.0.1:4318")
 
 

@@ -432,7 +432,7 @@ def test_a_mask_of_a_nasty_grammar_takes_bounded_time(nemo: Kit, form: dict[str,
 def test_the_extra_is_named_where_it_is_missing(tiny: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_module, "find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match=r'structured_outputs needs llguidance: pip install "nemo-engine\[structured\]"'
+        ValueError, match=r"structured_outputs needs llguidance: pip install 'nemo-engine\[structured\]'"
     ):
         GrammarCompiler(tiny.tokenizer, tiny.size, [EOS]).compile(StructuredOutputsParams(regex="a"))
 
