@@ -78,7 +78,7 @@ class Reader:
         self._ids.execute("PRAGMA journal_mode = OFF")
         self._ids.execute("CREATE TABLE ids (id BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
 
-    def window(self, most: int) -> list[Line | BadLine]:
+    def window(self, max_lines: int) -> list[Line | BadLine]:
         """The next requests, at most ``most``: those that are none, then the others by their prompts. Empty at the end.
 
         Raises ``OSError`` or ``ValueError`` for a file that cannot be read on.
@@ -86,7 +86,7 @@ class Reader:
         good: list[Line] = []
         bad: list[BadLine] = []
         num_bytes = 0
-        while len(good) + len(bad) < most and num_bytes < _MOST_WINDOW_BYTES:
+        while len(good) + len(bad) < max_lines and num_bytes < _MOST_WINDOW_BYTES:
             try:
                 number, raw = next(self._lines)
             except StopIteration:

@@ -98,9 +98,9 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "driver", str(facts["gpu_driver"] or "none, or nvidia-ml-py is not installed")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
-        found = torch.cuda.get_device_properties(index)
-        memory = f"{found.total_memory / (1 << 30):.1f} GiB"
-        yield f"GPU {index}", f"{found.name}, {memory}, compute capability {found.major}.{found.minor}"
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / (1 << 30):.1f} GiB"
+        yield f"GPU {index}", f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}"
     if not count:
         yield "GPU", str(facts["gpu"] or "none") + (", which torch does not see" if facts["gpu"] else "")
     yield "CPU", f"{facts['cpu']}, {torch.backends.cpu.get_cpu_capability()}"

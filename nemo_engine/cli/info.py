@@ -156,16 +156,16 @@ def fits(model: PlannedModel, inventory: Inventory | None, gpus: list[Gpu]) -> l
     at start-up.
     """
     rows = [("GPU", "GiB", "as it is", "quantization fp8", "and kv_cache_dtype fp8")]
-    made: list[tuple[EngineConfig, Formats] | None] = []
+    choices: list[tuple[EngineConfig, Formats] | None] = []
     for weights, kv_cache in ((None, "auto"), ("fp8", "auto"), ("fp8", "fp8")):
         config = EngineConfig(quantization=weights, kv_cache_dtype=kv_cache)
         try:
-            made.append((config, formats_of(model, config, inventory if weights is None else None)))
+            choices.append((config, formats_of(model, config, inventory if weights is None else None)))
         except ValueError:  # not of this checkpoint: it is FP8 in blocks, or float64
-            made.append(None)
+            choices.append(None)
     for gpu in gpus:
         free = gpu.free_bytes if gpu.marketing_gb else int(gpu.memory_gib * GIB)
-        cells = ["-" if each is None else _tokens(model.config, *each, free) for each in made]
+        cells = ["-" if each is None else _tokens(model.config, *each, free) for each in choices]
         rows.append((gpu.name, f"{gpu.memory_gib:g}", cells[0], cells[1], cells[2]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

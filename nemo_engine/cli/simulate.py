@@ -126,11 +126,11 @@ def run(args: argparse.Namespace) -> int:
         f"{facts['model']} on {setting.replicas} x {facts['machine']}, {setting.shape.num_pages:,} KV pages of "
         f"{setting.shape.page_size}"
     )
-    print(report(label, [(f"{value:g}", found) for value, found in runs]))
+    print(report(label, [(f"{value:g}", results) for value, results in runs]))
     if efficiencies is not None:
         print("\n".join(accuracy(args.gpu, efficiencies)))
     if args.json is not None:
-        records = [{label: value, **found.as_json()} for value, found in runs]
+        records = [{label: value, **results.as_json()} for value, results in runs]
         args.json.write_text(json.dumps(facts | {"runs": records}, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
         plot(label, runs, setting.limits, args.plot)

@@ -94,7 +94,7 @@ class OutputProcessor:
 
         O(completions).
         """
-        running = [one for one in self._completions.values() if one.request.status is RequestStatus.RUNNING]
+        running = [entry for entry in self._completions.values() if entry.request.status is RequestStatus.RUNNING]
         waiting = (self._completions.get(request) for request in self._scheduler.waiting)
         now = time.monotonic()
         shown = islice(chain(running, filter(None, waiting)), limit)

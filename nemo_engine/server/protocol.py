@@ -74,9 +74,9 @@ class Limits:
 
     def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema: dict[str, Any] = handler(core)
-        for one in schema.get("anyOf", [schema]):
-            if one.get("type") != "null":
-                one.update(self._limits)
+        for option in schema.get("anyOf", [schema]):
+            if option.get("type") != "null":
+                option.update(self._limits)
         return schema
 
 

@@ -154,9 +154,9 @@ class Feed:
         if self._next is None or (self._due and self._due[0][0] <= self._next[0]):
             when, _, conversation = heapq.heappop(self._due)
             return when, conversation
-        found = self._next
+        item = self._next
         self._look_ahead()
-        return found
+        return item
 
     def ended(self, conversation: Conversation, token_ids: list[int] | None, now: float) -> None:
         """A turn is answered, all its tokens being ``token_ids``; None: it was refused, and so is what would follow
