@@ -44,10 +44,10 @@ MARK = "<!-- Made by docs/generate.py: change the code, then run it. -->"
 
 # As sold; a GPU of that size, and the GiB that the driver has where that GPU has more.
 _SIZES = (
-    ("16 GB", "rtx4090", 15.6, "RTX 4080, A4000"),
-    ("24 GB", "rtx4090", None, "RTX 4090, L4"),
-    ("48 GB", "l40s", None, "L40S, A40"),
-    ("80 GB", "h100", None, "A100, H100"),
+    ("16 GB", "rtx4090", 15.6, "RTX 4080, A4000 (no FP8)"),
+    ("24 GB", "rtx4090", None, "RTX 4090, L4, RTX 3090 (no FP8)"),
+    ("48 GB", "l40s", None, "L40S, A40 (no FP8)"),
+    ("80 GB", "h100", None, "A100 (no FP8), H100"),
     ("141 GB", "h200", None, "H200"),
 )
 _FORMATS: tuple[dict[str, str], ...] = ({}, {"quantization": "fp8", "kv_cache_dtype": "fp8"})
