@@ -392,13 +392,8 @@ def with_gpu_table(readme: str) -> str:
     return re.sub(r"\| memory \| for example \|.*?(?=\n\n)", lambda _: gpu_table(), readme, count=1, flags=re.DOTALL)
 
 
-def main() -> None:
-    """Write all of it."""
-    readme = ROOT / "README.md"
-    readme.write_text(with_gpu_table(readme.read_text()))
-    for path, text in pages().items():
-        path.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    README = ROOT / "README.md"
+    README.write_text(with_gpu_table(README.read_text()))
+    for file, page in pages().items():
+        file.write_text(page)

@@ -115,6 +115,7 @@ MAY_USE: dict[str, set[str]] = {
         "httptools",
         "uvloop",
         "prometheus_client",
+        "python_multipart",
         "pynvml",
         "opentelemetry",
     },
