@@ -19,6 +19,7 @@ import pytest
 
 from tests.server.browser import (
     CHAT,
+    PATIENCE,
     answer_with,
     change_request,
     kept,
@@ -334,14 +335,14 @@ def test_the_pages_of_the_conversation_are_marked(page: Any, live: LiveServer) -
     ask = {"messages": messages, "add_generation_prompt": False}
     found = httpx.post(f"{live.url}/monitor/pages", json=ask).json()
     assert found["num_pages"] >= 3
-    expect(page.locator("#n-own")).to_have_text(str(found["num_pages"]), timeout=20_000)
+    expect(page.locator("#n-own")).to_have_text(str(found["num_pages"]))
     expect(page.locator("#map")).to_have_attribute(
         "aria-label", re.compile(f"this conversation lies in {found['num_pages']}")
     )
     check_map(page, live, found["runs"])
     page.get_by_role("button", name="Again: Assistant").click()
     until_answered(page)
-    expect(page.locator("#own-text")).to_have_text(re.compile("the last answer reused [1-9]"), timeout=20_000)
+    expect(page.locator("#own-text")).to_have_text(re.compile("the last answer reused [1-9]"))
     page.locator("#clear").click()
     page.locator("#clear-yes").click()
     expect(page.locator("#own")).to_be_hidden(timeout=20_000)
@@ -372,7 +373,7 @@ def check_map(page: Any, live: LiveServer, runs: list[list[int]]) -> None:
     cached = base64.b64decode(map_["cells"]["cached"])
     own = {page_ for first, count in runs for page_ in range(first, first + count)}
     expected = [255 * (cell in own) for cell in range(len(cached))]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE / 1000
     while True:  # a picture comes once a second
         seen = page.evaluate(COLOURS, map_["num_cells"])
         framed = [255 * (corner == seen["names"]["own"]) for corner in seen["corners"]]
