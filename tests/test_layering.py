@@ -116,6 +116,7 @@ MAY_USE: dict[str, set[str]] = {
         "httptools",
         "uvloop",
         "prometheus_client",
+        "python_multipart",
         "pynvml",
         "opentelemetry",
     },

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from nemo_engine import __version__
 
-_NOT_EXTRAS = {"test", "dev", "nvcc"}
+_NOT_EXTRAS = {"test", "dev", "docs", "nvcc"}
 # Variables that change what is computed or found; their values hold no secrets.
 _SHOWN = (
     "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "NEMO_ENGINE_CUDA", "OMP_NUM_THREADS",
