@@ -15,6 +15,7 @@ from nemo_engine.checks import check_int
 from nemo_engine.config import EngineConfig
 from nemo_engine.engine.async_engine import AsyncEngine, EngineDeadError
 from nemo_engine.option_names import refuse_unknown_arguments
+from nemo_engine.scaling import replicas_wanted
 from nemo_engine.server.app import create_app
 from nemo_engine.server.options import ServerOptions
 
@@ -28,8 +29,6 @@ _ARGUMENTS = {"model", "engine", "server", "num_replicas", "min_replicas", "max_
 _NOT_HERE = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile", "max_connections")  # what Serve's proxy does
 _SESSIONS = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH_PERIOD = 5.0  # seconds
-_FULL = 0.9  # of the KV cache, from which on another replica is wanted
-_IDLE = 0.5  # of what a replica less would have to hold, below which one is given back
 
 
 class Replica:
@@ -71,22 +70,17 @@ class Replica:
 
 
 def scale_by_load(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """How many replicas there should be: one more while requests wait or a KV cache is full, one less while the others
-    could hold all.
-    """
+    """How many replicas there should be, by what they say of themselves: see ``replicas_wanted``."""
     now = context.current_num_replicas
     metrics: dict[str, dict[Any, Any]] = context.raw_metrics or {}
 
     def latest(name: str) -> list[float]:
         return [points[-1].value for points in metrics.get(name, {}).values() if points]
 
-    running, waiting, slots = sum(latest("running")), sum(latest("waiting")), max(latest("slots"), default=1.0)
-    if waiting > 0 or max(latest("kv_use"), default=0.0) > _FULL:
-        wanted = now + 1
-    elif now > 1 and running < _IDLE * slots * (now - 1):
-        wanted = now - 1
-    else:
-        wanted = now
+    wanted = replicas_wanted(
+        now, sum(latest("running")), sum(latest("waiting")), max(latest("kv_use"), default=0.0),
+        max(latest("slots"), default=1.0),
+    )  # fmt: skip
     return max(context.capacity_adjusted_min_replicas, min(wanted, context.capacity_adjusted_max_replicas)), {}
 
 
