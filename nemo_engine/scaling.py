@@ -1,4 +1,4 @@
-"""How many replicas a load wants: a rule for the autoscaler of Ray Serve and for the simulator. Must not know either."""
+"""How many replicas a load wants: a rule for Ray Serve's autoscaler and for the simulator. Must not know either."""
 
 from __future__ import annotations
 

@@ -72,7 +72,9 @@ class Fleet:
     num_lost_requests: int = 0
     _open: list[dict[Conversation, float]] = field(default_factory=list)  # with the arrival
     _bounds: list[float] = field(default_factory=list)
-    _heap: list[tuple[float, int]] = field(default_factory=list)  # (time before which none of its requests ends, number)
+    _heap: list[tuple[float, int]] = field(
+        default_factory=list
+    )  # (time before which none of its requests ends, number)
     _events: list[tuple[float, str]] = field(default_factory=list)  # that come: "up", "loss" and "look"
     _num_booting: int = 0
     _wants_since: tuple[int, float] = (0, 0.0)  # 1 for more, -1 for fewer, 0 for neither; since when

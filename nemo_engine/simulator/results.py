@@ -60,7 +60,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Numbers of one run. Seconds are virtual, but for ``wall_s`` and ``router_wall_s``. A request is counted when it
+    """Numbers of one run. Seconds are virtual, but for ``wall_s``. A request is counted when it
     ends, those that were lost with a replica once they have ended on another.
     """
 
@@ -94,11 +94,10 @@ class Results:
     num_lost_requests: int
     num_steps: int
     wall_s: float
-    router_wall_s: float  # of it, what the router's choices took
     series: dict[str, list[tuple[float, float]]]  # of the first replica
 
     @classmethod
-    def of(cls, tally: Tally, fleet: Fleet, num_items: int, wall_s: float, router_wall_s: float) -> Results:
+    def of(cls, tally: Tally, fleet: Fleet, num_items: int, wall_s: float) -> Results:
         """Put together."""
         replicas = fleet.replicas
         itl = Sketch()
@@ -144,7 +143,6 @@ class Results:
             num_lost_requests=fleet.num_lost_requests,
             num_steps=sum(replica.num_steps for replica in replicas),
             wall_s=wall_s,
-            router_wall_s=router_wall_s,
             series={name: replicas[0].timeline.series(name) for name in replicas[0].timeline.names}
             | {"replicas": [(when, float(count)) for when, count in fleet.counts]},
         )

@@ -48,7 +48,7 @@ def simulate(
 ) -> Results:
     """Run ``items`` to their end. progress: called now and then with requests that ended and the virtual time.
 
-    A function of its arguments alone; ``Results.wall_s`` and ``router_wall_s`` aside. Raises ``ValueError`` for an item that cannot be read.
+    A function of its arguments alone; ``Results.wall_s`` aside. Raises ``ValueError`` for an item that cannot be read.
     """
     return _Simulation(arrivals, setting, encode, progress).run(items)
 
@@ -69,7 +69,6 @@ class _Simulation:
         self.progress = progress
         self.tally = Tally(setting.limits)
         self.router = Router(setting.routing, setting.shape.num_pages)
-        self.router_wall_s = 0.0
         self.fleet = Fleet(setting.changes, self.router, self._new_replica, self._finished, setting.shape.max_num_seqs)
         self.feed: Feed | None = None
         self._lost: dict[Conversation, float] = {}  # those that ask again, with the time at which they first did
@@ -96,7 +95,7 @@ class _Simulation:
             if self.progress is not None and count % 256 == 0:
                 self.progress(self.tally.num_finished, due)
         wall_s = time.perf_counter() - started
-        return Results.of(self.tally, fleet, feed.num_items, wall_s, self.router_wall_s)
+        return Results.of(self.tally, fleet, feed.num_items, wall_s)
 
     def _new_replica(self, on_finish: Callable[[SimulatedRequest, float], None]) -> Replica:
         return Replica(self.setting.shape, self.setting.cost, on_finish)
@@ -122,11 +121,9 @@ class _Simulation:
             self._ended(conversation, None, when)
             return
         ready = self.contents.request(conversation, arrived_s) if self.router.needs_pages else None
-        started = time.perf_counter()
         if ready is not None:
             scheduler.kv.extend_hashes(ready, (num_prompt - 1) // self.setting.shape.page_size)
         chosen = self.router.choose(item.request_id, () if ready is None else ready.page_hashes)
-        self.router_wall_s += time.perf_counter() - started
         make = self._maker(conversation, arrived_s, ready)
         priority = item.priority if self.setting.use_priorities else 0
         self.fleet.submit(chosen, conversation, arrived_s, when, priority, make)
