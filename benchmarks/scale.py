@@ -38,7 +38,7 @@ from nemo_engine.workload import Arrivals, Distribution, Item, Limits, Turn
 STUDIES = ("router", "routing", "losses", "autoscaling")
 CHAT_RATE, DOCUMENT_RATE = 0.8, 2.2  # conversations, questions a second and replica
 DOCUMENTS, DOCUMENT_TOKENS = 8, 16_000  # documents a replica: all of them fit into its cache
-RISE_S, PEAK_RATE, PEAK_REPLICAS = 900, 5.5, 12  # of the morning: seconds; requests a second and replica at its end
+RISE_S, PEAK_RATE, PEAK_REPLICAS = 900, 5.5, 8  # of the morning: seconds; requests a second and replica at its end
 GOOD = Limits(ttft_s=1.0, itl_s=0.025)  # what a good request keeps to
 _NUMBERS = (
     "num_finished", "requests_per_s", "output_tokens_per_s", "good_fraction", "prefix_hit_rate", "busy_fraction",
@@ -128,10 +128,10 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Setting, I
             facts = {"study": "routing", "workload": name, "routing": routing, "replicas": replicas, "rate": rate}
             yield facts | {"seconds": args.seconds}, setting(replicas, routing), make(replicas, args.seconds, rate)
     if "losses" in args.study:
-        for routing, part in itertools.product(("least-loaded", "session-affinity"), (0.0, 0.5)):
-            facts = {"study": "losses", "routing": routing, "replicas": 50, "losses_per_hour": part, "seconds": 300}
+        for routing, part in itertools.product(("least-loaded", "session-affinity"), (0.0, 3.0)):
+            facts = {"study": "losses", "routing": routing, "replicas": 20, "losses_per_hour": part, "seconds": 240}
             changes = Changes(losses_per_hour=part, boot_s=90)
-            yield facts, setting(50, routing, changes=changes), conversations(50, 300, CHAT_RATE)
+            yield facts, setting(20, routing, changes=changes), conversations(20, 240, CHAT_RATE)
     if "autoscaling" in args.study:
         for name, wanted in (("none", None), ("one more", one_more), ("as needed", as_needed)):
             changes = Changes(wanted=wanted, boot_s=90, upscale_s=30, period_s=10)
