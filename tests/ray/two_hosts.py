@@ -28,6 +28,7 @@ SETTINGS = {
     "RAY_AUTH_MODE": "disabled",  # whatever token this machine's user has for other clusters
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",  # else the head's proxy sends nothing to the worker
     "RAY_raylet_start_wait_time_s": "180",  # of a slow machine
+    "RAY_worker_niceness": "0",
 }
 CUT_S = 10
 HANGS_S = 120.0  # a request that has not ended so long after its host was lost
