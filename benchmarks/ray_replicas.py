@@ -156,7 +156,8 @@ def compare_proxies(args: argparse.Namespace) -> list[dict[str, Any]]:
         records.append(
             {
                 "proxy": proxy, "streams": streams, "requests": len(times), "new_tokens": args.new_tokens,
-                "ttft_ms": sorted(round(seconds * 1e3, 2) for seconds in times), "ttft_p50_ms": cuts[49] * 1e3, "ttft_p99_ms": cuts[98] * 1e3,
+                "ttft_ms": sorted(round(seconds * 1e3, 2) for seconds in times),
+                "ttft_p50_ms": cuts[49] * 1e3, "ttft_p99_ms": cuts[98] * 1e3,
                 "tokens_per_s": statistics.median(rates[proxy, streams]),
                 "tokens_per_s_of_rounds": rates[proxy, streams],
             }

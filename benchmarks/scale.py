@@ -37,8 +37,8 @@ from nemo_engine.workload import Arrivals, Distribution, Item, Limits, Turn
 
 STUDIES = ("router", "routing", "losses", "autoscaling")
 CHAT_RATE, DOCUMENT_RATE = 0.8, 2.2  # conversations, questions a second and replica
-DOCUMENTS, DOCUMENT_TOKENS = 8, 16_000  # documents a replica: all of them fit into its cache
-RISE_S, PEAK_RATE, PEAK_REPLICAS = 900, 5.5, 8  # of the morning: seconds; requests a second and replica at its end
+DOCUMENTS, DOCUMENT_TOKENS = 4, 16_000  # documents a replica: all of them fit into its cache
+RISE_S, PEAK_RATE, PEAK_REPLICAS = 900, 5.5, 6  # of the morning: seconds; requests a second and replica at its end
 GOOD = Limits(ttft_s=1.0, itl_s=0.025)  # what a good request keeps to
 _NUMBERS = (
     "num_finished", "requests_per_s", "output_tokens_per_s", "good_fraction", "prefix_hit_rate", "busy_fraction",
@@ -116,6 +116,9 @@ def as_needed(load: Load) -> int:
     return replicas_wanted(*_numbers(load))
 
 
+POLICIES = {"none": None, "one more": one_more, "as needed": as_needed}
+
+
 def _numbers(load: Load) -> tuple[int, float, float, float, float]:
     return load.replicas, load.running, load.waiting, load.kv_use, load.slots
 
@@ -128,12 +131,12 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Setting, I
             facts = {"study": "routing", "workload": name, "routing": routing, "replicas": replicas, "rate": rate}
             yield facts | {"seconds": args.seconds}, setting(replicas, routing), make(replicas, args.seconds, rate)
     if "losses" in args.study:
-        for routing, part in itertools.product(("least-loaded", "session-affinity"), (0.0, 3.0)):
-            facts = {"study": "losses", "routing": routing, "replicas": 20, "losses_per_hour": part, "seconds": 240}
+        for routing, part in itertools.product(("least-loaded", "session-affinity"), (0.0, 6.0)):
+            facts = {"study": "losses", "routing": routing, "replicas": 20, "losses_per_hour": part, "seconds": 150}
             changes = Changes(losses_per_hour=part, boot_s=90)
-            yield facts, setting(20, routing, changes=changes), conversations(20, 240, CHAT_RATE)
+            yield facts, setting(20, routing, changes=changes), conversations(20, 150, CHAT_RATE)
     if "autoscaling" in args.study:
-        for name, wanted in (("none", None), ("one more", one_more), ("as needed", as_needed)):
+        for name, wanted in ((name, POLICIES[name]) for name in args.policy):
             changes = Changes(wanted=wanted, boot_s=90, upscale_s=30, period_s=10)
             facts = {
                 "study": "autoscaling",
@@ -179,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workload", nargs="*", choices=("conversations", "documents"),
                         default=("conversations", "documents"))  # fmt: skip
     parser.add_argument("--routing", nargs="*", choices=ROUTINGS, default=ROUTINGS)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals in the study of routing")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of arrivals in the study of routing")
+    parser.add_argument("--policy", nargs="*", choices=tuple(POLICIES), default=tuple(POLICIES), help="of autoscaling")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     facts = provenance()
