@@ -8,6 +8,7 @@ nemo_engine.ray:build_app`` and a YAML for ``serve deploy`` name.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ except ImportError as error:
 _ARGUMENTS = {"model", "engine", "server", "num_replicas", "min_replicas", "max_replicas", "session_affinity", "name"}
 _NOT_HERE = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile", "max_connections")  # what Serve's proxy does
 _SESSIONS = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+_BY_SESSION = "hdr(x-session-id)"  # HAProxy's name for the same
 _HEALTH_PERIOD = 5.0  # seconds
 
 
@@ -135,7 +137,14 @@ def _arguments(
         placing = {
             "autoscaling_config": AutoscalingConfig(min_replicas=min_replicas, max_replicas=max_replicas, policy=policy)
         }
-    if session_affinity:
+    if session_affinity and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":  # it chooses, and asks no router
+        balance = os.environ.get("RAY_SERVE_HAPROXY_BALANCE_ALGORITHM")
+        if balance != _BY_SESSION:
+            raise ValueError(
+                "session_affinity with RAY_SERVE_ENABLE_HA_PROXY=1 needs RAY_SERVE_HAPROXY_BALANCE_ALGORITHM="
+                f"{_BY_SESSION!r} on every node, got {balance!r}"
+            )
+    elif session_affinity:
         placing["request_router_config"] = RequestRouterConfig(request_router_class=_SESSIONS)
     deployment = serve.deployment(
         serve.ingress()(Replica),

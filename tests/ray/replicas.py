@@ -279,3 +279,16 @@ def test_a_replica_comes_while_requests_wait(client: openai.OpenAI) -> None:
 def test_what_is_refused_before_anything_is_placed(args: dict[str, Any], says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):
         build_app(args)
+
+
+def test_affinity_behind_haproxy_is_haproxys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would refuse the router, at the end of a deployment."""
+    args = {"model": "nemo-tiny", "num_replicas": 2, "session_affinity": True}
+    assert build_app(args)._bound_deployment._deployment_config.request_router_config.request_router_class
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(ValueError, match="RAY_SERVE_HAPROXY_BALANCE_ALGORITHM='hdr.x-session-id.'.* got None"):
+        build_app(args)
+    build_app(args | {"session_affinity": False})
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BALANCE_ALGORITHM", "hdr(x-session-id)")
+    config = build_app(args)._bound_deployment._deployment_config.request_router_config
+    assert "ConsistentHash" not in str(config.request_router_class)
