@@ -200,7 +200,7 @@ async def converse_all(url: str, chats: int, turns: int, at_once: int) -> tuple[
 def compare_hits(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A record for each way of choosing."""
     records = []
-    for name, (proxy, choice) in HITS.items():
+    for name, (proxy, choice) in ((name, HITS[name]) for name in args.way):
         with Replicas(proxy, 8210, 2, choice) as servers:
             servers.wait()
             total, cached = asyncio.run(converse_all(servers.url, args.chats, args.turns, 4))
@@ -219,8 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--chats", type=int, default=24)
-    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--way", nargs="*", choices=tuple(HITS), default=tuple(HITS), help="of choosing a replica")
+    parser.add_argument("--chats", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
     parser.add_argument("--replicas", type=int, default=1, help=argparse.SUPPRESS)

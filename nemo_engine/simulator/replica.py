@@ -43,10 +43,17 @@ class EngineShape:
 
 
 class Replica:
-    """A scheduler and a clock. ``now`` is when its host can next plan; whoever drives it never goes back in time."""
+    """A scheduler and a clock. ``now`` is when its host can next plan; whoever drives it never goes back in time.
+
+    ``interval``: of its timeline at first; steps are passed over up to the end of one, so that long ones cost less.
+    """
 
     def __init__(
-        self, shape: EngineShape, cost: StepCost, on_finish: Callable[[SimulatedRequest, float], None]
+        self,
+        shape: EngineShape,
+        cost: StepCost,
+        on_finish: Callable[[SimulatedRequest, float], None],
+        interval: float = 1e-3,
     ) -> None:
         self.now = 0.0
         self.scheduler = VirtualScheduler(
@@ -65,7 +72,7 @@ class Replica:
         self.num_prefill_tokens = 0
         self.busy_s = 0.0
         self.itl = Sketch()
-        self.timeline = Timeline(_TIMELINE)
+        self.timeline = Timeline(_TIMELINE, interval)
         self._shape = shape
         self._cost = cost
         self._on_finish = on_finish

@@ -98,7 +98,8 @@ class _Simulation:
         return Results.of(self.tally, fleet, feed.num_items, wall_s)
 
     def _new_replica(self, on_finish: Callable[[SimulatedRequest, float], None]) -> Replica:
-        return Replica(self.setting.shape, self.setting.cost, on_finish)
+        interval = 1.0 if self.fleet.replicas else 1e-3  # only the first one's timeline is shown
+        return Replica(self.setting.shape, self.setting.cost, on_finish, interval)
 
     def _change(self) -> None:
         now, lost = self.fleet.change()
