@@ -202,6 +202,9 @@ class Fleet:
         """As Ray Serve's autoscaler: a wish counts once it has lasted."""
         changes, up = self.changes, self.router.up
         assert changes.wanted is not None
+        for number in up:  # one that is behind has not looked at its last requests, which would count as waiting
+            self.replicas[number].run_until(now)
+            self._note_bound(number)
         schedulers = [self.replicas[number].scheduler for number in up]
         unfinished = sum(self.replicas[number].num_unfinished for number in up)
         running = sum(len(scheduler.running) for scheduler in schedulers)

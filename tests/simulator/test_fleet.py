@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_engine.scaling import replicas_wanted
-from nemo_engine.simulator import ROUTINGS, Changes, EngineShape, Results, Setting, simulate
+from nemo_engine.simulator import ROUTINGS, Changes, EngineShape, Load, Results, Setting, simulate
 from nemo_engine.simulator.replica import Replica
 from nemo_engine.simulator.routing import Router
 from nemo_engine.workload import Arrivals, Item, Turn
@@ -174,6 +174,19 @@ def test_replicas_come_with_a_load_that_lasts_and_go_after_it() -> None:
     alone = run([*rise, *fall], replicas=1, routing="least-loaded")
     assert found.queue.quantile(0.9) < 0.3 * alone.queue.quantile(0.9)
     assert found.replica_s < most * found.duration_s
+
+
+def test_requests_that_run_do_not_count_as_waiting() -> None:
+    """Two long ones run on a replica that is behind when it is looked at."""
+    seen: list[Load] = []
+
+    def note(load: Load) -> int:
+        seen.append(load)
+        return load.replicas
+
+    items = [Item(f"{index}", (Turn(16, 400, 16),), 0.0) for index in range(2)]
+    run(items, changes=Changes(wanted=note, period_s=2.0))
+    assert [(load.running, load.waiting) for load in seen[:3]] == [(2, 0)] * 3
 
 
 @pytest.mark.parametrize(
