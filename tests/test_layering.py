@@ -25,6 +25,7 @@ CONTRACTS = {
     "sampling_params",
     "structured_outputs",
     "outputs",
+    "scaling",
     "step",
     "startup_log",
 }

@@ -106,7 +106,8 @@ class Reader:
         return [*bad, *good]
 
     def _parsed(self, number: int, raw: bytes) -> Line:
-        if len(raw.rstrip(b"\r\n")) > self._max_bytes:
+        raw = raw.rstrip(b"\r\n")  # or what is said of a place in it speaks of a second line
+        if len(raw) > self._max_bytes:
             raise LineError("line_too_long", f"a line must have at most {self._max_bytes} bytes")
         line = parse_request(self._read_json(raw), number, self._vocab_size)
         digest = blake2b(line.custom_id.encode(errors="surrogatepass"), digest_size=16).digest()

@@ -144,6 +144,10 @@ class Feed:
         self._count += 1
         heapq.heappush(self._due, (when, self._count, conversation))
 
+    def again(self, conversation: Conversation, when: float) -> None:
+        """The turn that ``conversation`` is at is asked once more: its request was lost."""
+        self._push(when, conversation)
+
     def next_time(self) -> float:
         """When the next one comes; infinity if none is known."""
         first = self._next[0] if self._next is not None else math.inf
