@@ -198,10 +198,8 @@ class EngineConfig:
     checkpoint's template turns out to be.
     scheduling_policy: "fcfs", or "priority" (a lower number first).
     tensor_parallel_size: 1; more comes later and is refused. revision: of a Hub repository.
-    speculative_config: {"method": "ngram", "num_speculative_tokens": n}: drafts of up to n tokens (1 to 7; 7 if it is
-    not given) are looked up in
-        a request's own text, and several tokens come out of a step where they are right; the output is the same. None:
-        no speculation.
+    speculative_config: {"method": "ngram", "num_speculative_tokens": 7} looks up drafts of 1 to 7 tokens in a request's
+    own text, so that a step makes several tokens where they are right; the output is the same. None: no speculation.
     lora: a PEFT adapter, a directory or a Hub repository, that the model is merged with while it loads.
     """
 

@@ -100,6 +100,7 @@ class Scheduler:
             num_waiting=len(self.waiting),
             total_preemptions=self.num_preemptions,
             **self.kv.counts(),
+            **(self.speculation.counts() if self.speculation is not None else {}),
         )
 
     # ---- planning a step

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_engine.config import WIDE_STEP_TOKENS
 from nemo_engine.step import TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN, StepResult
@@ -101,6 +101,14 @@ class Speculation:
         self.num_rows = 0  # of wide steps that had drafts
         self.num_drafts = 0
         self.num_accepted = [0] * num_drafts  # drafts that were right, by their place behind the known token
+
+    def counts(self) -> dict[str, Any]:
+        """The fields of ``SchedulerStats`` that tell of drafts."""
+        return {
+            "num_spec_drafts": self.num_rows,
+            "num_spec_draft_tokens": self.num_drafts,
+            "num_spec_accepted_tokens_per_pos": tuple(self.num_accepted),
+        }
 
     def enter(self, request: Request) -> None:
         """Say whether ``request`` has drafts; see ``SamplingParams.why_no_drafts``."""
