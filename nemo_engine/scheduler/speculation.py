@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from nemo_engine.scheduler.request import Request
     from nemo_engine.scheduler.scheduled_step import ScheduledStep
 
-_FIRST_GUESS = 0.5  # of drafts that are right, before any was made
-_PRIOR = 3.0  # drafts that a new request's estimate is worth, by those of all others
+_FIRST_GUESS = 0.5  # of drafts that are right, before any was made; half of the guess for each new request
+_PRIOR = 2.0  # drafts that a new request's guess is worth
 _KEPT = 0.8  # of what an estimate is worth, from one wide step to the next
 _KEPT_OF_ALL = 0.995
 _ASSUMED_COST = 0.1  # of each further token of a row, in narrow steps, until it was measured
@@ -113,7 +113,7 @@ class Speculation:
     def enter(self, request: Request) -> None:
         """Say whether ``request`` has drafts; see ``SamplingParams.why_no_drafts``."""
         if request.params.why_no_drafts is None and request.grammar is None:
-            request.acceptance = Acceptance(self._of_all.rate, _PRIOR, _KEPT)
+            request.acceptance = Acceptance((self._of_all.rate + _FIRST_GUESS) / 2, _PRIOR, _KEPT)
 
     def width_for(self, decodes: Sequence[Request], max_tokens: int) -> int:
         """The width of a step that decodes ``decodes`` and computes ``max_tokens`` at most: half of them are left to
@@ -125,16 +125,14 @@ class Speculation:
         if not drafting or kind is None or 1 not in kind.seconds or kind.since_narrow >= _NARROW_EVERY:
             return 1
         best, best_rate = 1, _MIN_GAIN * rows / kind.cost(1)
-        trial = 1
         for width, num_drafts in self._drafts.items():
             if width * rows > most:
                 break
             rate = (rows + sum([one.expected(num_drafts) for one in drafting])) / kind.cost(width)
             if rate > best_rate:
                 best, best_rate = width, rate
-            if width <= 4:
-                trial = width
-        if best == 1 < trial and kind.since_trial >= _BETWEEN_TRIALS:
+        trial = min(self._drafts)
+        if best == 1 and trial * rows <= most and kind.since_trial >= _BETWEEN_TRIALS:
             extra = max(0.0, kind.cost(trial) - kind.cost(1))
             if extra <= kind.credit:
                 kind.credit, kind.since_trial = min(kind.credit - extra, extra), 0
