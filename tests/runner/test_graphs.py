@@ -152,7 +152,7 @@ def play_wide(runner: Runner, widths: Sequence[int]) -> tuple[list[StepResult], 
     """Texts that repeat themselves in steps of ``widths``, of which one has a prompt too; results and tokens by slot."""
     plans = []
     for slot, (want, phrase) in enumerate(zip(WANTS[:5], ([1, 2, 3], [4], [5, 6], [7, 8], [9, 10, 11, 12])), 1):
-        ids = (phrase * 20)[:24]
+        ids = (phrase * 24)[:24]
         params = SamplingParams(max_tokens=70, **want)
         draft_until = 0 if params.has_penalties else 94
         pages = tuple(range(7 * slot, 7 * slot + 7))
