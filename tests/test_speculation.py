@@ -162,8 +162,9 @@ def test_stop_strings_and_streams_are_those_of_single_tokens() -> None:
                 (one.text, one.token_ids, one.finish_reason, one.stop_reason, len(one.logprobs)) for one in outputs
             ]
             for own in params:
-                streamed = [o.outputs[0] for o in engine.stream(prompt, own)]
-                assert streamed[-1].text == found[params.index(own)][0]
+                deltas = [one.outputs[0] for one in engine.stream(prompt, own)]
+                ids = [token_id for delta in deltas for token_id in delta.token_ids]
+                assert ("".join(delta.text for delta in deltas), ids) == found[params.index(own)][:2]
             told_by.append(found)
     assert told_by[0] == told_by[1]
     assert told_by[0][1][2] == "stop"
