@@ -159,7 +159,9 @@ class Generation:
         }
 
     def explain(self) -> dict[str, Any]:
-        """Effective parameters and their origins, and of each prompt its times, cached tokens and preemptions."""
+        """Effective parameters and their origins, whether speculation makes drafts or why not, and of each prompt its
+        times, cached tokens and preemptions.
+        """
         requests = []
         for final in self.finals:
             if final is None or final.metrics is None:
@@ -176,7 +178,10 @@ class Generation:
                     "preemptions": m.num_preemptions,
                 }
             )
-        return {"parameters": self.effective[0].explain(), "requests": requests}
+        parameters = self.effective[0]
+        is_off = self._service.engine.config.speculative_config is None
+        speculation = "the server has no speculative_config" if is_off else parameters.params.why_no_drafts or "on"
+        return {"parameters": parameters.explain(), "speculation": speculation, "requests": requests}
 
     def _note(self, index: int, output: RequestOutput) -> None:
         """Keep count of ``output``, and at the end of a request report it."""

@@ -21,7 +21,7 @@ _PLAIN = (
     "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
     "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids",
     "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "stream_interval",
-    "logit_bias", "allowed_token_ids", "bad_words",
+    "logit_bias", "allowed_token_ids", "bad_words", "speculation",
 )  # fmt: skip
 
 

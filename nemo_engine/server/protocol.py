@@ -188,6 +188,7 @@ class SamplingRequest(ApiRequest):
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
     return_tokens_as_token_ids: bool | None = False
     # ours
+    speculation: bool | None = None
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     explain: bool | None = False
 
