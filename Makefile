@@ -26,7 +26,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # A stamp for each set of packages: the package itself, with what the tests need, with the checking tools.
 .PRECIOUS: $(VENV)/.installed-%
-.PHONY: help demo test fuzz check docs test-op test-ray cuda kernel-report bench-op gpu gpu-pack format clean
+.PHONY: help demo test fuzz check docs test-op test-ray test-hosts cuda kernel-report bench-op gpu gpu-pack format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -66,8 +66,11 @@ fuzz: $(VENV)/.installed-test  ## random models, engines and requests against an
 
 test-ray: $(VENV)/.installed-test  ## replicas on a local cluster of Ray, which is installed beside the tests' packages: half a gigabyte
 	@$(BIN)/python -c "import ray.serve" 2>/dev/null || $(BIN)/python -m pip install -q "$$(sed -n 's/^ray = .*"\(ray\[serve\][^"]*\)".*/\1/p' pyproject.toml)"
+	@$(BIN)/python -m pytest -q -W ignore::DeprecationWarning tests/ray/replicas.py
+
+test-hosts: $(VENV)/.installed-test  ## after test-ray: Ray Data over a folder, and as root two hosts in network namespaces, of which one is lost
 	@$(BIN)/python -c "import ray.data" 2>/dev/null || $(BIN)/python -m pip install -q "ray[data]"
-	@$(BIN)/python -m pytest -q -W ignore::DeprecationWarning tests/ray/replicas.py tests/ray/files.py tests/ray/two_hosts.py
+	@$(BIN)/python -m pytest -q -s -W ignore::DeprecationWarning tests/ray/files.py tests/ray/two_hosts.py
 
 cuda: $(VENV)/.installed-test  ## build the CUDA kernels (nemo_engine._C) in this checkout; brings nvcc where there is none
 	@$(BIN)/python csrc/build.py --which >/dev/null 2>&1 || $(BIN)/python .ci/missing.py nvcc | xargs $(BIN)/python -m pip install

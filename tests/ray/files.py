@@ -1,4 +1,4 @@
-"""A folder of files on Ray Data, by the example: killed half way and started again. ``make test-ray``."""
+"""A folder of files on Ray Data, by the example: killed half way and started again. ``make test-hosts``."""
 
 from __future__ import annotations
 

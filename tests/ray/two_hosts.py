@@ -1,5 +1,5 @@
 """Two hosts with a replica each, in network namespaces of their own: the link between them is cut for ten seconds, and
-one is lost under streaming load. ``make test-ray``; needs iproute2 and the right to make namespaces.
+one is lost under streaming load. ``make test-hosts``; needs iproute2 and the right to make namespaces.
 
 The test's second half, which ``main`` is, runs as a process inside the head's namespace.
 """
