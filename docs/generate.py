@@ -299,6 +299,8 @@ _VARIABLES = {
     "MKL_NUM_THREADS": "the same, for MKL's products alone",
     "OTEL_SERVICE_NAME": "the name of the service in OpenTelemetry's spans; `nemo_engine` without it",
     "PYTORCH_CUDA_ALLOC_CONF": "torch's allocator on a GPU",
+    "RAY_SERVE_ENABLE_HA_PROXY": "Ray's: `1` puts HAProxy before the replicas",
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "Ray's: how HAProxy chooses a replica; `hdr(x-session-id)` for session affinity",
     "TRITON_INTERPRET": "`1`: Triton's kernels in its interpreter, on a CPU, slowly: for tests",
 }
 _READ = re.compile(r"environ(?:\.get)?[\[(]\s*\"([A-Z_]+)\"")
