@@ -16,11 +16,11 @@ PACKAGE = ROOT / "nemo_engine"
 BUDGETS = {
     ".": 2250,  # options and their checks, outputs, the wire between the halves, the plan of memory, quantize
     "batch": 950,  # files that survive a kill, a full disk and gigabytes
-    "checkpoint": 2750,  # every way in which NeMo is published, and a refusal that says what to do for the rest
+    "checkpoint": 2850,  # every way in which NeMo is published, and a refusal that says what to do for the rest
     "cli": 2400,  # every option has a flag, a help of one line, completion and a place in a file
     "engine": 2300,  # both engines, and what an exception anywhere must not break
     "model": 520,
-    "ops": 3300,  # 22 operations, their cases, and adapters of three kinds of kernels
+    "ops": 3420,  # 22 operations, their cases, and adapters of three kinds of kernels and of two FlashAttentions
     "planner": 1200,  # 13 GPUs with sources, and 74 published results that it is held against
     "ray": 180,
     "runner": 1780,  # edits of logits in one upload, and rows that are edited apart from the others
