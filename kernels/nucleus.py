@@ -39,6 +39,30 @@ def _lowest_cost(cost, token, distance, new_token, is_kept, key):
 
 
 @triton.jit
+def _look_again(
+    cost, token, sure, k_low, k_high, p_low, p_high, key, near_ptr, ids_ptr, count, TILE: tl.constexpr,
+):  # fmt: skip
+    """Per place the lowest cost of collected tokens nearer than ``sure``, and its token. Those where top_k or top_p
+    cuts are written behind the collected ones; returns how many, too.
+    """
+    num_kept = count * 0
+    for start in range(0, count, TILE):
+        place = start + tl.arange(0, TILE)
+        distance = tl.load(near_ptr + place, mask=place < count, other=INF)
+        new_token = tl.load(ids_ptr + place, mask=place < count, other=0)
+        bits = float_bits(distance)
+        is_open = ((bits >= k_low) & (bits <= k_high)) | ((bits >= p_low) & (bits <= p_high))
+        is_open = is_open & (place < count)
+        cost, token = _lowest_cost(cost, token, distance, new_token, (bits < sure) & (place < count), key)
+        target = count + num_kept + tl.cumsum(is_open.to(tl.int32), axis=0) - 1
+        tl.store(near_ptr + target, distance, mask=is_open)
+        tl.store(ids_ptr + target, new_token, mask=is_open)
+        num_kept += tl.sum(is_open.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    return cost, token, num_kept
+
+
+@triton.jit
 def choose_near(
     bound, first, whole, top_k, top_p, key, near_ptr, ids_ptr, bins_ptr, masses_ptr, count, vocab_size,
     TILE: tl.constexpr,
@@ -95,21 +119,10 @@ def choose_near(
                 )  # fmt: skip
                 sure = p_high + 1
                 p_low = tl.full((), _NO_CUT, tl.int32)
+        cost, token, num_kept = _look_again(
+            cost, token, sure, k_low, k_high, p_low, p_high, key, near_ptr, ids_ptr, count, TILE
+        )
         begin = count
-        num_kept = count * 0
-        for start in range(0, count, TILE):
-            place = start + tile
-            distance = tl.load(near_ptr + place, mask=place < count, other=INF)
-            new_token = tl.load(ids_ptr + place, mask=place < count, other=0)
-            bits = float_bits(distance)
-            is_open = ((bits >= k_low) & (bits <= k_high)) | ((bits >= p_low) & (bits <= p_high))
-            is_open = is_open & (place < count)
-            cost, token = _lowest_cost(cost, token, distance, new_token, (bits < sure) & (place < count), key)
-            target = begin + num_kept + tl.cumsum(is_open.to(tl.int32), axis=0) - 1
-            tl.store(near_ptr + target, distance, mask=is_open)
-            tl.store(ids_ptr + target, new_token, mask=is_open)
-            num_kept += tl.sum(is_open.to(tl.int32), axis=0)
-        tl.debug_barrier()
     is_kept = tile < num_kept
     distance = tl.load(near_ptr + begin + tile, mask=is_kept, other=INF)
     new_token = tl.load(ids_ptr + begin + tile, mask=is_kept, other=0)
