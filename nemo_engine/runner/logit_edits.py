@@ -132,7 +132,8 @@ class LogitEdits:
             flat.index_add_(0, self._word_at, values)
 
 
-def _joined(arrays: Iterable[array]) -> array:
+def _joined(arrays: Iterable[array[int] | array[float]]) -> array[int]:
+    """One after the other, as words of 8 bytes."""
     whole = array("q")
     for part in arrays:
         whole.frombytes(part.tobytes())
