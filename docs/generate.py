@@ -300,7 +300,7 @@ _VARIABLES = {
     "OTEL_SERVICE_NAME": "the name of the service in OpenTelemetry's spans; `nemo_engine` without it",
     "PYTORCH_CUDA_ALLOC_CONF": "torch's allocator on a GPU",
     "RAY_SERVE_ENABLE_HA_PROXY": "Ray's: `1` puts HAProxy before the replicas",
-    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "Ray's: how HAProxy chooses a replica; `hdr(x-session-id)` for session affinity",
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "Ray's: how HAProxy chooses; `hdr(x-session-id)`: by session",
     "TRITON_INTERPRET": "`1`: Triton's kernels in its interpreter, on a CPU, slowly: for tests",
 }
 _READ = re.compile(r"environ(?:\.get)?[\[(]\s*\"([A-Z_]+)\"")
@@ -350,7 +350,8 @@ def _workloads() -> str:
 def _metrics() -> str:
     stats = dict.fromkeys(
         ("num_running", "num_waiting", "num_free_pages", "total_prefix_queried_tokens", "total_prefix_hit_tokens",
-         "total_preemptions"), 0) | {"num_pages": 1}  # fmt: skip
+         "total_preemptions", "num_spec_drafts", "num_spec_draft_tokens"), 0)  # fmt: skip
+    stats |= {"num_pages": 1, "num_spec_accepted_tokens_per_pos": (0,)}
     engine: Any = SimpleNamespace(stats=lambda: SimpleNamespace(**stats))
     metrics = Metrics(engine, "nemo_engine", "model")
     metrics.key_answered("name", 200)

@@ -128,7 +128,7 @@ def _report(
         if num_best <= tl.sum((distance < INF).to(tl.int32), axis=0):  # that many sub-blocks have a token each
             ones = (sub >= 0).to(tl.int32)
             infinity = float_bits(tl.full((), INF, tl.float32))
-            farthest = reach(num_best, infinity, float_bits(distance), ones, best_ptr, 0, TILE, BY_MASS=False)
+            farthest = reach(num_best, infinity * 0, infinity, float_bits(distance), ones)
             bound = -farthest.to(tl.float32, bitcast=True) - log_sum
         is_near = is_sub & (-distance - log_sum >= bound)
         count = _collect(is_near, bound, base, log_sum, subs_ptr, keys_ptr, logits_row, vocab_size, SUB, NUM_SUBS, TILE)

@@ -2,8 +2,10 @@
 
 Sampling needs the whole row only to learn where the good tokens lie. ``_survey_kernel`` notes of every sub-block (128
 tokens, of large vocabularies more) the highest logit and, as its row needs it, the mass or the best cost of a draw.
-From these ``_choose_kernel`` knows bounds that surely hold what can be chosen; it gathers the tokens within them and
-decides exactly, by bisection on the bits of floats. Nothing is sorted.
+From these ``_choose_kernel`` knows bounds that surely hold what can be chosen; it gathers the tokens within them, with
+a histogram of their distances. Where counts or masses reach what top_k or top_p ask for, one more pass, over what was
+gathered, keeps the tokens of that bucket, among which bisection decides, and takes the lowest cost of nearer ones.
+Nothing is sorted.
 
 The noise, penalties and filters are those of the definition, ``sample_``: its draw is the argmin of ``distance +
 log(E)``.
@@ -17,61 +19,31 @@ import torch
 import triton
 import triton.language as tl
 
+from .noise import row_key, uniform
+from .nucleus import choose_near
 from .selection import (
+    BUCKETS,
+    FIRST_SHIFT,
     INF,
-    MASS_ONE,
+    LARGEST_BITS,
     MOST_PROGRAMS,
     NO_MASS,
     SURVEY_TOKENS,
     TILE_TOKENS,
+    TWO_OCTAVES,
+    clear,
     float_bits,
     list_near,
     listed_tokens,
-    mass_of,
     reach,
     sub_blocks,
-    within,
+    tally,
 )
 
 _NOT_FINITE = tl.constexpr(-1)  # the engine's codes of rows that fail
 _ALL_MASKED = tl.constexpr(-2)
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _LARGEST = tl.constexpr(3.4028234663852886e38)  # finite fp32
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal fp32
-
-
-@triton.jit
-def _row_key(seed_key, position):
-    """``k`` of the noise's definition."""
-    z = seed_key.to(tl.uint64) + position.to(tl.uint64) * _GOLDEN
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-@triton.jit
-def _mix32(x):
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
-    x = (x ^ (x >> 15)) * 0xD35A2D97
-    return x ^ (x >> 15)
-
-
-@triton.jit
-def _uniform(key, token):
-    """``u`` of the noise's definition, fp32."""
-    x = _mix32(_mix32(token.to(tl.uint32) ^ key.to(tl.uint32)) ^ (key >> 32).to(tl.uint32))
-    return tl.minimum((x.to(tl.float32) + 0.5) * (2.0**-32), 1.0 - 2.0**-24)
-
-
-@triton.jit
-def _log_exponential(key, token):
-    """log(E): E = -log1p(-u) is log(1 - u), made up for the rounding of 1 - u."""
-    u = _uniform(key, token)
-    rest = 1.0 - u
-    taken = 1.0 - rest
-    is_tiny = taken == 0.0
-    exact = -tl.log(rest) * tl.div_rn(u, tl.where(is_tiny, 1.0, taken))
-    return tl.log(tl.where(is_tiny, u, exact))
 
 
 @triton.jit
@@ -123,8 +95,8 @@ def _survey_kernel(
             if tl.load(top_p_ptr + slot) < 1.0:
                 tl.store(note_ptr + place, tl.sum(tl.exp(-distance), axis=1), mask=sub < NUM_SUBS)
             else:
-                key = _row_key(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row))
-                u = _uniform(key, token)
+                key = row_key(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row))
+                u = uniform(key, token)
                 variate = tl.where(u < 2.0**-8, u + 0.5 * u * u, -tl.log(1.0 - u))  # to 1e-4 of itself
                 cost = tl.where(mask, variate * tl.exp(tl.minimum(distance, 80.0)), INF)
                 tl.store(note_ptr + place, tl.min(cost, axis=1), mask=sub < NUM_SUBS)
@@ -166,12 +138,14 @@ def _top_p_bound(nearest, sums, total, top_p, SUB: tl.constexpr):
 
 @triton.jit
 def _collect(
-    is_near, bound, best, temperature, subs_ptr, near_ptr, ids_ptr, logits_row, counts_row, prompt_row,
-    repetition, frequency, presence, vocab_size, SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr,
+    is_near, bound, first, is_ranked, best, temperature, subs_ptr, near_ptr, ids_ptr, bins_ptr, masses_ptr, logits_row,
+    counts_row, prompt_row, repetition, frequency, presence, vocab_size,
+    SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the distances and the ids of the tokens within ``bound`` of the sub-blocks that are near, ids ascending;
-    returns how many.
+    """Write the distances and the ids of the tokens within ``bound`` of the sub-blocks that are near, ids ascending,
+    with a histogram from ``first`` on if they are ranked; returns how many.
     """
+    clear(bins_ptr, masses_ptr)
     num_near = list_near(is_near, subs_ptr, NUM_SUBS)
     count = 0
     for start in range(0, num_near, TILE // SUB):
@@ -183,35 +157,16 @@ def _collect(
         target = count + tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
         tl.store(near_ptr + target, distance, mask=is_kept)
         tl.store(ids_ptr + target, token, mask=is_kept)
+        tally(bins_ptr, masses_ptr, distance, is_kept & is_ranked, first, FIRST_SHIFT)
         count += tl.sum(is_kept.to(tl.int32), axis=0)
     tl.debug_barrier()
     return count
 
 
 @triton.jit
-def _limit(bound, whole, top_k, top_p, near_ptr, count, vocab_size, TILE: tl.constexpr):
-    """The bits of the farthest distance that top_k and top_p keep. whole: the row's mass, 0 where it is that of the
-    collected tokens.
-    """
-    tile = tl.arange(0, TILE)
-    distance = tl.load(near_ptr + tile, mask=tile < count, other=INF)
-    bits = float_bits(distance)
-    limit = float_bits(bound)
-    if (top_k < vocab_size) & (count > top_k):
-        limit = reach(top_k, limit, bits, (tile < count).to(tl.int32), near_ptr, count, TILE, BY_MASS=False)
-    if top_p < 1.0:
-        mass = tl.where(tile < count, mass_of(distance), 0)
-        collected = within(limit, bits, mass, near_ptr, count, TILE, BY_MASS=True)
-        total = tl.where(whole > 0.0, whole * MASS_ONE, collected.to(tl.float64))
-        target = tl.maximum(tl.ceil(total * top_p).to(tl.int64), 1)
-        limit = reach(tl.minimum(target, collected), limit, bits, mass, near_ptr, count, TILE, BY_MASS=True)
-    return limit
-
-
-@triton.jit
 def _drawn(
-    highest, best, temperature, min_p, top_k, top_p, key, note_ptr, subs_ptr, near_ptr, ids_ptr, logits_row,
-    counts_row, prompt_row, repetition, frequency, presence, vocab_size,
+    highest, best, temperature, min_p, top_k, top_p, key, note_ptr, subs_ptr, near_ptr, ids_ptr, bins_ptr, masses_ptr,
+    logits_row, counts_row, prompt_row, repetition, frequency, presence, vocab_size,
     SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The token with the lowest distance + log(E) of what the filters keep, of equal ones the lowest id."""
@@ -220,13 +175,14 @@ def _drawn(
     bound = tl.full((), INF, tl.float32)
     whole = tl.full((), 0.0, tl.float64)
     is_cut = (min_p > 0.0) | (top_k < vocab_size)
+    is_ranked = (top_k < vocab_size) | (top_p < 1.0)
     if is_cut | (top_p < 1.0):
         if min_p > 0.0:
             bound = tl.abs(tl.log(min_p)).to(tl.float32)
         if top_k <= tl.sum((nearest < INF).to(tl.int32), axis=0):  # that many sub-blocks have a token each
             ones = (sub >= 0).to(tl.int32)
             infinity = float_bits(tl.full((), INF, tl.float32))
-            farthest = reach(top_k, infinity, float_bits(nearest), ones, near_ptr, 0, TILE, BY_MASS=False)
+            farthest = reach(top_k, infinity * 0, infinity, float_bits(nearest), ones)
             bound = tl.minimum(bound, farthest.to(tl.float32, bitcast=True))
         if top_p < 1.0:
             bound = tl.minimum(bound, NO_MASS)
@@ -240,31 +196,26 @@ def _drawn(
     else:
         cost = nearest + tl.log(tl.load(note_ptr + sub, mask=nearest < INF, other=1.0))
         is_near = cost <= tl.min(cost, axis=0) + 1e-3  # the survey's costs are surely that good
+    # Every sub-block has a token as near as ``far``, so few tokens are as near as a quarter of it; what top_k and top_p
+    # cut is rarely 4 times as far: there buckets are fine.
+    far = tl.max(tl.where(nearest < INF, float_bits(nearest), 0), axis=0)
+    top = tl.minimum(float_bits(bound), tl.minimum(far, LARGEST_BITS - TWO_OCTAVES) + TWO_OCTAVES)
+    first = tl.maximum(top - (BUCKETS << FIRST_SHIFT) + 1, 0)
     count = _collect(
-        is_near, bound, best, temperature, subs_ptr, near_ptr, ids_ptr, logits_row, counts_row, prompt_row,
-        repetition, frequency, presence, vocab_size, SUB, NUM_SUBS, TILE,
+        is_near, bound, first, is_ranked, best, temperature, subs_ptr, near_ptr, ids_ptr, bins_ptr, masses_ptr,
+        logits_row, counts_row, prompt_row, repetition, frequency, presence, vocab_size, SUB, NUM_SUBS, TILE,
     )  # fmt: skip
-    limit = _limit(bound, whole, top_k, top_p, near_ptr, count, vocab_size, TILE)
-    lowest = tl.full((), INF, tl.float32)
-    chosen = tl.full((), 0, tl.int32)
-    for start in range(0, count, TILE):
-        place = start + tl.arange(0, TILE)
-        distance = tl.load(near_ptr + place, mask=place < count, other=INF)
-        token = tl.load(ids_ptr + place, mask=place < count, other=0)
-        is_kept = (place < count) & (float_bits(distance) <= limit)
-        cost = tl.where(is_kept, distance + _log_exponential(key, token), INF)
-        least = tl.min(cost, axis=0)
-        first = tl.min(tl.where(is_kept & (cost == least), token, 0x7FFFFFFF), axis=0)
-        chosen = tl.where(least < lowest, first, chosen)
-        lowest = tl.minimum(least, lowest)
-    return chosen
+    return choose_near(
+        bound, first, whole, top_k, top_p, key, near_ptr, ids_ptr, bins_ptr, masses_ptr, count, vocab_size, TILE
+    )
 
 
 @triton.jit
 def _choose(
-    row, tokens_ptr, best_ptr, note_ptr, subs_ptr, near_ptr, ids_ptr, logits_ptr, slots_ptr, positions_ptr,
-    temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, seeds_ptr, frequency_ptr, presence_ptr, repetition_ptr,
-    counts_ptr, prompt_ptr, stride, vocab_size, SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr,
+    row, tokens_ptr, best_ptr, note_ptr, subs_ptr, near_ptr, ids_ptr, bins_ptr, masses_ptr, logits_ptr, slots_ptr,
+    positions_ptr, temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, seeds_ptr, frequency_ptr, presence_ptr,
+    repetition_ptr, counts_ptr, prompt_ptr, stride, vocab_size,
+    SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Choose the token of ``row``, and count it if the row has penalties."""
     slot = tl.load(slots_ptr + row)
@@ -283,11 +234,12 @@ def _choose(
         token = tl.full((), _ALL_MASKED, tl.int32)
     elif best < INF:
         if temperature > 0.0:
-            key = _row_key(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row))
+            key = row_key(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row))
             token = _drawn(
                 highest, best, temperature.to(tl.float32), tl.load(min_p_ptr + slot), tl.load(top_k_ptr + slot),
-                tl.load(top_p_ptr + slot), key, note_ptr + row * NUM_SUBS, subs_ptr, near_ptr, ids_ptr, logits_row,
-                counts_row, prompt_row, repetition, frequency, presence, vocab_size, SUB, NUM_SUBS, TILE,
+                tl.load(top_p_ptr + slot), key, note_ptr + row * NUM_SUBS, subs_ptr, near_ptr, ids_ptr, bins_ptr,
+                masses_ptr, logits_row, counts_row, prompt_row, repetition, frequency, presence, vocab_size, SUB,
+                NUM_SUBS, TILE,
             )  # fmt: skip
         else:
             first = tl.min(tl.where(highest == best, sub, NUM_SUBS), axis=0)
@@ -301,20 +253,22 @@ def _choose(
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def _choose_kernel(
-    tokens_ptr, best_ptr, note_ptr, subs_ptr, near_ptr, ids_ptr, logits_ptr, slots_ptr, positions_ptr,
-    temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, seeds_ptr, frequency_ptr, presence_ptr, repetition_ptr,
-    counts_ptr, prompt_ptr, stride, vocab_size, num_rows,
+    tokens_ptr, best_ptr, note_ptr, subs_ptr, near_ptr, ids_ptr, bins_ptr, masses_ptr, logits_ptr, slots_ptr,
+    positions_ptr, temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, seeds_ptr, frequency_ptr, presence_ptr,
+    repetition_ptr, counts_ptr, prompt_ptr, stride, vocab_size, num_rows,
     SUB: tl.constexpr, NUM_SUBS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     subs_ptr += program * NUM_SUBS
-    near_ptr += program * vocab_size
-    ids_ptr += program * vocab_size
+    near_ptr += program * (vocab_size + TILE)
+    ids_ptr += program * (vocab_size + TILE)
+    bins_ptr += program * BUCKETS
+    masses_ptr += program * BUCKETS
     for row in range(program, num_rows, tl.num_programs(0)):
         _choose(
-            row, tokens_ptr, best_ptr, note_ptr, subs_ptr, near_ptr, ids_ptr, logits_ptr, slots_ptr, positions_ptr,
-            temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, seeds_ptr, frequency_ptr, presence_ptr, repetition_ptr,
-            counts_ptr, prompt_ptr, stride, vocab_size, SUB, NUM_SUBS, TILE,
+            row, tokens_ptr, best_ptr, note_ptr, subs_ptr, near_ptr, ids_ptr, bins_ptr, masses_ptr, logits_ptr,
+            slots_ptr, positions_ptr, temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, seeds_ptr, frequency_ptr,
+            presence_ptr, repetition_ptr, counts_ptr, prompt_ptr, stride, vocab_size, SUB, NUM_SUBS, TILE,
         )  # fmt: skip
         tl.debug_barrier()  # the next row writes where this one read
 
@@ -330,7 +284,7 @@ def sample_(
     Returns (R,) int64.
 
     Where top_p alone cuts a row, its mass is a sum of fp32 exponentials, which is off by some 1e-7. Scratch memory: 8 V
-    bytes for each of at most 132 rows.
+    bytes and 40 KiB for each of at most 132 rows.
     """
     rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 and logits.dtype != torch.float64, (logits.stride(), logits.dtype)
@@ -357,9 +311,11 @@ def sample_(
     _survey_kernel[(rows, triton.cdiv(vocab_size, block))](
         best, note, *inputs, SUB=sub, NUM_SUBS=num_subs, BLOCK=block, num_warps=8, enable_fp_fusion=False
     )
+    tile, buckets = max(TILE_TOKENS, sub), BUCKETS.value
     _choose_kernel[(programs,)](
-        tokens, best, note, scratch(programs, num_subs, torch.int32), scratch(programs, vocab_size),
-        scratch(programs, vocab_size, torch.int32), *inputs, rows,
-        SUB=sub, NUM_SUBS=num_subs, TILE=max(TILE_TOKENS, sub), num_warps=8, enable_fp_fusion=False,
+        tokens, best, note, scratch(programs, num_subs, torch.int32), scratch(programs, vocab_size + tile),
+        scratch(programs, vocab_size + tile, torch.int32), scratch(programs, buckets, torch.int32),
+        scratch(programs, buckets, torch.int64), *inputs, rows,
+        SUB=sub, NUM_SUBS=num_subs, TILE=tile, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return tokens

@@ -176,7 +176,7 @@ class EngineConfig:
         the CPU, where a step of more keeps the other requests waiting for long, else 8192, and max_num_seqs if that is
         more.
     enable_prefix_caching: reuse the pages of equal prefixes. page_size: tokens per KV page: a power of two from 16 to
-    128.
+    256. FlashAttention 2 reads pages of 256, the CUDA kernels of attention pages of up to 128.
     kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at least
     one request of
         max_model_len if that is at most 4 GiB; on a GPU what the memory plan leaves.
@@ -301,8 +301,8 @@ class EngineConfig:
             if self.max_num_batched_tokens < self.max_num_seqs:
                 least = f"at least max_num_seqs ({self.max_num_seqs}), so that a step can decode every running request"
                 raise ValueError(f"max_num_batched_tokens must be {least}, got {self.max_num_batched_tokens}")
-        if check_int("page_size", self.page_size, low=16, high=128) not in (16, 32, 64, 128):
-            raise ValueError(f"page_size must be a power of two from 16 to 128, got {self.page_size}")
+        if check_int("page_size", self.page_size, low=16, high=256).bit_count() != 1:
+            raise ValueError(f"page_size must be a power of two from 16 to 256, got {self.page_size}")
         if self.kv_cache_gib is not None:
             check_positive("kv_cache_gib", self.kv_cache_gib)
             if self.num_kv_pages is not None:

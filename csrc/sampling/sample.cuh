@@ -1,7 +1,10 @@
 // The token of each row in one launch. Blocks survey pieces of a row, and note of every sub-block of 256 tokens its
 // highest logit and, as the row needs it, the mass or the lowest cost of its tokens. The last block of a row to come
-// knows from these bounds that surely hold what can be chosen, looks at those sub-blocks again and decides exactly, by
-// bisection on the bits of floats. Nothing is sorted. What decides adds integers or takes minima, so no order matters.
+// knows from these bounds that surely hold what can be chosen, and looks at those sub-blocks again: at most twice, but for
+// distributions made to be hard. The first look makes a histogram of the distances' bits; where the counts or masses of
+// nearer tokens reach what top_k or top_p ask for, the second keeps the tokens of that bucket, among which bisection
+// decides, and takes the lowest cost of nearer ones. If few tokens are near, the first look keeps them and there is no
+// second. Nothing is sorted. What decides adds integers or takes minima, so no order matters.
 //
 // Noise, penalties and filters are those of nemo_engine/ops/sampling.py: the draw is the token with the lowest
 // distance + log(E), where distance = (best - logit) / temperature.
@@ -21,7 +24,12 @@ constexpr int SUB = 256;  // tokens: 8 to each lane of a warp
 constexpr int SAMPLE_WARPS = 8;
 constexpr int SAMPLE_THREADS = 32 * SAMPLE_WARPS;
 constexpr int PIECE_SUBS = 2 * SAMPLE_WARPS;  // that a block surveys
-constexpr int MAX_CANDIDATES = 4096;  // that are kept in shared memory; more are looked up again in each pass
+constexpr int MAX_CANDIDATES = 4096;  // that are kept in shared memory
+constexpr int BUCKETS = 2048;         // of a histogram
+constexpr int FIRST_SHIFT = 14;       // of the first one: 512 buckets to an octave, over 4 octaves
+constexpr uint32_t TWO_OCTAVES = 2u << 23;  // of a float's bits
+constexpr int BUCKETS_EACH = BUCKETS / SAMPLE_THREADS;  // of a thread
+constexpr uint32_t LARGEST_BITS = 0x7F7FFFFFu;
 constexpr float MASS_ONE = 1099511627776.0f;  // 2^40: the mass of the likeliest token
 constexpr float NO_MASS = 28.0f;  // a distance from which on floor(2^40 exp(-distance)) is 0
 constexpr float COST_MARGIN = 1e-3f;  // the survey's costs are surely that good
@@ -29,9 +37,18 @@ constexpr int64_t NOT_FINITE = -1;
 constexpr int64_t ALL_MASKED = -2;
 constexpr float FINITE_MAX = 3.4028234663852886e38f;
 
+// Where the weight of the nearest tokens reaches what is asked for: at distances whose bits are low .. high, which
+// `inside` tokens have; count and mass are those of nearer tokens.
+struct Crossing {
+    uint32_t low, high;
+    int64_t count, mass, inside, inside_mass;
+};
+
 struct SampleShared {
     float distances[MAX_CANDIDATES];
     int ids[MAX_CANDIDATES];
+    uint32_t counts[BUCKETS], mass_low[BUCKETS], mass_high[BUCKETS];
+    Crossing crossing;
     int64_t sums[SAMPLE_WARPS];
     double totals[SAMPLE_WARPS];
     uint64_t keys[SAMPLE_WARPS];
@@ -241,11 +258,10 @@ __device__ __forceinline__ float block_min_of(SampleShared* s, float x) {
 // A token's mass, which sums exactly.
 __device__ __forceinline__ int64_t mass_of(float distance) { return int64_t(floorf(multiply(expf(-distance), MASS_ONE))); }
 
-// The smallest bits of a distance, at most `high`, within which the weights add up to `target`. within(bits): the sum
-// over the block.
+// The smallest bits of a distance, low .. high, within which the weights add up to `target`. within(bits): the sum over
+// the block.
 template <class Within>
-__device__ __forceinline__ uint32_t reach(int64_t target, uint32_t high, Within within) {
-    uint32_t low = 0;
+__device__ __forceinline__ uint32_t reach(int64_t target, uint32_t low, uint32_t high, Within within) {
     while (low < high) {
         uint32_t middle = low + (high - low) / 2;
         if (within(middle) >= target) {
@@ -279,63 +295,122 @@ struct Decision {
         if (!(distance < infinity())) return false;
         return is_by_cost ? add(distance, logf(load(notes + sub))) <= most_cost : distance <= bound;
     }
-    // visit(distance, token) for the candidates that lie in near sub-blocks, by whole warps.
+    // visit(is_candidate, distance, token) for the tokens of near sub-blocks, by whole warps.
     template <class Visit>
     __device__ __forceinline__ void look_up(Visit visit) const {
-        for (int sub = warp_index(); sub < num_subs; sub += SAMPLE_WARPS) {
-            if (!is_near(sub)) continue;
-            int first = sub * SUB + lane_index() * 8;
-            float x[8];
-            final_logits(r, first, x);
+        for (int base = warp_index(); base < num_subs; base += 32 * SAMPLE_WARPS) {
+            int mine = base + lane_index() * SAMPLE_WARPS;
+            for (uint32_t near = ballot(mine < num_subs && is_near(mine)); near != 0; near &= near - 1) {
+                int first = (base + lowest_bit(near) * SAMPLE_WARPS) * SUB + lane_index() * 8;
+                float x[8];
+                final_logits(r, first, x);
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float distance = distance_of(best, x[i], r.temperature);
-                bool is_candidate = first + i < r.vocab_size && distance < infinity() && (is_by_cost || distance <= bound);
-                visit(is_candidate, distance, first + i);
+                for (int i = 0; i < 8; i++) {
+                    float distance = distance_of(best, x[i], r.temperature);
+                    bool is_candidate =
+                        first + i < r.vocab_size && distance < infinity() && (is_by_cost || distance <= bound);
+                    visit(is_candidate, distance, first + i);
+                }
             }
         }
     }
-    template <class Visit>
-    __device__ __forceinline__ void for_candidates(Visit visit) const {
-        if (is_kept) {
-            for (int i = threadIdx.x; i < s->count; i += SAMPLE_THREADS) visit(s->distances[i], s->ids[i]);
-        } else {
-            look_up([&](bool is_candidate, float distance, int token) {
-                if (is_candidate) visit(distance, token);
-            });
-        }
-    }
-    __device__ __forceinline__ int64_t count_within(uint32_t limit) const {
-        int64_t count = 0;
-        for_candidates([&](float distance, int) { count += bits_of_float(distance) <= limit; });
-        return block_total_of(s, count);
-    }
-    __device__ __forceinline__ int64_t mass_within(uint32_t limit) const {
-        int64_t mass = 0;
-        for_candidates([&](float distance, int) {
-            if (bits_of_float(distance) <= limit) mass += mass_of(distance);
-        });
-        return block_total_of(s, mass);
+    // The lower, the better; of equal costs the lower token.
+    __device__ __forceinline__ uint64_t cost_of(float distance, int token) const {
+        return uint64_t(ordered_bits(add(distance, log_exponential(r.key, token)))) << 32 | uint32_t(token);
     }
 };
 
-// Takes the candidates into shared memory, if they fit. Their order there does not matter.
-template <class T>
-__device__ __forceinline__ void keep_candidates(Decision<T>& d) {
-    SampleShared* s = d.s;
+// ---- histograms
+
+// Distances by their bits, low .. high: those from `first` on by 2^shift, what is nearer in the first bucket, what is
+// farther than all buckets in the last.
+struct Buckets {
+    uint32_t low, high, first;
+    int shift;
+    __device__ __forceinline__ int of(uint32_t bits) const {
+        return bits <= first ? 0 : minimum(int((bits - first) >> shift), BUCKETS - 1);
+    }
+};
+
+// Of all candidates: buckets fine enough at the distances that are usual. Every sub-block has a token as
+// near as `far`, so few tokens are as near as a quarter of it; what top_k and top_p cut is rarely 4 times as far.
+__device__ __forceinline__ Buckets first_buckets(uint32_t high, float far) {
+    constexpr uint32_t WIDTH = uint32_t(BUCKETS) << FIRST_SHIFT;
+    uint32_t top = minimum(high, bits_of_float(far) + TWO_OCTAVES);
+    return {0, high, top < WIDTH ? 0 : top - WIDTH + 1, FIRST_SHIFT};
+}
+__device__ __forceinline__ Buckets buckets_between(uint32_t low, uint32_t high) {
+    Buckets b{low, high, low, 0};
+    while ((high - low) >> b.shift >= uint32_t(BUCKETS)) b.shift++;
+    return b;
+}
+
+__device__ __forceinline__ void clear(SampleShared* s) {
     block_sync();
     if (threadIdx.x == 0) s->count = 0;
+    for (int i = threadIdx.x; i < BUCKETS; i += SAMPLE_THREADS) s->counts[i] = s->mass_low[i] = s->mass_high[i] = 0;
     block_sync();
-    d.look_up([&](bool is_candidate, float distance, int token) {
-        uint32_t who = ballot(is_candidate);
-        if (who == 0) return;
-        int first = 0;
-        if (lane_index() == 0) first = atomic_add(&s->count, count_bits(who));
-        int place = shuffle(first, 0) + count_bits(who & ((1u << lane_index()) - 1));
-        if (is_candidate && place < MAX_CANDIDATES) s->distances[place] = distance, s->ids[place] = token;
-    });
+}
+// Exact in whatever order: each wrap of the low word is carried once.
+__device__ __forceinline__ void tally(SampleShared* s, const Buckets& b, float distance, bool has_mass) {
+    uint32_t bits = bits_of_float(distance);
+    if (bits < b.low || bits > b.high) return;
+    int bucket = b.of(bits);
+    atomic_add(&s->counts[bucket], 1u);
+    if (!has_mass) return;
+    int64_t mass = mass_of(distance);
+    uint32_t low = uint32_t(mass), before = atomic_add(&s->mass_low[bucket], low);
+    uint32_t high = uint32_t(mass >> 32) + (before + low < before);
+    if (high != 0) atomic_add(&s->mass_high[bucket], high);
+}
+// What the threads before this one have, in all.
+__device__ __forceinline__ int64_t block_before(SampleShared* s, int64_t x) {
+    int64_t sum = x;
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+        int64_t other = shuffle_up(sum, by);
+        if (lane_index() >= by) sum += other;
+    }
     block_sync();
-    d.is_kept = s->count <= MAX_CANDIDATES;
+    if (lane_index() == 31) s->sums[warp_index()] = sum;
+    block_sync();
+    int64_t before = sum - x;
+    for (int i = 0; i < warp_index(); i++) before += s->sums[i];
+    return before;
+}
+__device__ __forceinline__ int64_t mass_in(const SampleShared* s, int bucket) {
+    return int64_t(s->mass_high[bucket]) << 32 | s->mass_low[bucket];
+}
+// The bucket in which count or mass reaches `target`, which is from 1 to the sum of all. nearer: what lies before all
+// buckets.
+__device__ __forceinline__ Crossing cross(SampleShared* s, const Buckets& b, int64_t target, bool is_by_mass,
+                                          int64_t nearer = 0, int64_t nearer_mass = 0) {
+    int first = int(threadIdx.x) * BUCKETS_EACH;
+    int64_t count = 0, mass = 0;
+    for (int i = first; i < first + BUCKETS_EACH; i++) count += s->counts[i], mass += mass_in(s, i);
+    count = nearer + block_before(s, count), mass = nearer_mass + block_before(s, mass);
+    for (int i = first; i < first + BUCKETS_EACH; i++) {
+        int64_t inside = s->counts[i], inside_mass = mass_in(s, i);
+        int64_t before = is_by_mass ? mass : count;
+        if (before < target && target <= before + (is_by_mass ? inside_mass : inside)) {
+            uint32_t low = b.first + (uint32_t(i) << b.shift);
+            s->crossing = {i == 0 ? b.low : low, i == BUCKETS - 1 ? b.high : minimum(b.high, low + (1u << b.shift) - 1),
+                           count, mass, inside, inside_mass};
+        }
+        count += inside, mass += inside_mass;
+    }
+    block_sync();
+    return s->crossing;
+}
+
+// Takes a token into shared memory if there is room. Their order there does not matter.
+__device__ __forceinline__ void keep(SampleShared* s, bool is_kept, float distance, int token) {
+    uint32_t who = ballot(is_kept);
+    if (who == 0) return;
+    int first = 0;
+    if (lane_index() == 0) first = atomic_add(&s->count, count_bits(who));
+    int place = shuffle(first, 0) + count_bits(who & ((1u << lane_index()) - 1));
+    if (is_kept && place < MAX_CANDIDATES) s->distances[place] = distance, s->ids[place] = token;
 }
 
 // A distance that surely holds `top_p` of the mass `total`; NO_MASS if only all tokens with a mass surely do.
@@ -373,7 +448,7 @@ __device__ __forceinline__ double find_bound(Decision<T>& d) {
             return block_total_of(d.s, count);
         };
         constexpr uint32_t INFINITE = 0x7F800000u;
-        if (r.top_k <= within(INFINITE - 1)) d.bound = minimum(d.bound, float_of_bits(reach(r.top_k, INFINITE, within)));
+        if (r.top_k <= within(INFINITE - 1)) d.bound = minimum(d.bound, float_of_bits(reach(r.top_k, 0, INFINITE, within)));
     }
     if (!(r.top_p < 1.0)) return 0.0;
     d.bound = minimum(d.bound, NO_MASS);
@@ -388,28 +463,76 @@ __device__ __forceinline__ double find_bound(Decision<T>& d) {
     return d.bound < NO_MASS ? total : 0.0;
 }
 
-// The bits of the farthest distance that top_k and top_p keep. whole: the row's mass, 0 if it is that of the candidates.
+// What is known of the farthest distance that top_k and top_p keep, and how far a look has come.
+struct Cut {
+    Crossing by_count{.low = ~0u}, by_mass{.low = ~0u};  // ~0: no cut
+    double whole = 0;  // the row's mass, 0 if it is that of the candidates
+    int64_t mass = 0;  // of all candidates
+    int64_t top_k = 0;
+    double top_p = 1;
+    __device__ __forceinline__ bool has_count() const { return by_count.low != ~0u; }
+    __device__ __forceinline__ bool has_mass() const { return by_mass.low != ~0u; }
+    // Mass that is to be reached if the candidates' is `mass`.
+    __device__ __forceinline__ int64_t target(int64_t mass) const {
+        double total = ceil((whole > 0.0 ? whole * double(MASS_ONE) : double(mass)) * top_p);
+        return minimum(total < 1.0 ? int64_t(1) : int64_t(total), mass);
+    }
+    __device__ __forceinline__ uint32_t sure() const { return minimum(by_count.low, by_mass.low); }  // nearer: surely kept
+    __device__ __forceinline__ bool is_open(uint32_t bits) const {
+        return (bits >= by_count.low && bits <= by_count.high) || (bits >= by_mass.low && bits <= by_mass.high);
+    }
+};
+
+// From a histogram of all candidates.
 template <class T>
-__device__ __forceinline__ uint32_t find_limit(const Decision<T>& d, double whole) {
-    const SampleRow<T>& r = d.r;
-    uint32_t limit = d.is_by_cost ? 0x7F7FFFFFu : bits_of_float(d.bound);
-    if (r.has_top_k() && d.count_within(limit) > r.top_k) {
-        limit = reach(r.top_k, limit, [&](uint32_t bits) { return d.count_within(bits); });
+__device__ __forceinline__ Cut find_cut(const Decision<T>& d, const Buckets& b, double whole) {
+    SampleShared* s = d.s;
+    Cut cut{.whole = whole, .top_k = d.r.top_k, .top_p = d.r.top_p};
+    if (d.r.has_top_k() && s->count > d.r.top_k) cut.by_count = cross(s, b, d.r.top_k, false);
+    if (!(d.r.top_p < 1.0)) return cut;
+    int64_t mass = 0;
+    for (int i = threadIdx.x; i < BUCKETS; i += SAMPLE_THREADS) mass += mass_in(s, i);
+    cut.mass = block_total_of(s, mass);
+    int64_t least = cut.has_count() ? cut.by_count.mass : cut.mass;  // mass that top_k leaves
+    int64_t most = cut.has_count() ? least + cut.by_count.inside_mass : cut.mass;
+    Crossing far = cross(s, b, cut.target(most), true);
+    cut.by_mass = cross(s, b, maximum(cut.target(least), int64_t(1)), true);
+    cut.by_mass.inside = far.count + far.inside - cut.by_mass.count;
+    cut.by_mass.high = far.high;
+    return cut;
+}
+
+// Histograms of ever narrower ranges, until one distance is left.
+template <class T>
+__device__ __forceinline__ Crossing pin_down(const Decision<T>& d, Crossing c, int64_t target, bool is_by_mass) {
+    while (c.low < c.high) {
+        Buckets b = buckets_between(c.low, c.high);
+        clear(d.s);
+        d.look_up([&](bool is_candidate, float distance, int) {
+            if (is_candidate) tally(d.s, b, distance, true);
+        });
+        block_sync();
+        c = cross(d.s, b, target, is_by_mass, c.count, c.mass);
     }
-    if (r.top_p < 1.0) {
-        int64_t collected = d.mass_within(limit);
-        double total = whole > 0.0 ? whole * double(MASS_ONE) : double(collected);
-        double target = ceil(total * r.top_p);
-        int64_t needed = minimum(target < 1.0 ? int64_t(1) : int64_t(target), collected);
-        limit = reach(needed, limit, [&](uint32_t bits) { return d.mass_within(bits); });
+    return c;
+}
+
+// Counts and masses of kept tokens from `low` to `high`.
+__device__ __forceinline__ int64_t kept_weight(SampleShared* s, int count, uint32_t low, uint32_t high, bool is_mass) {
+    int64_t sum = 0;
+    for (int i = threadIdx.x; i < count; i += SAMPLE_THREADS) {
+        uint32_t bits = bits_of_float(s->distances[i]);
+        if (bits >= low && bits <= high) sum += is_mass ? mass_of(s->distances[i]) : 1;
     }
-    return limit;
+    return block_total_of(s, sum);
 }
 
 // The token with the lowest distance + log(E) of what the filters keep, of equal ones the lowest id.
 template <class T>
 __device__ __forceinline__ int64_t draw(Decision<T>& d) {
     const SampleRow<T>& r = d.r;
+    SampleShared* s = d.s;
+    bool is_ranked = r.has_top_k() || r.top_p < 1.0;
     double whole = 0;
     if (r.is_cut() || r.top_p < 1.0) {
         whole = find_bound(d);
@@ -420,17 +543,63 @@ __device__ __forceinline__ int64_t draw(Decision<T>& d) {
             if (nearest < infinity()) least = minimum(least, add(nearest, logf(load(d.notes + sub))));
         }
         d.is_by_cost = true;
-        d.most_cost = block_min_of(d.s, least) + COST_MARGIN;
+        d.most_cost = block_min_of(s, least) + COST_MARGIN;
     }
-    keep_candidates(d);
-    uint32_t limit = find_limit(d, whole);
-    uint64_t least = ~uint64_t(0);
-    d.for_candidates([&](float distance, int token) {
-        if (bits_of_float(distance) > limit) return;
-        float cost = add(distance, log_exponential(r.key, token));
-        least = minimum(least, uint64_t(ordered_bits(cost)) << 32 | uint32_t(token));
+    float far = 0;
+    for (int sub = threadIdx.x; sub < d.num_subs && is_ranked; sub += SAMPLE_THREADS) {
+        float nearest = d.nearest(sub);
+        if (nearest < infinity()) far = maximum(far, nearest);
+    }
+    far = -block_min_of(s, -far);
+    Buckets all = first_buckets(minimum(bits_of_float(d.bound), LARGEST_BITS), far);
+    clear(s);
+    d.look_up([&](bool is_candidate, float distance, int token) {
+        keep(s, is_candidate, distance, token);
+        if (is_candidate && is_ranked) tally(s, all, distance, r.top_p < 1.0);
     });
-    return int64_t(block_least(d.s, least) & 0xFFFFFFFFu);
+    block_sync();
+    Cut cut;
+    if (is_ranked) cut = find_cut(d, all, whole);
+    bool is_kept = s->count <= MAX_CANDIDATES, fits = is_kept;
+    uint64_t least = ~uint64_t(0);
+    if (!is_kept) {
+        int64_t open = (cut.has_count() ? cut.by_count.inside : 0) + (cut.has_mass() ? cut.by_mass.inside : 0);
+        fits = open <= MAX_CANDIDATES;
+        if (!fits) {
+            if (cut.has_count()) {
+                cut.by_count = pin_down(d, cut.by_count, cut.top_k, false);
+                cut.mass = cut.by_count.mass + cut.by_count.inside_mass;
+                if (cut.has_mass()) cut.by_mass = {.low = 0, .high = cut.by_count.high};
+            }
+            if (cut.has_mass()) cut.by_mass = pin_down(d, cut.by_mass, cut.target(cut.mass), true);
+        }
+        uint32_t limit = cut.has_mass() ? cut.by_mass.high : cut.by_count.high;
+        clear(s);
+        d.look_up([&](bool is_candidate, float distance, int token) {
+            uint32_t bits = bits_of_float(distance);
+            if (fits) keep(s, is_candidate && cut.is_open(bits), distance, token);
+            if (is_candidate && (fits ? bits < cut.sure() : bits <= limit)) least = minimum(least, d.cost_of(distance, token));
+        });
+        block_sync();
+    }
+    if (fits) {
+        int count = s->count;
+        uint32_t limit = LARGEST_BITS;
+        if (cut.has_count()) {
+            const Crossing& c = cut.by_count;
+            limit = reach(cut.top_k - c.count, c.low, c.high,
+                          [&](uint32_t bits) { return kept_weight(s, count, c.low, bits, false); });
+            cut.mass = c.mass + kept_weight(s, count, c.low, limit, true);
+        }
+        if (cut.has_mass()) {
+            const Crossing& c = cut.by_mass;
+            limit = reach(cut.target(cut.mass) - c.mass, c.low, c.high,
+                          [&](uint32_t bits) { return kept_weight(s, count, c.low, bits, true); });
+        }
+        for (int i = threadIdx.x; i < count; i += SAMPLE_THREADS)
+            if (bits_of_float(s->distances[i]) <= limit) least = minimum(least, d.cost_of(s->distances[i], s->ids[i]));
+    }
+    return int64_t(block_least(s, least) & 0xFFFFFFFFu);
 }
 
 // The lowest id of the highest logit.

@@ -1,12 +1,14 @@
 """From a checkpoint's files into weights: as stored, merged with an adapter, or quantised on the way.
 
-Everything is checked before anything is allocated, then tensors go one by one to where they belong; so the peak is the
-weights plus one tensor. FP8 numbers are never quantised again: each part of a fused projection keeps its scales.
+Everything is checked before anything is allocated, then tensors go one by one to where they belong, part by part, while
+a thread reads the next part; so the peak is the weights plus one tensor. FP8 numbers are never quantised again: each
+part of a fused projection keeps its scales.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,6 +18,7 @@ from nemo_engine.checkpoint.checkpoint import Checkpoint
 from nemo_engine.checkpoint.inventory import Inventory, StoredTensor, take_inventory
 from nemo_engine.checkpoint.progress import progress_bar
 from nemo_engine.checkpoint.quant_config import Quantization
+from nemo_engine.checkpoint.read_ahead import Part, ReadAhead
 from nemo_engine.checkpoint.safetensors_files import TensorInfo, read_into
 from nemo_engine.config import ModelConfig
 from nemo_engine.model.linear import Fp8Linear, Linear
@@ -24,6 +27,7 @@ from nemo_engine.ops.linear import SCALE_BLOCK
 from nemo_engine.startup_log import StartupLog
 
 _ROWS = 1024  # of numbers that are widened at once
+_PART_BYTES = 32 << 20  # that are read at once into a buffer, at most
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -58,10 +62,22 @@ def load_weights(
         weights = empty_weights(config, dtype, torch.device(device), inventory.kind_of, has_kv_scales=has_kv_scales)
         tensors = sorted(inventory.tensors, key=lambda tensor: (tensor.info.file.name, tensor.info.offset))
         loader = _TensorLoader(checkpoint, config, weights)
-        with progress_bar("load weights", sum(tensor.info.nbytes for tensor in tensors), progress) as advance:
-            for tensor in tensors:
-                loader.load(tensor)
-                advance(tensor.info.nbytes)
+        # Two buffers are at most one tensor.
+        largest = min(_PART_BYTES, max(tensor.info.nbytes for tensor in tensors) // 2)
+        parts = [loader.parts(tensor, largest) for tensor in tensors]
+        with (
+            progress_bar("load weights", sum(tensor.info.nbytes for tensor in tensors), progress) as advance,
+            ReadAhead([part for some in parts for part in some], torch.device(device).type == "cuda") as ahead,
+        ):
+            for tensor, some in zip(tensors, parts, strict=True):
+                if some:
+                    for part in some:
+                        loader.load_part(tensor, part, ahead.take(part))
+                        advance(part.nbytes)
+                    loader.finish(tensor)
+                else:
+                    loader.load(tensor)
+                    advance(tensor.info.nbytes)
         if has_kv_scales:
             loader.load_kv_scales(inventory)
         if inventory.repeated_head is not None:
@@ -116,13 +132,16 @@ class TensorReader:
                     max(info.nbytes for info in self._checkpoint.tensors.values()), dtype=torch.uint8
                 )
             out = self._buffer[: tensor.info.nbytes].view(getattr(torch, tensor.info.dtype)).view(tensor.info.shape)
-        read_tensor(tensor.info, out)
-        if tensor.is_interleaved:
-            for head in out.view(torch.uint8).unflatten(0, (-1, self._head_dim)):
-                head.copy_(half_split(head, self._head_dim))
-        if tensor.is_of_adapter and not out.isfinite().all():
-            raise ValueError(f"{tensor.info.file}: {tensor.expected.module} holds NaN or infinity")
+        self.settle(tensor, read_tensor(tensor.info, out))
         return out
+
+    def settle(self, tensor: StoredTensor, rows: torch.Tensor) -> None:
+        """Bring whole heads of the tensor, as they were read, into our order, in place; check those of an adapter."""
+        if tensor.is_interleaved:
+            for head in rows.view(torch.uint8).unflatten(0, (-1, self._head_dim)):
+                head.copy_(half_split(head, self._head_dim))
+        if tensor.is_of_adapter and not rows.isfinite().all():
+            raise ValueError(f"{tensor.info.file}: {tensor.expected.module} holds NaN or infinity")
 
     def rows(self, tensor: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, rows) of the tensor's values: all as they are stored, or in fp32, some at a time, if anything is
@@ -201,7 +220,7 @@ class _Delta:
 
 
 class _TensorLoader:
-    """Puts tensors into their places: straight from the file where order, dtype and device allow it."""
+    """Puts tensors into their places: straight from the file where dtype and device allow it."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, weights: NemoWeights) -> None:
         self._config = config
@@ -209,19 +228,46 @@ class _TensorLoader:
         self._names = checkpoint.names
         self._reader = TensorReader(checkpoint, config.head_dim)
 
-    def load(self, tensor: StoredTensor) -> None:
-        """One tensor, and its scales."""
-        expected, stored = tensor.expected, tensor.scales
-        place = place_of(self._weights, self._config, expected)
-        dtype = getattr(torch, tensor.info.dtype)
-        is_as_stored = tensor.low_rank is None and (stored is None) == (place.scales is None)
-        if is_as_stored and place.values.device.type == "cpu" and place.values.dtype == dtype:
-            self._reader.stored(tensor, place.values)
-        elif stored is not None and place.scales is not None:
-            place.values.view(torch.uint8).copy_(self._reader.stored(tensor).view(torch.uint8))
+    def parts(self, tensor: StoredTensor, most_bytes: int) -> list[Part]:
+        """How the tensor is read ahead, by whole heads and blocks of scales: into its place, or in parts of at most
+        ``most_bytes`` where that is enough. Empty if its numbers are wanted as a whole: to merge or to dequantise them.
+        """
+        place, info = self._place(tensor), tensor.info
+        if tensor.low_rank is not None or (tensor.scales is not None and place.scales is None):
+            return []
+        is_as_stored = (tensor.scales is None) == (place.scales is None)
+        if is_as_stored and _can_be_read_into(place.values, info):
+            return [Part(info, 0, info.nbytes, place.values)]
+        unit = math.lcm(SCALE_BLOCK, self._config.head_dim) * (info.nbytes // info.shape[0])
+        size = max(1, most_bytes // unit) * unit
+        return [Part(info, begin, min(size, info.nbytes - begin)) for begin in range(0, info.nbytes, size)]
+
+    def load_part(self, tensor: StoredTensor, part: Part, content: torch.Tensor) -> None:
+        """One of ``parts``, as it was read."""
+        info, place = tensor.info, self._place(tensor)
+        rows = content.view(getattr(torch, info.dtype)).view(-1, *info.shape[1:])
+        self._reader.settle(tensor, rows)
+        start = part.begin // (info.nbytes // info.shape[0])
+        if part.out is not None:
+            return
+        if tensor.scales is not None:
+            place.values[start : start + len(rows)].view(torch.uint8).copy_(rows.view(torch.uint8))
         else:
-            for start, rows in self._reader.rows(tensor):
-                place.store(expected.name, rows, start)
+            place.store(tensor.expected.name, rows, start)
+
+    def load(self, tensor: StoredTensor) -> None:
+        """One tensor that is wanted as a whole."""
+        place = self._place(tensor)
+        for start, rows in self._reader.rows(tensor):
+            place.store(tensor.expected.name, rows, start)
+        self.finish(tensor)
+
+    def _place(self, tensor: StoredTensor) -> Place:
+        return place_of(self._weights, self._config, tensor.expected)
+
+    def finish(self, tensor: StoredTensor) -> None:
+        """What follows once a tensor is in its place: its scales, and what is a copy of it."""
+        expected, stored, place = tensor.expected, tensor.scales, self._place(tensor)
         if stored is not None and place.scales is not None:
             scales = self._reader.weight_scales(tensor, is_by_block=place.is_by_block)
             _check_numbers(expected.name, place.values, stored.weight, scales)
@@ -270,6 +316,10 @@ def read_tensor(info: TensorInfo, out: torch.Tensor | None = None) -> torch.Tens
     assert out.is_contiguous() and out.dtype == dtype and out.shape == info.shape and out.device.type == "cpu"
     read_into(info, out.view(-1).view(torch.uint8).numpy().data)
     return out
+
+
+def _can_be_read_into(values: torch.Tensor, info: TensorInfo) -> bool:
+    return values.device.type == "cpu" and values.dtype == getattr(torch, info.dtype)
 
 
 def half_split(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -144,16 +144,17 @@ def tensors_of_header(path: Path, header: dict[str, Any], data_start: int, size:
     return tensors
 
 
-def read_into(info: TensorInfo, buffer: memoryview) -> None:
-    """Read a tensor's bytes into ``buffer``, which has as many. Raises ``ValueError`` at an early end."""
-    assert len(buffer) == info.nbytes
+def read_into(info: TensorInfo, buffer: memoryview, begin: int = 0) -> None:
+    """Fill ``buffer`` with a tensor's bytes from ``begin`` on. Raises ``ValueError`` at an early end."""
+    assert 0 <= begin and begin + len(buffer) <= info.nbytes, (begin, len(buffer), info.nbytes)
+    start = info.offset + begin
     with info.file.open("rb", buffering=0) as file:
-        file.seek(info.offset)
+        file.seek(start)
         done = 0
-        while done < info.nbytes:
+        while done < len(buffer):
             count = file.readinto(buffer[done:])  # at most 2 GiB at a time
             if not count:
-                raise ValueError(f"{info.file} is cut off: byte {info.offset + done} cannot be read")
+                raise ValueError(f"{info.file} is cut off: byte {start + done} cannot be read")
             done += count
 
 

@@ -127,5 +127,6 @@ class Ops:
         lines = []
         for choice in self.choices:
             against = "; ".join(f"not {name}: {reason}" for name, reason in choice.rejected)
-            lines.append(f"{choice.op.ljust(width)}  {choice.chosen}" + (f"  ({against})" if against else ""))
+            chosen = choice.chosen + (f": {choice.description}" if choice.description else "")
+            lines.append(f"{choice.op.ljust(width)}  {chosen}" + (f"  ({against})" if against else ""))
         return "\n".join(lines)

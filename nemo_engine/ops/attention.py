@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -273,21 +273,25 @@ def _cuda_supports(site: Site) -> str | None:
 
 
 def _flash_attn_supports(site: Site) -> str | None:
-    """FlashAttention 3, whose module is flash_attn_interface. FlashAttention 2 cannot read our pages."""
+    """FlashAttention 2 or 3, whichever is installed and reads our pages."""
     if site.device_type != "cuda":
         return f"runs on NVIDIA GPUs, this is {site.device_type}"
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        if importlib.util.find_spec("flash_attn") is not None:
-            return (
-                "FlashAttention 2 reads pages of 256 tokens only; FlashAttention 3 (flash_attn_interface) is not "
-                "installed"
-            )
-        return "flash_attn_interface (FlashAttention 3) is not installed"
     if site.kv_dtype not in (None, site.dtype):
         return "reads no FP8 keys and values beside queries that are not FP8"
     if site.dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bfloat16 or float16, the model is {str(site.dtype).removeprefix('torch.')}"
-    return None
+    adapter = importlib.import_module("nemo_engine.ops.flash_attn")
+    reason: str | None = adapter.why_not_heads(site.num_heads, site.num_kv_heads, site.head_dim)
+    if reason is None:
+        library = adapter.choose(site.capability, site.page_size)
+        reason = library if isinstance(library, str) else None
+    return reason
+
+
+def _flash_attn_library(site: Site) -> str:
+    adapter = importlib.import_module("nemo_engine.ops.flash_attn")
+    description: str = adapter.describe(site.capability, site.page_size)
+    return description
 
 
 PAGED_ATTENTION = Op(
@@ -296,7 +300,7 @@ PAGED_ATTENTION = Op(
     (
         Impl("triton", "nemo_engine.ops.triton.attention:paged_attention", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.attention:paged_attention", _cuda_supports),
-        Impl("flash_attn", "nemo_engine.ops.flash_attn:paged_attention", _flash_attn_supports),
+        Impl("flash_attn", "nemo_engine.ops.flash_attn:paged_attention", _flash_attn_supports, _flash_attn_library),
         Impl("cpu", "nemo_engine.ops.cpu.compiled:paged_attention", cpu_heads_run),
         Impl("torch", "nemo_engine.ops.cpu.attention:paged_attention", cpu_only),
     ),

@@ -68,11 +68,15 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Impl:
-    """One implementation: ``target`` is "module:function"; ``supports`` returns None, or why it cannot serve a site."""
+    """One implementation: ``target`` is "module:function"; ``supports`` returns None, or why it cannot serve a site.
+
+    ``describe``: what it calls at a site that it serves, where its name does not say.
+    """
 
     name: str
     target: str
     supports: Callable[[Site], str | None]
+    describe: Callable[[Site], str] | None = None
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
@@ -121,6 +125,7 @@ class Choice:
     rejected: tuple[tuple[str, str], ...]
     function: Callable[..., Any]
     is_fp8: bool
+    description: str | None = None  # of the chosen one, see ``Impl.describe``
 
 
 def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
@@ -143,7 +148,8 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
         elif wanted is None and op.composed is not None:
             rejected.append((impl.name, reason or "not measured yet, runs where it is preferred"))
         elif reason is None:
-            return Choice(op.name, impl.name, tuple(rejected), impl.load(), op.is_fp8)
+            description = impl.describe(site) if impl.describe is not None else None
+            return Choice(op.name, impl.name, tuple(rejected), impl.load(), op.is_fp8, description)
         elif wanted == impl.name:
             raise ValueError(f"prefer[{op.name!r}] = {wanted!r} cannot serve here: {reason}")
         else:

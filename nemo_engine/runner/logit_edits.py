@@ -2,9 +2,9 @@
 
 Must not know of anything else.
 
-A slot's changes are uploaded once, when it is filled; a batch's are those of its slots laid end to end, so that
-applying them takes a fixed number of operations whatever the number of rows. Whether one applies at a position is
-decided on the device: the host does not know the tokens there yet.
+A slot's changes stay on the host. Those of a batch's slots are laid end to end and uploaded at once, when the batch
+changes: making and applying them takes a fixed number of operations whatever the number of rows. Whether one applies at
+a position is decided on the device: the host does not know the tokens there yet.
 """
 
 from __future__ import annotations
@@ -24,118 +24,120 @@ _ALWAYS = 1 << 62  # a position that no request reaches
 
 @dataclass(frozen=True, slots=True)
 class SlotEdits:
-    """The changes that one slot wants, on the device; empty tensors where there are none.
+    """The changes that one slot wants, on the host; empty where there are none. Arrays hold 8 bytes an entry.
 
-    ``allowed`` (A,): the only tokens to choose from, None for all.
-    ``ids``, ``values``, ``until`` (E,): add ``values`` to the logits of ``ids`` at positions below ``until``.
-    ``word_ends`` (W,), ``word_starts`` (W, L), ``word_from`` (W,): mask the last token of a bad word at positions from
-    ``word_from`` on, if the tokens just before are ``word_starts``, filled up on the left with -1.
+    ``allowed``: the only tokens to choose from; empty for all. ``ids``, ``values``, ``until``: add ``values`` to the
+    logits of ``ids`` at positions below ``until``. ``words``: mask the last token of each at positions from
+    ``word_from`` on, if the tokens just before are the others.
     """
 
-    allowed: Tensor | None
-    ids: Tensor
-    values: Tensor
-    until: Tensor
-    word_ends: Tensor
-    word_starts: Tensor
-    word_from: Tensor
+    allowed: array[int]
+    ids: array[int]
+    values: array[float]
+    until: array[int]
+    words: tuple[tuple[int, ...], ...]
+    word_from: array[int]
 
     @staticmethod
-    def of(fill: SlotFill, vocab_size: int, device: torch.device, hidden: Iterable[int] = ()) -> SlotEdits | None:
+    def of(fill: SlotFill, vocab_size: int, hidden: Iterable[int] = ()) -> SlotEdits | None:
         """What ``fill`` asks for, None if nothing. Bad words count where they lie wholly in the output, as in vLLM.
 
         ``hidden`` ids are masked.
         """
         params = fill.params
         added: list[tuple[int, float, int]] = [(token_id, -torch.inf, _ALWAYS) for token_id in hidden]
-        words = []
-        for word in fill.bad_words_token_ids:
-            if len(word) == 1:
-                added.append((word[0], -torch.inf, _ALWAYS))
-            else:
-                words.append(word)
+        added.extend((word[0], -torch.inf, _ALWAYS) for word in fill.bad_words_token_ids if len(word) == 1)
+        words = tuple([word for word in fill.bad_words_token_ids if len(word) > 1])
         if params.min_tokens:
             first_free = fill.num_prompt_tokens + params.min_tokens
             added.extend((token_id, -torch.inf, first_free) for token_id in fill.stop_token_ids)
         added.extend((token_id, bias, _ALWAYS) for token_id, bias in (params.logit_bias or {}).items())
         if not (added or words or params.allowed_token_ids):
             return None
-        longest = max(map(len, words), default=1) - 1
-
-        def ids(values: Sequence[int]) -> Tensor:
-            assert all(0 <= value < vocab_size for value in values), (min(values), max(values), vocab_size)
-            return to_device(values, device)
-
-        return SlotEdits(
-            allowed=ids(params.allowed_token_ids) if params.allowed_token_ids else None,
-            ids=ids([token_id for token_id, _, _ in added]),
-            values=to_device([value for _, value, _ in added], device, torch.float64),
-            until=to_device([until for _, _, until in added], device),
-            word_ends=ids([word[-1] for word in words]),
-            word_starts=to_device(
-                [token for word in words for token in [-1] * (longest + 1 - len(word)) + list(word[:-1])],
-                device,
-                torch.int32,
-            ).view(len(words), longest),
-            word_from=to_device([fill.num_prompt_tokens + len(word) - 1 for word in words], device),
+        edits = SlotEdits(
+            allowed=array("q", params.allowed_token_ids or ()),
+            ids=array("q", [token_id for token_id, _, _ in added]),
+            values=array("d", [value for _, value, _ in added]),
+            until=array("q", [until for _, _, until in added]),
+            words=words,
+            word_from=array("q", [fill.num_prompt_tokens + len(word) - 1 for word in words]),
         )
+        for ids in (edits.allowed, edits.ids, [word[-1] for word in words]):
+            assert all(0 <= token_id < vocab_size for token_id in ids), (min(ids), max(ids), vocab_size)
+        return edits
 
 
 class LogitEdits:
-    """The changes of all rows of a batch."""
+    """The changes of a batch: which rows have any, and what they are. One upload.
 
-    def __init__(self, edits: Mapping[int, SlotEdits], device: torch.device) -> None:
-        """``edits``: by row, at least one."""
+    ``rows``: ascending, at least one; ``index`` (E,) int64, the same on the device.
+    """
 
-        def rows_of(lengths: Mapping[int, int]) -> Tensor:
-            parts = [torch.full((length,), row, dtype=torch.int64, device=device) for row, length in lengths.items()]
-            return torch.cat(parts)
-
-        allowed = {row: edit.allowed for row, edit in edits.items() if edit.allowed is not None}
-        self._allowed: tuple[Tensor, Tensor, Tensor] | None = None  # rows (N,), and for each allowed token row and id
-        if allowed:
-            each = to_device(list(allowed), device)
-            self._allowed = (
-                each,
-                rows_of({row: len(ids) for row, ids in allowed.items()}),
-                torch.cat([*allowed.values()]),
-            )
-        self._rows = rows_of({row: len(edit.ids) for row, edit in edits.items()})
-        self._ids = torch.cat([edit.ids for edit in edits.values()])
-        self._values = torch.cat([edit.values for edit in edits.values()])
-        self._until = torch.cat([edit.until for edit in edits.values()])
-        self._word_rows = rows_of({row: len(edit.word_ends) for row, edit in edits.items()})
-        self._word_ends = torch.cat([edit.word_ends for edit in edits.values()])
-        self._word_from = torch.cat([edit.word_from for edit in edits.values()])
-        longest = max(edit.word_starts.shape[1] for edit in edits.values())
-        self._word_starts = torch.cat(
-            [
-                torch.nn.functional.pad(edit.word_starts, (longest - edit.word_starts.shape[1], 0), value=-1)
-                for edit in edits.values()
-            ]
+    def __init__(
+        self, rows: Sequence[int], edits: Mapping[int, SlotEdits], vocab_size: int, device: torch.device
+    ) -> None:
+        """``edits``: by row, of some of ``rows``. The others are only copied, for masks that come with a step."""
+        self.rows = rows
+        place_of = {row: place for place, row in enumerate(rows)}
+        each = [(place_of[row], edit) for row, edit in edits.items()]
+        words = [(place, word) for place, edit in each for word in edit.words]
+        length = max([len(word) for _, word in words], default=1) - 1
+        starts = [token for _, word in words for token in [-1] * (length + 1 - len(word)) + list(word[:-1])]
+        parts = (
+            array("q", rows),
+            array("q", [place for place, edit in each if edit.allowed]),
+            _joined(array("q", [place]) * len(edit.allowed) for place, edit in each),
+            _joined(edit.allowed for _, edit in each),
+            _joined(array("q", [place]) * len(edit.ids) for place, edit in each),
+            _joined(edit.ids for _, edit in each),
+            _joined(edit.values for _, edit in each),
+            _joined(edit.until for _, edit in each),
+            array("q", [place for place, _ in words]),
+            array("q", [word[-1] for _, word in words]),
+            _joined(edit.word_from for _, edit in each),
+            array("q", starts),
         )
+        packed = torch.frombuffer(bytearray().join(part.tobytes() for part in parts), dtype=torch.int64)
+        uploaded = to_device(packed, device).split([len(part) for part in parts])
+        self.index, self._limited, allowed_rows, allowed, self._rows, ids, values, self._until = uploaded[:8]
+        self._word_rows, word_ends, self._word_from, self._word_starts = uploaded[8:]
+        self._values = values.view(torch.float64)
+        self._word_starts = self._word_starts.view(-1, length) if words else self._word_starts
+        # Where in the logits of all edited rows, laid end to end.
+        self._allowed = allowed_rows * vocab_size + allowed
+        self._at = self._rows * vocab_size + ids
+        self._word_at = self._word_rows * vocab_size + word_ends
 
     def apply_(self, logits: Tensor, slot_ids: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """Change ``logits`` in place. Shapes and dtypes as in ``Sampler.sample``.
+        """Change ``logits`` in place. logits: (E, V), of ``rows`` alone, dense; slot_ids and positions: (E,) likewise.
 
-        Masking adds -inf, and two changes to one logit add up: so neither order nor repetition matters.
+        token_ids as in ``Sampler.sample``. Masking adds -inf, and two changes to one logit add up: so neither order nor
+        repetition matters.
         """
-        if self._allowed is not None:
-            each, rows, ids = self._allowed
-            kept = logits[rows, ids]
-            logits[each] = -torch.inf
-            logits[rows, ids] = kept
-        if len(self._ids):
+        flat = logits.view(-1)
+        if len(self._limited):
+            kept = flat[self._allowed]
+            logits.index_fill_(0, self._limited, -torch.inf)
+            flat.index_copy_(0, self._allowed, kept)
+        if len(self._at):
             values = self._values.masked_fill(positions[self._rows] >= self._until, 0.0)
-            logits.index_put_((self._rows, self._ids), values.to(logits.dtype), accumulate=True)
-        if len(self._word_ends):
+            flat.index_add_(0, self._at, values.to(logits.dtype))
+        if len(self._word_at):
             now = positions[self._word_rows]
             length = self._word_starts.shape[1]
             before = now.unsqueeze(1) + torch.arange(-length, 0, device=now.device)
             history = token_ids[slot_ids[self._word_rows].unsqueeze(1), before.clamp_(min=0)]
             fits = ((history == self._word_starts) | (self._word_starts < 0)).all(dim=1) & (now >= self._word_from)
             values = torch.zeros_like(now, dtype=logits.dtype).masked_fill_(fits, -torch.inf)
-            logits.index_put_((self._word_rows, self._word_ends), values, accumulate=True)
+            flat.index_add_(0, self._word_at, values)
+
+
+def _joined(arrays: Iterable[array[int] | array[float]]) -> array[int]:
+    """One after the other, as words of 8 bytes."""
+    whole = array("q")
+    for part in arrays:
+        whole.frombytes(part.tobytes())
+    return whole
 
 
 def mask_table(device: torch.device) -> Tensor:

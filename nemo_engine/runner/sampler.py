@@ -43,11 +43,13 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What follows from which slots are sampled together."""
+    """What follows from which slots are sampled together, and which of them have masks in this step."""
 
     slots: tuple[int, ...]
-    facts: SampleFacts
-    edits: LogitEdits | None
+    masked: tuple[int, ...]
+    facts: SampleFacts | None  # of the rows whose logits stay as they are; None where nothing asks for them
+    edits: LogitEdits | None  # of the other rows
+    edited_facts: SampleFacts | None  # of those alone
     reports: dict[
         _What, tuple[list[int], Tensor]
     ]  # rows that want log-probabilities, by which ones, also on the device
@@ -110,7 +112,7 @@ class Sampler:
         has_own_mask = params.allowed_token_ids is not None or params.structured_outputs is not None
         self._hides[slot] = not (named or has_own_mask)
         hidden = self._without_token - named if named and not has_own_mask else ()
-        edits = SlotEdits.of(fill, self._vocab_size, self._device, hidden)
+        edits = SlotEdits.of(fill, self._vocab_size, hidden)
         if edits is not None:
             self._edits[slot] = edits
 
@@ -169,40 +171,55 @@ class Sampler:
         assert logits.shape == (len(slots), self._vocab_size), (logits.shape, len(slots), self._vocab_size)
         if not slots:
             return torch.empty(0, dtype=torch.int64, device=logits.device), []
-        batch = self._batch
-        if batch is None or batch.slots != slots:
-            batch = self._batch = self._make_batch(slots)
+        batch, masked = self._batch, tuple([slot for slot, _ in masks])
+        if batch is None or batch.slots != slots or batch.masked != masked:
+            batch = self._batch = self._make_batch(slots, masked)
         shown = self._hidden(logits, slot_ids)
-        if batch.edits is None and not masks:
+        if batch.edits is None:
             tokens = self._ops.sample_(shown, slot_ids, positions, self._slots, batch.facts)
         else:
-            edited = shown.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
-            is_finite = edited.amax(dim=1) < torch.inf  # false for NaN; an edit may hide it
-            if masks:
-                row_of = {slot: row for row, slot in enumerate(slots)}
-                apply_masks_(edited, [row_of[slot] for slot, _ in masks], [mask for _, mask in masks], self._mask_table)
-            if batch.edits is not None:
-                batch.edits.apply_(edited, slot_ids, positions, token_ids)
-            tokens = self._ops.sample_(edited, slot_ids, positions, self._slots, batch.facts)
-            tokens = torch.where(is_finite, tokens, TOKEN_NOT_FINITE)
+            tokens = self._sample_edited(shown, batch, slot_ids, positions, token_ids, masks)
         return tokens, [
             self._report(logits[index], tokens[index], rows, what) for what, (rows, index) in batch.reports.items()
         ]
 
-    def _make_batch(self, slots: tuple[int, ...]) -> _Batch:
+    def _sample_edited(
+        self,
+        logits: Tensor,
+        batch: _Batch,
+        slot_ids: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        masks: Masks,
+    ) -> Tensor:
+        """The tokens of a batch some of whose rows are edited: those in a copy of their own, the others beside them,
+        with padding in their stead.
+        """
+        edits = batch.edits
+        assert edits is not None
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        slots, places = slot_ids[edits.index], positions[edits.index]
+        edited = logits.index_select(0, edits.index).to(wide)
+        is_finite = edited.amax(dim=1) < torch.inf  # false for NaN; an edit may hide it
+        if masks:
+            place_of = {batch.slots[row]: place for place, row in enumerate(edits.rows)}
+            places_of_masks = [place_of[slot] for slot in batch.masked]
+            apply_masks_(edited, places_of_masks, [mask for _, mask in masks], self._mask_table)
+        edits.apply_(edited, slots, places, token_ids)
+        tokens = self._ops.sample_(edited, slots, places, self._slots, batch.edited_facts)
+        tokens = torch.where(is_finite, tokens, TOKEN_NOT_FINITE)
+        if len(edits.rows) == len(batch.slots):
+            return tokens
+        others = slot_ids.index_fill(0, edits.index, 0)
+        all_tokens: Tensor = self._ops.sample_(logits, others, positions, self._slots, batch.facts)
+        return all_tokens.index_copy_(0, edits.index, tokens)
+
+    def _make_batch(self, slots: tuple[int, ...], masked: tuple[int, ...]) -> _Batch:
         params = [self._params[slot] for slot in slots]
-        drawn = [row for row, row_params in enumerate(params) if not row_params.is_greedy]
         edits = {row: self._edits[slot] for row, slot in enumerate(slots) if slot in self._edits}
-        active = [params[row] for row in drawn]
-        facts = SampleFacts(
-            drawn=None if len(drawn) == len(params) else self._index(drawn),
-            num_drawn=len(drawn),
-            has_min_p=any(row_params.min_p > 0.0 for row_params in active),
-            max_top_k=max(map(self._top_k_of, active), default=0),
-            has_top_p=any(row_params.top_p < 1.0 for row_params in active),
-            penalised=self._index([row for row, row_params in enumerate(params) if row_params.has_penalties]),
-            has_repetition=any(row_params.repetition_penalty != 1.0 for row_params in params),
-        )
+        changed = {*masked}.union([slots[row] for row in edits])
+        rows = [row for row, slot in enumerate(slots) if slot in changed]
+        others = [row for row, slot in enumerate(slots) if slot not in changed]
         reports: dict[_What, list[int]] = {}
         for row, row_params in enumerate(params):
             if row_params.logprob_token_ids:
@@ -211,12 +228,30 @@ class Sampler:
                 reports.setdefault(row_params.logprobs or 0, []).append(row)
         return _Batch(
             slots=slots,
-            facts=facts,
-            edits=LogitEdits(edits, self._device) if edits else None,
+            masked=masked,
+            facts=self._facts(params, others),
+            edits=LogitEdits(rows, edits, self._vocab_size, self._device) if rows else None,
+            edited_facts=self._facts([params[row] for row in rows], range(len(rows))) if rows else None,
             reports={what: (rows, self._index(rows)) for what, rows in reports.items()},
         )
 
-    def _index(self, rows: list[int]) -> Tensor:
+    def _facts(self, params: Sequence[SamplingParams], rows: Sequence[int]) -> SampleFacts | None:
+        """What ``rows`` of a batch with ``params`` want; the others are padding. Only the definition asks for it."""
+        if self._ops.sample_ is not sample.sample_:
+            return None
+        drawn = [row for row in rows if not params[row].is_greedy]
+        active = [params[row] for row in drawn]
+        return SampleFacts(
+            drawn=None if len(drawn) == len(params) else self._index(drawn),
+            num_drawn=len(drawn),
+            has_min_p=any(row_params.min_p > 0.0 for row_params in active),
+            max_top_k=max(map(self._top_k_of, active), default=0),
+            has_top_p=any(row_params.top_p < 1.0 for row_params in active),
+            penalised=self._index([row for row in rows if params[row].has_penalties]),
+            has_repetition=any(params[row].repetition_penalty != 1.0 for row in rows),
+        )
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
         return to_device(rows, self._device)
 
     # ---- log-probabilities

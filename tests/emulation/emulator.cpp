@@ -58,6 +58,14 @@ void register_emulator(pybind11::module_& parent) {
         },
         py::arg("address"), py::arg("bytes"), py::arg("is_constant") = false,
         "Make an array known. While any is, kernels may touch nothing else; constants may be read at any time.");
+    m.def(
+        "bytes_read",
+        [](uintptr_t address) {
+            for (const auto& range : machine().ranges)
+                if (range.begin <= address && address < range.end) return range.bytes_read;
+            throw std::invalid_argument("no known array lies there");
+        },
+        "What kernels have read of the array there since it was made known, each byte as often as it was read.");
     m.def("forget", [] { machine().ranges.clear(); }, "Forget all arrays; nothing is checked.");
     m.def("seed", [](uint64_t seed) { machine().random.seed(seed); }, "Of the order of threads, blocks and copies.");
     m.def("set_num_sms", [](int count) { machine().num_sms = count; }, "Of the emulated GPU (132).");

@@ -495,7 +495,7 @@ void Machine::check_global(const void* address, int bytes, bool is_write) {
                                       [](uintptr_t at, const Range& range) { return at < range.begin; });
         last = after == ranges.begin() ? 0 : after - ranges.begin() - 1;
     }
-    const Range& range = ranges[last];
+    Range& range = ranges[last];
     if (begin < range.begin || begin + bytes > range.end) {
         bool is_before = begin < range.begin;
         fail(text(what, " of ", bytes, " bytes at ", address, ", ",
@@ -504,6 +504,7 @@ void Machine::check_global(const void* address, int bytes, bool is_write) {
                   " bytes"));
     }
     if (!was_waited() && (is_write || !range.is_constant)) fail(text(what, " before wait_for_previous_kernel"));
+    if (!is_write) range.bytes_read += bytes;
 }
 
 }  // namespace nemo::emulated

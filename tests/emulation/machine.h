@@ -148,6 +148,7 @@ struct Block {
 struct Range {
     uintptr_t begin, end;
     bool is_constant;
+    int64_t bytes_read = 0;  // by kernels, since it was made known
 };
 
 struct LaunchRecord {

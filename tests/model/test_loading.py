@@ -20,7 +20,11 @@ from nemo_engine.checkpoint.checkpoint import open_checkpoint
 from nemo_engine.checkpoint.inventory import FAULTS_SHOWN
 from nemo_engine.checkpoint.loader import load_weights
 from nemo_engine.checkpoint.progress import progress_bar
+from nemo_engine.checkpoint.quant_config import ONLINE
+from nemo_engine.checkpoint.read_ahead import Part, ReadAhead
+from nemo_engine.checkpoint.safetensors_files import TensorInfo
 from nemo_engine.config import ModelConfig
+from nemo_engine.model.linear import Fp8Linear
 from nemo_engine.model.weights import NemoWeights, dummy_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.startup_log import StartupLog
@@ -218,6 +222,53 @@ def test_a_nan_is_loaded_as_it_is(tmp_path: Path) -> None:
     state = random_state_dict(config)
     state["model.norm.weight"][3] = float("nan")
     assert torch.isnan(load(write_hf(tmp_path, config, state)).norm).nonzero().tolist() == [[3]]
+
+
+# ---- reading ahead
+
+
+@pytest.mark.parametrize("part_bytes", [1, 40_000, 1 << 30])
+@pytest.mark.parametrize("layout", ["hf", "mistral"])
+def test_parts_of_any_size_through_the_buffers_make_the_same_weights(
+    layout: str, part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose weights no file is read into: dense, and quantised on the way."""
+    config = tiny_config(hidden_size=128, intermediate_size=384, head_dim=64, vocab_size=700, dtype="bfloat16")
+    state = {name: value.bfloat16() for name, value in random_state_dict(config).items()}
+    path = {"hf": write_hf, "mistral": write_mistral}[layout](tmp_path, config, state)
+    kinds = [{}, {"online": ONLINE["fp8"]}, {"online": ONLINE["fp8_block"]}]
+    direct = [load(path, torch.bfloat16, **kind) for kind in kinds]
+    monkeypatch.setattr(weights_module, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(weights_module, "_can_be_read_into", lambda values, info: False)
+    for kind, expected in zip(kinds, direct, strict=True):
+        weights = load(path, torch.bfloat16, **kind)
+        tensors = [[*all_tensors(some), *scales_of(some)] for some in (weights, expected)]
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(*tensors, strict=True))
+
+
+def scales_of(weights: NemoWeights) -> Iterator[torch.Tensor]:
+    for layer in weights.layers:
+        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            if isinstance(linear, Fp8Linear):
+                yield linear.scales
+
+
+def test_the_reader_ends_with_its_caller_and_its_errors_are_the_callers(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(100)))
+    info = TensorInfo(file, "uint8", (200,), 200, 0)  # the file has fewer
+    parts = [Part(info, begin, 10) for begin in range(0, 200, 10)]
+    with ReadAhead(parts, is_pinned=False) as ahead:
+        assert ahead.take(parts[0]).tolist() == [*range(10)]
+        assert ahead.take(parts[1]).tolist() == [*range(10, 20)]
+    assert not ahead._thread.is_alive()
+    with pytest.raises(ValueError, match="is cut off: byte 100 cannot be read"), ReadAhead(parts, False) as ahead:
+        for part in parts:
+            ahead.take(part)
+    assert not ahead._thread.is_alive()
+    file.unlink()
+    with pytest.raises(FileNotFoundError), ReadAhead(parts, False) as ahead:
+        ahead.take(parts[0])
 
 
 # ---- memory

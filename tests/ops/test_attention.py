@@ -7,7 +7,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from nemo_engine.ops import attention
 from nemo_engine.ops.attention import attention_inputs, paged_attention
 from nemo_engine.ops.cpu import attention as attention_cpu
 from nemo_engine.ops.cpu.attention import paged_attention as paged_attention_torch
-from nemo_engine.ops.flash_attn import paged_attention as paged_attention_flash_attn
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.rope import ROPE_AND_APPEND_KV, RopeMeta
 from nemo_engine.ops.triton.attention import paged_attention as paged_attention_triton
@@ -120,59 +118,6 @@ def test_memory_of_a_long_context_is_bounded(module: str, rows: list[tuple[int, 
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < most_mib
-
-
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cache_seqlens: Tensor,
-    page_table: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    cu_seqlens_q: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-) -> Tensor:
-    """What FlashAttention 3 documents: (pages, page_size, heads, D) caches, int32 indices, q dense or of variable
-    length.
-    """
-    assert causal and {x.dtype for x in (cache_seqlens, page_table)} == {torch.int32} and k_cache.stride(-1) == 1
-    if cu_seqlens_q is None:
-        assert q.dim() == 4 and len(q) == len(cache_seqlens)
-        return torch.stack([
-            flash_attn_with_kvcache(
-                row, k_cache, v_cache, cache_seqlens=cache_seqlens[i : i + 1], page_table=page_table[i : i + 1],
-                softmax_scale=softmax_scale, causal=True, cu_seqlens_q=torch.tensor([0, len(row)], dtype=torch.int32),
-                max_seqlen_q=len(row),
-            )
-            for i, row in enumerate(q)
-        ])  # fmt: skip
-    counts = cu_seqlens_q.diff()
-    assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q)
-    assert max_seqlen_q is not None and counts.max() <= max_seqlen_q and k_cache.shape[1] in (16, 32, 64, 128)
-    meta = attention.AttentionMeta(
-        num_decodes=0,
-        query_start_loc=cu_seqlens_q.long(),
-        seq_lens=cache_seqlens.long(),
-        page_table=page_table.long(),
-        slot_ids=torch.arange(len(page_table)),
-        page_size=k_cache.shape[1],
-        num_pages=page_table.shape[1],
-        longest=max_seqlen_q,
-    )
-    return paged_attention(q, PagedKV(k_cache.transpose(1, 2), v_cache.transpose(1, 2)), meta, softmax_scale)
-
-
-@pytest.mark.parametrize(
-    "case", [c for c in attention.PAGED_ATTENTION.cases() if "fp8" not in c.name], ids=lambda c: c.name
-)
-def test_flash_attn_is_called_as_it_documents(monkeypatch: pytest.MonkeyPatch, case: Any) -> None:
-    module = types.ModuleType("flash_attn_interface")
-    module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    args = case.make(torch.bfloat16)
-    assert torch.equal(paged_attention_flash_attn(*args), paged_attention(*args))
 
 
 @pytest.mark.interpreted

@@ -6,6 +6,7 @@ Tests marked ``interpreted`` join when ``TRITON_INTERPRET=1`` is set before the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +21,7 @@ from nemo_engine.ops import sampling
 from nemo_engine.ops.op import Case, Impl
 from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS, SampleFacts, SlotParams, sample_, sample_inputs, top_logprobs
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
-from tests.emulation.library import emulated, watched
+from tests.emulation.library import Watch, emulated, watched
 from tests.ops.test_ops import site
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +196,81 @@ def test_large_vocabularies(kernel: Callable[..., Tensor], vocab_size: int) -> N
     params.top_k[active] = torch.tensor([vocab_size, 2000, vocab_size])
     params.top_p[active] = torch.tensor([0.999, 1.0, 0.3], dtype=torch.float64)
     assert_same(kernel, (logits, slots, positions, params))
+
+
+def wide_inputs(kind: str, vocab_size: int, **cuts: float) -> tuple[Any, ...]:
+    """One row whose nucleus is wide, at temperature 1, of the logits of ``kind``."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(1, vocab_size, generator=generator)
+    if kind == "zipf 1.2":
+        logits = -1.2 * torch.arange(1, vocab_size + 1).log()[torch.randperm(vocab_size, generator=generator)][None]
+    else:  # the others have more tokens in one bucket of a histogram than can be kept
+        logits *= {"normal": 2.2, "close": 1e-6, "two levels": 0.0}[kind]
+        logits += (torch.rand(1, vocab_size, generator=generator) < 0.5) * (0.25 if kind == "two levels" else 0.0)
+    params = SlotParams.off(1, vocab_size, CPU)
+    params.temperature[1], params.seed_keys[1] = 1.0, sampling.seed_key(7)
+    for name, value in cuts.items():
+        getattr(params, name)[1] = value
+    return logits, torch.tensor([1]), torch.tensor([11]), params
+
+
+@contextlib.contextmanager
+def reads_of(logits: Tensor, library: Any) -> Iterator[list[int]]:
+    """How many bytes of ``logits`` kernels read inside, in the emulation or in Triton's interpreter."""
+    read = [0]
+    if library is not None:
+        with Watch(library, [], []) as watch:
+            watch.allow(logits, False)
+            yield read
+            read[0] = library.emulator.bytes_read(logits.data_ptr())
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, begin = InterpreterBuilder.create_masked_load, logits.data_ptr()
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *others: Any) -> Any:
+        is_inside = (ptrs.data >= begin) & (ptrs.data < begin + logits.nbytes) & mask.data
+        read[0] += int(is_inside.sum()) * logits.itemsize
+        return load(self, ptrs, mask, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
+        yield read
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("triton", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.emulated)]
+)
+@pytest.mark.parametrize(
+    ("kind", "cuts", "most"),
+    [
+        ("zipf 1.2", {"top_p": 0.95}, 3),
+        ("normal", {"top_p": 0.95}, 3),
+        ("normal", {"top_k": 60000}, 3),
+        ("normal", {"top_k": 60000, "top_p": 0.95}, 3),
+        ("close", {"top_k": 60000, "top_p": 0.95}, 10),
+        ("two levels", {"top_k": 50000, "top_p": 0.5}, 10),
+    ],
+)  # fmt: skip
+def test_passes_over_the_logits_of_wide_nuclei(
+    request: pytest.FixtureRequest, name: str, kind: str, cuts: dict[str, float], most: int
+) -> None:
+    """A survey and two looks, or one in Triton, which writes down what it finds; some more of what was made to be hard.
+
+    The same token as the definition's, whatever the order.
+    """
+    impl = next(impl for impl in SAMPLE.impls if impl.name == name)
+    library = request.getfixturevalue("emulated_library") if name == "cuda" else None
+    logits, slots, positions, params = wide_inputs(kind, 65536, **cuts)
+    expected = sample_(logits, slots, positions, copied(params))
+    with emulated(library) if library else contextlib.nullcontext():
+        with reads_of(logits, library) as read:
+            if library is not None:
+                for tensor in (slots, positions, *(getattr(params, f.name) for f in dataclasses.fields(params))):
+                    library.emulator.allow(tensor.data_ptr(), tensor.nbytes)
+            got = impl.load()(logits, slots, positions, params)
+    assert got.tolist() == expected.tolist()
+    assert 1 < read[0] / logits.nbytes <= (2 if name == "triton" else most)
 
 
 @pytest.mark.interpreted

@@ -662,6 +662,67 @@ def test_what_no_row_uses_costs_nothing() -> None:
     assert not any("clone" in name for name in steady_step(["plain", "greedy", "top_p"]))
 
 
+class Uploads(OperationLog):
+    """Every operation, and what is copied from the host; what holds as many elements as ``most`` or more."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.uploaded, self.large = most, 0, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(result, torch.Tensor) and result.is_meta:
+            self.uploaded += func.name() == "aten::_to_copy" and not args[0].is_meta
+            if result.numel() >= self.most:
+                self.large.add(func.name())
+        return result
+
+
+def edited_step(num_rows: int, num_edited: int, num_masked: int = 0) -> tuple[Uploads, list[torch.Tensor]]:
+    """A new batch on a device that only has shapes, whose last rows have masks, min_tokens, and words: its operations,
+    and the logits that tokens were chosen from.
+    """
+    meta, vocab_size, given = torch.device("meta"), 320, []
+
+    def sample_(logits: torch.Tensor, *others: Any) -> torch.Tensor:
+        given.append(logits)
+        return torch.empty(len(logits), dtype=torch.int64, device=meta)
+
+    sampler = Sampler(num_rows, vocab_size, dataclasses.replace(OPS, sample_=sample_), meta)
+    params = SamplingParams(temperature=0.7, min_tokens=4, logit_bias={9: 1.0}, allowed_token_ids=[1, 2, 9])
+    slots = tuple(range(1, num_rows + 1))
+    for slot in slots:
+        plain = Request(SamplingParams(temperature=0.7), [1, 2], 2)
+        edited = Request(params, [1, 2], 2, stop_token_ids=frozenset({3}), bad_words=((5, 6), (7,)))
+        sampler.fill((plain if slot <= num_rows - num_edited else edited).fill(slot))
+    masks = [(slot, bytes(40)) for slot in slots[num_rows - num_masked :]]
+    logits = torch.empty(num_rows, vocab_size, dtype=torch.bfloat16, device=meta)
+    index = torch.empty(num_rows, dtype=torch.int64, device=meta)
+    table = torch.empty(num_rows + 1, MAX_LEN, dtype=torch.int32, device=meta)
+    with Uploads(num_rows * vocab_size) as log:
+        sampler.sample(logits, slots, index, index, table, masks)
+    assert given[-1] is logits or num_edited == num_rows
+    return log, given
+
+
+def test_edits_of_a_new_batch_are_one_upload_and_operations_whatever_the_rows() -> None:
+    logs = [edited_step(rows, rows)[0] for rows in (1, 64, 256)]
+    assert [log.uploaded for log in logs] == [1, 1, 1]
+    assert logs[0].names == logs[1].names == logs[2].names and len(logs[0].names) <= 48
+    masked = [edited_step(rows, rows, rows)[0] for rows in (1, 64)]
+    assert [log.uploaded for log in masked] == [2, 2] and masked[0].names == masked[1].names
+
+
+@pytest.mark.parametrize(("num_edited", "num_masked"), [(1, 0), (0, 1), (1, 1), (2, 3)])
+def test_an_edited_row_costs_the_others_no_copy(num_edited: int, num_masked: int) -> None:
+    log, given = edited_step(64, num_edited, num_masked)
+    assert not log.large
+    assert [(len(logits), logits.dtype) for logits in given] == [
+        (max(num_edited, num_masked), torch.float32),
+        (64, torch.bfloat16),
+    ]
+
+
 # ---- log-probabilities
 
 
