@@ -239,18 +239,18 @@ class AsyncEngine:
 
     async def call(self, function: Callable[[BaseEngine], _T]) -> _T:
         """Run ``function``, which must be quick, on the engine between two steps, in its thread."""
-        done: Future[_T] = Future()
+        future: Future[_T] = Future()
 
         def run() -> None:
-            if done.set_running_or_notify_cancel():
+            if future.set_running_or_notify_cancel():
                 try:
-                    done.set_result(function(self._engine))
+                    future.set_result(function(self._engine))
                 except Exception as error:
-                    done.set_exception(error)
+                    future.set_exception(error)
 
         self._thread.check_alive()
         self._thread.post(run)
-        waiter = asyncio.wrap_future(done)
+        waiter = asyncio.wrap_future(future)
         while not waiter.done():
             await asyncio.wait([waiter], timeout=1.0)
             if not waiter.done() and not self._thread.is_alive:

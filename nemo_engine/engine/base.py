@@ -107,8 +107,8 @@ class BaseEngine:
         if self.config.skip_tokenizer_init:
             self._check_no_template()
             return None
-        given = self.config.tokenizer
-        places = folders if given is None else [Path(given)]
+        option = self.config.tokenizer
+        places = folders if option is None else [Path(option)]
         with self.startup_log.stage("load tokenizer"):
             self.tokenizer = next(
                 (tokenizer for place in places if (tokenizer := load_tokenizer(place)) is not None), None
@@ -213,8 +213,8 @@ class BaseEngine:
         """
         ids = check_ids(request_id)
         with self._lock, self._core.change():
-            for known in ids:
-                self._outputs.abort(known)
+            for known_id in ids:
+                self._outputs.abort(known_id)
 
     def withdraw(self, prepared: Iterable[PreparedRequest]) -> None:
         """As ``abort``, of requests that were submitted, named or not."""

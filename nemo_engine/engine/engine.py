@@ -55,7 +55,7 @@ class Engine(BaseEngine):
         refuse_unknown_arguments(self.generate, unknown)
         encoded = self.inputs.encode_all(prompts)
         params = self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False)
-        return self._run(encoded, params, progress)
+        return self._finals(encoded, params, progress)
 
     def chat(
         self,
@@ -97,7 +97,7 @@ class Engine(BaseEngine):
             strict=strict,
             system_placement=system_placement,
         )
-        return self._run(encoded, self.chat_params(encoded, sampling_params), progress)
+        return self._finals(encoded, self.chat_params(encoded, sampling_params), progress)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, **unknown: Any
@@ -199,7 +199,7 @@ class Engine(BaseEngine):
         with self._lock:
             return bool(self._ready) or self.has_work()
 
-    def _run(self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool) -> list[RequestOutput]:
+    def _finals(self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool) -> list[RequestOutput]:
         sinks, prepared = self._prepare_all(prompts, params, RequestOutputKind.FINAL_ONLY)
         try:
             self._submit_all(prepared)
@@ -208,17 +208,17 @@ class Engine(BaseEngine):
                     self.advance()
                     bar.update(sum(map(bool, sinks)))
         finally:
-            self._leave(prepared)
+            self._end_unfinished(prepared)
         return [sink[0] for sink in sinks]
 
     def _stream(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
         self._check_open()
         for index, (prompt, request_params) in enumerate(zip(prompts, params, strict=True)):
-            with _naming(index, len(prompts)):
+            with _naming_the_prompt(index, len(prompts)):
                 self.check_fits(prompt, request_params)
-        return self._run_all(prompts, params)
+        return self._deltas(prompts, params)
 
-    def _run_all(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
+    def _deltas(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
         # Queued at the first next(): an iterator that is never started would otherwise never be aborted.
         sinks, prepared = self._prepare_all(prompts, params, RequestOutputKind.DELTA)
         unfinished = set(range(len(sinks)))
@@ -234,7 +234,7 @@ class Engine(BaseEngine):
                             unfinished.discard(index)
                         yield output
         finally:
-            self._leave(prepared)
+            self._end_unfinished(prepared)
 
     def _prepare_all(
         self, prompts: list[EncodedPrompt], params: list[SamplingParams], kind: RequestOutputKind
@@ -245,7 +245,7 @@ class Engine(BaseEngine):
         prepared = []
         for index, (prompt, request_params, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
             label = str(next(self._labels))
-            with _naming(index, len(prompts)):
+            with _naming_the_prompt(index, len(prompts)):
                 prepared.append(self.prepare(label, prompt, request_params, kind, sink, is_named=False))
         return sinks, prepared
 
@@ -254,7 +254,7 @@ class Engine(BaseEngine):
             for request in prepared:
                 self.submit(request)
 
-    def _leave(self, prepared: list[PreparedRequest]) -> None:
+    def _end_unfinished(self, prepared: list[PreparedRequest]) -> None:
         """End what is unfinished of ``prepared``, and the steps in flight if nobody else has part in them."""
         with self._lock:
             self.withdraw(prepared)
@@ -263,7 +263,7 @@ class Engine(BaseEngine):
 
 
 @contextmanager
-def _naming(index: int, count: int) -> Iterator[None]:
+def _naming_the_prompt(index: int, count: int) -> Iterator[None]:
     """What is refused inside is refused of prompt ``index`` of ``count``."""
     try:
         yield

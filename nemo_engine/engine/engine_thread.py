@@ -50,8 +50,8 @@ class Stream:
     def append(self, output: RequestOutput) -> None:
         """Engine's thread: add an output to what waits."""
         with self._lock:
-            before = self._pending
-            self._pending = output if before is None else _merged(before, output)
+            waiting = self._pending
+            self._pending = output if waiting is None else _merged(waiting, output)
         self._wake()
         if output.finished:
             self._thread.ended(self)
@@ -110,7 +110,7 @@ class EngineThread:
         self._inbox: list[Callable[[], None]] = []
         self._num_arriving: Counter[str] = Counter()  # completions in the inbox, by client
         self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # the thread's own
-        self._idle: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._idle_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._is_ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nemo-engine", daemon=True)
         self._thread.start()
@@ -185,7 +185,7 @@ class EngineThread:
             if not self.streams or self.error is not None:
                 return None
             waiter = loop.create_future()
-            self._idle.append((loop, waiter))
+            self._idle_waiters.append((loop, waiter))
         return waiter
 
     def close(self) -> None:
@@ -270,9 +270,9 @@ class EngineThread:
         with self._condition:
             self.streams.pop(stream.request_id, None)
             if not self.streams:
-                for loop, waiter in self._idle:
+                for loop, waiter in self._idle_waiters:
                     _call_in(loop, _resolve, waiter)
-                self._idle.clear()
+                self._idle_waiters.clear()
 
     def _wake_all(self) -> None:
         if self._to_wake:
@@ -299,13 +299,13 @@ def _client_of(prepared: PreparedRequest) -> tuple[str, int]:
     return completions[0].request.client, len(completions)
 
 
-def _merged(before: RequestOutput, after: RequestOutput) -> RequestOutput:
+def _merged(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
     """One output in the place of two that were not taken in between."""
-    params = after.sampling_params
+    params = later.sampling_params
     if params is None or params.output_kind is not RequestOutputKind.DELTA:
-        return after
-    by_index = {output.index: output for output in before.outputs}
-    for new in after.outputs:
+        return later
+    by_index = {output.index: output for output in earlier.outputs}
+    for new in later.outputs:
         old = by_index.get(new.index)
         if old is not None:
             new.text = old.text + new.text
@@ -315,8 +315,8 @@ def _merged(before: RequestOutput, after: RequestOutput) -> RequestOutput:
                 old.logprobs.extend(new.logprobs)
                 new.logprobs = old.logprobs
         by_index[new.index] = new
-    after.outputs = [by_index[index] for index in sorted(by_index)]
-    return after
+    later.outputs = [by_index[index] for index in sorted(by_index)]
+    return later
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: object) -> bool:

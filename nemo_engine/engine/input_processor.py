@@ -186,7 +186,7 @@ class InputProcessor:
             raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
         if len(params) != count:
             raise ValueError(f"sampling_params must be one, or one per prompt ({count}), got {len(params)}")
-        return [self.effective_params(given, is_chat=is_chat) for given in params]
+        return [self.effective_params(prompt_params, is_chat=is_chat) for prompt_params in params]
 
     def requests(
         self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0, client: str = ""

@@ -97,8 +97,8 @@ class OutputProcessor:
         running = [entry for entry in self._completions.values() if entry.request.status is RequestStatus.RUNNING]
         waiting = (self._completions.get(request) for request in self._scheduler.waiting)
         now = time.monotonic()
-        shown = islice(chain(running, filter(None, waiting)), limit)
-        return [self._view(completion, now) for completion in shown]
+        listed = islice(chain(running, filter(None, waiting)), limit)
+        return [self._view(completion, now) for completion in listed]
 
     def _view(self, completion: Completion, now: float) -> RequestView:
         request = completion.request
@@ -124,7 +124,7 @@ class OutputProcessor:
         """
         now = time.monotonic()
         if committed.failure is not None:
-            self._settle(committed.failure, now)
+            self._settle_failure(committed.failure, now)
             return
         changed: dict[UserRequest, None] = {}
         for request in committed.prefilled:
@@ -133,23 +133,23 @@ class OutputProcessor:
                 metrics.first_token_ts = now
         for request, first, entries in committed.prompt_logprobs:
             completion = self._completions[request]
-            if not self._take_prompt(completion, first, entries):
+            if not self._take_prompt_logprobs(completion, first, entries):
                 changed[completion.owner] = None
         if self._attended:
             for index, request in enumerate(committed.requests):
                 attended = self._attended.get(request)
                 if attended is not None:
-                    self._take(attended, committed.logprobs.get(index))
+                    self._take_tokens(attended, committed.logprobs.get(index))
                     changed[attended.owner] = None
         for request in committed.finished:
             completion = self._completions[request]
             changed[completion.owner] = None
             if request not in self._attended:
-                self._take(completion)
+                self._take_tokens(completion)
         for user in changed:
             self._emit(user, now)
 
-    def _settle(self, failure: str, now: float) -> None:
+    def _settle_failure(self, failure: str, now: float) -> None:
         """A failure ended what ran, and may have hidden what ended before: look at everybody."""
         for request in list(self._scheduler.requests.values()):
             if request not in self._completions:  # it was being added
@@ -163,7 +163,7 @@ class OutputProcessor:
                 if is_torn or (completion.is_finished and (is_unread or lacks_prompt)):
                     self._fail(completion, failure)
                 if completion.is_finished and completion.logprobs is None:
-                    self._take(completion)
+                    self._take_tokens(completion)
             if user.has_ended:
                 self._forget(user)
             elif user.is_finished:
@@ -174,15 +174,15 @@ class OutputProcessor:
 
         Passes over the unknown.
         """
-        known = self._by_id.get(user) if isinstance(user, str) else user
-        if known is None or known not in self._users:
+        owner = self._by_id.get(user) if isinstance(user, str) else user
+        if owner is None or owner not in self._users:
             return
-        for completion in known.completions:
+        for completion in owner.completions:
             self._scheduler.finish(completion.request.request_id, "abort")
-            self._take(completion)
-        self._emit(known, time.monotonic())
+            self._take_tokens(completion)
+        self._emit(owner, time.monotonic())
 
-    def _take(self, completion: Completion, logprobs: TokenLogprobs | None = None) -> None:
+    def _take_tokens(self, completion: Completion, logprobs: TokenLogprobs | None = None) -> None:
         """Turn what is new into text, which may end the request: at a stop string, or because there is no text for
         it.
         """
@@ -201,7 +201,7 @@ class OutputProcessor:
             # The scheduler may have ended it in this very step, by length or by a stop token: the text decides.
             request.finish_reason, request.stop_reason = "stop", stop_string
 
-    def _take_prompt(self, completion: Completion, first: int, entries: list[TokenLogprobs]) -> bool:
+    def _take_prompt_logprobs(self, completion: Completion, first: int, entries: list[TokenLogprobs]) -> bool:
         """Keep the log-probabilities of the prompt from position ``first`` on; False if that ended the request."""
         prompt_logprobs = completion.owner.prompt_logprobs
         assert prompt_logprobs is not None

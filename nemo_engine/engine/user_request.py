@@ -48,15 +48,15 @@ class Completion:
     def read(self) -> str | None:
         """Feed what was generated since the last call to the detokenizer; returns the stop string that appeared."""
         request = self.request
-        new = request.token_ids[request.num_prompt_tokens + self.num_read_tokens :]
-        if self.detokenizer is None or not new or self.stop_string is not None or self.is_reading:
-            self.num_read_tokens += len(new)
+        new_ids = request.token_ids[request.num_prompt_tokens + self.num_read_tokens :]
+        if self.detokenizer is None or not new_ids or self.stop_string is not None or self.is_reading:
+            self.num_read_tokens += len(new_ids)
             return None
         # Whatever the reason: a failure may come between the token and the end that it brings.
-        ends_at_stop_token = new[-1] in request.stop_token_ids
+        ends_at_stop_token = new_ids[-1] in request.stop_token_ids
         self.is_reading = True
-        self.stop_string = self.detokenizer.append(new, last_is_stop_token=ends_at_stop_token)
-        self.num_read_tokens += len(new)
+        self.stop_string = self.detokenizer.append(new_ids, last_is_stop_token=ends_at_stop_token)
+        self.num_read_tokens += len(new_ids)
         self.is_reading = False
         return self.stop_string
 
