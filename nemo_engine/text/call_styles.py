@@ -176,13 +176,13 @@ class TaggedCalls:
         return StructuredOutputsParams(grammar=f"{rules}answer: %json {json.dumps(schema)}\n")
 
     def _grammar(
-        self, start: str, tools: Sequence[Mapping[str, Any]], names: Sequence[str], parallel: bool, more: str = ""
+        self, start: str, tools: Sequence[Mapping[str, Any]], names: Sequence[str], parallel: bool, suffix: str = ""
     ) -> str:
         schema = tool_call_schema(tools, names, parallel)
         call = {**schema["items"], **({"$defs": schema["$defs"]} if "$defs" in schema else {})}
         again = self._written(self.form.between + self.form.open)
         return (
-            f"start: {start}{' (' + again + ' call)*' if parallel else ''}{more}\n"
+            f"start: {start}{' (' + again + ' call)*' if parallel else ''}{suffix}\n"
             f"call: object {self._written(self.form.close)}\nobject: %json {json.dumps(call)}\n"
         )
 
@@ -258,8 +258,8 @@ class TaggedReader:
             rest = text[place + len(marker) :]
         else:
             sizes = range(min(len(text), len(marker) - 1), 0, -1)
-            begun = next((size for size in sizes if marker.startswith(text[-size:])), 0)
-            before = text[: len(text) - begun]
+            num_held = next((size for size in sizes if marker.startswith(text[-size:])), 0)
+            before = text[: len(text) - num_held]
             before = before.rstrip() if len(before) - len(before.rstrip()) <= _MAX_HELD else before
             self._held, rest = text[len(before) :], ""
         if before:

@@ -137,13 +137,13 @@ def _tool_calls_start(tokenizer: Tokenizer, last: ChatMessage, tools: Sequence[M
     return [tokenizer.tool_calls_id]
 
 
-def check_length(tokenizer: Tokenizer, texts: Sequence[str], max_chars: int) -> None:
+def check_length(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> None:
     """Refuse messages whose ``texts`` alone have more than ``most`` tokens, before they are encoded as a whole."""
-    left = max_chars
+    tokens_left = max_tokens
     for text in texts:
-        if left < 0 or tokenizer.exceeds(text, left):
-            raise ValueError(f"messages have at least {max_chars + 1} tokens: more than max_model_len {max_chars}")
-        left -= tokenizer.min_tokens(text)
+        if tokens_left < 0 or tokenizer.exceeds(text, tokens_left):
+            raise ValueError(f"messages have at least {max_tokens + 1} tokens: more than max_model_len {max_tokens}")
+        tokens_left -= tokenizer.min_tokens(text)
 
 
 def _check_end(last: ChatMessage, index: int, add_generation_prompt: bool, continue_final_message: bool) -> None:

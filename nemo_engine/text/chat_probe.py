@@ -108,8 +108,8 @@ def probe(template: ChatTemplate) -> TemplateFacts:
 def _probe(template: ChatTemplate) -> TemplateFacts:
     form = _find_form(template)
     ends = _find_ends(template, form)
-    shown = _tools_shown(template, form)
-    if not shown:
+    shows_tools = _shows_tools(template, form)
+    if not shows_tools:
         return TemplateFacts(form, ends, None, False, "shows the model none")
     for short_ids in (False, True):
         for text_arguments in (False, True):
@@ -162,7 +162,7 @@ def _find_ends(template: ChatTemplate, form: MessageForm) -> tuple[AddedToken, .
     return tuple(hit.values())
 
 
-def _tools_shown(template: ChatTemplate, form: MessageForm) -> bool:
+def _shows_tools(template: ChatTemplate, form: MessageForm) -> bool:
     for messages in ([USER], [SYSTEM, USER]):
         parts = _try(template, put(form, messages), tools=[TOOL])
         if parts is not None and "look_up_word" in flat(parts):

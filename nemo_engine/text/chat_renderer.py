@@ -147,10 +147,10 @@ class ChatRenderers:
 
     def line(self) -> str:
         """The same in one line."""
-        said = self.describe()
-        by = f"the template of {said['template']}" if said["template"] else "Mistral's format"
-        ends = f"; {', '.join(said['ends'])} ends a turn" if said["ends"] else ""
-        return f"chat by {by}: {said['why']}{ends}; {said['tools']}"
+        facts = self.describe()
+        by = f"the template of {facts['template']}" if facts["template"] else "Mistral's format"
+        ends = f"; {', '.join(facts['ends'])} ends a turn" if facts["ends"] else ""
+        return f"chat by {by}: {facts['why']}{ends}; {facts['tools']}"
 
     def _of_text(self, text: str) -> TemplateRenderer:
         return self._template(Templates("chat_template", {"default": text}))

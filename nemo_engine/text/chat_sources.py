@@ -68,9 +68,9 @@ def special_texts(folders: Sequence[Path], tokenizer: Tokenizer) -> dict[str, st
     """What templates know as ``bos_token``, ``eos_token`` and so on."""
     hit: dict[str, str] = {}
     for path in [folder / name for folder in folders for name in (CONFIG_NAME, MAP_NAME)]:
-        said = _object(path)
+        config = _object(path)
         for name in _SPECIAL:
-            value = said.get(name)
+            value = config.get(name)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str) and text:
                 hit.setdefault(name, text)

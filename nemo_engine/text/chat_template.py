@@ -174,13 +174,13 @@ class ChatTemplate:
         template may look at besides. Raises ``ValueError`` for a conversation that the template refuses, and for a
         template that costs too much.
         """
-        given = {"tools": tools, "documents": documents, **(variables or {}), "messages": messages}
+        context = {"tools": tools, "documents": documents, **(variables or {}), "messages": messages}
         fixed = {**self._special, "add_generation_prompt": add_generation_prompt}
         with Metered():
-            text = self._run(given, fixed, None, continue_final_message)
+            text = self._run(context, fixed, None, continue_final_message)
             for cast in self._control.casts:
                 try:
-                    marked = self._run(given, fixed, cast, continue_final_message)
+                    marked = self._run(context, fixed, cast, continue_final_message)
                 except ValueError as error:
                     failure: Exception = error
                     marked = ""
@@ -190,12 +190,12 @@ class ChatTemplate:
             raise ValueError(f"{self.name} looks at the control tokens in a text and then fails: {failure}")
         return self._control.split(shadow.plain(marked), marked)
 
-    def _run(self, given: Mapping[str, Any], fixed: Mapping[str, Any], cast: Cast | None, continues: bool) -> str:
+    def _run(self, context: Mapping[str, Any], fixed: Mapping[str, Any], cast: Cast | None, continues: bool) -> str:
         """One rendering; what it makes is cut where the last message, if it is to be continued, ends."""
         pieces = []
         try:
-            value = {**fixed, **self._control.cast(given, cast)}
-            for message, plain in zip(value["messages"], given["messages"]):
+            value = {**fixed, **self._control.cast(context, cast)}
+            for message, plain in zip(value["messages"], context["messages"]):
                 message["role"] = plain["role"]  # one of a few words, which templates write into control tokens
             if continues:
                 self._tag(value["messages"][-1])
@@ -220,8 +220,8 @@ class ChatTemplate:
         end = text.rfind(_CONTINUE_TAG.rstrip())
         if end < 0:
             raise ValueError(f"{self.name} leaves out the last message, so that it cannot be continued")
-        kept = text[:end]
-        return kept if text.startswith(_CONTINUE_TAG, end) else kept.rstrip()
+        prompt = text[:end]
+        return prompt if text.startswith(_CONTINUE_TAG, end) else prompt.rstrip()
 
 
 @lru_cache(1)

@@ -82,15 +82,15 @@ class Detokenizer:
         for index, token_id in enumerate(token_ids):
             is_last = index == len(token_ids) - 1
             self.num_tokens += 1
-            new = self._decode(self._without_stop_token((token_id,), last_is_stop_token and is_last))
-            match = self._find_stop(new) if self.num_tokens > self._min_tokens else None
+            new_text = self._decode(self._without_stop_token((token_id,), last_is_stop_token and is_last))
+            match = self._find_stop(new_text) if self.num_tokens > self._min_tokens else None
             if match is not None:
                 stop, end = match
-                self._release((self._tail + new)[: end if self._keeps_stop else end - len(stop)])
+                self._release((self._tail + new_text)[: end if self._keeps_stop else end - len(stop)])
                 self._tail = ""
                 self._is_done = True
                 return stop
-            held = self._tail + new
+            held = self._tail + new_text
             cut = max(0, len(held) - self._num_held)
             self._release(held[:cut])
             self._tail = held[cut:]
@@ -127,12 +127,12 @@ class Detokenizer:
             self._is_at_start = False
         return self._decoder.decode(data)
 
-    def _find_stop(self, new: str) -> tuple[str, int] | None:
-        """The stop string that ``new`` completes, and where it ends in the held tail with ``new``."""
+    def _find_stop(self, new_text: str) -> tuple[str, int] | None:
+        """The stop string that ``new_text`` completes, and where it ends in the held tail with ``new_text``."""
         text = ""
-        for index, last in enumerate(new):
+        for index, last in enumerate(new_text):
             for stop in self._stop_by_end.get(last, ()):
-                text = text or self._tail + new
+                text = text or self._tail + new_text
                 end = len(self._tail) + index + 1
                 if text.endswith(stop, 0, end):
                     return stop, end

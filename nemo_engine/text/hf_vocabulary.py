@@ -269,8 +269,8 @@ def _without_prefix(part: Any) -> Any:
         return part
     if part.get("type") == "Sequence":
         inner = "normalizers" if "normalizers" in part else "pretokenizers"
-        kept = [_without_prefix(member) for member in part.get(inner, [])]
-        return part | {inner: [member for member in kept if member is not None]}
+        members = [_without_prefix(member) for member in part.get(inner, [])]
+        return part | {inner: [member for member in members if member is not None]}
     if part.get("type") == "Prepend":
         return None
     return part | {"prepend_scheme": "never"} if part.get("type") == "Metaspace" else part

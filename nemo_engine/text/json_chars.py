@@ -21,21 +21,21 @@ def merged(pairs: Iterable[tuple[int, int]]) -> Ranges:
     return tuple(merged)
 
 
-def without(ranges: Ranges, taken: Ranges) -> Ranges:
-    """The part of ``ranges`` that is not in ``taken``."""
-    left: list[tuple[int, int]] = []
+def without(ranges: Ranges, excluded: Ranges) -> Ranges:
+    """The part of ``ranges`` that is not in ``excluded``."""
+    remaining: list[tuple[int, int]] = []
     for low, high in ranges:
-        for taken_low, taken_high in taken:
-            if taken_high < low or taken_low > high:
+        for excluded_low, excluded_high in excluded:
+            if excluded_high < low or excluded_low > high:
                 continue
-            if low < taken_low:
-                left.append((low, taken_low - 1))
-            low = taken_high + 1
+            if low < excluded_low:
+                remaining.append((low, excluded_low - 1))
+            low = excluded_high + 1
             if low > high:
                 break
         if low <= high:
-            left.append((low, high))
-    return tuple(left)
+            remaining.append((low, high))
+    return tuple(remaining)
 
 
 def chars_of(text: str) -> Ranges:

@@ -19,9 +19,9 @@ def multiples(step: int, places: int) -> tuple[list[str], list[str]]:
     for factor in _coprime_powers(rest):
         if factor > _MAX_FACTOR:
             raise _too_large(factor)
-        expression, more = _remainders(factor)
+        expression, factor_definitions = _remainders(factor)
         expressions.append(expression)
-        definitions += more
+        definitions += factor_definitions
     return expressions, definitions
 
 

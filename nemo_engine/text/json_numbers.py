@@ -126,8 +126,8 @@ def _negated(regex: str | None) -> str | None:
 
 
 def _any_of(options: Iterable[str | None]) -> str | None:
-    given = [option for option in options if option is not None]
-    return "|".join(given) if given else None
+    possible = [option for option in options if option is not None]
+    return "|".join(possible) if possible else None
 
 
 def _naturals(low: int, high: int | None) -> str | None:
@@ -177,8 +177,8 @@ def _group(regex: str) -> str:
 def _decimals(low: Bound | None, high: Bound | None) -> str | None:
     if low is None and high is None:
         return rf"-?(?:0|[1-9][0-9]{{0,{_MORE_DIGITS}}})(?:\.[0-9]{{1,{_MORE_DIGITS}}})?(?:[eE][+-]?[0-9]{{1,2}})?"
-    whole = max(len(str(math.floor(abs(bound.value)))) for bound in (low, high) if bound is not None)
-    places = max(_EXACT_DIGITS - whole, _LEAST_PLACES)
+    num_whole_digits = max(len(str(math.floor(abs(bound.value)))) for bound in (low, high) if bound is not None)
+    places = max(_EXACT_DIGITS - num_whole_digits, _LEAST_PLACES)
     low, high = (_inner(bound, places, bound is low) if bound is not None else None for bound in (low, high))
     zero = Bound(Fraction(0), False)
     options = []
@@ -339,7 +339,7 @@ def _stepped(step: Fraction, low: Bound | None, high: Bound | None) -> tuple[str
             if low is not None or high is not None:
                 parts.append(f"/{_decimals(low, high)}/")
         factor = here * 10**places
-        more, needed = multiples(factor.numerator, places)
-        options.append(" & ".join(parts + more))
+        expressions, needed = multiples(factor.numerator, places)
+        options.append(" & ".join(parts + expressions))
         definitions |= dict.fromkeys(needed)
     return (" | ".join(options), list(definitions)) if options else None

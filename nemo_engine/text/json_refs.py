@@ -164,9 +164,9 @@ class SchemaIndex:
             return
         for keyword, value in schema.items():
             if keyword in _SHAPES and not _SHAPES[keyword][0](value):
-                shown = json.dumps(value, ensure_ascii=False)
-                shown = shown if len(shown) <= 100 else shown[:100] + "..."
-                raise ValueError(f"{self.place(schema, keyword)} must be {_SHAPES[keyword][1]}, got {shown}")
+                value_text = json.dumps(value, ensure_ascii=False)
+                value_text = value_text if len(value_text) <= 100 else value_text[:100] + "..."
+                raise ValueError(f"{self.place(schema, keyword)} must be {_SHAPES[keyword][1]}, got {value_text}")
             if keyword in _UNSUPPORTED and not any(value is ok or value == ok == {} for ok in _UNSUPPORTED[keyword]):
                 self._refuse(schema, keyword)
         self._checked.add(id(schema))

@@ -25,13 +25,13 @@ _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "dependentRequired", "depende
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
+class _PlainKeywords:
     """The keywords of ``schema`` that are no applicators."""
 
     schema: Flat
 
 
-Part = Schema | _Own
+Part = Schema | _PlainKeywords
 
 
 class SchemaTerms:
@@ -70,7 +70,7 @@ class SchemaTerms:
                 continue
             if schema is False or id(schema) in path:  # what leads to itself alone holds for nothing
                 continue
-            if isinstance(schema, _Own):
+            if isinstance(schema, _PlainKeywords):
                 stack.append((rest, (*done, schema.schema)))
                 continue
             stack += self._unfold(schema, path | {id(schema)}, rest, done)
@@ -109,7 +109,7 @@ class SchemaTerms:
             elif keyword in _APPLICATORS:
                 choices += [self._dependency(schema, name, then) for name, then in value.items()]
             elif not is_marked:
-                choices.append([[_Own(schema)]])
+                choices.append([[_PlainKeywords(schema)]])
                 is_marked = True
         self._steps[id(schema)] = choices
         if isinstance(schema.get("oneOf"), list):
@@ -207,7 +207,7 @@ class SchemaTerms:
         self.index.check(schema)
         if not all(
             any(
-                all(not isinstance(member, _Own) and self.is_valid(value, member, path) for member in option)
+                all(not isinstance(member, _PlainKeywords) and self.is_valid(value, member, path) for member in option)
                 for option in choice
             )
             for choice in self._choices_beside_itself(schema)
@@ -241,7 +241,7 @@ class SchemaTerms:
         return _key(value) in listed
 
     def _choices_beside_itself(self, schema: Flat) -> list[list[Sequence[Part]]]:
-        return [choice for choice in self._choices(schema) if not isinstance(choice[0][0], _Own)]
+        return [choice for choice in self._choices(schema) if not isinstance(choice[0][0], _PlainKeywords)]
 
     def _is_number_valid(self, value: int | float, schema: Flat) -> bool:
         numbers, number = self.numbers((schema,), False), exact(value)
@@ -326,9 +326,9 @@ def _exclude_as(terms: SchemaTerms, kind: str, some: Term, others: Term, depth: 
         return False
     names = {name: None for flat in (*some, *others) for name in flat.get("required", ())}
     for name in names:
-        parts = [[one for flat in term for one in terms.property_schemas(flat, name)] for term in (some, others)]
+        parts = [[mine for flat in term for mine in terms.property_schemas(flat, name)] for term in (some, others)]
         if all(
-            _exclude(terms, one, other, depth - 1) for one in terms.terms(parts[0]) for other in terms.terms(parts[1])
+            _exclude(terms, mine, other, depth - 1) for mine in terms.terms(parts[0]) for other in terms.terms(parts[1])
         ):
             return True
     return False

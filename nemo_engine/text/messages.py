@@ -135,9 +135,9 @@ def check_content(content: object, name: str, *, part_types: Sequence[str] = ("t
     return "\n\n".join(text for text in texts if text)
 
 
-def refuse_unknown(given: Mapping[Any, Any], known: set[str], name: str, what: str) -> None:
+def refuse_unknown(fields: Mapping[Any, Any], known: set[str], name: str, what: str) -> None:
     """Raise ``ValueError`` for keys that are not ``known`` and hold something."""
-    unknown = sorted(str(key) for key, value in given.items() if key not in known and not asks_nothing(value))
+    unknown = sorted(str(key) for key, value in fields.items() if key not in known and not asks_nothing(value))
     if unknown:
         raise ValueError(f"{name} has fields that {what} does not take: {', '.join(unknown)}")
 

@@ -91,11 +91,11 @@ def difference(mistral: Vocabulary, other: Vocabulary) -> str | None:
             None not in names and names[0] not in V3_TOKENS and (names[1] in usual or _FILLER.fullmatch(names[1] or ""))
         )
         if before != after or (names[0] != names[1] and not is_unused):
-            shown = [
+            descriptions = [
                 repr(data.decode("utf-8", "replace") if name is None else name)
                 for name, data in zip(names, (before, after))
             ]
-            return f"token {token_id} is {shown[0]} there and {shown[1]} in tokenizer.json"
+            return f"token {token_id} is {descriptions[0]} there and {descriptions[1]} in tokenizer.json"
     if sizes[0] != sizes[1]:
         return f"there are {sizes[0]} tokens, and {sizes[1]} in tokenizer.json"
     for name in ("bos_id", "eos_id"):

@@ -172,12 +172,12 @@ def call_method(text: str, name: str, method: Callable[..., Any], args: tuple[An
     ):
         return method(*args, **kwargs)
     if name in ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix"):
-        whole, wanted = plain(text), plain(args[0])
+        plain_text, removed = plain(text), plain(args[0])
         start = 0
         if name in ("strip", "lstrip", "removeprefix"):
-            head = whole.removeprefix(wanted) if name == "removeprefix" else whole.lstrip(wanted)
-            start = len(whole) - len(head)
-        return text[start : start + len(getattr(whole, name)(wanted))]
+            head = plain_text.removeprefix(removed) if name == "removeprefix" else plain_text.lstrip(removed)
+            start = len(plain_text) - len(head)
+        return text[start : start + len(getattr(plain_text, name)(removed))]
     if name in ("split", "rsplit", "partition", "rpartition"):
         return _cut(text, name, plain(args[0]), args[1:])
     if name == "replace" and len(args) > 1 and isinstance(args[1], str):
@@ -185,9 +185,9 @@ def call_method(text: str, name: str, method: Callable[..., Any], args: tuple[An
     return method(*args, **kwargs)
 
 
-def _cut(text: str, name: str, separator: str, more: tuple[Any, ...]) -> Any:
-    whole = plain(text)
-    pieces = getattr(whole, name)(separator, *more)
+def _cut(text: str, name: str, separator: str, limits: tuple[Any, ...]) -> Any:
+    plain_text = plain(text)
+    pieces = getattr(plain_text, name)(separator, *limits)
     gap = len(separator) if name in ("split", "rsplit") else 0
     start, cut = 0, []
     for piece in pieces:

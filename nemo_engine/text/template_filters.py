@@ -91,11 +91,11 @@ def _ordered(name: str, num_before: int) -> Callable[..., Any]:
     def applied(environment: Environment, value: Any, *args: Any, attribute: Any = None, **kwargs: Any) -> Any:
         if len(args) > num_before:
             attribute = args[num_before]
-        wanted = ",".join(f"0.{name_part}" for name_part in str(attribute).split(",")) if attribute is not None else 0
+        paths = ",".join(f"0.{name_part}" for name_part in str(attribute).split(",")) if attribute is not None else 0
         items = list(value)
         meter().charge_value(items)
         pairs = [(shadow.plain_value(element), element) for element in items]
-        result = FILTERS[name](environment, pairs, *args[:num_before], attribute=wanted, **kwargs)
+        result = FILTERS[name](environment, pairs, *args[:num_before], attribute=paths, **kwargs)
         if name in ("min", "max"):
             return result[1] if isinstance(result, tuple) else result
         return [element for _, element in result]

@@ -200,14 +200,14 @@ def _for_template(
     if raw.get("name"):
         message["name"] = raw["name"]
     if checked.calls:
-        given = [call["id"] for call in raw["tool_calls"]]
+        call_ids = [call["id"] for call in raw["tool_calls"]]
         message["tool_calls"] = [
             {
                 "id": call.id if form.short_ids else call_id,
                 "type": "function",
                 "function": {"name": call.name, "arguments": _arguments(call.arguments, form)},
             }
-            for call, call_id in zip(checked.calls, given)
+            for call, call_id in zip(checked.calls, call_ids)
         ]
     if checked.role == "tool":
         message["tool_call_id"] = checked.call_id if form.short_ids else raw["tool_call_id"]

@@ -26,12 +26,12 @@ class TextCache(Generic[T]):
             if text in self._known:
                 self._known.move_to_end(text)
                 return self._known[text]
-        made = self._make(text)
+        value = self._make(text)
         with self._lock:
             if text not in self._known:
-                self._known[text] = made
+                self._known[text] = value
                 self._num_chars += len(text) + _OVERHEAD
             while self._num_chars > _MAX_CHARS:
                 gone, _ = self._known.popitem(last=False)
                 self._num_chars -= len(gone) + _OVERHEAD
-        return made
+        return value
