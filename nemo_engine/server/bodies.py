@@ -89,9 +89,9 @@ class Body:
 
     def take(self) -> bytes:
         """The whole of it, which is not kept."""
-        whole = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
         self.pieces = []
-        return whole
+        return data
 
     def release(self) -> None:
         """It needs no room any more."""

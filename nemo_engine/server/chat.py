@@ -157,7 +157,7 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
     with_usage = with_usage_each or (options is not None and bool(options.include_usage))
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     parsers = [chat.parser() for _ in range(generation.n)] if chat.tools.is_on else []
-    begun: set[int] = set()
+    started: set[int] = set()
     async for _, output in generation.outputs():
         raise_failure(output)
         if with_usage_each:
@@ -166,12 +166,12 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
         for completion in output.outputs:
             index = completion.index
             delta: dict[str, Any] = {}
-            if index not in begun:
-                begun.add(index)
+            if index not in started:
+                started.add(index)
                 delta = {"role": "assistant", "content": ""}
                 first = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-                more = {"prompt_token_ids": output.prompt_token_ids} if request.return_token_ids else {}
-                yield event(head | {"choices": [first]} | more | usage)
+                prompt_ids = {"prompt_token_ids": output.prompt_token_ids} if request.return_token_ids else {}
+                yield event(head | {"choices": [first]} | prompt_ids | usage)
                 delta = {"content": chat.echo} if chat.echo else {}
             has_calls = False
             if parsers:

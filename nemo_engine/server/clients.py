@@ -50,11 +50,11 @@ class KeyRing:
         """
         clients = {}
         for entry in self._options.keys():
-            named = _NAMED.fullmatch(entry)
-            key = named[2] if named else entry
+            match = _NAMED.fullmatch(entry)
+            key = match[2] if match else entry
             # Keys without a name are told apart by a hash that nobody outside this process can repeat.
             digest = blake2b(key, key=self._secret, digest_size=4).hexdigest()
-            clients[key] = Client(named[1].decode() if named else f"key-{digest}")
+            clients[key] = Client(match[1].decode() if match else f"key-{digest}")
         self._clients = clients
 
     def __len__(self) -> int:
@@ -67,10 +67,10 @@ class KeyRing:
         """
         if not self._clients:
             return ANYONE
-        shown = _shown_keys(headers)
+        candidates = _shown_keys(headers)
         known = None
         for key, client in self._clients.items():
-            for candidate in shown:
+            for candidate in candidates:
                 if hmac.compare_digest(key, candidate):
                     known = client
         return known

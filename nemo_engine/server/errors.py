@@ -160,11 +160,11 @@ def validation_error(error: ValidationError | RequestValidationError) -> ApiErro
     if kind == "missing":
         return ApiError(400, f"{path} is missing", param=path, code="missing_required_parameter")
     same = dict.fromkeys(str(errors[index]["msg"]) for index in tried if paths[index] == path)
-    given = first.get("input")
-    if isinstance(given, str):
-        given = given[:_MAX_MESSAGE]
-    shown = repr(given)[:200] if given is None or isinstance(given, (str, int, float)) else type(given).__name__
-    message = ", or: ".join(same).removeprefix("Value error, ") + f", got {shown}"
+    value = first.get("input")
+    if isinstance(value, str):
+        value = value[:_MAX_MESSAGE]
+    value_text = repr(value)[:200] if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+    message = ", or: ".join(same).removeprefix("Value error, ") + f", got {value_text}"
     return ApiError(400, f"{path}: {message}" if path else message, param=path or None, code="invalid_value")
 
 

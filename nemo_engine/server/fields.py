@@ -111,7 +111,7 @@ class Ignored:
             ]
         if not isinstance(names, Mapping) or not isinstance(value, Mapping):
             return value
-        kept = {}
+        known_fields = {}
         for name, inner in value.items():
             known = names.get(name, self)
             if known is self or known is REFUSED:
@@ -123,5 +123,5 @@ class Ignored:
                     )
                 self.add(f"{path}.{name}")
             else:
-                kept[name] = self.known_part(inner, known, f"{path}.{name}", f"{place}.{name}")
-        return kept
+                known_fields[name] = self.known_part(inner, known, f"{path}.{name}", f"{place}.{name}")
+        return known_fields

@@ -87,8 +87,8 @@ class _Parser:
                 raise _broken("a boundary is followed by other text")
             self._held = after[2:]
             return not self.is_over
-        head, found, rest = self._held.partition(b"\r\n\r\n")
-        if not found:
+        head, separator, rest = self._held.partition(b"\r\n\r\n")
+        if not separator:
             if len(self._held) > _MOST_HEAD:
                 raise _broken(f"the head of a part is longer than {_MOST_HEAD} bytes")
             return False

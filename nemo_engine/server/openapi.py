@@ -87,10 +87,10 @@ def describe(document: Schema, service: Service) -> None:
     """Add to ``document``, of FastAPI, what it does not know."""
     schemas: dict[str, Schema] = document["components"]["schemas"]
     for name, schema in schemas.items():
-        for field, said in _fields(service, name).items():
+        for field, form in _fields(service, name).items():
             if field in schema.get("properties", {}):
                 known = schema["properties"][field]
-                schema["properties"][field] = said | {key: known[key] for key in ("title", "default") if key in known}
+                schema["properties"][field] = form | {key: known[key] for key in ("title", "default") if key in known}
         rules = [rule for kind in _KINDS.get(name, ()) for rule in _TOGETHER[kind]]
         if rules:
             schema["allOf"] = rules

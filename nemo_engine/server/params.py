@@ -34,14 +34,14 @@ class Effective:
 
     def explain(self) -> dict[str, Any]:
         """``{name: {"value", "origin"}}`` of all parameters."""
-        shown = {}
+        explained = {}
         for field in dataclasses.fields(self.params):
             if field.name not in ("output_kind", "extra_args"):
                 value = getattr(self.params, field.name)
                 if dataclasses.is_dataclass(value) and not isinstance(value, type):
                     value = dataclasses.asdict(value)
-                shown[field.name] = {"value": value, "origin": self.origins.get(field.name, "default")}
-        return shown
+                explained[field.name] = {"value": value, "origin": self.origins.get(field.name, "default")}
+        return explained
 
 
 def effective(
@@ -101,12 +101,12 @@ def _in_words_of(request: GenerationRequest, message: str) -> str:
     """
     if request.response_format is None or request.response_format.get("type") == "text":
         return message
-    whole, kind = "response_format", request.response_format.get("type")
-    schema = "response_format.json_schema.schema" if kind == "json_schema" else whole
+    form, kind = "response_format", request.response_format.get("type")
+    schema = "response_format.json_schema.schema" if kind == "json_schema" else form
     for ours, theirs in (
-        ("structured_outputs.json_object", whole),
+        ("structured_outputs.json_object", form),
         ("structured_outputs.json", schema),
-        ("structured_outputs", whole),
+        ("structured_outputs", form),
     ):
         if message.startswith(ours):
             return theirs + message.removeprefix(ours)
@@ -126,11 +126,11 @@ def _set_max_tokens(
         values["max_tokens"], origins["max_tokens"] = max_tokens, "request"
         is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
         for name in ("max_completion_tokens", "max_tokens"):  # of which the first counts, and both are checked
-            given = getattr(request, name, None)
-            if given is not None and given < 1 and not (given == 0 and is_echo):
-                raise ApiError(400, f"{name} must be at least 1, got {given}", param=name)
-            if given is not None and limit is not None and given > limit:
-                raise ApiError(400, f"{name} must be at most {limit} on this server, got {given}", param=name)
+            value = getattr(request, name, None)
+            if value is not None and value < 1 and not (value == 0 and is_echo):
+                raise ApiError(400, f"{name} must be at least 1, got {value}", param=name)
+            if value is not None and limit is not None and value > limit:
+                raise ApiError(400, f"{name} must be at most {limit} on this server, got {value}", param=name)
     elif "max_tokens" not in values and isinstance(request, CompletionRequest):
         values["max_tokens"] = _DEFAULT_MAX_TOKENS
     room = service.engine.room_for(num_prompt_tokens)

@@ -85,8 +85,8 @@ def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt)
         max_tokens = service.engine.max_model_len - 1 if max_tokens == -1 else max_tokens
         if len(prompt.token_ids) > max_tokens:
             ids = prompt.token_ids
-            kept = ids[:max_tokens] if request.truncation_side == "right" else ids[-max_tokens:]
-            prompt = replace(prompt, text=None, token_ids=kept)
+            truncated = ids[:max_tokens] if request.truncation_side == "right" else ids[-max_tokens:]
+            prompt = replace(prompt, text=None, token_ids=truncated)
     limit = service.options.max_prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:
         raise ApiError(
@@ -113,10 +113,10 @@ def structured_outputs(request: GenerationRequest) -> object | None:
     elif kind == "json_object":
         options = {"json_object": True}
     elif kind == "json_schema":
-        named = form.get("json_schema")
-        schema = named.get("schema") if isinstance(named, Mapping) else None
-        if isinstance(named, Mapping):
-            refuse_unknown(named, _SCHEMA_KEYS, "response_format.json_schema", "a schema")
+        json_schema = form.get("json_schema")
+        schema = json_schema.get("schema") if isinstance(json_schema, Mapping) else None
+        if isinstance(json_schema, Mapping):
+            refuse_unknown(json_schema, _SCHEMA_KEYS, "response_format.json_schema", "a schema")
         if schema is None:
             raise ApiError(
                 400, "response_format.json_schema.schema is missing", param="response_format.json_schema.schema"

@@ -195,14 +195,14 @@ def batch_of_engine(
     """``Engine.batch``."""
     sampling = _set_fields(sampling_params)
     model = str(loop.model_path)
-    given = [names] if isinstance(names, str) else list(names or [])
+    served_names = [names] if isinstance(names, str) else list(names or [])
     engine = {
         field.name: getattr(loop.config, field.name)
         for field in dataclasses.fields(loop.config)
         if getattr(loop.config, field.name) != field.default
     }
-    recorded = batch_options(model, sampling, engine, {"served_model_name": given} if given else {})
-    options = ServerOptions(max_queue=_ANY_NUMBER, served_model_name=given or [loop.model_path.name, model])
+    recorded = batch_options(model, sampling, engine, {"served_model_name": served_names} if served_names else {})
+    options = ServerOptions(max_queue=_ANY_NUMBER, served_model_name=served_names or [loop.model_path.name, model])
     with BatchJob(source, target, recorded, force=force) as job, AsyncEngine(loop) as over:
         return _run(over, options, model, job, sampling, progress=progress)
 

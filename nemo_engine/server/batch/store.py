@@ -70,13 +70,13 @@ class BatchStore:
         self, client: str, data: str, filename: str, purpose: str, file_id: str | None = None
     ) -> dict[str, Any]:
         """Make content that lies in the folder a file of ``client``."""
-        shown = {
+        file_object = {
             "id": file_id or new_id("file-"), "object": "file", "bytes": (self.folder / data).stat().st_size,
             "created_at": int(time.time()), "filename": filename, "purpose": purpose, "status": "processed",
             "expires_at": None, "status_details": None,
         }  # fmt: skip
-        self.save(Entry(shown, client, data, time.time()))
-        return shown
+        self.save(Entry(file_object, client, data, time.time()))
+        return file_object
 
     def save(self, entry: Entry) -> None:
         """Keep an entry, or what has changed of it."""
@@ -127,9 +127,9 @@ class BatchStore:
             if at is None:
                 raise ApiError(400, f"after must be the id of a {kind} in the list, got {after[:100]!r}", param="after")
             entries = entries[at + 1 :]
-        shown = [entry.shown for entry in entries[:limit]]
-        ids = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": shown, "has_more": len(entries) > limit} | ids
+        items = [entry.shown for entry in entries[:limit]]
+        ids = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": items, "has_more": len(entries) > limit} | ids
 
 
 def new_id(prefix: str) -> str:

@@ -52,7 +52,7 @@ class BatchWorker:
     ) -> dict[str, Any]:
         """A batch over a file of ``client``. ``ApiError`` if there is none."""
         source = self.store.find(input_file_id, "file", client)
-        shown: dict[str, Any] = {
+        batch: dict[str, Any] = {
             "id": new_id("batch_"), "object": "batch", "endpoint": endpoint, "errors": None, "input_file_id": source.id,
             "completion_window": window, "status": "validating", "output_file_id": None, "error_file_id": None,
             "created_at": int(time.time()), "in_progress_at": None, "expires_at": None, "finalizing_at": None,
@@ -61,10 +61,10 @@ class BatchWorker:
             self._service.model_name,
         }  # fmt: skip
         # Its results lie under the id that their file will have, so that a server that goes on finds them.
-        self.store.save(Entry(shown, client.name, new_id("file-"), time.time()))
+        self.store.save(Entry(batch, client.name, new_id("file-"), time.time()))
         self.start()
-        self._waiting.put_nowait(shown["id"])
-        return shown
+        self._waiting.put_nowait(batch["id"])
+        return batch
 
     def cancel(self, entry: Entry) -> None:
         """End a batch, whose results so far stay. Nothing happens to one that has ended."""
@@ -108,8 +108,8 @@ class BatchWorker:
         if error is not None:
             if not isinstance(error, (OSError, ValueError)):
                 _logger.error("%s failed", entry.id, exc_info=error)
-            said = str(error) if isinstance(error, (OSError, ValueError)) else "the server failed at it"
-            self._fail(entry, "batch_failed", said.replace(str(self.store.folder) + "/", ""))
+            reason = str(error) if isinstance(error, (OSError, ValueError)) else "the server failed at it"
+            self._fail(entry, "batch_failed", reason.replace(str(self.store.folder) + "/", ""))
         elif task.result().num_done == 0:
             self._fail(entry, "empty_file", "the file holds no request")
         else:
@@ -141,16 +141,16 @@ class BatchWorker:
         return summary
 
     def _finish(self, entry: Entry, status: str) -> None:
-        shown, target = entry.shown, str(entry.data)
+        batch, target = entry.shown, str(entry.data)
         for field, data, file_id in (
             ("output_file_id", target, target),
             ("error_file_id", f"{target}.errors", new_id("file-")),
         ):
             path = self.store.folder / data
-            if shown[field] is None and path.exists() and path.stat().st_size:
+            if batch[field] is None and path.exists() and path.stat().st_size:
                 kind = field.removesuffix("_file_id")
-                file = self.store.add_file(entry.owner, data, f"{shown['id']}_{kind}.jsonl", "batch_output", file_id)
-                shown[field] = file["id"]
+                file = self.store.add_file(entry.owner, data, f"{batch['id']}_{kind}.jsonl", "batch_output", file_id)
+                batch[field] = file["id"]
         Path(self.store.folder / f"{target}.run").unlink(missing_ok=True)
         self._set(entry, status)
 

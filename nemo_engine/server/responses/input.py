@@ -189,15 +189,15 @@ def _tool(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
             code="unsupported_parameter",
         )
     direct = {"allowed_callers": ["direct"], "defer_loading": False, "async": False}
-    given = {
+    asked_fields = {
         key: value
         for key, value in tool.items()
         if key not in direct or value != direct[key] or type(value) is not type(direct[key])
     }
-    refuse_unknown(given, _TOOL_KEYS, name, "a function")
+    refuse_unknown(asked_fields, _TOOL_KEYS, name, "a function")
     return {
         "type": "function",
-        "function": {key: value for key, value in given.items() if key in _TOOL_KEYS - {"type"}},
+        "function": {key: value for key, value in asked_fields.items() if key in _TOOL_KEYS - {"type"}},
     }
 
 

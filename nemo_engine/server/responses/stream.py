@@ -153,8 +153,8 @@ class _Events:
                 self._of_item("response.content_part.done", content_index=0, part=part),
             ]
         else:
-            done = {"name": item["name"], "arguments": item["arguments"]}
-            events = [self._of_item("response.function_call_arguments.done", **done)]
+            fields = {"name": item["name"], "arguments": item["arguments"]}
+            events = [self._of_item("response.function_call_arguments.done", **fields)]
         return [*events, self.event("response.output_item.done", output_index=len(self.output) - 1, item=item)]
 
     def _settle(self, status: str) -> None:
