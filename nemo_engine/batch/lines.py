@@ -66,13 +66,13 @@ def parse_request(data: object, number: int, vocab_size: int) -> Line:
         return _openai(data, number, custom_id)
     if _OF_WORKLOADS & data.keys() or not any(name in data for name in _PROMPTS):
         return _workload(data, number, custom_id, vocab_size)
-    given = [name for name in _PROMPTS if name in data]
-    if len(given) > 1:
-        raise LineError("invalid_line", f"{given[0]} and {given[1]} are given, and one is needed", custom_id)
+    fields = [name for name in _PROMPTS if name in data]
+    if len(fields) > 1:
+        raise LineError("invalid_line", f"{fields[0]} and {fields[1]} are given, and one is needed", custom_id)
     body = {name: value for name, value in data.items() if name not in ("id", "custom_id")}
-    if given[0] == "prompt_token_ids":
+    if fields[0] == "prompt_token_ids":
         body["prompt"] = body.pop("prompt_token_ids")
-    return Line(number, custom_id, CHAT if given[0] == "messages" else COMPLETIONS, body)
+    return Line(number, custom_id, CHAT if fields[0] == "messages" else COMPLETIONS, body)
 
 
 def _id_of(data: Mapping[str, Any], number: int) -> str:

@@ -126,9 +126,9 @@ class Reader:
         number = 0
         while raw := file.readline(self._max_bytes + 1):
             number += 1
-            rest = raw
-            while len(rest) > self._max_bytes and not rest.endswith(b"\n"):
-                rest = file.readline(self._max_bytes + 1)
+            piece = raw
+            while len(piece) > self._max_bytes and not piece.endswith(b"\n"):
+                piece = file.readline(self._max_bytes + 1)
             if raw.strip():
                 self.num_lines += 1
                 yield number, raw

@@ -301,15 +301,15 @@ def _without_padding(
         info, module = tensors.get(names.tensor(part)), names.module(part)
         if info is None or len(info.shape) != 2 or info.shape[0] <= config.vocab_size:
             continue
-        rows, wanted = info.shape[0], config.vocab_size
+        rows, vocab_size = info.shape[0], config.vocab_size
         for name in (f"{module}.weight", *(f"{module}.{suffix}" for suffix in WEIGHT_SCALES)):
             if name in tensors and tensors[name].shape[:1] == (rows,):
-                changed[name] = _first_rows(tensors[name], wanted)
+                changed[name] = _first_rows(tensors[name], vocab_size)
             elif name in tensors and len(tensors[name].shape) == 2 and tensors[name].shape[0] == -(-rows // BLOCK):
-                changed[name] = _first_rows(tensors[name], -(-wanted // BLOCK))
+                changed[name] = _first_rows(tensors[name], -(-vocab_size // BLOCK))
         _logger.warning(
             "%s.weight in %s has %d rows, and vocab_size is %d: the last %d are padding and are not read",
-            module, info.file.name, rows, wanted, rows - wanted,
+            module, info.file.name, rows, vocab_size, rows - vocab_size,
         )  # fmt: skip
     return changed
 
@@ -321,7 +321,7 @@ def _first_rows(info: TensorInfo, rows: int) -> TensorInfo:
 def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """``checkpoint`` as ``adapter`` makes it: tensors that it brings whole take the place of the model's."""
     names, config = checkpoint.names, checkpoint.model_config
-    whole = {names.tensor(part, layer): info for (layer, part), info in adapter.whole.items()}
+    replacements = {names.tensor(part, layer): info for (layer, part), info in adapter.whole.items()}
     config = replace(
         config,
         vocab_size=adapter.vocab_size,
@@ -335,7 +335,7 @@ def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
             # Training saw the head that the embeddings were; an adapter that brings the embeddings alone leaves it as
             # it was.
             tensors[names.tensor("lm_head")] = tensors[names.tensor("embed_tokens")]
-        tensors |= whole
+        tensors |= replacements
     for layer, part in adapter.low_rank:
         stored = tensors.get(names.tensor(part, layer))
         if stored is not None and stored.dtype.startswith("float8"):

@@ -89,18 +89,18 @@ def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path,
                 f"{_what_may_help(error)}"
             ) from error
         return folder, None
-    wanted = [name for name in SMALL_FILES if name in files]
+    file_names = [name for name in SMALL_FILES if name in files]
     weight_sets = weight_sets_of(files)
     if needs != "config" and not weight_sets:
         raise ValueError(_no_weights_message(repo_id, files))
-    wanted += [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")]
+    file_names += [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")]
     if needs == "weights":
         chosen = weight_sets[0]
-        wanted += chosen.files
+        file_names += chosen.files
         _logger.info("%s: downloading %s (%d files of weights)", repo_id, chosen.files[0], len(chosen.files))
     elif needs == "headers":
-        wanted += [name for name in weight_sets[0].files if name.endswith(".index.json")]
-    folder = _snapshot(repo_id, revision, wanted)
+        file_names += [name for name in weight_sets[0].files if name.endswith(".index.json")]
+    folder = _snapshot(repo_id, revision, file_names)
     return folder, _remote_headers(repo_id, revision, folder, weight_sets[0]) if needs == "headers" else None
 
 
@@ -112,15 +112,15 @@ def download_adapter(repo_id: str) -> Path:
         files = huggingface_hub.list_repo_files(repo_id)
     except Exception as error:
         return _cached(repo_id, None, f"lora {repo_id!r} is no local directory, and", error)
-    wanted = [name for name in (*ADAPTER_FILES, *TEXT_FILES) if name in files]
-    return _snapshot(repo_id, None, wanted + [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")])
+    file_names = [name for name in (*ADAPTER_FILES, *TEXT_FILES) if name in files]
+    return _snapshot(repo_id, None, file_names + [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")])
 
 
-def _snapshot(repo_id: str, revision: str | None, wanted: list[str]) -> Path:
+def _snapshot(repo_id: str, revision: str | None, file_names: list[str]) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=file_names))
     except Exception as error:
         raise DownloadError(
             f"downloading {repo_id!r} failed, try again to go on: {_reason(error)}; {_what_may_help(error)}"

@@ -68,9 +68,9 @@ def load_weights(
             loader.check_repeated_head(inventory.repeated_head)
         del loader  # and its buffer
         if is_widened:
-            layers, rest = list(weights.layers), replace(weights, layers=())
+            layers, without_layers = list(weights.layers), replace(weights, layers=())
             del weights  # so that a layer's FP8 numbers go as it is widened
-            weights = _widened(layers, rest)
+            weights = _widened(layers, without_layers)
         stage.num_bytes = weights.num_bytes
     return weights
 
@@ -140,12 +140,12 @@ class TensorReader:
         if tensor.low_rank is not None:
             delta = _Delta(tensor)
         for start in range(0, numbers.shape[0], _ROWS):
-            wide = numbers[start : start + _ROWS].float()
+            values = numbers[start : start + _ROWS].float()
             if scales is not None:
-                wide *= _scales_of_rows(scales, is_by_block, start, *wide.shape)
+                values *= _scales_of_rows(scales, is_by_block, start, *values.shape)
             if delta is not None:
-                wide += delta.rows(start, wide.shape[0])
-            yield start, wide
+                values += delta.rows(start, values.shape[0])
+            yield start, values
 
     def whole(self, tensor: StoredTensor) -> torch.Tensor:
         """The tensor's values in memory of their own."""
@@ -292,13 +292,13 @@ def _check_numbers(name: str, numbers: torch.Tensor, scale_name: str, scales: to
         raise ValueError(f"{name} holds NaN")
     for row, column in (scales == 0).nonzero().tolist():
         height, width = (1, numbers.shape[1]) if scales.shape[0] == numbers.shape[0] else (SCALE_BLOCK, SCALE_BLOCK)
-        first, left = row * height, column * width
-        if magnitudes[first : first + height, left : left + width].any():
-            raise ValueError(f"{scale_name} is 0 for row {first} of {name}, whose numbers are not 0")
+        first_row, first_column = row * height, column * width
+        if magnitudes[first_row : first_row + height, first_column : first_column + width].any():
+            raise ValueError(f"{scale_name} is 0 for row {first_row} of {name}, whose numbers are not 0")
 
 
-def _widened(layers: list[LayerWeights], rest: NemoWeights) -> NemoWeights:
-    """``rest`` with ``layers``, which are replaced one by one."""
+def _widened(layers: list[LayerWeights], without_layers: NemoWeights) -> NemoWeights:
+    """``without_layers`` with ``layers``, which are replaced one by one."""
 
     def widen(linear: Linear) -> Linear:
         return linear.widen() if isinstance(linear, Fp8Linear) else linear
@@ -311,4 +311,4 @@ def _widened(layers: list[LayerWeights], rest: NemoWeights) -> NemoWeights:
             gate_up=widen(layer.gate_up),
             down=widen(layer.down),
         )
-    return replace(rest, layers=tuple(layers), lm_head=widen(rest.lm_head))
+    return replace(without_layers, layers=tuple(layers), lm_head=widen(without_layers.lm_head))

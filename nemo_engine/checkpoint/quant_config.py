@@ -149,8 +149,8 @@ def quantization_of(
 def _of_compressed_tensors(block: Mapping[str, Any]) -> Quantization:
     sparsity = _object("sparsity_config", block.get("sparsity_config") or {})
     if sparsity.get("format", "dense") != "dense" or sparsity.get("sparsity_structure", "unstructured") == "2:4":
-        named = sparsity.get("sparsity_structure", sparsity.get("format"))
-        raise _unsupported(f"compressed-tensors with sparsity {named!r}")
+        structure = sparsity.get("sparsity_structure", sparsity.get("format"))
+        raise _unsupported(f"compressed-tensors with sparsity {structure!r}")
     if block.get("transform_config"):
         raise _unsupported("compressed-tensors with transform_config (rotations of weights and activations)")
     groups = _object("config_groups", block.get("config_groups") or {})
@@ -294,10 +294,10 @@ _KNOWN_METHODS = {
 
 
 def _unsupported(scheme: str, bits: str = "unnamed", what: str = "") -> ValueError:
-    named = "" if bits == "unnamed" else f" ({bits})"
+    form = "" if bits == "unnamed" else f" ({bits})"
     known = f", {_KNOWN_METHODS[what]}" if what in _KNOWN_METHODS else ""
     return ValueError(
-        f"the checkpoint's quantisation is not supported: {scheme}{named}{known}; take the unquantised checkpoint that "
+        f"the checkpoint's quantisation is not supported: {scheme}{form}{known}; take the unquantised checkpoint that "
         "it was made from, with "
         "quantization='fp8' where memory is short, or an FP8 (e4m3) one of compressed-tensors, quant_method 'fp8', "
         "ModelOpt or Mistral"

@@ -126,8 +126,8 @@ def _extras() -> Iterator[tuple[str, str]]:
     for extra_name, names in packages.items():
         missing = [name for name in names if version(name) == "not installed"]
         present = ", ".join(f"{name} {version(name)}" for name in names if name not in missing)
-        told = f"missing {', '.join(missing)}: pip install 'nemo-engine[{extra_name}]'" if missing else ""
-        yield f"[{extra_name}]", "; ".join(part for part in (told, present) if part)
+        advice = f"missing {', '.join(missing)}: pip install 'nemo-engine[{extra_name}]'" if missing else ""
+        yield f"[{extra_name}]", "; ".join(part for part in (advice, present) if part)
 
 
 def _variables() -> Iterator[str]:

@@ -59,10 +59,10 @@ class Efficiencies:
     def ideal(self) -> Efficiencies:
         """These ceilings, everything else perfect and free: the rooflines that no engine can pass."""
         names = {field.name for field in fields(self)} - {"memory", "matmul_bf16", "matmul_fp8"}
-        whole = Figure(1.0, "ideal")
+        perfect = Figure(1.0, "ideal")
         free = Figure(0.0, "ideal")
         costs = {"elementwise", "launch_us", "gap_us", "host_us", "host_us_per_request", "link_us"}
-        return replace(self, **{name: free if name in costs else whole for name in names})
+        return replace(self, **{name: free if name in costs else perfect for name in names})
 
     @classmethod
     def assumed(cls, gpu: Gpu) -> Efficiencies:

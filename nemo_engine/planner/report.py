@@ -29,12 +29,12 @@ def verdict(plan: Plan) -> str:
     if not plan.points:
         return f"NO: {what}: its KV cache holds no request of {plan.load.input_tokens} + {plan.load.output_tokens}"
     single, best = plan.points[0], plan.best or max(plan.points, key=lambda point: point.tokens_per_s)
-    kept = plan.load.limits != Limits()
-    if kept and plan.best is None:
+    has_limits = plan.load.limits != Limits()
+    if has_limits and plan.best is None:
         return f"NO: {what} fits, and the limits are not met even by one request at a time"
     return (
         f"YES: {what}: one request gets {1 / single.itl:,.0f} tokens/s after {single.ttft * 1e3:.0f} ms; "
-        f"{best.batch} at a time{' keep the limits and' if kept else ''} get {best.tokens_per_s:,.0f} tokens/s, "
+        f"{best.batch} at a time{' keep the limits and' if has_limits else ''} get {best.tokens_per_s:,.0f} tokens/s, "
         f"{best.requests_per_s:.1f} requests/s"
     )
 

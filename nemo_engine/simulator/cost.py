@@ -203,8 +203,8 @@ def _features(m: Measurement, decode_knots: Sequence[int], prefill_knots: Sequen
             if part:
                 row.append((first + index + 1, part))
         first += len(knots)
-    rest = (m.sum_context, m.num_prefills, m.prefill_pairs, -1.0 if m.num_decodes and m.num_prefills else 0.0)
-    row += [(first + index, float(factor)) for index, factor in enumerate(rest) if factor]
+    factors = (m.sum_context, m.num_prefills, m.prefill_pairs, -1.0 if m.num_decodes and m.num_prefills else 0.0)
+    row += [(first + index, float(factor)) for index, factor in enumerate(factors) if factor]
     return row
 
 

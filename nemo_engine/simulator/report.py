@@ -65,7 +65,7 @@ def verdict(label: str, runs: Sequence[tuple[float, Results]], limits: Limits) -
     """What the runs say, in a sentence."""
     best = max(runs, key=lambda run: run[1].output_tokens_per_s)
     full = f"{best[1].requests_per_s:.2f} requests/s and {best[1].output_tokens_per_s:,.0f} tokens/s"
-    kept = [x for x, results in runs if results.good_fraction >= _GOOD]
+    good = [x for x, results in runs if results.good_fraction >= _GOOD]
     parts = []
     if label == "rate":
         rate = saturation(runs)
@@ -78,7 +78,7 @@ def verdict(label: str, runs: Sequence[tuple[float, Results]], limits: Limits) -
             )
     parts.append(f"at most {full}")
     if limits != Limits():
-        parts.append(f"{_GOOD:.0%} of requests keep the limits up to {label} {max(kept):g}" if kept else
+        parts.append(f"{_GOOD:.0%} of requests keep the limits up to {label} {max(good):g}" if good else
                      f"{_GOOD:.0%} of requests keep the limits at no {label} that was tried")  # fmt: skip
     return "; ".join(parts)
 

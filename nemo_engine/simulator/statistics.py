@@ -81,10 +81,10 @@ class Sketch:
         """The smallest number that a part ``q`` of all is at most, within half a per cent; NaN of nothing."""
         if not self.count:
             return math.nan
-        left = max(1, math.ceil(q * self.count))
+        num_left = max(1, math.ceil(q * self.count))
         for key in sorted(self._buckets):
-            left -= self._buckets[key]
-            if left <= 0:
+            num_left -= self._buckets[key]
+            if num_left <= 0:
                 break
         return min(max(2 * _GAMMA**key / (_GAMMA + 1), self.least), self.largest)
 

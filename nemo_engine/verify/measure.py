@@ -237,16 +237,16 @@ def compare(name: str, hidden: Hidden, reference: Hidden, material: Material, vo
                 if not values.isfinite().all():
                     return Measured(name, faults=[f"{whose}logits hold NaN or infinity"])
             error = (logits - expected).abs()
-            wanted, got = expected.log_softmax(1), logits.log_softmax(1)
-            kl = (wanted.exp() * (wanted - got)).sum(1)
+            expected_logprobs, actual_logprobs = expected.log_softmax(1), logits.log_softmax(1)
+            kl = (expected_logprobs.exp() * (expected_logprobs - actual_logprobs)).sum(1)
             max_error, max_kl = max(max_error, float(error.max())), max(max_kl, float(kl.max()))
             error_sum += float(error.double().sum())
             kl_sum += float(kl.double().sum())
             agreed += int((logits.argmax(1) == expected.argmax(1)).sum())
             measured.num_tokens += len(logits)
             if is_text:
-                targets = torch.tensor(ids[start + 1 : start + 1 + _ROWS], device=got.device)
-                nll += float(F.nll_loss(got[: len(targets)], targets, reduction="sum"))
+                targets = torch.tensor(ids[start + 1 : start + 1 + _ROWS], device=actual_logprobs.device)
+                nll += float(F.nll_loss(actual_logprobs[: len(targets)], targets, reduction="sum"))
                 num_predicted += len(targets)
     measured.max_error, measured.max_kl = max_error, max_kl
     measured.mean_error = error_sum / measured.num_tokens / vocab_size
@@ -268,18 +268,18 @@ def judge(results: SequenceOf[Measured], limits: Limits) -> None:
     The first is the reference.
     """
     reference, weights, kv, both = results
-    for found, base, limit in (
+    for measured, base, limit in (
         (weights, reference, limits.perplexity),
         (kv, reference, limits.kv_perplexity),
         (both, weights, limits.kv_perplexity),
     ):
-        found.perplexity_change = 100 * (found.perplexity / reference.perplexity - 1)
-        if found.faults:  # nothing was measured
+        measured.perplexity_change = 100 * (measured.perplexity / reference.perplexity - 1)
+        if measured.faults:  # nothing was measured
             continue
-        change = 100 * (found.perplexity / base.perplexity - 1)
+        change = 100 * (measured.perplexity / base.perplexity - 1)
         if not change <= limit:  # NaN is beyond every limit
-            found.faults.append(f"perplexity is {change:.2f} % above that of {base.name}, {limit:g} % are allowed")
-        if found is not both and not found.top1 >= limits.top1:
-            found.faults.append(
-                f"the likeliest token is the same for {found.top1:.4f} of all, {limits.top1:g} are needed"
+            measured.faults.append(f"perplexity is {change:.2f} % above that of {base.name}, {limit:g} % are allowed")
+        if measured is not both and not measured.top1 >= limits.top1:
+            measured.faults.append(
+                f"the likeliest token is the same for {measured.top1:.4f} of all, {limits.top1:g} are needed"
             )

@@ -33,8 +33,8 @@ class Distribution:
             value = str(value)
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a number or one of {forms}, got {value!r}")
-        kind, _, rest = value.partition(":")
-        texts = rest.split(":") if rest else []
+        kind, _, arguments = value.partition(":")
+        texts = arguments.split(":") if arguments else []
         if kind not in _SHAPES:
             kind, texts = "constant", [value]
         try:

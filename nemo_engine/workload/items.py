@@ -160,19 +160,19 @@ class _Line:
         return float(value)
 
     def turn(self) -> Turn:
-        given = [field for field in ("prompt", "prompt_token_ids", "messages") if field in self.data]
-        if len(given) > 1:
+        fields = [field for field in ("prompt", "prompt_token_ids", "messages") if field in self.data]
+        if len(fields) > 1:
             raise ValueError(
-                f"{self.where}: {self.inner}{given[0]} and {self.inner}{given[1]} are given, and one is needed"
+                f"{self.where}: {self.inner}{fields[0]} and {self.inner}{fields[1]} are given, and one is needed"
             )
         output = self.integer("output_tokens", None, 1)
         think = self.seconds("think_s") if "think_s" in self.data else 0.0
         count = self.integer("prompt_tokens", None, 1) if "prompt_tokens" in self.data else None
-        if not given:
+        if not fields:
             if count is None:
                 raise self.wrong("prompt_tokens", "given where there is no prompt, prompt_token_ids or messages")
             return Turn(count, output, count, think)
-        field = given[0]
+        field = fields[0]
         value = self.data[field]
         if field == "prompt":
             return Turn(self.text("prompt"), output, count, think)

@@ -75,16 +75,16 @@ def _pairs(entry: dict[str, Any], where: str) -> list[tuple[str, str]]:
     messages = entry.get(field)
     if not isinstance(messages, list):
         raise ValueError(f"{where}: {field} must be a list, got {messages!r:.80}")
-    said = []
+    turns = []
     for index, message in enumerate(messages):
         author = message.get("from", message.get("role")) if isinstance(message, dict) else None
         text = message.get("value", message.get("content")) if isinstance(message, dict) else None
         if not isinstance(author, str) or not isinstance(text, str):
             raise ValueError(f"{where}: {field}[{index}] must have an author and a text, got {message!r:.80}")
         if author != "system":
-            said.append((author, text))
+            turns.append((author, text))
     pairs = []
-    for (asker, ask), (answerer, answer) in zip(said[::2], said[1::2]):
+    for (asker, ask), (answerer, answer) in zip(turns[::2], turns[1::2]):
         if asker not in _ASKS or answerer not in _ANSWERS:
             break
         pairs.append((ask, answer))
