@@ -199,7 +199,9 @@ class Engine(BaseEngine):
         with self._lock:
             return bool(self._ready) or self.has_work()
 
-    def _finals(self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool) -> list[RequestOutput]:
+    def _finals(
+        self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool
+    ) -> list[RequestOutput]:
         sinks, prepared = self._prepare_all(prompts, params, RequestOutputKind.FINAL_ONLY)
         try:
             self._submit_all(prepared)
