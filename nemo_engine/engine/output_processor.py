@@ -22,19 +22,18 @@ _logger = logging.getLogger("nemo_engine")
 
 
 class OutputProcessor:
-    """Keeps the user requests under way, and brings their outputs to their sinks.
+    """Keeps the unfinished user requests, and sends their outputs to their sinks.
 
-    Users' ids are labels, by which those who gave them find their requests again; everything else here is known by the
-    object.
+    A user's id is a label for ``abort`` alone; everything here is found by the request object.
     """
 
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None) -> None:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._users: dict[UserRequest, None] = {}
-        self._by_id: dict[str, UserRequest] = {}  # of the named
+        self._by_id: dict[str, UserRequest] = {}  # named requests alone
         self._completions: dict[Request, Completion] = {}
-        self._attended: dict[Request, Completion] = {}  # those of users that want every step
+        self._attended: dict[Request, Completion] = {}  # those that every step is looked at for
 
     def __len__(self) -> int:
         return len(self._users)
@@ -43,9 +42,9 @@ class OutputProcessor:
         return request_id in self._by_id
 
     def add(self, user: UserRequest) -> None:
-        """Take charge of ``user`` and queue its completions.
+        """Keep ``user`` and queue its completions.
 
-        If that raises, ``process`` is to be told of a failure, and removes what was.
+        If that raises, the caller must report a failure to ``process``, which ends the completions already queued.
         """
         user.metrics.queued_ts = time.monotonic()
         try:
@@ -62,9 +61,9 @@ class OutputProcessor:
             raise
 
     def complete(self, user: UserRequest, requests: list[Request]) -> None:
-        """Give ``user`` its completions, which are to be made by ``requests``.
+        """Give ``user`` a completion for each of ``requests``.
 
-        Changes nothing here, and may be called in any thread.
+        Changes nothing but ``user``, so it may be called in any thread.
         """
         params = user.params
         for index, request in enumerate(requests):
@@ -90,9 +89,9 @@ class OutputProcessor:
         self._users.pop(user, None)
 
     def views(self, limit: int) -> list[RequestView]:
-        """At most ``limit`` completions: those that run in order of arrival, then those that wait as they are to come.
+        """At most ``limit`` completions: first those that run, by arrival; then those that wait, in their order.
 
-        O(completions).
+        Takes time in proportion to the number of completions.
         """
         running = [entry for entry in self._completions.values() if entry.request.status is RequestStatus.RUNNING]
         waiting = (self._completions.get(request) for request in self._scheduler.waiting)
@@ -150,7 +149,7 @@ class OutputProcessor:
             self._emit(user, now)
 
     def _settle_failure(self, failure: str, now: float) -> None:
-        """A failure ended what ran, and may have hidden what ended before: look at everybody."""
+        """A failure ended the running requests; the report of earlier ends may be lost too, so look at every user."""
         for request in list(self._scheduler.requests.values()):
             if request not in self._completions:  # it was being added
                 self._scheduler.finish(request.request_id, "abort")
@@ -170,9 +169,9 @@ class OutputProcessor:
                 self._emit(user, now)
 
     def abort(self, user: UserRequest | str) -> None:
-        """End a user request, by its id if it is named; its last output, with what it had, goes to its sink.
+        """End a user request, or the named one of that id. Its last output, with all it has, goes to its sink.
 
-        Passes over the unknown.
+        An unknown one is passed over.
         """
         owner = self._by_id.get(user) if isinstance(user, str) else user
         if owner is None or owner not in self._users:
@@ -183,9 +182,7 @@ class OutputProcessor:
         self._emit(owner, time.monotonic())
 
     def _take_tokens(self, completion: Completion, logprobs: TokenLogprobs | None = None) -> None:
-        """Turn what is new into text, which may end the request: at a stop string, or because there is no text for
-        it.
-        """
+        """Turn new tokens into text. That ends the request at a stop string, or with an error if it fails."""
         request = completion.request
         try:
             if logprobs is not None:
@@ -247,7 +244,7 @@ class OutputProcessor:
 
     @staticmethod
     def _is_due(user: UserRequest) -> bool:
-        """Whether enough is new for an output, by ``stream_interval``; the first token is always worth one."""
+        """Whether ``stream_interval`` tokens have come since the last output; the first token is sent at once."""
         interval = user.params.stream_interval or 1
         if interval == 1 or not user.has_emitted:
             return True
