@@ -1,4 +1,4 @@
-"""Which replica takes a request."""
+"""``Router``: decides which replica takes a request."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SLACK = 8
 
 
 class Router:
-    """``routing``: in turn; to the one with the fewest unfinished requests; or to the one whose cache has most of the
-    prompt, if it is not far more loaded than another. It knows what replicas hold at that moment, which real routers
-    can only guess.
+    """``routing``: in turn; to the replica with the fewest unfinished requests; or to the one whose cache has most of
+    the prompt, unless it is far more loaded than another. The router knows what replicas hold at that moment, which
+    real ones can only guess.
     """
 
     def __init__(self, routing: str) -> None:

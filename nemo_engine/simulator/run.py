@@ -1,4 +1,4 @@
-"""A whole simulation: arrivals, replicas, and what comes out."""
+"""A whole simulation: arrivals, replicas and results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nemo_engine.workload import Arrivals, Item, Limits
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is simulated besides the workload.
+    """The setting of a simulation, without the workload.
 
-    ``use_priorities``: scheduling_policy "priority"; else all are equally urgent.
+    ``use_priorities``: as scheduling_policy "priority"; otherwise all requests are equally urgent.
     """
 
     shape: EngineShape
@@ -43,15 +43,15 @@ def simulate(
     encode: Encode | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Results:
-    """Run ``items`` to their end. progress: called now and then with requests that ended and the virtual time.
+    """Run ``items`` to their end. progress: called now and then with the number of ended requests and the virtual time.
 
-    A function of its arguments alone; ``Results.wall_s`` aside. Raises ``ValueError`` for an item that cannot be read.
+    The results depend on the arguments alone, except ``wall_s``. Raises ``ValueError`` for an item that cannot be read.
     """
     return _Simulation(arrivals, setting, encode, progress).run(items)
 
 
 class _Simulation:
-    """The replicas in step with the arrivals: before a request is routed, every replica has reached its time."""
+    """Keeps replicas and arrivals in step: before a request is routed, every replica has reached its arrival."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class _Simulation:
             for replica in self.replicas:
                 replica.run_until(limit)
             return False
-        # What ends on one replica may bring an arrival for another, so the one that is behind goes first.
+        # A request that ends on one replica may bring an arrival for another, so the replica that is behind goes first.
         busy = [replica for replica in self.replicas if replica.num_unfinished and replica.now < limit]
         if not busy:
             return False
@@ -101,7 +101,7 @@ class _Simulation:
             busy[0].run_until(limit, max_ends=1)
             return True
         busy.sort(key=lambda replica: replica.now)
-        # At least one step, also where two are at the same time, however late that is.
+        # Go on by at least one step, even if two replicas are at the same time and late.
         target = max(busy[1].now, math.nextafter(busy[0].now, math.inf))
         busy[0].run_until(min(limit, target), max_ends=1)
         return True
