@@ -12,7 +12,7 @@ _BOUNDARY = re.compile(r'multipart/form-data\s*;.*?boundary="?([^";,\s]{1,200})"
 _NAME = re.compile(rb'[;\s]name="([^"]*)"', re.IGNORECASE)
 _FILENAME = re.compile(rb'filename="([^"]*)"', re.IGNORECASE)
 _MOST_HEAD = 16 * 1024  # bytes of the head of a part
-_MOST_FIELD = 64 * 1024  # bytes of a part that is no file
+_MOST_FIELD = 64 * 1024  # bytes of a part that is not the file
 
 
 class Form:
@@ -26,7 +26,7 @@ class Form:
 async def receive_form(content_type: str, pieces: AsyncIterator[bytes], file: IO[bytes], most_bytes: int) -> Form:
     """Write the part ``file`` of a form to ``file``.
 
-    Raises ``ApiError`` for what is no form, or larger than ``most_bytes``.
+    Raises ``ApiError`` for a malformed form, and for a file of more than ``most_bytes``.
     """
     match = _BOUNDARY.match(content_type)
     if match is None:
@@ -48,7 +48,7 @@ def _broken(why: str) -> ApiError:
 
 
 class _Parser:
-    """Cuts a body at its boundaries. What may be the beginning of one is held back."""
+    """Cuts a body at its boundaries. Bytes that may be the beginning of a boundary are held back."""
 
     def __init__(self, boundary: bytes, file: IO[bytes]) -> None:
         self.form = Form()
@@ -68,7 +68,7 @@ class _Parser:
             pass
 
     def _advance(self) -> bool:
-        """Take what can be taken of what is held; whether there may be more."""
+        """Use up to one part of the held bytes; returns whether another call may use more."""
         if self._is_in_body or self._is_first:
             at = self._held.find(self._boundary)
             if at < 0:
@@ -110,7 +110,7 @@ class _Parser:
 
     def _take(self, data: bytes) -> None:
         if not self._is_in_body:
-            return  # in front of the first boundary, which has no meaning
+            return  # bytes in front of the first boundary mean nothing
         if self._name == "file":
             self._file.write(data)
             return

@@ -27,7 +27,7 @@ _PLAIN = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Effective:
-    """The parameters of a request, and of each that is not the API's default, who set it."""
+    """The parameters of a request, and who set each of those that are not the API's defaults."""
 
     params: SamplingParams
     origins: dict[str, str]
@@ -53,7 +53,7 @@ def effective(
     logprobs: int | None,
     tools: ToolUse | None = None,
 ) -> Effective:
-    """The parameters of ``request`` for a prompt of that length; ``ValueError`` or ``ApiError`` for what is wrong.
+    """The parameters of ``request`` for a prompt of that length. Raises ``ValueError`` or ``ApiError`` for bad ones.
 
     ``asked_tokens`` is the request's own limit of output tokens. It and every default are cut to what the context and
     the cache hold beside the prompt. The form of the answer is what the request asks for, or with ``tools`` that of
@@ -96,8 +96,8 @@ def effective(
 
 
 def _in_words_of(request: GenerationRequest, message: str) -> str:
-    """``message`` with the field that the client sent: what ``response_format`` asks is ``structured_outputs`` to the
-    engine.
+    """``message`` with the name of the field that the client sent: the engine knows ``response_format`` as
+    ``structured_outputs``.
     """
     if request.response_format is None or request.response_format.get("type") == "text":
         return message
@@ -125,7 +125,7 @@ def _set_max_tokens(
     if max_tokens is not None:
         values["max_tokens"], origins["max_tokens"] = max_tokens, "request"
         is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
-        for name in ("max_completion_tokens", "max_tokens"):  # of which the first counts, and both are checked
+        for name in ("max_completion_tokens", "max_tokens"):  # if both are there, the first counts; check both
             value = getattr(request, name, None)
             if value is not None and value < 1 and not (value == 0 and is_echo):
                 raise ApiError(400, f"{name} must be at least 1, got {value}", param=name)

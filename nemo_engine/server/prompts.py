@@ -73,7 +73,7 @@ def encode_conversation(service: Service, request: ChatRequest, tools: ToolUse |
 
 
 def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt) -> EncodedPrompt:
-    """Truncation, the server's limit and the salt."""
+    """Truncate the prompt, check the server's limit, and add the salt."""
     max_tokens = request.truncate_prompt_tokens
     if max_tokens is not None:
         if max_tokens == 0:
@@ -99,7 +99,7 @@ def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt)
 
 
 def structured_outputs(request: GenerationRequest) -> object | None:
-    """What ``structured_outputs`` or ``response_format`` asks of the answer's form, as ``SamplingParams`` takes it."""
+    """The form of the answer that the request asks for, as ``SamplingParams.structured_outputs`` takes it."""
     form = request.response_format
     if form is None:
         return request.structured_outputs

@@ -42,7 +42,7 @@ assert {CHAT, COMPLETIONS, RESPONSES} == set(BatchRequest.model_fields["endpoint
 
 
 def add_batch_routes(router: APIRouter, service: Service) -> BatchWorker | None:
-    """Add the routes; returns who answers the batches, if there is a folder for them."""
+    """Add the routes; returns the worker that answers batches, None without a folder for them."""
     folder = service.options.batch_dir
     if folder is None:
 

@@ -1,4 +1,4 @@
-"""``BatchWorker``: answers the batches of a server after one another, beside its other requests; goes on with them
+"""``BatchWorker``: answers the batches of a server one after another, beside its other requests, and goes on with them
 after a restart.
 """
 
@@ -32,7 +32,7 @@ class BatchWorker:
         self._current: tuple[str, asyncio.Task[BatchSummary]] | None = None
 
     def start(self) -> None:
-        """Go on with what is unfinished. In the server's event loop; may be called again."""
+        """Go on with unfinished batches. To be called in the server's event loop; a second call does nothing."""
         if self._task is None:
             unfinished = [entry for entry in self.store.entries.values() if entry.shown.get("status") in UNFINISHED]
             for entry in sorted(unfinished, key=lambda entry: entry.created):
@@ -40,7 +40,7 @@ class BatchWorker:
             self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def stop(self) -> None:
-        """Leave what is unfinished to the next start."""
+        """Stop; the next start goes on with unfinished batches."""
         for task in (self._current and self._current[1], self._task):
             if task:
                 task.cancel()
@@ -50,7 +50,7 @@ class BatchWorker:
     def create(
         self, client: Client, input_file_id: str, endpoint: str, window: str, metadata: dict[str, str] | None
     ) -> dict[str, Any]:
-        """A batch over a file of ``client``. ``ApiError`` if there is none."""
+        """Make a batch over a file of ``client``. Raises ``ApiError`` if the client has no such file."""
         source = self.store.find(input_file_id, "file", client)
         batch: dict[str, Any] = {
             "id": new_id("batch_"), "object": "batch", "endpoint": endpoint, "errors": None, "input_file_id": source.id,
@@ -60,14 +60,14 @@ class BatchWorker:
             "request_counts": {"total": 0, "completed": 0, "failed": 0}, "metadata": metadata, "model":
             self._service.model_name,
         }  # fmt: skip
-        # Its results lie under the id that their file will have, so that a server that goes on finds them.
+        # The results get the name of their later file now, so that a restarted server finds them.
         self.store.save(Entry(batch, client.name, new_id("file-"), time.time()))
         self.start()
         self._waiting.put_nowait(batch["id"])
         return batch
 
     def cancel(self, entry: Entry) -> None:
-        """End a batch, whose results so far stay. Nothing happens to one that has ended."""
+        """End a batch, and keep its results so far. A batch that has ended stays as it is."""
         if entry.shown["status"] not in UNFINISHED:
             return
         self._set(entry, "cancelling")
@@ -131,7 +131,7 @@ class BatchWorker:
                     counts["total"] = max(job.total or 0, counts["completed"] + counts["failed"])
 
             self._set(entry, "in_progress")
-            # No more than run at once: the requests of others wait behind none of these.
+            # As many as run at once: so no other client's request waits behind these in the queue.
             max_open = self._service.engine.config.max_num_seqs
             summary = await answer_all(
                 answers.reader(job), job.results, answers.answer, max_open=max_open, watcher=Counts()
