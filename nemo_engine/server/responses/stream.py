@@ -106,7 +106,7 @@ class _Events:
         return events
 
     def end(self, status: str) -> list[bytes]:
-        """The events after all output: only the last item can be incomplete. Without any item, send an empty message."""
+        """The events after all output: only the last item can be incomplete. Without any item, an empty message."""
         events = [] if self.output else self._add_text("")
         item_status = "completed" if status == "completed" else "incomplete"
         events += self._close(item_status)
