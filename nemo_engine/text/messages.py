@@ -224,8 +224,8 @@ def _check_id(call_id: object, name: str) -> str:
 
 
 def _check_json(text: str, name: str) -> None:
-    """Check arguments. Text that is no JSON is rendered as a string; JSON that Python or a tokenizer cannot read, or not
-    within tens of milliseconds, is refused."""
+    """Check arguments. Text that is no JSON is rendered as a string; JSON that Python or a tokenizer cannot read, or
+    not within tens of milliseconds, is refused."""
     if text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES:
         raise ValueError(f"{name} cannot be read as JSON: it has more than {MAX_JSON_VALUES} values")
     check_unicode(name, text)
