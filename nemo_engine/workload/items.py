@@ -9,7 +9,7 @@ from typing import Any, cast
 Messages = tuple[Mapping[str, str], ...]
 Prompt = str | tuple[int, ...] | Messages | int
 
-MOST_TOKENS = 10_000_000  # of one prompt or output; more is a slip
+MOST_TOKENS = 10_000_000  # in one prompt or output; a larger number is surely a mistake
 _TURN_FIELDS = {"prompt", "prompt_token_ids", "messages", "prompt_tokens", "output_tokens", "think_s"}
 _ITEM_FIELDS = {"id", "arrival_s", "prefix", "prefix_tokens", "priority", "turns"}
 _ROLES = ("system", "user", "assistant", "tool")
@@ -17,10 +17,10 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What is asked, and how many tokens answer it.
+    """A prompt, and the number of tokens of its answer.
 
-    ``prompt`` is a text, token ids, OpenAI's messages, or only a number of tokens. ``num_tokens`` is how many tokens it
-    is, where that is known. ``think_s``: seconds from the answer before to this turn.
+    ``prompt`` is a text, token ids, OpenAI's messages, or only a number of tokens. ``num_tokens`` is its number of
+    tokens, if that is known. ``think_s``: seconds from the previous answer to this turn.
     """
 
     prompt: Prompt
@@ -33,7 +33,7 @@ class Turn:
 class Item:
     """A request (one turn) or a conversation: a turn's prompt follows all prompts and answers before it.
 
-    ``arrival_s``: of the first turn, in seconds from the start; None where the arrivals are made elsewhere. Items of
+    ``arrival_s``: arrival of the first turn in seconds from the start; None if ``Arrivals`` makes the times. Items with
     equal ``prefix`` begin with the same ``prefix_tokens`` tokens. A larger ``priority`` is less urgent.
     """
 
@@ -87,7 +87,7 @@ def parse_line(data: object, where: str, default_id: str) -> Item:
 
 
 def as_json(item: Item) -> dict[str, Any]:
-    """What ``parse_line`` reads as ``item``."""
+    """The JSON that ``parse_line`` reads as ``item``."""
     data: dict[str, Any] = {"id": item.request_id}
     if item.arrival_s is not None:
         data["arrival_s"] = item.arrival_s
