@@ -73,7 +73,7 @@ class Chat:
         self.has_failed = False
 
     def take(self, line: str) -> bool:
-        """Do what one line of input says; false when it asks to leave."""
+        """Obey one line of input; returns false if it asks to leave."""
         if line.startswith("/") and not line.startswith("//"):
             return self._command(*line[1:].strip().partition(" ")[::2])
         text = line[1:] if line.startswith("//") else line
@@ -115,7 +115,7 @@ class Chat:
             _say(f"error: {error}")
 
     def _turn(self, text: str) -> None:
-        """Ask, print the answer as it comes, and keep both; a turn that yields nothing leaves no trace."""
+        """Ask, print the answer as it comes, and keep both in the history; a turn without an answer is not kept."""
         messages = [*self._history, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self._system}] if self._system else []
         answer = ""

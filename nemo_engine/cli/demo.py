@@ -38,7 +38,7 @@ PROMPTS = (
 )
 QUESTIONS = ("Hello, who are you?", "How do I sort a list in Python?")
 
-_PIECE = 60  # characters of a line where the output is not a terminal
+_PIECE = 60  # characters of a line if the output is not a terminal
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -95,7 +95,7 @@ def stream(
 
 
 def table(outputs: Sequence[RequestOutput], seconds: float, peak_pages: int, num_pages: int) -> str:
-    """What each request took, and all of them together in ``seconds``."""
+    """A table of each request, and of all together in ``seconds``."""
     heads = ("prompt", "prompt tokens", "cached tokens", "new tokens", "TTFT ms", "tokens/s", "ended by")
     rows = [
         (
@@ -176,7 +176,7 @@ class _Pieces:
 
 
 def _joint(title: str) -> str:
-    """What stands between a title and its text: a question gets an arrow."""
+    """The text between a title and its text: an arrow after a question."""
     return " -> " if title in QUESTIONS else ""
 
 

@@ -23,7 +23,7 @@ _SHOWN = (
     "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "NEMO_ENGINE_CUDA", "OMP_NUM_THREADS",
     "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET",
 )  # fmt: skip
-_SECRET = ("HF_TOKEN", "NEMO_ENGINE_API_KEY")  # of which it is said that they are set
+_SECRET = ("HF_TOKEN", "NEMO_ENGINE_API_KEY")  # the report says only whether they are set
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -110,7 +110,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _extras() -> Iterator[tuple[str, str]]:
-    """Each extra of this package, and what of it is missing here."""
+    """Each extra of this package, and the packages of it that are missing here."""
     packages: dict[str, list[str]] = {}
     try:
         required = metadata.requires("nemo-engine") or []

@@ -76,7 +76,7 @@ class Replica:
         # request).
         self._held: list[tuple[int, int, Callable[[], SimulatedRequest]]] = []
         self._num_submitted = self._num_finished = 0
-        self._urgency_inside = (-(1 << 62), 0)  # that of the least urgent request in the scheduler's queue
+        self._urgency_inside = (-(1 << 62), 0)  # no request in the scheduler's queue is less urgent than this
         self._room = shape.max_num_seqs + 8  # as many as one step could admit
 
     def submit(self, arrived_s: float, priority: int, make: Callable[[], SimulatedRequest]) -> None:
