@@ -333,3 +333,38 @@ def test_modules_open_with_a_docstring_and_none_begins_in_the_middle() -> None:
         assert ast.get_docstring(parsed(path)), path
         texts = [ast.get_docstring(node) or "" for node in ast.walk(parsed(path)) if isinstance(node, documented)]
         assert [text for text in texts if re.match(r"(Of|Those|That of|Whom)\b", text)] == [], path
+
+
+def names_in(tree: ast.Module) -> set[str]:
+    """Identifiers of a file, and the words of its strings; docstrings are no source of names."""
+    names: set[str] = set()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)
+    }
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "name", "asname"):
+            names.update(re.findall(r"\w+", getattr(node, field, None) or ""))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            names.update(re.findall(r"\w+", node.value))
+    return names
+
+
+def unknown_names(path: Path, defined: set[str]) -> Iterator[str]:
+    """Names in the docstrings of functions that neither the file has nor the package defines."""
+    names = names_in(parsed(path)) | defined
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for name in re.findall(r"``([a-z_]\w*)``", ast.get_docstring(node) or ""):
+                if name not in names:
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} speaks of {name}"
+
+
+def test_docstrings_name_what_is_there() -> None:
+    """A parameter that is renamed leaves its old name in no docstring."""
+    # Names of transformers and mistral-common, fields of a line of OpenAI's batches, and an option of the engine.
+    defined = {"rotate_half", "instruct_tokenizer", "custom_id", "method", "url", "body", "pipeline_depth"}
+    defined.update(part for path in PACKAGE_FILES for part in path.relative_to(ROOT).with_suffix("").parts)
+    for path in PACKAGE_FILES:  # what other files may be spoken of: modules, classes, functions
+        defined.update(n.name for n in parsed(path).body if isinstance(n, (ast.ClassDef, ast.FunctionDef)))
+    assert [fault for path in PACKAGE_FILES for fault in unknown_names(path, defined)] == []

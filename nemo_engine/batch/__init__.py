@@ -1,4 +1,4 @@
-"""Files of requests, answered by whoever is asked: reading, ordering, recording and resuming.
+"""Files of requests: reading, ordering, recording answers, and resuming. The caller provides the function that answers.
 
 Must not know engines, models or HTTP.
 """

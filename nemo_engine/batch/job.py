@@ -1,6 +1,4 @@
-"""``BatchJob``: one run from IN to OUT: what is checked before a model is loaded, and the bar that shows how far it
-is.
-"""
+"""``BatchJob``: one run from IN to OUT, which is checked before a model is loaded; and the bar of its progress."""
 
 from __future__ import annotations
 
@@ -18,13 +16,13 @@ from nemo_engine.batch.reader import Reader, count_lines, open_lines
 from nemo_engine.batch.results import Results
 from nemo_engine.batch.run import BatchSummary
 
-_SAMPLE = 1 << 20  # bytes at the start and at the end of a file, by which it is known again
+_SAMPLE = 1 << 20  # bytes at the start and at the end of a file that identify it, with its size
 
 
 class BatchJob:
     """IN and OUT, opened. Use it as a context manager.
 
-    options: what the run is asked for, which a later run must be asked for too. force: unless it is told to go on.
+    options: the options of the run. A later run that goes on must have the same ones, unless ``force``.
     """
 
     def __init__(
@@ -91,7 +89,7 @@ def first_model(source: str) -> str:
 
 
 def _total(path: Path) -> int | None:
-    """The lines of a file; None if it cannot be read to its end, which its reader tells when it is there."""
+    """The number of lines of a file; None if it cannot be read to its end. The reader reports that error later."""
     try:
         return count_lines(path)
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -99,7 +97,7 @@ def _total(path: Path) -> int | None:
 
 
 def _fingerprint(path: Path) -> str:
-    """By what a file is known again: its size, and what it begins and ends with."""
+    """The identity of a file: its size, and a hash of its beginning and its end."""
     size = path.stat().st_size
     digest = blake2b(digest_size=8)
     with path.open("rb") as file:
@@ -110,7 +108,7 @@ def _fingerprint(path: Path) -> str:
 
 
 class Bar:
-    """A tqdm bar on standard error over the lines of a job, with tokens a second; silent where that is no terminal."""
+    """A tqdm bar on standard error over the lines of a job, with tokens a second; none if that is no terminal."""
 
     def __init__(self, job: BatchJob) -> None:
         self._bar: Any = None
@@ -124,13 +122,13 @@ class Bar:
         self._bar = tqdm(total=job.total, initial=done, desc="batch", unit="request", smoothing=0.05)
 
     def update(self, summary: BatchSummary) -> None:
-        """One more is done."""
+        """One more line is done."""
         if self._bar is not None:
             rate = summary.num_output_tokens / summary.seconds if summary.seconds else 0.0
             self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {summary.num_failed} failed", refresh=False)
             self._bar.update(summary.num_done - self._bar.n)
 
     def close(self) -> None:
-        """Leave it as it is."""
+        """End the bar as it stands."""
         if self._bar is not None:
             self._bar.close()

@@ -25,7 +25,7 @@ _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A request. ``number``: of the line in its file, from 1. ``body``: that of a request to ``url``."""
+    """A request. ``number`` is that of its line in the file, from 1. ``body`` is the body of a request to ``url``."""
 
     number: int
     custom_id: str
@@ -33,7 +33,7 @@ class Line:
     body: dict[str, Any]
 
     def prompt_key(self) -> str:
-        """What sorts lines of equal beginnings side by side."""
+        """A key that sorts lines with equal beginnings side by side."""
         body = self.body
         prompt = body.get("messages") or body.get("input") or body.get("prompt") or ""
         if isinstance(prompt, list) and prompt and all(isinstance(token_id, int) for token_id in prompt):
@@ -45,7 +45,7 @@ class Line:
 class LineError(Exception):
     """A line is no request: ``code`` and the message say why.
 
-    ``custom_id``: what it names itself, if that could be read.
+    ``custom_id``: that of the line, if it could be read.
     """
 
     def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
@@ -57,7 +57,7 @@ class LineError(Exception):
 def parse_request(data: object, number: int, vocab_size: int) -> Line:
     """The request that the JSON of line ``number`` holds. Raises ``LineError``.
 
-    ``vocab_size``: ids of made-up prompts, where a workload has only lengths, are below it.
+    ``vocab_size``: if a workload has only lengths, prompts of ids below it are made up.
     """
     if not isinstance(data, dict):
         raise LineError("invalid_line", f"a line must be a JSON object, got {_short(data)}")
@@ -66,13 +66,13 @@ def parse_request(data: object, number: int, vocab_size: int) -> Line:
         return _openai(data, number, custom_id)
     if _OF_WORKLOADS & data.keys() or not any(name in data for name in _PROMPTS):
         return _workload(data, number, custom_id, vocab_size)
-    given = [name for name in _PROMPTS if name in data]
-    if len(given) > 1:
-        raise LineError("invalid_line", f"{given[0]} and {given[1]} are given, and one is needed", custom_id)
+    fields = [name for name in _PROMPTS if name in data]
+    if len(fields) > 1:
+        raise LineError("invalid_line", f"{fields[0]} and {fields[1]} are given, and one is needed", custom_id)
     body = {name: value for name, value in data.items() if name not in ("id", "custom_id")}
-    if given[0] == "prompt_token_ids":
+    if fields[0] == "prompt_token_ids":
         body["prompt"] = body.pop("prompt_token_ids")
-    return Line(number, custom_id, CHAT if given[0] == "messages" else COMPLETIONS, body)
+    return Line(number, custom_id, CHAT if fields[0] == "messages" else COMPLETIONS, body)
 
 
 def _id_of(data: Mapping[str, Any], number: int) -> str:

@@ -1,7 +1,7 @@
-"""Batch files as windows of requests: read a piece at a time, such that memory does not grow with the file.
+"""Reads batch files as windows of requests, a piece at a time, so that memory does not grow with the file.
 
-A window is put in the order of its prompts, so that equal beginnings meet in the prefix cache. Which ids a file has
-used stands in a temporary database on disk.
+A window is sorted by prompts, so that equal beginnings meet in the prefix cache. The ids that a file has used are kept
+in a temporary database on disk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST_WINDOW_BYTES = 32 << 20
 
 
 class BadLine:
-    """A line that is no request, with what is told of it."""
+    """A line that is no request, with the error to report."""
 
     __slots__ = ("code", "custom_id", "message", "number")
 
@@ -33,7 +33,7 @@ class BadLine:
 
 
 def open_lines(path: str | Path) -> IO[bytes]:
-    """A file, or standard input for "-", read as what it holds if that is compressed by gzip. Raises ``OSError``."""
+    """Open a file, or standard input for "-"; gzip is decompressed. Raises ``OSError``."""
     if str(path) == "-":
         raw = open(0, "rb", closefd=False)
     else:
@@ -44,7 +44,7 @@ def open_lines(path: str | Path) -> IO[bytes]:
 
 
 def count_lines(path: Path) -> int:
-    """The lines of a file that are not blank at first sight: with or without a last newline."""
+    """The number of lines of a file that are not empty; the last one may lack a newline."""
     count, last = 0, b"\n"
     with open_lines(path) as file:
         while piece := file.read(1 << 20):
@@ -56,7 +56,8 @@ def count_lines(path: Path) -> int:
 class Reader:
     """The requests of ``file`` that are not done.
 
-    is_done: whether the line of a number is. read_json: from bytes to values, or ``LineError``. max_bytes: of a line.
+    is_done: says whether the line of a number is done. read_json: parses bytes, or raises ``LineError``. max_bytes: the
+    largest line.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Reader:
         vocab_size: int,
         max_bytes: int,
     ) -> None:
-        self.num_lines = 0  # so far, without blank ones
+        self.num_lines = 0  # lines read so far, without blank ones
         self._is_done = is_done
         self._read_json = read_json
         self._vocab_size = vocab_size
@@ -79,7 +80,7 @@ class Reader:
         self._ids.execute("CREATE TABLE ids (id BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
 
     def window(self, max_lines: int) -> list[Line | BadLine]:
-        """The next requests, at most ``most``: those that are none, then the others by their prompts. Empty at the end.
+        """The next lines, at most ``max_lines``: bad ones, then requests sorted by prompt. Empty at the end.
 
         Raises ``OSError`` or ``ValueError`` for a file that cannot be read on.
         """
@@ -123,13 +124,13 @@ class Reader:
         return line
 
     def _numbered(self, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-        """Lines that are not blank, with their numbers. Of one that is too long, the first ``max_bytes + 1`` bytes."""
+        """Lines that are not blank, with their numbers. Too long a line is cut to ``max_bytes + 1`` bytes."""
         number = 0
         while raw := file.readline(self._max_bytes + 1):
             number += 1
-            rest = raw
-            while len(rest) > self._max_bytes and not rest.endswith(b"\n"):
-                rest = file.readline(self._max_bytes + 1)
+            piece = raw
+            while len(piece) > self._max_bytes and not piece.endswith(b"\n"):
+                piece = file.readline(self._max_bytes + 1)
             if raw.strip():
                 self.num_lines += 1
                 yield number, raw

@@ -1,9 +1,8 @@
-"""The results of a batch: a line each, appended to OUT or OUT.errors as they come, and found there again by the next
-run.
+"""The results of a batch: one line each, appended to OUT or OUT.errors as they come, where the next run finds them.
 
-What is written survives the process: a line that was cut off is removed, the others count as done. Every line begins
-with the number of its request, so a run that goes on needs a bit for each line that is done, and no more. OUT.run says
-what the run was asked for.
+Written lines survive the process: the next run removes a line that was cut off, and counts the others as done. Every
+line begins with the number of its request, so a run that goes on needs only a bit for each line. OUT.run has the
+options of the run.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from nemo_engine.batch.reader import GZIP_MAGIC
 
 _HEAD = re.compile(rb'\{"id":"batch_req_(\d{1,15})",')
 _END = b"}\n"
-_GZIP_BYTES, _GZIP_SECONDS = 1 << 18, 1.0  # of results that become one member of a compressed file
+_GZIP_BYTES, _GZIP_SECONDS = 1 << 18, 1.0  # a member of a compressed file is written after so many bytes or seconds
 _PIECE = 1 << 20
 
 
 def head(number: int, custom_id: str | None) -> bytes:
-    """How the result of a line begins."""
+    """The beginning of the result of a line."""
     return b'{"id":"batch_req_%d","custom_id":%s' % (number, json.dumps(custom_id).encode())
 
 
 class Numbers:
-    """A set of small integers, of a bit each."""
+    """A set of small integers, which takes a bit for each."""
 
     def __init__(self) -> None:
         self._bits = bytearray()
@@ -49,7 +48,7 @@ class Numbers:
         return byte < len(self._bits) and bool(self._bits[byte] >> (number & 7) & 1)
 
     def add(self, number: int) -> None:
-        """Put one in."""
+        """Add a number."""
         if number in self:
             return
         byte = number >> 3
@@ -60,22 +59,22 @@ class Numbers:
 
 
 class ResultFile:
-    """One file that results are appended to.
+    """A file to which results are appended.
 
-    ``is_stream``: a pipe, a device or standard output, of which nothing is read back.
+    ``is_stream``: it is a pipe, a device or standard output, and cannot be read back.
     """
 
     def __init__(self, path: Path, done: Numbers, fd: int | None = None) -> None:
-        """Open ``path``, lock it, and put into ``done`` what is there. Raises ``ValueError`` or ``OSError``.
+        """Open and lock ``path``, and add the lines in it to ``done``. Raises ``ValueError`` or ``OSError``.
 
         ``fd``: an open stream in the place of ``path``.
         """
         self.path = path
-        self.count = 0  # of results in it
+        self.count = 0  # results in the file
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666) if fd is None else fd
         self.is_stream = fd is not None or not stat.S_ISREG(os.fstat(self._fd).st_mode)
         self._is_gzip = path.suffix == ".gz" and not self.is_stream
-        self._held: list[bytes] = []  # of a compressed file, what is to be its next member
+        self._held: list[bytes] = []  # results for the next member of a compressed file
         self._num_held, self._held_since = 0, 0.0
         self._end = 0
         if not self.is_stream:
@@ -86,7 +85,7 @@ class ResultFile:
                 raise
 
     def append(self, line: bytes) -> None:
-        """Write the result of one line. ``OSError`` if there is no room, which leaves whole lines."""
+        """Write the result of one line. ``OSError`` if there is no room; the file then still ends with a whole line."""
         if not self._is_gzip:
             self._write(line)
         else:
@@ -99,7 +98,7 @@ class ResultFile:
         self.count += 1
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Write the results that are held back."""
         if self._held:
             compressor = zlib.compressobj(wbits=31)
             member = compressor.compress(b"".join(self._held)) + compressor.flush()
@@ -121,7 +120,7 @@ class ResultFile:
             raise
         except OSError as error:
             if not self.is_stream:
-                os.ftruncate(self._fd, self._end)  # makes no claim on room
+                os.ftruncate(self._fd, self._end)  # this needs no room
             raise OSError(
                 error.errno,
                 f"{error.strerror}: the results so far are whole, and the same command goes on from there",
@@ -148,7 +147,7 @@ class ResultFile:
             os.ftruncate(self._fd, self._end)
 
     def _whole(self) -> Iterator[tuple[int, list[bytes]]]:
-        """(where it ends in the file, lines) of each part of the file that is whole."""
+        """(end in the file, lines) of each complete part of the file."""
         with io.FileIO(os.dup(self._fd)) as raw:
             raw.seek(0)
             file = io.BufferedReader(raw, _PIECE)
@@ -192,9 +191,9 @@ class Results:
     """OUT and OUT.errors of one run."""
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, force: bool = False) -> None:
-        """Take up what an earlier run left. "-" is standard output, whose failures go to standard error.
+        """Read the results of an earlier run. With "-", results go to standard output and failures to standard error.
 
-        Raises ``ValueError`` if the files are another run's, or if that was asked for other ``options`` and not
+        Raises ``ValueError`` if the files are those of another run, or of one with other ``options`` and without
         ``force``; ``OSError``.
         """
         self.path = path
@@ -211,7 +210,7 @@ class Results:
 
     @property
     def errors_path(self) -> Path | None:
-        """Where failures go; None if that is standard error."""
+        """The file of failures; None if they go to standard error."""
         return None if self._out.is_stream else Path(f"{self.path}.errors")
 
     @property
@@ -232,7 +231,7 @@ class Results:
         self.done.add(number)
 
     def failed(self, number: int, line: bytes) -> None:
-        """Record why a line has none."""
+        """Record why a line has no result."""
         errors = self.errors_path
         if errors is None:
             sys.stderr.write(line.decode())
@@ -245,7 +244,7 @@ class Results:
         self.done.add(number)
 
     def close(self) -> None:
-        """Write what is held back, and leave the files."""
+        """Write the results that are held back, and close the files."""
         try:
             self._out.flush()
         finally:
@@ -303,7 +302,7 @@ def _shown(options: Mapping[str, Any], name: str) -> str:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file such that it exists complete or not at all."""
     beside = path.with_name(path.name + ".new")
     try:
         beside.write_bytes(data)

@@ -1,6 +1,4 @@
-"""``answer_all``: the requests of a reader, a bounded number at a time, through a function that answers one, into
-results.
-"""
+"""``answer_all``: has the requests of a reader answered, a bounded number at a time, and records the results."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from nemo_engine.batch.results import Results, head
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a route answers: its status, and the body as one line of JSON. ``error``: (code, message) if it is one."""
+    """The answer of a route: its status, and the body as one line of JSON. ``error``: (code, message) of an error."""
 
     status: int
     request_id: str
@@ -32,9 +30,9 @@ class Answer:
 
 @dataclass(slots=True)
 class BatchSummary:
-    """What a run did.
+    """The numbers of a run.
 
-    ``num_resumed``: lines that were done before it; the counts of tokens, and the seconds, are this run's alone.
+    ``num_resumed``: lines that were done before it. The counts of tokens, and the seconds, are this run's alone.
     """
 
     num_answered: int = 0
@@ -52,7 +50,7 @@ class BatchSummary:
         return self.num_answered + self.num_failed + self.num_resumed
 
     def note(self, answer: Answer | None) -> None:
-        """Count a line that is done; None is one that was no request."""
+        """Count a line that is done; None stands for a line that was no request."""
         if answer is None or answer.error is not None:
             self.num_failed += 1
         else:
@@ -76,10 +74,10 @@ class BatchSummary:
 
 
 class Watcher(Protocol):
-    """Whoever is told of every line that is done."""
+    """An object that is told of every line that is done."""
 
     def update(self, summary: BatchSummary) -> None:
-        """One more is."""
+        """One more line is done."""
 
 
 async def answer_all(
@@ -90,12 +88,11 @@ async def answer_all(
     max_open: int,
     watcher: Watcher | None = None,
 ) -> BatchSummary:
-    """Answer what is not done.
+    """Answer the requests that are not done.
 
-    At most ``max_open`` requests are open at a time, and two windows of so many lines are held.
+    At most ``max_open`` requests are open at a time, and two windows of so many lines are in memory.
 
-    ``answer`` returns errors that are the request's as answers; what it raises ends the run, as what ``results`` raise
-    does.
+    ``answer`` returns an error of the request as an answer. An exception of ``answer`` or of ``results`` ends the run.
     """
     summary = BatchSummary(num_resumed=results.num_resumed)
     feed = _Feed(reader, max_open)
@@ -127,7 +124,7 @@ async def answer_all(
 
 
 class _Feed:
-    """Lines in the order of their windows; the next window is read while the one before is answered."""
+    """Lines in the order of their windows; the next window is read while the previous one is answered."""
 
     def __init__(self, reader: Reader, size: int) -> None:
         self._reader = reader
@@ -138,7 +135,7 @@ class _Feed:
         self._lock = asyncio.Lock()
 
     async def next(self) -> Line | BadLine | None:
-        """The next one; None at the end."""
+        """The next line; None at the end."""
         while not self._lines and not self._is_over:
             async with self._lock:
                 if not self._lines and not self._is_over:
@@ -157,18 +154,18 @@ class _Feed:
         return asyncio.ensure_future(asyncio.to_thread(self._reader.window, self._size))
 
     async def close(self) -> None:
-        """Wait for what is being read."""
+        """Wait for the window that is being read."""
         if self._coming is not None:
             await asyncio.gather(self._coming, return_exceptions=True)
 
 
 def success(line: Line, answer: Answer) -> bytes:
-    """The line of an answer, as OpenAI's batches have it."""
+    """The line of an answer in the form of OpenAI's batches."""
     return head(line.number, line.custom_id) + b',"response":%s,"error":null}\n' % _response(answer)
 
 
 def failure(number: int, custom_id: str | None, code: str, message: str, answer: Answer | None) -> bytes:
-    """The line of a failure: with the number of its line, and the reason."""
+    """The line of a failure, with the number of the request's line and the reason."""
     error: dict[str, Any] = {"code": code, "message": message}
     response = b"null" if answer is None else _response(answer)
     return head(number, custom_id) + b',"line":%d,"response":%s,"error":%s}\n' % (

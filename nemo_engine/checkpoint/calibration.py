@@ -19,13 +19,13 @@ from nemo_engine.ops import Ops
 from nemo_engine.ops.quantize import FP8_MAX
 
 PAGE_SIZE = 64
-_TINIEST = 2.0**-20  # of a scale: what never was anything but 0 may be something later
+_TINIEST = 2.0**-20  # the smallest scale: an input that was always 0 here may be larger elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """fp32 scales: of inputs by (layer, projection) and (None, "lm_head"), () each; of keys and values by layer, (key
-    heads,) each.
+    """Scales in fp32. Inputs have one, of shape (), by (layer, projection) and for (None, "lm_head"). Keys and values
+    have one a head, of shape (key heads,), by layer.
     """
 
     inputs: dict[tuple[int | None, str], Tensor]
@@ -67,10 +67,10 @@ def calibrate(
     texts: SequenceOf[list[int]],
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> Calibration:
-    """Run ``texts``, token ids, through unquantised ``weights``; a scale is the largest magnitude over 448.
+    """Run ``texts``, token ids, through unquantised ``weights``. A scale is the largest magnitude divided by 448.
 
-    advance: is told how many tokens were done. Raises ``ValueError`` if there are none, or if an activation is not
-    finite.
+    advance is called with the number of tokens just done. Raises ``ValueError`` if there is no token, or if an
+    activation is not finite.
     """
     longest = max(map(len, texts), default=0)
     if longest == 0:
@@ -94,7 +94,7 @@ def calibrate(
         normed, _ = ops.rms_norm(hidden[0], weights.norm, config.rms_norm_eps, hidden[1])
         last = torch.maximum(last, normed.abs().max().float().cpu())
         for kv, maxima in zip(sequence.kv_cache, largest, strict=True):
-            for index, cache in enumerate(kv.caches):  # what was not written is 0
+            for index, cache in enumerate(kv.caches):  # entries that were never written are 0, and change no maximum
                 maxima[index] = torch.maximum(maxima[index], cache.abs().amax((0, 2, 3)).float().cpu())
         num_tokens += len(ids)
         advance(len(ids))

@@ -1,6 +1,6 @@
 """Finding a checkpoint and reading what it is: a directory in either layout, a Hub repository, or the bundled model.
 
-Only configuration and file headers are read here, without torch; ``loading`` reads the tensors. A local path never
+Only configuration and file headers are read here, without torch; ``loader`` reads the tensors. A local path never
 touches the network.
 """
 
@@ -37,7 +37,7 @@ _logger = logging.getLogger("nemo_engine")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint: ``tensors`` by what ``names`` calls them; empty if weights were not asked for.
+    """An opened checkpoint. ``tensors`` are keyed by the names of ``names``, and empty if weights were not asked for.
 
     ``quantization`` is None if it is not quantised. ``unused_files`` are the weight files of the other layout, where a
     directory holds both. With an ``adapter``, ``model_config`` and ``tensors`` are those of the model that it makes.
@@ -53,13 +53,13 @@ class Checkpoint:
 
     @property
     def layout(self) -> Layout:
-        """Whose names and order of rows the files have."""
+        """The layout of names and rows: Hugging Face's or Mistral's."""
         return self.names.layout
 
     @property
     def text_folders(self) -> tuple[Path, ...]:
-        """Where tokenizer and chat template are looked for, each by itself: what an adapter brings goes before what the
-        model has.
+        """The folders in which the tokenizer and, on its own, the chat template are looked for: an adapter's first,
+        then the model's.
         """
         return (self.path,) if self.adapter is None else (self.adapter.path, self.path)
 
@@ -114,7 +114,7 @@ def open_checkpoint(
 
 
 def _resolve(model: str | Path, revision: str | None, needs: Needs) -> tuple[Path, Headers | None]:
-    """The directory of ``model``, downloaded if it has to be; and the headers of what was left on the Hub."""
+    """The directory of ``model``, downloaded if need be; and the headers of weights that stay on the Hub."""
     if not isinstance(model, (str, os.PathLike)) or not str(model):
         raise ValueError(f"model must be a directory, a Hub repository id or a bundled model, got {model!r}")
     path = BUNDLED.get(model) if isinstance(model, str) else None
@@ -137,7 +137,7 @@ def _resolve(model: str | Path, revision: str | None, needs: Needs) -> tuple[Pat
 
 
 def _resolve_adapter(lora: str | Path) -> Path:
-    """The directory of an adapter, downloaded if it has to be."""
+    """The directory of an adapter, downloaded if need be."""
     path = Path(lora).expanduser()
     if path.is_dir():
         return path
@@ -148,7 +148,7 @@ def _resolve_adapter(lora: str | Path) -> Path:
 
 
 def _is_hub_id(model: str | Path) -> bool:
-    """Whether ``model`` is nothing on disk and looks like no path, but like "org/name"."""
+    """Whether ``model`` looks like "org/name", not like a path, and is not on disk."""
     name = str(model)
     looks_local = not isinstance(model, str) or name.startswith((".", "/", "~")) or name.count("/") > 1
     return not looks_local and not Path(model).exists() and _HUB_ID.fullmatch(name) is not None
@@ -194,7 +194,7 @@ _GGUF = (
 
 
 def no_weights_message(path: Path) -> str:
-    """What a directory without a weight set holds instead, and what to do with it."""
+    """The message for a directory without a weight set: what it holds instead, and what to do with that."""
     files = sorted(file.name for file in path.iterdir())
     needed = (
         "model.safetensors or model.safetensors.index.json with its shards (and config.json), "
@@ -215,7 +215,7 @@ def no_weights_message(path: Path) -> str:
 
 
 def _base_of(file: Path) -> str | None:
-    """What an adapter says that it was made for."""
+    """The base model that an adapter's configuration names."""
     data = read_json(file)
     base = data.get("base_model_name_or_path") if isinstance(data, dict) else None
     return base if isinstance(base, str) and base else None
@@ -282,8 +282,8 @@ def _head_dim_of_tensors(
 
 
 def _check_num_layers(config: ModelConfig, layout: Layout, num_tensors: int) -> None:
-    """Raise ``ValueError`` if so many tensors cannot have the layers of ``config``, before they are listed one by
-    one.
+    """Raise ``ValueError`` if there are too few tensors for the layers of ``config``: to list them all could take very
+    long.
     """
     if config.num_layers > num_tensors:
         name = "config.json: num_hidden_layers" if layout == "hf" else "params.json: n_layers"
@@ -293,7 +293,7 @@ def _check_num_layers(config: ModelConfig, layout: Layout, num_tensors: int) -> 
 def _without_padding(
     tensors: Mapping[str, TensorInfo], names: TensorNames, config: ModelConfig
 ) -> dict[str, TensorInfo]:
-    """``tensors`` less the rows of embeddings and head, and their scales, beyond the vocabulary of the
+    """``tensors`` without the rows of embeddings and head, and of their scales, that lie beyond the vocabulary of the
     configuration.
     """
     changed = dict(tensors)
@@ -301,15 +301,15 @@ def _without_padding(
         info, module = tensors.get(names.tensor(part)), names.module(part)
         if info is None or len(info.shape) != 2 or info.shape[0] <= config.vocab_size:
             continue
-        rows, wanted = info.shape[0], config.vocab_size
+        rows, vocab_size = info.shape[0], config.vocab_size
         for name in (f"{module}.weight", *(f"{module}.{suffix}" for suffix in WEIGHT_SCALES)):
             if name in tensors and tensors[name].shape[:1] == (rows,):
-                changed[name] = _first_rows(tensors[name], wanted)
+                changed[name] = _first_rows(tensors[name], vocab_size)
             elif name in tensors and len(tensors[name].shape) == 2 and tensors[name].shape[0] == -(-rows // BLOCK):
-                changed[name] = _first_rows(tensors[name], -(-wanted // BLOCK))
+                changed[name] = _first_rows(tensors[name], -(-vocab_size // BLOCK))
         _logger.warning(
             "%s.weight in %s has %d rows, and vocab_size is %d: the last %d are padding and are not read",
-            module, info.file.name, rows, wanted, rows - wanted,
+            module, info.file.name, rows, vocab_size, rows - vocab_size,
         )  # fmt: skip
     return changed
 
@@ -319,9 +319,9 @@ def _first_rows(info: TensorInfo, rows: int) -> TensorInfo:
 
 
 def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """``checkpoint`` as ``adapter`` makes it: tensors that it brings whole take the place of the model's."""
+    """``checkpoint`` with ``adapter``, whose whole weights replace the model's."""
     names, config = checkpoint.names, checkpoint.model_config
-    whole = {names.tensor(part, layer): info for (layer, part), info in adapter.whole.items()}
+    replacements = {names.tensor(part, layer): info for (layer, part), info in adapter.whole.items()}
     config = replace(
         config,
         vocab_size=adapter.vocab_size,
@@ -332,10 +332,10 @@ def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     if tensors:
         untied = checkpoint.model_config.tie_word_embeddings and not config.tie_word_embeddings
         if untied and names.tensor("embed_tokens") in tensors:
-            # Training saw the head that the embeddings were; an adapter that brings the embeddings alone leaves it as
-            # it was.
+            # In training, the head was the model's own embeddings. An adapter that brings new embeddings and no head
+            # leaves the head as it was.
             tensors[names.tensor("lm_head")] = tensors[names.tensor("embed_tokens")]
-        tensors |= whole
+        tensors |= replacements
     for layer, part in adapter.low_rank:
         stored = tensors.get(names.tensor(part, layer))
         if stored is not None and stored.dtype.startswith("float8"):

@@ -52,9 +52,9 @@ def export_fp8(
 
     scheme: weights per output channel with inputs per token ("dynamic") or with calibrated scales ("static"), or by 128
     x 128 ("block").
-    kv_scales: one per layer or one per head, of ``calibration``. advance: is told how many bytes were read. Raises
-    ``ValueError`` for a checkpoint that is quantised already, and for what cannot be; ``FileExistsError`` if ``out``
-    exists and is not empty.
+    kv_scales: one per layer or one per head, from ``calibration``. advance is called with the number of bytes just
+    read. Raises ``ValueError`` for a checkpoint that is or cannot be quantised, ``FileExistsError`` if ``out`` exists
+    and is not empty.
     """
     check_wanted(checkpoint, out, scheme, kv_scales, has_texts=calibration is not None)
     out = out.resolve()  # "." and links: what is renamed at the end is a directory with a name
@@ -71,7 +71,7 @@ def export_fp8(
         config["tie_word_embeddings"] = checkpoint.model_config.tie_word_embeddings and not quantize_lm_head
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in partial.iterdir():
-            file.chmod(0o644)  # temporary folders and safetensors are made for their owner alone
+            file.chmod(0o644)  # tempfile and safetensors let the owner alone read what they write
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # or a crash could leave a whole folder of files cut off
         partial.chmod(0o755)
@@ -207,7 +207,9 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byt
 
 
 def _copy_beside(source: Path, folder: Path) -> None:
-    """Everything small that is not weights or configuration: tokenizer, generation settings, licence, templates."""
+    """Copy the small files that are neither weights nor configuration: tokenizer, generation settings, licence,
+    templates.
+    """
     for file in sorted(source.iterdir()):
         is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or ".safetensors." in file.name
         if file.is_file() and not is_weights and file.name not in ("config.json", "params.json"):
@@ -218,9 +220,7 @@ def _copy_beside(source: Path, folder: Path) -> None:
 
 
 def _copy_text(checkpoint: Checkpoint, folder: Path) -> None:
-    """Where a model has an adapter: the tokenizer and the chat template that serve both, each of the first directory
-    that has one.
-    """
+    """For a model with an adapter, copy tokenizer and chat template, each from the first directory that has it."""
     if checkpoint.tokenizer_path != checkpoint.path:
         for name in TEXT_FILES:
             if name not in TEMPLATE_FILES and (checkpoint.tokenizer_path / name).is_file():
@@ -252,7 +252,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's config.json; of Mistral's layout, one that says the same."""
+    """The checkpoint's config.json; for Mistral's layout, one that is made of params.json."""
     if checkpoint.layout == "hf":
         data: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_bytes())
         return data

@@ -1,8 +1,8 @@
-"""Fetching from the Hugging Face Hub: of a checkpoint, exactly one weight set, its configuration and its tokenizer; or
+"""Downloads from the Hugging Face Hub: exactly one weight set of a checkpoint with its configuration and tokenizer, or
 an adapter.
 
-huggingface_hub reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT itself; what fails says which of
-them may help.
+huggingface_hub reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT itself; the message of a failure
+says which of them may help.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEXT_FILES = (
 SMALL_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", "params.json", *TEXT_FILES)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-# Lines that end so can be typed as three or as one: the command line prints an error as one.
+# The ";" lets a user paste these commands also when the command line has joined the lines of the error.
 CONVERSION = """
 from transformers import AutoModelForCausalLM, AutoTokenizer;
 AutoModelForCausalLM.from_pretrained({path!r}, torch_dtype="auto").save_pretrained("converted");
@@ -42,7 +42,7 @@ _logger = logging.getLogger("nemo_engine")
 
 
 class DownloadError(ValueError):
-    """A repository could not be had, which says nothing of what is in it."""
+    """A repository could not be downloaded; its content may be fine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,10 @@ def weight_sets_of(files: Iterable[str]) -> list[WeightSet]:
 
 
 def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path, Headers | None]:
-    """Download ``repo_id`` into huggingface_hub's cache and return the directory; for "headers", also those of its
-    weights.
+    """Download ``repo_id`` into huggingface_hub's cache and return the directory, and with needs "headers" also the
+    headers of its weights.
 
-    Raises ``DownloadError`` where the repository cannot be had, and ``ValueError`` where it holds no weights.
+    Raises ``DownloadError`` if the download fails, and ``ValueError`` if the repository holds no weights.
     """
     import huggingface_hub
 
@@ -89,38 +89,38 @@ def download(repo_id: str, *, revision: str | None, needs: Needs) -> tuple[Path,
                 f"{_what_may_help(error)}"
             ) from error
         return folder, None
-    wanted = [name for name in SMALL_FILES if name in files]
+    file_names = [name for name in SMALL_FILES if name in files]
     weight_sets = weight_sets_of(files)
     if needs != "config" and not weight_sets:
         raise ValueError(_no_weights_message(repo_id, files))
-    wanted += [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")]
+    file_names += [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")]
     if needs == "weights":
         chosen = weight_sets[0]
-        wanted += chosen.files
+        file_names += chosen.files
         _logger.info("%s: downloading %s (%d files of weights)", repo_id, chosen.files[0], len(chosen.files))
     elif needs == "headers":
-        wanted += [name for name in weight_sets[0].files if name.endswith(".index.json")]
-    folder = _snapshot(repo_id, revision, wanted)
+        file_names += [name for name in weight_sets[0].files if name.endswith(".index.json")]
+    folder = _snapshot(repo_id, revision, file_names)
     return folder, _remote_headers(repo_id, revision, folder, weight_sets[0]) if needs == "headers" else None
 
 
 def download_adapter(repo_id: str) -> Path:
-    """Download a PEFT adapter, and its tokenizer if it brings one. Raises ``DownloadError`` where it cannot be had."""
+    """Download a PEFT adapter, and its tokenizer if it has one. Raises ``DownloadError`` if that fails."""
     import huggingface_hub
 
     try:
         files = huggingface_hub.list_repo_files(repo_id)
     except Exception as error:
         return _cached(repo_id, None, f"lora {repo_id!r} is no local directory, and", error)
-    wanted = [name for name in (*ADAPTER_FILES, *TEXT_FILES) if name in files]
-    return _snapshot(repo_id, None, wanted + [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")])
+    file_names = [name for name in (*ADAPTER_FILES, *TEXT_FILES) if name in files]
+    return _snapshot(repo_id, None, file_names + [name for name in files if name.startswith(f"{TEMPLATE_FOLDER}/")])
 
 
-def _snapshot(repo_id: str, revision: str | None, wanted: list[str]) -> Path:
+def _snapshot(repo_id: str, revision: str | None, file_names: list[str]) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=file_names))
     except Exception as error:
         raise DownloadError(
             f"downloading {repo_id!r} failed, try again to go on: {_reason(error)}; {_what_may_help(error)}"
@@ -128,7 +128,7 @@ def _snapshot(repo_id: str, revision: str | None, wanted: list[str]) -> Path:
 
 
 def _cached(repo_id: str, revision: str | None, prefix: str, error: Exception) -> Path:
-    """What the cache holds of a repository that cannot be listed."""
+    """The directory of a repository in the cache, for when the Hub cannot list it."""
     import huggingface_hub
 
     try:
@@ -140,7 +140,7 @@ def _cached(repo_id: str, revision: str | None, prefix: str, error: Exception) -
 
 
 def _remote_headers(repo_id: str, revision: str | None, folder: Path, weights: WeightSet) -> Headers:
-    """The headers of the files of ``weights``, read by requests of a range."""
+    """The headers of the files of ``weights``, read by HTTP range requests."""
     from huggingface_hub import HfApi
 
     files = set(weights.files)
@@ -185,7 +185,7 @@ def _no_weights_message(repo_id: str, files: list[str]) -> str:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The status of the response that an error, or what caused it, is about."""
+    """The HTTP status that ``error``, or one of its causes, carries."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(status, int):
@@ -199,7 +199,7 @@ def _reason(error: Exception) -> str:
 
 
 def _what_may_help(error: Exception) -> str:
-    """The settings of huggingface_hub with which what failed may work."""
+    """The settings of huggingface_hub that may make the download work."""
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE or isinstance(error, errors.OfflineModeIsEnabled):

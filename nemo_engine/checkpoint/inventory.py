@@ -1,7 +1,7 @@
-"""What a checkpoint's tensors are, held against its configuration before anything is allocated: each with its name,
-file and scheme.
+"""The inventory of a checkpoint: each tensor with its name, file and scheme, checked against the configuration before
+anything is allocated.
 
-Reads headers only. ``loading`` takes what stands here and looks nothing up again. Must not know torch.
+Reads headers only. ``loader`` works from the inventory and looks nothing up again. Must not know torch.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _logger = logging.getLogger("nemo_engine")
 
 @dataclass(frozen=True, slots=True)
 class LinearKind:
-    """What a projection is: dense ("none"), or FP8 with a scale per output ("channel") or per 128 x 128 ("block")."""
+    """The kind of a projection: dense ("none"), or FP8 with a scale an output ("channel") or a 128 x 128 ("block")."""
 
     scales: Literal["none", "channel", "block"] = "none"
     has_input_scale: bool = False
 
 
 DENSE = LinearKind()
-KindOf = Callable[[int | None, str], LinearKind]  # of (layer, projection), and of (None, "lm_head")
+KindOf = Callable[[int | None, str], LinearKind]  # called with (layer, projection) or (None, "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredScales:
-    """The names of the scales beside an FP8 tensor, and what the weight has one for."""
+    """The names of the scales beside an FP8 tensor, and whether a tensor, a channel or a block has a scale."""
 
     weight: str
     input: str | None
@@ -57,8 +57,8 @@ class StoredScales:
 class StoredTensor:
     """A tensor of the model as files hold it.
 
-    ``scales`` are those of FP8 numbers. ``low_rank`` is what an adapter adds, ``is_of_adapter`` says that an adapter
-    brings the tensor. The rows of a query or key head may be in Mistral's order (``is_interleaved``).
+    ``scales`` belong to FP8 numbers. ``low_rank`` is the product that an adapter adds; ``is_of_adapter`` says that the
+    whole tensor is the adapter's. The rows of a query or key head may be in Mistral's order (``is_interleaved``).
     """
 
     expected: ExpectedTensor
@@ -71,10 +71,10 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """The tensors of a model; the names of the scales of each layer's keys and values; and what each projection
-    becomes.
+    """The tensors of a model; the names of the scales of each layer's keys and values; and the kind that each
+    projection becomes.
 
-    ``repeated_head`` is the head that a checkpoint holds though its embeddings are tied.
+    ``repeated_head`` is a head that the checkpoint holds although its embeddings are tied.
     """
 
     tensors: tuple[StoredTensor, ...] = ()
@@ -90,7 +90,7 @@ class Inventory:
 def take_inventory(checkpoint: Checkpoint, config: ModelConfig, online: Quantization | None = None) -> Inventory:
     """Raise ``ValueError`` unless ``checkpoint`` holds exactly the tensors that ``config`` and its quantisation need.
 
-    online: projections that it covers and that are not FP8 yet become so.
+    online: projections that it covers become FP8, unless they are already.
     """
     taker = _Taker(checkpoint, config)
     inventory = taker.take(online)
@@ -102,7 +102,7 @@ def take_inventory(checkpoint: Checkpoint, config: ModelConfig, online: Quantiza
 
 
 def planned_inventory(config: ModelConfig, quantization: Quantization | None, online: Quantization | None) -> Inventory:
-    """What a checkpoint of ``config`` and ``quantization`` would hold, for weights that are made up."""
+    """The inventory that a checkpoint of ``config`` and ``quantization`` would have, for dummy weights."""
     kinds: dict[tuple[int | None, str], LinearKind] = {}
     for tensor in HF.expected(config):
         if tensor.part not in PROJECTION_OF:
@@ -118,7 +118,7 @@ def planned_inventory(config: ModelConfig, quantization: Quantization | None, on
 
 
 class _Taker:
-    """Goes through the tensors; collects what is wrong."""
+    """Goes through the tensors of a checkpoint, and collects faults."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self.checkpoint = checkpoint
@@ -178,8 +178,8 @@ class _Taker:
         self.faults.append(f"{name}: expected {expected}, found {list(info.shape)} in {info.file.name}")
         return False
 
-    def _is_scale(self, name: str, *shapes: tuple[int, ...]) -> None:
-        """A fault unless ``name`` has one of ``shapes``, and numbers that are scales as they are."""
+    def _check_scale(self, name: str, *shapes: tuple[int, ...]) -> None:
+        """Add a fault unless ``name`` has one of ``shapes`` and a floating-point dtype."""
         info = self.tensors[name]
         if self._has_shape(name, *shapes) and info.dtype not in _FLOATING:
             self.faults.append(
@@ -187,7 +187,7 @@ class _Taker:
             )
 
     def _is_fp8(self, tensor: ExpectedTensor) -> bool:
-        """Whether it is stored as FP8, as its configuration says it is or may be."""
+        """Whether ``tensor`` is stored as FP8; adds a fault if the configuration says otherwise."""
         info, quantization = self.tensors[tensor.name], self.checkpoint.quantization
         is_linear = tensor.part in PROJECTION_OF
         dtype = info.dtype
@@ -224,7 +224,7 @@ class _Taker:
         return tensor.part == "lm_head" and self.config.tie_word_embeddings
 
     def _scales_of(self, tensor: ExpectedTensor) -> StoredScales | None:
-        """The scales beside an FP8 tensor; None with a fault if they are not what its configuration says."""
+        """The scales beside an FP8 tensor; None, and a fault, if they are not those of its configuration."""
         quantization = self.checkpoint.quantization
         assert quantization is not None and quantization.weights != "none"
         module, (rows, width) = tensor.name.removesuffix(".weight"), tensor.shape
@@ -238,12 +238,12 @@ class _Taker:
             "channel": ((rows, 1), (rows,)),
             "block": ((-(-rows // BLOCK), -(-width // BLOCK)),),
         }
-        self._is_scale(weight, *shapes[quantization.weights])
+        self._check_scale(weight, *shapes[quantization.weights])
         inputs = self._one_of(module, INPUT_SCALES)
         if quantization.activations == "static" and inputs is None:
             self.faults.append(f"{module}.input_scale: expected, as activations have static scales, not found")
         if inputs is not None:
-            self._is_scale(inputs, *scalar)
+            self._check_scale(inputs, *scalar)
             if quantization.activations != "static":
                 self.faults.append(f"{inputs}: not expected, as activations have no static scales")
         return StoredScales(weight, inputs, quantization.weights)
@@ -252,7 +252,7 @@ class _Taker:
         return next((f"{module}.{suffix}" for suffix in suffixes if f"{module}.{suffix}" in self.tensors), None)
 
     def _kv_scales(self) -> Iterator[tuple[int, tuple[str, str]]]:
-        """(layer, names of the scales of keys and of values), of all layers or of none."""
+        """(layer, name of the keys' scales, name of the values' scales) for every layer, or for none."""
         scales: dict[int, tuple[str, str]] = {}
         heads = self.config.num_kv_heads
         shapes = ((), (1,), (1, 1), (1, 1, 1), (heads,), (heads, 1), (1, heads), (heads, 1, 1))
@@ -264,8 +264,8 @@ class _Taker:
             }
             k, v = names["k"] or names["both"], names["v"] or names["both"]
             if k is not None and v is not None:
-                self._is_scale(k, *shapes)
-                self._is_scale(v, *shapes)
+                self._check_scale(k, *shapes)
+                self._check_scale(v, *shapes)
                 scales[layer] = (k, v)
             elif k is not None or v is not None:
                 self.faults.append(
@@ -282,7 +282,7 @@ class _Taker:
     def _kinds(
         self, expected: list[ExpectedTensor], in_fp8: set[str], online: Quantization | None
     ) -> Iterator[tuple[tuple[int | None, str], LinearKind]]:
-        """What each projection becomes; its parts must agree."""
+        """The kind that each projection becomes; the parts of a fused projection must agree."""
         quantization = self.checkpoint.quantization
         groups: dict[tuple[int | None, str], list[ExpectedTensor]] = {}
         for tensor in expected:
@@ -318,7 +318,7 @@ class _Taker:
 
 
 def _without_head(tensor: ExpectedTensor) -> str:
-    """What may be the matter with a checkpoint that has no head."""
+    """A hint, for a checkpoint that has no head, at what may be wrong."""
     if tensor.part != "lm_head":
         return ""
     return (

@@ -41,7 +41,7 @@ PARTS = {
     "down": ("down_proj",),
 }
 PROJECTION_OF = {part: projection for projection, parts in PARTS.items() for part in parts} | {"lm_head": "lm_head"}
-WITH_VOCABULARY = ("embed_tokens", "lm_head")  # a row a token
+WITH_VOCABULARY = ("embed_tokens", "lm_head")  # these parts have a row for each token of the vocabulary
 
 # What a part's shape follows from, by the names of (Hugging Face's configuration, Mistral's).
 _SIZE_FIELDS = {
@@ -85,22 +85,22 @@ class TensorNames:
     head_prefix: str = ""
 
     def module(self, part: str, layer: int | None = None) -> str:
-        """What the module of ``part`` is called."""
+        """The name of the module of ``part``."""
         names = _OUTER_NAMES[part] if layer is None else _LAYER_NAMES[part]
         prefix = self.head_prefix if part == "lm_head" else self.prefix
         return prefix + names[0 if self.layout == "hf" else 1].format(layer)
 
     def tensor(self, part: str, layer: int | None = None) -> str:
-        """What the weight of ``part`` is called."""
+        """The name of the weight of ``part``."""
         return self.module(part, layer) + ".weight"
 
     def attention(self, layer: int) -> str:
-        """What a layer's attention is called: the scales of keys and values are named after it."""
+        """The name of a layer's attention module, with which the names of the scales of keys and values begin."""
         return f"{self.prefix}layers.{layer}.{'self_attn' if self.layout == 'hf' else 'attention'}"
 
     def expected(self, config: ModelConfig, *, has_head: bool | None = None) -> list[ExpectedTensor]:
-        """All tensors of a checkpoint of ``config``; ``lm_head`` is among them unless it is tied, or as ``has_head``
-        says.
+        """All tensors of a checkpoint of ``config``. ``has_head`` says whether ``lm_head`` is among them; None: unless
+        the embeddings are tied.
         """
         hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
         layer_shapes = {
@@ -130,8 +130,8 @@ MISTRAL = TensorNames("mistral", "")
 
 
 def names_in(layout: Layout, tensors: Iterable[str]) -> TensorNames:
-    """What a checkpoint with ``tensors`` puts in front of its names: "model.", nothing, "language_model.", or what it
-    may be.
+    """The names of a checkpoint with ``tensors``, whose prefix ("model.", "language_model.", none or another) is found
+    in them.
 
     Raises ``ValueError`` if there are several embeddings or several heads, so that one would have to be guessed.
     """
@@ -140,7 +140,7 @@ def names_in(layout: Layout, tensors: Iterable[str]) -> TensorNames:
     for part, default in (("embed_tokens", usual.prefix), ("lm_head", usual.head_prefix)):
         ending = _OUTER_NAMES[part][0 if layout == "hf" else 1] + ".weight"
         names = [name for name in tensors if name == ending or name.endswith("." + ending)]
-        if layout == "mistral" and part == "lm_head":  # "output" is also what others call their last layer
+        if layout == "mistral" and part == "lm_head":  # encoders beside the model call their last layer "output" too
             names = [name for name in names if name == prefixes[0] + ending]
         if len(names) > 1:
             raise ValueError(f"there are several {part}, and only one can be this model's: {', '.join(sorted(names))}")

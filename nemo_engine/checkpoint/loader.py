@@ -26,8 +26,8 @@ from nemo_engine.model.weights import LayerWeights, NemoWeights, Place, empty_we
 from nemo_engine.ops.linear import SCALE_BLOCK
 from nemo_engine.startup_log import StartupLog
 
-_ROWS = 1024  # of numbers that are widened at once
-_PART_BYTES = 32 << 20  # that are read at once into a buffer, at most
+_ROWS = 1024  # rows that are widened to fp32 at a time
+_PART_BYTES = 32 << 20  # read into a buffer at a time, at most
 
 _logger = logging.getLogger("nemo_engine")
 
@@ -48,10 +48,10 @@ def load_weights(
     """Check and load ``checkpoint`` as ``dtype`` onto ``device``, tensor by tensor.
 
     progress: shows a bar; None shows one on a terminal if loading takes longer than a second. online: quantise the
-    projections that it covers and that are not FP8 already. inventory: of this checkpoint and ``online``, if it has
-    been taken. needs_kv_scales: read the scales of keys and values, where there are any. is_widened: FP8 weights are
-    kept as fp32 numbers. Raises ``ValueError`` listing the tensors that are missing, too many, or of wrong shape or
-    dtype, and for NaN or infinity in what is or becomes FP8, or in an adapter.
+    projections that it covers and that are not FP8 already. inventory: that of this checkpoint and ``online``, if the
+    caller has it. needs_kv_scales: read the scales of keys and values, where there are any. is_widened: FP8 weights
+    are kept as fp32 numbers. Raises ``ValueError`` listing the tensors that are missing, too many, or of wrong shape
+    or dtype, and for NaN or infinity in an adapter or in a tensor that is or becomes FP8.
     """
     startup_log = StartupLog() if startup_log is None else startup_log
     if inventory is None:
@@ -84,15 +84,15 @@ def load_weights(
             loader.check_repeated_head(inventory.repeated_head)
         del loader  # and its buffer
         if is_widened:
-            layers, rest = list(weights.layers), replace(weights, layers=())
+            layers, without_layers = list(weights.layers), replace(weights, layers=())
             del weights  # so that a layer's FP8 numbers go as it is widened
-            weights = _widened(layers, rest)
+            weights = _widened(layers, without_layers)
         stage.num_bytes = weights.num_bytes
     return weights
 
 
 def _stage_name(checkpoint: Checkpoint, inventory: Inventory, online: Quantization | None, is_widened: bool) -> str:
-    """What loading does with adapters and FP8, for the startup_log."""
+    """The name of the stage in the start-up log: it says what loading does with adapters and FP8."""
     stored = checkpoint.quantization
     parts = []
     if checkpoint.adapter is not None:
@@ -113,8 +113,8 @@ class TensorReader:
     """Reads tensors as the model has them: heads in half-split order, an adapter merged, FP8 numbers times their
     scales.
 
-    What is not wanted in a place of its own goes through one buffer, allocated once: freed and allocated anew, buffers
-    of changing sizes leave holes in the heap.
+    Tensors that are not read to where they belong go through one buffer, allocated once: buffers of changing sizes,
+    freed and allocated anew, would leave holes in the heap.
     """
 
     def __init__(self, checkpoint: Checkpoint, head_dim: int) -> None:
@@ -123,8 +123,8 @@ class TensorReader:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def stored(self, tensor: StoredTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The numbers of the file, rows in half-split order: in ``out``, of their shape and dtype, or in the buffer
-        until the next.
+        """The numbers of the file, rows in half-split order. They are read into ``out``, of the same shape and dtype,
+        or into the buffer, where the next call overwrites them.
         """
         if out is None:
             if self._buffer.numel() == 0:
@@ -144,8 +144,8 @@ class TensorReader:
             raise ValueError(f"{tensor.info.file}: {tensor.expected.module} holds NaN or infinity")
 
     def rows(self, tensor: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of the tensor's values: all as they are stored, or in fp32, some at a time, if anything is
-        done to them.
+        """Yields (first row, rows) of the tensor's values: all of them as stored, or, if scales or an adapter change
+        them, ``_ROWS`` at a time in fp32.
         """
         numbers = self.stored(tensor)
         if tensor.scales is None and tensor.low_rank is None:
@@ -159,12 +159,12 @@ class TensorReader:
         if tensor.low_rank is not None:
             delta = _Delta(tensor)
         for start in range(0, numbers.shape[0], _ROWS):
-            wide = numbers[start : start + _ROWS].float()
+            values = numbers[start : start + _ROWS].float()
             if scales is not None:
-                wide *= _scales_of_rows(scales, is_by_block, start, *wide.shape)
+                values *= _scales_of_rows(scales, is_by_block, start, *values.shape)
             if delta is not None:
-                wide += delta.rows(start, wide.shape[0])
-            yield start, wide
+                values += delta.rows(start, values.shape[0])
+            yield start, values
 
     def whole(self, tensor: StoredTensor) -> torch.Tensor:
         """The tensor's values in memory of their own."""
@@ -173,7 +173,7 @@ class TensorReader:
         return torch.cat([rows for _, rows in self.rows(tensor)])
 
     def weight_scales(self, tensor: StoredTensor, *, is_by_block: bool) -> torch.Tensor:
-        """(rows, 1) fp32, whatever the checkpoint has a scale for, in our order of rows; or (blocks, blocks)."""
+        """The scales in fp32: (rows, 1), in half-split order, or (blocks, blocks) if ``is_by_block``."""
         assert tensor.scales is not None
         scales = self.scale(tensor.scales.weight)
         if is_by_block:
@@ -184,7 +184,7 @@ class TensorReader:
     def scale(self, name: str, *, may_be_zero: bool = True) -> torch.Tensor:
         """A tensor of scales in fp32.
 
-        Raises ``ValueError`` if one cannot be a scale; 0 may be one of weights that are 0.
+        Raises ``ValueError`` for a number that cannot be a scale. 0 can be the scale of weights that are all 0.
         """
         scales = read_tensor(self._checkpoint.tensors[name]).float()
         wrong = ~scales.isfinite() | (scales < 0 if may_be_zero else scales <= 0)
@@ -195,7 +195,7 @@ class TensorReader:
 
 
 class _Delta:
-    """What an adapter adds to a tensor, in fp32, as PEFT computes it: (B A) times the scaling."""
+    """The numbers that an adapter adds to a tensor, in fp32, as PEFT computes them: (B A) times the scaling."""
 
     def __init__(self, tensor: StoredTensor) -> None:
         assert tensor.low_rank is not None
@@ -205,7 +205,7 @@ class _Delta:
             self._a, self._b = self._b.T, self._a.T
 
     def rows(self, start: int, count: int) -> torch.Tensor:
-        """``count`` rows from ``start`` on."""
+        """Rows ``start`` to ``start + count - 1``."""
         delta = (self._b[start : start + count] @ self._a).mul_(self._low_rank.scaling)
         if not delta.isfinite().all():
             raise ValueError(f"{self._low_rank.a.file}: what is added to {self._module} is not finite in fp32")
@@ -290,7 +290,7 @@ class _TensorLoader:
         torch.maximum(largest, scale, out=largest)
 
     def load_kv_scales(self, inventory: Inventory) -> None:
-        """Scales of keys and values of every layer: one for all heads, or one per head."""
+        """Load the scales of keys and values of every layer: one for all heads, or one per head."""
         for layer, names in inventory.kv_scales.items():
             weights = self._weights.layers[layer]
             for name, to in zip(names, (weights.k_scale, weights.v_scale), strict=True):
@@ -298,7 +298,7 @@ class _TensorLoader:
                 to.copy_(self._reader.scale(name, may_be_zero=False).reshape(-1).expand_as(to))
 
     def check_repeated_head(self, head: StoredTensor) -> None:
-        """A tied checkpoint may repeat the embeddings as its head; if they differ, one of the two would be dropped."""
+        """Raise ``ValueError`` if the head of a tied checkpoint differs from the embeddings: one would be dropped."""
         embeddings = self._weights.embed_tokens
         if not torch.equal(self._reader.stored(head).to(embeddings.device, embeddings.dtype), embeddings):
             raise ValueError(
@@ -309,7 +309,7 @@ class _TensorLoader:
 
 
 def read_tensor(info: TensorInfo, out: torch.Tensor | None = None) -> torch.Tensor:
-    """A tensor as the file holds it, on the CPU; into ``out`` (of its dtype and shape, contiguous) if given."""
+    """Read a tensor as the file holds it, to the CPU; into ``out`` (same dtype and shape, contiguous) if given."""
     dtype = getattr(torch, info.dtype)
     if out is None:
         out = torch.empty(info.shape, dtype=dtype)
@@ -328,7 +328,7 @@ def half_split(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def _scales_of_rows(scales: torch.Tensor, is_by_block: bool, start: int, count: int, width: int) -> torch.Tensor:
-    """The scales of ``count`` rows from ``start``, the first of a block, on: (count, 1), or (count, width)."""
+    """The scales of ``count`` rows from ``start`` on, where a block begins: (count, 1), or (count, width)."""
     if not is_by_block:
         return scales[start : start + count]
     blocks = scales[start // SCALE_BLOCK :][: -(-count // SCALE_BLOCK)]
@@ -342,13 +342,13 @@ def _check_numbers(name: str, numbers: torch.Tensor, scale_name: str, scales: to
         raise ValueError(f"{name} holds NaN")
     for row, column in (scales == 0).nonzero().tolist():
         height, width = (1, numbers.shape[1]) if scales.shape[0] == numbers.shape[0] else (SCALE_BLOCK, SCALE_BLOCK)
-        first, left = row * height, column * width
-        if magnitudes[first : first + height, left : left + width].any():
-            raise ValueError(f"{scale_name} is 0 for row {first} of {name}, whose numbers are not 0")
+        first_row, first_column = row * height, column * width
+        if magnitudes[first_row : first_row + height, first_column : first_column + width].any():
+            raise ValueError(f"{scale_name} is 0 for row {first_row} of {name}, whose numbers are not 0")
 
 
-def _widened(layers: list[LayerWeights], rest: NemoWeights) -> NemoWeights:
-    """``rest`` with ``layers``, which are replaced one by one."""
+def _widened(layers: list[LayerWeights], without_layers: NemoWeights) -> NemoWeights:
+    """``without_layers`` with ``layers``, which are replaced one by one."""
 
     def widen(linear: Linear) -> Linear:
         return linear.widen() if isinstance(linear, Fp8Linear) else linear
@@ -361,4 +361,4 @@ def _widened(layers: list[LayerWeights], rest: NemoWeights) -> NemoWeights:
             gate_up=widen(layer.gate_up),
             down=widen(layer.down),
         )
-    return replace(rest, layers=tuple(layers), lm_head=widen(rest.lm_head))
+    return replace(without_layers, layers=tuple(layers), lm_head=widen(without_layers.lm_head))

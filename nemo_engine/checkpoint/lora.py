@@ -1,7 +1,7 @@
-"""A PEFT adapter (LoRA): what it changes in a model, read from its configuration and its file's header and held against
-the model.
+"""A PEFT adapter (LoRA): what it changes in a model, read from its configuration and its file's header and checked
+against the model.
 
-Everything in it is used or refused by name. ``loading`` merges it, so it costs nothing afterwards. Must not know torch.
+Everything in it is used or refused by name. ``loader`` merges it, so it costs nothing afterwards. Must not know torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FAULTS_SHOWN = 8  # in one error message
 
 Key = tuple[int | None, str]  # (layer, part)
 
-# Fields of adapter_config.json that change nothing of a merged model, or that are read below.
+# Fields of adapter_config.json that do not change the merged model, or that are read below.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_type",
     "peft_version", "revision", "runtime_config", "task_type", "eva_config", "exclude_modules", "layers_pattern",
@@ -42,7 +42,7 @@ _REFUSED = {
     "lora_bias": "projections have no bias here",
     "target_parameters": "it changes parameters that are no module",
 }
-# Those that leave the model that an adapter is added to as it was; PiSSA, OLoRA, CorDA and LoftQ replace its weights.
+# Initialisations that leave the base model as it is; PiSSA, OLoRA, CorDA and LoftQ replace weights of it.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "kaiming")
 _PREFIXES = ("model.", "", "language_model.model.", "language_model.", "model.language_model.")
 _SUFFIXES = {
@@ -57,9 +57,9 @@ _NESTED = re.compile(r"\)\s*[*+{]")  # a repeated group can take exponential tim
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What is added to a weight (out, in): ``scaling`` B A, of A (rank, in) and B (out, rank).
+    """The product ``scaling`` B A, which is added to a weight (out, in): A is (rank, in) and B is (out, rank).
 
-    Of embeddings (V, H), A is (rank, V) and B (H, rank), and the transpose is added.
+    For embeddings (V, H), A is (rank, V) and B is (H, rank), and the transpose of the product is added.
     """
 
     a: TensorInfo
@@ -70,9 +70,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an adapter changes: weights that it brings ``whole``, and those that it adds a product of ``low_rank``
-    to.
-    """
+    """The changes of an adapter: it replaces the weights of ``whole``, and adds a product to those of ``low_rank``."""
 
     path: Path
     vocab_size: int
@@ -80,7 +78,7 @@ class Adapter:
     low_rank: Mapping[Key, LowRank] = field(repr=False)
 
     def describe(self) -> str:
-        """What it is, in a few words."""
+        """The adapter in a few words."""
         parts = sorted({part for _, part in self.low_rank})
         ranks = sorted({pair.a.shape[0] for pair in self.low_rank.values()})
         words = [f"LoRA of rank {', '.join(map(str, ranks))} on {', '.join(parts)}"] if parts else []
@@ -118,7 +116,7 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
-    """Raise for a configuration that is no LoRA, or that says something which a merge would leave out."""
+    """Raise ``ValueError`` for a configuration that is no LoRA, or that asks for something that a merge cannot do."""
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"peft_type must be 'LORA', got {kind!r}: merge it with peft and give the merged checkpoint")
@@ -164,7 +162,7 @@ def _check_names(name: str, value: object) -> None:
 
 
 def _compile(name: str, pattern: str, form: str = "{}") -> re.Pattern[str]:
-    """A pattern of the configuration. It is text from a stranger, so what could take exponential time is refused."""
+    """A pattern of the configuration. A stranger wrote it, so one that could take exponential time is refused."""
     repeats = sum(map(pattern.count, "*+{"))
     if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or _NESTED.search(pattern):
         raise ValueError(
@@ -186,7 +184,7 @@ def _scaling(fields: Mapping[str, Any]) -> Callable[[str], tuple[int, float]]:
         for pattern, value in (fields.get(name) or {}).items():
             if _compile(name, pattern, r"(?:.*\.)?(?:{})").fullmatch(
                 module
-            ):  # as PEFT does: the first that fits the end
+            ):  # as in PEFT, the first pattern that fits the end of the name counts
                 return value
         return default
 
@@ -203,7 +201,7 @@ def _scaling(fields: Mapping[str, Any]) -> Callable[[str], tuple[int, float]]:
 
 
 class _Taker:
-    """Goes through the tensors of an adapter; collects what is wrong."""
+    """Goes through the tensors of an adapter, and collects faults."""
 
     def __init__(
         self, path: Path, fields: Mapping[str, Any], config: ModelConfig, tensors: Mapping[str, TensorInfo]
@@ -268,7 +266,7 @@ class _Taker:
             # "default" is an adapter's name, as old files have it.
             stem = name.removeprefix("base_model.model.").replace(".default.weight", ".weight")
             if stem.endswith(_REPLACED) and stem.removesuffix(_REPLACED) + ".weight" in stems:
-                continue  # what the model had before, beside what takes its place
+                continue  # the model's own weight, stored beside the one that replaces it
             stem = stem.replace(".modules_to_save.weight", ".weight")
             suffix = next((suffix for suffix in _SUFFIXES if stem.endswith(suffix)), None)
             key = None if suffix is None else self._by_module.get(stem.removesuffix(suffix))
@@ -316,8 +314,8 @@ class _Taker:
         return any(expected.module.endswith(name) for name in self._fields.get("modules_to_save") or [])
 
     def _check_targets(self, whole: Mapping[Key, TensorInfo], low_rank: Mapping[Key, LowRank]) -> None:
-        """Products must be those that ``target_modules`` names, no more and no fewer; and modules in full those of
-        ``modules_to_save``.
+        """Add a fault for each product that ``target_modules`` does not name, for each that it names and the adapter
+        lacks, and for each of ``modules_to_save`` that the adapter does not hold whole.
         """
         for name in self._fields.get("modules_to_save") or []:
             if not any(self._expected[key].module.endswith(name) for key in whole):
@@ -336,8 +334,8 @@ class _Taker:
                 self._faults.append(f"{expected.module}: target_modules names it, and lora_A and lora_B are not there")
 
     def _check_tied(self, low_rank: Mapping[Key, LowRank]) -> None:
-        """Where head and embeddings are one tensor, a product for one of them would change the other, which training
-        did not.
+        """Add a fault for a product on head or embeddings where both are one tensor: it would change the other too,
+        which training did not.
         """
         for part in WITH_VOCABULARY:
             if self._config.tie_word_embeddings and (None, part) in low_rank:

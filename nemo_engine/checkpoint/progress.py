@@ -11,19 +11,19 @@ SECONDS_BEFORE_BAR = 1.0  # unasked, a bar is shown only for what takes longer
 
 
 @contextmanager
-def progress_bar(what: str, total: int, wanted: bool | None, unit: str = "B") -> Iterator[Callable[[int], object]]:
+def progress_bar(what: str, total: int, shows: bool | None, unit: str = "B") -> Iterator[Callable[[int], object]]:
     """Yields a function to call with the bytes (or ``unit``) just done.
 
-    ``wanted`` True shows a bar, False none, None one on a terminal if it takes longer than a second. Without tqdm there
+    ``shows`` True shows a bar, False none, None one on a terminal if it takes longer than a second. Without tqdm there
     is none.
     """
-    is_wanted = sys.stderr.isatty() if wanted is None else wanted
-    if not is_wanted or importlib.util.find_spec("tqdm") is None:
+    may_show = sys.stderr.isatty() if shows is None else shows
+    if not may_show or importlib.util.find_spec("tqdm") is None:
         yield lambda num_bytes: None
         return
     from tqdm import tqdm
 
-    delay = 0.0 if wanted else SECONDS_BEFORE_BAR
+    delay = 0.0 if shows else SECONDS_BEFORE_BAR
     divisor = 1024 if unit == "B" else 1000
     with tqdm(desc=what, total=total, unit=unit, unit_scale=True, unit_divisor=divisor, delay=delay) as bar:
         yield bar.update

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its FP8 numbers, in the words of each tool that writes such checkpoints.
+"""The FP8 schemes of checkpoints, read from the configuration of each tool that writes them.
 
 compressed-tensors (llm-compressor), plain "fp8" (AutoFP8, DeepSeek's blocks), NVIDIA ModelOpt, and Mistral's own. All
 come down to one ``Quantization``. Everything else is refused by the scheme's name.
@@ -16,10 +16,10 @@ from nemo_engine.config import EngineConfig
 
 BLOCK = 128  # rows and columns of a weight that share a scale in the block scheme
 
-# What scales are called, beside their module's ``weight``.
+# The names of scales, beside the ``weight`` of their module.
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "qscale_weight")
 INPUT_SCALES = ("input_scale", "act_scale", "activation_scale", "qscale_act")
-# Of keys and values, beside the projections of their layer: {} is the layer's attention module.
+# The names of the scales of keys and values; {} is the name of the layer's attention module.
 KV_SCALES = {
     "k": (
         "{}.k_scale",
@@ -37,13 +37,13 @@ KV_SCALES = {
     ),
     "both": ("{}.kv_scale", "{}.attn.kv_scale", "{}.kv_fake_quantizer.qscale_act"),
 }
-# Scales of what stays unquantised here: queries and attention weights.
+# Scales of queries and attention weights, which stay unquantised here.
 _UNUSED = re.compile(r".*\.(q_scale|prob_output_scale|q_proj\.output_scale|q_fake_quantizer\.qscale_act)")
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How linear layers are stored and what their inputs become.
+    """How linear layers are stored, and how their inputs are quantised.
 
     weights: one scale per "tensor", per output "channel", or per "block" of 128 by 128; "none" if only keys and values
     are FP8.
@@ -59,8 +59,8 @@ class Quantization:
     kv_cache: bool = False
 
     def covers(self, *names: str) -> bool | None:
-        """Whether a module of these names ("model.layers.0.mlp.down_proj") is to be FP8; None where only its tensor
-        tells.
+        """Whether a module of these names ("model.layers.0.mlp.down_proj") is to be FP8; None if only the dtype of its
+        tensor can tell.
         """
         if self.method == "mistral":
             return None
@@ -71,14 +71,14 @@ class Quantization:
     def _matches(self, pattern: str, module: str) -> bool:
         if pattern.startswith("re:"):
             return re.match(pattern[3:], module) is not None
-        if pattern == "Linear":  # the class of all of them
+        if pattern == "Linear":  # the name of a class, which all of these modules have
             return True
         if self.method == "modelopt":
             return fnmatch.fnmatchcase(module, pattern) or module.startswith(pattern.rstrip(".") + ".")
         return pattern == module or module.startswith(pattern + ".") or module.endswith("." + pattern)
 
     def describe(self) -> str:
-        """One line: what is quantised and how."""
+        """The scheme in one line."""
         if self.weights == "none":
             return f"FP8 keys and values ({self.method}), weights not quantised"
         inputs = {"none": "inputs not quantised", "static": "static scales of inputs", "dynamic": "inputs by token"}
@@ -93,9 +93,9 @@ ONLINE = {
 
 
 def resolve_online(config: EngineConfig, stored: Quantization | None) -> Quantization | None:
-    """What becomes FP8 while a checkpoint of ``stored`` loads.
+    """The scheme that weights get while a checkpoint of scheme ``stored`` loads; None if they stay as they are.
 
-    Raises ``ValueError`` where ``config`` wants what it cannot become.
+    Raises ``ValueError`` if ``config`` asks for a scheme that this checkpoint cannot get.
     """
     name = config.quantization
     head = replace(ONLINE["fp8"], targets=("lm_head",), ignored=()) if config.quantize_lm_head else None
@@ -111,14 +111,14 @@ def resolve_online(config: EngineConfig, stored: Quantization | None) -> Quantiz
 
 
 def is_unused_scale(name: str) -> bool:
-    """Whether a tensor may be in a checkpoint without being read: a scale for what this engine does not quantise."""
+    """Whether a tensor may stay unread because it is a scale for a part that this engine does not quantise."""
     return _UNUSED.fullmatch(name) is not None
 
 
 def quantization_of(
     config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = None, *, is_mistral: bool = False
 ) -> Quantization | None:
-    """The scheme of a checkpoint: of its config.json (or params.json), and of its hf_quant_config.json if it has one.
+    """The scheme of a checkpoint, from its config.json (or params.json) and its hf_quant_config.json if it has one.
 
     None if it is not quantised. Raises ``ValueError`` naming a scheme that is not supported.
     """
@@ -129,7 +129,7 @@ def quantization_of(
         return None if block is None else _of_mistral(_object("params.json: quantization", block))
     block = config.get("quantization_config")
     if block is None:
-        block = config.get("compression_config")  # what early compressed-tensors called it
+        block = config.get("compression_config")  # the name of this block in early compressed-tensors
     if block is None and modelopt is not None:
         modelopt = _object("hf_quant_config.json", modelopt)
         return _of_modelopt(_object("hf_quant_config.json: quantization", modelopt.get("quantization", modelopt)))
@@ -149,8 +149,8 @@ def quantization_of(
 def _of_compressed_tensors(block: Mapping[str, Any]) -> Quantization:
     sparsity = _object("sparsity_config", block.get("sparsity_config") or {})
     if sparsity.get("format", "dense") != "dense" or sparsity.get("sparsity_structure", "unstructured") == "2:4":
-        named = sparsity.get("sparsity_structure", sparsity.get("format"))
-        raise _unsupported(f"compressed-tensors with sparsity {named!r}")
+        structure = sparsity.get("sparsity_structure", sparsity.get("format"))
+        raise _unsupported(f"compressed-tensors with sparsity {structure!r}")
     if block.get("transform_config"):
         raise _unsupported("compressed-tensors with transform_config (rotations of weights and activations)")
     groups = _object("config_groups", block.get("config_groups") or {})
@@ -278,14 +278,14 @@ def _is_block(shape: Any) -> bool:
 
 
 def _bits_of(block: Mapping[str, Any]) -> str:
-    """What the numbers are, for an error: "INT4", "FP4", "MXFP4"."""
+    """The name of the number format, for an error: "INT4", "FP4", "MXFP4"."""
     bits, kind = block.get("num_bits", block.get("bits")), str(block.get("type", "int"))
     if bits is None:
         return "unnamed"
     return f"{'FP' if kind == 'float' else 'INT'}{bits}"
 
 
-# What a checkpoint of a ``quant_method`` is; the others are said to be in a form that has no kernels here.
+# The number format of each ``quant_method``, for the error; other methods are named alone.
 _KNOWN_METHODS = {
     "awq": "4-bit integers by AWQ",
     "gptq": "integers of 2 to 8 bits by GPTQ",
@@ -294,10 +294,10 @@ _KNOWN_METHODS = {
 
 
 def _unsupported(scheme: str, bits: str = "unnamed", what: str = "") -> ValueError:
-    named = "" if bits == "unnamed" else f" ({bits})"
+    form = "" if bits == "unnamed" else f" ({bits})"
     known = f", {_KNOWN_METHODS[what]}" if what in _KNOWN_METHODS else ""
     return ValueError(
-        f"the checkpoint's quantisation is not supported: {scheme}{named}{known}; take the unquantised checkpoint that "
+        f"the checkpoint's quantisation is not supported: {scheme}{form}{known}; take the unquantised checkpoint that "
         "it was made from, with "
         "quantization='fp8' where memory is short, or an FP8 (e4m3) one of compressed-tensors, quant_method 'fp8', "
         "ModelOpt or Mistral"

@@ -1,6 +1,6 @@
 """Safetensors files: where each tensor lies, and its bytes.
 
-Files are believed only after their sizes have been compared.
+A header is trusted only if it agrees with the size of its file.
 
 Tensors are read, not mapped: a mapped file would count as resident memory beside the weights. Must not know models, nor
 torch.
@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-# What the format calls a dtype: torch's name, and bytes of one number.
+# By the format's name of a dtype: torch's name, and bytes of one number.
 _DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -127,7 +127,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def tensors_of_header(path: Path, header: dict[str, Any], data_start: int, size: int | None) -> dict[str, TensorInfo]:
-    """The tensors of a header whose data begin at byte ``data_start`` of a file of ``size`` bytes; None where that is
+    """The tensors of a header whose data begin at byte ``data_start`` of a file of ``size`` bytes; None if the size is
     not known.
     """
     tensors = {

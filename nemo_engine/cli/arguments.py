@@ -107,10 +107,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, model_nargs: str | 
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log what start-up does, and its times and sizes")
     group = parser.add_argument_group("engine options")
-    taken = {field.name for field in dataclasses.fields(SamplingParams)}
+    sampling_names = {field.name for field in dataclasses.fields(SamplingParams)}
     helps = field_helps(EngineConfig)
     for field in dataclasses.fields(EngineConfig):
-        name = f"engine_{field.name}" if field.name in taken else field.name
+        name = f"engine_{field.name}" if field.name in sampling_names else field.name
         _add(group, name, _ENGINE_DEST + field.name, field, helps)
 
 
@@ -223,9 +223,9 @@ def _add(
 
 
 def _given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
-    given = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
+    options = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
     # A list of pairs is a mapping on the command line.
     return {
         name: dict(value) if isinstance(value, list) and value and isinstance(value[0], tuple) else value
-        for name, value in given.items()
+        for name, value in options.items()
     }

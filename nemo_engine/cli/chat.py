@@ -73,7 +73,7 @@ class Chat:
         self.has_failed = False
 
     def take(self, line: str) -> bool:
-        """Do what one line of input says; false when it asks to leave."""
+        """Obey one line of input; returns false if it asks to leave."""
         if line.startswith("/") and not line.startswith("//"):
             return self._command(*line[1:].strip().partition(" ")[::2])
         text = line[1:] if line.startswith("//") else line
@@ -81,41 +81,41 @@ class Chat:
             self._turn(text)
         return True
 
-    def _command(self, name: str, rest: str) -> bool:
-        rest = rest.strip()
+    def _command(self, name: str, argument: str) -> bool:
+        argument = argument.strip()
         if name == "quit":
             return False
         if name == "reset":
             self._history.clear()
             _say("the conversation is forgotten")
         elif name == "system":
-            self._system = rest
-            _say("the system prompt is set" if rest else "the system prompt is removed")
+            self._system = argument
+            _say("the system prompt is set" if argument else "the system prompt is removed")
         elif name == "params":
-            self._params_command(rest)
+            self._params_command(argument)
         elif name == "help":
             _say(_HELP)
         else:
             _say(f"unknown command /{name}; /help lists the commands")
         return True
 
-    def _params_command(self, rest: str) -> None:
+    def _params_command(self, assignment: str) -> None:
         try:
-            if rest:
-                changed = self._options | arguments.parse_sampling_option(rest)
+            if assignment:
+                changed = self._options | arguments.parse_sampling_option(assignment)
                 effective_params(changed)
                 self._options = changed
             params = effective_params(self._options)
             names = (field.name for field in dataclasses.fields(params) if field.name not in arguments.NO_FLAGS)
-            shown = ((name, getattr(params, name)) for name in names)
+            pairs = ((name, getattr(params, name)) for name in names)
             _say(
-                " ".join(f"{name}={value}" for name, value in shown if value not in (None, ()) or name in self._options)
+                " ".join(f"{name}={value}" for name, value in pairs if value not in (None, ()) or name in self._options)
             )
         except ValueError as error:
             _say(f"error: {error}")
 
     def _turn(self, text: str) -> None:
-        """Ask, print the answer as it comes, and keep both; a turn that yields nothing leaves no trace."""
+        """Ask, print the answer as it comes, and keep both in the history; a turn without an answer is not kept."""
         messages = [*self._history, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self._system}] if self._system else []
         answer = ""

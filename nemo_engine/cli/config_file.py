@@ -13,7 +13,7 @@ from nemo_engine.option_names import advice
 
 
 def with_config(args: argparse.Namespace, path: Path) -> argparse.Namespace:
-    """``args`` with what the file ``path`` says of flags that were not given.
+    """``args`` with the values of the file ``path`` for flags that were not given.
 
     Raises ``ValueError`` that names the file and the key, ``ImportError`` without PyYAML.
     """
@@ -75,7 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _words(flag: str, action: argparse.Action, value: Any) -> Iterator[str]:
-    """What a command line would say for ``value``. Raises ``ValueError`` for a value that has no such form."""
+    """The words of a command line for ``value``. Raises ``ValueError`` for a value that has no such form."""
     if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, got {value!r}")

@@ -38,7 +38,7 @@ PROMPTS = (
 )
 QUESTIONS = ("Hello, who are you?", "How do I sort a list in Python?")
 
-_PIECE = 60  # characters of a line where the output is not a terminal
+_PIECE = 60  # characters of a line if the output is not a terminal
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -59,22 +59,22 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if a request ended with an error."""
     params = SamplingParams(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=7, max_tokens=args.max_tokens)
     print("Starting nemo-tiny: a small model of NeMo's architecture, trained on Python's documentation.", flush=True)
-    begun = time.monotonic()
+    start = time.monotonic()
     from nemo_engine.engine.engine import Engine
     from nemo_engine.text import render_chat
 
     with Engine("nemo-tiny") as engine:
         print(
-            f"Ready after {time.monotonic() - begun:.1f} s. {len(PROMPTS) + len(QUESTIONS)} prompts at once:\n",
+            f"Ready after {time.monotonic() - start:.1f} s. {len(PROMPTS) + len(QUESTIONS)} prompts at once:\n",
             flush=True,
         )
         assert engine.tokenizer is not None
         chats = [render_chat(engine.tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
         prompts: list[Any] = [*PROMPTS, *({"prompt_token_ids": ids} for ids in chats)]
         titles = [text.replace(_SHARED, "(...) ") for text in PROMPTS]
-        begun = time.monotonic()
+        start = time.monotonic()
         finished = stream(engine, prompts, [*titles, *QUESTIONS], params, sys.stdout)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         print("\n" + table(finished, seconds, engine.stats().peak_used_pages, engine.stats().num_pages))
     return 1 if any(c.finish_reason == "error" for output in finished for c in output.outputs) else 0
 
@@ -95,7 +95,7 @@ def stream(
 
 
 def table(outputs: Sequence[RequestOutput], seconds: float, peak_pages: int, num_pages: int) -> str:
-    """What each request took, and all of them together in ``seconds``."""
+    """A table of each request, and of all together in ``seconds``."""
     heads = ("prompt", "prompt tokens", "cached tokens", "new tokens", "TTFT ms", "tokens/s", "ended by")
     rows = [
         (
@@ -176,7 +176,7 @@ class _Pieces:
 
 
 def _joint(title: str) -> str:
-    """What stands between a title and its text: a question gets an arrow."""
+    """The text between a title and its text: an arrow after a question."""
     return " -> " if title in QUESTIONS else ""
 
 

@@ -23,7 +23,7 @@ _SHOWN = (
     "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "NEMO_ENGINE_CUDA", "OMP_NUM_THREADS",
     "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET",
 )  # fmt: skip
-_SECRET = ("HF_TOKEN", "NEMO_ENGINE_API_KEY")  # of which it is said that they are set
+_SECRET = ("HF_TOKEN", "NEMO_ENGINE_API_KEY")  # the report says only whether they are set
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -110,7 +110,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _extras() -> Iterator[tuple[str, str]]:
-    """Each extra of this package, and what of it is missing here."""
+    """Each extra of this package, and the packages of it that are missing here."""
     packages: dict[str, list[str]] = {}
     try:
         required = metadata.requires("nemo-engine") or []
@@ -126,8 +126,8 @@ def _extras() -> Iterator[tuple[str, str]]:
     for extra_name, names in packages.items():
         missing = [name for name in names if version(name) == "not installed"]
         present = ", ".join(f"{name} {version(name)}" for name in names if name not in missing)
-        told = f"missing {', '.join(missing)}: pip install 'nemo-engine[{extra_name}]'" if missing else ""
-        yield f"[{extra_name}]", "; ".join(part for part in (told, present) if part)
+        advice = f"missing {', '.join(missing)}: pip install 'nemo-engine[{extra_name}]'" if missing else ""
+        yield f"[{extra_name}]", "; ".join(part for part in (advice, present) if part)
 
 
 def _variables() -> Iterator[str]:

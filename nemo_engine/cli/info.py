@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     try:
         checkpoint = open_checkpoint(args.model, revision=args.revision, needs="headers", lora=args.lora)
-    except (FileNotFoundError, DownloadError):  # nothing is known of the model
+    except (FileNotFoundError, DownloadError):  # the model cannot be looked at
         raise
     except ValueError as error:
         _print([("model", args.model), ("runs", f"no: {error}")])
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(checkpoint: Checkpoint) -> tuple[Inventory | None, str | None]:
-    """What the files hold, and why the engine would refuse them; None if it would not."""
+    """The inventory of the files, and why the engine would refuse them (None if it would not)."""
     from nemo_engine.checkpoint.checkpoint import no_weights_message
     from nemo_engine.checkpoint.inventory import take_inventory
 
@@ -94,7 +94,7 @@ def check(checkpoint: Checkpoint) -> tuple[Inventory | None, str | None]:
 
 
 def describe(config: ModelConfig) -> Rows:
-    """What the configuration says."""
+    """The configuration in words."""
     context = f"{config.max_position_embeddings} tokens"
     if config.max_position_embeddings > DEFAULT_CONTEXT_CAP:
         context += f" claimed, {DEFAULT_CONTEXT_CAP} served unless max_model_len asks for more"
@@ -131,9 +131,9 @@ def sizes(config: ModelConfig, checkpoint: Checkpoint | None = None) -> Rows:
 
 
 def text_rows(checkpoint: Checkpoint) -> Rows:
-    """What turns text into ids and back, what renders a conversation, and what ends an answer.
+    """Rows on the tokenizer, the renderer of conversations, and the tokens that end an answer.
 
-    This is the place of all that ``nemo_engine.text`` knows of a checkpoint's text.
+    All that ``nemo_engine.text`` knows about a checkpoint's text belongs here.
     """
     from nemo_engine.text import chat_line, load_tokenizer
 
@@ -161,7 +161,7 @@ def fits(model: PlannedModel, inventory: Inventory | None, gpus: list[Gpu]) -> l
         config = EngineConfig(quantization=weights, kv_cache_dtype=kv_cache)
         try:
             choices.append((config, formats_of(model, config, inventory if weights is None else None)))
-        except ValueError:  # not of this checkpoint: it is FP8 in blocks, or float64
+        except ValueError:  # this checkpoint has no FP8 variant: it is FP8 in blocks already, or float64
             choices.append(None)
     for gpu in gpus:
         free = gpu.free_bytes if gpu.marketing_gb else int(gpu.memory_gib * GIB)

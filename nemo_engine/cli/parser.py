@@ -31,17 +31,17 @@ class Parser(argparse.ArgumentParser):
         self._words = list(sys.argv[1:] if args is None else args)  # which ``error`` looks at
         self._add_help_all()
         words = join_lists(self._words, self._option_string_actions)
-        known, rest = super().parse_known_args(words, namespace)
-        flag = next((text.partition("=")[0] for text in rest if text.startswith("--") and text != "--"), None)
+        known, unknown = super().parse_known_args(words, namespace)
+        flag = next((text.partition("=")[0] for text in unknown if text.startswith("--") and text != "--"), None)
         if flag is not None:
             hint = self._hint(flag)
             self.error(f"unrecognized arguments: {flag}" + (f": {hint}" if hint else ""))
-        return known, rest
+        return known, unknown
 
     def _hint(self, flag: str) -> str:
-        new = _RENAMED.get(flag)
-        if new in self._option_string_actions:
-            return f"it is called {new}"
+        new_name = _RENAMED.get(flag)
+        if new_name in self._option_string_actions:
+            return f"it is called {new_name}"
         flags = [name[2:].replace("-", "_") for name in self._option_string_actions if name.startswith("--")]
         return advice(flag[2:].replace("-", "_"), flags, as_flags=True)
 

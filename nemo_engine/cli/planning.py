@@ -1,4 +1,4 @@
-"""What ``plan`` and ``simulate`` have in common: the model, the GPU and the engine's options."""
+"""The arguments that ``plan`` and ``simulate`` share: the model, the GPU and the engine's options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS = (
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...], *, several: bool) -> None:
-    """The model, the GPU, or ``several`` of which one is needed, and the engine's options that matter on paper."""
+    """Add the model, the GPU (or ``several``, at least one), and the engine's options that matter on paper."""
     names = ", ".join(BUILT_IN)
     parser.add_argument(
         "model", metavar="MODEL", help=f"a checkpoint directory, a Hub repository id, nemo-tiny, or one of {names}"

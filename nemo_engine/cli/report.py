@@ -1,4 +1,4 @@
-"""How a finished request is shown: a line of counts and rates, and JSON."""
+"""A finished request as a line of counts and rates, and as JSON."""
 
 from __future__ import annotations
 

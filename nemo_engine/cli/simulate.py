@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nemo_engine.simulator import Results, Setting
     from nemo_engine.workload import Arrivals, Item
 
-_PATIENCE_S = 2.0  # after which a bar is shown
+_PATIENCE_S = 2.0  # a bar appears after so many seconds
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -141,8 +141,8 @@ def run(args: argparse.Namespace) -> int:
 def setting_of(
     args: argparse.Namespace, config: EngineConfig, model: PlannedModel
 ) -> tuple[dict[str, Any], Setting, Efficiencies | None]:
-    """What is said of the engine that is simulated, itself with as many pages as it would have, and what its times are
-    made of if not fitted.
+    """(description of the simulated engine, the engine with the pages that it would have, the efficiencies behind its
+    times if these are not fitted).
     """
     from nemo_engine.memory_plan import plan_kv_cache
     from nemo_engine.planner.efficiency import Efficiencies
@@ -250,7 +250,7 @@ def _encoder(args: argparse.Namespace) -> Any:
 
 
 class _Bar:
-    """Says how far a long run is; nothing in the first two seconds, without a terminal, or without tqdm."""
+    """Shows the progress of a long run; nothing in the first two seconds, without a terminal, or without tqdm."""
 
     def __init__(self, text: str) -> None:
         self._bar: Any = None

@@ -23,9 +23,7 @@ from nemo_engine.text import ChatRenderers, Tokenizer
 __all__ = ["AsyncEngine", "EngineClosedError", "EngineDeadError"]
 
 _LONG_TEXT = 10_000  # characters; longer prompts are encoded outside the event loop
-_MANY_IDS = (
-    100_000  # of all completions of a request, each of which gets its own; more are copied outside the event loop
-)
+_MANY_IDS = 100_000  # prompt ids times completions; a request with more is copied outside the event loop
 
 _T = TypeVar("_T")
 
@@ -35,8 +33,8 @@ class AsyncEngine:
 
     Takes what ``Engine`` takes, and loads the model before it returns: in a running loop, ``await
     asyncio.to_thread(AsyncEngine, model, ...)``. Use it as a context manager (``with`` or ``async with``), or call
-    ``close()``; one that is collected or left at the interpreter's exit is closed then. It does not survive a fork. An
-    ``Engine`` in the place of ``model`` stays its caller's, who may use it meanwhile.
+    ``close()``; garbage collection and the interpreter's exit close it too. It does not survive a fork. If ``model`` is
+    an ``Engine``, the caller may go on using that, and has to close it.
     """
 
     def __init__(self, model: str | Path | BaseEngine, **options: Any) -> None:
@@ -79,7 +77,7 @@ class AsyncEngine:
 
     @property
     def renderers(self) -> ChatRenderers | None:
-        """What makes prompts of conversations, if the model has a tokenizer."""
+        """Turns conversations into prompts; None if the model has no tokenizer."""
         return self._engine.renderers
 
     @property
@@ -134,9 +132,9 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """Complete one prompt; yields outputs as ``sampling_params.output_kind`` says, the last one with ``finished``.
 
-        Dropping, closing or cancelling the iterator aborts the request and frees its pages. Outputs that are not taken
-        are merged. The first ``next`` raises ``ValueError`` for bad input, ``EngineClosedError`` or
-        ``EngineDeadError``. ``request_id`` None makes one up.
+        Dropping, closing or cancelling the iterator aborts the request and frees its pages. Outputs that wait to be
+        taken are merged. The first ``next`` raises ``ValueError`` for bad input, ``EngineClosedError`` or
+        ``EngineDeadError``. If ``request_id`` is None, a random one is made.
         """
         refuse_unknown_arguments(self.generate, unknown)
         inputs = self.inputs
@@ -177,9 +175,9 @@ class AsyncEngine:
         priority: int = 0,
         client: str = "",
     ) -> AsyncIterator[RequestOutput]:
-        """As ``generate``, for a prompt and parameters that have been through ``inputs`` already.
+        """Like ``generate``, for a prompt and parameters that ``inputs`` has already checked.
 
-        While they wait, requests of equal priority are taken from each ``client`` in turn.
+        Waiting requests of equal priority are taken from each ``client`` in turn.
         """
         if request_id is None:
             request_id = f"req-{uuid4().hex}"
@@ -207,11 +205,9 @@ class AsyncEngine:
         self._thread.add(prepared, stream)
 
     def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests, whose iterators then yield what they had as "abort"; unknown ids are passed over.
+        """End requests; their iterators yield a last output with finish reason "abort". Unknown ids are passed over.
 
-        From any thread.
-
-        ValueError, and nothing is ended, if an id is no string.
+        May be called from any thread. If an id is no string, it raises ``ValueError`` and ends nothing.
         """
         ids = check_ids(request_id)
         self._thread.post(lambda: self._engine.abort(ids))
@@ -238,19 +234,19 @@ class AsyncEngine:
         return bool(done)
 
     async def call(self, function: Callable[[BaseEngine], _T]) -> _T:
-        """Run ``function``, which must be quick, on the engine between two steps, in its thread."""
-        done: Future[_T] = Future()
+        """Run ``function`` on the engine between two steps, in the engine's thread; it must be quick."""
+        future: Future[_T] = Future()
 
         def run() -> None:
-            if done.set_running_or_notify_cancel():
+            if future.set_running_or_notify_cancel():
                 try:
-                    done.set_result(function(self._engine))
+                    future.set_result(function(self._engine))
                 except Exception as error:
-                    done.set_exception(error)
+                    future.set_exception(error)
 
         self._thread.check_alive()
         self._thread.post(run)
-        waiter = asyncio.wrap_future(done)
+        waiter = asyncio.wrap_future(future)
         while not waiter.done():
             await asyncio.wait([waiter], timeout=1.0)
             if not waiter.done() and not self._thread.is_alive:

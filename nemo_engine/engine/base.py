@@ -1,5 +1,5 @@
-"""``BaseEngine``: one model with its loop, for those who run it: ``Engine`` in the caller's thread, ``AsyncEngine`` in
-its own.
+"""``BaseEngine``: one model and its loop. ``Engine`` runs the loop in the caller's thread, ``AsyncEngine`` in a thread
+of its own.
 
 Puts together input checking, the core and output processing; knows neither model, ops nor tensors.
 """
@@ -46,7 +46,7 @@ FORKED = (
 
 
 class _Lock:
-    """A reentrant lock that cannot be entered in a forked process, where another thread's hold on it would never
+    """A reentrant lock that refuses a forked process: there, a hold that another thread had at the fork would never
     end.
     """
 
@@ -56,7 +56,7 @@ class _Lock:
 
     @property
     def is_forked(self) -> bool:
-        """Whether this is another process than that which made the lock."""
+        """Whether this process is a fork of the one that made the lock."""
         return os.getpid() != self._process
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class BaseEngine:
 
     ``options`` are the fields of ``EngineConfig``; an unknown one is a ``ValueError`` that says what to use. Methods
     may be called from any thread. Use it as a context manager, or call ``close()``, to give all memory back. In a
-    process that is forked from this one, they raise ``RuntimeError``.
+    process that was forked from this one, methods raise ``RuntimeError``.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
@@ -101,14 +101,15 @@ class BaseEngine:
         self.startup_log.log()
 
     def _load_tokenizer(self, folders: Sequence[Path]) -> int | None:
-        """Load the tokenizer before the weights, of the first of ``folders`` that has one; returns its number of ids,
-        None if there is none.
+        """Load the tokenizer of the first of ``folders`` that has one, before the weights are read.
+
+        Returns how many ids it has, or None if no folder has a tokenizer.
         """
         if self.config.skip_tokenizer_init:
             self._check_no_template()
             return None
-        given = self.config.tokenizer
-        places = folders if given is None else [Path(given)]
+        option = self.config.tokenizer
+        places = folders if option is None else [Path(option)]
         with self.startup_log.stage("load tokenizer"):
             self.tokenizer = next(
                 (tokenizer for place in places if (tokenizer := load_tokenizer(place)) is not None), None
@@ -134,18 +135,16 @@ class BaseEngine:
         return self._inputs
 
     def check_fits(self, prompt: EncodedPrompt, params: SamplingParams) -> None:
-        """Refuse, with a ``ValueError``, what could never finish in this context and this cache."""
+        """Raise ``ValueError`` for a request that could never finish within this context and this cache."""
         self._core.scheduler.max_total_tokens(len(prompt.token_ids), params.max_tokens)
 
     def room_for(self, num_prompt_tokens: int) -> int:
-        """Tokens that a request may generate after a prompt of that length; ``ValueError`` if there is no room for
-        one.
-        """
+        """Tokens that a request may generate after a prompt of that length; ``ValueError`` if not even one fits."""
         return self._core.scheduler.max_total_tokens(num_prompt_tokens, None) - num_prompt_tokens
 
     def chat_params(self, prompts: Sequence[EncodedPrompt], params: Params) -> list[SamplingParams]:
-        """The effective parameters of each conversation; without ``params`` an answer is cut to what the context and
-        the cache hold.
+        """The effective parameters of each conversation. Without ``params``, ``max_tokens`` is lowered to what the
+        context and the cache still hold.
         """
         effective = self.inputs.params_per_prompt(params, len(prompts), is_chat=True)
         if params is not None:
@@ -164,12 +163,12 @@ class BaseEngine:
         is_named: bool = True,
         client: str = "",
     ) -> PreparedRequest:
-        """Check a request and make it ready for ``submit``; for those who run the loop themselves.
+        """Check a request and make it ready for ``submit``; callers that run the loop themselves use it.
 
-        ``prompt`` and ``params`` are what ``inputs`` made of a user's. Takes no lock: a step may be running meanwhile.
-        Outputs will be appended to ``sink`` by the thread that calls ``advance``. ``request_id`` is a label; only if
-        ``is_named`` must it be unique, and can ``abort`` find the request by it. Waiting requests of equal ``priority``
-        are taken from each ``client`` in turn.
+        ``inputs`` has made ``prompt`` and ``params``. This takes no lock, so a step may run meanwhile. The thread that
+        calls ``advance`` appends the outputs to ``sink``. ``request_id`` is a label; only if ``is_named`` must it be
+        unique, and only then does ``abort`` find the request by it. Waiting requests of equal ``priority`` are taken
+        from each ``client`` in turn.
         """
         self.check_fits(prompt, params)
         user = UserRequest(request_id, prompt, params, kind, sink, is_named)
@@ -187,7 +186,7 @@ class BaseEngine:
                 self._outputs.add(user)
 
     def advance(self) -> None:
-        """Run one step for all requests; what is new goes to each request's own sink.
+        """Run one step for all requests; new outputs go to the sink of each request.
 
         RuntimeError if the device is lost. After any other exception the requests that were running end with it, and
         the next call goes on.
@@ -206,18 +205,18 @@ class BaseEngine:
                     self._outputs.process(self._core.fail(message))
 
     def abort(self, request_id: str | Sequence[str]) -> None:
-        """End requests with all their completions, whose outputs so far come from the next ``step()`` as "abort".
+        """End requests with all their completions; the next ``step()`` returns their last outputs, as "abort".
 
-        Unknown ids are passed over, those of requests that have ended among them. ValueError, and nothing is ended, if
-        an id is no string.
+        Ids that no unfinished request has are passed over. If an id is no string, it raises ``ValueError`` and ends
+        nothing.
         """
         ids = check_ids(request_id)
         with self._lock, self._core.change():
-            for known in ids:
-                self._outputs.abort(known)
+            for known_id in ids:
+                self._outputs.abort(known_id)
 
     def withdraw(self, prepared: Iterable[PreparedRequest]) -> None:
-        """As ``abort``, of requests that were submitted, named or not."""
+        """End submitted requests as ``abort`` does, whether or not they are named."""
         with self._lock, self._core.change():
             for request in prepared:
                 self._outputs.abort(request.user)
@@ -228,15 +227,15 @@ class BaseEngine:
         return self._core.is_dead
 
     def has_work(self) -> bool:
-        """Whether ``advance`` has something to do: for a request, or for a step in flight, of which something is kept
-        until it is done.
+        """Whether ``advance`` has something to do: a request is unfinished, or a step in flight holds memory until it
+        is committed.
         """
         with self._lock:
             return len(self._outputs) > 0 or self._core.has_work()
 
     def settle(self) -> None:
-        """Make this thread the one that calls ``advance``, beside others that serve its outputs; call it there, before
-        the first step.
+        """Prepare this thread to run the steps while other threads serve the outputs. Call it in the thread that will
+        call ``advance``, before the first step.
         """
         self._core.runner.settle()
 
@@ -256,7 +255,7 @@ class BaseEngine:
         return history[-1].step_id if history else 0
 
     def steps_since(self, step_id: int) -> list[StepRecord]:
-        """What the steps after ``step_id`` did, of those remembered (``core.HISTORY``), oldest first."""
+        """The records of the steps after ``step_id``, oldest first; the last ``core.HISTORY`` steps are remembered."""
         with self._lock:
             recent = takewhile(lambda record: record.step_id > step_id, reversed(self._core.history))
             return list(recent)[::-1]
@@ -267,16 +266,17 @@ class BaseEngine:
             return self._core.scheduler.kv.pool.states()
 
     def cached_pages(self, token_ids: Sequence[int]) -> list[int]:
-        """The pages from which a prompt of ``token_ids`` would be served now, in order, by their places in
-        ``page_states``. It is not counted as a use of them.
+        """The cached pages that a prompt of ``token_ids`` would reuse now, in order, as indices into ``page_states``.
+
+        Looking does not count as a use of them.
         """
         request = Request("", token_ids, SamplingParams())
         with self._lock:
             return [page - 1 for page in self._core.scheduler.kv.match(request)]
 
     def requests(self, limit: int) -> list[RequestView]:
-        """At most ``limit`` unfinished completions: those that run, in order of arrival, then those that wait, in the
-        order in which they would be admitted if no other came.
+        """At most ``limit`` unfinished completions: first those that run, by arrival; then those that wait, in the
+        order in which they will be admitted if no other request comes.
         """
         with self._lock:
             return self._outputs.views(limit)
@@ -284,7 +284,7 @@ class BaseEngine:
     def count_saturated_kv(self) -> tuple[int, int]:
         """How much of an FP8 KV cache is saturated: (entries at its largest number, entries that are not 0).
 
-        Reads it all; (0, 0) of other caches.
+        Reads the whole cache. Other caches give (0, 0).
         """
         with self._lock:
             self._check_open()

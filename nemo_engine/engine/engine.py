@@ -36,7 +36,7 @@ class Engine(BaseEngine):
     def __init__(self, model: str | Path, **options: Any) -> None:
         super().__init__(model, **options)
         self._labels = itertools.count()
-        self._ready: list[RequestOutput] = []  # of add_request, for step()
+        self._ready: list[RequestOutput] = []  # outputs for requests of add_request; the next step() returns them
 
     def generate(
         self,
@@ -55,7 +55,7 @@ class Engine(BaseEngine):
         refuse_unknown_arguments(self.generate, unknown)
         encoded = self.inputs.encode_all(prompts)
         params = self.inputs.params_per_prompt(sampling_params, len(encoded), is_chat=False)
-        return self._run(encoded, params, progress)
+        return self._finals(encoded, params, progress)
 
     def chat(
         self,
@@ -81,9 +81,9 @@ class Engine(BaseEngine):
         puts system text and tools in front of the first user message rather than the last, so that the prefix stays
         cached from turn to turn.
 
-        ``chat_template``, the text of a Jinja template, serves this call instead of the model's; a template is code,
-        run with limits but run. ``documents`` and ``chat_template_kwargs`` are what a template may read besides, and
-        refused where it does not. What ends a turn in the template ends an answer.
+        ``chat_template``, the text of a Jinja template, serves this call instead of the model's. A template is code: it
+        is run, within limits. A template may also read ``documents`` and ``chat_template_kwargs``; if it does not, they
+        are refused. The tokens that end a turn in the template end an answer.
         """
         refuse_unknown_arguments(self.chat, unknown)
         encoded = self.inputs.encode_conversations(
@@ -97,12 +97,12 @@ class Engine(BaseEngine):
             strict=strict,
             system_placement=system_placement,
         )
-        return self._run(encoded, self.chat_params(encoded, sampling_params), progress)
+        return self._finals(encoded, self.chat_params(encoded, sampling_params), progress)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, **unknown: Any
     ) -> Iterator[RequestOutput]:
-        """As ``generate``, but yields deltas as they come, those of several prompts interleaved.
+        """Like ``generate``, but yields deltas as they come; those of several prompts are interleaved.
 
         ``request_id`` is the index of the prompt in the list, as text. The texts of one completion, joined, equal its
         final text. Dropping the iterator aborts what is unfinished.
@@ -126,7 +126,7 @@ class Engine(BaseEngine):
         system_placement: SystemPlacement = "last",
         **unknown: Any,
     ) -> Iterator[RequestOutput]:
-        """As ``chat``, but yields deltas like ``stream``."""
+        """Like ``chat``, but yields deltas as ``stream`` does."""
         refuse_unknown_arguments(self.stream_chat, unknown)
         encoded = self.inputs.encode_conversations(
             messages,
@@ -152,19 +152,18 @@ class Engine(BaseEngine):
         progress: bool = False,
         **unknown: Any,
     ) -> BatchSummary:
-        """Answer the requests of a file, a line of JSON each, into ``target``; a run that was cut off goes on where it
-        was.
+        """Answer a file of requests, one line of JSON each, into ``target``. A run that was cut off goes on where it
+        stopped.
 
         A line is OpenAI's (``custom_id``, ``method``, ``url``, ``body``), a workload's, or ``{"prompt": ...}`` or
-        ``{"messages": ...}`` with any field of the route's body. Results are appended as they come; what fails goes to
-        ``target``.errors, with line and reason, and the rest goes on. Memory does not grow with the file. "-" is
-        standard input or output; compressed files (gzip) are read as what they hold, and written where ``target`` ends
-        in .gz.
+        ``{"messages": ...}`` with any field of the route's body. Results are appended as they come. A request that
+        fails is written to ``target``.errors, with line and reason, and the others go on. Memory does not grow with the
+        file. "-" is standard input or output. Gzip is read wherever it is found, and written if ``target`` ends in .gz.
 
-        ``sampling_params`` are those of requests that do not set their own. ``served_model_name``: names that lines may
-        use for the model, rather than that which the engine was made with. A run that goes on must be asked for what
-        the first one was, unless ``force``. ``progress`` shows a bar. Raises ``ValueError`` for that and for files that
-        cannot be used, ``OSError`` where there is no room. Needs the extra ``server``.
+        ``sampling_params`` serve requests that do not set their own. ``served_model_name`` are the names that lines may
+        use for the model, in place of the one that the engine was made with. A run that goes on must have the options
+        of the first run, unless ``force``. ``progress`` shows a bar. Raises ``ValueError`` for other options and for
+        files that cannot be used, ``OSError`` where there is no room. Needs the extra ``server``.
         """
         refuse_unknown_arguments(self.batch, unknown)
         from nemo_engine.server.batch.answers import batch_of_engine
@@ -199,7 +198,9 @@ class Engine(BaseEngine):
         with self._lock:
             return bool(self._ready) or self.has_work()
 
-    def _run(self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool) -> list[RequestOutput]:
+    def _finals(
+        self, prompts: list[EncodedPrompt], params: list[SamplingParams], progress: bool
+    ) -> list[RequestOutput]:
         sinks, prepared = self._prepare_all(prompts, params, RequestOutputKind.FINAL_ONLY)
         try:
             self._submit_all(prepared)
@@ -208,17 +209,17 @@ class Engine(BaseEngine):
                     self.advance()
                     bar.update(sum(map(bool, sinks)))
         finally:
-            self._leave(prepared)
+            self._end_unfinished(prepared)
         return [sink[0] for sink in sinks]
 
     def _stream(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
         self._check_open()
         for index, (prompt, request_params) in enumerate(zip(prompts, params, strict=True)):
-            with _naming(index, len(prompts)):
+            with _naming_the_prompt(index, len(prompts)):
                 self.check_fits(prompt, request_params)
-        return self._run_all(prompts, params)
+        return self._deltas(prompts, params)
 
-    def _run_all(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
+    def _deltas(self, prompts: list[EncodedPrompt], params: list[SamplingParams]) -> Iterator[RequestOutput]:
         # Queued at the first next(): an iterator that is never started would otherwise never be aborted.
         sinks, prepared = self._prepare_all(prompts, params, RequestOutputKind.DELTA)
         unfinished = set(range(len(sinks)))
@@ -234,18 +235,18 @@ class Engine(BaseEngine):
                             unfinished.discard(index)
                         yield output
         finally:
-            self._leave(prepared)
+            self._end_unfinished(prepared)
 
     def _prepare_all(
         self, prompts: list[EncodedPrompt], params: list[SamplingParams], kind: RequestOutputKind
     ) -> tuple[list[list[RequestOutput]], list[PreparedRequest]]:
-        """A sink for each prompt, and its request, whose id is a mere label."""
+        """A sink and a checked request for each prompt. The ids are labels, which nobody looks up."""
         self._check_open()
         sinks: list[list[RequestOutput]] = [[] for _ in prompts]
         prepared = []
         for index, (prompt, request_params, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
             label = str(next(self._labels))
-            with _naming(index, len(prompts)):
+            with _naming_the_prompt(index, len(prompts)):
                 prepared.append(self.prepare(label, prompt, request_params, kind, sink, is_named=False))
         return sinks, prepared
 
@@ -254,8 +255,8 @@ class Engine(BaseEngine):
             for request in prepared:
                 self.submit(request)
 
-    def _leave(self, prepared: list[PreparedRequest]) -> None:
-        """End what is unfinished of ``prepared``, and the steps in flight if nobody else has part in them."""
+    def _end_unfinished(self, prepared: list[PreparedRequest]) -> None:
+        """End the requests that are unfinished, and finish the steps in flight if no other request is left."""
         with self._lock:
             self.withdraw(prepared)
             while not self._is_closed and len(self._outputs) == 0 and self.has_work():
@@ -263,8 +264,8 @@ class Engine(BaseEngine):
 
 
 @contextmanager
-def _naming(index: int, count: int) -> Iterator[None]:
-    """What is refused inside is refused of prompt ``index`` of ``count``."""
+def _naming_the_prompt(index: int, count: int) -> Iterator[None]:
+    """A ``ValueError`` from inside gets the name of the prompt in front, if there are several."""
     try:
         yield
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""``EngineThread``: the thread that runs an engine's steps, and the way to it and from it.
+"""``EngineThread``: the thread that runs an engine's steps, with its inbox and the streams of outputs.
 
-Requests come in through an inbox that the thread empties between two steps. Their outputs wait, merged, until their
-event loop takes them: so a slow consumer holds up nobody, and what waits for it is never more than one output.
+Requests come in through an inbox that the thread empties between two steps. Outputs wait, merged into one, until the
+event loop takes them: a slow consumer holds up nobody, and at most one output waits for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _logger = logging.getLogger("nemo_engine")
 
 
 class EngineDeadError(RuntimeError):
-    """The engine's thread has ended by an error, which is the cause of this one.
+    """An error has ended the engine's thread; it is the cause of this one.
 
     Nothing can be asked of the engine any more.
     """
@@ -39,7 +39,7 @@ class Stream:
     def __init__(self, thread: EngineThread, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
         self.request_id = request_id
         self.loop = loop
-        self.is_dropped = False  # its consumer has gone; written under the condition's lock
+        self.is_dropped = False  # its consumer has gone; written under the lock of the thread's condition
         self._thread = thread
         self._lock = threading.Lock()
         self._pending: RequestOutput | None = None
@@ -50,14 +50,14 @@ class Stream:
     def append(self, output: RequestOutput) -> None:
         """Engine's thread: add an output to what waits."""
         with self._lock:
-            before = self._pending
-            self._pending = output if before is None else _merged(before, output)
+            waiting = self._pending
+            self._pending = output if waiting is None else _merged(waiting, output)
         self._wake()
         if output.finished:
             self._thread.ended(self)
 
     def fail(self, error: BaseException) -> None:
-        """Engine's thread: there will be no output any more."""
+        """Engine's thread: end the stream with ``error``, after the output that waits."""
         with self._lock:
             self._error = error
         self._wake()
@@ -69,12 +69,12 @@ class Stream:
             self._thread.wake_later(self)
 
     def wake(self) -> None:
-        """Event loop: something waits."""
+        """Event loop: let ``next`` look for an output."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def next(self) -> RequestOutput:
-        """Event loop: what waits, as soon as something does."""
+        """Event loop: wait for an output and take it; raises the error that ended the stream."""
         while True:
             with self._lock:
                 output, self._pending = self._pending, None
@@ -85,7 +85,7 @@ class Stream:
             if error is not None:
                 raise error
             self._waiter = self.loop.create_future()
-            # Between the look and the waiter something may have come, whose wake-up found no waiter.
+            # An output may have come before the waiter was there, so that its wake-up found none: look again.
             if self._pending is None and self._error is None:
                 await self._waiter
             self._waiter = None
@@ -94,12 +94,12 @@ class Stream:
 class EngineThread:
     """Runs the steps of ``engine`` while there is something to do, and sleeps while there is not.
 
-    owns: close the engine in the end. One that stays its caller's may be advanced by others meanwhile.
+    owns: close the engine at the end. If the caller keeps the engine, other threads may advance it meanwhile.
     """
 
     def __init__(self, engine: BaseEngine, *, owns: bool = True) -> None:
         self._owns = owns
-        self.stats = engine.stats()  # after the last step
+        self.stats = engine.stats()  # as of the end of the last step
         self.last_step_id = 0
         self.streams: dict[str, Stream] = {}  # unfinished requests; written under the condition's lock
         self.is_draining = False
@@ -109,8 +109,8 @@ class EngineThread:
         self._condition = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._num_arriving: Counter[str] = Counter()  # completions in the inbox, by client
-        self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # the thread's own
-        self._idle: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # used by the engine's thread alone
+        self._idle_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._is_ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nemo-engine", daemon=True)
         self._thread.start()
@@ -135,8 +135,8 @@ class EngineThread:
             raise EngineClosedError("the engine is being drained and takes no more requests")
 
     def check_alive(self) -> None:
-        """Raise ``EngineDeadError`` if the thread has ended by an error, ``EngineClosedError`` in a process that was
-        forked from its own.
+        """Raise ``EngineDeadError`` if an error has ended the thread, ``EngineClosedError`` in a forked process, to
+        which no thread comes along.
         """
         if self.error is not None:
             raise EngineDeadError(str(self.error)) from self.error.__cause__
@@ -146,7 +146,7 @@ class EngineThread:
     def add(self, prepared: PreparedRequest, stream: Stream) -> None:
         """Queue a request whose outputs go to ``stream``, unless that was dropped. ``ValueError`` if its id is in use.
 
-        From any thread.
+        May be called from any thread.
         """
         request_id = stream.request_id
         with self._condition:
@@ -166,7 +166,7 @@ class EngineThread:
         return self._num_arriving[client] + self._engine.num_waiting_of(client)
 
     def drop(self, stream: Stream) -> None:
-        """End the request of ``stream``, whose consumer has gone, also if it is yet to be added. From any thread."""
+        """End the request of ``stream``, whose consumer has gone, even if it is not added yet. From any thread."""
         with self._condition:
             stream.is_dropped = True
             self._inbox.append(lambda: self._abort(stream))
@@ -179,13 +179,13 @@ class EngineThread:
             self._condition.notify()
 
     def idle_waiter(self) -> asyncio.Future[None] | None:
-        """A future of the running loop that is done when no request is left; None if none is now."""
+        """A future of the running loop that is done when no request is left; None if no request is there now."""
         loop = asyncio.get_running_loop()
         with self._condition:
             if not self.streams or self.error is not None:
                 return None
             waiter = loop.create_future()
-            self._idle.append((loop, waiter))
+            self._idle_waiters.append((loop, waiter))
         return waiter
 
     def close(self) -> None:
@@ -270,9 +270,9 @@ class EngineThread:
         with self._condition:
             self.streams.pop(stream.request_id, None)
             if not self.streams:
-                for loop, waiter in self._idle:
+                for loop, waiter in self._idle_waiters:
                     _call_in(loop, _resolve, waiter)
-                self._idle.clear()
+                self._idle_waiters.clear()
 
     def _wake_all(self) -> None:
         if self._to_wake:
@@ -294,18 +294,18 @@ class EngineThread:
 
 
 def _client_of(prepared: PreparedRequest) -> tuple[str, int]:
-    """Whose request it is, and how many completions."""
+    """(client, number of completions) of a request."""
     completions = prepared.user.completions
     return completions[0].request.client, len(completions)
 
 
-def _merged(before: RequestOutput, after: RequestOutput) -> RequestOutput:
-    """One output in the place of two that were not taken in between."""
-    params = after.sampling_params
+def _merged(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    """One output that says what two say together, for a consumer that took neither yet."""
+    params = later.sampling_params
     if params is None or params.output_kind is not RequestOutputKind.DELTA:
-        return after
-    by_index = {output.index: output for output in before.outputs}
-    for new in after.outputs:
+        return later
+    by_index = {output.index: output for output in earlier.outputs}
+    for new in later.outputs:
         old = by_index.get(new.index)
         if old is not None:
             new.text = old.text + new.text
@@ -315,8 +315,8 @@ def _merged(before: RequestOutput, after: RequestOutput) -> RequestOutput:
                 old.logprobs.extend(new.logprobs)
                 new.logprobs = old.logprobs
         by_index[new.index] = new
-    after.outputs = [by_index[index] for index in sorted(by_index)]
-    return after
+    later.outputs = [by_index[index] for index in sorted(by_index)]
+    return later
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: object) -> bool:

@@ -28,10 +28,11 @@ Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 CHAT_TEMPERATURE = 0.3  # recommended by the makers of NeMo
 _MAX_SALT = 1024
-_LEAST_MAX_TEXT = 1 << 20  # characters that may be encoded beyond the context: to be counted, or to be cut
-_MAX_TEXT_PER_TOKEN = 16  # and so many for each token of the context
-_MAX_BAD_WORD_TOKENS = 1 << 20  # compared in every step
-CHAT_MAX_TOKENS = 1024  # of ``chat`` without sampling parameters
+# A text that is encoded only to be counted or cut may have the larger of these many characters:
+_LEAST_MAX_TEXT = 1 << 20
+_MAX_TEXT_PER_TOKEN = 16  # for each token of the context
+_MAX_BAD_WORD_TOKENS = 1 << 20  # every step compares them all
+CHAT_MAX_TOKENS = 1024  # the limit of ``chat`` without sampling parameters
 _CHAT_OPTIONS = {"chat_template", *signature(Renderer.render).parameters} - {"self", "messages", "max_tokens"}
 
 
@@ -53,7 +54,7 @@ class EncodedPrompt:
 class InputProcessor:
     """Checks and encodes, in any thread.
 
-    Stateless but for the count of requests, from which unseeded ones get their noise.
+    It keeps no state but counters: unseeded requests get their noise from one of them.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class InputProcessor:
         return ids
 
     def effective_params(self, params: SamplingParams | None, *, is_chat: bool = False) -> SamplingParams:
-        """Fill in the defaults of the call, and check what depends on the model and the tokenizer."""
+        """Fill in the defaults of ``chat`` or ``generate``, and check what depends on model and tokenizer."""
         if params is None:
             params = SamplingParams(max_tokens=CHAT_MAX_TOKENS) if is_chat else SamplingParams()
         if not isinstance(params, SamplingParams):
@@ -173,7 +174,7 @@ class InputProcessor:
         return [EncodedPrompt(None, self.check_ids(ids, "messages"), end_ids=ends) for ids in rendered]
 
     def _end_ids(self, renderer: Renderer) -> frozenset[int]:
-        """What ends an answer: the tokenizer's own end, and what the renderer ends a turn with."""
+        """The ids that end an answer: the tokenizer's end of sequence, and those that end a turn in the renderer."""
         assert self._tokenizer is not None
         eos = () if self._tokenizer.eos_id is None else (self._tokenizer.eos_id,)
         return frozenset(token_id for token_id in (*eos, *renderer.end_ids) if token_id < self._vocab_size)
@@ -186,16 +187,17 @@ class InputProcessor:
             raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
         if len(params) != count:
             raise ValueError(f"sampling_params must be one, or one per prompt ({count}), got {len(params)}")
-        return [self.effective_params(given, is_chat=is_chat) for given in params]
+        return [self.effective_params(prompt_params, is_chat=is_chat) for prompt_params in params]
 
     def requests(
         self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0, client: str = ""
     ) -> list[Request]:
         """The ``n`` scheduler requests of one user request; ``params`` are effective ones.
 
-        ``request_id`` is a label: each gets a number too.
+        ``request_id`` is a label, so each scheduler request gets a number in front of it.
 
-        They share the prompt's pages: through the prefix cache, or with that turned off under a salt of their own.
+        All ``n`` share the prompt's pages through the prefix cache. Where that is turned off, they have a common salt,
+        which no other request has.
         """
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise ValueError(f"priority must be an integer, got {priority!r}")
@@ -204,7 +206,7 @@ class InputProcessor:
         bad_words: Sequence[tuple[int, ...]] = ()
         if params.bad_words:
             assert self._tokenizer is not None
-            # What the model has no ids for it cannot say.
+            # The model cannot generate an id beyond its vocabulary, so a word that needs one cannot appear.
             bad_words = [
                 ids for ids in self._tokenizer.encode_bad_words(params.bad_words) if max(ids) < self._vocab_size
             ]
@@ -221,8 +223,8 @@ class InputProcessor:
         if params.n > 1 and not self._config.enable_prefix_caching:
             salt = blake2b(f"{request_id}\0{next(self._salts)}".encode(), digest_size=16).digest()
         ends = self._eos_token_ids | prompt.end_ids
-        if params.structured_outputs is not None and ends:  # without any, a text ends where its grammar does
-            ends |= self._chat_end_ids  # a grammar lets a text end with any of them
+        if params.structured_outputs is not None and ends:  # with no end token, a text ends where its grammar does
+            ends |= self._chat_end_ids  # a grammar allows each of these where a text may end
         siblings = []
         for index in range(params.n):
             # Prompt log-probabilities are the same for all siblings: the first one computes them.
@@ -248,7 +250,7 @@ class InputProcessor:
         return siblings
 
     def _grammar(self, params: SamplingParams) -> Grammar | None:
-        """The start of the grammar of one completion, None for free text; compiled when it is first asked for."""
+        """A grammar at its start, for one completion; None for free text. The first request for it compiles it."""
         form = params.structured_outputs
         if form is None:
             return None
@@ -278,17 +280,15 @@ class InputProcessor:
         return self._tokenizer is not None
 
     def check_size(self, text: str, name: str) -> None:
-        """Refuse, with a ``ValueError``, a text that would take long to encode where any number of its tokens may be
-        wanted.
+        """Raise ``ValueError`` for a text that would take too long to encode, for callers that set no limit of
+        tokens.
         """
         limit = max(_LEAST_MAX_TEXT, _MAX_TEXT_PER_TOKEN * self._max_model_len)
         if len(text) > limit:
             raise ValueError(f"{name} must have at most {limit} characters here, got {len(text)}")
 
     def check_length(self, text: str, name: str) -> None:
-        """Refuse, with a ``ValueError``, a text of more tokens than the context holds, before it is encoded as a
-        whole.
-        """
+        """Raise ``ValueError`` for a text of more tokens than the context holds, without encoding all of it."""
         assert self._tokenizer is not None
         limit = self._max_model_len
         if self._tokenizer.exceeds(text, limit):

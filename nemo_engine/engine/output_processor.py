@@ -22,19 +22,18 @@ _logger = logging.getLogger("nemo_engine")
 
 
 class OutputProcessor:
-    """Keeps the user requests under way, and brings their outputs to their sinks.
+    """Keeps the unfinished user requests, and sends their outputs to their sinks.
 
-    Users' ids are labels, by which those who gave them find their requests again; everything else here is known by the
-    object.
+    A user's id is a label for ``abort`` alone; everything here is found by the request object.
     """
 
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None) -> None:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._users: dict[UserRequest, None] = {}
-        self._by_id: dict[str, UserRequest] = {}  # of the named
+        self._by_id: dict[str, UserRequest] = {}  # named requests alone
         self._completions: dict[Request, Completion] = {}
-        self._attended: dict[Request, Completion] = {}  # those of users that want every step
+        self._attended: dict[Request, Completion] = {}  # those that every step is looked at for
 
     def __len__(self) -> int:
         return len(self._users)
@@ -43,9 +42,9 @@ class OutputProcessor:
         return request_id in self._by_id
 
     def add(self, user: UserRequest) -> None:
-        """Take charge of ``user`` and queue its completions.
+        """Keep ``user`` and queue its completions.
 
-        If that raises, ``process`` is to be told of a failure, and removes what was.
+        If that raises, the caller must report a failure to ``process``, which ends the completions already queued.
         """
         user.metrics.queued_ts = time.monotonic()
         try:
@@ -62,9 +61,9 @@ class OutputProcessor:
             raise
 
     def complete(self, user: UserRequest, requests: list[Request]) -> None:
-        """Give ``user`` its completions, which are to be made by ``requests``.
+        """Give ``user`` a completion for each of ``requests``.
 
-        Changes nothing here, and may be called in any thread.
+        Changes nothing but ``user``, so it may be called in any thread.
         """
         params = user.params
         for index, request in enumerate(requests):
@@ -90,15 +89,15 @@ class OutputProcessor:
         self._users.pop(user, None)
 
     def views(self, limit: int) -> list[RequestView]:
-        """At most ``limit`` completions: those that run in order of arrival, then those that wait as they are to come.
+        """At most ``limit`` completions: first those that run, by arrival; then those that wait, in their order.
 
-        O(completions).
+        Takes time in proportion to the number of completions.
         """
         running = [entry for entry in self._completions.values() if entry.request.status is RequestStatus.RUNNING]
         waiting = (self._completions.get(request) for request in self._scheduler.waiting)
         now = time.monotonic()
-        shown = islice(chain(running, filter(None, waiting)), limit)
-        return [self._view(completion, now) for completion in shown]
+        listed = islice(chain(running, filter(None, waiting)), limit)
+        return [self._view(completion, now) for completion in listed]
 
     def _view(self, completion: Completion, now: float) -> RequestView:
         request = completion.request
@@ -124,7 +123,7 @@ class OutputProcessor:
         """
         now = time.monotonic()
         if committed.failure is not None:
-            self._settle(committed.failure, now)
+            self._settle_failure(committed.failure, now)
             return
         changed: dict[UserRequest, None] = {}
         for request in committed.prefilled:
@@ -133,7 +132,7 @@ class OutputProcessor:
                 metrics.first_token_ts = now
         for request, first, entries in committed.prompt_logprobs:
             completion = self._completions[request]
-            if not self._take_prompt(completion, first, entries):
+            if not self._take_prompt_logprobs(completion, first, entries):
                 changed[completion.owner] = None
         if self._attended:
             requests = committed.requests
@@ -143,18 +142,18 @@ class OutputProcessor:
                     later = index + 1  # a wide step may have more tokens for it
                     while later < len(requests) and requests[later] is request:
                         later += 1
-                    self._take(attended, committed.logprobs.get(index), later - index - 1)
+                    self._take_tokens(attended, committed.logprobs.get(index), later - index - 1)
                     changed[attended.owner] = None
         for request in committed.finished:
             completion = self._completions[request]
             changed[completion.owner] = None
             if request not in self._attended:
-                self._take(completion)
+                self._take_tokens(completion)
         for user in changed:
             self._emit(user, now)
 
-    def _settle(self, failure: str, now: float) -> None:
-        """A failure ended what ran, and may have hidden what ended before: look at everybody."""
+    def _settle_failure(self, failure: str, now: float) -> None:
+        """A failure ended the running requests; the report of earlier ends may be lost too, so look at every user."""
         for request in list(self._scheduler.requests.values()):
             if request not in self._completions:  # it was being added
                 self._scheduler.finish(request.request_id, "abort")
@@ -167,26 +166,26 @@ class OutputProcessor:
                 if is_torn or (completion.is_finished and (is_unread or lacks_prompt)):
                     self._fail(completion, failure)
                 if completion.is_finished and completion.logprobs is None:
-                    self._take(completion)
+                    self._take_tokens(completion)
             if user.has_ended:
                 self._forget(user)
             elif user.is_finished:
                 self._emit(user, now)
 
     def abort(self, user: UserRequest | str) -> None:
-        """End a user request, by its id if it is named; its last output, with what it had, goes to its sink.
+        """End a user request, or the named one of that id. Its last output, with all it has, goes to its sink.
 
-        Passes over the unknown.
+        An unknown one is passed over.
         """
-        known = self._by_id.get(user) if isinstance(user, str) else user
-        if known is None or known not in self._users:
+        owner = self._by_id.get(user) if isinstance(user, str) else user
+        if owner is None or owner not in self._users:
             return
-        for completion in known.completions:
+        for completion in owner.completions:
             self._scheduler.finish(completion.request.request_id, "abort")
-            self._take(completion)
-        self._emit(known, time.monotonic())
+            self._take_tokens(completion)
+        self._emit(owner, time.monotonic())
 
-    def _take(self, completion: Completion, logprobs: TokenLogprobs | None = None, num_later: int = 0) -> None:
+    def _take_tokens(self, completion: Completion, logprobs: TokenLogprobs | None = None, num_later: int = 0) -> None:
         """Turn what is new, but for ``num_later`` tokens, into text, which may end the request: at a stop string, or
         because there is no text for it.
         """
@@ -205,7 +204,7 @@ class OutputProcessor:
             # The scheduler may have ended it in this very step, by length or by a stop token: the text decides.
             request.finish_reason, request.stop_reason = "stop", stop_string
 
-    def _take_prompt(self, completion: Completion, first: int, entries: list[TokenLogprobs]) -> bool:
+    def _take_prompt_logprobs(self, completion: Completion, first: int, entries: list[TokenLogprobs]) -> bool:
         """Keep the log-probabilities of the prompt from position ``first`` on; False if that ended the request."""
         prompt_logprobs = completion.owner.prompt_logprobs
         assert prompt_logprobs is not None
@@ -251,7 +250,7 @@ class OutputProcessor:
 
     @staticmethod
     def _is_due(user: UserRequest) -> bool:
-        """Whether enough is new for an output, by ``stream_interval``; the first token is always worth one."""
+        """Whether ``stream_interval`` tokens have come since the last output; the first token is sent at once."""
         interval = user.params.stream_interval or 1
         if interval == 1 or not user.has_emitted:
             return True

@@ -14,7 +14,7 @@ from nemo_engine.text import Detokenizer
 
 
 class Sink(Protocol):
-    """Where the outputs of a request go; a list is one."""
+    """Where the outputs of a request go, for example a list."""
 
     def append(self, output: RequestOutput, /) -> None:
         """Take one output. Called between steps, so it must return at once."""
@@ -38,7 +38,7 @@ class Completion:
         self.num_read_tokens = 0  # output tokens that the detokenizer has seen
         self.num_emitted_tokens = 0
         self.stop_string: str | None = None
-        self.is_reading = False  # and for good, if an exception cut it short
+        self.is_reading = False  # stays true for good if an exception cuts ``read`` short
 
     @property
     def is_finished(self) -> bool:
@@ -51,15 +51,15 @@ class Completion:
         """
         request = self.request
         end = len(request.token_ids) - num_later
-        new = request.token_ids[request.num_prompt_tokens + self.num_read_tokens : end]
-        if self.detokenizer is None or not new or self.stop_string is not None or self.is_reading:
-            self.num_read_tokens += len(new)
+        new_ids = request.token_ids[request.num_prompt_tokens + self.num_read_tokens : end]
+        if self.detokenizer is None or not new_ids or self.stop_string is not None or self.is_reading:
+            self.num_read_tokens += len(new_ids)
             return None
-        # Whatever the reason: a failure may come between the token and the end that it brings.
-        ends_at_stop_token = new[-1] in request.stop_token_ids
+        # Looked up here, not in the finish reason: a failure may come between the stop token and the end it causes.
+        ends_at_stop_token = new_ids[-1] in request.stop_token_ids
         self.is_reading = True
-        self.stop_string = self.detokenizer.append(new, last_is_stop_token=ends_at_stop_token)
-        self.num_read_tokens += len(new)
+        self.stop_string = self.detokenizer.append(new_ids, last_is_stop_token=ends_at_stop_token)
+        self.num_read_tokens += len(new_ids)
         if self.stop_string is not None:
             del request.token_ids[end:]
         self.is_reading = False
@@ -74,7 +74,7 @@ class Completion:
         request = self.request
         first = self.num_emitted_tokens if is_delta else 0
         token_ids = request.token_ids[request.num_prompt_tokens + first :]
-        if self.logprobs is not None:  # fewer than tokens where a failure came between
+        if self.logprobs is not None:  # fewer than tokens if a failure came between the two
             token_ids = token_ids[: len(self.logprobs) - first]
         self.num_emitted_tokens = first + len(token_ids)
         text = ""
@@ -117,7 +117,7 @@ class UserRequest:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt.token_ids)
         self.has_emitted = False
-        self.is_emitting = False  # and for good, if an exception cut it short: something may be lost
+        self.is_emitting = False  # stays true for good if an exception cuts it short: an output may be lost
         self.has_ended = False  # its last output has been sent
 
     @property
@@ -131,7 +131,7 @@ class UserRequest:
         return self.kind is not RequestOutputKind.FINAL_ONLY or bool(self.params.stop) or self.params.has_logprobs
 
     def output(self) -> RequestOutput:
-        """The output of now, per ``kind``."""
+        """The output as of now, in the form that ``kind`` asks for."""
         is_delta = self.kind is RequestOutputKind.DELTA
         requests = [completion.request for completion in self.completions]
         self.metrics.scheduled_ts = requests[0].scheduled_ts

@@ -1,4 +1,4 @@
-"""The kinds of linear layer. What a projection's weight looks like is chosen once, by whoever makes the weights.
+"""The kinds of linear layer. The code that makes the weights chooses the kind of each projection, once.
 
 A kind holds tensors and computes ``x @ weight.T``; the model calls it and does not ask which kind it is.
 """
@@ -52,15 +52,15 @@ class Linear(ABC):
 
 @dataclass(slots=True, eq=False)
 class DenseLinear(Linear):
-    """A projection in the dtype of the activations, without bias: ``weight`` is (out, in), one row per output, or as
-    ``pack`` leaves it.
+    """A projection in the dtype of the activations, without bias. ``weight`` is (out, in), one row per output, unless
+    ``pack`` has changed its order.
     """
 
     weight: torch.Tensor
 
     def pack(self) -> None:
-        """Put the weight into the order that ``ops.cpu.packed.linear`` multiplies fastest; nothing else can read it
-        then.
+        """Put the weight into the order in which ``ops.cpu.packed.linear`` multiplies fastest. Nothing else can read
+        that order.
         """
         self.weight = pack_weight(self.weight)
 

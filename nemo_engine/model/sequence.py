@@ -1,5 +1,5 @@
-"""One sequence through a model without an engine, for calibration and verification: fed piece by piece, logits of every
-token.
+"""``Sequence``: one sequence through a model without an engine, for calibration and verification. It is fed piece by
+piece, and every token can have logits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Sequence:
         self.length = 0
         self._page_size = page_size
         num_pages = -(-max_len // page_size)
-        # Page 0 is padding, as in the engine; pages lie in reverse, so that a page table that is not followed shows.
+        # Page 0 is padding, as in the engine. Pages are reversed, so that a kernel that ignores the page table fails.
         self._page_table = torch.arange(num_pages, 0, -1, device=device).unsqueeze(0)
         self.kv_cache = make_kv_cache(model.config, model.weights, num_pages, page_size, kv_dtype)
         self._workspace = Workspace()
@@ -29,7 +29,7 @@ class Sequence:
     def feed(self, ids: list[int]) -> Tensor:
         """The hidden state after each of ``ids``, as ``logits`` takes it: (T, H) twice, stacked.
 
-        One token is a decode step.
+        A call with one token computes a decode step.
         """
         device = self._page_table.device
         positions = torch.arange(self.length, self.length + len(ids), device=device)

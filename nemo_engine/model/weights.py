@@ -19,8 +19,8 @@ from nemo_engine.ops.linear import SCALE_BLOCK
 from nemo_engine.ops.quantize import FP8, quantize_channels
 
 DUMMY_PERIOD = 262_139  # random numbers drawn per dummy tensor, then repeated; prime, so that no two rows are alike
-_DUMMY_INPUT_SCALE = 0.02  # of static activations, which dummy weights keep near 1
-_CHUNK = 1 << 20  # numbers quantised at once, or 128 rows: their wide copies take little beside one tensor
+_DUMMY_INPUT_SCALE = 0.02  # the static scale of inputs, which dummy weights keep near 1
+_CHUNK = 1 << 20  # numbers, or 128 rows, quantised at a time: their fp32 copies are small beside one tensor
 
 
 def all_dense(layer: int | None, projection: str) -> LinearKind:
@@ -51,7 +51,7 @@ class LayerWeights:
 class NemoWeights:
     """A whole model: ``embed_tokens`` (V, H), ``norm`` (H,), ``lm_head`` (V, H).
 
-    Tied and dense, the last holds the first's tensor.
+    If they are tied and dense, ``lm_head`` holds the tensor of ``embed_tokens``.
     """
 
     embed_tokens: torch.Tensor
@@ -72,8 +72,8 @@ class NemoWeights:
         return self.embed_tokens.nbytes + layers + self.norm.nbytes + head
 
     def pack(self) -> None:
-        """Pack every dense projection (``DenseLinear.pack``), one after the other; a head that is the embeddings stays
-        as it is.
+        """Pack every dense projection (``DenseLinear.pack``), one after the other. A head that shares the tensor of the
+        embeddings stays as it is.
         """
         projections = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         for linear in (*projections, self.lm_head):
@@ -83,8 +83,8 @@ class NemoWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Where one tensor of a checkpoint lives: ``values``, of its shape; if that is FP8, also ``scales`` of its rows, in
-    ``linear``.
+    """The memory for one tensor of a checkpoint: ``values``, of its shape, and for FP8 also the ``scales`` of its rows,
+    which are part of ``linear``.
     """
 
     values: torch.Tensor
@@ -93,13 +93,13 @@ class Place:
 
     @property
     def is_by_block(self) -> bool:
-        """Whether ``scales`` are of blocks."""
+        """Whether there is a scale for each block."""
         return self.scales is not None and self.scales.shape != (self.values.shape[0], 1)
 
     def store(self, name: str, x: torch.Tensor, start: int = 0) -> None:
-        """Put ``x`` here, from row ``start`` (of a block) on, quantised if this is FP8.
+        """Store ``x`` from row ``start`` on, where a block begins; quantise it if this is FP8.
 
-        Raises ``ValueError`` naming the tensor if it is not finite then.
+        Raises ``ValueError`` naming the tensor if a number to be quantised is not finite.
         """
         end = start + x.shape[0]
         if self.scales is None:

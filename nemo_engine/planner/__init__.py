@@ -1,3 +1,3 @@
-"""Sizes and speeds on paper, without a GPU and without torch: memory plans, rooflines, and what a machine can be
-expected to serve.
+"""Sizes and speeds on paper, without a GPU and without torch: memory plans, rooflines, and the load that a machine can
+be expected to serve.
 """

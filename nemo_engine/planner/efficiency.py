@@ -1,5 +1,5 @@
-"""How much of a GPU's data sheet is reached: measured where a results file has it, otherwise assumed, and each number
-says which.
+"""The part of a GPU's data sheet that kernels reach. Each number is measured, if a results file has it, or else
+assumed, and says which.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from nemo_engine.planner.gpus import Gpu
 
-_LARGE_ROWS = 4096  # rows of a matrix product that is bound by arithmetic
-_FP8_KERNELS = 3.6e12  # bytes/s of FP8 keys and values that TensorRT-LLM's results on an H200 imply: arithmetic binds
+_LARGE_ROWS = 4096  # a matrix product of so many rows is bound by arithmetic
+_FP8_KERNELS = 3.6e12  # bytes/s of FP8 keys and values, implied by TensorRT-LLM's results on an H200: arithmetic binds
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number, and where it is from: "assumed: ..." or "measured: ..."."""
+    """A number and its source: "assumed: ..." or "measured: ..."."""
 
     value: float
     source: str
@@ -32,12 +32,12 @@ _OF_MEMORY = {"HBM2e": Figure(1.7 / 2.039, "assumed: gpt-fast's README takes 1.7
 class Efficiencies:
     """Fractions and fixed costs that turn a data sheet into times.
 
-    memory, matmul_bf16, matmul_fp8: what a copy and a large product reach of the data sheet: the ceilings. The rest are
-    fractions of those: weights (reading them for few rows), kv_bf16 and kv_fp8 (decode attention), linear and
-    linear_fp8 (large products inside a model), attention (prefill attention, of bf16's ceiling). elementwise: of norms,
-    activations and rotary embedding, the part that is memory traffic of its own. launch_us: of one more kernel in a
-    step. gap_us: of a step, whatever is in it. host_us, host_us_per_request: of planning and taking in a step. link_us:
-    of one reduction over several GPUs.
+    memory, matmul_bf16, matmul_fp8: the ceilings, the fractions of the data sheet that a copy and a large product
+    reach. The next are fractions of these ceilings: weights (reading them for few rows), kv_bf16 and kv_fp8 (decode
+    attention), linear and linear_fp8 (large products inside a model), attention (prefill attention, of bf16's ceiling).
+    elementwise: the part of norms, activations and rotary embedding that is memory traffic of its own. Microseconds:
+    launch_us of one more kernel in a step; gap_us of a step, whatever is in it; host_us and host_us_per_request of
+    planning and committing a step; link_us of one reduction over several GPUs.
     """
 
     memory: Figure = Figure(4.3 / 4.8, "assumed: a copy on an H200 reaches 4.3 of 4.8 TB/s")
@@ -57,16 +57,16 @@ class Efficiencies:
     link_us: Figure = Figure(10.0, "assumed: latency of an all-reduce inside one machine")
 
     def ideal(self) -> Efficiencies:
-        """These ceilings, everything else perfect and free: the rooflines that no engine can pass."""
+        """These ceilings with perfect, free everything else: the rooflines that no engine can pass."""
         names = {field.name for field in fields(self)} - {"memory", "matmul_bf16", "matmul_fp8"}
-        whole = Figure(1.0, "ideal")
+        perfect = Figure(1.0, "ideal")
         free = Figure(0.0, "ideal")
         costs = {"elementwise", "launch_us", "gap_us", "host_us", "host_us_per_request", "link_us"}
-        return replace(self, **{name: free if name in costs else whole for name in names})
+        return replace(self, **{name: free if name in costs else perfect for name in names})
 
     @classmethod
     def assumed(cls, gpu: Gpu) -> Efficiencies:
-        """Without any measurement of ``gpu``: what another kind of memory or chip was measured with says so."""
+        """The efficiencies of a ``gpu`` without measurements. Those measured on another memory or chip say so."""
         fractions = cls()
         if gpu.memory in _OF_MEMORY:
             fractions = replace(fractions, memory=_OF_MEMORY[gpu.memory])
@@ -84,7 +84,7 @@ class Efficiencies:
 
     @classmethod
     def read(cls, gpu: Gpu, folder: Path | None) -> Efficiencies:
-        """The assumptions, with what ``folder`` holds measurements of ``gpu`` for in their place (``*.jsonl`` of
+        """The assumptions, but for those of which ``folder`` holds measurements on ``gpu`` (``*.jsonl`` of
         gpu_ceilings, latency).
         """
         fractions = cls.assumed(gpu)
@@ -109,7 +109,7 @@ def _carried(figure: Figure, to: str) -> Figure:
 
 
 def _with_decode(fractions: Efficiencies, records: list[dict[str, Any]]) -> Efficiencies:
-    """Whole decode steps that were measured replace what was assumed of their parts."""
+    """The fractions of decode steps, from measured steps if there are any, else as they are."""
     steps = [
         (float(record["fraction"]), _has_fp8_kv(record), record["file"])
         for record in records
@@ -135,7 +135,7 @@ def _has_fp8_kv(record: dict[str, Any]) -> bool:
 
 
 def _rates(records: list[dict[str, Any]], what: str, key: str) -> list[tuple[float, str]]:
-    """(rate, file) of the records of ``what``; of products only large ones."""
+    """(rate, file) of the records of ``what``. For products, only the large ones count."""
     return [
         (float(record[key]), record["file"])
         for record in records
@@ -155,5 +155,5 @@ def _records(gpu: Gpu, folder: Path) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"{file}:{number}: not a line of JSON: {error}") from None
             name = str(record.get("gpu") or "").lower() if isinstance(record, dict) else ""
-            if mark in name and "pcie" not in name:  # that of the SXM cards has less of everything
+            if mark in name and "pcie" not in name:  # PCIe cards have less of everything than SXM cards
                 yield record | {"file": file.name}

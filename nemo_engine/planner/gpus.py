@@ -1,4 +1,4 @@
-"""The GPUs that plans are made for: what their data sheets promise, and what of their memory a process is given.
+"""The GPUs that plans are made for: the rates of their data sheets, and the memory that a process gets.
 
 Rates are dense (data sheets like to print those with sparsity, twice as high) and of tensor cores that add in fp32.
 Marketing gigabytes are neither 1e9 bytes nor what is usable, so ``memory_gib`` is the total that the driver reports to
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
-# What a CUDA context and the libraries' kernels take before anything is allocated; an H200 then has 139 GiB free.
+# The memory that a CUDA context and the libraries' kernels take before any allocation; an H200 then has 139 GiB free.
 CONTEXT_GIB = 0.6
 
 
@@ -36,7 +36,7 @@ class Gpu:
 
     @property
     def free_bytes(self) -> int:
-        """What is free for an engine that has the card to itself."""
+        """Bytes that are free for an engine that has the card to itself."""
         return int((self.memory_gib - CONTEXT_GIB) * (1 << 30))
 
 

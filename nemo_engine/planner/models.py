@@ -1,4 +1,4 @@
-"""What is planned for: a model's configuration, what its weights and its cache are stored as, and the bytes of both.
+"""The model that a plan is for: its configuration, the formats of its weights and its cache, and the bytes of both.
 
 Reads no tensors.
 """
@@ -23,7 +23,7 @@ COMMON: dict[str, Any] = {
     "head_dim": 128, "num_kv_heads": 8, "num_heads": 32, "intermediate_size": 14336, "rope_theta": 1e6, "rms_norm_eps":
     1e-5, "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_ids": (2,),
 }  # fmt: skip
-# By the config.json of mistralai/Mistral-Nemo-Instruct-2407, mistralai/Mistral-7B-Instruct-v0.3,
+# From the config.json of mistralai/Mistral-Nemo-Instruct-2407, mistralai/Mistral-7B-Instruct-v0.3,
 # nvidia/Mistral-NeMo-Minitron-8B-Base.
 BUILT_IN = {
     "nemo": ModelConfig(
@@ -39,7 +39,7 @@ BUILT_IN = {
 }  # fmt: skip
 
 
-# Repositories of these shapes, unquantised: planned without a network.
+# Unquantised repositories of these shapes, which need no network to plan.
 REPOSITORIES = {
     "mistralai/mistral-nemo-instruct-2407": "nemo",
     "mistralai/mistral-nemo-base-2407": "nemo",
@@ -60,7 +60,7 @@ class PlannedModel:
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """What numbers are stored and multiplied as, for one model and one ``EngineConfig``."""
+    """The formats in which numbers are stored and multiplied, for one model and one ``EngineConfig``."""
 
     sizes: Sizes
     kinds: Mapping[tuple[int | None, str], LinearKind]
@@ -72,7 +72,7 @@ class Formats:
 
     @property
     def is_head_fp8(self) -> bool:
-        """Whether the head's product has."""
+        """Whether the head's product has FP8 operands."""
         return (None, "lm_head") in self.kinds
 
     @property
@@ -81,13 +81,13 @@ class Formats:
         return self.sizes.kv_cache == 1
 
     def kind_of(self, layer: int | None, projection: str) -> LinearKind:
-        """What ``projection`` of ``layer`` is stored as."""
+        """The kind in which ``projection`` of ``layer`` is stored."""
         return self.kinds.get((layer, projection), DENSE)
 
 
 def read_model(name: str, revision: str | None = None) -> PlannedModel:
-    """A built-in model by its name or its repository, or what ``open_checkpoint`` opens; of its files,
-    configuration and headers alone are read.
+    """A built-in model by its name or its repository, or one that ``open_checkpoint`` opens; only configuration and
+    headers are read.
 
     Raises ``ValueError`` or ``FileNotFoundError`` naming the file and what is wrong with it.
     """
@@ -100,10 +100,10 @@ def read_model(name: str, revision: str | None = None) -> PlannedModel:
 
 
 def formats_of(model: PlannedModel, config: EngineConfig, inventory: Inventory | None = None) -> Formats:
-    """What ``config`` makes of ``model``, as start-up resolves it; ``inventory``, where it has been taken, says what is
-    stored.
+    """The formats that start-up would resolve for ``model`` and ``config``; ``inventory`` is that of the files, if
+    there are any.
 
-    Raises ``ValueError`` where they conflict.
+    Raises ``ValueError`` where model and options conflict.
     """
     dtype = model.config.dtype if config.dtype == "auto" else config.dtype
     itemsize = ITEMSIZE[dtype]

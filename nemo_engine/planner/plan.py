@@ -1,7 +1,7 @@
-"""A plan: what a model needs on a GPU item by item, what fits, how fast it can be expected to be, and what load meets
-given limits.
+"""A plan: the memory that a model needs on a GPU, item by item; what fits; the speed to expect; and the largest load
+within given limits.
 
-Times are those of ``roofline``, of requests in a steady state and without a queue; the simulator has queues.
+Times come from ``roofline``, for a steady state without a queue; the simulator has queues.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True, slots=True)
 class Operating:
-    """``batch`` requests of one shape, always running: what each sees and what all get. Seconds."""
+    """The times that each of ``batch`` always running requests of one shape sees, and the rate of all. Seconds."""
 
     batch: int
     ttft: float  # mean, without a queue
-    itl: float  # mean, steps with other prompts in them included
-    longest_itl: float  # of a step with a whole chunk of a prompt in it
-    step: float  # of decode rows alone
+    itl: float  # mean over all steps, also those with other prompts in them
+    longest_itl: float  # in a step with a whole chunk of a prompt in it
+    step: float  # a step with decode rows alone
     ideal_step: float  # the roofline of that step
     tokens_per_s: float  # output
     requests_per_s: float
@@ -55,9 +55,9 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What came out. ``memory`` is per GPU.
+    """The result. ``memory`` is per GPU.
 
-    If ``shortage`` is set it does not fit, and says why and what would; the rest is then empty.
+    If ``shortage`` is set, the model does not fit: it says why, and what would fit. The fields below are then empty.
     """
 
     model: PlannedModel
@@ -88,7 +88,7 @@ class Plan:
 
 
 def shard(model: ModelConfig, ranks: int) -> ModelConfig:
-    """What one of ``ranks`` GPUs has of ``model``. Raises ``ValueError`` if it cannot be divided so."""
+    """The share of ``model`` that one of ``ranks`` GPUs has. Raises ``ValueError`` if it cannot be divided so."""
     if ranks < 1:
         raise ValueError(f"tensor_parallel_size must be at least 1, got {ranks}")
     for name in ("num_heads", "intermediate_size", "vocab_size"):
@@ -117,7 +117,7 @@ def make_plan(
 ) -> Plan:
     """Plan ``model`` on ``gpu``.
 
-    Raises ``ValueError`` for options that conflict; what does not fit is a plan that says so.
+    Raises ``ValueError`` for options that conflict. A model that does not fit gives a plan that says so.
     """
     efficiencies = efficiencies or Efficiencies.assumed(gpu)
     ranks = tensor_parallel_size
@@ -151,7 +151,7 @@ def make_plan(
 
 
 def _paper_memory(model: ModelConfig, config: EngineConfig, sizes: Sizes, gpu: Gpu) -> MemoryPlan:
-    """The items of a plan that does not fit, its cache of one page or as large as was asked for."""
+    """The items of a plan that does not fit, with a cache of one page or of the size that was asked for."""
     page_bytes = config.page_size * model.kv_bytes_per_token(sizes.kv_cache)
     pages = config.num_kv_pages
     if config.kv_cache_gib is not None:
@@ -165,7 +165,7 @@ def _paper_memory(model: ModelConfig, config: EngineConfig, sizes: Sizes, gpu: G
 
 
 def alternatives(plan: Plan) -> list[str]:
-    """Changes of one thing (FP8 or the GPU) with which a plan that does not fit does."""
+    """The changes, each of one thing (FP8 or the GPU), that would make the model fit."""
     options = []
     changes: list[dict[str, str]] = []
     if plan.config.quantization is None and not plan.formats.kinds:
@@ -197,8 +197,8 @@ def _fits(model: PlannedModel, gpu: Gpu, config: EngineConfig, ranks: int) -> bo
 
 
 def _per_gpu(model: PlannedModel, config: EngineConfig, ranks: int) -> tuple[ModelConfig, Formats, Sizes]:
-    """What one GPU has of the model, formats, and the bytes of its weights: embeddings and head are divided, logits are
-    gathered.
+    """One GPU's share of the model, the formats, and the bytes of its weights. Embeddings and head are divided too, and
+    logits are gathered.
     """
     formats = formats_of(model, config)
     rank_model, sizes = shard(model.config, ranks), formats.sizes
@@ -209,7 +209,7 @@ def _per_gpu(model: PlannedModel, config: EngineConfig, ranks: int) -> tuple[Mod
 
 
 def operating(roofline: Roofline, ideal: Roofline, load: Load, batch: int, config: EngineConfig) -> Operating:
-    """``batch`` requests that run all the time: whoever ends is followed by another.
+    """The times of ``batch`` requests that run all the time: one that ends is replaced by the next.
 
     While one decodes, the others' prompts are computed in its steps, (batch - 1) / output of them per step on average.
     A new request waits for half a step, then for the steps that its prompt takes. The host plans while the GPU

@@ -1,9 +1,9 @@
-"""What others measured and published, beside what the model of ``roofline`` says of the same case: how far off it is.
+"""Published results of others beside the prediction of ``roofline`` for the same case: the error of the model.
 
-The results are of TensorRT-LLM with all requests waiting from the start, a well-tuned engine under full load, and of
-single requests. None of them is of this engine, and none is of Mistral NeMo, of which no such table was found; the
-models are of its kind. The efficiencies that are called derived were taken from these results, so the errors of other
-cases may be larger.
+The results are TensorRT-LLM's, with all requests waiting from the start (a well-tuned engine under full load), and
+those of single requests. None is of this engine, and none of Mistral NeMo, for which no such table was found; the
+models are of its kind. The efficiencies that are called derived come from these results, so the errors of other cases
+may be larger.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_engine.planner.models import BUILT_IN, COMMON, PlannedModel, formats_o
 from nemo_engine.planner.plan import Load, operating
 from nemo_engine.planner.roofline import Roofline
 
-_MOST = 2048  # requests at a time, by trtllm-bench's default
+_MOST = 2048  # requests at a time, the default of trtllm-bench
 _MODELS = {
     "Llama 3.1 8B": ModelConfig(
         vocab_size=128256, hidden_size=4096, num_layers=32, max_position_embeddings=131072, **COMMON
@@ -63,7 +63,7 @@ _PROMPTS_DOMINATE = 0.4  # of the time
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A published result and the model's: output tokens/s. ``prompt_share``: of the time that prompts take."""
+    """A published result and the model's, in output tokens/s. ``prompt_share``: the part of the time for prompts."""
 
     model: str
     gpu: str
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def error(self) -> float:
-        """Above 0 where the model promises too much."""
+        """The relative error, above 0 where the model promises too much."""
         return self.predicted / self.published - 1
 
     @property
@@ -87,7 +87,7 @@ class Case:
 
 @cache
 def comparison() -> tuple[Case, ...]:
-    """Every published result beside the model's, with the efficiencies that are assumed without measurements."""
+    """Every published result beside the model's, which uses the assumed efficiencies and no measurement."""
     return (*_steps(), *_throughputs())
 
 
@@ -120,9 +120,7 @@ def _steps() -> Iterator[Case]:
 
 
 def error_line(gpu: str) -> str:
-    """How far the model is from the published results, on ``gpu`` where there are any of it ("" for all), in one
-    line.
-    """
+    """One line on how far the model is from the published results: those on ``gpu`` if there are any, else all."""
     of_gpu = [case for case in comparison() if case.gpu == gpu]
     cases = of_gpu or comparison()
     parts = []

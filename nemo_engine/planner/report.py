@@ -29,18 +29,18 @@ def verdict(plan: Plan) -> str:
     if not plan.points:
         return f"NO: {what}: its KV cache holds no request of {plan.load.input_tokens} + {plan.load.output_tokens}"
     single, best = plan.points[0], plan.best or max(plan.points, key=lambda point: point.tokens_per_s)
-    kept = plan.load.limits != Limits()
-    if kept and plan.best is None:
+    has_limits = plan.load.limits != Limits()
+    if has_limits and plan.best is None:
         return f"NO: {what} fits, and the limits are not met even by one request at a time"
     return (
         f"YES: {what}: one request gets {1 / single.itl:,.0f} tokens/s after {single.ttft * 1e3:.0f} ms; "
-        f"{best.batch} at a time{' keep the limits and' if kept else ''} get {best.tokens_per_s:,.0f} tokens/s, "
+        f"{best.batch} at a time{' keep the limits and' if has_limits else ''} get {best.tokens_per_s:,.0f} tokens/s, "
         f"{best.requests_per_s:.1f} requests/s"
     )
 
 
 def accuracy(gpu: str, efficiencies: Efficiencies) -> list[str]:
-    """How much the numbers are worth."""
+    """A line on how exact the numbers are."""
     figures = [getattr(efficiencies, field.name) for field in fields(efficiencies)]
     lines = [f"accuracy: {published.error_line(gpu)}"]
     if not any(figure.source.startswith("measured") for figure in figures):
@@ -51,7 +51,7 @@ def accuracy(gpu: str, efficiencies: Efficiencies) -> list[str]:
 
 
 def report(plan: Plan, *, verbose: bool = False) -> str:
-    """Everything, a section after the other; ``verbose``: with the efficiencies and the published results."""
+    """The whole plan in sections. ``verbose`` adds the efficiencies and the published results."""
     ranks = plan.tensor_parallel_size
     per = " per GPU" if ranks > 1 else ""
     count = f"{ranks} x " if ranks > 1 else ""
@@ -97,7 +97,7 @@ def report(plan: Plan, *, verbose: bool = False) -> str:
 
 
 def compare(plans: Sequence[tuple[Gpu, Plan | str]]) -> str:
-    """A line for each GPU, of which a plan was made or a text says why not."""
+    """A line for each GPU: its plan, or a text that says why there is none."""
     rows: list[tuple[str, ...]] = [_GPU_HEADS]
     notes = []
     for gpu, plan in plans:
@@ -176,7 +176,7 @@ def _figures(plan: Plan) -> list[str]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Plain data, units in the names."""
+    """The plan as plain data, with units in the names."""
     load = plan.load
     data: dict[str, Any] = {
         "model": plan.model.name,

@@ -1,8 +1,8 @@
 """How long a step takes: each matrix product and each attention is bound by the bytes it reads or by its arithmetic.
 
-A step reads all weights once, and every key and value of its requests. Its time is a sum over layers' products, head,
-attention of decode rows, attention of prefill rows, element-wise work, and what is fixed. One number per decode row and
-the sum of all contexts is all that a decode step needs, so a simulator can keep both as it goes.
+A step reads all weights once, and every key and value of its requests. Its time is the sum of the layers' products, the
+head, attention of decode rows, attention of prefill rows, element-wise work, and fixed costs. A decode step depends on
+the number of its rows and the sum of their contexts alone, so a simulator can keep both up to date.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from nemo_engine.planner.gpus import Gpu
 from nemo_engine.planner.models import Formats
 
 KERNELS_PER_LAYER = 7  # in a decode step: two norms, qkv, rope and append, attention, o, MLP in fused form
-Chunk = tuple[int, int]  # of a prefill row: position of its first token, number of tokens
+Chunk = tuple[int, int]  # a prefill row: position of its first token, number of tokens
 
 
 class StepCost(Protocol):
-    """What a step costs, in seconds on the device; and on the host, which overlaps it if two steps are in flight."""
+    """The cost of a step in seconds on the device, and on the host, which overlaps if two steps are in flight."""
 
     def decode_line(self, num_decodes: int) -> tuple[float, float]:
         """(seconds, seconds per token of context) of a step of ``num_decodes`` decode rows alone."""
 
     def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk]) -> float:
-        """Seconds of any step. ``sum_context``: keys that the decode rows attend to, their own among them."""
+        """Seconds of any step. ``sum_context``: keys that the decode rows attend to, those of their own tokens too."""
 
     def host_seconds(self, num_rows: int) -> float:
-        """Seconds of planning a step and taking it in."""
+        """Seconds for planning and committing a step."""
 
 
 def num_pairs(start: int, count: int) -> int:
-    """Pairs of a query and a key of ``count`` tokens after ``start`` computed ones, causal."""
+    """Pairs of a query and a key in causal attention of ``count`` tokens that follow ``start`` computed ones."""
     return count * start + count * (count + 1) // 2
 
 
@@ -42,7 +42,7 @@ def num_pairs(start: int, count: int) -> int:
 class Roofline:
     """``StepCost`` of one model on one GPU, or on each of several that share it.
 
-    All rates are those that are reached.
+    All rates are those that kernels reach, not those of the data sheet.
     """
 
     linear_params: float
@@ -85,7 +85,7 @@ class Roofline:
         copy = gpu.bytes_per_s * e.memory.value
         bf16 = gpu.bf16_flops_per_s * e.matmul_bf16.value
         fp8_rate = bf16 if fp8 is None else fp8 * e.matmul_fp8.value
-        # Two norms, the gated activation, rotary embedding with the write into the cache: bytes that pass through
+        # Bytes that two norms, the gated activation, and rotary embedding with the write into the cache move through
         # memory.
         passes = 2 * (6 * hidden + hidden * width) + (4 * inner + inner * width) / ranks
         passes += 4 * (model.q_size + 2 * model.kv_size) / ranks

@@ -27,10 +27,10 @@ _access_log = logging.getLogger("nemo_engine.access")
 
 
 class Access:
-    """Refuses what has no key or is too large, logs every request, and turns what is left unhandled into errors.
+    """Refuses requests without a key or with too large a body, logs every request, and answers unhandled exceptions.
 
-    The body is received before the application is asked, once the head is known to be in order. ``scope`` says who asks
-    ("nemo_engine.client") and what is to be logged ("nemo_engine.log").
+    The head is checked first; then the body is received, before the application is called. ``scope`` carries the client
+    ("nemo_engine.client") and the fields to be logged ("nemo_engine.log").
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -45,9 +45,9 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where this application is mounted in another
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # it is set if another application mounts this
         if scope["method"] == "HEAD" and path in HEAD_PATHS:
-            scope = {**scope, "method": "GET"}  # the HTTP server, which has the scope as it was, leaves the body out
+            scope = {**scope, "method": "GET"}  # the HTTP server still sees HEAD in its scope, and sends no body
         started = time.monotonic()
         log = log_of(scope)
         status = 499  # the client closed before the answer began
@@ -106,7 +106,7 @@ class Access:
             body.release()
 
     def _check(self, scope: Scope, path: str) -> None:
-        """Raise ``ApiError`` for what the head alone shows to be refused."""
+        """Raise ``ApiError`` for a request that can be refused by its head alone."""
         headers = Headers(scope=scope)
         if not is_host_allowed(headers.get("host", ""), self._options.allowed_hosts):
             raise ApiError(
@@ -130,7 +130,7 @@ class Access:
         is_probe = path in OPEN_PATHS or scope["method"] == "OPTIONS"
         client = self._keys.find(headers)
         if client is None and not is_probe:
-            # A browser asks for the page's key by itself.
+            # For "/", a browser then asks its user for the key.
             ask = {"WWW-Authenticate": 'Basic realm="nemo_engine: any name, and the API key as the password"'}
             raise ApiError(
                 401,

@@ -1,6 +1,6 @@
 """``respond``: a whole response as JSON.
 
-Those that may be long are made outside the event loop, which has other streams to serve.
+A response that may be long is made outside the event loop, which has other streams to serve.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from pydantic_core import to_json
 from starlette.responses import Response
 
-_MANY = 1000  # elements of a list that are written at a time
+_MANY = 1000  # elements of a list that one call of the encoder writes
 _MAX_DEPTH = 5
 
 
 async def respond(build: Callable[[], dict[str, Any]], headers: dict[str, str], *, is_long: bool) -> Response:
-    """What ``build`` returns. Log-probabilities make tens of megabytes of it."""
+    """The response with the body that ``build`` returns, which log-probabilities make tens of megabytes long."""
 
     def make() -> Response:
         return Response(written(build()), headers=headers, media_type="application/json")
@@ -26,10 +26,7 @@ async def respond(build: Callable[[], dict[str, Any]], headers: dict[str, str], 
 
 
 def written(value: Any) -> bytes:
-    """``value`` as JSON.
-
-    Other threads get their turn in between, which during one call of the encoder they would not.
-    """
+    """``value`` as JSON, made by many calls of the encoder: other threads cannot run during a call."""
     return b"".join(_pieces(value, 0))
 
 
@@ -48,7 +45,7 @@ def _pieces(value: Any, depth: int) -> Iterator[bytes]:
     elif (
         depth < _MAX_DEPTH and isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]
     ):
-        yield b"["  # of choices, each of which may be long
+        yield b"["  # a list of choices, each of which may be long
         for index, inner in enumerate(value):
             yield b"," if index else b""
             yield from _pieces(inner, depth + 1)

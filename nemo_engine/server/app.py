@@ -69,8 +69,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class _Route(APIRoute):
-    """A route whose function takes a checked body, ``request``, and the request as it came, ``http``; without a body,
-    as FastAPI has it.
+    """A route whose function takes the checked body as ``request`` and the raw request as ``http``. A function without
+    ``request`` is called as FastAPI does it.
     """
 
     workers: Workers
@@ -93,8 +93,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
 
     The engine stays the caller's to close.
 
-    ``app.state.service`` is what the routes share; ``app.state.batches`` answers batches, if there is a folder for
-    them.
+    The routes share ``app.state.service``. ``app.state.batches`` answers batches, if there is a folder for them.
     """
     options = options or ServerOptions()
     service = Service(engine, options, model)
@@ -102,7 +101,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
         title="nemo_engine",
         version=__version__,
         description="An OpenAI-compatible server for Mistral NeMo.",
-        docs_url=None,  # it would load scripts from elsewhere
+        docs_url=None,  # FastAPI's page would load scripts from another site
         redoc_url=None,
     )
     app.state.service = service
@@ -125,7 +124,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None, *, mod
 
 
 def _complete_document(app: FastAPI, service: Service) -> None:
-    """Have the OpenAPI document say what FastAPI does not know."""
+    """Complete the OpenAPI document with the rules that FastAPI does not know."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:

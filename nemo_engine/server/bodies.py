@@ -1,5 +1,5 @@
-"""The bodies of requests: received whole within a time and a size, and so that all of them together stay within
-bounds.
+"""The bodies of requests: each is received within a limit of time and size, and all together stay within a limit of
+memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from starlette.types import Receive
 from nemo_engine.server.errors import RETRY_AFTER, ApiError
 from nemo_engine.server.options import ServerOptions
 
-_SMALL = 64 * 1024  # bytes of a body that is always taken: so many the HTTP server has read before anyone looks
+_SMALL = 64 * 1024  # bytes; a smaller body is always taken, for the HTTP server has read that many anyway
 
 
 def is_upload(method: str, path: str) -> bool:
@@ -30,7 +30,7 @@ class Bodies:
         self._timeout = options.body_timeout
 
     def check_length(self, text: str) -> ApiError | None:
-        """Why a body of that ``Content-Length`` is refused."""
+        """The error for a body of that ``Content-Length``, None if it may be sent."""
         if not text.isascii() or not text.isdigit():
             return ApiError(400, "Content-Length must be a number")
         if len(text) > 18 or int(text) > self._most_bytes:
@@ -38,9 +38,9 @@ class Bodies:
         return None
 
     async def receive(self, receive: Receive) -> Body:
-        """The next request's body.
+        """Receive a request's body.
 
-        Raises ``ApiError`` for one that is too large, too slow, or too much beside the others.
+        Raises ``ApiError`` if it is too large or too slow, or if all bodies together become too large.
         """
         body = Body(self)
         try:
@@ -84,17 +84,17 @@ class Body:
     def __init__(self, bodies: Bodies) -> None:
         self.pieces: list[bytes] = []
         self.num_bytes = 0
-        self.size = 0  # stays when it is released
+        self.size = 0  # bytes; it keeps its value after ``release``
         self._bodies = bodies
 
     def take(self) -> bytes:
-        """The whole of it, which is not kept."""
-        whole = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        """Return the body and forget it."""
+        data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
         self.pieces = []
-        return whole
+        return data
 
     def release(self) -> None:
-        """It needs no room any more."""
+        """Count it no more among the bodies in memory."""
         self._bodies.num_bytes -= self.num_bytes
         self.num_bytes = 0
         self.pieces = []

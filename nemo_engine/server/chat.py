@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``: conversations, tool calls as NeMo makes them, streamed or whole."""
+"""``/v1/chat/completions``: conversations and tool calls, streamed or whole."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Chat:
         self.shows_special = shows_special
 
     def parser(self) -> CallReader:
-        """A reader of one streamed answer in which calls are looked for."""
+        """A reader of one streamed answer, which looks for calls."""
         assert self.tools.style is not None
         return self.tools.style.reader(is_forced=self.tools.is_forced, shows_special=self.shows_special)
 
@@ -69,7 +69,7 @@ class Chat:
 
 
 def checked_chat(service: Service, request: ChatRequest) -> tuple[ToolUse, EncodedPrompt, Effective]:
-    """The tools, the prompt and the parameters of a request; ``ValueError`` or ``ApiError`` for what is wrong."""
+    """The tools, the prompt and the parameters of a request. Raises ``ValueError`` or ``ApiError`` for bad ones."""
     if request.add_special_tokens:
         raise ApiError(400, "add_special_tokens must be false: chat begins with its own", param="add_special_tokens")
     if request.top_logprobs is not None and not request.logprobs:
@@ -85,7 +85,7 @@ def checked_chat(service: Service, request: ChatRequest) -> tuple[ToolUse, Encod
         )
     tools = ToolUse.of(request, service.renderer(request.chat_template))
     if tools.is_on and tools.style is not None and tools.style.shows_special:
-        request.skip_special_tokens = False  # else the tags of calls would not be seen
+        request.skip_special_tokens = False  # otherwise the reader would not see the tags of calls
     prompt = encode_conversation(service, request, tools)
     logprobs = None
     if request.logprobs:
@@ -103,9 +103,9 @@ def checked_chat(service: Service, request: ChatRequest) -> tuple[ToolUse, Encod
 
 
 def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl-") -> Chat:
-    """Check a request and put it into the form that the engine takes.
+    """Check a request and prepare it for the engine.
 
-    Runs outside the event loop: grammars may be compiled.
+    Call it outside the event loop: it may compile grammars.
     """
     service.check_admission(request.n or 1, service.turn_of(http))
     tools, prompt, effective_params = checked_chat(service, request)
@@ -157,7 +157,7 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
     with_usage = with_usage_each or (options is not None and bool(options.include_usage))
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     parsers = [chat.parser() for _ in range(generation.n)] if chat.tools.is_on else []
-    begun: set[int] = set()
+    started: set[int] = set()
     async for _, output in generation.outputs():
         raise_failure(output)
         if with_usage_each:
@@ -166,12 +166,12 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
         for completion in output.outputs:
             index = completion.index
             delta: dict[str, Any] = {}
-            if index not in begun:
-                begun.add(index)
+            if index not in started:
+                started.add(index)
                 delta = {"role": "assistant", "content": ""}
                 first = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-                more = {"prompt_token_ids": output.prompt_token_ids} if request.return_token_ids else {}
-                yield event(head | {"choices": [first]} | more | usage)
+                prompt_ids = {"prompt_token_ids": output.prompt_token_ids} if request.return_token_ids else {}
+                yield event(head | {"choices": [first]} | prompt_ids | usage)
                 delta = {"content": chat.echo} if chat.echo else {}
             has_calls = False
             if parsers:
@@ -214,7 +214,7 @@ async def _stream(service: Service, request: ChatRequest, chat: Chat) -> AsyncIt
 
 
 def _delta(events: Sequence[Event], parallel: bool, delta: dict[str, Any]) -> dict[str, Any]:
-    """What events add to a client's message. Without ``parallel`` only the first call counts."""
+    """The delta that ``events`` add to a client's message. Without ``parallel``, only the first call counts."""
     content = delta.get("content", "")
     calls: dict[int, dict[str, Any]] = {}
     for change in events:

@@ -1,4 +1,4 @@
-"""Who asks: API keys and their names, the names that the header Host may have, and pages of other sites."""
+"""The clients: API keys and their names, the names that the header Host may have, and requests from other sites."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _NAMED = re.compile(rb"([A-Za-z0-9_.-]{1,64}):(.+)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whose requests these are.
+    """The owner of requests.
 
-    ``name`` is that of the key, or stands for one that has none; "" where there are no keys.
+    ``name`` is that of the key, or made from a hash for a key without one; "" where there are no keys.
     """
 
     name: str
@@ -44,40 +44,40 @@ class KeyRing:
         self.reload()
 
     def reload(self) -> None:
-        """Take the keys from where the options say.
+        """Read the keys again from options, file and environment.
 
-        Raises ``ValueError`` or ``OSError``, and keeps what it has, if that fails.
+        If that fails, it raises ``ValueError`` or ``OSError`` and keeps the keys that it has.
         """
         clients = {}
         for entry in self._options.keys():
-            named = _NAMED.fullmatch(entry)
-            key = named[2] if named else entry
-            # Keys without a name are told apart by a hash that nobody outside this process can repeat.
+            match = _NAMED.fullmatch(entry)
+            key = match[2] if match else entry
+            # A keyed hash tells keys without a name apart; nobody outside this process can compute it.
             digest = blake2b(key, key=self._secret, digest_size=4).hexdigest()
-            clients[key] = Client(named[1].decode() if named else f"key-{digest}")
+            clients[key] = Client(match[1].decode() if match else f"key-{digest}")
         self._clients = clients
 
     def __len__(self) -> int:
         return len(self._clients)
 
     def find(self, headers: Headers) -> Client | None:
-        """Whose key ``headers`` show; ``ANYONE`` if there are no keys, None for a wrong one or none.
+        """The client whose key is in ``headers``; ``ANYONE`` if no keys are set, None for a wrong or a missing key.
 
         Compares in constant time.
         """
         if not self._clients:
             return ANYONE
-        shown = _shown_keys(headers)
+        candidates = _shown_keys(headers)
         known = None
         for key, client in self._clients.items():
-            for candidate in shown:
+            for candidate in candidates:
                 if hmac.compare_digest(key, candidate):
                     known = client
         return known
 
 
 def _shown_keys(headers: Headers) -> list[bytes]:
-    """As a bearer token, as ``X-API-Key``, or as the password of a browser on our own page."""
+    """The keys in a request: a bearer token, ``X-API-Key``, and the password that a browser sends from our page."""
     keys = []
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
@@ -93,7 +93,7 @@ def _shown_keys(headers: Headers) -> list[bytes]:
 
 
 def is_cross_site(headers: Headers) -> bool:
-    """Whether a browser says that a page of another site asks."""
+    """Whether a browser says that a page of another site sends this request."""
     return headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
 
 

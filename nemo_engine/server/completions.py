@@ -1,5 +1,5 @@
-"""``/v1/completions``: prompts as text or token ids, several at once, with echo and log-probabilities as OpenAI had
-them.
+"""``/v1/completions``: prompts as text or token ids, several at once, with ``echo`` and OpenAI's older form of
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _logprobs(
     if echo is not None:
         token_ids += final.prompt_token_ids
         entries += final.prompt_logprobs or []
-        # The text of a prompt may begin with the name of its BOS.
+        # The prompt's text may begin with "<s>" written out.
         shift = 0 if tokenizer is None else max(0, len(echo) - len(tokenizer.decode(token_ids)))
         places = TextOffsets(tokenizer, start=shift)
         offsets += [places.take(token_id) for token_id in token_ids]

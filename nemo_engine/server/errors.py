@@ -69,7 +69,7 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
     def note(self, scope: Scope) -> None:
-        """Have it logged with the request: why it was refused, without what the client sent."""
+        """Add the error to the log of the request: the reason alone, without the words of the client."""
         reason = self.message.partition(", got ")[0][:_MAX_LOGGED]
         log_of(scope)["error"] = {"code": self.code, "param": self.param and self.param[:_MAX_LOGGED], "reason": reason}
 
@@ -80,15 +80,15 @@ def _shortened(message: str) -> str:
 
 
 def log_of(scope: Scope) -> dict[str, Any]:
-    """What will be logged of a request."""
+    """The fields that will be logged for a request."""
     log: dict[str, Any] = scope.setdefault("nemo_engine.log", {})
     return log
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What ``error`` means to a client.
+    """``error`` as a client gets it.
 
-    Bad input is the client's; everything unforeseen is ours, logged and not shown.
+    Bad input is the client's fault; an unforeseen error is ours: its text goes to the log, not to the client.
     """
     if isinstance(error, ApiError):
         return error
@@ -100,7 +100,7 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(408, "the request took longer than its time-out", param="timeout", code="timeout")
     if isinstance(error, ValueError):
         message = _shortened(str(error))
-        if "more than max_model_len" in message:  # by these words clients know that they should send less
+        if "more than max_model_len" in message:  # clients look for the words below to know that they must send less
             message = f"this model's maximum context length is exceeded: {message}"
             return ApiError(400, message, code="context_length_exceeded")
         return ApiError(400, message, param=_param_of(message))
@@ -145,8 +145,8 @@ def _path_of(loc: Sequence[int | str]) -> str:
 
 
 def validation_error(error: ValidationError | RequestValidationError) -> ApiError:
-    """Names the field, as a path, of the first thing wrong; where several types were tried, of what came nearest to
-    one.
+    """An error that names the first wrong field, as a path. If pydantic tried several types, the one that the value
+    came nearest to counts.
     """
     errors = error.errors()
     paths = [_path_of(entry["loc"]) for entry in errors]
@@ -160,11 +160,11 @@ def validation_error(error: ValidationError | RequestValidationError) -> ApiErro
     if kind == "missing":
         return ApiError(400, f"{path} is missing", param=path, code="missing_required_parameter")
     same = dict.fromkeys(str(errors[index]["msg"]) for index in tried if paths[index] == path)
-    given = first.get("input")
-    if isinstance(given, str):
-        given = given[:_MAX_MESSAGE]
-    shown = repr(given)[:200] if given is None or isinstance(given, (str, int, float)) else type(given).__name__
-    message = ", or: ".join(same).removeprefix("Value error, ") + f", got {shown}"
+    value = first.get("input")
+    if isinstance(value, str):
+        value = value[:_MAX_MESSAGE]
+    value_text = repr(value)[:200] if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+    message = ", or: ".join(same).removeprefix("Value error, ") + f", got {value_text}"
     return ApiError(400, f"{path}: {message}" if path else message, param=path or None, code="invalid_value")
 
 

@@ -1,4 +1,4 @@
-"""One rule for what a request's fields hold, at every level of every route.
+"""The rules for the fields of a request, the same at every level of every route.
 
 1. ``null`` is a field left out. So is any value that asks for nothing (false, "", [], {}, or an object or list of such
    alone) of a field
@@ -6,7 +6,7 @@
 2. A field that would change the answer, and that this server cannot honour, is refused by its path.
 3. Any other field that a route does not know has no effect, and its path is listed in the header ``X-Ignored-Fields``.
 
-What a route gives a meaning to is checked there; here stand the names that the objects inside a body may have.
+Each route checks the fields that it knows; this module has the names that objects inside a body may have.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from nemo_engine.text.messages import asks_nothing
 MAX_IGNORED = 32  # paths that are listed
 
 REFUSED: Final = object()  # a field of rule 2
-# What an object may hold: of each name None (a value that is not looked into), REFUSED, the names of an object, or
-# [those of a list's].
+# The names that an object may have. The value of a name is None (not looked into), REFUSED, the names of the object
+# there, or [the names of each object in the list there].
 Names = Mapping[str, Any]
 
 _PART: Names = {"type": None, "text": None, "refusal": None, "image_url": None, "input_audio": None, "file": None}
@@ -38,7 +38,7 @@ MESSAGE: Names = {
 TOOL: Names = {"type": None, "function": {"name": None, "description": None, "parameters": None, "strict": None}}
 RESPONSE_FORMAT: Names = {
     "type": None, "json_schema": {"name": None, "schema": None, "strict": None, "description": None},
-    # Other servers' ways to ask for a form: what does not go with the type is refused where it is read.
+    # Fields of other servers for the form of an answer; the code that reads them refuses those that the type lacks.
     "schema": None, "grammar": None, "regex": None, "structures": None, "triggers": None,
 }  # fmt: skip
 
@@ -79,27 +79,27 @@ TEXT_FORMAT: Names = dict.fromkeys(("type", "name", "schema", "strict", "descrip
 
 
 class Ignored:
-    """The paths of fields that had no effect, each once, and no more than are listed."""
+    """The paths of fields that had no effect, each once, and at most ``MAX_IGNORED``."""
 
     def __init__(self) -> None:
         self.paths: dict[str, None] = {}
 
     @property
     def is_full(self) -> bool:
-        """Whether no more are noted."""
+        """Whether no further path will be noted."""
         return len(self.paths) >= MAX_IGNORED
 
     def add(self, path: str) -> None:
-        """Note one."""
+        """Note a path."""
         if not self.is_full:
             self.paths[path] = None
 
     def known_part(self, value: Any, names: Any, path: str, place: str | None = None) -> Any:
         """``value`` without the fields that ``names`` does not have.
 
-        Values of other types stay, for those who read them.
+        A value of another type is left to the code that reads it.
 
-        path: as it is listed, with "[]" for any index. place: the same with its indices, for errors. Raises
+        path: as in the header, with "[]" for every index. place: the same with the indices, for errors. Raises
         ``ApiError``.
         """
         place = path if place is None else place
@@ -111,7 +111,7 @@ class Ignored:
             ]
         if not isinstance(names, Mapping) or not isinstance(value, Mapping):
             return value
-        kept = {}
+        known_fields = {}
         for name, inner in value.items():
             known = names.get(name, self)
             if known is self or known is REFUSED:
@@ -123,5 +123,5 @@ class Ignored:
                     )
                 self.add(f"{path}.{name}")
             else:
-                kept[name] = self.known_part(inner, known, f"{path}.{name}", f"{place}.{name}")
-        return kept
+                known_fields[name] = self.known_part(inner, known, f"{path}.{name}", f"{place}.{name}")
+        return known_fields

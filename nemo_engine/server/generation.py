@@ -1,6 +1,4 @@
-"""One HTTP request's prompts in the engine: their outputs as one stream, with time-out, metrics and what ``explain``
-tells.
-"""
+"""The prompts of one HTTP request in the engine: one stream of outputs, with time-out, metrics and ``explain``."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ _HEADER_ID = re.compile(r"[!-~]{1,200}")
 
 
 class Generation:
-    """Prompts that were sent together, each of which becomes a request of the engine with the same parameters."""
+    """Prompts that were sent together. Each becomes a request of the engine; all have the same parameters."""
 
     def __init__(
         self,
@@ -54,9 +52,9 @@ class Generation:
         self._texts: dict[tuple[int, int], list[str]] | None = {} if service.options.log_prompts else None
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(index of the prompt, output) as they come.
+        """Yields (index of the prompt, output) as outputs come.
 
-        ``TimeoutError`` when the time is over; closing it aborts what runs.
+        Raises ``TimeoutError`` when the time is over; closing the iterator aborts the requests that run.
         """
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         self._service.check_admission(
@@ -97,9 +95,9 @@ class Generation:
                 self._log["texts"] = ["".join(parts) for _, parts in sorted(self._texts.items())]
 
     def _take_ids(self) -> list[str]:
-        """The ids of the requests in the engine.
+        """Take the ids that the requests will have in the engine.
 
-        ``ValueError`` if the client's own id is in use by it; that of a proxy may be.
+        Raises ``ValueError`` if another request of the client has the id that it chose; a proxy may repeat one.
         """
         running, owners = self._service.running, self._service.owners
         key = (self._client, self.id)
@@ -117,7 +115,7 @@ class Generation:
             return [name]
         return [
             f"{name}-{index}-{uuid4().hex}" for index in range(len(self.prompts))
-        ]  # no client may have written these
+        ]  # made here: a client cannot have chosen these
 
     def _give_back(self, ids: list[str]) -> None:
         running, key = self._service.running, (self._client, self.id)
@@ -138,7 +136,7 @@ class Generation:
         return {"X-Request-Id": ascii(self.id)[1:-1]}
 
     async def collect(self) -> list[RequestOutput]:
-        """The final output of each prompt. ``ApiError`` if one failed inside the engine."""
+        """The final output of each prompt. Raises ``ApiError`` if one failed inside the engine."""
         async for _ in self.outputs():
             pass
         finals = [final for final in self.finals if final is not None]
@@ -159,8 +157,8 @@ class Generation:
         }
 
     def explain(self) -> dict[str, Any]:
-        """Effective parameters and their origins, whether speculation makes drafts or why not, and of each prompt its
-        times, cached tokens and preemptions.
+        """The effective parameters and their origins, whether speculation makes drafts or why it does not, and each
+        prompt's times, cached tokens and preemptions.
         """
         requests = []
         for final in self.finals:
@@ -184,7 +182,7 @@ class Generation:
         return {"parameters": parameters.explain(), "speculation": speculation, "requests": requests}
 
     def _note(self, index: int, output: RequestOutput) -> None:
-        """Keep count of ``output``, and at the end of a request report it."""
+        """Count ``output``; if it is the last of its request, report the request to metrics and traces."""
         self.finals[index] = output
         is_delta = output.sampling_params is not None and output.sampling_params.output_kind.name == "DELTA"
         if is_delta or output.finished:
@@ -218,7 +216,7 @@ def raise_failure(output: RequestOutput) -> None:
 
 
 def _describe(report: CacheReport) -> dict[str, Any]:
-    """The page at which the prefix broke, counted from 0, and why."""
+    """The first page that the prefix cache did not have, counted from 0, and the reason."""
     broke = report.num_cached_pages if report.reason is not None else None
     return {
         "page_size": report.page_size,
@@ -243,7 +241,7 @@ async def _enumerated(stream: AsyncIterator[RequestOutput]) -> AsyncIterator[tup
 
 
 async def _merge(streams: list[AsyncIterator[RequestOutput]]) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """The outputs of all streams as they come, at most one of each waiting. An error of one ends all."""
+    """Yields the outputs of all streams as they come; at most one of each waits. An error of one ends all."""
     queue: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue(maxsize=len(streams))
 
     async def pump(index: int) -> None:

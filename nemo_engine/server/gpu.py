@@ -1,4 +1,4 @@
-"""Memory, power and energy of the GPU, through nvidia-ml-py where it is installed and there is one; else nothing."""
+"""Memory, power and energy of the GPU, through nvidia-ml-py; nothing if that or the GPU is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GpuReader:
         self._first_energy = self._energy()
 
     def read(self, num_tokens: int) -> list[tuple[str, str, bool, float]]:
-        """(name, text, whether it is a counter, value) of what can be read. ``num_tokens`` were generated so far."""
+        """(name, text, whether it is a counter, value) of each readable number. ``num_tokens``: generated so far."""
         nvml = self._nvml
         if nvml is None:
             return []

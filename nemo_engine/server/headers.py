@@ -1,4 +1,4 @@
-"""Response headers that tell what a request did not get."""
+"""Response headers that list the fields of a request that had no effect."""
 
 from __future__ import annotations
 

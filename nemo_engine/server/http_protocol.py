@@ -1,8 +1,8 @@
-"""HTTP/1.1 on a socket: uvicorn's protocol over httptools, with the limits that it leaves open.
+"""HTTP/1.1 on a socket: uvicorn's protocol over httptools, with the limits that it lacks.
 
-Owns what happens before and after a request is the application's: the size of heads, the deadlines of silent, slow and
-deaf clients, the number of connections. Knows nothing of keys, bodies and routes (``access``). A head is refused before
-it is parsed as a whole: the parser below copies what it has of a header with each read.
+Owns the time before and after a request reaches the application: the size of heads, the deadlines of clients that send
+nothing, send slowly or do not read, and the number of connections. Knows nothing of keys, bodies and routes
+(``access``). Too long a head is refused while it arrives: with each read, the parser copies all it has of a header.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADERS = 256
 MAX_PIPELINED = 64  # requests that wait for the answers of those before them
-LINGER = 3.0  # seconds in which a client may still send what is not read, so that it comes to see the answer
+LINGER = 3.0  # seconds in which a refused client may go on sending; a reset before that could destroy the answer
 
-_PIECE = 16 * 1024  # fed to the parser at a time: the limits are looked at in between
-_DROP_PAUSE = 0.002  # seconds between two reads of what is dropped
-_MAX_REFUSED = 256  # connections beyond the limit that are told so; others are dropped
+_PIECE = 16 * 1024  # bytes fed to the parser at a time; the limits are checked in between
+_DROP_PAUSE = 0.002  # seconds between two reads of bytes that are thrown away
+_MAX_REFUSED = 256  # connections beyond the limit that get an answer; any more are dropped
 
 _access_log = logging.getLogger("nemo_engine.access")
 
 
 class Connections:
-    """The open connections of one server. Looks at all of them now and then; each knows its own deadlines."""
+    """The open connections of one server. It asks each of them now and then to check its own deadlines."""
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
@@ -57,7 +57,7 @@ class Connections:
     def add(self, connection: HttpProtocol) -> int:
         """Count an open connection; returns by how many the limit is exceeded.
 
-        An idle one makes room if there is one.
+        If the limit is reached, an idle connection is closed to make room.
         """
         self._open[connection] = None
         if not self._is_watching:
@@ -114,7 +114,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ---- the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """It is open; the head of a request is due."""
+        """The connection is open; the head of a request is due."""
         super().connection_made(transport)
         self._head_since = time.monotonic()
         excess = self._connections.add(self)
@@ -126,7 +126,7 @@ class HttpProtocol(HttpToolsProtocol):
                                   headers=RETRY_AFTER))  # fmt: skip
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is closed: all requests that wait for an answer hear of it."""
+        """The connection is closed: tell all requests that wait for an answer."""
         self._connections.remove(self)
         for cycle in (self._active, *(cycle for cycle, _ in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
@@ -142,7 +142,7 @@ class HttpProtocol(HttpToolsProtocol):
         return self._active is not None and self._active.response_complete and self._head_since is None
 
     def check_deadlines(self, now: float) -> None:
-        """Close what has been waited for long enough."""
+        """Close the connection if one of its deadlines has passed."""
         num_unsent = self.transport.get_write_buffer_size()
         if num_unsent == 0 or num_unsent < self._num_unsent:
             self._unsent_since = now
@@ -160,7 +160,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
         elif self._head_since is not None and now - self._head_since > self._options.header_timeout:
             if self.flow.read_paused:
-                self._head_since = now  # it is not the client that is late
+                self._head_since = now  # the time so far was the server's, not the client's
             elif self._is_in_head:
                 seconds = self._options.header_timeout
                 self._refuse(ApiError(408, f"the head of the request took longer than {seconds:g} s", code="timeout"))
@@ -173,7 +173,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Feed what was read to the parser, unless requests before it are to be answered first."""
         self._unset_keepalive_if_required()
         if self._refusal is not None:
-            self.flow.pause_reading()  # what is dropped should cost others little
+            self.flow.pause_reading()  # reading bytes that are thrown away must not slow other connections
             self.loop.call_later(_DROP_PAUSE, self._read_on)
         elif self._held or self.pipeline:
             self._hold(data)
@@ -211,8 +211,8 @@ class HttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
-            # No other protocol is spoken here, and the body is the request's, which this parser would leave: so it
-            # reads the head again, without the header that asks.
+            # The client asks to upgrade, and no other protocol is spoken here. The parser would stop at the body, so it
+            # reads the head again, without that header.
             method, version = self.parser.get_method(), self.parser.get_http_version().encode()
             lines = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
@@ -243,7 +243,7 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A head is whole: its request begins, or waits for the answers of those before it."""
+        """A head is complete: its request begins, or waits until those before it are answered."""
         num_hosts = sum(name == b"host" for name, _ in self.headers)
         if num_hosts > 1 or (num_hosts == 0 and self.parser.get_http_version() == "1.1"):
             self._stop(ApiError(400, f"Host must be sent once, got {num_hosts} of them", code="invalid_http"))
@@ -272,7 +272,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """An answer is whole: the next request's turn."""
+        """An answer is complete: start the next request."""
         following = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
         if self.transport.is_closing():
@@ -288,12 +288,12 @@ class HttpProtocol(HttpToolsProtocol):
     # ---- refusals
 
     def _stop(self, error: ApiError) -> None:
-        """In a callback of the parser: refuse the request."""
+        """Refuse the request, from within a callback of the parser."""
         self._refusal = error
         raise ValueError(error.message)
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what cannot be read with ``error``, after the answers to what came before it, and read no more."""
+        """Answer an unreadable request with ``error``, after all earlier answers, and read no more."""
         self._refusal = error
         self._head_since = None
         self._log(error.status, error.code)
@@ -311,7 +311,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._done_since = time.monotonic()
         self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
         if self.transport.can_write_eof():
-            self.transport.write_eof()  # closing at once would throw away the answer with what is unread
+            self.transport.write_eof()  # closing with unread bytes would reset the connection and lose the answer
         else:
             self.transport.close()
 

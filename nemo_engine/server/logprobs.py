@@ -1,5 +1,5 @@
-"""Log-probabilities as the routes write them: OpenAI's lists of completions, OpenAI's objects of chat, vLLM's prompt
-log-probabilities.
+"""Log-probabilities in the forms of the routes: OpenAI's lists for completions, OpenAI's objects for chat, and vLLM's
+prompt log-probabilities.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from nemo_engine.text import Tokenizer
 
 
 def finite(value: float) -> float:
-    """A log-probability that JSON can hold."""
+    """``value``, but at least -9999: JSON has no minus infinity."""
     return max(value, -9999.0)
 
 
 def token_text(request: SamplingRequest, token_id: int, logprob: Logprob | None, tokenizer: Tokenizer | None) -> str:
-    """How a token is named beside its log-probability."""
+    """The text of a token, for its log-probability."""
     text = (
         logprob.decoded_token
         if logprob is not None
@@ -31,11 +31,10 @@ def token_text(request: SamplingRequest, token_id: int, logprob: Logprob | None,
 
 
 class TextOffsets:
-    """Where the tokens of a text stand in it, in characters, as they come.
+    """The place of each token in a text, in characters, as tokens come.
 
-    A token of whole characters stands where these are, whatever stood in front of it. One that is part of a character
-    stands where the text ends that is whole before it. A control token that the text does not show stands where it
-    would be.
+    A token of whole characters has the place of the first. A token that is a part of a character has the place where
+    the last whole character before it ends. A control token that is not shown has the place where it would be.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, *, start: int = 0, skips_special: bool = True) -> None:

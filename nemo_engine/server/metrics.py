@@ -1,7 +1,7 @@
 """``/metrics``: counts and times under vLLM's names, for Prometheus; and, where there is an NVIDIA GPU, its memory,
 power and energy.
 
-Times of requests are taken when they end; what happens in every step comes from the engine's record of its steps.
+Requests are counted when they end; the numbers of steps come from the engine's records of its steps.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Histogram:
         self._sum += value * count
 
     def family(self, name: str, text: str, labels: dict[str, str]) -> HistogramMetricFamily:
-        """As Prometheus has it, cumulative."""
+        """The histogram in Prometheus's form, whose buckets are cumulative."""
         total, buckets = 0, []
         for bound, count in zip((*self._bounds, float("inf")), self._counts):
             total += count
@@ -120,11 +120,11 @@ class Metrics:
         self._registry.register(self)
 
     def key_answered(self, name: str, status: int) -> None:
-        """An HTTP request of the key of that name was answered."""
+        """Count an answered HTTP request for the key of that name."""
         self._answered[name, status] += 1
 
     def request_done(self, output: RequestOutput, params: SamplingParams, key_name: str = "") -> None:
-        """A request has ended; ``output`` is its last."""
+        """Count a request that has ended; ``output`` is its last output."""
         metrics = output.metrics
         if key_name:
             self._key_prompt_tokens[key_name] += len(output.prompt_token_ids)
@@ -156,14 +156,14 @@ class Metrics:
             self.history.request_done(first - arrival, last - arrival)
 
     def aborted(self, count: int) -> None:
-        """So many completions were given up before their end."""
+        """Count completions that were given up before their end."""
         self._finished["abort"] += count
 
     def _add(self, name: str, value: float, count: int = 1) -> None:
         self._histograms[name][1].add(value, count)
 
     async def update(self) -> None:
-        """Take in the steps since the last time."""
+        """Count the steps since the last call."""
         async with self._updating:
             since = self._last_step
             if self._engine.error is not None or self._engine.last_step_id == since:
@@ -178,7 +178,7 @@ class Metrics:
                 self.history.step_done(record)
 
     def name_engine(self, name: str) -> None:
-        """What the label ``engine`` says: which of several replicas this is."""
+        """Set the label ``engine``, which tells several replicas apart."""
         self._labels["engine"] = name
 
     async def follow(self) -> None:
@@ -196,7 +196,7 @@ class Metrics:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics as of now, as prometheus_client asks for them."""
+        """All metrics as of now; prometheus_client calls this."""
         stats = self._engine.stats()
         used = 1.0 - stats.num_free_pages / stats.num_pages
         for name, text, value in (
@@ -249,7 +249,7 @@ class Metrics:
         yield family
 
     def _of_keys(self) -> Iterator[Metric]:
-        """What was done for each key, by its name."""
+        """The counts of each key, by its name."""
         labels = [*self._labels, "key"]
         if self._answered:
             family = CounterMetricFamily(

@@ -1,5 +1,5 @@
-"""What the OpenAPI document says of requests beyond their fields' types: what conversations, tools and forms hold,
-which fields go together, and the limits of this server and its model.
+"""The part of the OpenAPI document that goes beyond the types of fields: the content of conversations, tools and forms,
+the fields that go together, and the limits of this server and its model.
 
 Four kinds of rules cannot be said in JSON Schema, and stand in descriptions: that a number is written as an integer (1,
 not 1.0), what compares two values (``min_tokens`` and ``max_tokens``, names that are used once), what depends on the
@@ -17,7 +17,7 @@ from nemo_engine.server.service import Service
 
 
 def _given(name: str, value: Schema) -> Schema:
-    """That a field is there, and is ``value``."""
+    """A schema for objects in which the field ``name`` is ``value``."""
     return {"required": [name], "properties": {name: value}}
 
 
@@ -84,13 +84,13 @@ _STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 
 
 def describe(document: Schema, service: Service) -> None:
-    """Add to ``document``, of FastAPI, what it does not know."""
+    """Add to ``document``, which FastAPI made, the rules that FastAPI does not know."""
     schemas: dict[str, Schema] = document["components"]["schemas"]
     for name, schema in schemas.items():
-        for field, said in _fields(service, name).items():
+        for field, form in _fields(service, name).items():
             if field in schema.get("properties", {}):
                 known = schema["properties"][field]
-                schema["properties"][field] = said | {key: known[key] for key in ("title", "default") if key in known}
+                schema["properties"][field] = form | {key: known[key] for key in ("title", "default") if key in known}
         rules = [rule for kind in _KINDS.get(name, ()) for rule in _TOGETHER[kind]]
         if rules:
             schema["allOf"] = rules
@@ -102,7 +102,7 @@ def describe(document: Schema, service: Service) -> None:
 
 
 def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
-    """What the fields of a request of ``kind`` may hold on this server."""
+    """The schemas of fields of a request of ``kind``, with the limits of this server."""
     max_tokens = service.options.max_completion_tokens
     limit: Schema = {} if max_tokens is None else {"maximum": max_tokens}
     tokens = {"type": ["integer", "null"], "minimum": 1, **limit}
@@ -190,7 +190,7 @@ def ids_below(number: int) -> str:
 
 
 def _say_vocabulary(schema: Schema, vocab_size: int) -> None:
-    """Say which token ids there are."""
+    """Write the range of token ids into ``schema``."""
     for field in schema.get("properties", {}).values():
         for option in field.get("anyOf", [field]):
             items = option.get("items", {})

@@ -27,21 +27,21 @@ _PLAIN = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Effective:
-    """The parameters of a request, and of each that is not the API's default, who set it."""
+    """The parameters of a request, and who set each of those that are not the API's defaults."""
 
     params: SamplingParams
     origins: dict[str, str]
 
     def explain(self) -> dict[str, Any]:
         """``{name: {"value", "origin"}}`` of all parameters."""
-        shown = {}
+        explained = {}
         for field in dataclasses.fields(self.params):
             if field.name not in ("output_kind", "extra_args"):
                 value = getattr(self.params, field.name)
                 if dataclasses.is_dataclass(value) and not isinstance(value, type):
                     value = dataclasses.asdict(value)
-                shown[field.name] = {"value": value, "origin": self.origins.get(field.name, "default")}
-        return shown
+                explained[field.name] = {"value": value, "origin": self.origins.get(field.name, "default")}
+        return explained
 
 
 def effective(
@@ -53,7 +53,7 @@ def effective(
     logprobs: int | None,
     tools: ToolUse | None = None,
 ) -> Effective:
-    """The parameters of ``request`` for a prompt of that length; ``ValueError`` or ``ApiError`` for what is wrong.
+    """The parameters of ``request`` for a prompt of that length. Raises ``ValueError`` or ``ApiError`` for bad ones.
 
     ``asked_tokens`` is the request's own limit of output tokens. It and every default are cut to what the context and
     the cache hold beside the prompt. The form of the answer is what the request asks for, or with ``tools`` that of
@@ -96,17 +96,17 @@ def effective(
 
 
 def _in_words_of(request: GenerationRequest, message: str) -> str:
-    """``message`` with the field that the client sent: what ``response_format`` asks is ``structured_outputs`` to the
-    engine.
+    """``message`` with the name of the field that the client sent: the engine knows ``response_format`` as
+    ``structured_outputs``.
     """
     if request.response_format is None or request.response_format.get("type") == "text":
         return message
-    whole, kind = "response_format", request.response_format.get("type")
-    schema = "response_format.json_schema.schema" if kind == "json_schema" else whole
+    form, kind = "response_format", request.response_format.get("type")
+    schema = "response_format.json_schema.schema" if kind == "json_schema" else form
     for ours, theirs in (
-        ("structured_outputs.json_object", whole),
+        ("structured_outputs.json_object", form),
         ("structured_outputs.json", schema),
-        ("structured_outputs", whole),
+        ("structured_outputs", form),
     ):
         if message.startswith(ours):
             return theirs + message.removeprefix(ours)
@@ -125,12 +125,12 @@ def _set_max_tokens(
     if max_tokens is not None:
         values["max_tokens"], origins["max_tokens"] = max_tokens, "request"
         is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
-        for name in ("max_completion_tokens", "max_tokens"):  # of which the first counts, and both are checked
-            given = getattr(request, name, None)
-            if given is not None and given < 1 and not (given == 0 and is_echo):
-                raise ApiError(400, f"{name} must be at least 1, got {given}", param=name)
-            if given is not None and limit is not None and given > limit:
-                raise ApiError(400, f"{name} must be at most {limit} on this server, got {given}", param=name)
+        for name in ("max_completion_tokens", "max_tokens"):  # if both are there, the first counts; check both
+            value = getattr(request, name, None)
+            if value is not None and value < 1 and not (value == 0 and is_echo):
+                raise ApiError(400, f"{name} must be at least 1, got {value}", param=name)
+            if value is not None and limit is not None and value > limit:
+                raise ApiError(400, f"{name} must be at most {limit} on this server, got {value}", param=name)
     elif "max_tokens" not in values and isinstance(request, CompletionRequest):
         values["max_tokens"] = _DEFAULT_MAX_TOKENS
     room = service.engine.room_for(num_prompt_tokens)

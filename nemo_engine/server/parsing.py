@@ -1,8 +1,8 @@
-"""From the bytes of a body to a checked request, such that no body keeps the interpreter to itself for long.
+"""Parses the bytes of a body into a checked request, without holding the interpreter for long.
 
-The parser is one call into C, during which no other thread runs: neither the event loop nor the engine. Its time goes
-with the number of values, keys and escapes, so these are counted before it is called. What is left of a large body's
-work runs in threads of its own.
+The JSON parser is one call into C, during which no other thread runs: neither the event loop nor the engine. Its time
+grows with the number of values, keys and escapes, so these are counted before the call. The other work on a large body
+runs in threads of its own.
 """
 
 from __future__ import annotations
@@ -26,29 +26,26 @@ MAX_VALUES = 250_000  # or two for each token of the context, if that is more
 MAX_ESCAPES = 1_000_000
 
 _SMALL_BODY = 32 * 1024  # bytes; handled in the event loop
-_STRETCH = 2**20  # bytes that are counted at a time
+_STRETCH = 2**20  # bytes in which one call counts
 
 _M = TypeVar("_M", bound=ApiRequest)
 _T = TypeVar("_T")
 
 
 class Workers:
-    """Threads for what large bodies ask for.
-
-    They are few, and not those of small bodies, which so do not wait behind large ones.
-    """
+    """A few threads for the work on large bodies alone, so that small bodies do not wait behind large ones."""
 
     def __init__(self, max_model_len: int) -> None:
         self.max_values = max(MAX_VALUES, 2 * max_model_len)
         self._large = ThreadPoolExecutor(2, thread_name_prefix="large-bodies")
 
     async def run(self, http: Request, function: Callable[..., _T], *args: Any) -> _T:
-        """``function(*args)`` outside the event loop, for the request ``http``."""
+        """Call ``function(*args)`` outside the event loop, for the request ``http``."""
         executor = self._large if _size_of(http) > _SMALL_BODY else None
         return await asyncio.get_running_loop().run_in_executor(executor, function, *args)
 
     async def read(self, http: Request, model: type[_M]) -> _M:
-        """The body of ``http`` as ``model``. Raises ``ApiError``."""
+        """Read the body of ``http`` as a ``model``. Raises ``ApiError``."""
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         body = http.scope.get("nemo_engine.body")
         if body is None or body.size == 0:
@@ -70,12 +67,12 @@ def _size_of(http: Request) -> int:
 
 
 def parse(data: bytes, model: type[_M], max_values: int = MAX_VALUES) -> _M:
-    """``data`` as ``model``. Raises ``ApiError``."""
+    """Parse ``data`` as a ``model``. Raises ``ApiError``."""
     return validated(read_json(data, max_values), model)
 
 
 def read_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
-    """What ``data`` holds, read strictly: UTF-8, no lone surrogates, no NaN, bounded depth. Raises ``ApiError``."""
+    """Parse JSON strictly: UTF-8, no lone surrogates, no NaN, bounded depth. Raises ``ApiError``."""
     data = data.removeprefix(codecs.BOM_UTF8)
     if len(data) > _SMALL_BODY:
         check_complexity(data, max_values)
@@ -86,7 +83,7 @@ def read_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
 
 
 def validated(value: Any, model: type[_M]) -> _M:
-    """The JSON ``value`` as ``model``. Raises ``ApiError``."""
+    """Check the JSON ``value`` as a ``model``. Raises ``ApiError``."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -98,7 +95,7 @@ def check_complexity(data: bytes, max_values: int = MAX_VALUES) -> None:
     num_escapes = _count(data, b"\\")
     if num_escapes > MAX_ESCAPES:
         raise _too_complex("escapes in its strings", MAX_ESCAPES)
-    # In strings too: an upper bound.
+    # An upper bound: characters inside strings are counted too.
     num_containers = _count(data, b"[") + _count(data, b"{")
     if _count(data, b":") <= MAX_KEYS and num_containers <= MAX_CONTAINERS and _count(data, b",") <= max_values:
         return
@@ -126,7 +123,7 @@ def _count(data: bytes, what: bytes) -> int:
 
 
 def _outside_strings(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where ``data`` is outside of strings, start and end of each stretch."""
+    """Start and end of each stretch of ``data`` that is outside of strings."""
     at = 0
     while True:
         quote = data.find(b'"', at)

@@ -73,7 +73,7 @@ def encode_conversation(service: Service, request: ChatRequest, tools: ToolUse |
 
 
 def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt) -> EncodedPrompt:
-    """Truncation, the server's limit and the salt."""
+    """Truncate the prompt, check the server's limit, and add the salt."""
     max_tokens = request.truncate_prompt_tokens
     if max_tokens is not None:
         if max_tokens == 0:
@@ -85,8 +85,8 @@ def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt)
         max_tokens = service.engine.max_model_len - 1 if max_tokens == -1 else max_tokens
         if len(prompt.token_ids) > max_tokens:
             ids = prompt.token_ids
-            kept = ids[:max_tokens] if request.truncation_side == "right" else ids[-max_tokens:]
-            prompt = replace(prompt, text=None, token_ids=kept)
+            truncated = ids[:max_tokens] if request.truncation_side == "right" else ids[-max_tokens:]
+            prompt = replace(prompt, text=None, token_ids=truncated)
     limit = service.options.max_prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:
         raise ApiError(
@@ -99,7 +99,7 @@ def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt)
 
 
 def structured_outputs(request: GenerationRequest) -> object | None:
-    """What ``structured_outputs`` or ``response_format`` asks of the answer's form, as ``SamplingParams`` takes it."""
+    """The form of the answer that the request asks for, as ``SamplingParams.structured_outputs`` takes it."""
     form = request.response_format
     if form is None:
         return request.structured_outputs
@@ -113,10 +113,10 @@ def structured_outputs(request: GenerationRequest) -> object | None:
     elif kind == "json_object":
         options = {"json_object": True}
     elif kind == "json_schema":
-        named = form.get("json_schema")
-        schema = named.get("schema") if isinstance(named, Mapping) else None
-        if isinstance(named, Mapping):
-            refuse_unknown(named, _SCHEMA_KEYS, "response_format.json_schema", "a schema")
+        json_schema = form.get("json_schema")
+        schema = json_schema.get("schema") if isinstance(json_schema, Mapping) else None
+        if isinstance(json_schema, Mapping):
+            refuse_unknown(json_schema, _SCHEMA_KEYS, "response_format.json_schema", "a schema")
         if schema is None:
             raise ApiError(
                 400, "response_format.json_schema.schema is missing", param="response_format.json_schema.schema"

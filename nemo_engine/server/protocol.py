@@ -1,9 +1,8 @@
-"""What requests may hold: OpenAI's fields and vLLM's extras, by the same names.
+"""The bodies of requests: OpenAI's fields and vLLM's extras, by the same names.
 
-Values are checked by the engine's own rules.
+The engine checks the values by its own rules.
 
-The rule for values that ask for nothing and for fields that are not declared is that of ``fields``, for objects inside
-a body too.
+``fields`` has the rules for values that ask for nothing and for undeclared fields, also of objects inside a body.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ INSTEAD = {
 
 
 class Limits:
-    """What the OpenAPI document says of a field that the engine checks, in its own words."""
+    """Schema for the OpenAPI document of a field whose value the engine checks."""
 
     def __init__(self, **limits: Any) -> None:
         self._limits = limits
@@ -85,7 +84,7 @@ class _First(FailFast):
 
 
 _T = TypeVar("_T")
-Items = Annotated[list[_T], _First()]  # what is wrong is told of the first such element: there may be very many
+Items = Annotated[list[_T], _First()]  # only the first wrong element is reported: there may be very many
 _Some = Annotated[Items[_T], Limits(minItems=1)]
 _Text = Annotated[str, Limits(minLength=1)]
 _TokenId = Annotated[int, Limits(minimum=0)]
@@ -95,7 +94,7 @@ _SEED_SHOWN = Limits(
 
 
 class ApiRequest(BaseModel):
-    """What all requests share: the treatment of fields that are not declared."""
+    """The base of all requests: it deals with fields that are not declared."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), strict=True)
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
@@ -106,7 +105,7 @@ class ApiRequest(BaseModel):
     _ignored: Ignored = PrivateAttr(default_factory=Ignored)
 
     def model_post_init(self, _: Any) -> None:
-        """Leave out of objects what this server does not know. Raises ``ApiError`` for what is refused there."""
+        """Drop unknown fields of objects inside the body. Raises ``ApiError`` for a field that is refused there."""
         for name, names in self.inside.items():
             value = getattr(self, name)
             if value is not None:
@@ -128,7 +127,7 @@ class ApiRequest(BaseModel):
                     code="unsupported_parameter",
                 )
         for name, value in extra.items():
-            if self._ignored.is_full:  # a hostile body may hold any number
+            if self._ignored.is_full:  # a hostile body may have any number of fields
                 break
             if name not in self.unsupported and not asks_nothing(value):
                 self._ignored.add(name)
@@ -155,7 +154,7 @@ class RepetitionDetectionFields(BaseModel):
 
 
 class SamplingRequest(ApiRequest):
-    """What all requests that generate share."""
+    """The sampling fields of all requests that generate."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
     stream: bool | None = False
@@ -194,7 +193,7 @@ class SamplingRequest(ApiRequest):
 
 
 class GenerationRequest(SamplingRequest):
-    """What requests for completions and for chat share."""
+    """The fields that requests for completions and for chat share."""
 
     inside: ClassVar[Mapping[str, Any]] = {"response_format": RESPONSE_FORMAT}
 

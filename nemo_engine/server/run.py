@@ -34,8 +34,8 @@ EXIT_FAILED = 1  # the engine's thread ended by an error
 
 _LOOK_AT_ENGINE = 0.5  # seconds
 _CLOSE_CONNECTIONS = 3  # seconds that connections get after their requests have ended
-_SPARE_FILES = 128  # that connections leave to the rest of the process
-_SWITCH_INTERVAL = 0.0005  # seconds after which a thread that encodes or writes lets the engine's and the loop go on
+_SPARE_FILES = 128  # file descriptors that connections leave to the rest of the process
+_SWITCH_INTERVAL = 0.0005  # seconds after which a busy thread lets the engine's thread and the event loop go on
 
 _logger = logging.getLogger("nemo_engine.server")
 
@@ -43,10 +43,10 @@ _logger = logging.getLogger("nemo_engine.server")
 def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, Any]) -> int:
     """Load ``model`` and serve it until SIGTERM or SIGINT; returns the exit code.
 
-    On the first signal /health fails at once and no request is taken; those that run may finish until
-    ``drain_timeout``, which ends them. A second signal ends everything.
+    On the first signal, /health fails at once and no request is taken. Running requests may finish; those that have not
+    after ``drain_timeout`` are ended. A second signal ends them at once.
     """
-    keys = options.keys()  # what is wrong should not cost a load
+    keys = options.keys()  # checked first: a bad key should not cost the time to load a model
     Tracing(options.otlp_endpoint).close()
     _check_tls(options)
     _log_requests()
@@ -56,7 +56,7 @@ def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, A
         with AsyncEngine(model, **engine_options) as engine:
             app = create_app(engine, options, model=str(model))
             gc.collect()
-            gc.freeze()  # what stays for good is not looked at in every full collection, which nothing can interrupt
+            gc.freeze()  # full collections, which stop all threads, then pass over the objects that stay for good
             sys.setswitchinterval(_SWITCH_INTERVAL)
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 return runner.run(_serve(app, listener, options))
@@ -67,7 +67,7 @@ def serve(model: str | Path, options: ServerOptions, engine_options: dict[str, A
 
 
 def _address_text(listener: socket.socket, options: ServerOptions) -> str:
-    """What a client is told to connect to."""
+    """The address to which clients connect, as text."""
     if options.uds is not None:
         return f"unix:{options.uds}"
     address = listener.getsockname()
@@ -160,7 +160,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def watch_engine(self) -> None:
-        """Stop the server when the engine's thread has ended by an error: nothing it could answer would be true."""
+        """Stop the server when an error has ended the engine's thread: it could answer nothing any more."""
         while self._service.engine.error is None:
             await asyncio.sleep(_LOOK_AT_ENGINE)
         self.should_exit = True
@@ -198,8 +198,8 @@ def _check_tls(options: ServerOptions) -> None:
 
 
 def _for_address(options: ServerOptions, listener: socket.socket, *, is_open: bool) -> ServerOptions:
-    """What follows from where the server listens and whether it has keys: the names that it answers to, and a
-    warning.
+    """The options with as many connections as the process may open files, and for loopback without keys with its Host
+    names. Warns if the network may use the server without a key.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
     options = replace(options, max_connections=max(1, min(options.max_connections, limit)))
@@ -218,9 +218,9 @@ def _for_address(options: ServerOptions, listener: socket.socket, *, is_open: bo
 
 
 def _listen(options: ServerOptions) -> socket.socket:
-    """Bind before the model is loaded: a port in use should not cost a load.
+    """Bind before the model is loaded: a port in use should not cost the time to load it.
 
-    Allows as many connections as the system does.
+    Raises this process's limit of open files, which connections need, as far as the system allows.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
@@ -243,7 +243,7 @@ def _listen(options: ServerOptions) -> socket.socket:
 
 
 def _listen_at_path(path: str) -> socket.socket:
-    """A Unix socket at ``path``; one that a killed server left behind, to which nobody listens, is replaced."""
+    """A Unix socket at ``path``. A socket file that a killed server left behind is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if Path(path).is_socket():

@@ -43,14 +43,14 @@ class EventStream(Response):
         self.body = b""
         self._events = events
         self._first: bytes | None = None
-        shown = {
+        all_headers = {
             "Content-Type": f"{self.media_type}; charset=utf-8",
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
         }
         self.raw_headers = [
             (name.lower().encode("latin-1"), value.encode("latin-1"))
-            for name, value in (shown | (headers or {})).items()
+            for name, value in (all_headers | (headers or {})).items()
         ]
 
     async def start(self) -> EventStream:

@@ -21,7 +21,7 @@ from nemo_engine.text.tools import ToolChoice, check_tool_choice, check_tools
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """``is_on``: calls are looked for in the answer. ``parallel``: more than one call may be made."""
+    """``is_on``: the answer is searched for calls. ``parallel``: it may have more than one call."""
 
     is_on: bool
     parallel: bool
@@ -31,7 +31,7 @@ class ToolUse:
 
     @classmethod
     def of(cls, request: ChatRequest, renderer: Renderer) -> ToolUse:
-        """Read ``tools``, ``tool_choice`` and ``parallel_tool_calls``; ``ValueError`` or ``ApiError`` for what does not
+        """Read ``tools``, ``tool_choice`` and ``parallel_tool_calls``; ``ValueError`` or ``ApiError`` if they do not
         fit.
         """
         tools = check_tools(request.tools) if request.tools else None
@@ -50,16 +50,14 @@ class ToolUse:
         return self.choice.mode == "required"
 
     def shown(self) -> list[dict[str, Any]] | None:
-        """The tools that stand in the prompt: all, but those alone that may be called where no grammar sees to it."""
+        """The tools for the prompt: all if a grammar limits the choice, otherwise only those that may be called."""
         if not self.is_on:
             return None
         return [dict(tool) for tool in self.tools if self.is_forced or tool["function"]["name"] in self.choice.names]
 
     def structured_outputs(self, options: object | None) -> object | None:
-        """The form of the answer: that of the calls if calls are forced, else what the request asks for, or calls if it
-        may make some.
-
-        ``asked`` is the form of text, of which an answer of forced calls has none.
+        """The form of the answer. Forced calls have a form of their own; otherwise it is ``options``, the form that the
+        request asks for, or calls if the answer may have some.
         """
         if self.is_forced:
             assert self.style is not None
@@ -74,12 +72,12 @@ class ToolUse:
         return self.style.optional(self.tools, self.choice.names, self.parallel, schema)
 
     def has_grammar(self, options: object | None) -> bool:
-        """Whether the form of the answer is made of the tools' parameters."""
+        """Whether the grammar of the answer contains the schemas of the tools' parameters."""
         return self.is_forced or (self.is_on and options is not None)
 
     def blamed(self, message: str, options: object | None) -> str:
-        """``message``, an error of what ``structured_outputs`` made, with the tool or the part of ``asked`` whose fault
-        it is.
+        """``message``, an error about the result of ``structured_outputs``, with the name of the tool or of the part of
+        ``options`` that is at fault.
         """
         for index, tool in enumerate(self.tools):
             if tool["function"]["name"] in self.choice.names:

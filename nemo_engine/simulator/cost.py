@@ -1,8 +1,8 @@
-"""A cost model that is fitted from measured steps, for any machine; kept as JSON.
+"""A cost model that is fitted to measured steps of any machine, and kept as JSON.
 
-A step takes: a curve over its decode rows, a constant per key that those attend to, a curve over its prefill tokens,
-constants per prefill row and per pair of query and key in prefills; less what a step of both kinds saves. All are at
-least 0, and the curves do not fall.
+The time of a step is the sum of a curve over its decode rows, a constant per key that these attend to, a curve over its
+prefill tokens, and constants per prefill row and per pair of query and key in prefills, less a constant for steps with
+both kinds of rows. All are at least 0, and the curves do not fall.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nemo_engine.planner.roofline import Chunk, num_pairs
 
 _FORMAT = "nemo_engine cost model 1"
 _LEAST = 8  # measurements that a fit needs
-_ROUNDS = 12  # of reweighting, which makes single slow steps matter little
+_ROUNDS = 12  # each reweights the measurements, so that single slow steps matter little
 _SWEEPS = 400
-_RATIO = 1.8  # between neighbouring knots of a curve
+_RATIO = 1.8  # least ratio of neighbouring knots of a curve
 
 Curve = tuple[tuple[int, float], ...]  # (count, seconds), by count
 
 
 class Measurement(NamedTuple):
-    """One step as it was: decode rows, the keys that they attended to, prefill rows, their tokens and pairs of query
-    and key; seconds.
+    """One measured step: decode rows, the keys that they attended to, prefill rows, their tokens and pairs of query and
+    key, and its seconds.
     """
 
     num_decodes: int
@@ -40,7 +40,7 @@ class Measurement(NamedTuple):
 
     @classmethod
     def of(cls, num_decodes: int, sum_context: int, prefills: Sequence[Chunk], seconds: float) -> Measurement:
-        """From the rows of a step."""
+        """Make a measurement of the rows of a step."""
         pairs = sum(num_pairs(start, count) for start, count in prefills)
         return cls(num_decodes, sum_context, len(prefills), sum(count for _, count in prefills), pairs, seconds)
 
@@ -49,7 +49,7 @@ class Measurement(NamedTuple):
 class CostModel:
     """``StepCost`` of one machine and model.
 
-    ``facts`` is what is known of the measurements; the host's time is in the seconds.
+    ``facts`` describes the measurements. The seconds include the host's time.
     """
 
     decode: Curve
@@ -62,7 +62,7 @@ class CostModel:
 
     @classmethod
     def fit(cls, measurements: Iterable[Measurement], facts: Mapping[str, Any] | None = None) -> CostModel:
-        """The model with the least relative error, single outliers mattering little.
+        """The model with the least relative error, in which single outliers matter little.
 
         Raises ``ValueError`` if there are too few measurements.
         """
@@ -157,7 +157,7 @@ def _curve(value: object, name: str) -> Curve:
 
 
 def _knots(counts: Iterable[int]) -> list[int]:
-    """Measured counts above 0, thinned to a ratio of ``_RATIO``; the smallest and the largest are among them."""
+    """Measured counts above 0, thinned to ratios of at least ``_RATIO``; the smallest and the largest stay."""
     knots: list[int] = []
     distinct = sorted({count for count in counts if count > 0})
     for count in distinct:
@@ -169,8 +169,8 @@ def _knots(counts: Iterable[int]) -> list[int]:
 
 
 def _place(knots: Sequence[int], count: int) -> tuple[int, float]:
-    """The knot at or before ``count``, and the part of the way to the next one: above 1 beyond the last; 0 at or before
-    the first.
+    """The knot at or before ``count``, and the part of the way from it to the next one: 0 up to the first knot, above 1
+    beyond the last.
     """
     if count <= knots[0] or len(knots) == 1:
         return 0, 0.0
@@ -181,7 +181,7 @@ def _place(knots: Sequence[int], count: int) -> tuple[int, float]:
 
 
 def _value(curve: Curve, count: int) -> float:
-    """Linear between the points and beyond the last; the first's before it. 0 without points."""
+    """The curve at ``count``: linear between points and beyond the last, constant before the first, 0 if empty."""
     if not curve:
         return 0.0
     index, part = _place([knot for knot, _ in curve], count)
@@ -203,8 +203,8 @@ def _features(m: Measurement, decode_knots: Sequence[int], prefill_knots: Sequen
             if part:
                 row.append((first + index + 1, part))
         first += len(knots)
-    rest = (m.sum_context, m.num_prefills, m.prefill_pairs, -1.0 if m.num_decodes and m.num_prefills else 0.0)
-    row += [(first + index, float(factor)) for index, factor in enumerate(rest) if factor]
+    factors = (m.sum_context, m.num_prefills, m.prefill_pairs, -1.0 if m.num_decodes and m.num_prefills else 0.0)
+    row += [(first + index, float(factor)) for index, factor in enumerate(factors) if factor]
     return row
 
 

@@ -1,5 +1,5 @@
-"""What comes when: items of a workload at their arrivals, later turns after the answers before them, and in a closed
-loop the next item.
+"""The arrivals of a simulation: items of a workload at their times, later turns after the answers before them, and in a
+closed loop the next item when one ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemo_engine.workload.items import Messages
 Encode = Callable[[str | Messages], Sequence[int]]
 
 _FIRST_PREFIX_CODE = -2  # and downwards; -1 has the same hash as -2 in Python
-_FIRST_CODE = 1 << 20  # of prompts that are only lengths: above all token ids, each prompt its own
+_FIRST_CODE = 1 << 20  # prompts that are only lengths get codes from here, above all token ids, each its own
 _CODES = (1 << 31) - 1 - _FIRST_CODE
 
 
@@ -32,9 +32,9 @@ class Conversation:
 
 
 class Contents:
-    """Makes token ids of prompts. Equal prefixes become equal ids; lengths alone become ids that nothing else has.
+    """Makes the token ids of prompts. Equal prefixes get equal ids; a prompt that is only a length gets ids of its own.
 
-    encode: makes ids of texts; without it they are counted as their ``prompt_tokens``.
+    encode: turns a text into ids. Without it, a text counts as its ``prompt_tokens``.
     """
 
     def __init__(self, encode: Encode | None = None) -> None:
@@ -54,7 +54,7 @@ class Contents:
         return len(conversation.history) + count + (item.prefix_tokens if conversation.turn == 0 else 0)
 
     def _ids(self, conversation: Conversation) -> Sequence[int]:
-        """What the next turn adds, without a prefix."""
+        """The ids that the next turn adds, without a prefix."""
         turn = conversation.item.turns[conversation.turn]
         prompt = turn.prompt
         if isinstance(prompt, tuple) and isinstance(prompt[0], int):
@@ -100,8 +100,8 @@ class Feed:
         self._times = None if arrivals.kind in ("file", "closed") else arrivals.times()
         self._due: list[tuple[float, int, Conversation]] = []  # turns and, in a closed loop, items
         self._count = 0
-        self._latest = 0.0  # arrival of an item's own
-        self._next: tuple[float, Conversation] | None = None  # of an open loop
+        self._latest = 0.0  # the latest arrival_s of an item
+        self._next: tuple[float, Conversation] | None = None  # the next item of an open loop
         self.num_items = 0
         self.has_feedback = arrivals.kind == "closed"  # whether what ends may bring arrivals: known so far
         if arrivals.kind == "closed":
@@ -149,12 +149,12 @@ class Feed:
         self._push(when, conversation)
 
     def next_time(self) -> float:
-        """When the next one comes; infinity if none is known."""
+        """The time of the next arrival; infinity if none is known."""
         first = self._next[0] if self._next is not None else math.inf
         return min(first, self._due[0][0]) if self._due else first
 
     def pop(self) -> tuple[float, Conversation]:
-        """The next one."""
+        """Take the next arrival."""
         if self._next is None or (self._due and self._due[0][0] <= self._next[0]):
             when, _, conversation = heapq.heappop(self._due)
             return when, conversation
@@ -163,7 +163,7 @@ class Feed:
         return item
 
     def ended(self, conversation: Conversation, token_ids: list[int] | None, now: float) -> None:
-        """A turn is answered, all its tokens being ``token_ids``; None: it was refused, and so is what would follow
+        """A turn has ended: ``token_ids`` are its prompt and answer. None: it was refused, and so are the turns after
         it.
         """
         turns = conversation.item.turns

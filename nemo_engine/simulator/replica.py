@@ -1,4 +1,4 @@
-"""One simulated engine: the core's loop with a cost in the runner's place, and what is measured on the way."""
+"""One simulated engine: the core's loop, with a cost model in the runner's place, and its measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TIMELINE = ("running", "waiting", "kv_used", "decode_rows")
 
 @dataclass(frozen=True, slots=True)
 class EngineShape:
-    """What a simulated engine has: the scheduler's options, its pages, and steps in flight."""
+    """The shape of a simulated engine: the scheduler's options, its pages, and the number of steps in flight."""
 
     num_pages: int
     page_size: int
@@ -43,9 +43,10 @@ class EngineShape:
 
 
 class Replica:
-    """A scheduler and a clock. ``now`` is when its host can next plan; whoever drives it never goes back in time.
+    """A scheduler and a clock. ``now`` is the time at which its host can plan next, and never goes back.
 
-    ``interval``: of its timeline at first; steps are passed over up to the end of one, so that long ones cost less.
+    ``interval``: seconds that a point of its timeline stands for. No skip of steps goes past the end of one, so long
+    intervals cost less.
     """
 
     def __init__(
@@ -79,16 +80,16 @@ class Replica:
         self._device_free = 0.0
         self._in_flight: deque[tuple[float, StepPlan]] = deque()  # with the time at which it is done
         self._lines: dict[int, tuple[float, float, float]] = {}
-        self._is_blocked = False  # the first of those that wait found no room, and nothing was freed since
+        self._is_blocked = False  # the first waiting request found no room, and nothing has been freed since
         # Behind the scheduler's own queue, so that a long queue costs no token lists: (priority, order, makes the
         # request).
         self._held: list[tuple[int, int, Callable[[], SimulatedRequest]]] = []
         self._num_submitted = self._num_finished = 0
-        self._urgency_inside = (-(1 << 62), 0)  # no request in the scheduler's queue is less urgent
+        self._urgency_inside = (-(1 << 62), 0)  # no request in the scheduler's queue is less urgent than this
         self._room = shape.max_num_seqs + 8  # as many as one step could admit
 
     def submit(self, arrived_s: float, priority: int, make: Callable[[], SimulatedRequest]) -> None:
-        """A request comes; ``make`` builds it when the scheduler gets to it."""
+        """Queue a request; ``make`` builds it when the scheduler gets to it."""
         if not self.num_unfinished and arrived_s > self.now:
             since = self.scheduler.last_commit_s
             self.timeline.add(since, arrived_s - since, (0, 0, 0, 0))
@@ -107,8 +108,8 @@ class Replica:
         self._is_blocked = False
 
     def run_until(self, limit: float, max_ends: float = float("inf")) -> None:
-        """Plan and commit steps while ``now`` is before ``limit``, until nothing is left, or until so many requests
-        ended.
+        """Plan and commit steps while ``now`` is before ``limit``, until no request is left or ``max_ends`` requests
+        have ended.
         """
         scheduler, in_flight, depth = self.scheduler, self._in_flight, self._shape.pipeline_depth
         stop = self._num_finished + max_ends
@@ -133,7 +134,7 @@ class Replica:
         return line
 
     def _launch(self) -> bool:
-        """Plan a step and put its end on the clock; False if there is none."""
+        """Plan a step and note when it will end; False if there is nothing to plan."""
         scheduler = self.scheduler
         num_preemptions = scheduler.num_preemptions
         plan = scheduler.schedule()
@@ -158,11 +159,11 @@ class Replica:
         return True
 
     def _commit(self, end: float, plan: StepPlan) -> None:
-        """A step is done: its tokens are out."""
+        """Commit a step, which ended at ``end``."""
         scheduler = self.scheduler
         now = max(self.now, end)
         before = scheduler.last_commit_s
-        numbers = self._numbers()  # until now: before requests leave
+        numbers = self._numbers()  # before requests leave: they hold for the time until now
         num_tokens = len(plan.decode_slots) + sum([row.samples for row in plan.prefills])
         committed = scheduler.commit(StepResult(plan.step_id, [ANSWER] * num_tokens))
         num_decodes = len(committed.requests) - len(committed.prefilled)
@@ -190,7 +191,7 @@ class Replica:
         self._on_finish(request, now)
 
     def _numbers(self) -> tuple[int, int, float]:
-        """Requests that run and that wait, and the part of the pages in use."""
+        """(requests that run, requests that wait, part of the pages in use)."""
         scheduler = self.scheduler
         waiting = len(scheduler.waiting) + len(self._held)
         return len(scheduler.running), waiting, self._num_used_pages() / self._shape.num_pages
@@ -207,7 +208,7 @@ class Replica:
         has_prefills = running.prefilling or any([plan.prefills for _, plan in self._in_flight])
         if has_prefills or not running.decoding or len(self._in_flight) != self._shape.pipeline_depth - 1:
             return False
-        # A page that is filled may be what a request waits for.
+        # A request may wait for a page that these steps fill.
         may_grow = not scheduler.waiting or len(running) == self._shape.max_num_seqs
         run = SteadyRun(scheduler)
         start = scheduler.last_commit_s

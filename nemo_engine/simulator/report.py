@@ -11,8 +11,8 @@ from nemo_engine.simulator.results import Results
 from nemo_engine.simulator.statistics import Sketch
 from nemo_engine.workload import Limits
 
-_KEEPS_UP = 0.8  # arrivals take that part of a run at least: the last requests end after the last arrival
-_GOOD = 0.99  # of the requests
+_KEEPS_UP = 0.8  # a run keeps up if arrivals take this part of it: the last requests end after the last arrival
+_GOOD = 0.99  # a run keeps the limits if this part of its requests does
 
 _HEADS = (
     "requests/s",
@@ -33,7 +33,7 @@ _HEADS = (
 
 
 def report(label: str, runs: Sequence[tuple[str, Results]]) -> str:
-    """A table; ``label`` says what the first column is."""
+    """The results as a table; ``label`` names the first column."""
     rows = [(label, *_HEADS), *(_row(name, results) for name, results in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
@@ -62,10 +62,10 @@ def _ms(sketch: Sketch, q: float) -> str:
 
 
 def verdict(label: str, runs: Sequence[tuple[float, Results]], limits: Limits) -> str:
-    """What the runs say, in a sentence."""
+    """The result of all runs in a sentence."""
     best = max(runs, key=lambda run: run[1].output_tokens_per_s)
     full = f"{best[1].requests_per_s:.2f} requests/s and {best[1].output_tokens_per_s:,.0f} tokens/s"
-    kept = [x for x, results in runs if results.good_fraction >= _GOOD]
+    good = [x for x, results in runs if results.good_fraction >= _GOOD]
     parts = []
     if label == "rate":
         rate = saturation(runs)
@@ -78,13 +78,13 @@ def verdict(label: str, runs: Sequence[tuple[float, Results]], limits: Limits) -
             )
     parts.append(f"at most {full}")
     if limits != Limits():
-        parts.append(f"{_GOOD:.0%} of requests keep the limits up to {label} {max(kept):g}" if kept else
+        parts.append(f"{_GOOD:.0%} of requests keep the limits up to {label} {max(good):g}" if good else
                      f"{_GOOD:.0%} of requests keep the limits at no {label} that was tried")  # fmt: skip
     return "; ".join(parts)
 
 
 def saturation(runs: Sequence[tuple[float, Results]]) -> float | None:
-    """Requests per second that are served where more arrive; None if every rate was kept up with."""
+    """The requests per second that are served when more arrive; None if every run kept up."""
     beyond = [
         results.requests_per_s
         for _, results in runs
@@ -94,7 +94,7 @@ def saturation(runs: Sequence[tuple[float, Results]]) -> float | None:
 
 
 def _is_burst(results: Results) -> bool:
-    """Whether everything arrived before the first answers were there, which says nothing of a rate."""
+    """Whether all requests arrived before the first answers, so that the run says nothing about a rate."""
     return results.e2e.count > 0 and results.arrival_span_s < results.e2e.quantile(0.1)
 
 

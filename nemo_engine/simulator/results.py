@@ -1,4 +1,4 @@
-"""What a simulation found: per request in bounded memory while it runs, then as numbers and as JSON."""
+"""The results of a simulation: counted in bounded memory while it runs, then as numbers and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_engine.workload import Limits
 
 
 class Tally:
-    """Takes in requests as they end."""
+    """Counts requests as they end."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -30,13 +30,13 @@ class Tally:
         self.ttft, self.tpot, self.e2e, self.queue = Sketch(), Sketch(), Sketch(), Sketch()
 
     def refuse(self, request_id: str, reason: str) -> None:
-        """A request can never run."""
+        """Count a request that can never run."""
         self.num_refused += 1
         if self.first_refusal is None:
             self.first_refusal = f"request {request_id!r}: {reason}"
 
     def finish(self, request: SimulatedRequest, now: float) -> None:
-        """A request ended."""
+        """Count a request that has ended."""
         assert request.first_token_s is not None and request.scheduled_ts is not None
         num_out = request.max_total_tokens - request.num_prompt_tokens
         ttft = request.first_token_s - request.arrived_s
@@ -60,8 +60,8 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Numbers of one run. Seconds are virtual, but for ``wall_s``. A request is counted when it
-    ends, those that were lost with a replica once they have ended on another.
+    """The numbers of one run. Seconds are virtual, except ``wall_s``. A request is counted when it ends; one that was
+    lost with its replica, when it has ended on another.
     """
 
     num_items: int
@@ -83,7 +83,7 @@ class Results:
     prefix_hit_rate: float  # of prompt tokens
     num_preemptions: int
     recomputed_tokens: int  # computed again after preemptions
-    peak_kv_used: float  # of the pages, on the fullest replica
+    peak_kv_used: float  # part of the pages, on the fullest replica
     mean_kv_used: float  # these means are over all replicas and all of ``duration_s``
     mean_running: float
     mean_decode_rows: float
@@ -98,7 +98,7 @@ class Results:
 
     @classmethod
     def of(cls, tally: Tally, fleet: Fleet, num_items: int, wall_s: float) -> Results:
-        """Put together."""
+        """The results of one run, put together."""
         replicas = fleet.replicas
         itl = Sketch()
         for replica in replicas:

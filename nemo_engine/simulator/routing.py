@@ -1,5 +1,5 @@
-"""Which replica takes a request. A router knows what it has sent where and what has ended, as real ones do, and nothing
-of what the replicas hold.
+"""``Router``: decides which replica takes a request. Like a real one it knows what it has sent where and what has
+ended, and nothing of what the replicas hold.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _POINTS = 100  # of a replica on the ring of sessions
 
 
 class Router:
-    """``routing``: in turn; to the one with the fewest unfinished requests; to the one that was sent most of the prompt
-    before, if it is not far more loaded than another; or to the one that a consistent hash gives the session.
+    """``routing``: in turn; to the replica with the fewest unfinished requests; to the one that was sent most of the
+    prompt before, unless it is far more loaded than another; or to the one that a consistent hash gives the session.
 
-    ``num_pages``: of a replica, so much of what it was sent it may still have.
+    ``num_pages``: of a replica. It may still have that much of what it was sent.
     """
 
     def __init__(self, routing: str, num_pages: int) -> None:

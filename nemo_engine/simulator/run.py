@@ -1,4 +1,4 @@
-"""A whole simulation: arrivals, replicas, and what comes out."""
+"""A whole simulation: arrivals, replicas and results."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nemo_engine.workload import Arrivals, Item, Limits
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is simulated besides the workload.
+    """The setting of a simulation, without the workload.
 
-    ``replicas``: at the start. ``changes``: what happens to them later. ``use_priorities``: scheduling_policy
-    "priority"; else all are equally urgent.
+    ``replicas``: their number at the start. ``changes``: what happens to them later. ``use_priorities``: as
+    scheduling_policy "priority"; otherwise all requests are equally urgent.
     """
 
     shape: EngineShape
@@ -46,15 +46,15 @@ def simulate(
     encode: Encode | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Results:
-    """Run ``items`` to their end. progress: called now and then with requests that ended and the virtual time.
+    """Run ``items`` to their end. progress: called now and then with the number of ended requests and the virtual time.
 
-    A function of its arguments alone; ``Results.wall_s`` aside. Raises ``ValueError`` for an item that cannot be read.
+    The results depend on the arguments alone, except ``wall_s``. Raises ``ValueError`` for an item that cannot be read.
     """
     return _Simulation(arrivals, setting, encode, progress).run(items)
 
 
 class _Simulation:
-    """The fleet in step with the arrivals: before a request is routed, all that ends before its time has ended."""
+    """Keeps the fleet in step with the arrivals: before a request is routed, all that ends before it has ended."""
 
     def __init__(
         self,

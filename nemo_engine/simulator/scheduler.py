@@ -1,4 +1,4 @@
-"""The real scheduler on a virtual clock. It decides as ever; what is added here is what a simulation wants to know.
+"""The real scheduler on a virtual clock. Its decisions are the same; this adds what a simulation has to know.
 
 ``SteadyRun`` passes over steps in which requests decode and start pages and nothing else happens: it leaves requests
 and pages as the scheduler would have left them. ``Calendar`` says how far it may go without a look at every request.
@@ -15,14 +15,14 @@ from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.request import by_urgency
 from nemo_engine.step import StepPlan, StepResult
 
-ANSWER = 0  # the id of every generated token
+ANSWER = 0  # every generated token has this id
 
 
 class QuickKVManager(KVManager):
-    """Knows pages by Python's hash of their tokens in place of a cryptographic one."""
+    """A ``KVManager`` that identifies pages by Python's hash of their tokens in place of a cryptographic one."""
 
     def extend_hashes(self, request: Request, num_pages: int) -> None:
-        """As there. Many pages are one token over and over, which then stands for all."""
+        """See ``KVManager``. Many pages hold one token over and over, so that it alone is hashed."""
         hashes: list[Any] = request.page_hashes
         size, tokens, num_prompt_tokens = self.page_size, request.token_ids, request.num_prompt_tokens
         for start in range(len(hashes) * size, num_pages * size, size):
@@ -39,7 +39,7 @@ class SimulatedRequest(Request):
     """A request with the times at which things happened to it, in seconds of the virtual clock."""
 
     arrived_s: float = field(default=0.0, kw_only=True)
-    origin: Any = field(default=None, kw_only=True)  # what it was made from, for whoever made it
+    origin: Any = field(default=None, kw_only=True)  # the object that it was made from; not looked at here
     first_token_s: float | None = field(init=False, default=None)
     last_token_s: float | None = field(init=False, default=None)  # set where it is preempted or ends
     num_computed_before: int = field(init=False, default=0)  # the most that it had computed when it was preempted
@@ -47,7 +47,7 @@ class SimulatedRequest(Request):
 
 
 class Calendar:
-    """The steps at which decoding requests are due: they start a page in it, or end when a step is committed after it.
+    """The steps in which decoding requests are due: in such a step a request starts a page or ends.
 
     Steps are counted from the first. ``has_overlap``: a step stays in flight while the next one is planned. So a
     request is due to end in the step after its last one; without overlap, in its last one.
@@ -56,15 +56,15 @@ class Calendar:
     def __init__(self, has_overlap: bool) -> None:
         self.has_overlap = has_overlap
         self.num_steps = 0  # planned or passed over
-        # (step, arrival, preemptions, request). What is no longer true is noticed when it comes to be the first.
+        # (step, arrival, preemptions, request). An entry that is no longer true is dropped when it becomes the first.
         self._entries: list[tuple[int, int, int, SimulatedRequest]] = []
 
     def add(self, request: SimulatedRequest) -> None:
-        """``request`` decodes from now on, or is due at another step than it was."""
+        """Enter ``request``, which decodes from now on or is due at another step than before."""
         heapq.heappush(self._entries, (self._due(request), request.arrival, request.num_preemptions, request))
 
     def next_due(self) -> int:
-        """The first step at which a request is due; a step that never comes if none is."""
+        """The first step at which a request is due; if there is none, a step that never comes."""
         while self._entries:
             step, _, num_preemptions, request = self._entries[0]
             decodes = request.status is RequestStatus.RUNNING and request.num_preemptions == num_preemptions
@@ -89,7 +89,7 @@ class Calendar:
 
 
 class VirtualScheduler(Scheduler):
-    """A scheduler of ``SimulatedRequest``, which end by their ``max_tokens`` only.
+    """A scheduler of ``SimulatedRequest``s, which end at their ``max_tokens`` only.
 
     ``has_overlap``: whether a step stays in flight while the next one is planned.
     """
@@ -99,8 +99,8 @@ class VirtualScheduler(Scheduler):
         self.kv = QuickKVManager(options["num_pages"], options["page_size"], options["enable_prefix_caching"])
         self.calendar = Calendar(has_overlap)
         self.step_context = 0  # keys to which the decode rows of the last plan attend
-        self.num_recomputed_tokens = 0  # in prefills, of what had been computed before a preemption
-        self.last_commit_s = 0.0  # set by whoever keeps the clock
+        self.num_recomputed_tokens = 0  # tokens of prefills that had been computed before a preemption
+        self.last_commit_s = 0.0  # ``Replica`` sets it
 
     def schedule(self) -> StepPlan | None:
         """As there."""
@@ -132,15 +132,15 @@ class VirtualScheduler(Scheduler):
         """As there."""
         assert isinstance(request, SimulatedRequest)
         request.num_computed_before = max(request.num_computed_before, request.num_computed_tokens)
-        if request.is_sound:  # it has had a token since it was let in, the last one when all had theirs
+        if request.is_sound:  # it got a token since its admission, the last one in the last commit, as all did
             request.last_token_s = self.last_commit_s
         super().preempt(request)
 
 
 class SteadyRun:
-    """The coming steps in which the requests that run decode and start pages, up to a step after which one ends.
+    """The coming steps in which the running requests decode and start pages, up to a step after which one ends.
 
-    To be made when all of them have had a token since they were let in. Steps are numbered from 0.
+    May be made once all of them have got a token since their admission. Steps are numbered from 0.
     """
 
     def __init__(self, scheduler: VirtualScheduler) -> None:
@@ -159,14 +159,14 @@ class SteadyRun:
 
     @property
     def next_due(self) -> int:
-        """The first step that some request is due at."""
+        """The first step at which a request is due."""
         return self._calendar.next_due() - self._first
 
     def meet(self, step: int, may_grow: bool) -> bool:
-        """Give pages to those that start one in ``step``, and set ``ending``.
+        """Give pages to the requests that start one in ``step``, and set ``ending``.
 
-        False, and nothing is done, if pages are to be given and lack or ``may_grow`` is false, or if no request is
-        left.
+        Returns False and does nothing if pages are needed and none is free or ``may_grow`` is false, or if no request
+        is left.
         """
         due = self._calendar.take(self._first + step)
         growing = [r for r in due if r.compute_limit < r.max_total_tokens - 1]
@@ -202,7 +202,7 @@ class SteadyRun:
 
     @staticmethod
     def _decode(requests: list[Any], num_steps: int) -> None:
-        """Bring ``requests`` to where they are after ``num_steps`` of these steps."""
+        """Bring ``requests`` to their state after ``num_steps`` of these steps."""
         answers = [ANSWER] * num_steps
         for request in requests:
             if request.num_passed_over:

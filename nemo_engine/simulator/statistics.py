@@ -1,5 +1,5 @@
-"""Statistics of a stream in bounded memory: quantiles with a relative error, and what changes over time at a resolution
-that adapts.
+"""Statistics of a stream in bounded memory: quantiles with a bounded relative error, and series over time whose
+resolution adapts.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Sketch:
         self._buckets[key] = self._buckets.get(key, 0) + weight
 
     def add_all(self, values: Sequence[float], weight: int = 1) -> None:
-        """Count each of ``values``, of which there is at least one, ``weight`` times.
+        """Count each of ``values``, at least one, ``weight`` times.
 
-        Quick where they are nearly equal.
+        It is quick if they are nearly equal.
         """
         least, largest = min(values), max(values)
         key = _key(least)
@@ -74,22 +74,22 @@ class Sketch:
 
     @property
     def mean(self) -> float:
-        """NaN of nothing."""
+        """The mean; NaN if nothing was counted."""
         return self.total / self.count if self.count else math.nan
 
     def quantile(self, q: float) -> float:
-        """The smallest number that a part ``q`` of all is at most, within half a per cent; NaN of nothing."""
+        """The smallest number that a part ``q`` of all does not exceed, within half a per cent; NaN without any."""
         if not self.count:
             return math.nan
-        left = max(1, math.ceil(q * self.count))
+        num_left = max(1, math.ceil(q * self.count))
         for key in sorted(self._buckets):
-            left -= self._buckets[key]
-            if left <= 0:
+            num_left -= self._buckets[key]
+            if num_left <= 0:
                 break
         return min(max(2 * _GAMMA**key / (_GAMMA + 1), self.least), self.largest)
 
     def summary(self) -> dict[str, float | int | None]:
-        """Count, mean and percentiles; null where there are none."""
+        """Count, mean and percentiles; None if nothing was counted."""
         if not self.count:
             return {"count": 0, "mean": None, "p50": None, "p90": None, "p99": None, "max": None}
         quantiles = {f"p{round(q * 100)}": self.quantile(q) for q in (0.5, 0.9, 0.99)}
@@ -109,7 +109,7 @@ class Timeline:
         self._rows: list[list[float]] = []  # seconds, and a sum of number * seconds per name
 
     def add(self, start: float, seconds: float, values: Sequence[float]) -> None:
-        """The numbers were ``values`` from ``start`` on for so long."""
+        """Note that the numbers were ``values`` for ``seconds`` from ``start`` on."""
         if seconds <= 0:
             return
         while start >= self.interval * self.INTERVALS:
@@ -117,13 +117,13 @@ class Timeline:
         place = int(start / self.interval)
         while len(self._rows) <= place:
             self._rows.append([0.0] * (len(self.names) + 1))
-        row = self._rows[place]  # all of it: a step is short beside what is looked at
+        row = self._rows[place]  # one interval gets it all: a step is short beside an interval
         row[0] += seconds
         for index, value in enumerate(values, 1):
             row[index] += value * seconds
 
     def end_of_interval(self, start: float) -> float:
-        """Where the interval ends in which what begins at ``start`` is counted."""
+        """The end of the interval that contains ``start``."""
         while start >= self.interval * self.INTERVALS:
             self._halve()
         return (int(start / self.interval) + 1) * self.interval
@@ -141,7 +141,7 @@ class Timeline:
         return sum([row[0] for row in self._rows])
 
     def mean(self, name: str) -> float:
-        """Over all time that was added; NaN of none."""
+        """The mean over all time that was added; NaN if none was."""
         seconds = self.total_seconds
         return self.total(name) / seconds if seconds else math.nan
 

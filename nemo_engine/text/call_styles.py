@@ -1,4 +1,4 @@
-"""How a model writes tool calls: as Mistral's do, or each between tags, as Hermes's and most fine-tunes do.
+"""The styles in which models write tool calls: Mistral's list, or tags around each call, as Hermes and most fine-tunes.
 
 A style reads calls from answers, whole or streamed, and makes the grammar of answers that must or may be calls.
 """
@@ -27,12 +27,12 @@ from nemo_engine.text.tool_calls import (
 )
 from nemo_engine.text.tools import tool_call_schema
 
-_MAX_HELD = 1 << 16  # characters of white space that are held back in front of a call
+_MAX_HELD = 1 << 16  # characters of white space that are held back because a call may follow
 
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How a template writes tool calls: ``open``, the JSON object of each call, ``close``; ``between`` two of them.
+    """The form of tool calls: ``open``, the JSON object of a call, ``close``, and ``between`` two of them.
 
     ``marker`` and ``end_marker`` are ``open`` and ``close`` without white space.
     """
@@ -43,12 +43,12 @@ class CallForm:
 
     @property
     def marker(self) -> str:
-        """What a call begins with."""
+        """The text with which a call begins."""
         return self.open.strip()
 
     @property
     def end_marker(self) -> str:
-        """What a call ends with."""
+        """The text with which a call ends."""
         return self.close.strip()
 
 
@@ -70,9 +70,9 @@ class CallReader(Protocol):
 
 
 class CallStyle(Protocol):
-    """``opening`` begins a call, ``trigger_id`` is its token, if it is one.
+    """``opening`` is the text that begins a call; ``trigger_id`` is its token, if it is a single one.
 
-    ``shows_special``: the tags are control tokens, which must be shown.
+    ``shows_special``: the tags are control tokens, so answers must show these.
     """
 
     described: str
@@ -81,30 +81,30 @@ class CallStyle(Protocol):
     shows_special: bool
 
     def reader(self, *, is_forced: bool, shows_special: bool, seed: str | None = None) -> CallReader:
-        """A reader of one streamed answer; ``is_forced``: it is calls and nothing else, and their beginning stands in
-        the prompt.
+        """A reader of one streamed answer. ``is_forced``: the answer is calls and nothing else, and the prompt ends
+        with the beginning of the first.
         """
         ...
 
     def read(
         self, text: str, tool_calls_start: int | None, *, is_forced: bool, is_truncated: bool, shows_special: bool
     ) -> tuple[str, list[ToolCall]]:
-        """A whole answer as (content, calls)."""
+        """Read a whole answer as (content, calls)."""
         ...
 
     def forced(self, tools: Sequence[Mapping[str, Any]], names: Sequence[str], parallel: bool) -> object:
-        """The form of an answer that is calls, whose beginning stands in the prompt."""
+        """The form of an answer that must be calls, and whose beginning is at the end of the prompt."""
         ...
 
     def optional(
         self, tools: Sequence[Mapping[str, Any]], names: Sequence[str], parallel: bool, schema: Mapping[str, Any]
     ) -> object:
-        """The form of an answer that is calls, or JSON of ``schema``."""
+        """The form of an answer that may be calls or JSON of ``schema``."""
         ...
 
 
 class ListCalls:
-    """Mistral's: the token [TOOL_CALLS], and a JSON list of calls."""
+    """Mistral's style: the token [TOOL_CALLS], then a JSON list of calls."""
 
     described = "a list after [TOOL_CALLS]"
     opening = MARKER
@@ -138,7 +138,7 @@ class ListCalls:
 
 
 class TaggedCalls:
-    """Hermes's: ``<tool_call>``, the JSON object of a call, ``</tool_call>``; any number of these."""
+    """Hermes's style: ``<tool_call>``, the JSON object of a call, ``</tool_call>``, any number of times."""
 
     def __init__(self, form: CallForm, tokenizer: Tokenizer) -> None:
         self.form = form
@@ -176,18 +176,18 @@ class TaggedCalls:
         return StructuredOutputsParams(grammar=f"{rules}answer: %json {json.dumps(schema)}\n")
 
     def _grammar(
-        self, start: str, tools: Sequence[Mapping[str, Any]], names: Sequence[str], parallel: bool, more: str = ""
+        self, start: str, tools: Sequence[Mapping[str, Any]], names: Sequence[str], parallel: bool, suffix: str = ""
     ) -> str:
         schema = tool_call_schema(tools, names, parallel)
         call = {**schema["items"], **({"$defs": schema["$defs"]} if "$defs" in schema else {})}
         again = self._written(self.form.between + self.form.open)
         return (
-            f"start: {start}{' (' + again + ' call)*' if parallel else ''}{more}\n"
+            f"start: {start}{' (' + again + ' call)*' if parallel else ''}{suffix}\n"
             f"call: object {self._written(self.form.close)}\nobject: %json {json.dumps(call)}\n"
         )
 
     def _written(self, text: str) -> str:
-        """``text`` in a grammar, control tokens by id."""
+        """``text`` as a part of a grammar, in which control tokens are named by id."""
         tags = "|".join(map(re.escape, self._special)) or "(?!)"
         pieces = [piece for piece in re.split(f"({tags})", text) if piece]
         return " ".join(
@@ -196,10 +196,10 @@ class TaggedCalls:
 
 
 class TaggedReader:
-    """Reads an answer with tagged calls piece by piece; however it is cut, the events are the same when merged.
+    """Reads an answer with tagged calls piece by piece. The merged events do not depend on where pieces are cut.
 
-    White space in front of a call, between calls and behind the last is left out. What stands between tags and is no
-    call is content, with its tag, and sets ``is_malformed``. ``is_cut``: the text ended within a call.
+    White space in front of a call, between calls and behind the last is left out. Text between tags that is no call
+    becomes content, together with its tag, and sets ``is_malformed``. ``is_cut``: the text ended within a call.
     """
 
     def __init__(self, form: CallForm, *, is_forced: bool = False, seed: str | None = None) -> None:
@@ -210,7 +210,7 @@ class TaggedReader:
         self._num_before = 0  # calls before the open one
         self._held = ""  # content that may belong to a tag or be white space in front of one
         self._opened = ""  # the tag that the open call began with
-        self._tail = ""  # of a call: what came after its object
+        self._tail = ""  # text after the JSON object of the open call
         self._call: ToolCallParser | None = self._new_call() if is_forced else None
 
     @property
@@ -249,7 +249,7 @@ class TaggedReader:
         self._call, self._tail = None, ""
 
     def _in_content(self, text: str, events: list[Event]) -> str:
-        """Takes in content up to a tag; returns what is left."""
+        """Read content up to a tag; returns the text behind that."""
         text, marker = self._held + text, self._form.marker
         place = text.find(marker)
         if place >= 0:
@@ -258,8 +258,8 @@ class TaggedReader:
             rest = text[place + len(marker) :]
         else:
             sizes = range(min(len(text), len(marker) - 1), 0, -1)
-            begun = next((size for size in sizes if marker.startswith(text[-size:])), 0)
-            before = text[: len(text) - begun]
+            num_held = next((size for size in sizes if marker.startswith(text[-size:])), 0)
+            before = text[: len(text) - num_held]
             before = before.rstrip() if len(before) - len(before.rstrip()) <= _MAX_HELD else before
             self._held, rest = text[len(before) :], ""
         if before:
@@ -267,7 +267,7 @@ class TaggedReader:
         return rest
 
     def _in_call(self, call: ToolCallParser, text: str, events: list[Event]) -> str:
-        """Takes in text between tags; returns what is left."""
+        """Read text between tags; returns the text behind them."""
         self._take(call, call.feed(text), events)
         end, tail = self._form.end_marker, self._tail
         if not tail or (len(tail) < len(end) and end.startswith(tail)):
@@ -277,7 +277,7 @@ class TaggedReader:
         return tail.removeprefix(end)
 
     def _take(self, call: ToolCallParser, hit: list[Event], events: list[Event]) -> None:
-        """Passes on what the reader of one call says; text behind its object is kept."""
+        """Pass on the events of the call's reader; keep text that follows its object."""
         for element in hit:
             if isinstance(element, Content):
                 if call.num_calls == 0 and self._opened:

@@ -1,6 +1,6 @@
-"""Conversations to token ids, by the rules of mistral-common: what the model was trained on, and no text in between.
+"""Turns conversations into token ids by the rules of mistral-common, on which the model was trained.
 
-Text of a user never becomes a control token, because control tokens are put in as ids.
+A user's text never becomes a control token: control tokens are inserted as ids, and no text of the prompt is made.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ def render_chat(
 ) -> list[int]:
     """The ids that ask the model for the next assistant message: one BOS, no EOS at the end.
 
-    With ``add_generation_prompt`` off a conversation may also end with an assistant message, which an EOS then closes.
+    Without ``add_generation_prompt``, a conversation may also end with an assistant message; an EOS then closes it.
 
-    ``messages`` and ``tools`` are OpenAI's; see ``check_messages`` and ``check_tools`` for what is taken. Neighbouring
-    messages of one role are merged with a blank line between them, several system messages are joined and stand before
-    the last user message, an empty user message is put first if another role begins, and an assistant message with
-    nothing in it is left out; with ``strict`` what the official template refuses is refused.
-    ``continue_final_message``, or ``"prefix": true`` in it, leaves the last message, an assistant's, open to be
-    continued. Raises ``ValueError`` naming the message.
+    ``messages`` and ``tools`` are OpenAI's; ``check_messages`` and ``check_tools`` say which are taken. Neighbouring
+    messages of one role are merged with a blank line between them. Several system messages are joined, in front of the
+    last user message. If another role begins, an empty user message is put first. An empty assistant message is left
+    out. ``strict`` refuses what the official template refuses. ``continue_final_message``, or ``"prefix": true`` in the
+    last message, leaves that, an assistant's, open to be continued. Raises ``ValueError`` naming the message.
 
-    The format gives an assistant's turn either text or tool calls. One with both is rendered as the model writes it
-    when it does: the text, then the token [TOOL_CALLS] and the calls.
+    The format gives an assistant's turn either text or tool calls. A turn with both is rendered as the model writes
+    such a turn: the text, then the token [TOOL_CALLS] and the calls.
 
     ``system_placement`` "last" is the format's own rule: system text and tool list stand in front of the last user
     message, so they move from turn to turn, and what follows is computed anew. "first" puts them in front of the first
@@ -54,7 +53,7 @@ def render_chat(
         check_tools(tools)
     if system_placement not in ("last", "first"):
         raise ValueError(f'system_placement must be "last" or "first", got {system_placement!r}')
-    # System text moves to the front, so the last message is the last that is not the system's.
+    # System text moves to the front, so the last message is the last one of another role.
     end = max((index for index, message in enumerate(checked) if message.role != "system"), default=0)
     for index, message in enumerate(checked):
         if message.is_prefix and index != end:
@@ -84,7 +83,7 @@ def _encode(
     placement: SystemPlacement,
     is_open: bool,
 ) -> list[int]:
-    """The ids of checked and merged messages, message by message through mistral-common's encoders."""
+    """The ids of checked and merged messages; mistral-common's encoders encode one message after the other."""
     from mistral_common.protocol.instruct import messages as wire
     from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool
     from mistral_common.protocol.instruct.tool_calls import ToolCall as WireCall
@@ -94,7 +93,7 @@ def _encode(
     users = [index for index, message in enumerate(messages) if message.role == "user"]
     first, last = users[0], users[-1]
     ids: list[int] = list(instruct.start())
-    if system and hasattr(instruct, "BEGIN_SYSTEM"):  # formats after v3 have a place of its own for it
+    if system and hasattr(instruct, "BEGIN_SYSTEM"):  # formats after v3 have a separate place for system text
         ids += instruct.encode_system_message(wire.SystemMessage(content=system))[0]
         system = ""
     for index, message in enumerate(messages):
@@ -137,13 +136,13 @@ def _tool_calls_start(tokenizer: Tokenizer, last: ChatMessage, tools: Sequence[M
     return [tokenizer.tool_calls_id]
 
 
-def check_length(tokenizer: Tokenizer, texts: Sequence[str], max_chars: int) -> None:
-    """Refuse messages whose ``texts`` alone have more than ``most`` tokens, before they are encoded as a whole."""
-    left = max_chars
+def check_length(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> None:
+    """Refuse messages whose ``texts`` alone have more than ``max_tokens`` tokens, without encoding all of them."""
+    tokens_left = max_tokens
     for text in texts:
-        if left < 0 or tokenizer.exceeds(text, left):
-            raise ValueError(f"messages have at least {max_chars + 1} tokens: more than max_model_len {max_chars}")
-        left -= tokenizer.min_tokens(text)
+        if tokens_left < 0 or tokenizer.exceeds(text, tokens_left):
+            raise ValueError(f"messages have at least {max_tokens + 1} tokens: more than max_model_len {max_tokens}")
+        tokens_left -= tokenizer.min_tokens(text)
 
 
 def _check_end(last: ChatMessage, index: int, add_generation_prompt: bool, continue_final_message: bool) -> None:
@@ -175,9 +174,7 @@ def _check_alternation(messages: list[ChatMessage]) -> None:
 
 
 def _merge(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """Neighbours of one role made one, less system messages and empty ones of the assistant; a user message first of
-    all.
-    """
+    """The messages without system and empty assistant ones, neighbours of one role merged, and a user message first."""
     merged: list[ChatMessage] = []
     texts: list[list[str]] = []  # of each
     for message in messages:

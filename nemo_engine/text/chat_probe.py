@@ -1,5 +1,5 @@
-"""What a chat template does, found by trying it on small conversations: what ends a turn, whether it takes tools, how
-it writes calls.
+"""Finds out by small conversations what a chat template does: the tokens that end a turn, whether it takes tools, and
+the form of calls.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _WORDS = ("quokka", "numbat")
 
 @dataclass(frozen=True, slots=True)
 class MessageForm:
-    """How messages have to be put so that a template takes them.
+    """The form of messages that a template takes.
 
-    ``parts``: content as a list of parts. ``empty_content``: content "" beside calls, which otherwise is left out.
-    ``text_arguments``: arguments of calls as JSON text rather than objects. ``short_ids``: ids of calls of 9 letters
+    ``parts``: content is a list of parts. ``empty_content``: a message with calls has content "" rather than none.
+    ``text_arguments``: arguments of calls are JSON text rather than objects. ``short_ids``: calls have ids of 9 letters
     and digits.
     """
 
@@ -54,9 +54,9 @@ class MessageForm:
 
 @dataclass(frozen=True, slots=True)
 class TemplateFacts:
-    """``ends`` close an assistant's turn. ``writes_list``: calls follow [TOOL_CALLS], as Mistral has it.
+    """``ends`` are the tokens that close an assistant's turn. ``writes_list``: calls are Mistral's list.
 
-    ``no_tools`` says why tools are refused.
+    ``no_tools`` says why tools are refused, None if they are taken.
     """
 
     form: MessageForm
@@ -67,7 +67,7 @@ class TemplateFacts:
 
 
 def call_messages(form: MessageForm, num_calls: int = 1, *, with_results: bool = True) -> Messages:
-    """A question, calls of the tool, and their results."""
+    """A conversation with a question, calls of the tool, and their results."""
     ids = _CALL_IDS if form.short_ids else ("call_probe_1", "call_probe_2")
     calls = []
     for call_id, word in list(zip(ids, _WORDS))[:num_calls]:
@@ -85,7 +85,7 @@ def call_messages(form: MessageForm, num_calls: int = 1, *, with_results: bool =
 
 
 def put(form: MessageForm, messages: Sequence[dict[str, Any]]) -> Messages:
-    """The messages with their contents in the form."""
+    """The messages in ``form``."""
     if not form.parts:
         return list(messages)
     return [
@@ -99,7 +99,7 @@ def put(form: MessageForm, messages: Sequence[dict[str, Any]]) -> Messages:
 def probe(template: ChatTemplate) -> TemplateFacts:
     """Try a template. Raises ``ValueError`` if it takes no conversation at all.
 
-    All tries together may cost what one rendering may.
+    All tries together have the limits of one rendering.
     """
     with Metered():
         return _probe(template)
@@ -108,8 +108,8 @@ def probe(template: ChatTemplate) -> TemplateFacts:
 def _probe(template: ChatTemplate) -> TemplateFacts:
     form = _find_form(template)
     ends = _find_ends(template, form)
-    shown = _tools_shown(template, form)
-    if not shown:
+    shows_tools = _shows_tools(template, form)
+    if not shows_tools:
         return TemplateFacts(form, ends, None, False, "shows the model none")
     for short_ids in (False, True):
         for text_arguments in (False, True):
@@ -127,7 +127,7 @@ def _probe(template: ChatTemplate) -> TemplateFacts:
 
 
 def flat(parts: Sequence[Part]) -> str:
-    """The prompt as one text, control tokens by name."""
+    """The prompt as one text, with the names of control tokens."""
     return "".join([part if isinstance(part, str) else part.content for part in parts])
 
 
@@ -151,7 +151,7 @@ def _find_form(template: ChatTemplate) -> MessageForm:
 
 
 def _find_ends(template: ChatTemplate, form: MessageForm) -> tuple[AddedToken, ...]:
-    """The control tokens that directly follow an answer: of the last turn, and of one that another follows."""
+    """The control tokens that directly follow an answer, in the last turn and in an earlier one."""
     hit: dict[int, AddedToken] = {}
     for messages in ([USER, ANSWER], [USER, ANSWER, THANKS]):
         parts = _try(template, put(form, messages), add_generation_prompt=False) or []
@@ -162,7 +162,7 @@ def _find_ends(template: ChatTemplate, form: MessageForm) -> tuple[AddedToken, .
     return tuple(hit.values())
 
 
-def _tools_shown(template: ChatTemplate, form: MessageForm) -> bool:
+def _shows_tools(template: ChatTemplate, form: MessageForm) -> bool:
     for messages in ([USER], [SYSTEM, USER]):
         parts = _try(template, put(form, messages), tools=[TOOL])
         if parts is not None and "look_up_word" in flat(parts):
@@ -185,7 +185,7 @@ def _read_calls(template: ChatTemplate, form: MessageForm) -> CallForm | None:
     """The form of calls in which each stands between ``<tool_call>`` and ``</tool_call>``."""
     parts = _try(template, call_messages(form, 2), tools=[TOOL], add_generation_prompt=False)
     single = parts is None
-    if single:  # some take one call in a turn
+    if single:  # some templates take only one call in a turn
         parts = _try(template, call_messages(form), tools=[TOOL], add_generation_prompt=False)
     text = flat(parts or ())
     spans = []

@@ -1,8 +1,8 @@
-"""Which way a checkpoint's conversations become prompts: by Mistral's rules (``chat``), or by the checkpoint's own
+"""Chooses how a checkpoint's conversations become prompts: by Mistral's rules (``chat``), or by the checkpoint's own
 template.
 
-That is found by trying. The template is rendered over small conversations, with a system text, turns and tools; where
-its ids are those of Mistral's rules, these serve, with all that they can. Else the template does.
+The choice is made by trying: the template renders small conversations with a system text, turns and tools. If it gives
+the ids that Mistral's rules give, these rules serve, for they can do more; otherwise the template serves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nemo_engine.text.template_renderer import TemplateRenderer
 
 MISTRAL = "mistral"  # as a value of ``chat_template``: Mistral's rules, whatever the checkpoint brings
-_MAX_GIVEN = 8  # templates of requests that are kept
+_MAX_GIVEN = 8  # compiled templates of requests that are kept
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
 
@@ -32,9 +32,9 @@ Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
 class Renderer(Protocol):
     """Makes prompts of conversations. ``source`` is a template's file. ``calls`` is how tool calls are written.
 
-    ``end_ids`` end an answer, beside the model's own end-of-sequence tokens; ``end_names`` are the same as texts.
-    ``no_tools``: why tools are refused, None where they are taken. ``places_system``: ``system_placement`` has a
-    meaning. ``fields`` of messages, beside the usual ones, may have an effect.
+    ``end_ids`` end an answer, beside the model's own end-of-sequence tokens; ``end_names`` are their names.
+    ``no_tools``: why tools are refused, None if they are taken. ``places_system``: whether ``system_placement`` has an
+    effect. ``fields``: the fields of messages, beside the usual ones, that may have an effect.
     """
 
     name: str
@@ -107,11 +107,11 @@ class MistralRenderer:
 
 
 class ChatRenderers:
-    """The renderer of a checkpoint's conversations, and those of templates that requests bring.
+    """The renderer of a checkpoint's conversations, and the renderers of templates that requests bring.
 
-    ``folders`` are those in which files are looked for, the tokenizer's first. ``why`` says why it is this one.
-    ``chat_template``: a template's file or text, or "mistral"; None takes what the checkpoint has. Raises
-    ``ValueError`` for a template that cannot be used.
+    Files are looked for in ``folders``, the tokenizer's first. ``why`` is the reason for the choice of the renderer.
+    ``chat_template``: a template's file or text, or "mistral"; None takes the checkpoint's. Raises ``ValueError`` for a
+    template that cannot be used.
     """
 
     def __init__(self, tokenizer: Tokenizer, folders: Sequence[Path], chat_template: str | None = None) -> None:
@@ -130,8 +130,8 @@ class ChatRenderers:
         return self._given(chat_template)
 
     def describe(self) -> dict[str, Any]:
-        """What serves and why: ``renderer`` ("mistral" or "template"), ``template`` (its file), ``why``, ``ends``,
-        ``tools``.
+        """The choice and its reason: ``renderer`` ("mistral" or "template"), ``template`` (its file), ``why``,
+        ``ends``, ``tools``.
 
         ``ends`` are the tokens that the template ends a turn with, by name; ``tools`` is how calls are written, or why
         tools are refused.
@@ -146,11 +146,11 @@ class ChatRenderers:
         }
 
     def line(self) -> str:
-        """The same in one line."""
-        said = self.describe()
-        by = f"the template of {said['template']}" if said["template"] else "Mistral's format"
-        ends = f"; {', '.join(said['ends'])} ends a turn" if said["ends"] else ""
-        return f"chat by {by}: {said['why']}{ends}; {said['tools']}"
+        """``describe`` in one line."""
+        facts = self.describe()
+        by = f"the template of {facts['template']}" if facts["template"] else "Mistral's format"
+        ends = f"; {', '.join(facts['ends'])} ends a turn" if facts["ends"] else ""
+        return f"chat by {by}: {facts['why']}{ends}; {facts['tools']}"
 
     def _of_text(self, text: str) -> TemplateRenderer:
         return self._template(Templates("chat_template", {"default": text}))
@@ -186,7 +186,7 @@ class ChatRenderers:
 
 
 def chat_line(tokenizer: Tokenizer, folders: Sequence[Path]) -> str:
-    """What would make prompts of a checkpoint's conversations, in one line, or why nothing can. Loads no model."""
+    """One line on how a checkpoint's conversations would become prompts, or why they cannot. Loads no model."""
     try:
         return ChatRenderers(tokenizer, folders).line()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Finds the chat templates of a checkpoint, in transformers' order, and the texts of ``bos_token`` and its like."""
+"""Finds the chat templates of a checkpoint, in transformers' order, and the texts of ``bos_token`` and the like."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nemo_engine.text.tokenizer import Tokenizer
 TEMPLATE_NAME = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 JSON_NAME = "chat_template.json"
-MAX_BYTES = 1 << 22  # of a template's file
+MAX_BYTES = 1 << 22  # the largest file of a template
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """Texts of templates by their names, "default" and "tool_use" among them; ``source`` names the file, or the option,
-    that they are of.
+    """Texts of templates by name, such as "default" and "tool_use"; ``source`` names the file or the option that they
+    come from.
     """
 
     source: str
@@ -55,7 +55,7 @@ def _find(folder: Path) -> Templates | None:
 
 
 def given_template(option: str) -> Templates:
-    """The template that ``chat_template`` gives: a file's path, or the text itself if it is no name of a file."""
+    """The template of the option ``chat_template``, which is the path of a file or, if no file is there, the text."""
     if not any(sign in option for sign in "{\n"):
         path = Path(option).expanduser()
         if not path.is_file():
@@ -65,12 +65,12 @@ def given_template(option: str) -> Templates:
 
 
 def special_texts(folders: Sequence[Path], tokenizer: Tokenizer) -> dict[str, str]:
-    """What templates know as ``bos_token``, ``eos_token`` and so on."""
+    """The texts that templates know as ``bos_token``, ``eos_token`` and so on."""
     hit: dict[str, str] = {}
     for path in [folder / name for folder in folders for name in (CONFIG_NAME, MAP_NAME)]:
-        said = _object(path)
+        config = _object(path)
         for name in _SPECIAL:
-            value = said.get(name)
+            value = config.get(name)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str) and text:
                 hit.setdefault(name, text)
@@ -102,7 +102,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _named(path: Path, value: object) -> dict[str, str]:
-    """A template alone, or a list of named ones."""
+    """Templates by name, read from a single template or a list of named ones."""
     if isinstance(value, str):
         return {"default": value}
     entries = value if isinstance(value, list) else None

@@ -1,12 +1,12 @@
-"""``ChatTemplate``: one Jinja template, and the conversations that it makes prompts of: texts, and the control tokens
-between them.
+"""``ChatTemplate``: one Jinja template, which turns conversations into prompts: texts, and the control tokens between
+them.
 
-Text of a user never becomes a control token, whatever a template does with it. The template is rendered twice: with the
-plain texts, and with their ``shadow``, in which no character of theirs that a control token has is what it was. Both
-have equal lengths and, but for shadows, equal characters; so a control token that stands in the second was written by
-the template, and all else is text. Where the second differs, because a template looks at letters in a way that does not
-see through shadows, it is made once more with fewer shadows: without those of letters, and at last with one in each
-control token that a user's text holds, which then decides.
+A user's text never becomes a control token, whatever a template does with it. The template is rendered twice: with the
+plain texts, and with their ``shadow``, in which every character that a control token may contain is replaced. Both
+renderings have the same length and, but for shadows, the same characters. So the template itself wrote every control
+token of the second rendering, and all else is text. If the renderings differ, because a template looks at letters in a
+way that does not see through shadows, the second is made again with fewer shadows: first without those of letters, then
+with one shadow in each control token that a user's text contains. The last rendering decides.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _SPACES = re.compile(r"\s*")
 
 
 class ControlTokens:
-    """The added tokens of a tokenizer that a template may write, how shadows keep them out of texts, and prompts into
-    ids.
+    """The added tokens of a tokenizer that a template may write. It casts the shadows that keep them out of texts, and
+    encodes prompts.
 
-    ``casts`` are the ways to cast shadows, from the most to the fewest.
+    ``casts`` are the ways to cast shadows, from the most shadows to the fewest.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # White space that has an id of its own, such as Gemma's, is text like any other.
+        # White space that is an added token, such as Gemma's, is treated as text.
         tokens = [token for token in tokenizer.added_tokens if token.content and not token.content.isspace()]
         self.by_text: dict[str, AddedToken] = {token.content: token for token in tokens}
         longest_first = sorted(self.by_text, key=len, reverse=True)
@@ -69,12 +69,10 @@ class ControlTokens:
         )
 
     def cast(self, value: Any, cast: Cast | None) -> Any:
-        """A copy of ``value``, which is JSON, with shadows in its strings; of the keys in those alone that are no
-        names.
-        """
+        """A copy of the JSON ``value`` with shadows in its strings. Keys that are identifiers stay as they are."""
         if isinstance(value, str):
             return value if cast is None else cast(value)
-        if isinstance(value, dict) or isinstance(value, Mapping):  # the second takes a while
+        if isinstance(value, dict) or isinstance(value, Mapping):  # the second check is slow
             members = {}
             for key, inner in value.items():
                 if cast is not None and key not in _USUAL_KEYS and not _PLAIN_KEY.fullmatch(key):
@@ -90,9 +88,9 @@ class ControlTokens:
         return value
 
     def encode(self, parts: Sequence[Part]) -> list[int]:
-        """Token ids of what a template wrote.
+        """Token ids of the parts of a prompt.
 
-        Those of texts are kept, for most of a conversation comes again with its next turn.
+        The ids of texts are cached, for most of a conversation comes again with its next turn.
         """
         ids: list[int] = []
         for index, part in enumerate(parts):
@@ -103,7 +101,7 @@ class ControlTokens:
         return ids
 
     def _token_at(self, text: str, place: int) -> AddedToken | None:
-        """The longest token that stands there."""
+        """The longest control token that begins at ``place``."""
         for length in self._lengths:
             token = self.by_text.get(text[place : place + length])
             if token is not None:
@@ -111,7 +109,7 @@ class ControlTokens:
         return None
 
     def split(self, text: str, marked: str) -> list[Part]:
-        """``text`` at the control tokens of ``marked``, which is ``text`` with shadows in it."""
+        """Split ``text`` at the control tokens of ``marked``, which is ``text`` with shadows in it."""
         parts: list[Part] = []
         start = 0
         for place in shadow.places_of(self._firsts, marked):
@@ -131,11 +129,11 @@ class ControlTokens:
 
 
 class ChatTemplate:
-    """A compiled template; ``name`` says in errors where it came from.
+    """A compiled template; errors call it ``name``.
 
-    ``words`` are the names and the texts that stand in it.
+    ``words`` are the names and the string constants in it.
 
-    ``special`` are ``bos_token`` and its like, as texts. Raises ``ValueError`` for a template that cannot be compiled.
+    ``special`` has the texts of ``bos_token`` and the like. Raises ``ValueError`` for a template that does not compile.
     """
 
     def __init__(self, source: str, name: str, control: ControlTokens, special: Mapping[str, str]) -> None:
@@ -174,13 +172,13 @@ class ChatTemplate:
         template may look at besides. Raises ``ValueError`` for a conversation that the template refuses, and for a
         template that costs too much.
         """
-        given = {"tools": tools, "documents": documents, **(variables or {}), "messages": messages}
+        context = {"tools": tools, "documents": documents, **(variables or {}), "messages": messages}
         fixed = {**self._special, "add_generation_prompt": add_generation_prompt}
         with Metered():
-            text = self._run(given, fixed, None, continue_final_message)
+            text = self._run(context, fixed, None, continue_final_message)
             for cast in self._control.casts:
                 try:
-                    marked = self._run(given, fixed, cast, continue_final_message)
+                    marked = self._run(context, fixed, cast, continue_final_message)
                 except ValueError as error:
                     failure: Exception = error
                     marked = ""
@@ -190,12 +188,12 @@ class ChatTemplate:
             raise ValueError(f"{self.name} looks at the control tokens in a text and then fails: {failure}")
         return self._control.split(shadow.plain(marked), marked)
 
-    def _run(self, given: Mapping[str, Any], fixed: Mapping[str, Any], cast: Cast | None, continues: bool) -> str:
-        """One rendering; what it makes is cut where the last message, if it is to be continued, ends."""
+    def _run(self, context: Mapping[str, Any], fixed: Mapping[str, Any], cast: Cast | None, continues: bool) -> str:
+        """Render once. If the last message is to be continued, the prompt is cut where that message ends."""
         pieces = []
         try:
-            value = {**fixed, **self._control.cast(given, cast)}
-            for message, plain in zip(value["messages"], given["messages"]):
+            value = {**fixed, **self._control.cast(context, cast)}
+            for message, plain in zip(value["messages"], context["messages"]):
                 message["role"] = plain["role"]  # one of a few words, which templates write into control tokens
             if continues:
                 self._tag(value["messages"][-1])
@@ -220,8 +218,8 @@ class ChatTemplate:
         end = text.rfind(_CONTINUE_TAG.rstrip())
         if end < 0:
             raise ValueError(f"{self.name} leaves out the last message, so that it cannot be continued")
-        kept = text[:end]
-        return kept if text.startswith(_CONTINUE_TAG, end) else kept.rstrip()
+        prompt = text[:end]
+        return prompt if text.startswith(_CONTINUE_TAG, end) else prompt.rstrip()
 
 
 @lru_cache(1)
@@ -230,7 +228,7 @@ def _environment() -> ChatEnvironment:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, and in which line of the template."""
+    """The error, with the line of the template."""
     line, trace = getattr(error, "lineno", None), error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<template>":

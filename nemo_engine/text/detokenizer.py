@@ -14,7 +14,7 @@ class Detokenizer:
     The pieces, joined, equal ``tokenizer.decode`` of all ids: incomplete characters are held back until they are whole.
     With stop strings, the last ``longest stop - 1`` characters are held back too, until the end.
 
-    ``mark_token_id`` is a token whose first place in the text is wanted; see ``mark``.
+    ``mark`` is the first place in the text of the token ``mark_token_id``.
     """
 
     def __init__(
@@ -28,10 +28,10 @@ class Detokenizer:
         min_tokens: int = 0,
         mark_token_id: int | None = None,
     ) -> None:
-        self.num_tokens = 0  # consumed, the one that completed a stop string included
+        self.num_tokens = 0  # tokens consumed, with the one that completed a stop string
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._stop_by_end: dict[str, list[str]] = {}  # by their last character
+        self._stop_by_end: dict[str, list[str]] = {}  # stop strings by their last character
         for text in self._stop:
             self._stop_by_end.setdefault(text[-1], []).append(text)
         self._keeps_stop = include_stop_str_in_output
@@ -58,20 +58,20 @@ class Detokenizer:
 
     @property
     def mark(self) -> int | None:
-        """Where the first token ``mark_token_id`` stands: the number of characters in front of it in the whole text.
+        """The place of the first token ``mark_token_id``: the number of characters in front of it in the whole text.
 
-        Its own text, where control tokens are shown, comes after. None as long as the text released does not reach
-        there, so also for good if a stop string cut the text in front of it. A character that was incomplete before the
-        token counts as in front of it; a stop token that adds no text leaves no mark.
+        The token's own text, if control tokens are shown, comes after that place. None until the released text reaches
+        it, and for good if a stop string cut the text before it. A character that was incomplete before the token
+        counts as in front of it. A stop token that adds no text sets no mark.
         """
         return self._mark if self._mark is not None and self._num_released >= self._mark else None
 
     def append(self, token_ids: Sequence[int], *, last_is_stop_token: bool = False) -> str | None:
         """Take in new ids; returns the stop string that they completed. After that, later ids have no effect.
 
-        With ``last_is_stop_token`` the last id ended the request and adds no text, unless stop strings are to be
-        included. Of several stop strings, the one that ends first in the text counts, then the first listed. They are
-        not looked for in the text of the first ``min_tokens`` ids.
+        With ``last_is_stop_token``, the last id ended the request and adds no text, unless stop strings are included.
+        The stop string that ends first in the text counts, and of two that end together the first listed. The text of
+        the first ``min_tokens`` ids is not searched.
         """
         if self._is_done:
             return None
@@ -82,15 +82,15 @@ class Detokenizer:
         for index, token_id in enumerate(token_ids):
             is_last = index == len(token_ids) - 1
             self.num_tokens += 1
-            new = self._decode(self._without_stop_token((token_id,), last_is_stop_token and is_last))
-            match = self._find_stop(new) if self.num_tokens > self._min_tokens else None
+            new_text = self._decode(self._without_stop_token((token_id,), last_is_stop_token and is_last))
+            match = self._find_stop(new_text) if self.num_tokens > self._min_tokens else None
             if match is not None:
                 stop, end = match
-                self._release((self._tail + new)[: end if self._keeps_stop else end - len(stop)])
+                self._release((self._tail + new_text)[: end if self._keeps_stop else end - len(stop)])
                 self._tail = ""
                 self._is_done = True
                 return stop
-            held = self._tail + new
+            held = self._tail + new_text
             cut = max(0, len(held) - self._num_held)
             self._release(held[:cut])
             self._tail = held[cut:]
@@ -103,7 +103,7 @@ class Detokenizer:
         return delta
 
     def finish(self) -> None:
-        """The completion has ended other than by a stop string: release what was held back."""
+        """The completion has ended, not by a stop string: release the text that was held back."""
         if not self._is_done:
             self._release(self._tail + self._decoder.decode(b"", final=True))
             self._tail = ""
@@ -127,12 +127,12 @@ class Detokenizer:
             self._is_at_start = False
         return self._decoder.decode(data)
 
-    def _find_stop(self, new: str) -> tuple[str, int] | None:
-        """The stop string that ``new`` completes, and where it ends in the held tail with ``new``."""
+    def _find_stop(self, new_text: str) -> tuple[str, int] | None:
+        """The stop string that ``new_text`` completes, and where it ends in the held tail with ``new_text``."""
         text = ""
-        for index, last in enumerate(new):
+        for index, last in enumerate(new_text):
             for stop in self._stop_by_end.get(last, ()):
-                text = text or self._tail + new
+                text = text or self._tail + new_text
                 end = len(self._tail) + index + 1
                 if text.endswith(stop, 0, end):
                     return stop, end

@@ -1,4 +1,4 @@
-"""``GrammarCompiler``: structured outputs into ``Grammar`` objects, which say token by token what may come next.
+"""``GrammarCompiler``: turns structured outputs into ``Grammar`` objects, which say which tokens may come next.
 
 Owns llguidance, an optional library, and its view of the tokenizer's vocabulary. Knows no requests and no tensors.
 """
@@ -27,20 +27,20 @@ from nemo_engine.text.json_grammar import SchemaGrammar
 from nemo_engine.text.json_pattern import is_small
 from nemo_engine.text.tokenizer import Tokenizer
 
-JSON_WHITE_SPACE = r" |\n {0,16}"  # where JSON may have some: nothing, one space, or a line with its indentation
+JSON_WHITE_SPACE = r" |\n {0,16}"  # the white space that JSON may have: a space, or a new line and its indentation
 _TOO_COMPLEX = re.compile("too (many|large|complex)|TooComplex|fuel")  # llguidance's words for its limits
 MAX_CACHED = 32  # compiled grammars, and refusals
 
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that map names to schemas
 _VALUES = ("enum", "const", "default", "examples")  # keywords with values, not schemas
-_HARMLESS_CHARS = 32 * 1024  # of a choice or a schema's grammar, that is not compiled by way of trial
-# What may stand in front of a %json in a grammar, so that one in a string is not taken for it.
+_HARMLESS_CHARS = 32 * 1024  # a choice, or the grammar of a schema, up to this size needs no trial
+# The text that may precede a %json in a grammar: a %json within a string is none.
 _BEFORE_JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|%json(?=\s*\{)')
 _CALLS = re.compile(r"start: <\[\d{1,7}\]> calls( \| answer)?\ncalls: %json\n(answer: %json\n)?")
 
 
 class Grammar:
-    """Where one completion stands in its grammar. A broken one raises ``ValueError``, and goes on doing so."""
+    """The state of one completion in its grammar. After an error, every call raises ``ValueError``."""
 
     __slots__ = ("_matcher", "_num_bytes")
 
@@ -49,15 +49,15 @@ class Grammar:
         self._num_bytes = num_bytes
 
     def mask(self) -> bytes:
-        """The tokens that may come next: bit i of the little-endian 32-bit words is token i; an end token where the
-        text may end.
+        """The tokens that may come next: bit i of the little-endian 32-bit words is token i. End tokens are allowed
+        where the text may end.
         """
         bits: bytes = _guarded(self._matcher.compute_bitmask)
         self._check()
         return bits[: self._num_bytes]
 
     def accept(self, token_id: int) -> None:
-        """Take in the next token, an end token too."""
+        """Take in the next token, which may be an end token."""
         if not _guarded(self._matcher.consume_token, token_id):
             self._check()
             raise ValueError(f"token {token_id} does not fit the grammar")
@@ -68,7 +68,7 @@ class Grammar:
         return bool(self._matcher.is_stopped())
 
     def copy(self) -> Grammar:
-        """Another completion, at the same place."""
+        """A grammar in the same state, for another completion."""
         return Grammar(_guarded(self._matcher.deep_copy), self._num_bytes)
 
     def _check(self) -> None:
@@ -92,9 +92,9 @@ class GrammarCompiler:
 
     Thread-safe; compiling may take up to some seconds, and holds no lock.
 
-    llguidance and the vocabulary are loaded at the first use. Of ``vocab_size`` ids, those that the tokenizer does not
-    know are never allowed, nor are control tokens where a grammar does not name them by id, but for ``eos_token_ids``
-    at the end.
+    llguidance and the vocabulary are loaded at the first use. Ids below ``vocab_size`` that the tokenizer does not know
+    are never allowed. Control tokens are allowed only where a grammar names them by id, and ``eos_token_ids`` at the
+    end.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
@@ -108,9 +108,9 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
-        """The start of what ``params`` ask for, for one completion.
+        """A grammar at its start, for one completion with ``params``.
 
-        Raises ``ValueError`` that names the field and what in it cannot be honoured.
+        Raises ``ValueError`` that names the field and the part of it that cannot be honoured.
         """
         vocabulary = self._load()
         with self._lock:
@@ -156,8 +156,8 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants it: bytes of each id, control tokens, and text into ids where a text is
-    forced.
+    """A tokenizer in the form that llguidance takes: the bytes of each id, control tokens, and a function from forced
+    text to ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
@@ -175,7 +175,7 @@ class _Vocabulary:
         self._special = special
 
     def __call__(self, data: bytes) -> list[int]:
-        """The tokenizer's own ids of ``data``, or where they are not exactly its bytes, the longest tokens that fit."""
+        """The tokenizer's ids of ``data``, or, if their bytes are not exactly those, the longest tokens that fit."""
         try:
             ids = self._tokenizer.encode(data.decode(), bos=False)
         except UnicodeDecodeError:
@@ -196,17 +196,17 @@ class _Vocabulary:
                     start = end
                     break
             else:
-                return ids  # what cannot be written is not forced
+                return ids  # bytes that no token has cannot be forced
         return ids
 
 
 def tool_call_grammar(
     tool_calls_id: int, schema: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None
 ) -> StructuredOutputsParams:
-    """An output that is a tool call: the token [TOOL_CALLS], and after it JSON of ``schema`` (see
-    ``tool_call_schema``).
+    """The form of an output that is a tool call: the token [TOOL_CALLS], then JSON of ``schema`` (see
+    ``tools.tool_call_schema``).
 
-    With ``otherwise`` it may be JSON of that schema instead.
+    With ``otherwise``, the output may be JSON of that schema instead.
     """
     calls = f"calls: %json {json.dumps(schema)}\n"
     if otherwise is None:
@@ -216,7 +216,7 @@ def tool_call_grammar(
 
 
 def _spec(params: StructuredOutputsParams) -> tuple[dict[str, Any], bool]:
-    """What ``grammar_trial.matcher`` takes, and whether it is known to compile at little cost."""
+    """The spec for ``grammar_trial.matcher``, and whether it surely compiles at little cost."""
     if params.choice is not None:
         text = json.dumps(params.choice)
         return {"kind": "choice", "text": text}, len(text) <= _HARMLESS_CHARS
@@ -248,12 +248,12 @@ def _schema_lark(schema: dict[str, Any], white_space: str) -> tuple[str, bool]:
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for what in a JSON schema cannot be kept, as far as that shows before it is compiled."""
+    """Raise ``ValueError`` for a keyword of a JSON schema that cannot be kept, if that shows without compiling it."""
     SchemaGrammar(dict(schema)).lark(JSON_WHITE_SPACE)
 
 
 def _grammar_spec(grammar: str) -> tuple[dict[str, Any], bool]:
-    """As ``_spec``, of a grammar in which each ``%json {...}`` becomes a grammar of its own."""
+    """The result of ``_spec`` for a grammar; each ``%json {...}`` in it becomes a grammar of its own."""
     parts, around, at, is_harmless = [], [], 0, True
     while (match := _BEFORE_JSON.search(grammar, at)) is not None:
         if match[0] != "%json":
@@ -278,7 +278,7 @@ def _grammar_spec(grammar: str) -> tuple[dict[str, Any], bool]:
 
 
 def _close_objects(schema: Any) -> None:
-    """Objects that name properties have no others, in ``schema`` and all that it holds."""
+    """Forbid, in ``schema`` and its parts, other properties to objects that name some."""
     open_values = [schema]
     while open_values:
         value = open_values.pop()

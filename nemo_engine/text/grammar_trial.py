@@ -1,8 +1,8 @@
-"""Compiling a grammar that may be hostile: in a process of its own first, with little time, memory and stack.
+"""Compiles a grammar that may be hostile first in a process of its own, with little time, memory and stack.
 
-llguidance bounds what a token may cost, but some small inputs take it minutes, gigabytes or the whole stack to compile.
-So whatever is not known to be harmless is compiled by this file as a script, which may be killed. The texts that
-llguidance reads, and its limits, are made here for both processes. As a script it must import nothing of this package.
+llguidance bounds the cost of a token, but some small inputs take it minutes, gigabytes or the whole stack to compile.
+So a grammar that may do harm is compiled first by this file as a script, which may be killed. The texts for llguidance,
+and its limits, are made here for both processes. As a script, this file must import nothing of the package.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 TRIAL_CPU_SECONDS = 3
 TRIAL_WALL_SECONDS = 20.0  # on a busy machine
-TRIAL_MEMORY = 160 << 20  # bytes more than an idle trial has
-_TRIAL_STACK = 4 << 20  # bytes; the engine compiles on one that is larger by far
+TRIAL_MEMORY = 160 << 20  # bytes beyond those of an idle trial
+_TRIAL_STACK = 4 << 20  # bytes; the engine itself compiles on a far larger stack
 COMPILE_STACK = 64 << 20
-MAX_LEXER_STATES = 50_000  # of 1 to 2 kB, for each request
+MAX_LEXER_STATES = 50_000  # for each request; a state takes 1 to 2 kB
 NOTHING = "no text satisfies it"
 
 _trials = threading.BoundedSemaphore(2)
@@ -31,11 +31,11 @@ _stack_size = threading.Lock()
 
 
 class UntriedError(ValueError):
-    """A grammar of which nothing is known: the machine was too busy, or has no processes left. Another time may do."""
+    """A grammar could not be tried: the machine was too busy, or has no processes left. A later try may succeed."""
 
 
 def matcher(tokenizer: Any, spec: Mapping[str, Any]) -> Any:
-    """An ``LLMatcher`` at the start of ``spec``; ``ValueError`` if it cannot be honoured.
+    """An ``LLMatcher`` at the start of ``spec``; ``ValueError`` if the spec cannot be honoured.
 
     spec: ``kind`` (regex, choice, grammar, or lark for one that is surely Lark) and ``text``.
     """
@@ -68,8 +68,8 @@ def plain_error(text: str) -> str:
 
 
 def _one_of(texts: list[str]) -> str:
-    """A regular expression: as rules of a grammar, more than some thousand texts would be too many to follow at
-    once.
+    """A regular expression for any of ``texts``. As rules of a grammar, a few thousand would be too many for
+    llguidance.
     """
     return "|".join([re.sub(r"[^0-9A-Za-z]", lambda match: f"\\x{{{ord(match[0]):x}}}", text) for text in texts])
 
@@ -86,7 +86,7 @@ def _lark(text: str) -> str:
 
 
 def matches_nothing(tokenizer: Any, lark: str) -> bool:
-    """Whether no text fits the grammar ``lark``; ``ValueError`` if it is none."""
+    """Whether no text fits the grammar ``lark``; ``ValueError`` if that is no grammar."""
     try:
         matcher(tokenizer, {"kind": "lark", "text": lark})
     except ValueError as error:
@@ -106,7 +106,7 @@ def allows_more_than_white_space(tokenizer: Any, pattern: str) -> bool:
 
 
 def on_large_stack(function: Callable[[], T], size: int = COMPILE_STACK) -> T:
-    """``function()`` in a thread with ``size`` bytes of stack: compilers recurse as deep as their input."""
+    """Call ``function()`` in a thread with ``size`` bytes of stack: compilers recurse as deep as their input."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -135,8 +135,8 @@ def try_compile(spec: Mapping[str, Any]) -> None:
 
 
 def find_empty(grammars: Mapping[str, str]) -> list[str]:
-    """The names of those ``grammars``, Lark by name, that match nothing; ``ValueError`` if finding out costs too
-    much.
+    """The names of the grammars (a mapping from names to Lark) that match nothing; ``ValueError`` if finding out costs
+    too much.
     """
     return _try({"grammars": grammars})
 
@@ -150,7 +150,7 @@ def _try(spec: Mapping[str, Any]) -> list[str]:
                 capture_output=True,
                 text=True,
                 timeout=TRIAL_WALL_SECONDS,
-                env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # arenas would reserve what the limit counts
+                env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # more arenas would reserve memory, which the limit counts
             )
             answer = json.loads(trial.stdout) if trial.returncode == 0 else None
         except (subprocess.TimeoutExpired, OSError) as error:
@@ -168,7 +168,7 @@ def _try(spec: Mapping[str, Any]) -> list[str]:
 
 
 def _limit() -> None:
-    """Give this process little more than it has, where the system knows such limits."""
+    """Limit this process to little more memory than it has, if the system has such limits."""
     try:
         import resource
 

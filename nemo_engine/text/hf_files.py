@@ -1,7 +1,7 @@
-"""Reading Hugging Face's tokenizer files: ``tokenizer.json`` and what ``tokenizer_config.json`` and
-``special_tokens_map.json`` add.
+"""Reads Hugging Face's tokenizer files: ``tokenizer.json`` with the additions of ``tokenizer_config.json`` and
+``special_tokens_map.json``.
 
-What is wrong with a file is said with its path, the field and the reason.
+An error names the file, the field and the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_engine.text.vocabulary import AddedToken
 FILE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 MAP_NAME = "special_tokens_map.json"
-MAX_BYTES = 1 << 28  # of a file; those of the largest vocabularies are a tenth of it
+MAX_BYTES = 1 << 28  # the largest file; those of the largest vocabularies have a tenth of it
 MAX_TOKENS = 1 << 22
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -34,12 +34,12 @@ class _Duplicate(ValueError):
 
 @dataclass(slots=True)
 class HFFiles:
-    """What the files of one folder say.
+    """The content of the tokenizer files of one folder.
 
-    ``data`` is ``tokenizer.json``; ``vocab`` its model's, from written tokens to ids.
+    ``data`` is ``tokenizer.json``; ``vocab`` is its model's, from written tokens to ids.
 
-    ``added`` has the added tokens by id, with what the other files say of them. ``named`` has the tokens that have a
-    role, such as "eos_token", by id. ``size`` is the number of ids, without holes.
+    ``added`` has the added tokens by id, with the flags of all files. ``named`` has the tokens with a role, such as
+    "eos_token", by id. ``size`` is the number of ids; no id below it is unused.
     """
 
     path: Path
@@ -49,8 +49,8 @@ class HFFiles:
     named: dict[str, int] = field(default_factory=dict)
     begin_ids: tuple[int, ...] = ()
     size: int = 0
-    texts: dict[int, str] = field(default_factory=dict)  # of ``vocab``, by id
-    ids: dict[str, int] = field(default_factory=dict)  # of ``added``, by text
+    texts: dict[int, str] = field(default_factory=dict)  # the written tokens of ``vocab``, by id
+    ids: dict[str, int] = field(default_factory=dict)  # the ids of ``added``, by text
 
     def refuse(self, where: str, reason: str) -> NoReturn:
         """Raise the error that the file cannot be used."""
@@ -160,7 +160,7 @@ def _content(path: Path, where: str, value: Any) -> str:
 
 
 def _add(files: HFFiles, path: Path, where: str, token: AddedToken) -> None:
-    """Take an added token in, if nothing else has its id or its text."""
+    """Enter an added token; it must not have the id or the text of another token."""
     written = files.vocab.get(token.content, token.id)
     if written != token.id:
         refuse(path, where, f"gives {token.content!r} id {token.id}, and model.vocab gives it {written}")
@@ -174,7 +174,7 @@ def _add(files: HFFiles, path: Path, where: str, token: AddedToken) -> None:
 
 
 def _read_decoder(files: HFFiles, config: Mapping[str, Any]) -> None:
-    """``added_tokens_decoder``: its flags count, its ids and texts must be those of ``tokenizer.json`` or new."""
+    """Read ``added_tokens_decoder``. Its flags win; its ids and texts must be those of ``tokenizer.json`` or new."""
     path = files.path.with_name(CONFIG_NAME)
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -196,7 +196,7 @@ def _read_decoder(files: HFFiles, config: Mapping[str, Any]) -> None:
 
 
 def _read_names(files: HFFiles, config: Mapping[str, Any]) -> None:
-    """Tokens with a role are control tokens, whatever else is said of them."""
+    """Read the tokens with a role, which are control tokens whatever flags they have."""
     map_path = files.path.with_name(MAP_NAME)
     sources = [(files.path.with_name(CONFIG_NAME), config)]
     if map_path.exists():
@@ -207,7 +207,7 @@ def _read_names(files: HFFiles, config: Mapping[str, Any]) -> None:
                 _name(files, path, name, names[name])
         for name in _LISTS:
             entries = names.get(name)
-            if isinstance(entries, dict):  # roles that a model has beyond the usual ones
+            if isinstance(entries, dict):  # further roles, which only this model has
                 entries = list(entries.values())
             for index, entry in enumerate(_list(path, name, entries)):
                 _name(files, path, f"{name}[{index}]", entry)
@@ -238,7 +238,7 @@ def _check_ids(files: HFFiles) -> int:
 
 
 def _begin_ids(files: HFFiles, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """What stands in front of a prompt: the post-processor's tokens, unless ``add_bos_token`` says otherwise."""
+    """The ids in front of a prompt: the post-processor's tokens, unless ``add_bos_token`` says otherwise."""
     path = files.path.with_name(CONFIG_NAME)
     begin, end = _template_ids(files, files.data.get("post_processor"))
     for name in ("add_bos_token", "add_eos_token"):
@@ -265,7 +265,7 @@ def _template_ids(files: HFFiles, processor: Any) -> tuple[tuple[int, ...], tupl
     if processor is None:
         return (), ()
     kind = processor.get("type") if isinstance(processor, dict) else processor
-    if kind == "ByteLevel":  # offsets alone
+    if kind == "ByteLevel":  # it changes offsets alone
         return (), ()
     if kind == "Sequence":
         begin: tuple[int, ...] = ()

@@ -1,9 +1,9 @@
 """``HFVocabulary``: a ``tokenizer.json`` of byte-level BPE, or of BPE with byte fallback, read and run by the
 tokenizers library.
 
-Owns the way from written tokens to bytes, and that text never becomes an added token: the library is given a vocabulary
-without them. Where merges are those of byte strings by rank, as Mistral's and OpenAI's are, tiktoken encodes: the ids
-are the same, several times as fast.
+Turns written tokens into bytes. No text becomes an added token, because the library gets a vocabulary without them. If
+the merges are those of byte strings by rank, as Mistral's and OpenAI's are, tiktoken encodes: it gives the same ids
+several times as fast.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ _UNPRINTED = [byte for byte in range(256) if byte not in set(_PRINTED)]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(256 + index): byte for index, byte in enumerate(_UNPRINTED)}
 _TO_LATIN_1 = {ord(letter): byte for letter, byte in _BYTE_OF.items()}
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-_SHORT = 64  # characters of a piece whose ids are kept
+_SHORT = 64  # the ids of pieces up to this many characters are cached
 _MAX_KNOWN = 1 << 16
-# What such a regular expression matches never goes from a visible character to a space: those of NeMo, of Llama 3, of
-# Qwen 2.
+# No match of these regular expressions (of NeMo, Llama 3 and Qwen 2) goes on from a visible character to a space.
 _CUTS_AT_SPACES = {
     TEKKEN_PATTERN,
     *(
@@ -110,7 +109,7 @@ class HFVocabulary(Vocabulary):
         if self._ranked is not None:
             ids: list[int] = self._ranked.encode(
                 text, disallowed_special=()
-            )  # encode_ordinary panics where this raises
+            )  # encode_ordinary would panic where this raises
             return ids
         is_prefixed = self._prefix == "each" or text[:1] not in (" ", _SPACE) and (self._prefix == "bare" or is_start)
         if text and self._prefix != "never" and is_prefixed:
@@ -173,7 +172,7 @@ def _byte_fallback_bytes(files: HFFiles, ordinary: Mapping[str, int]) -> dict[in
 
 
 def _check_bytes(files: HFFiles, written: Mapping[int, bytes]) -> None:
-    """Any text must have ids."""
+    """Raise ``ValueError`` unless every byte has a token, so that any text has ids."""
     single = {data[0] for data in written.values() if len(data) == 1}
     lacking = [byte for byte in range(256) if byte not in single and byte not in _NEVER_IN_UTF8]
     if lacking:
@@ -192,7 +191,7 @@ def _kinds(part: Any, inner: str) -> list[dict[str, Any]]:
 
 
 def _check_byte_level(files: HFFiles) -> None:
-    """Refuse what would make ids that are not the bytes of a text."""
+    """Raise ``ValueError`` for a step that would give ids whose bytes are not those of the text."""
     for step in _kinds(files.data.get("normalizer"), "normalizers"):
         files.refuse("normalizer", f"must be none for byte-level BPE, got {step.get('type')}")
     steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
@@ -216,8 +215,8 @@ def _check_lossless(files: HFFiles, steps: list[dict[str, Any]]) -> None:
 
 
 def _check_byte_fallback(files: HFFiles) -> bool:
-    """Refuse what would make ids that are not the bytes of a text but for spaces; whether the first space of a text is
-    dropped.
+    """Raise ``ValueError`` for a step that would give ids whose bytes differ from those of the text by more than
+    spaces. Returns whether the first space of a text is dropped.
     """
     for step in _kinds(files.data.get("normalizer"), "normalizers"):
         is_space = step.get("pattern") == {"String": " "} and step.get("content") == _SPACE
@@ -249,8 +248,8 @@ def _check_byte_fallback(files: HFFiles) -> bool:
 
 
 def _prefix_rule(files: HFFiles) -> str:
-    """Where BPE with byte fallback gets a space: in front of "each" piece of text between added tokens, of each that
-    has none ("bare"), of the "first" if it has none, or "never".
+    """Which pieces of text between added tokens get a space in front: "each"; each that has none ("bare"); the "first",
+    if it has none; or "never" any.
     """
     if any(step.get("type") == "Prepend" for step in _kinds(files.data.get("normalizer"), "normalizers")):
         return "each"
@@ -264,20 +263,20 @@ def _prefix_rule(files: HFFiles) -> str:
 
 
 def _without_prefix(part: Any) -> Any:
-    """A normalizer or pre-tokenizer that puts no space in front of a text."""
+    """The same normalizer or pre-tokenizer, but one that puts no space in front of a text."""
     if not isinstance(part, dict):
         return part
     if part.get("type") == "Sequence":
         inner = "normalizers" if "normalizers" in part else "pretokenizers"
-        kept = [_without_prefix(member) for member in part.get(inner, [])]
-        return part | {inner: [member for member in kept if member is not None]}
+        members = [_without_prefix(member) for member in part.get(inner, [])]
+        return part | {inner: [member for member in members if member is not None]}
     if part.get("type") == "Prepend":
         return None
     return part | {"prepend_scheme": "never"} if part.get("type") == "Metaspace" else part
 
 
 def _cut(files: HFFiles, ordinary: Mapping[str, int]) -> re.Pattern[str] | None:
-    """Where any text may be cut without an effect on its ids, None where no such place is known."""
+    """A pattern of the places where a text may be cut without an effect on its ids; None if none is known."""
     steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
     kinds = [step.get("type") for step in steps]
     if files.data["model"].get("byte_fallback", False):
@@ -309,7 +308,7 @@ def _split_merges(files: HFFiles) -> Merges:
 
 
 def _library(files: HFFiles, ordinary: Mapping[str, int], merges: Merges) -> Any:
-    """The tokenizers library over the tokens that text may become."""
+    """The tokenizer of the tokenizers library with those tokens alone that text may become."""
     import tokenizers
 
     model = files.data["model"]
@@ -338,7 +337,7 @@ def _library(files: HFFiles, ordinary: Mapping[str, int], merges: Merges) -> Any
 
 
 def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int, bytes], merges: Merges) -> Any:
-    """tiktoken's encoding of the same ids, None where the merges are not those of byte strings by rank."""
+    """tiktoken's encoding with the same ids; None if the merges are not those of byte strings by rank."""
     model = files.data["model"]
     steps = _kinds(files.data.get("pre_tokenizer"), "pretokenizers")
     if not model.get("ignore_merges", False) or [step.get("type") for step in steps] != ["Split", "ByteLevel"]:

@@ -21,21 +21,21 @@ def merged(pairs: Iterable[tuple[int, int]]) -> Ranges:
     return tuple(merged)
 
 
-def without(ranges: Ranges, taken: Ranges) -> Ranges:
-    """The part of ``ranges`` that is not in ``taken``."""
-    left: list[tuple[int, int]] = []
+def without(ranges: Ranges, excluded: Ranges) -> Ranges:
+    """The part of ``ranges`` that is not in ``excluded``."""
+    remaining: list[tuple[int, int]] = []
     for low, high in ranges:
-        for taken_low, taken_high in taken:
-            if taken_high < low or taken_low > high:
+        for excluded_low, excluded_high in excluded:
+            if excluded_high < low or excluded_low > high:
                 continue
-            if low < taken_low:
-                left.append((low, taken_low - 1))
-            low = taken_high + 1
+            if low < excluded_low:
+                remaining.append((low, excluded_low - 1))
+            low = excluded_high + 1
             if low > high:
                 break
         if low <= high:
-            left.append((low, high))
-    return tuple(left)
+            remaining.append((low, high))
+    return tuple(remaining)
 
 
 def chars_of(text: str) -> Ranges:
@@ -48,7 +48,7 @@ ALL = without(((0, sys.maxunicode),), SURROGATES)
 _DIGITS: Ranges = ((0x30, 0x39),)
 _WORD = merged([(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
 _SPACE = chars_of(" \t\n\r\f\v")
-_TURKISH_AND_SIGNS = chars_of("\u017f\u212a\u0130\u0131")  # what upper and lower case of s, k and i are, besides ASCII
+_TURKISH_AND_SIGNS = chars_of("\u017f\u212a\u0130\u0131")  # the other cases of s, k and i that are not ASCII
 
 
 _NARROW = {"d": _DIGITS, "w": _WORD, "s": _SPACE}
@@ -56,14 +56,14 @@ _NARROW = {"d": _DIGITS, "w": _WORD, "s": _SPACE}
 
 @cache
 def _unicode(name: str) -> Ranges:
-    """What Python's ``re``, and ECMA 262 somewhere else, count among ``name`` (d, w or s)."""
+    """The characters that Python's ``re``, or ECMA 262, counts among ``name`` (d, w or s)."""
     every = "".join(map(chr, range(sys.maxunicode + 1)))
     spans = [(match.start(), match.end() - 1) for match in re.finditer(rf"\{name}+", every)]
     return merged([*_NARROW[name], *spans, *([(0xFEFF, 0xFEFF)] if name == "s" else [])])
 
 
 def named_set(letter: str, is_unicode: bool) -> Ranges:
-    """``\\d``, ``\\w``, ``\\s`` and their opposites: what they surely hold, or with ``wide`` what they may hold."""
+    """``\\d``, ``\\w``, ``\\s``, or the opposite: the characters surely in it, or if ``is_unicode`` all possible."""
     name = letter.lower()
     if letter == name:
         return _unicode(name) if is_unicode else _NARROW[name]
@@ -71,7 +71,7 @@ def named_set(letter: str, is_unicode: bool) -> Ranges:
 
 
 def both_cases(ranges: Ranges, is_unicode: bool) -> Ranges:
-    """``ranges`` and the same letters in the other case; with ``wide`` also what those may mean besides ASCII."""
+    """``ranges`` and the same letters in the other case; if ``is_unicode`` also cases that are not ASCII."""
     pairs = list(ranges)
     for upper in range(0x41, 0x5B):
         for start, other in ((upper, upper + 32), (upper + 32, upper)):

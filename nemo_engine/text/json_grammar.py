@@ -1,7 +1,7 @@
 """``SchemaGrammar``: a JSON schema as a Lark grammar for llguidance, which keeps to every keyword of the schema.
 
-llguidance has a compiler of its own for JSON schemas, which rounds integers to doubles, lets escapes through patterns
-and takes patterns of names that leave nothing; so it gets the parts that it is good at, rules and terminals.
+llguidance has a compiler for JSON schemas too, but that rounds integers to doubles, lets escapes through patterns, and
+accepts patterns of names that allow nothing. So it gets only what it is good at: rules and terminals.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nemo_engine.text.json_strings import (
 )
 
 _MAX_PATTERNS = 4  # of names in one object
-_UNBOUNDED = 1_000_000  # items: more than any output has
-_LONGEST_CHECKED = 256  # characters up to which lengths of a pattern are compared with bounds
+_UNBOUNDED = 1_000_000  # items; no output has more
+_LONGEST_CHECKED = 256  # characters; up to this bound, the lengths that a pattern can have are compared with it
 _PROBES = ("a", "name", "0", "x1", "_", "A", "zz zz", "é", "a-b.c", "-", "qqqqqqqqqqqqqqqqqqqqqqqqq", "")
 
 
 class SchemaGrammar:
-    """The rules for one schema. What cannot be kept raises ``ValueError`` with the keyword and its place."""
+    """The rules for one schema. A keyword that cannot be kept raises ``ValueError`` with its place."""
 
     def __init__(self, schema: dict[str, Any]) -> None:
         self._schema = SchemaTerms(schema)
@@ -46,12 +46,12 @@ class SchemaGrammar:
 
     @property
     def doubtful(self) -> dict[str, str]:
-        """Terminals of which it is not known whether they match anything, with grammars that say it."""
+        """The terminals that may match nothing, with grammars by which to find out."""
         return self._rules.doubtful
 
     @property
     def is_harmless(self) -> bool:
-        """Whether it is known to compile at little cost."""
+        """Whether the grammar surely compiles at little cost."""
         return not self._is_costly and not self._rules.has_doubts and len(self._rules) <= MAX_RULES // 10
 
     def lark(self, white_space: str, empty: Iterable[str] = ()) -> str:
@@ -124,7 +124,7 @@ class SchemaGrammar:
         return [terminal[0]]
 
     def _string(self, flats: Sequence[Flat]) -> list[str]:
-        """An expression for the strings that ``flats`` allow, none if there are none."""
+        """An expression for the strings that ``flats`` allow; None if they allow none."""
         least = max([int(flat.get("minLength", 0)) for flat in flats], default=0)
         max_length = min([int(flat["maxLength"]) for flat in flats if "maxLength" in flat], default=None)
         if max_length is not None and least > max_length:
@@ -221,7 +221,7 @@ class SchemaGrammar:
         return [(literal("{"), *row, literal("}")) for row in inside]
 
     def _others(self, term: Term, names: list[str], allowed: list[Schema]) -> list[Row]:
-        """Members whose names are none of ``names``: for each set of patterns, names that match these and no other."""
+        """Members with other names than ``names``: for each set of patterns, the names that match exactly these."""
         texts = {text: flat for flat in term for text in flat.get("patternProperties", ())}
         if len(texts) > _MAX_PATTERNS:
             raise ValueError(
@@ -246,7 +246,7 @@ class SchemaGrammar:
     def _other_names(
         self, matched: set[str], patterns: dict[str, Pattern], names: list[str], allowed: list[Schema]
     ) -> list[str]:
-        """Terminals of names that match all patterns of ``matched``, no others, and are none of ``names``."""
+        """Terminals of names that match exactly the patterns of ``matched``, and are not among ``names``."""
         terminals = []
         wanted = [patterns[text].sure for text in matched]
         unwanted = [pattern.maybe for text, pattern in patterns.items() if text not in matched]

@@ -1,15 +1,15 @@
-"""Multiples of an integer as regular expressions over digits: twos and fives by the last digits, other primes by
+"""Multiples of an integer as regular expressions over digits: factors two and five by the last digits, others by
 remainders.
 """
 
 from __future__ import annotations
 
-MAX_LISTED = 1000  # multiples in a range that are written out
-_MAX_FACTOR = 13  # beside twos and fives: the expression of its remainders has the size of its cube
+MAX_LISTED = 1000  # up to so many multiples in a range are written out
+_MAX_FACTOR = 13  # largest factor beside twos and fives: its expression grows with its cube
 
 
 def multiples(step: int, places: int) -> tuple[list[str], list[str]]:
-    """Digits, with a point before the last ``places``, of multiples of ``step``: expressions, and their definitions."""
+    """Expressions, with their definitions, for multiples of ``step`` in digits with ``places`` decimal places."""
     tail, rest = 1, step
     for prime in (2, 5):
         while rest % prime == 0:
@@ -19,9 +19,9 @@ def multiples(step: int, places: int) -> tuple[list[str], list[str]]:
     for factor in _coprime_powers(rest):
         if factor > _MAX_FACTOR:
             raise _too_large(factor)
-        expression, more = _remainders(factor)
+        expression, factor_definitions = _remainders(factor)
         expressions.append(expression)
-        definitions += more
+        definitions += factor_definitions
     return expressions, definitions
 
 
@@ -30,7 +30,7 @@ def _too_large(factor: int) -> ValueError:
 
 
 def _tails(tail: int, places: int) -> str:
-    """Digits of which the last say that they are a multiple of ``tail``, a product of twos and fives."""
+    """An expression for digits whose end makes them a multiple of ``tail``, a product of twos and fives."""
     count = 1
     while 10**count % tail:
         count += 1
@@ -58,8 +58,8 @@ def _coprime_powers(value: int) -> list[int]:
 
 
 def _remainders(factor: int) -> tuple[str, list[str]]:
-    """Digits, and a point among them, of multiples of ``factor``: remainders are states, which are removed from the
-    last on, as Kleene did.
+    """An expression for multiples of ``factor`` in digits with a point: Kleene's algorithm removes the states of an
+    automaton, which are the remainders, one by one from the last.
     """
     edges: dict[tuple[int, int], str] = {}
     for state in range(factor):

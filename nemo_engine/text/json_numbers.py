@@ -10,17 +10,17 @@ from fractions import Fraction
 
 from nemo_engine.text.json_multiples import MAX_LISTED, multiples
 
-_MORE_DIGITS = 20  # that a number without a bound may have beyond what its bounds have
-_EXACT_DIGITS = 15  # with so many digits different decimals are different doubles
-_LEAST_PLACES = 6  # of a number with bounds
+_MORE_DIGITS = 20  # digits that a number may have in a direction without a bound, beyond those of the other bound
+_EXACT_DIGITS = 15  # two different decimals with so many digits are different doubles
+_LEAST_PLACES = 6  # decimal places that a number with bounds may have at least
 _MAX_BOUND_DIGITS = 100
-_BEYOND = 10 ** (_MORE_DIGITS + 101)  # no number that is written without bounds is as large
-_MAX_PLACES = 6  # of a multiple
+_BEYOND = 10 ** (_MORE_DIGITS + 101)  # larger than every number that is written without bounds
+_MAX_PLACES = 6  # decimal places of a multiple
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A bound, exact, and whether the number may not be equal to it."""
+    """An exact bound, and whether it excludes itself."""
 
     value: Fraction
     is_exclusive: bool
@@ -55,7 +55,7 @@ class Numbers:
 
 
 def exact(value: int | float) -> Fraction:
-    """``value`` as it is written: 0.1 is a tenth."""
+    """``value`` as the decimal that was written: 0.1 is exactly a tenth."""
     return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))
 
 
@@ -126,14 +126,12 @@ def _negated(regex: str | None) -> str | None:
 
 
 def _any_of(options: Iterable[str | None]) -> str | None:
-    given = [option for option in options if option is not None]
-    return "|".join(given) if given else None
+    possible = [option for option in options if option is not None]
+    return "|".join(possible) if possible else None
 
 
 def _naturals(low: int, high: int | None) -> str | None:
-    """Integers of ``low``, which is not negative, to ``high``; without a bound, of some more digits than ``low``
-    has.
-    """
+    """Integers from ``low``, at least 0, to ``high``; without ``high``, up to some digits more than ``low`` has."""
     if high is None:
         count = len(str(low))
         longer = f"[1-9][0-9]{{{count},{count + _MORE_DIGITS}}}"
@@ -177,8 +175,8 @@ def _group(regex: str) -> str:
 def _decimals(low: Bound | None, high: Bound | None) -> str | None:
     if low is None and high is None:
         return rf"-?(?:0|[1-9][0-9]{{0,{_MORE_DIGITS}}})(?:\.[0-9]{{1,{_MORE_DIGITS}}})?(?:[eE][+-]?[0-9]{{1,2}})?"
-    whole = max(len(str(math.floor(abs(bound.value)))) for bound in (low, high) if bound is not None)
-    places = max(_EXACT_DIGITS - whole, _LEAST_PLACES)
+    num_whole_digits = max(len(str(math.floor(abs(bound.value)))) for bound in (low, high) if bound is not None)
+    places = max(_EXACT_DIGITS - num_whole_digits, _LEAST_PLACES)
     low, high = (_inner(bound, places, bound is low) if bound is not None else None for bound in (low, high))
     zero = Bound(Fraction(0), False)
     options = []
@@ -191,7 +189,7 @@ def _decimals(low: Bound | None, high: Bound | None) -> str | None:
 
 
 def _inner(bound: Bound, places: int, is_low: bool) -> Bound:
-    """``bound``, or where its digits are more than doubles tell apart, the next double inside it, included."""
+    """``bound``; if it has more digits than doubles tell apart, the next double inside it, as an inclusive bound."""
     digits = len(str(math.floor(abs(bound.value)))) + places
     is_told_apart = digits <= _EXACT_DIGITS and (bound.value * 10**places).denominator == 1
     if not bound.is_exclusive or not bound.value or is_told_apart:
@@ -200,13 +198,13 @@ def _inner(bound: Bound, places: int, is_low: bool) -> Bound:
 
 
 def _split(value: Fraction) -> tuple[int, str]:
-    """The integer and the decimal places, without zeros at their end."""
+    """The integer part and the decimal places, without trailing zeros."""
     whole, _, places = _decimal(value).partition(".")
     return int(whole), places
 
 
 def _positive(low: Bound, high: Bound | None, places: int) -> str | None:
-    """Decimals from ``low``, which is not negative; up to ``places`` places, or as many as a bound has."""
+    """Decimals from ``low``, at least 0, with up to ``places`` decimal places, or as many as a bound has."""
     if high is not None and (
         low.value > high.value or low.value == high.value and (low.is_exclusive or high.is_exclusive)
     ):
@@ -226,7 +224,7 @@ def _positive(low: Bound, high: Bound | None, places: int) -> str | None:
 
 
 def _whole_and(whole: int, rest: str | None) -> str | None:
-    """``whole`` and what may follow it."""
+    """The integer ``whole`` followed by the expression ``rest``; None without that."""
     return None if rest is None else f"{whole}{rest}"
 
 
@@ -241,7 +239,7 @@ def _digits(least: int, most: int) -> str:
 
 
 def _above(digits: str, is_exclusive: bool, places: int) -> list[str]:
-    """Decimal places, at least one, of which the value is at least ``digits``, or more if exclusive."""
+    """One or more decimal places whose value is at least that of ``digits``, or greater if exclusive."""
     if not digits:
         most = max(places - 1, 0)
         return [f"0{{0,{most}}}[1-9]{_digits(0, most)}"] if is_exclusive else [f"[0-9]{{1,{max(places, 1)}}}"]
@@ -257,7 +255,7 @@ def _above(digits: str, is_exclusive: bool, places: int) -> list[str]:
 
 
 def _below(digits: str, is_exclusive: bool, places: int) -> list[str]:
-    """Decimal places, at least one, of which the value is at most ``digits``, or less if exclusive."""
+    """One or more decimal places whose value is at most that of ``digits``, or less if exclusive."""
     if not digits:
         return [] if is_exclusive else [f"0{{1,{max(places, 1)}}}"]
     first, rest = int(digits[0]), digits[1:]
@@ -322,7 +320,7 @@ def _within(low: str, low_exclusive: bool, high: str, high_exclusive: bool, plac
 
 
 def _stepped(step: Fraction, low: Bound | None, high: Bound | None) -> tuple[str, list[str]] | None:
-    """Multiples of ``step``, by how many decimal places they are written with."""
+    """Multiples of ``step``: one expression for each number of decimal places."""
     options: list[str] = []
     definitions: dict[str, None] = {}
     for places in range(len(_decimal(step).partition(".")[2]) + 1):
@@ -339,7 +337,7 @@ def _stepped(step: Fraction, low: Bound | None, high: Bound | None) -> tuple[str
             if low is not None or high is not None:
                 parts.append(f"/{_decimals(low, high)}/")
         factor = here * 10**places
-        more, needed = multiples(factor.numerator, places)
-        options.append(" & ".join(parts + more))
+        expressions, needed = multiples(factor.numerator, places)
+        options.append(" & ".join(parts + expressions))
         definitions |= dict.fromkeys(needed)
     return (" | ".join(options), list(definitions)) if options else None

@@ -1,8 +1,8 @@
-"""``Pattern``: the regular expressions of JSON schemas, as expressions over JSON strings as they are written.
+"""``Pattern``: the regular expressions of JSON schemas, as expressions over written JSON strings.
 
-ECMA 262's syntax, as far as Python's ``re`` reads it the same way. Where the two disagree (``\\w``, ``\\s``, ``.``),
-what must match matches by both, and what must not match does not by either. Every text has one way to be written as a
-JSON string here, so intersections and complements of what is written are those of the texts.
+The syntax is ECMA 262's, as far as Python's ``re`` reads it the same way. Where the two disagree (``\\w``, ``\\s``,
+``.``), a text that must match has to match by both, and a text that must not match may match by neither. Every text has
+exactly one written form here, so intersections and complements of written forms are those of the texts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Chars:
 
 @dataclass(frozen=True, slots=True)
 class Cat:
-    """One part after the other."""
+    """The parts one after the other."""
 
     parts: tuple[Node, ...]
 
@@ -41,7 +41,7 @@ class Alt:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """``least`` to ``most`` times ``part``; any number if ``most`` is None."""
+    """``part``, repeated ``least`` to ``most`` times; without end if ``most`` is None."""
 
     part: Node
     least: int
@@ -71,7 +71,7 @@ ANY = Repeat(Chars(ALL), 0, None)
 
 
 class _Reader:
-    """Reads one pattern; with ``is_unicode`` for what it may match, else for what it surely matches."""
+    """Reads one pattern: all that it may match if ``is_unicode``, otherwise only what it surely matches."""
 
     def __init__(self, text: str, is_unicode: bool) -> None:
         self._text, self._at, self._is_unicode, self._depth = text, 0, is_unicode, 0
@@ -137,7 +137,7 @@ class _Reader:
             or not (low or comma)
             or not all(part == "" or part.isascii() and part.isdigit() for part in (low, high))
         ):
-            return None  # a brace that is a character
+            return None  # the brace is an ordinary character
         if not low:
             raise self._error("{,n} means different things to different readers")
         self._at += len(inside) + 2
@@ -187,7 +187,7 @@ class _Reader:
         return node if look is None else Look(node, look)
 
     def _escape(self, in_class: bool) -> int | Ranges:
-        """What follows a backslash: a code point, or a set."""
+        """Read behind a backslash: a code point, or a set."""
         char = self._text[self._at : self._at + 1]
         self._at += 1
         if char and char in "dDwWsS":
@@ -259,7 +259,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """A whole text matches all of ``wanted`` and none of ``unwanted``, neither of which has anchors or look-aheads."""
+    """A whole text must match all of ``wanted`` and none of ``unwanted``; these have no anchors and no look-aheads."""
 
     wanted: tuple[Node, ...]
     unwanted: tuple[Node, ...] = ()
@@ -274,7 +274,7 @@ def _has_edges(node: Node) -> bool:
 
 
 def _cut(node: Node) -> list[tuple[bool, tuple[Node, ...], bool]]:
-    """Alternatives of ``node``: whether each is anchored at the start, what is between, and whether at the end."""
+    """Alternatives of ``node``, each as (is anchored at the start, middle, is anchored at the end)."""
     if not _has_edges(node):
         return [(False, (node,), False)]
     if isinstance(node, Alt):
@@ -298,7 +298,7 @@ def _cut(node: Node) -> list[tuple[bool, tuple[Node, ...], bool]]:
 
 
 def _whole(node: Node, from_start: bool = False) -> Node:
-    """What a text is in which ``node`` is found, at its start if ``from_start``; without anchors."""
+    """A node without anchors for a whole text that contains ``node``, at its start if ``from_start``."""
     options: list[Node] = []
     for start, middle, end in _cut(node):
         before, after = () if start or from_start else (ANY,), () if end else (ANY,)
@@ -322,23 +322,23 @@ def _terms(node: Node) -> Terms:
 
 
 def size(node: Node) -> int:
-    """How large ``node`` is with its counted repetitions written out."""
+    """The number of nodes of ``node`` when its counted repetitions are written out."""
     if isinstance(node, Repeat):
         return 1 + size(node.part) * min(MAX_NODES, max(node.most or 1, node.least, 1))
     return 1 + sum(map(size, node.parts if isinstance(node, Cat) else node.options if isinstance(node, Alt) else ()))
 
 
 def is_small(text: str) -> bool:
-    """Whether the regular expression ``text`` is known to compile at little cost."""
+    """Whether the regular expression ``text`` surely compiles at little cost."""
     counts = [int(count[:9]) for count in re.findall(r"[{,]\s*(\d+)", text)]
     return len(text) <= 256 and len(counts) <= 16 and max(counts, default=0) <= 64
 
 
 class Pattern:
-    """A pattern that is looked for in a text. ``sure``: what matches by every reading; ``maybe``: by any."""
+    """A pattern that is searched in a text. ``sure`` has the texts that match by every reading, ``maybe`` by any."""
 
     def __init__(self, text: str) -> None:
-        """Raises ``ValueError`` for what is no pattern, or not supported."""
+        """Raises ``ValueError`` for a text that is no pattern, or not a supported one."""
         if len(text) > MAX_PATTERN_CHARS:
             raise ValueError(f"it must have at most {MAX_PATTERN_CHARS} characters, got {len(text)}")
         self.is_costly = not is_small(text) or "(?=" in text or "(?!" in text
@@ -349,5 +349,5 @@ class Pattern:
 
     @cached_property
     def maybe(self) -> Terms:
-        """What may match. Made when it is asked for: it may need all of Unicode."""
+        """The texts that may match. It is made on demand, because it may need all of Unicode."""
         return _terms(_Reader(self._text, is_unicode=True).read())

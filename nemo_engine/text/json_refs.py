@@ -1,8 +1,8 @@
-"""``SchemaIndex``: where each part of a JSON schema stands, what references lead to, and which keywords are what they
-must be.
+"""``SchemaIndex``: the place of each part of a JSON schema, the targets of references, and a check of the values of
+keywords.
 
-Draft 2020-12, with what earlier drafts wrote otherwise. Keywords that no draft knows, and those that only describe, are
-ignored, as the standard has it. A keyword that cannot be kept is refused by its name and place.
+It reads draft 2020-12, and keywords that earlier drafts wrote in another way. As the standard says, it ignores keywords
+that no draft knows and those that only describe. A keyword that cannot be kept is refused by its name and place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 Schema = dict[str, Any] | bool
 
-MAX_COUNT = 10**9  # of characters, items or properties in a bound
+MAX_COUNT = 10**9  # the largest bound on characters, items or properties
 TYPES = ("null", "boolean", "number", "string", "array", "object")
 _VALUES = ("enum", "const", "default", "examples")  # keywords with values, not schemas
 # Keywords that restrict a value in a way that is not followed, and the values with which they do not.
@@ -95,11 +95,11 @@ def _step(name: object) -> str:
 
 
 class SchemaIndex:
-    """Knows every part of one schema by identity; the schema must not change."""
+    """Finds every part of one schema by its identity, so the schema must not change."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._places: dict[int, str] = {}
-        self._resources: dict[int, dict[str, Any]] = {}  # what "#" means in each part
+        self._resources: dict[int, dict[str, Any]] = {}  # for each part, the schema that "#" means there
         self._named: dict[tuple[int, str], dict[str, Any]] = {}  # anchors, by resource
         self._ids: dict[str, dict[str, Any]] = {"": root}
         self._checked: set[int] = set()
@@ -121,16 +121,16 @@ class SchemaIndex:
                 ]
 
     def place(self, schema: dict[str, Any], keyword: str) -> str:
-        """The keyword and where it stands, for an error."""
+        """The keyword with its place, for an error."""
         return f"{keyword} at {self._places.get(id(schema), '#')}"
 
     def adopt(self, flat: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-        """``made``, which was made out of a part, stands where that does. Keep it alive."""
+        """Give ``flat``, made from the part ``schema``, the same place. The caller must keep ``flat`` alive."""
         self._places[id(flat)], self._resources[id(flat)] = self._places[id(schema)], self._resources[id(schema)]
         return flat
 
     def resolve(self, schema: dict[str, Any]) -> Schema:
-        """What the ``$ref`` of ``schema`` leads to; ``ValueError`` if that is not in this schema."""
+        """The schema that the ``$ref`` of ``schema`` names; ``ValueError`` if it is not in this schema."""
         ref: str = schema["$ref"]
         name, _, fragment = ref.partition("#")
         resource = self._ids.get(name) if name else self._resources[id(schema)]
@@ -159,14 +159,14 @@ class SchemaIndex:
         return ValueError(f"{self.place(schema, '$ref')}: {ref[:200]!r} {why}")
 
     def check(self, schema: dict[str, Any]) -> None:
-        """Refuse keywords of ``schema`` itself that have no proper value, or cannot be kept."""
+        """Refuse keywords of ``schema`` itself that have a wrong value or cannot be kept."""
         if id(schema) in self._checked:
             return
         for keyword, value in schema.items():
             if keyword in _SHAPES and not _SHAPES[keyword][0](value):
-                shown = json.dumps(value, ensure_ascii=False)
-                shown = shown if len(shown) <= 100 else shown[:100] + "..."
-                raise ValueError(f"{self.place(schema, keyword)} must be {_SHAPES[keyword][1]}, got {shown}")
+                value_text = json.dumps(value, ensure_ascii=False)
+                value_text = value_text if len(value_text) <= 100 else value_text[:100] + "..."
+                raise ValueError(f"{self.place(schema, keyword)} must be {_SHAPES[keyword][1]}, got {value_text}")
             if keyword in _UNSUPPORTED and not any(value is ok or value == ok == {} for ok in _UNSUPPORTED[keyword]):
                 self._refuse(schema, keyword)
         self._checked.add(id(schema))

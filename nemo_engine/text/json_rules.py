@@ -1,6 +1,4 @@
-"""``Rules``: rules and terminals of a Lark grammar, from which what matches nothing is taken out before it is
-written.
-"""
+"""``Rules``: rules and terminals of a Lark grammar; those that match nothing are removed before it is written."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ class Rules:
         self._rules: dict[str, list[Row]] = {}
         self._shared: dict[tuple[Row, ...], str] = {}
         self._terminals: dict[str, str] = {}  # names by expression
-        self._doubtful: set[str] = set()  # terminals that perhaps match nothing
-        self.definitions: dict[str, None] = {}  # of terminals that others need
+        self._doubtful: set[str] = set()  # terminals that may match nothing
+        self.definitions: dict[str, None] = {}  # lines that define terminals which other terminals use
 
     def __len__(self) -> int:
         return len(self._rules)
@@ -34,7 +32,7 @@ class Rules:
         self._rules[name] = rows
 
     def is_doubtful(self, expression: str) -> bool:
-        """Whether the terminal of ``expression`` perhaps matches nothing."""
+        """Whether the terminal of ``expression`` may match nothing."""
         return self._terminals.get(expression) in self._doubtful
 
     def rule(self, rows: list[Row]) -> str:
@@ -53,7 +51,7 @@ class Rules:
         return name
 
     def one(self, rows: list[Row]) -> Row | None:
-        """``rows`` as one: itself, or a rule."""
+        """``rows`` as one row: itself if it is the only one, otherwise a rule."""
         if not rows:
             return None
         if len(rows) == 1 and len(rows[0]) <= 8:
@@ -64,9 +62,7 @@ class Rules:
         return (self._shared[key],)
 
     def union(self, options: list[str]) -> str:
-        """The terminal that is any of ``options``, which are expressions; those in doubt must be terminals of their
-        own.
-        """
+        """The terminal for any of ``options``, which are expressions; a doubtful one must have its own terminal."""
         if len(options) == 1 and options[0] in self._terminals:
             return self._terminals[options[0]]
         return self.terminal(
@@ -75,7 +71,7 @@ class Rules:
 
     @property
     def doubtful(self) -> dict[str, str]:
-        """Terminals of which it is not known whether they match anything, with grammars that say it."""
+        """The terminals that may match nothing, with grammars by which to find out."""
         definitions = "\n".join(self.definitions)
         used = self._doubtful.intersection(*[[symbol for rows in self._rules.values() for symbol in _flat(rows)]])
         return {
@@ -90,7 +86,7 @@ class Rules:
         return bool(self._doubtful)
 
     def lark(self, start: str, empty: set[str]) -> str:
-        """The rules that ``start`` needs, without what is ``empty``; ``ValueError`` if then nothing matches."""
+        """The grammar of ``start`` without the ``empty`` terminals; ``ValueError`` if it then matches nothing."""
         productive = self._productive(empty)
         if start not in productive:
             raise ValueError(NOTHING)
@@ -129,12 +125,12 @@ class Rules:
 def members_rows(
     rules: Rules, members: list[tuple[Row, bool]], other: str | None, least: int, most: int | None
 ) -> list[Row]:
-    """The rows of what stands between braces. ``least`` and ``most`` are counted only where they matter."""
+    """The rows for the members between braces. Members are counted only if ``least`` or ``most`` can matter."""
     counts = range(len(members) + 1) if least or most is not None else range(1)
     if len(members) * len(counts) > MAX_RULES:
         raise ValueError(f"it is too complex: counting properties needs more than {MAX_RULES} rules")
     comma = literal(",")
-    after: dict[tuple[bool, int], list[Row]] = {}  # by whether a member precedes, and how many
+    after: dict[tuple[bool, int], list[Row]] = {}  # by whether a member precedes, and by how many do
     for is_first in (True, False):
         for count in counts:
             after[is_first, count] = _ends(
@@ -159,7 +155,7 @@ def members_rows(
 
 
 def _ends(other: str | None, is_first: bool, least: int, most: int | None) -> list[Row]:
-    """What may follow the last named member: ``least`` to ``most`` others, of which any number counts as one."""
+    """The rows that may follow the last named member: ``least`` (0 or 1) to ``most`` others."""
     rows: list[Row] = [()] if least == 0 and (most is None or most >= 0) else []
     if other is None or least > 1 or most is not None and most < 1:
         return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-MAX_DEPTH = 128  # arrays and objects in one another
+MAX_DEPTH = 128  # nested arrays and objects
 MAX_ATOM = 1024  # characters of a number
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -17,25 +17,24 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 class JsonScanner:
     """Reads one JSON value (RFC 8259) from its first character to its last, in linear time and bounded memory.
 
-    What it passes on is always the beginning of valid JSON: numbers and literals are held back until they are whole,
-    and raw control characters in strings, which models write, are passed on as escapes. After ``is_done`` or
-    ``is_broken`` it takes no more; a number at the outermost level is done when something follows it.
+    It always passes on the beginning of valid JSON: numbers and literals are held back until they are complete, and raw
+    control characters in strings, which models write, become escapes. After ``is_done`` or ``is_broken`` it reads no
+    more. A number at the outermost level is done when a character follows it.
     """
 
     def __init__(self) -> None:
         self.is_done = False
         self.is_broken = False
-        self.pending = ""  # of a number or literal that is not whole yet
+        self.pending = ""  # the part of a number or literal that is not complete yet
         self._closers: list[str] = []
         self._state = "value"
-        self._is_key = False  # of the string that is being read
+        self._is_key = False  # whether the string that is being read is a key
         self._num_hex = 0  # digits that a \u escape still needs
 
     def feed(self, text: str, start: int = 0) -> tuple[int, str]:
-        """Read on in ``text`` from ``start``; returns where it stopped and what it passes on.
+        """Read on in ``text`` from ``start``; returns the place where it stopped, and the text that it passes on.
 
-        If the value breaks, that is the place of the character that cannot stand there, and ``pending`` comes before
-        it.
+        If the value breaks, it stops at the character that cannot be there; ``pending`` is the text before that.
         """
         passed: list[str] = []
         place = start

@@ -1,4 +1,4 @@
-"""``SchemaTerms``: what a JSON schema, or several at once, ask of a value, as alternatives without ``$ref``, ``anyOf``
+"""``SchemaTerms``: the demands of one or several JSON schemas on a value, as alternatives without ``$ref``, ``anyOf``
 and the like.
 """
 
@@ -20,22 +20,22 @@ Term = tuple[
     Flat, ...
 ]  # schemas that all hold, of which only the keywords beside $ref, allOf, anyOf, oneOf are to be read
 
-MAX_STEPS = 50_000  # of work on one schema
+MAX_STEPS = 50_000  # the most work on one schema
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "dependentRequired", "dependentSchemas", "dependencies")
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
-    """The keywords of ``schema`` that are no applicators."""
+class _PlainKeywords:
+    """``schema`` with its keywords that are no applicators alone."""
 
     schema: Flat
 
 
-Part = Schema | _Own
+Part = Schema | _PlainKeywords
 
 
 class SchemaTerms:
-    """Takes schemas apart. Everything that it does counts against ``MAX_STEPS``."""
+    """Takes schemas apart. All its work counts against ``MAX_STEPS``."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self.index = SchemaIndex(root)
@@ -53,7 +53,7 @@ class SchemaTerms:
 
     def terms(self, schemas: Sequence[Schema]) -> Iterator[Term]:
         """The alternatives of a value for which all of ``schemas`` hold."""
-        # What is still to be read, a linked list of (schema, the schemas that led to it); and what was.
+        # A linked list of (schema to be read, the schemas that led to it), and the tuple of those that were read.
         todo: Any = None
         for schema in reversed(schemas):
             todo = ((schema, frozenset()), todo)
@@ -70,7 +70,7 @@ class SchemaTerms:
                 continue
             if schema is False or id(schema) in path:  # what leads to itself alone holds for nothing
                 continue
-            if isinstance(schema, _Own):
+            if isinstance(schema, _PlainKeywords):
                 stack.append((rest, (*done, schema.schema)))
                 continue
             stack += self._unfold(schema, path | {id(schema)}, rest, done)
@@ -90,8 +90,8 @@ class SchemaTerms:
         return stack
 
     def _choices(self, schema: Flat) -> list[list[Sequence[Part]]]:
-        """What ``schema`` asks for, in the order of its keywords: of each entry one option, which is schemas that all
-        hold.
+        """The demands of ``schema``, in the order of its keywords. Each is a list of options, of which one must hold;
+        an option is a list of schemas, which must all hold.
         """
         known = self._steps.get(id(schema))
         if known is not None:
@@ -109,7 +109,7 @@ class SchemaTerms:
             elif keyword in _APPLICATORS:
                 choices += [self._dependency(schema, name, then) for name, then in value.items()]
             elif not is_marked:
-                choices.append([[_Own(schema)]])
+                choices.append([[_PlainKeywords(schema)]])
                 is_marked = True
         self._steps[id(schema)] = choices
         if isinstance(schema.get("oneOf"), list):
@@ -117,21 +117,21 @@ class SchemaTerms:
         return choices
 
     def _dependency(self, schema: Flat, name: str, then: Any) -> list[Sequence[Part]]:
-        """Either ``name`` is not there, or ``then`` holds, too. What is no object has no properties."""
+        """Two options: ``name`` is absent, or ``then`` holds as well. A value that is no object has no properties."""
         absent = self.make({"properties": {name: False}}, schema)
         if isinstance(then, list):
             return [[absent], [self.make({"required": [name, *then]}, schema)]]
         return [[absent], [self.make({"required": [name]}, schema), then]]
 
     def make(self, flat: Flat, schema: Flat) -> Flat:
-        """``made`` as a part that stands where ``schema`` does."""
+        """Enter ``flat`` as a part with the place of ``schema``."""
         self._made.append(flat)
         return self.index.adopt(flat, schema)
 
     # ---- one term
 
     def types(self, term: Term) -> dict[str, bool]:
-        """The types of values that ``term`` allows, and of "number" whether they must be integers."""
+        """The types of values that ``term`` allows, and whether its numbers must be integers."""
         allowed = dict.fromkeys(TYPES, False)
         for flat in term:
             if "type" in flat:
@@ -153,7 +153,7 @@ class SchemaTerms:
         return None
 
     def numbers(self, term: Term, is_integer: bool) -> Numbers:
-        """What ``term`` asks of a number."""
+        """The numbers that ``term`` allows."""
         low: Bound | None = None
         high: Bound | None = None
         multiples = []
@@ -207,7 +207,7 @@ class SchemaTerms:
         self.index.check(schema)
         if not all(
             any(
-                all(not isinstance(member, _Own) and self.is_valid(value, member, path) for member in option)
+                all(not isinstance(member, _PlainKeywords) and self.is_valid(value, member, path) for member in option)
                 for option in choice
             )
             for choice in self._choices_beside_itself(schema)
@@ -241,7 +241,7 @@ class SchemaTerms:
         return _key(value) in listed
 
     def _choices_beside_itself(self, schema: Flat) -> list[list[Sequence[Part]]]:
-        return [choice for choice in self._choices(schema) if not isinstance(choice[0][0], _Own)]
+        return [choice for choice in self._choices(schema) if not isinstance(choice[0][0], _PlainKeywords)]
 
     def _is_number_valid(self, value: int | float, schema: Flat) -> bool:
         numbers, number = self.numbers((schema,), False), exact(value)
@@ -264,7 +264,7 @@ class SchemaTerms:
         )
 
     def property_schemas(self, flat: Flat, name: str) -> list[Schema]:
-        """What ``flat`` asks of the property ``name``."""
+        """The schemas of ``flat`` for the property ``name``."""
         schemas: list[Schema] = []
         is_known = False
         if name in flat.get("properties", ()):
@@ -282,9 +282,7 @@ class SchemaTerms:
 
 
 def _check_disjoint(terms: SchemaTerms, schema: Flat) -> None:
-    """Refuse a ``oneOf`` of which two options are not known to exclude each other: as a choice it would then allow too
-    much.
-    """
+    """Refuse a ``oneOf`` unless its options surely exclude each other: treated as a choice, it would allow too much."""
     beside = {key: value for key, value in schema.items() if key != "oneOf"}
     context: list[Schema] = [terms.make(beside, schema)] if beside else []
     options = [list(terms.terms([*context, option])) for option in schema["oneOf"]]
@@ -305,7 +303,7 @@ def _check_disjoint(terms: SchemaTerms, schema: Flat) -> None:
 
 
 def _exclude(terms: SchemaTerms, some: Term, others: Term, depth: int) -> bool:
-    """Whether no value is known to satisfy both."""
+    """Whether surely no value satisfies both."""
     terms.spend()
     shared = set(terms.types(some)) & set(terms.types(others))
     for term, other in ((some, others), (others, some)):
@@ -326,24 +324,24 @@ def _exclude_as(terms: SchemaTerms, kind: str, some: Term, others: Term, depth: 
         return False
     names = {name: None for flat in (*some, *others) for name in flat.get("required", ())}
     for name in names:
-        parts = [[one for flat in term for one in terms.property_schemas(flat, name)] for term in (some, others)]
+        parts = [[mine for flat in term for mine in terms.property_schemas(flat, name)] for term in (some, others)]
         if all(
-            _exclude(terms, one, other, depth - 1) for one in terms.terms(parts[0]) for other in terms.terms(parts[1])
+            _exclude(terms, mine, other, depth - 1) for mine in terms.terms(parts[0]) for other in terms.terms(parts[1])
         ):
             return True
     return False
 
 
 def item_schema(flat: Flat, index: int) -> Schema:
-    """What ``flat`` asks of item ``index``."""
+    """The schema of ``flat`` for item ``index``."""
     first, rest = item_schemas(flat)
     return first[index] if index < len(first) else rest
 
 
 def item_schemas(flat: Flat) -> tuple[list[Schema], Schema]:
-    """What ``flat`` asks of the first items, and of the others.
+    """The schemas of ``flat`` for the first items, and for the others.
 
-    Earlier drafts wrote the first as a list of ``items``.
+    Earlier drafts wrote the first ones as a list in ``items``.
     """
     if isinstance(flat.get("items"), list):
         return flat["items"], flat.get("additionalItems", True)
@@ -351,7 +349,7 @@ def item_schemas(flat: Flat) -> tuple[list[Schema], Schema]:
 
 
 def _key(value: Any) -> str:
-    """The same for JSON values that are equal, as 1 and 1.0 are, and true is not."""
+    """A key that is the same for equal JSON values: 1 and 1.0 are equal, 1 and true are not."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Strings as JSON writes them: terminals of Lark grammars for patterns, lengths and formats, and what they hold."""
+"""Written JSON strings: terminals of Lark grammars for patterns, lengths and formats; and facts about patterns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from nemo_engine.text.json_chars import Ranges, without
 from nemo_engine.text.json_pattern import ANY, Alt, Cat, Chars, Node, Pattern, Repeat, Terms
 
-_SHORT = {0x08: "b", 0x09: "t", 0x0A: "n", 0x0C: "f", 0x0D: "r"}  # control characters with an escape of their own
+_SHORT = {0x08: "b", 0x09: "t", 0x0A: "n", 0x0C: "f", 0x0D: "r"}  # control characters that have a short escape
 _RAW = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0xD800, 0xDFFF))  # what may not stand in a string as it is
 _CONTROLS = "|".join(f"0{code:x}" if code < 16 else f"{code:02x}" for code in range(32) if code not in _SHORT)
 # One character of a free string.
@@ -37,7 +37,7 @@ _TIME_PART = "T(?:[0-9]{1,4}H(?:[0-9]{1,4}M(?:[0-9]{1,4}S)?)?|[0-9]{1,4}M(?:[0-9
 _DAY_PART = "(?:[0-9]{1,4}Y(?:[0-9]{1,4}M(?:[0-9]{1,4}D)?)?|[0-9]{1,4}M(?:[0-9]{1,4}D)?|[0-9]{1,4}D)"
 _ATOM = "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]"
 
-# Formats that are kept: every text is one of the format, though not every one of the format may be written.
+# Formats that are kept: every text that matches has the format, but some texts of the format do not match.
 FORMATS = {
     "date": _DATE,
     "time": _TIME,
@@ -51,7 +51,7 @@ FORMATS = {
     "uri": f"[a-zA-Z][a-zA-Z0-9+.-]{{0,20}}:(?://(?:{_HOST}|{_BYTE}(?:\\.{_BYTE}){{3}})(?::[0-9]{{1,4}})?(?:/{_PCHAR}*)*"
     f"|{_PCHAR}+(?:/{_PCHAR}*)*)(?:\\?(?:{_PCHAR}|[/?])*)?(?:#(?:{_PCHAR}|[/?])*)?",
 }
-# Formats without a form of their own, or of what a string stands for elsewhere: annotations, as the standard has them.
+# Formats that are taken as annotations, as the standard allows: they have no pattern, or describe encoded content.
 FREE_FORMATS = frozenset(
     "binary byte char password path file-path directory-path json-string string text html markdown".split()
 )
@@ -112,12 +112,12 @@ def length_terminal(least: int, most: int | None) -> str:
 
 
 def literal(text: str) -> str:
-    """``text`` as a literal of Lark, which may hold no character that could be taken for a control."""
+    """``text`` as a literal of Lark, in which characters that Lark could misread are escaped."""
     return json.dumps(text).replace("\x7f", "\\u007f")
 
 
 def literal_json(value: object) -> str:
-    """``value`` as JSON, as a literal of Lark."""
+    """The JSON of ``value`` as a literal of Lark."""
     return literal(json.dumps(value, ensure_ascii=False))
 
 
@@ -125,7 +125,7 @@ def literal_json(value: object) -> str:
 
 
 def lengths(node: Node, most: int) -> int:
-    """The lengths of the texts of ``node``: bit n is set if one has n characters.
+    """The lengths of the texts of ``node``: bit n is set if a text has n characters.
 
     Lengths over ``most`` are left out.
     """
@@ -168,7 +168,7 @@ def _sums(some: int, others: int, every: int) -> int:
 
 
 def with_length(node: Node, least: int, most: int | None) -> Repeat | None:
-    """``node`` cut to a length, where it is a repetition of single characters; None if it is not."""
+    """``node`` limited to a length, if it repeats a single character; otherwise None."""
     while isinstance(node, Cat) and len(node.parts) == 1:
         node = node.parts[0]
     if not isinstance(node, Repeat) or not isinstance(node.part, Chars):
@@ -178,7 +178,7 @@ def with_length(node: Node, least: int, most: int | None) -> Repeat | None:
 
 
 def holds(terms: Terms, text: str) -> bool:
-    """Whether ``terms`` hold ``text``. No time beyond the product of both sizes is spent."""
+    """Whether ``text`` satisfies ``terms``. Takes time in proportion to the product of both sizes at most."""
     return all(_matches(node, text) for node in terms.wanted) and not any(
         _matches(node, text) for node in terms.unwanted
     )
@@ -189,7 +189,7 @@ def _matches(node: Node, text: str) -> bool:
 
 
 def _ends(node: Node, text: str, starts: set[int]) -> set[int]:
-    """Where matches of ``node`` may end that start at one of ``starts``."""
+    """The places where matches of ``node`` that start at one of ``starts`` may end."""
     if isinstance(node, Chars):
         return {
             at + 1 for at in starts

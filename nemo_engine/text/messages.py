@@ -1,8 +1,8 @@
-"""Checks the messages of a conversation, OpenAI's, and puts them into the form that rendering takes. Knows no tokens.
+"""Checks the messages of a conversation, in OpenAI's form, and turns them into the form for rendering. Knows no tokens.
 
-Clients send back what they received, so what a response message holds besides its text is taken: fields that are null
-or empty, ``annotations``, ``refusal`` (as the text, if there is no other) and ``parsed``. Any other field is refused by
-name, since the model could not see it. ``name`` is taken on every message; the format has no place for it.
+Clients send back the messages that they received, so fields of a response message are accepted beside its text: null or
+empty ones, ``annotations``, ``refusal`` (as the text, if there is no other) and ``parsed``. Any other field is refused
+by name, since the model could not see it. ``name`` is accepted on every message; the format has no place for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEYS = {
 
 @dataclass(slots=True)
 class ChatCall:
-    """A tool call of a message; ``id`` is the one of the prompt, ``arguments`` JSON text."""
+    """A tool call of a message. ``id`` is its id in the prompt; ``arguments`` is JSON text."""
 
     id: str
     name: str
@@ -39,9 +39,9 @@ class ChatCall:
 
 @dataclass(slots=True)
 class ChatMessage:
-    """One checked message. A developer's is a system message; ``call_id`` is of a tool's, as the prompt has it.
+    """One checked message. A developer's counts as a system message. A tool's has the ``call_id`` of the prompt.
 
-    ``is_prefix``: an assistant's message is the beginning of the answer.
+    ``is_prefix``: the message, an assistant's, is the beginning of the answer.
     """
 
     role: str
@@ -52,14 +52,14 @@ class ChatMessage:
 
 
 def tool_call_id_for_prompt(call_id: str) -> str:
-    """The id that stands for ``call_id`` in a prompt: itself if it is 9 letters and digits, else 9 of its hash."""
+    """The id of ``call_id`` in a prompt: itself if it is 9 letters and digits, otherwise 9 of its hash."""
     return call_id if re.fullmatch(r"[a-zA-Z0-9]{9}", call_id) else hashed_id(call_id)
 
 
 class CallIds:
     """Gives the ids of one conversation different ids of 9 letters and digits, in the order in which they appear.
 
-    A conversation that grows keeps those that it had.
+    When a conversation grows, earlier calls keep their ids.
     """
 
     def __init__(self) -> None:
@@ -67,8 +67,8 @@ class CallIds:
         self._taken: set[str] = set()
 
     def short(self, call_id: str) -> str:
-        """The id that stands for ``call_id``: of ``tool_call_id_for_prompt``, or another hash if an id before has
-        it.
+        """The short id of ``call_id``: that of ``tool_call_id_for_prompt``, or another hash if an earlier id has
+        that one.
         """
         if call_id not in self._short:
             attempt, short = 0, tool_call_id_for_prompt(call_id)
@@ -81,10 +81,10 @@ class CallIds:
 
 
 def check_messages(messages: object, known: Collection[str] = ()) -> list[ChatMessage]:
-    """The messages, checked one by one and tool results against calls. Raises ``ValueError`` naming message and field.
+    """Check each message, and tool results against calls. Raises ``ValueError`` naming message and field.
 
     A tool's message must answer a call of the assistant's turn before it. Calls may stay without an answer. ``known``
-    are fields that a message may have besides.
+    are further fields that a message may have.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ValueError(f"messages must be a non-empty list of messages, got {messages!r}")
@@ -135,9 +135,9 @@ def check_content(content: object, name: str, *, part_types: Sequence[str] = ("t
     return "\n\n".join(text for text in texts if text)
 
 
-def refuse_unknown(given: Mapping[Any, Any], known: set[str], name: str, what: str) -> None:
+def refuse_unknown(fields: Mapping[Any, Any], known: set[str], name: str, what: str) -> None:
     """Raise ``ValueError`` for keys that are not ``known`` and hold something."""
-    unknown = sorted(str(key) for key, value in given.items() if key not in known and not asks_nothing(value))
+    unknown = sorted(str(key) for key, value in fields.items() if key not in known and not asks_nothing(value))
     if unknown:
         raise ValueError(f"{name} has fields that {what} does not take: {', '.join(unknown)}")
 
@@ -224,8 +224,8 @@ def _check_id(call_id: object, name: str) -> str:
 
 
 def _check_json(text: str, name: str) -> None:
-    """What is no JSON is rendered as a string; what Python cannot read at all or not in some tens of milliseconds, or a
-    tokenizer cannot, is refused."""
+    """Check arguments. Text that is no JSON is rendered as a string; JSON that Python or a tokenizer cannot read, or
+    not within tens of milliseconds, is refused."""
     if text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES:
         raise ValueError(f"{name} cannot be read as JSON: it has more than {MAX_JSON_VALUES} values")
     check_unicode(name, text)

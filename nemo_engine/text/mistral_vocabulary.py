@@ -24,11 +24,11 @@ V3_TOKENS = (
 )  # fmt: skip
 _FILLER = re.compile(r"<SPECIAL_\d+>")
 
-MAX_SPECIAL_TOKENS = 1 << 16  # those that a file does not name are made up
+MAX_SPECIAL_TOKENS = 1 << 16  # mistral-common makes up those that a file does not name
 
 
 class MistralVocabulary(Vocabulary):
-    """One Tekken file (``tekken.json``) or one SentencePiece file of Mistral's. See ``Vocabulary``."""
+    """A Tekken file (``tekken.json``) or a SentencePiece file of Mistral's. See ``Vocabulary``."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -79,7 +79,7 @@ class MistralVocabulary(Vocabulary):
 
 
 def difference(mistral: Vocabulary, other: Vocabulary) -> str | None:
-    """How ``other``, of a ``tokenizer.json``, has other tokens than a file of Mistral's, None if it has not.
+    """A difference between the tokens of ``other``, a ``tokenizer.json``, and those of Mistral's file; None if none.
 
     Names of control tokens that Mistral's format does not use may differ, as they do in Mistral's own checkpoints.
     """
@@ -91,11 +91,11 @@ def difference(mistral: Vocabulary, other: Vocabulary) -> str | None:
             None not in names and names[0] not in V3_TOKENS and (names[1] in usual or _FILLER.fullmatch(names[1] or ""))
         )
         if before != after or (names[0] != names[1] and not is_unused):
-            shown = [
+            descriptions = [
                 repr(data.decode("utf-8", "replace") if name is None else name)
                 for name, data in zip(names, (before, after))
             ]
-            return f"token {token_id} is {shown[0]} there and {shown[1]} in tokenizer.json"
+            return f"token {token_id} is {descriptions[0]} there and {descriptions[1]} in tokenizer.json"
     if sizes[0] != sizes[1]:
         return f"there are {sizes[0]} tokens, and {sizes[1]} in tokenizer.json"
     for name in ("bos_id", "eos_id"):
@@ -105,7 +105,7 @@ def difference(mistral: Vocabulary, other: Vocabulary) -> str | None:
 
 
 class _Mistralised:
-    """What an ``InstructTokenizer`` of mistral-common needs of a tokenizer of text."""
+    """The text tokenizer that an ``InstructTokenizer`` of mistral-common needs."""
 
     model_settings_builder = None
 
@@ -116,7 +116,7 @@ class _Mistralised:
         self.bos_id, self.eos_id = names["<s>"], names["</s>"]
 
     def get_special_token(self, name: str) -> int:
-        """The id of a control token; -1 for those of formats that are not used."""
+        """The id of a control token; -1 for a token of formats that are not used here."""
         return self._names.get(name, -1)
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
@@ -140,9 +140,7 @@ def mistral_format(vocabulary: Vocabulary) -> Any:
 
 
 def _check_sizes(path: Path) -> None:
-    """Refuse a Tekken file whose numbers of tokens are not backed by its content, before anything of that size is
-    made.
-    """
+    """Refuse a Tekken file that declares more tokens than it contains, before memory for that many is allocated."""
     if path.suffix != ".json":
         return
     try:

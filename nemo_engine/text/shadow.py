@@ -1,10 +1,9 @@
-"""Shadows: characters of users' text, marked so that they are known again in what a template makes of them.
+"""Shadows: marked characters of users' texts, which can be recognised in the output of a template.
 
-A shadow is a lone surrogate that stands for an ASCII character. No text that is taken in holds one
-(``checks.check_unicode``), and templates hold none, so wherever a shadow shows up it came from a user. A text and its
-shadow have the same length, so what is cut out of one is cut out of the other. What templates ask of texts (``==``,
-``in``, ``split``, ``upper``, ...) sees through shadows: the functions here give what the plain texts would, with the
-shadows kept where they stood.
+A shadow is a lone surrogate that stands for an ASCII character. No accepted text has one (``checks.check_unicode``),
+nor has a template, so every shadow in an output comes from a user's text. A text and its shadow have the same length,
+so equal places can be cut from both. Operations of templates on texts (``==``, ``in``, ``split``, ``upper``, ...) see
+through shadows: the functions here return the result for the plain texts, and keep the shadows in their places.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _CASE_NAMES = frozenset(("upper", "lower", "capitalize", "title", "swapcase", "c
 
 
 def _codes(text: str) -> np.ndarray:
-    """The code points of ``text``. numpy drops NULs at the end of a text, so something else stands there."""
+    """The code points of ``text``. numpy drops NULs at the end of a text, so another character is put there."""
     return np.array(text + "x").reshape(1).view(np.uint32)[:-1]
 
 
@@ -73,7 +72,7 @@ class Shadower:
 
 
 def shadow_first(text: str) -> str:
-    """``text`` with its first ASCII character in the shadow that is neither white space nor what JSON escapes."""
+    """``text`` with a shadow for the first character that can have one."""
     for index, character in enumerate(text):
         if can_have_shadow(character):
             return text[:index] + chr(_BASE + ord(character)) + text[index + 1 :]
@@ -81,7 +80,7 @@ def shadow_first(text: str) -> str:
 
 
 def can_have_shadow(character: str) -> bool:
-    """Whether it is ASCII, no white space, and nothing that JSON or Python would escape."""
+    """Whether ``character`` is ASCII, no white space, and not escaped by JSON or Python."""
     return "!" <= character <= "~" and character not in "\"'\\"
 
 
@@ -99,7 +98,7 @@ def plain(text: str) -> str:
 
 
 def are_alike(text: str, marked: str) -> bool:
-    """Whether ``marked`` is ``text`` but for shadows."""
+    """Whether ``marked`` equals ``text`` except for shadows."""
     if len(text) != len(marked):
         return False
     before, after = _codes(text), _codes(marked)
@@ -107,7 +106,7 @@ def are_alike(text: str, marked: str) -> bool:
 
 
 def places_of(characters: Iterable[str], text: str) -> list[int]:
-    """Where in ``text`` one of the characters stands."""
+    """The places in ``text`` of any of the characters."""
     codes = _codes(text)
     is_one = np.zeros(len(codes), dtype=bool)
     for character in characters:
@@ -126,14 +125,14 @@ def plain_value(value: Any) -> Any:
 
 
 def from_escapes(text: str) -> str:
-    """``text`` in which a shadow stands where an escape of a shadow stood."""
+    """``text`` with each escape of a shadow replaced by the shadow."""
     return (
         _ESCAPE.sub(lambda hit: chr(_BASE + int(hit[2], 16)) if hit[2] else hit[0], text) if "\\udc" in text else text
     )
 
 
 def as_text(value: Any) -> str:
-    """``str(value)``; lists and objects write a shadow as an escape, which becomes one again."""
+    """``str(value)``. Lists and objects write a shadow as an escape, which is turned back into the shadow."""
     text = str(value)
     return from_escapes(text) if isinstance(value, (list, dict, tuple)) else text
 
@@ -172,12 +171,12 @@ def call_method(text: str, name: str, method: Callable[..., Any], args: tuple[An
     ):
         return method(*args, **kwargs)
     if name in ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix"):
-        whole, wanted = plain(text), plain(args[0])
+        plain_text, removed = plain(text), plain(args[0])
         start = 0
         if name in ("strip", "lstrip", "removeprefix"):
-            head = whole.removeprefix(wanted) if name == "removeprefix" else whole.lstrip(wanted)
-            start = len(whole) - len(head)
-        return text[start : start + len(getattr(whole, name)(wanted))]
+            head = plain_text.removeprefix(removed) if name == "removeprefix" else plain_text.lstrip(removed)
+            start = len(plain_text) - len(head)
+        return text[start : start + len(getattr(plain_text, name)(removed))]
     if name in ("split", "rsplit", "partition", "rpartition"):
         return _cut(text, name, plain(args[0]), args[1:])
     if name == "replace" and len(args) > 1 and isinstance(args[1], str):
@@ -185,9 +184,9 @@ def call_method(text: str, name: str, method: Callable[..., Any], args: tuple[An
     return method(*args, **kwargs)
 
 
-def _cut(text: str, name: str, separator: str, more: tuple[Any, ...]) -> Any:
-    whole = plain(text)
-    pieces = getattr(whole, name)(separator, *more)
+def _cut(text: str, name: str, separator: str, limits: tuple[Any, ...]) -> Any:
+    plain_text = plain(text)
+    pieces = getattr(plain_text, name)(separator, *limits)
     gap = len(separator) if name in ("split", "rsplit") else 0
     start, cut = 0, []
     for piece in pieces:
@@ -197,7 +196,7 @@ def _cut(text: str, name: str, separator: str, more: tuple[Any, ...]) -> Any:
 
 
 def like(text: str, changed: str) -> str:
-    """``changed``, in the shadow wherever ``text``, from which it was made letter by letter, was."""
+    """``changed``, made from ``text`` letter by letter, with shadows where ``text`` has them."""
     if len(changed) != len(text) or not has_shadow(text):
         return changed
     before, after = _codes(text), _codes(changed)

@@ -1,7 +1,6 @@
-"""Filters, tests and methods of texts as chat templates have them: Jinja's, with limits, of the plain texts behind
-shadows.
+"""Filters, tests and text methods for chat templates: Jinja's, with limits, applied to the plain texts behind shadows.
 
-What they make keeps the shadows: so a text of a user stays that, whatever a template does with it.
+Their results keep the shadows, so a user's text stays marked, whatever a template does with it.
 """
 
 from __future__ import annotations
@@ -83,19 +82,19 @@ def are_equal(left: Any, right: Any) -> bool:
 
 
 def _ordered(name: str, num_before: int) -> Callable[..., Any]:
-    """A filter that orders or compares elements, by their plain texts; ``attribute`` follows ``num_before`` other
-    arguments.
+    """A filter that orders or compares elements by their plain texts. ``attribute`` is the argument after
+    ``num_before`` others.
     """
 
     @pass_environment
     def applied(environment: Environment, value: Any, *args: Any, attribute: Any = None, **kwargs: Any) -> Any:
         if len(args) > num_before:
             attribute = args[num_before]
-        wanted = ",".join(f"0.{name_part}" for name_part in str(attribute).split(",")) if attribute is not None else 0
+        paths = ",".join(f"0.{name_part}" for name_part in str(attribute).split(",")) if attribute is not None else 0
         items = list(value)
         meter().charge_value(items)
         pairs = [(shadow.plain_value(element), element) for element in items]
-        result = FILTERS[name](environment, pairs, *args[:num_before], attribute=wanted, **kwargs)
+        result = FILTERS[name](environment, pairs, *args[:num_before], attribute=paths, **kwargs)
         if name in ("min", "max"):
             return result[1] if isinstance(result, tuple) else result
         return [element for _, element in result]
@@ -115,7 +114,7 @@ def _escape(value: Any) -> Any:
 
 
 def _urlencode(value: Any) -> Any:
-    """Texts with % in them, in which what stays as it is keeps its shadow."""
+    """Percent-encoded texts; a character that is not encoded keeps its shadow."""
     if not isinstance(value, str):
         return FILTERS["urlencode"](value)
     meter().charge(12 * len(value))

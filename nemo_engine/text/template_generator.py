@@ -1,5 +1,5 @@
-"""``TemplateGenerator``: the Python code that Jinja makes of a chat template, in which the environment sees what could
-cost or chance much.
+"""``TemplateGenerator``: makes the Python code of a chat template such that the environment sees every operation that
+may be costly or unsafe.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``Meter``: what one rendering of a chat template may cost. A template is code from a stranger.
+"""``Meter``: limits the cost of one rendering of a chat template. A template is code from a stranger.
 
-Time is that of the thread alone, so a busy machine changes nothing. Knows nothing of Jinja.
+Only the thread's own time counts, so a busy machine changes nothing. Knows nothing of Jinja.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _LOOK_EVERY = 64  # steps after which the clock is read
 
 
 class TemplateLimitError(ValueError):
-    """A template does more than a template may."""
+    """A template exceeds a limit of its work."""
 
 
 class Meter:
     """Counts the work of one rendering, and raises ``TemplateLimitError`` where it becomes too much.
 
-    ``now`` is its time of day.
+    ``now`` is the time of day that the template sees.
     """
 
     def __init__(self) -> None:
@@ -41,13 +41,13 @@ class Meter:
             raise TemplateLimitError(f"it takes more than {MAX_SECONDS:g} s of computing time")
 
     def charge(self, num_chars: int) -> None:
-        """So many characters, or elements of lists, are about to be made."""
+        """Count characters, or elements of lists, that are about to be made."""
         self._num_chars += num_chars
         if self._num_chars > MAX_CHARS:
             raise TemplateLimitError(f"it makes more than {MAX_CHARS} characters of text")
 
     def charge_value(self, value: Any) -> None:
-        """``value`` as text: its strings and, each as often as it stands there, its elements."""
+        """Count the text of ``value``: its strings, and each of its elements as often as it occurs."""
         if isinstance(value, str):
             self.charge(len(value))
             return
@@ -78,12 +78,12 @@ _current = _Current()
 
 
 def meter() -> Meter:
-    """The meter of the rendering that this thread is at; a new one outside of any."""
+    """The meter of the rendering in which this thread is; outside of renderings, a new meter."""
     return _current.meter or Meter()
 
 
 class Metered:
-    """``with Metered():`` a rendering, or several that count as one: inside of another, it counts with that."""
+    """``with Metered():`` meters one rendering, or several as one. An inner one counts for the outer one."""
 
     def __enter__(self) -> None:
         self._before = _current.meter
@@ -94,7 +94,7 @@ class Metered:
 
 
 def check_numbers(what: str, values: Any) -> None:
-    """Refuse sizes among arguments that would make very much of very little."""
+    """Refuse large sizes among arguments, with which a short template would make a huge text."""
     for value in values:
         if isinstance(value, int) and abs(value) > MAX_NUMBER:
             raise TemplateLimitError(f"{what} takes numbers up to {MAX_NUMBER}, got one of {value.bit_length()} bits")

@@ -1,5 +1,5 @@
-"""``TemplateRenderer``: conversations become prompts by a checkpoint's own template; imported where there is one, for
-Jinja takes a while.
+"""``TemplateRenderer``: turns conversations into prompts by a checkpoint's own template. It is imported only if there
+is a template, for importing Jinja takes a while.
 """
 
 from __future__ import annotations
@@ -134,13 +134,13 @@ class TemplateRenderer:
         return self._control.encode(parts)
 
     def difference_from_mistral(self) -> str | None:
-        """In what its prompts are others than those of Mistral's rules, None if they are the same where that was
-        tried.
+        """A difference between its prompts and those of Mistral's rules; None if they are the same in all cases that
+        are tried.
         """
         return _difference_from_mistral(self, self._tokenizer)
 
     def _started(self, parts: list[Part], last: ChatMessage, tools: Tools) -> list[Part]:
-        """The prompt with the beginning of a call at its end."""
+        """The prompt, with the beginning of a call added."""
         if not tools or last.role == "assistant" or self.calls is None:
             raise ValueError("start_tool_calls needs tools, and a last message that is not an assistant's")
         opening = self._control.split(self.calls.opening, self.calls.opening)
@@ -193,21 +193,21 @@ def _is_open(messages: Sequence[ChatMessage], continue_final_message: bool) -> b
 def _for_template(
     raw: Mapping[str, Any], checked: ChatMessage, form: MessageForm, extra: Collection[str]
 ) -> dict[str, Any]:
-    """A message as templates know it: without fields that hold nothing, arguments of calls as objects."""
+    """A message in the form for templates: without empty fields, and with arguments of calls as objects."""
     message: dict[str, Any] = {"role": checked.role}
     if not checked.calls or checked.content or raw.get("content") is not None or form.empty_content:
         message["content"] = [{"type": "text", "text": checked.content}] if form.parts else checked.content
     if raw.get("name"):
         message["name"] = raw["name"]
     if checked.calls:
-        given = [call["id"] for call in raw["tool_calls"]]
+        call_ids = [call["id"] for call in raw["tool_calls"]]
         message["tool_calls"] = [
             {
                 "id": call.id if form.short_ids else call_id,
                 "type": "function",
                 "function": {"name": call.name, "arguments": _arguments(call.arguments, form)},
             }
-            for call, call_id in zip(checked.calls, given)
+            for call, call_id in zip(checked.calls, call_ids)
         ]
     if checked.role == "tool":
         message["tool_call_id"] = checked.call_id if form.short_ids else raw["tool_call_id"]
@@ -230,7 +230,7 @@ def _arguments(text: str, form: MessageForm) -> Any:
 
 
 def check_value(value: object, name: str) -> None:
-    """Refuse what is no JSON value, or holds text that is no Unicode."""
+    """Raise ``ValueError`` for a value that is no JSON, or has text that is no valid Unicode."""
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""``TextCache``: what was made of texts, by the text, for those that were asked for last."""
+"""``TextCache``: keeps results that were computed from texts, for the texts that were used last."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _MAX_CHARS = 1 << 22  # of the texts that a cache keeps
-_OVERHEAD = 64  # characters that a text counts for besides its own
+_OVERHEAD = 64  # characters that an entry counts beside those of its text
 
 
 class TextCache(Generic[T]):
-    """What ``make`` makes of texts, kept for those that were asked for last. For any thread."""
+    """The results of ``make`` for the texts that were used last. May be used by any thread."""
 
     def __init__(self, make: Callable[[str], T]) -> None:
         self._make = make
@@ -26,12 +26,12 @@ class TextCache(Generic[T]):
             if text in self._known:
                 self._known.move_to_end(text)
                 return self._known[text]
-        made = self._make(text)
+        value = self._make(text)
         with self._lock:
             if text not in self._known:
-                self._known[text] = made
+                self._known[text] = value
                 self._num_chars += len(text) + _OVERHEAD
             while self._num_chars > _MAX_CHARS:
                 gone, _ = self._known.popitem(last=False)
                 self._num_chars -= len(gone) + _OVERHEAD
-        return made
+        return value

@@ -1,7 +1,7 @@
-"""``Tokenizer``: text to token ids and back, over a ``Vocabulary`` of any kind; ``load_tokenizer``, which chooses the
+"""``Tokenizer``: turns text into token ids and back, with a ``Vocabulary`` of any kind. ``load_tokenizer`` chooses the
 file.
 
-The libraries are imported when a tokenizer is loaded that needs them, not before.
+A library is imported when a tokenizer that needs it is loaded.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from nemo_engine.text.vocabulary import AddedToken, Vocabulary
 
 FILE_NAMES = ("tekken.json", "tokenizer.model.v3", "tokenizer.model", HF_FILE_NAME)
 
-_USUAL_LENGTH = 8  # characters of a token, and more
-_PIECE = 1 << 16  # characters that are encoded at a time where only their number of tokens is wanted
+_USUAL_LENGTH = 8  # characters; the tokens of most texts are shorter on average
+_PIECE = 1 << 16  # characters that are encoded at a time to count tokens
 _WORD_END = re.compile(r"(?<=[^\W\d_]) ")  # where ``Vocabulary.cuts_words`` holds
 
 _logger = logging.getLogger("nemo_engine")
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
-    """Load a tokenizer file, or that of a checkpoint directory; None if the directory has none.
+    """Load a tokenizer file, or the one in a checkpoint directory; None if the directory has none.
 
-    Of a directory with one of Mistral's files and ``tokenizer.json``, Mistral's serves if both have the same tokens,
-    and else ``tokenizer.json``, which fine-tunes change. Raises ``FileNotFoundError`` for a path that does not exist
+    If a directory has one of Mistral's files and ``tokenizer.json``, Mistral's serves if both have the same tokens, and
+    otherwise ``tokenizer.json``, which fine-tunes change. Raises ``FileNotFoundError`` for a path that does not exist
     and ``ValueError`` for a broken file.
     """
     if path.is_file():
@@ -49,7 +49,7 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
 
 
 def _choose(first: Path, other: Path) -> Tokenizer:
-    """The tokenizer of a directory that has a file of Mistral's and ``tokenizer.json``."""
+    """The tokenizer for a directory that has a file of Mistral's and ``tokenizer.json``."""
     try:
         mistral = MistralVocabulary(first)
     except ImportError as error:
@@ -95,14 +95,14 @@ class Tokenizer:
         self.fingerprint: str = self._make_fingerprint()
 
     def describe(self) -> str:
-        """Which file it is, of which kind, and why it was taken."""
+        """The file, its kind, and the reason for which it was chosen."""
         reason = f", as {self.note}" if self.note else ""
         return f"{self.path.name}, {self.version}{reason}"
 
     @property
     def mistral(self) -> Any:
-        """mistral-common's ``MistralTokenizer``, or for a ``tokenizer.json`` with the control tokens of Mistral's v3
-        what has its ``instruct_tokenizer``; None where Mistral's rules cannot be written in these tokens.
+        """mistral-common's ``MistralTokenizer``; for a ``tokenizer.json`` with the control tokens of Mistral's v3, an
+        object with the same ``instruct_tokenizer``; None if these tokens cannot express Mistral's rules.
         """
         return self._vocabulary.mistral
 
@@ -117,8 +117,8 @@ class Tokenizer:
         return None if token is None else token.id
 
     def encode_span(self, text: str, *, is_start: bool = False) -> list[int]:
-        """Ids of a part of a prompt that stands between control tokens, or at the very start of it; no BOS, and text is
-        text.
+        """Ids of a part of a prompt between control tokens, or at its very start. Adds no BOS, and no text becomes a
+        control token.
         """
         check_unicode("text", text)
         return self._vocabulary.encode(text, is_start=is_start)
@@ -126,8 +126,8 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of ``text``, after exactly one BOS if ``bos``; never an EOS.
 
-        Text is text: "[INST]" in it becomes ordinary tokens. With ``bos``, one literal "<s>" at its start is taken for
-        the BOS that stands there anyway.
+        No text becomes a control token: "[INST]" gives ordinary tokens. With ``bos``, one literal "<s>" at the start of
+        the text is dropped, for it means the BOS that is put there anyway.
         """
         begin = self._vocabulary.begin_ids if bos else ()
         for token_id in begin:
@@ -136,13 +136,13 @@ class Tokenizer:
         return [*begin, *self._vocabulary.encode(text)]
 
     def min_tokens(self, text: str) -> int:
-        """The least number of tokens that ``text`` can have: as if all were of the longest."""
+        """The least number of tokens that ``text`` can have: as many as if all had the longest token's length."""
         return -(-(len(text) if text.isascii() else len(text.encode())) // self._longest)
 
     def exceeds(self, text: str, limit: int) -> bool:
-        """Whether ``text`` is far too long for ``limit`` tokens: False may also mean that only encoding it will tell.
+        """Whether ``text`` surely has more than ``limit`` tokens. False may mean that only encoding it can tell.
 
-        Encodes little more than ``limit`` tokens, and nothing if the length of the text tells.
+        Encodes little more than ``limit`` tokens, and nothing if the length of the text is enough to tell.
         """
         if len(text) <= min(_USUAL_LENGTH, self._longest / 4) * limit:  # a character has at most 4 bytes
             return False
@@ -161,9 +161,8 @@ class Tokenizer:
     def encode_bad_words(self, words: Iterable[str]) -> list[tuple[int, ...]]:
         """Id sequences of each word, as it begins a text and as it follows a space, by vLLM's rule.
 
-        White space in front of a word does not count, but for a word that is nothing else: that is taken as it is. The
-        second is kept if it has as many tokens as the first and starts differently. Raises ``ValueError`` for a word
-        that has no tokens.
+        White space in front of a word is dropped, unless the word is nothing else. The second sequence is kept if it
+        has as many tokens as the first and begins with another. Raises ``ValueError`` for a word without tokens.
         """
         sequences: list[tuple[int, ...]] = []
         for word in words:
@@ -180,14 +179,14 @@ class Tokenizer:
         return sequences
 
     def _encode_space(self, text: str) -> tuple[int, ...]:
-        """Ids of white space as it follows a letter: at the start of a text SentencePiece puts a space before it."""
+        """Ids of white space that follows a letter: at the start of a text, SentencePiece would put a space before."""
         letter, ids = self.encode("x", bos=False), self.encode("x" + text, bos=False)
         return tuple(ids[len(letter) :] if ids[: len(letter)] == letter else self.encode(text, bos=False))
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
-        """The text of ``ids``: their bytes joined and read as UTF-8, U+FFFD where they are not.
+        """The text of ``ids``: their bytes joined and decoded as UTF-8, with U+FFFD for bytes that are no UTF-8.
 
         Control tokens are left out or shown by name. Neither kind of file ever puts spaces around them, so
         ``spaces_between_special_tokens`` changes nothing. A SentencePiece text loses the space at its very start.
@@ -200,9 +199,9 @@ class Tokenizer:
         return data.removeprefix(b" ") if self._vocabulary.drops_first_space else data
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
-        """The bytes that ``token_id`` adds to a text; those of a control token are its name, or none.
+        """The bytes that ``token_id`` adds to a text; a control token adds its name, or nothing if it is skipped.
 
-        A model may have more ids than its tokenizer: those above add nothing. ``ValueError`` for a negative one.
+        A model may have more ids than its tokenizer: the ids beyond add nothing. ``ValueError`` for a negative id.
         """
         if token_id in self._special:
             return b"" if skip_special_tokens else self._special[token_id].encode()
@@ -211,7 +210,7 @@ class Tokenizer:
         return self._bytes[token_id] if token_id < self.vocab_size else b""
 
     def differs_from(self, vocab_size: int) -> str | None:
-        """What it means that a model has ``vocab_size`` ids, if the tokenizer has another number of them."""
+        """A sentence on the consequences if the tokenizer's number of ids is not ``vocab_size``; None if it is."""
         if vocab_size == self.vocab_size:
             return None
         sizes = f"the model has {vocab_size} token ids, its tokenizer {self.vocab_size}"
@@ -230,7 +229,7 @@ class Tokenizer:
         return self._special[token_id]
 
     def decode_token(self, token_id: int) -> str:
-        """One token on its own, to be shown beside its log-probability; U+FFFD where it is part of a character."""
+        """The text of one token on its own, for its log-probability; U+FFFD if it is a part of a character."""
         return self.token_bytes(token_id, skip_special_tokens=False).decode("utf-8", "replace")
 
     def _make_fingerprint(self) -> str:

@@ -1,7 +1,7 @@
 """NeMo's tool calls, read from an answer's text as it comes: ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]``.
 
-The trigger is the token ``[TOOL_CALLS]``, whose place in the text ``CompletionOutput.tool_calls_start`` gives, never
-these characters. What follows is never an error: what is no list of calls is content. Knows no requests and no HTTP.
+The trigger is the token ``[TOOL_CALLS]``, never these characters: ``CompletionOutput.tool_calls_start`` is its place in
+the text. No text after it is an error: text that is no list of calls is content. Knows no requests and no HTTP.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from nemo_engine.text.json_scanner import JsonScanner
 
 ID_LENGTH = 9
 ID_ALPHABET = string.digits + string.ascii_letters
-MAX_HELD = 1 << 20  # characters held back until it is clear what they are
-MARKER = "[TOOL_CALLS]"  # as it shows where control tokens are shown
+MAX_HELD = 1 << 20  # characters that are held back until it is clear whether they are calls
+MARKER = "[TOOL_CALLS]"  # the text of the trigger where control tokens are shown
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _KEYS = ("name", "arguments", "id", "type")
@@ -53,7 +53,7 @@ class ArgumentsDelta:
 
 @dataclass(frozen=True, slots=True)
 class CallFinished:
-    """The end of a call. If it is not ``is_complete`` its arguments broke off, and are no valid JSON."""
+    """The end of a call. If ``is_complete`` is false, its arguments broke off and are no valid JSON."""
 
     index: int
     is_complete: bool
@@ -89,29 +89,29 @@ def hashed_id(text: str) -> str:
 
 
 class ToolCallParser:
-    """Reads the text after the trigger, piece by piece; however it is cut, the events are the same when merged.
+    """Reads the text after the trigger piece by piece. The merged events do not depend on where pieces are cut.
 
-    A call starts when its name is complete; its arguments follow as they come, as the model wrote them, and joined they
-    are JSON that equals its object. The keys ``id`` and ``type`` are passed over, white space may stand anywhere, a
-    single object may stand for the list, arguments may be a string that holds JSON (they then come in one piece), null
-    or missing (then ``{}``), and text after the list is content.
+    A call starts when its name is complete. Its arguments follow as they come, as the model wrote them; joined, they
+    are JSON that equals its object. The keys ``id`` and ``type`` are passed over. White space may be anywhere, a single
+    object may stand for the list, and text after the list is content. Arguments may be a string with JSON (they then
+    come in one piece), null or missing (then ``{}``).
 
-    Where the text is no such list, ``is_malformed`` is set. If no call was open, what was held back since the trigger
-    or the last call becomes content; an open call is finished as it is. All text that follows is content. ``finish``
-    does the same for text that breaks off, without setting ``is_malformed`` if a call had started. Takes linear time
-    and holds back at most ``MAX_HELD`` characters.
+    If the text is no such list, ``is_malformed`` is set. Without an open call, the text held back since the trigger or
+    the last call becomes content; an open call is finished as it is. All text that follows is content. ``finish`` does
+    the same for text that breaks off, but does not set ``is_malformed`` if a call had started. Takes linear time and
+    holds back at most ``MAX_HELD`` characters.
     """
 
     def __init__(self, *, seed: str | int | None = None) -> None:
         self.is_malformed = False
         self.is_cut = False  # the text ended within a call
-        self.num_calls = 0  # that have started
+        self.num_calls = 0  # calls that have started
         self._seed = seed
         self._state = "start"
         self._is_list = False
         self._scanner: JsonScanner | None = None
-        self._key: str | None = None  # whose value is read; None while a key is read
-        self._token: list[str] = []  # of the key or value that is read, unless it is passed on
+        self._key: str | None = None  # the key whose value is read; None while a key is read
+        self._token: list[str] = []  # the text of the key or value that is read, unless that is passed on
         self._held: list[str] = []  # all text since the trigger or the last call, while no call is open
         self._num_held = 0
         self._is_open = False  # a call has started
@@ -152,7 +152,7 @@ class ToolCallParser:
         return events
 
     def _reset(self) -> None:
-        """Before a call of the list."""
+        """Get ready for the next call of the list."""
         self._is_open = False
         self._seen: set[str] = set()
         self._early: list[str] = []  # arguments that came before the name
@@ -170,7 +170,7 @@ class ToolCallParser:
             self._num_held += len(text)
 
     def _fail(self, rest: str, events: list[Event]) -> None:
-        """From here on all is content; ``rest`` is what has not been looked at."""
+        """From here on, all text is content; ``rest`` is the text that has not been read."""
         self.is_malformed = True
         held = "".join(self._held)
         if self._is_open:
@@ -181,7 +181,7 @@ class ToolCallParser:
         self._end_in("content")
 
     def _step(self, text: str, place: int, events: list[Event]) -> int:
-        """What stands between keys and values."""
+        """Read a character between keys and values."""
         end = place
         while end < len(text) and text[end] in _SPACE:
             end += 1
@@ -224,7 +224,7 @@ class ToolCallParser:
         return {"name": char == '"', "arguments": char in '{"n'}.get(self._key or "", True)
 
     def _scan(self, scanner: JsonScanner, text: str, place: int, events: list[Event]) -> int:
-        """What stands within a key or a value."""
+        """Read text within a key or a value."""
         end, passed = scanner.feed(text, place)
         self._hold(text[place:end])
         if not self._streams:
@@ -240,7 +240,7 @@ class ToolCallParser:
         return end
 
     def _accept(self, events: list[Event]) -> bool:
-        """A key or value is complete; returns whether it may stand there."""
+        """A key or value is complete; returns whether it is allowed at its place."""
         if self._num_held > MAX_HELD:
             return False
         token = "".join(self._token)
@@ -331,11 +331,10 @@ class AnswerParser:
 def parse_tool_calls(
     text: str, *, is_truncated: bool = False, seed: str | int | None = None
 ) -> tuple[str, list[ToolCall]]:
-    """The whole text after the trigger as (content, calls).
+    """Parse the whole text after the trigger into (content, calls).
 
-    All of it is content, and there are no calls, if it is no list of calls or breaks off within one. With
-    ``is_truncated`` (the finish reason was "length") a last call whose name is known is given with its arguments as far
-    as they came, as a stream gives it.
+    If it is no list of calls or breaks off within one, all of it is content. With ``is_truncated`` (the finish reason
+    was "length"), a last call whose name is known is returned with its arguments as far as they came, as in a stream.
     """
     parser = ToolCallParser(seed=seed)
     events = parser.feed(text) + parser.finish()
@@ -352,7 +351,7 @@ def parse_answer(
     seed: str | int | None = None,
     shows_special: bool = False,
 ) -> tuple[str, list[ToolCall]]:
-    """The ``text`` and ``tool_calls_start`` of a whole ``CompletionOutput`` as (content, calls); see
+    """Parse ``text`` and ``tool_calls_start`` of a whole ``CompletionOutput`` into (content, calls); see
     ``parse_tool_calls``.
     """
     if tool_calls_start is None:
@@ -363,7 +362,7 @@ def parse_answer(
 
 
 def merge_events(events: Sequence[Event]) -> tuple[str, list[ToolCall]]:
-    """What a client has that follows the events: (content, calls)."""
+    """(content, calls) as a client has them after all events."""
     content = "".join([event.text for event in events if isinstance(event, Content)])
     started = [event for event in events if isinstance(event, CallStarted)]
     arguments: list[list[str]] = [[] for _ in started]

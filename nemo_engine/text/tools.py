@@ -20,8 +20,8 @@ _DATA = ("const", "enum", "default", "examples")  # values, not schemas
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """What the model may do: write text or calls ("auto"), no calls ("none"), calls only ("required"), of ``names``
-    alone.
+    """Whether the model may write text or calls ("auto"), no calls ("none"), or calls only ("required"); and the
+    ``names`` that it may call.
     """
 
     mode: Literal["auto", "none", "required"]
@@ -33,7 +33,7 @@ def check_tools(tools: object) -> list[dict[str, Any]]:
     ...}}``.
 
     A name is 1 to 64 letters, digits, "_" and "-", and used once. ``parameters`` is the JSON schema of an object;
-    without it a function takes none. ``strict`` is taken. Raises ``ValueError`` naming the tool and the field.
+    without it, a function takes no arguments. ``strict`` may be set. Raises ``ValueError`` naming tool and field.
     """
     from mistral_common.utils.json_utils import validate_json_schema_by_draft7
 
@@ -64,7 +64,7 @@ def check_tools(tools: object) -> list[dict[str, Any]]:
 def check_tool_choice(choice: object, tools: Sequence[Mapping[str, Any]] | None) -> ToolChoice:
     """OpenAI's ``tool_choice`` for checked ``tools``: a word, one function, or allowed tools with a mode.
 
-    Without a choice it is "auto" if there are tools. "any" is "required". Raises ``ValueError``.
+    Without a choice, the mode is "auto" if there are tools. "any" means "required". Raises ``ValueError``.
     """
     known = dict.fromkeys(tool["function"]["name"] for tool in tools or ())
     if choice is None or choice == "auto":
@@ -101,11 +101,11 @@ def check_tool_choice(choice: object, tools: Sequence[Mapping[str, Any]] | None)
 def tool_call_schema(
     tools: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None, parallel: bool = True
 ) -> dict[str, Any]:
-    """The JSON schema of what may follow [TOOL_CALLS]: a list of calls of ``tools``, of ``names`` alone if given.
+    """The JSON schema of the text that may follow [TOOL_CALLS]: a list of calls of ``tools``, or of ``names`` alone.
 
-    One call exactly unless ``parallel``. Definitions that a parameter schema refers to are moved under ``$defs`` of the
-    whole, as "function.definition". Raises ``ValueError`` for a name that is no tool's, and for references that lead
-    out of their schema or nowhere.
+    The list has exactly one call unless ``parallel``. Definitions to which the schema of parameters refers are moved
+    under ``$defs`` of the whole, as "function.definition". Raises ``ValueError`` for a name that no tool has, and for
+    references that lead out of their schema or nowhere.
     """
     functions = {tool["function"]["name"]: tool["function"] for tool in check_tools(tools)}
     if names is not None and (isinstance(names, str) or not names):
@@ -172,7 +172,7 @@ def _chosen_name(choice: object, name: str, known: Collection[str]) -> str:
 
 
 def _reroot(schema: Mapping[str, Any], function: str, definitions: dict[str, Any], where: str) -> dict[str, Any]:
-    """``schema`` for a place within another one; what its references name goes to ``definitions``."""
+    """``schema`` for a place within another one. The parts that its references name go to ``definitions``."""
     tables = {kind: schema.get(kind) for kind in ("$defs", "definitions") if isinstance(schema.get(kind), Mapping)}
     uses_root = False
 
@@ -218,7 +218,7 @@ def _leads_somewhere(schema: Any, ref: str) -> bool:
 
 
 def _walk(schema: Any, move: Callable[[str], str], depth: int) -> Any:
-    """A copy of a schema in which ``move`` has gone over every reference."""
+    """A copy of ``schema`` in which every reference is replaced by the result of ``move``."""
     if depth > MAX_SCHEMA_DEPTH:
         raise ValueError(f"it is nested deeper than {MAX_SCHEMA_DEPTH}")
     if isinstance(schema, (list, tuple)):

@@ -1,5 +1,5 @@
-"""``Vocabulary``: what a tokenizer file of any kind is to ``Tokenizer``, and ``AddedToken``, a token with a name of its
-own.
+"""``Vocabulary``: the interface of every kind of tokenizer file for ``Tokenizer``; and ``AddedToken``, a token with a
+name.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that only its id or a template puts into a prompt: no text of a user becomes it.
+    """A token that enters a prompt by its id or by a template alone: no text of a user becomes it.
 
-    ``special`` ones are control tokens, which an answer shows only if it is asked to; others are text that has an id of
-    its own. In a template's text, ``lstrip`` and ``rstrip`` take the white space on that side of ``content`` away, and
-    ``single_word`` needs something other than a word's character on both sides. ``normalized`` is kept as the file has
+    ``special`` ones are control tokens, which an answer shows only on request; others are text with an id for the
+    whole. In a template's text, ``lstrip`` and ``rstrip`` remove the white space on that side of ``content``, and
+    ``single_word`` matches only between characters that are no part of a word. ``normalized`` is stored as the file has
     it.
     """
 
@@ -29,12 +29,12 @@ class AddedToken:
 
 
 class Vocabulary:
-    """The tokens of one file, and text into ids.
+    """The tokens of one file, and the encoding of text.
 
-    ``token_bytes`` has those of each id, none for control tokens. ``added`` is in the order of ids. ``begin_ids`` stand
-    before a prompt. ``drops_first_space`` is whether a text loses the space at its very start. ``pattern`` is what else
-    the ids of a text depend on. ``cuts_words`` is whether a text may be cut between a letter and a space without an
-    effect on its ids. ``mistral`` has an ``instruct_tokenizer`` of mistral-common, if there is any.
+    ``token_bytes`` has the bytes of each id, none for control tokens. ``added`` is in the order of ids. ``begin_ids``
+    come before a prompt. ``drops_first_space``: a text loses the space at its very start. ``pattern`` is whatever else
+    the ids of a text depend on. ``cuts_words``: a text may be cut between a letter and a space without an effect on its
+    ids. ``mistral`` has an ``instruct_tokenizer`` of mistral-common, if there is any.
     """
 
     version: str
@@ -50,11 +50,11 @@ class Vocabulary:
     mistral: Any = None
 
     def prepare(self) -> None:
-        """Make ready to encode; ``ValueError`` where the file turns out not to allow it.
+        """Get ready to encode; ``ValueError`` if the file turns out to be unusable.
 
-        What is said above needs none of it.
+        The attributes above do not need it.
         """
 
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
-        """Ids of ``text`` and nothing else; not ``is_start`` where a control token stands in front of it."""
+        """Ids of ``text`` and nothing else. ``is_start`` is false behind a control token."""
         raise NotImplementedError

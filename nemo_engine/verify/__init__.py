@@ -1,4 +1,4 @@
-"""How far FP8 is from the reference, measured: logits, KL divergence, top-1 agreement, perplexity, and retrieval at
+"""Measures how far FP8 is from the reference: logits, KL divergence, top-1 agreement, perplexity, and retrieval at
 growing context.
 """
 

@@ -1,4 +1,4 @@
-"""What verification computes: token ids of stored prompts, of a text, and of numbers to be found at growing context."""
+"""The material of a verification: token ids of prompts, of a text, and of numbers to retrieve at growing context."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nemo_engine.text import load_tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets" / "verify"
 NUMBERS = ("70419", "38265", "91537")  # each context has one sequence for each
-_TEXT_TOKENS = 2048  # of the text that are one sequence
-_FIRST_CONTEXT = 512  # of retrieval, then doubled
+_TEXT_TOKENS = 2048  # the text is cut into sequences of so many tokens
+_FIRST_CONTEXT = 512  # the first context of retrieval, in tokens; the next ones double
 _NEEDLE = "The number of the archive is {}.\n"
 _QUESTION = "The number of the archive is"
 _WORDS = re.compile(r"\s?\w+|\s?[^\w\s]|\s")
@@ -26,7 +26,7 @@ _logger = logging.getLogger("nemo_engine")
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Token ids: of prompts and of the text, and of retrieval with the number's tokens at the end."""
+    """Token ids of the prompts, of the text, and of retrieval, where those of the number come last."""
 
     prompts: list[list[int]]
     texts: list[list[int]]
@@ -39,14 +39,14 @@ class Material:
 
 
 class Encoder(Protocol):
-    """What verification needs of a tokenizer."""
+    """The part of a tokenizer that verification needs."""
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Token ids."""
 
 
 class WordHash:
-    """Stands in where there is no tokenizer: a token a word, by a hash."""
+    """Replaces a missing tokenizer: each word is one token, by its hash."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -58,7 +58,7 @@ class WordHash:
 
 
 def material_for(checkpoint: Checkpoint, tokenizer: str | Path | None, text: str | None, max_context: int) -> Material:
-    """What is run, within the context and the vocabulary of ``checkpoint``."""
+    """The material for ``checkpoint``, within its context and its vocabulary."""
     config = checkpoint.model_config
     place = checkpoint.tokenizer_path if tokenizer is None else Path(tokenizer)
     encoder: Encoder | None = load_tokenizer(place)
@@ -80,7 +80,7 @@ def material_for(checkpoint: Checkpoint, tokenizer: str | Path | None, text: str
 def make_material(
     tokenizer: Encoder, text: str | None, max_context: int, bos: int | None, model_context: int = 1 << 30
 ) -> Material:
-    """The stored prompts, the text in pieces, and numbers to be found at growing context; none is longer than
+    """The stored prompts, the text in pieces, and numbers to retrieve at growing context. No sequence is longer than
     ``model_context``.
     """
     begin = [] if bos is None else [bos]

@@ -1,8 +1,6 @@
-"""Four configurations: the reference itself, FP8 weights, FP8 keys and values, and both, token by token against the
-first.
+"""Compares four configurations token by token: the reference, FP8 weights, FP8 keys and values, and both.
 
-Every sequence is prefilled but for its last tokens, which are decode steps, so both kinds of kernel are in what is
-measured.
+The last tokens of every sequence are decode steps and the others prefill, so both kinds of kernel are measured.
 """
 
 from __future__ import annotations
@@ -33,18 +31,18 @@ from nemo_engine.verify.material import NUMBERS, Material, material_for
 
 PAGE_SIZE = 64
 _DECODED = 16  # tokens at the end of each sequence that are decode steps
-_ROWS = 256  # logits that are compared at once
-_LARGEST_SURPRISE = 700.0  # nats, whose exponential is a float
+_ROWS = 256  # tokens whose logits are compared at once
+_LARGEST_SURPRISE = 700.0  # nats; the exponential of more is no finite float
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # and the names themselves
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a configuration may lose against the reference.
+    """The most that a configuration may lose against the reference.
 
-    FP8 weights: ``perplexity`` percent of perplexity, and the likeliest token is the same for ``top1`` of all tokens.
-    FP8 keys and values: ``kv_perplexity`` percent, and alone the same ``top1``; beside FP8 weights, ``kv_perplexity``
-    percent more than those cost.
+    FP8 weights may raise perplexity by ``perplexity`` percent, and must keep the likeliest token for a part ``top1`` of
+    all tokens. FP8 keys and values alone may raise it by ``kv_perplexity`` percent, with the same ``top1``; together
+    with FP8 weights, by ``kv_perplexity`` percent more than the weights do.
     """
 
     perplexity: float = 1.0
@@ -63,9 +61,9 @@ class Limits:
 class Measured:
     """One configuration against the reference, over ``num_tokens`` tokens.
 
-    Errors are of logits; KL divergences in nats, of the reference from this; perplexity over the text alone.
-    ``retrieval``: {context in tokens: mean log-probability of a number that was named once, far back}. NaN where logits
-    were not finite.
+    Errors are those of logits. KL divergences are in nats, of the reference from this. Perplexity is over the text
+    alone. ``retrieval``: {context in tokens: mean log-probability of a number that was named once, far back}; NaN if
+    logits were not finite.
     """
 
     name: str
@@ -83,8 +81,8 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """What a configuration computed: (2, T, H) of each sequence, on the CPU; and the function that makes logits of
-    it.
+    """The hidden states of a configuration, (2, T, H) for each sequence, on the CPU; and the function that makes logits
+    of them.
     """
 
     states: list[Tensor]
@@ -107,11 +105,11 @@ def verify(
     """Measure ``model`` in each configuration against the reference: its own dense weights in a dtype, or another
     checkpoint.
 
-    quantization: how an unquantised checkpoint becomes FP8; one that is FP8 is taken as it is, and its dequantised
-    weights are the reference unless ``against`` is the checkpoint that it was made of. against: a dtype ("auto": the
-    checkpoint's), or a checkpoint. text: for perplexity, in place of the bundled one. max_context: the longest of
-    retrieval. tokenizer: its path, if not in the checkpoint; with none at all, words become tokens by a hash. A
-    configuration beyond ``limits`` has ``faults``. Raises ``ValueError`` for what cannot be run.
+    quantization: how an unquantised checkpoint becomes FP8. An FP8 checkpoint is used as it is, and its dequantised
+    weights are the reference, unless ``against`` is the checkpoint that it was made from. against: a dtype ("auto": the
+    checkpoint's), or a checkpoint. text: for perplexity, instead of the bundled one. max_context: the longest context
+    of retrieval. tokenizer: its path, if it is not in the checkpoint; without any, words become tokens by a hash. A
+    configuration beyond ``limits`` has ``faults``. Raises ``ValueError`` if something cannot be run.
     """
     if quantization not in ONLINE:
         raise ValueError(f"quantization must be one of {', '.join(map(repr, ONLINE))}, got {quantization!r}")
@@ -131,7 +129,7 @@ def verify(
         network = _load(checkpoint, quantization, dtype, place, is_fp8=True, prefer=prefer or {})
         scales = [(layer.k_scale, layer.v_scale) for layer in network.weights.layers]
         fp8_weights, both = (_run(network, scales, material, kv_dtype, advance) for kv_dtype in (dtype, FP8))
-        network = None  # before the next: they may fill the memory
+        network = None  # freed before the next one is loaded: both may not fit into memory
         network = _load(origin, quantization, dtype, place, is_fp8=False, prefer=prefer or {})
         reference, fp8_kv = (_run(network, scales, material, kv_dtype, advance) for kv_dtype in (dtype, FP8))
     names = (name, "FP8 weights", "FP8 keys and values", "FP8 weights, keys and values")
@@ -200,7 +198,7 @@ def _run(
     kv_dtype: torch.dtype,
     advance: Callable[[int], object],
 ) -> Hidden:
-    """All sequences with keys and values of ``kv_dtype``; ``scales`` of theirs, by layer, are for FP8 alone."""
+    """Run all sequences with keys and values of ``kv_dtype``; ``scales``, by layer, are theirs in FP8."""
     layers = tuple(
         replace(layer, k_scale=k if kv_dtype == FP8 else None, v_scale=v if kv_dtype == FP8 else None)
         for layer, (k, v) in zip(network.weights.layers, scales, strict=True)
@@ -213,7 +211,7 @@ def _run(
         pieces = [ids[:prefilled], *([token] for token in ids[prefilled:])]
         states.append(torch.cat([sequence.feed(piece) for piece in pieces], 1).cpu())
         advance(len(ids))
-    head = Nemo(network.config, replace(network.weights, layers=()), network.ops, 1)  # all that is kept of the weights
+    head = Nemo(network.config, replace(network.weights, layers=()), network.ops, 1)  # the other weights may be freed
     return Hidden(states, Sequence(head, 1, PAGE_SIZE, kv_dtype).logits)
 
 
@@ -237,16 +235,16 @@ def compare(name: str, hidden: Hidden, reference: Hidden, material: Material, vo
                 if not values.isfinite().all():
                     return Measured(name, faults=[f"{whose}logits hold NaN or infinity"])
             error = (logits - expected).abs()
-            wanted, got = expected.log_softmax(1), logits.log_softmax(1)
-            kl = (wanted.exp() * (wanted - got)).sum(1)
+            expected_logprobs, actual_logprobs = expected.log_softmax(1), logits.log_softmax(1)
+            kl = (expected_logprobs.exp() * (expected_logprobs - actual_logprobs)).sum(1)
             max_error, max_kl = max(max_error, float(error.max())), max(max_kl, float(kl.max()))
             error_sum += float(error.double().sum())
             kl_sum += float(kl.double().sum())
             agreed += int((logits.argmax(1) == expected.argmax(1)).sum())
             measured.num_tokens += len(logits)
             if is_text:
-                targets = torch.tensor(ids[start + 1 : start + 1 + _ROWS], device=got.device)
-                nll += float(F.nll_loss(got[: len(targets)], targets, reduction="sum"))
+                targets = torch.tensor(ids[start + 1 : start + 1 + _ROWS], device=actual_logprobs.device)
+                nll += float(F.nll_loss(actual_logprobs[: len(targets)], targets, reduction="sum"))
                 num_predicted += len(targets)
     measured.max_error, measured.max_kl = max_error, max_kl
     measured.mean_error = error_sum / measured.num_tokens / vocab_size
@@ -268,18 +266,18 @@ def judge(results: SequenceOf[Measured], limits: Limits) -> None:
     The first is the reference.
     """
     reference, weights, kv, both = results
-    for found, base, limit in (
+    for measured, base, limit in (
         (weights, reference, limits.perplexity),
         (kv, reference, limits.kv_perplexity),
         (both, weights, limits.kv_perplexity),
     ):
-        found.perplexity_change = 100 * (found.perplexity / reference.perplexity - 1)
-        if found.faults:  # nothing was measured
+        measured.perplexity_change = 100 * (measured.perplexity / reference.perplexity - 1)
+        if measured.faults:  # nothing was measured
             continue
-        change = 100 * (found.perplexity / base.perplexity - 1)
+        change = 100 * (measured.perplexity / base.perplexity - 1)
         if not change <= limit:  # NaN is beyond every limit
-            found.faults.append(f"perplexity is {change:.2f} % above that of {base.name}, {limit:g} % are allowed")
-        if found is not both and not found.top1 >= limits.top1:
-            found.faults.append(
-                f"the likeliest token is the same for {found.top1:.4f} of all, {limits.top1:g} are needed"
+            measured.faults.append(f"perplexity is {change:.2f} % above that of {base.name}, {limit:g} % are allowed")
+        if measured is not both and not measured.top1 >= limits.top1:
+            measured.faults.append(
+                f"the likeliest token is the same for {measured.top1:.4f} of all, {limits.top1:g} are needed"
             )

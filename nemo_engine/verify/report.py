@@ -1,4 +1,4 @@
-"""What verification found, as a table, as JSON and as a plot."""
+"""The results of a verification as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_engine.verify.measure import Measured
 
 
 def report(results: SequenceOf[Measured]) -> str:
-    """A table, a configuration a line, and what is beyond the limits."""
+    """A table with a line for each configuration, and the faults beyond the limits."""
     contexts = sorted({context for result in results for context in result.retrieval})
     heads = ["configuration", "max error", "mean error", "max KL", "mean KL", "top-1", "perplexity", "change",
              *(f"found at {context}" for context in contexts)]  # fmt: skip
@@ -40,7 +40,7 @@ def report(results: SequenceOf[Measured]) -> str:
 
 
 def as_json(results: SequenceOf[Measured], facts: dict[str, Any]) -> str:
-    """What ``verify`` found, with ``facts`` about the run; null where a number is not finite."""
+    """The results of ``verify``, with ``facts`` about the run; None for numbers that are not finite."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):

@@ -13,8 +13,8 @@ _KINDS = ("poisson", "gamma", "constant", "closed", "file")
 @dataclass(frozen=True, slots=True)
 class Arrivals:
     """kind: "poisson", "gamma" (intervals of shape ``burstiness``: below 1 in bursts, 1 is Poisson), "constant", "file"
-    (each item's own ``arrival_s``) or "closed". rate_per_s: of the first three. concurrency: of "closed", requests that
-    are always under way. seed: of the noise.
+    (each item's own ``arrival_s``) or "closed". rate_per_s: for the first three kinds. concurrency: for "closed", the
+    requests that are always under way. seed: for the noise.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Arrivals:
             raise ValueError(f"concurrency is for closed arrivals, got {self.concurrency} with {self.kind!r}")
 
     def times(self) -> Iterator[float]:
-        """Seconds from the start, for as long as they are asked for; of "poisson", "gamma" and "constant"."""
+        """Yields arrivals in seconds from the start, without end, for "poisson", "gamma" and "constant"."""
         assert self.rate_per_s is not None
         rng = random.Random(f"arrivals {self.seed}")
         now = 0.0

@@ -1,6 +1,6 @@
-"""What a prompt holds: its own text or ids, or filler where a workload has only lengths.
+"""The content of prompts: their own text or ids, or filler where a workload has only lengths.
 
-Filler is a function of names and counts alone.
+Filler depends on names and counts alone.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Distribution:
 
     @classmethod
     def parse(cls, value: object, name: str) -> Distribution:
-        """From a number or a text. Raises ``ValueError`` naming ``name``."""
+        """Make a distribution from a number or a text. Raises ``ValueError`` naming ``name``."""
         forms = ", ".join(f"{kind}:{form}" for kind, (_, _, form) in _SHAPES.items())
         if isinstance(value, Distribution):
             return value
@@ -33,8 +33,8 @@ class Distribution:
             value = str(value)
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a number or one of {forms}, got {value!r}")
-        kind, _, rest = value.partition(":")
-        texts = rest.split(":") if rest else []
+        kind, _, arguments = value.partition(":")
+        texts = arguments.split(":") if arguments else []
         if kind not in _SHAPES:
             kind, texts = "constant", [value]
         try:
@@ -72,7 +72,7 @@ class Distribution:
         return min(max(value, low), high)
 
     def draw_count(self, rng: random.Random) -> int:
-        """One number of tokens or turns: a whole one, at least 1."""
+        """A number of tokens or turns: an integer, at least 1."""
         if self.kind == "uniform":
             low, high = (round(number) for number in self.numbers)
             return max(1, rng.randint(low, high))

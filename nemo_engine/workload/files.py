@@ -13,7 +13,7 @@ from nemo_engine.workload.items import Item, as_json, parse_line
 def read_workload(path: Path) -> Iterator[Item]:
     """The items of a file. A line ``{"generate": {...}}`` stands for the items of that ``WorkloadSpec``.
 
-    Raises ``ValueError`` naming file, line, field and value of what is wrong, and an empty file; ``OSError`` for what
+    Raises ``ValueError`` naming file, line, field and value of a fault, or for an empty file; ``OSError`` if the file
     cannot be read.
     """
     count, latest = 0, 0.0

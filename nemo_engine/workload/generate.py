@@ -1,6 +1,6 @@
-"""Workloads that are made up: lengths drawn from distributions, shared prefixes, conversations.
+"""Generated workloads: lengths drawn from distributions, shared prefixes, conversations.
 
-A function of the specification alone.
+They depend on the specification alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _ZERO = Distribution("constant", (0.0,))
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """requests: items, each of one turn or more. input, output: tokens of each turn. prefixes: different beginnings in
-    front of ``input``, of which every item has one. prefix_tokens: their length. prefix_skew: 0 takes them equally
-    often, 1 the k-th 1/k as often. turns: of an item. think_s: seconds between an answer and the next turn. seed: of
-    all draws.
+    """requests: number of items, each of one or more turns. input, output: tokens of each turn. prefixes: number of
+    different beginnings, each ``prefix_tokens`` tokens in front of ``input``, of which every item has one; with
+    ``prefix_skew`` 0 all are equally frequent, with 1 the k-th is 1/k as frequent as the first. turns: number of turns
+    of an item. think_s: seconds between an answer and the next turn. seed: for all draws.
     """
 
     requests: int = 1000
@@ -39,7 +39,7 @@ class WorkloadSpec:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], where: str) -> WorkloadSpec:
-        """From JSON. Raises ``ValueError`` that begins with ``where`` and names the field."""
+        """Make a specification from JSON. Raises ``ValueError`` that begins with ``where`` and names the field."""
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
         for name, value in data.items():
@@ -66,7 +66,7 @@ class WorkloadSpec:
 
     @classmethod
     def parse_text(cls, text: str, where: str) -> WorkloadSpec:
-        """From ``input=uniform:100:2000,output=200,requests=1000``."""
+        """Parse a text such as ``input=uniform:100:2000,output=200,requests=1000``."""
         data: dict[str, Any] = {}
         for part in text.split(","):
             name, equals, value = part.partition("=")

@@ -9,7 +9,7 @@ from typing import Any, cast
 Messages = tuple[Mapping[str, str], ...]
 Prompt = str | tuple[int, ...] | Messages | int
 
-MOST_TOKENS = 10_000_000  # of one prompt or output; more is a slip
+MOST_TOKENS = 10_000_000  # in one prompt or output; a larger number is surely a mistake
 _TURN_FIELDS = {"prompt", "prompt_token_ids", "messages", "prompt_tokens", "output_tokens", "think_s"}
 _ITEM_FIELDS = {"id", "arrival_s", "prefix", "prefix_tokens", "priority", "turns"}
 _ROLES = ("system", "user", "assistant", "tool")
@@ -17,10 +17,10 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What is asked, and how many tokens answer it.
+    """A prompt, and the number of tokens of its answer.
 
-    ``prompt`` is a text, token ids, OpenAI's messages, or only a number of tokens. ``num_tokens`` is how many tokens it
-    is, where that is known. ``think_s``: seconds from the answer before to this turn.
+    ``prompt`` is a text, token ids, OpenAI's messages, or only a number of tokens. ``num_tokens`` is its number of
+    tokens, if that is known. ``think_s``: seconds from the previous answer to this turn.
     """
 
     prompt: Prompt
@@ -33,7 +33,7 @@ class Turn:
 class Item:
     """A request (one turn) or a conversation: a turn's prompt follows all prompts and answers before it.
 
-    ``arrival_s``: of the first turn, in seconds from the start; None where the arrivals are made elsewhere. Items of
+    ``arrival_s``: arrival of the first turn in seconds from the start; None if ``Arrivals`` makes the times. Items with
     equal ``prefix`` begin with the same ``prefix_tokens`` tokens. A larger ``priority`` is less urgent.
     """
 
@@ -87,7 +87,7 @@ def parse_line(data: object, where: str, default_id: str) -> Item:
 
 
 def as_json(item: Item) -> dict[str, Any]:
-    """What ``parse_line`` reads as ``item``."""
+    """The JSON that ``parse_line`` reads as ``item``."""
     data: dict[str, Any] = {"id": item.request_id}
     if item.arrival_s is not None:
         data["arrival_s"] = item.arrival_s
@@ -160,19 +160,19 @@ class _Line:
         return float(value)
 
     def turn(self) -> Turn:
-        given = [field for field in ("prompt", "prompt_token_ids", "messages") if field in self.data]
-        if len(given) > 1:
+        fields = [field for field in ("prompt", "prompt_token_ids", "messages") if field in self.data]
+        if len(fields) > 1:
             raise ValueError(
-                f"{self.where}: {self.inner}{given[0]} and {self.inner}{given[1]} are given, and one is needed"
+                f"{self.where}: {self.inner}{fields[0]} and {self.inner}{fields[1]} are given, and one is needed"
             )
         output = self.integer("output_tokens", None, 1)
         think = self.seconds("think_s") if "think_s" in self.data else 0.0
         count = self.integer("prompt_tokens", None, 1) if "prompt_tokens" in self.data else None
-        if not given:
+        if not fields:
             if count is None:
                 raise self.wrong("prompt_tokens", "given where there is no prompt, prompt_token_ids or messages")
             return Turn(count, output, count, think)
-        field = given[0]
+        field = fields[0]
         value = self.data[field]
         if field == "prompt":
             return Turn(self.text("prompt"), output, count, think)

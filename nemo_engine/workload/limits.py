@@ -1,4 +1,4 @@
-"""What requests must see to count as good: an SLO."""
+"""The limits within which a request counts as good: an SLO."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ def read_sharegpt(
     """Conversations of a list of ``{"id", "conversations": [{"from": "human"|"gpt", "value": ...}]}``, or JSON lines of
     ``{"messages": [...]}``.
 
-    The first prompt and the length of its answer, or every turn of a conversation. Conversations that do not begin with
-    a prompt and its answer are passed over, as all benchmarks do. Raises ``ValueError`` naming file, entry and field of
-    what is no conversation.
+    Takes the first prompt and the length of its answer, or with ``is_multi_turn`` every turn. Conversations that do not
+    begin with a prompt and its answer are passed over, as in all benchmarks. Raises ``ValueError`` naming file, entry
+    and field for an entry that is no conversation.
     """
     count = 0
     for place, entry in _entries(path):
@@ -42,13 +42,13 @@ def read_sharegpt(
 
 
 def is_sharegpt(path: Path) -> bool:
-    """Whether a file is a list of JSON, and so no workload file."""
+    """Whether a file is a JSON list, and so no workload file."""
     with path.open("rb") as file:
         return file.read(64).lstrip().startswith(b"[")
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens of ``text`` where there is no tokenizer: a fourth of its characters."""
+    """The tokens of ``text``, estimated without a tokenizer as a quarter of its characters."""
     return -(-len(text) // 4)
 
 
@@ -70,21 +70,21 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _pairs(entry: dict[str, Any], where: str) -> list[tuple[str, str]]:
-    """(prompt, answer) of the leading turns that alternate; a system message is left out."""
+    """(prompt, answer) pairs of the turns from the first on, as long as they alternate; without system messages."""
     field = "messages" if "messages" in entry else "conversations"
     messages = entry.get(field)
     if not isinstance(messages, list):
         raise ValueError(f"{where}: {field} must be a list, got {messages!r:.80}")
-    said = []
+    turns = []
     for index, message in enumerate(messages):
         author = message.get("from", message.get("role")) if isinstance(message, dict) else None
         text = message.get("value", message.get("content")) if isinstance(message, dict) else None
         if not isinstance(author, str) or not isinstance(text, str):
             raise ValueError(f"{where}: {field}[{index}] must have an author and a text, got {message!r:.80}")
         if author != "system":
-            said.append((author, text))
+            turns.append((author, text))
     pairs = []
-    for (asker, ask), (answerer, answer) in zip(said[::2], said[1::2]):
+    for (asker, ask), (answerer, answer) in zip(turns[::2], turns[1::2]):
         if asker not in _ASKS or answerer not in _ANSWERS:
             break
         pairs.append((ask, answer))

@@ -65,7 +65,7 @@ def widened_capacity(slots: int, pages: int, kv_heads: int, page_size: int) -> i
 
 
 def _turns(pages: Sequence[int], max_pages: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, end, their pages) of neighbouring rows that have at most ``most`` pages together, or are one row."""
+    """(first row, end, their pages) of neighbouring rows with at most ``max_pages`` pages together, or of one row."""
     first = total = 0
     for row, count in enumerate(pages):
         if row > first and total + count > max_pages:

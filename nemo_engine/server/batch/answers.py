@@ -46,15 +46,15 @@ _IN_LINES = (
     "prompt_logprobs",
     "logprob_token_ids",
 )  # what changes an answer's form is asked for by the line
-_ANY_NUMBER = 2**31  # of requests that may wait: the file says how many there are
-_WAIT_FOR_ROOM = 0.5  # seconds, where a server's queue is full
+_ANY_NUMBER = 2**31  # the queue has no limit here: the file says how many requests there are
+_WAIT_FOR_ROOM = 0.5  # seconds between two tries while a server's queue is full
 _MOST_WARNINGS = 20
 
 _logger = logging.getLogger("nemo_engine.server")
 
 
 class BatchAnswers:
-    """Answers lines by the routes of ``service``, for ``client``, who takes turns with others as ``turn``."""
+    """Answers lines by the routes of ``service``, as requests of ``client``."""
 
     def __init__(self, service: Service, client: Client = ANYONE, only_url: str | None = None) -> None:
         self._service = service
@@ -64,7 +64,7 @@ class BatchAnswers:
 
     @property
     def max_open(self) -> int:
-        """Requests that keep the engine busy while their answers are written and others are read."""
+        """The number of open requests that keeps the engine busy while answers are written and lines are read."""
         return 2 * self._service.engine.config.max_num_seqs
 
     def reader(self, job: BatchJob) -> Reader:
@@ -77,7 +77,7 @@ class BatchAnswers:
     async def answer(self, line: Line) -> Answer:
         """The answer to one line, an error if it is the line's.
 
-        Raises what ends the run: an engine that is dead or closed.
+        A dead or closed engine raises, which ends the run.
         """
         model, route = _ROUTES[line.url]
         scope: dict[str, Any] = {"type": "http", "method": "POST", "path": line.url, "headers": [], "query_string": b"",
@@ -127,7 +127,7 @@ class BatchAnswers:
 
 
 async def _never() -> Message:
-    gone: asyncio.Future[Message] = asyncio.get_running_loop().create_future()  # nobody goes away
+    gone: asyncio.Future[Message] = asyncio.get_running_loop().create_future()  # never done: no client disconnects
     return await gone
 
 
@@ -155,9 +155,9 @@ def _failed(scope: dict[str, Any], error: ApiError) -> Answer:
 def batch_options(
     model: str, sampling: Mapping[str, Any], engine: Mapping[str, Any], server: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a run is asked for, as OUT.run keeps it.
+    """The options of a run, in the form that OUT.run keeps.
 
-    ``ValueError`` for sampling parameters that only a line can ask for.
+    Raises ``ValueError`` for sampling parameters that only a line may have.
     """
     for name in _IN_LINES:
         if sampling.get(name) is not None:
@@ -195,14 +195,14 @@ def batch_of_engine(
     """``Engine.batch``."""
     sampling = _set_fields(sampling_params)
     model = str(loop.model_path)
-    given = [names] if isinstance(names, str) else list(names or [])
+    served_names = [names] if isinstance(names, str) else list(names or [])
     engine = {
         field.name: getattr(loop.config, field.name)
         for field in dataclasses.fields(loop.config)
         if getattr(loop.config, field.name) != field.default
     }
-    recorded = batch_options(model, sampling, engine, {"served_model_name": given} if given else {})
-    options = ServerOptions(max_queue=_ANY_NUMBER, served_model_name=given or [loop.model_path.name, model])
+    recorded = batch_options(model, sampling, engine, {"served_model_name": served_names} if served_names else {})
+    options = ServerOptions(max_queue=_ANY_NUMBER, served_model_name=served_names or [loop.model_path.name, model])
     with BatchJob(source, target, recorded, force=force) as job, AsyncEngine(loop) as over:
         return _run(over, options, model, job, sampling, progress=progress)
 
@@ -233,7 +233,7 @@ def _run(
 
 
 def _finished(work: Coroutine[Any, Any, BatchSummary]) -> BatchSummary:
-    """The result of ``work``, also where this thread runs an event loop, as in a notebook."""
+    """Run ``work`` and return its result, even if this thread runs an event loop already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

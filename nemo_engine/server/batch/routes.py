@@ -42,7 +42,7 @@ assert {CHAT, COMPLETIONS, RESPONSES} == set(BatchRequest.model_fields["endpoint
 
 
 def add_batch_routes(router: APIRouter, service: Service) -> BatchWorker | None:
-    """Add the routes; returns who answers the batches, if there is a folder for them."""
+    """Add the routes; returns the worker that answers batches, None without a folder for them."""
     folder = service.options.batch_dir
     if folder is None:
 
@@ -50,8 +50,8 @@ def add_batch_routes(router: APIRouter, service: Service) -> BatchWorker | None:
             raise ApiError(404, "this server takes no files: it was not started with --batch-dir", code="no_batch_dir")
 
         for path in (FILES, BATCHES):
-            for rest in ("", "/{rest:path}"):
-                router.add_api_route(path + rest, refuse, methods=["GET", "POST", "DELETE"], include_in_schema=False)
+            for suffix in ("", "/{rest:path}"):
+                router.add_api_route(path + suffix, refuse, methods=["GET", "POST", "DELETE"], include_in_schema=False)
         return None
     store = BatchStore(Path(folder))
     worker = BatchWorker(service, store)
@@ -72,9 +72,9 @@ def _add_files(router: APIRouter, service: Service, store: BatchStore) -> None:
                 pieces = _pieces(http, service.options.body_timeout)
                 form = await receive_form(http.headers.get("content-type", ""), pieces, file, max_bytes)
             _check_form(form)
-            shown = store.add_file(service.client_of(http).name, name, form.filename or "", "batch", name)
+            file_object = store.add_file(service.client_of(http).name, name, form.filename or "", "batch", name)
             is_kept = True
-            return shown
+            return file_object
         except OSError as error:
             raise ApiError(507, f"the file cannot be kept: {error.strerror}", code="no_room") from None
         finally:

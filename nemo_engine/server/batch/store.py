@@ -1,5 +1,5 @@
-"""The files and batches of ``/v1/files`` and ``/v1/batches``: what lies in the folder that the server was given, and
-survives it.
+"""The files and batches of ``/v1/files`` and ``/v1/batches``, kept in the folder that the server was given, where they
+survive it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 
 
 class Entry:
-    """A file or a batch. ``shown``: the object that clients get.
+    """A file or a batch. ``shown`` is the object that clients get.
 
-    ``data``: of a file, the name of its content in the folder.
+    ``data`` is the name of the file in the folder that has the content, or the results of a batch.
     """
 
     def __init__(self, shown: dict[str, Any], owner: str, data: str | None, created: float) -> None:
@@ -34,7 +34,7 @@ class Entry:
 
     @property
     def id(self) -> str:
-        """The object's."""
+        """The id that clients know."""
         text: str = self.shown["id"]
         return text
 
@@ -69,17 +69,17 @@ class BatchStore:
     def add_file(
         self, client: str, data: str, filename: str, purpose: str, file_id: str | None = None
     ) -> dict[str, Any]:
-        """Make content that lies in the folder a file of ``client``."""
-        shown = {
+        """Enter a file of ``client``, whose content is in the folder under the name ``data``."""
+        file_object = {
             "id": file_id or new_id("file-"), "object": "file", "bytes": (self.folder / data).stat().st_size,
             "created_at": int(time.time()), "filename": filename, "purpose": purpose, "status": "processed",
             "expires_at": None, "status_details": None,
         }  # fmt: skip
-        self.save(Entry(shown, client, data, time.time()))
-        return shown
+        self.save(Entry(file_object, client, data, time.time()))
+        return file_object
 
     def save(self, entry: Entry) -> None:
-        """Keep an entry, or what has changed of it."""
+        """Write an entry, new or changed, to the folder."""
         path = self.folder / f"{entry.id}.json"
         beside = path.with_suffix(".new")
         values = {"shown": entry.shown, "owner": entry.owner, "data": entry.data, "created": entry.created}
@@ -88,7 +88,7 @@ class BatchStore:
         self.entries[entry.id] = entry
 
     def find(self, entry_id: str, kind: str, client: Client) -> Entry:
-        """An entry of ``client``. 404 for others."""
+        """The entry of that id and kind, if it is the client's; otherwise ``ApiError`` 404."""
         entry = self.entries.get(entry_id)
         if entry is None or entry.owner != client.name or entry.shown["object"] != kind:
             raise ApiError(404, f"no such {kind}: {entry_id[:100]!r}", param="id", code="not_found")
@@ -100,7 +100,7 @@ class BatchStore:
         return self.folder / entry.data
 
     def delete(self, entry: Entry) -> None:
-        """Remove a file. 400 if a batch that is not finished reads it."""
+        """Remove a file; ``ApiError`` 400 if an unfinished batch reads it."""
         for other in self.entries.values():
             if other.shown.get("input_file_id") == entry.id and other.shown["status"] in UNFINISHED:
                 raise ApiError(400, f"{entry.id} is the input of {other.id}, which is not finished", code="file_in_use")
@@ -127,11 +127,11 @@ class BatchStore:
             if at is None:
                 raise ApiError(400, f"after must be the id of a {kind} in the list, got {after[:100]!r}", param="after")
             entries = entries[at + 1 :]
-        shown = [entry.shown for entry in entries[:limit]]
-        ids = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": shown, "has_more": len(entries) > limit} | ids
+        items = [entry.shown for entry in entries[:limit]]
+        ids = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": items, "has_more": len(entries) > limit} | ids
 
 
 def new_id(prefix: str) -> str:
-    """One that nothing has."""
+    """A random id."""
     return prefix + uuid4().hex

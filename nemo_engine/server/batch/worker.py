@@ -1,4 +1,4 @@
-"""``BatchWorker``: answers the batches of a server after one another, beside its other requests; goes on with them
+"""``BatchWorker``: answers the batches of a server one after another, beside its other requests, and goes on with them
 after a restart.
 """
 
@@ -32,7 +32,7 @@ class BatchWorker:
         self._current: tuple[str, asyncio.Task[BatchSummary]] | None = None
 
     def start(self) -> None:
-        """Go on with what is unfinished. In the server's event loop; may be called again."""
+        """Go on with unfinished batches. To be called in the server's event loop; a second call does nothing."""
         if self._task is None:
             unfinished = [entry for entry in self.store.entries.values() if entry.shown.get("status") in UNFINISHED]
             for entry in sorted(unfinished, key=lambda entry: entry.created):
@@ -40,7 +40,7 @@ class BatchWorker:
             self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def stop(self) -> None:
-        """Leave what is unfinished to the next start."""
+        """Stop; the next start goes on with unfinished batches."""
         for task in (self._current and self._current[1], self._task):
             if task:
                 task.cancel()
@@ -50,9 +50,9 @@ class BatchWorker:
     def create(
         self, client: Client, input_file_id: str, endpoint: str, window: str, metadata: dict[str, str] | None
     ) -> dict[str, Any]:
-        """A batch over a file of ``client``. ``ApiError`` if there is none."""
+        """Make a batch over a file of ``client``. Raises ``ApiError`` if the client has no such file."""
         source = self.store.find(input_file_id, "file", client)
-        shown: dict[str, Any] = {
+        batch: dict[str, Any] = {
             "id": new_id("batch_"), "object": "batch", "endpoint": endpoint, "errors": None, "input_file_id": source.id,
             "completion_window": window, "status": "validating", "output_file_id": None, "error_file_id": None,
             "created_at": int(time.time()), "in_progress_at": None, "expires_at": None, "finalizing_at": None,
@@ -60,14 +60,14 @@ class BatchWorker:
             "request_counts": {"total": 0, "completed": 0, "failed": 0}, "metadata": metadata, "model":
             self._service.model_name,
         }  # fmt: skip
-        # Its results lie under the id that their file will have, so that a server that goes on finds them.
-        self.store.save(Entry(shown, client.name, new_id("file-"), time.time()))
+        # The results get the name of their later file now, so that a restarted server finds them.
+        self.store.save(Entry(batch, client.name, new_id("file-"), time.time()))
         self.start()
-        self._waiting.put_nowait(shown["id"])
-        return shown
+        self._waiting.put_nowait(batch["id"])
+        return batch
 
     def cancel(self, entry: Entry) -> None:
-        """End a batch, whose results so far stay. Nothing happens to one that has ended."""
+        """End a batch, and keep its results so far. A batch that has ended stays as it is."""
         if entry.shown["status"] not in UNFINISHED:
             return
         self._set(entry, "cancelling")
@@ -108,8 +108,8 @@ class BatchWorker:
         if error is not None:
             if not isinstance(error, (OSError, ValueError)):
                 _logger.error("%s failed", entry.id, exc_info=error)
-            said = str(error) if isinstance(error, (OSError, ValueError)) else "the server failed at it"
-            self._fail(entry, "batch_failed", said.replace(str(self.store.folder) + "/", ""))
+            reason = str(error) if isinstance(error, (OSError, ValueError)) else "the server failed at it"
+            self._fail(entry, "batch_failed", reason.replace(str(self.store.folder) + "/", ""))
         elif task.result().num_done == 0:
             self._fail(entry, "empty_file", "the file holds no request")
         else:
@@ -131,7 +131,7 @@ class BatchWorker:
                     counts["total"] = max(job.total or 0, counts["completed"] + counts["failed"])
 
             self._set(entry, "in_progress")
-            # No more than run at once: the requests of others wait behind none of these.
+            # As many as run at once: so no other client's request waits behind these in the queue.
             max_open = self._service.engine.config.max_num_seqs
             summary = await answer_all(
                 answers.reader(job), job.results, answers.answer, max_open=max_open, watcher=Counts()
@@ -141,16 +141,16 @@ class BatchWorker:
         return summary
 
     def _finish(self, entry: Entry, status: str) -> None:
-        shown, target = entry.shown, str(entry.data)
+        batch, target = entry.shown, str(entry.data)
         for field, data, file_id in (
             ("output_file_id", target, target),
             ("error_file_id", f"{target}.errors", new_id("file-")),
         ):
             path = self.store.folder / data
-            if shown[field] is None and path.exists() and path.stat().st_size:
+            if batch[field] is None and path.exists() and path.stat().st_size:
                 kind = field.removesuffix("_file_id")
-                file = self.store.add_file(entry.owner, data, f"{shown['id']}_{kind}.jsonl", "batch_output", file_id)
-                shown[field] = file["id"]
+                file = self.store.add_file(entry.owner, data, f"{batch['id']}_{kind}.jsonl", "batch_output", file_id)
+                batch[field] = file["id"]
         Path(self.store.folder / f"{target}.run").unlink(missing_ok=True)
         self._set(entry, status)
 

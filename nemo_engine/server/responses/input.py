@@ -1,4 +1,4 @@
-"""From a request of ``/v1/responses`` to one of the chat route, and the names of its errors back."""
+"""Turns a request of ``/v1/responses`` into one of the chat route, and the names in errors back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ITEM_KEYS = {
     "function_call_output": {"type", "call_id", "output", "id", "status", "name"},
 }
 _TOOL_KEYS = {"type", "name", "description", "parameters", "strict"}
-# Of a message's fields, by the kind of the item that it was made of.
+# The names that fields of a message have in the item that it was made of, by the item's kind.
 _PLACES = {
     "message": {},
     "text": {".content": ""},
@@ -46,9 +46,9 @@ _RENAMED = (
 
 
 class ChatForm:
-    """The chat request that stands for ``request``.
+    """The chat request that does what ``request`` asks.
 
-    Raises ``ApiError`` or ``ValueError`` for what has no place in one.
+    Raises ``ApiError`` or ``ValueError`` for items and options that a chat request cannot have.
     """
 
     def __init__(self, request: ResponsesRequest) -> None:
@@ -80,9 +80,9 @@ class ChatForm:
         )
 
     def renamed(self, text: str) -> str:
-        """An error's text, or the name of a field, in the words of this API.
+        """An error's text, or the name of a field, in the names of this API.
 
-        What stands after "got" is the client's own.
+        The text after "got" is the client's own and stays.
         """
         head, got, rest = text.partition(", got ")
 
@@ -189,15 +189,15 @@ def _tool(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
             code="unsupported_parameter",
         )
     direct = {"allowed_callers": ["direct"], "defer_loading": False, "async": False}
-    given = {
+    asked_fields = {
         key: value
         for key, value in tool.items()
         if key not in direct or value != direct[key] or type(value) is not type(direct[key])
     }
-    refuse_unknown(given, _TOOL_KEYS, name, "a function")
+    refuse_unknown(asked_fields, _TOOL_KEYS, name, "a function")
     return {
         "type": "function",
-        "function": {key: value for key, value in given.items() if key in _TOOL_KEYS - {"type"}},
+        "function": {key: value for key, value in asked_fields.items() if key in _TOOL_KEYS - {"type"}},
     }
 
 

@@ -1,4 +1,4 @@
-"""What ``/v1/responses`` answers: the response object and its output items."""
+"""The answers of ``/v1/responses``: the response object and its output items."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_engine.server.service import Service
 
 
 class Run:
-    """A request under way, and the response object that tells of it."""
+    """A request under way, and its response object."""
 
     def __init__(self, service: Service, request: ResponsesRequest, form: ChatForm, chat: Chat) -> None:
         self.form = form
@@ -94,7 +94,7 @@ class Run:
 
 
 def status_of(completion: CompletionOutput) -> str:
-    """The API's word for how an answer ended."""
+    """The API's status for the way in which an answer ended."""
     return {"length": "incomplete", "abort": "cancelled"}.get(completion.finish_reason or "", "completed")
 
 
@@ -126,7 +126,7 @@ def new_item_id(kind: str) -> str:
 
 
 def whole_output(run: Run, completion: CompletionOutput) -> list[dict[str, Any]]:
-    """The output items of a whole answer. Only the last can be incomplete; a call is not if its arguments are JSON."""
+    """The output items of a whole answer. Only the last can be incomplete; a call with complete JSON is complete."""
     content, calls = run.chat.parse(completion)
     items = []
     if content or not calls:

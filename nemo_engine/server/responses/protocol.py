@@ -1,8 +1,7 @@
-"""What a request to ``/v1/responses`` may hold: OpenAI's fields for text and functions, and the extras of the chat
-route.
+"""The body of ``/v1/responses``: OpenAI's fields for text and functions, and the extras of the chat route.
 
-Values are checked where the chat route checks them; here stands what only this API has. Nothing is stored, so ``store:
-true`` and what refers to an earlier response are refused: the conversation is sent as ``input`` each time.
+The chat route checks the values that it knows; this module checks those that only this API has. Nothing is stored, so
+``store: true`` and references to an earlier response are refused: clients send the whole conversation as ``input``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from nemo_engine.server.protocol import INSTEAD, UNSUPPORTED, ApiRequest, Items,
 from nemo_engine.text.messages import asks_nothing
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
-# What answers of other models and of built-in tools have: there is nothing of the kind to include.
+# Parts of answers of other models and of built-in tools; this server has none of them to include.
 _NOTHING_TO_INCLUDE = {
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -181,7 +180,7 @@ class ResponsesRequest(SamplingRequest):
 
 
 def check_metadata(metadata: Mapping[str, Any] | None) -> None:
-    """Raise ``ApiError`` for what no request may keep with it."""
+    """Raise ``ApiError`` for metadata beyond the limits."""
     pairs = metadata or {}
     if len(pairs) > _MAX_METADATA:
         raise ApiError(400, f"metadata must have at most {_MAX_METADATA} pairs, got {len(pairs)}", param="metadata")

@@ -1,4 +1,4 @@
-"""The events of a streamed response: what was added, what grew, what is done, each with its number."""
+"""The events of a streamed response, numbered: items are added, grow, and are done."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nemo_engine.text.tool_calls import ArgumentsDelta, CallFinished, CallStarte
 
 
 async def stream(run: Run) -> AsyncIterator[bytes]:
-    """All events.
+    """Yields all events.
 
-    The first waits for the first output, so what is refused before it raises; what fails later is an event.
+    The first event waits for the first output, so an error before that is raised; a later error becomes an event.
     """
     events = _Events(run)
     outputs = run.chat.generation.outputs()
@@ -63,12 +63,12 @@ class _Events:
         return named_event(kind, {"type": kind, "sequence_number": self._number - 1} | data)
 
     def begin(self) -> list[bytes]:
-        """In front of all output."""
+        """The events before any output."""
         response = self._run.response("in_progress", [], is_over=False)
         return [self.event(f"response.{kind}", response=response) for kind in ("created", "in_progress")]
 
     def parse(self, text: str, tool_calls_start: int | None, is_finished: bool) -> list[Event]:
-        """What a delta adds to the answer."""
+        """Parse a delta of the answer."""
         if self._parser is None:
             return [Content(text)] if text else []
         parsed = self._parser.feed(text, tool_calls_start)
@@ -106,7 +106,7 @@ class _Events:
         return events
 
     def end(self, status: str) -> list[bytes]:
-        """Behind all output. Only the last item can be incomplete; if there is none, it is an empty message."""
+        """The events after all output: only the last item can be incomplete. Without any item, an empty message."""
         events = [] if self.output else self._add_text("")
         item_status = "completed" if status == "completed" else "incomplete"
         events += self._close(item_status)
@@ -153,12 +153,12 @@ class _Events:
                 self._of_item("response.content_part.done", content_index=0, part=part),
             ]
         else:
-            done = {"name": item["name"], "arguments": item["arguments"]}
-            events = [self._of_item("response.function_call_arguments.done", **done)]
+            fields = {"name": item["name"], "arguments": item["arguments"]}
+            events = [self._of_item("response.function_call_arguments.done", **fields)]
         return [*events, self.event("response.output_item.done", output_index=len(self.output) - 1, item=item)]
 
     def _settle(self, status: str) -> None:
-        """Put together what came of the open item."""
+        """Join the pieces of the open item."""
         self._is_open = False
         item = self.output[-1]
         item["status"] = status

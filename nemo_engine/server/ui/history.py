@@ -81,7 +81,7 @@ class History:
                 break
         entry = Second(second)
         if self._seconds and self._seconds[-1].second > second:
-            later = [kept for kept in self._seconds if kept.second > second]
+            later = [other for other in self._seconds if other.second > second]
             for _ in later:
                 self._seconds.pop()
             self._seconds.append(entry)
