@@ -13,6 +13,7 @@ from nemo_engine.ops.activation import SILU_MUL, SILU_MUL_FP8
 from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
 from nemo_engine.ops.blocks import QUANTIZE_TOKEN_BLOCKS
+from nemo_engine.ops.embed import EMBED
 from nemo_engine.ops.fused import (
     NORM_LINEAR,
     NORM_LINEAR_FP8,
@@ -31,6 +32,7 @@ __all__ = ["ALL_OPS", "SEMANTICS", "Choice", "Op", "Ops", "Site", "select"]
 
 ALL_OPS: tuple[Op, ...] = (
     BUILD_BATCH,
+    EMBED,
     RMS_NORM,
     RMS_NORM_FP8,
     LINEAR,
@@ -76,6 +78,7 @@ class Ops:
     """The chosen implementations, as plain callables, one for each operation of ``ALL_OPS``."""
 
     build_batch_: Callable[..., Any]
+    embed: Callable[..., Any]
     rms_norm: Callable[..., Any]
     rms_norm_fp8: Callable[..., Any]
     linear: Callable[..., Any]

@@ -68,11 +68,16 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Impl:
-    """One implementation: ``target`` is "module:function"; ``supports`` returns None, or why it cannot serve a site."""
+    """One implementation: ``target`` is "module:function"; ``supports`` returns None, or why it cannot serve a site.
+
+    ``replaces``: of an operation that is several others, those that it does in one call and was measured to be faster
+    than; it is the default then, unless one of them is preferred.
+    """
 
     name: str
     target: str
     supports: Callable[[Site], str | None]
+    replaces: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
@@ -127,7 +132,7 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
     """The first implementation that supports ``site``, or the one that ``prefer`` names.
 
     An operation that is several others in one launch is composed of those (the choice's function is then still the
-    definition) unless ``prefer`` names a kernel of the whole, for no such kernel has been measured. If nothing serves:
+    definition) unless ``prefer`` names a kernel of the whole or one ``replaces`` them; others have not been measured. If nothing serves:
     the definition, on a CPU, and on every device for what only an FP8 model needs. Raises ``ValueError`` with the
     reasons if the preferred one is unknown or cannot serve, or if nothing can.
     """
@@ -140,7 +145,7 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
         reason = impl.supports(site)
         if wanted not in (None, impl.name):
             rejected.append((impl.name, f"{wanted} is preferred"))
-        elif wanted is None and op.composed is not None:
+        elif wanted is None and op.composed is not None and not (impl.replaces and prefer.keys().isdisjoint(impl.replaces)):
             rejected.append((impl.name, reason or "not measured yet, runs where it is preferred"))
         elif reason is None:
             return Choice(op.name, impl.name, tuple(rejected), impl.load(), op.is_fp8)
