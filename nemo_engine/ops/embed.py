@@ -40,7 +40,7 @@ EMBED = Op(
     embed,
     (
         Impl("cpu", "nemo_engine.ops.cpu.compiled:embed", cpu_runs),
-        Impl("torch", "nemo_engine.ops.embed:embed", _any),
+        Impl("gather", "nemo_engine.ops.embed:embed", _any),
     ),
     _cases,
     _cost,

@@ -132,9 +132,9 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
     """The first implementation that supports ``site``, or the one that ``prefer`` names.
 
     An operation that is several others in one launch is composed of those (the choice's function is then still the
-    definition) unless ``prefer`` names a kernel of the whole or one ``replaces`` them; others have not been measured. If nothing serves:
-    the definition, on a CPU, and on every device for what only an FP8 model needs. Raises ``ValueError`` with the
-    reasons if the preferred one is unknown or cannot serve, or if nothing can.
+    definition) unless ``prefer`` names a kernel of the whole, or one ``replaces`` them; others have not been measured.
+    If nothing serves: the definition, on a CPU, and on every device for what only an FP8 model needs. Raises
+    ``ValueError`` with the reasons if the preferred one is unknown or cannot serve, or if nothing can.
     """
     wanted = prefer.get(op.name)
     known = [*(impl.name for impl in op.impls), *([COMPOSED] if op.composed else []), SEMANTICS]
@@ -145,7 +145,11 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
         reason = impl.supports(site)
         if wanted not in (None, impl.name):
             rejected.append((impl.name, f"{wanted} is preferred"))
-        elif wanted is None and op.composed is not None and not (impl.replaces and prefer.keys().isdisjoint(impl.replaces)):
+        elif (
+            wanted is None
+            and op.composed is not None
+            and not (impl.replaces and prefer.keys().isdisjoint(impl.replaces))
+        ):
             rejected.append((impl.name, reason or "not measured yet, runs where it is preferred"))
         elif reason is None:
             return Choice(op.name, impl.name, tuple(rejected), impl.load(), op.is_fp8)

@@ -19,7 +19,15 @@ from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.transfer import to_device
 
 MAX_ROWS = 64  # of a recorded step; the operations of larger ones take far longer than their calls
-_RECORDED = ("build_batch_", "embed", "norm_linear", "rope_and_append_kv_", "paged_attention", "silu_mul_linear", "linear")
+_RECORDED = (
+    "build_batch_",
+    "embed",
+    "norm_linear",
+    "rope_and_append_kv_",
+    "paged_attention",
+    "silu_mul_linear",
+    "linear",
+)
 _EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
 

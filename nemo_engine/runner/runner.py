@@ -121,9 +121,7 @@ class Runner:
         graph.forward.replay()
         return self._choose_of_graph(plan, rows, *graph.forward.outputs)
 
-    def _replay(
-        self, recorded: RecordedDecodes, plan: StepPlan, new_pages: dict[int, tuple[int, int]]
-    ) -> LaunchedStep:
+    def _replay(self, recorded: RecordedDecodes, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         rows = self._decode_rows(plan.decode_slots, new_pages, recorded)
         recorded.replay(len(plan.decode_slots))
         return self._choose_of_graph(plan, rows, recorded.logits, recorded.seq_lens)
