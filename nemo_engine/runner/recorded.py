@@ -28,6 +28,7 @@ _RECORDED = (
     "silu_mul_linear",
     "linear",
 )
+_cpu: Any = compiled_for_cpu()
 _EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
 
@@ -51,22 +52,22 @@ class RecordedDecodes:
     """
 
     def __init__(self, step: StepCompute, size: int) -> None:
-        self._cpu: Any = compiled_for_cpu()
         self.size = size
         self.words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
         rows = StepRows.of(self.words, size, size, size, 1, step.table.page_table.shape[1])
-        self._cpu.start_recording()
+        _cpu.start_recording()
         try:
             with _Nothing() as mode:
                 x, residual, self.seq_lens = step.forward(rows)
                 self.logits = step.model.logits(x, residual)
         finally:
-            self._program = self._cpu.stop_recording()
+            self._program = _cpu.stop_recording()
         self._memory = mode.memory
 
     def replay(self, num_rows: int) -> None:
-        """Compute the first ``num_rows`` rows of ``words``."""
-        self._cpu.replay(self._program, num_rows)
+        """Compute the first ``num_rows`` rows of ``words``, ``size`` at most."""
+        assert num_rows <= self.size, (num_rows, self.size)
+        _cpu.replay(self._program, num_rows)
 
 
 class _Nothing(TorchDispatchMode):

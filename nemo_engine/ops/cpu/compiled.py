@@ -69,7 +69,7 @@ def advance_(
 
 def embed(table: Tensor, ids: Tensor) -> Tensor:
     """See ``embed.embed``."""
-    check(table.dtype, table)
+    table = table.contiguous()
     y = table.new_empty(ids.shape[0], table.shape[1])
     is_bf16 = table.dtype == torch.bfloat16
     _cpu.embed(is_bf16, table.data_ptr(), ids.data_ptr(), y.data_ptr(), y.shape[0], y.shape[1])
