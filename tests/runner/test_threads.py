@@ -224,7 +224,9 @@ def test_the_clock_chooses_for_few_tokens_alone_where_many_are_multiplied_in_fp3
     machine.taken.clear()
     machine.run(500, 5e-3, 1e-3, num_tokens=8)
     assert machine.taken == [1] * 500
-    with Engine("nemo-tiny", device="cpu", dtype="bfloat16", num_kv_pages=64, max_model_len=256) as engine:
+    prefer = {} if HAS_PRODUCTS else {"linear": "widened"}
+    options: dict[str, Any] = {"num_kv_pages": 64, "max_model_len": 256, "prefer": prefer}
+    with Engine("nemo-tiny", device="cpu", dtype="bfloat16", **options) as engine:
         runner = engine._core.runner
         assert isinstance(runner, Runner) and runner._cores is not None
         assert runner._cores._adapts_below == (math.inf if HAS_PRODUCTS else WIDENED_FROM)
