@@ -20,11 +20,13 @@ export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 SETUP := TORCH="$(TORCH)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" .ci/setup $(VENV)
 SETUP_FILES := pyproject.toml setup.py csrc/build.py $(wildcard csrc/cpu/*) .ci/setup .ci/missing.py
-CODE := nemo_engine $(wildcard kernels) tests examples benchmarks csrc/build.py setup.py .ci/missing.py
+CODE := nemo_engine $(wildcard kernels) tests examples benchmarks docs csrc/build.py setup.py .ci/missing.py
+# Never with --quiet, which hides warnings from --strict too.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # A stamp for each set of packages: the package itself, with what the tests need, with the checking tools.
 .PRECIOUS: $(VENV)/.installed-%
-.PHONY: help demo test fuzz check test-op test-ray cuda kernel-report bench-op gpu gpu-pack format clean
+.PHONY: help demo test fuzz check docs test-op test-ray cuda kernel-report bench-op gpu gpu-pack format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,11 +46,16 @@ test: $(VENV)/.installed-test  ## install, then run the test suite
 	@echo "[test] $(BIN)/python -m pytest $(PYTEST_WAYS) $(PYTEST_ARGS)"
 	@$(BIN)/python -m pytest $(PYTEST_WAYS) $(or $(PYTEST_ARGS),--ignore=tests/test_tiny.py)
 
-check: $(VENV)/.installed-dev  ## format, lint, types, layering
+check: $(VENV)/.installed-dev  ## format, lint, types, layering, documentation
 	@echo "[check] format";   $(BIN)/ruff format --check $(CODE)
 	@echo "[check] lint";     $(BIN)/ruff check $(CODE)
 	@echo "[check] types";    $(BIN)/mypy nemo_engine
 	@echo "[check] layering and sizes"; $(BIN)/python -m pytest -q tests/test_layering.py tests/test_budget.py
+	@echo "[check] documentation"; $(MKDOCS)
+
+docs: $(VENV)/.installed-docs  ## build the documentation's site into build/docs; warnings are errors
+	@$(MKDOCS)
+	@echo "[docs] $(BIN)/python -m http.server -d build/docs 8080"
 
 test-op: $(VENV)/.installed-test  ## one operation against its definition, Triton interpreted: make test-op OP=rms_norm
 	@test -n "$(OP)" || { echo "name an operation: make test-op OP=rms_norm"; exit 2; }
@@ -59,7 +66,8 @@ fuzz: $(VENV)/.installed-test  ## random models, engines and requests against an
 
 test-ray: $(VENV)/.installed-test  ## replicas on a local cluster of Ray, which is installed beside the tests' packages: half a gigabyte
 	@$(BIN)/python -c "import ray.serve" 2>/dev/null || $(BIN)/python -m pip install -q "$$(sed -n 's/^ray = .*"\(ray\[serve\][^"]*\)".*/\1/p' pyproject.toml)"
-	@$(BIN)/python -m pytest -q -W ignore::DeprecationWarning tests/ray/replicas.py
+	@$(BIN)/python -c "import ray.data" 2>/dev/null || $(BIN)/python -m pip install -q "ray[data]"
+	@$(BIN)/python -m pytest -q -W ignore::DeprecationWarning tests/ray/replicas.py tests/ray/files.py tests/ray/two_hosts.py
 
 cuda: $(VENV)/.installed-test  ## build the CUDA kernels (nemo_engine._C) in this checkout; brings nvcc where there is none
 	@$(BIN)/python csrc/build.py --which >/dev/null 2>&1 || $(BIN)/python .ci/missing.py nvcc | xargs $(BIN)/python -m pip install

@@ -24,7 +24,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     (RESULTS / "verify-nemo-tiny.json").write_text(as_json(results, provenance("torch") | {"gpu": gpu}))
     plot(results, RESULTS / "verify-nemo-tiny.svg")
-    return int(any(found.faults for found in results))
+    return int(any(result.faults for result in results))
 
 
 if __name__ == "__main__":

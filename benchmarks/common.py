@@ -128,8 +128,8 @@ def engine_config(options: Mapping[str, Any]) -> EngineConfig:
 
 def resolve_model(model: str) -> tuple[Path, int]:
     """(the checkpoint's directory, its vocabulary's size), for engines that know no bundled model."""
-    found = open_model(model)
-    return found.path, found.vocab_size
+    model_files = open_model(model)
+    return model_files.path, model_files.vocab_size
 
 
 class Progress:

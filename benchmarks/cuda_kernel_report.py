@@ -145,8 +145,8 @@ def launched() -> set[Shape]:
         emulator.clear_launches()
     symbols = {}
     for line in subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout.splitlines():
-        if found := re.match(r"([0-9a-f]+) [tTwW] (.*)", line):
-            symbols[int(found[1], 16)] = instance(found[2])
+        if match := re.match(r"([0-9a-f]+) [tTwW] (.*)", line):
+            symbols[int(match[1], 16)] = instance(match[2])
     return {(symbols[each["offset"]], each["threads"], each["shared_bytes"]) for each in records}
 
 
@@ -188,12 +188,12 @@ class Compiled:
 def compiled(nvcc: Path) -> dict[str, Compiled]:
     """Every kernel in the library."""
     path = build.build_gpu(nvcc)
-    found: dict[str, Compiled] = {}
+    kernels: dict[str, Compiled] = {}
     with tempfile.TemporaryDirectory() as folder:
         tool("cuobjdump", "--extract-elf", "all", str(path.resolve()), cwd=Path(folder))
         for cubin in Path(folder).glob("*.cubin"):
-            found |= kernels_of(cubin)
-    return found
+            kernels |= kernels_of(cubin)
+    return kernels
 
 
 def kernels_of(cubin: Path) -> dict[str, Compiled]:

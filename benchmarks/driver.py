@@ -136,9 +136,9 @@ class Driver:
 
     def generate(self, prompts: Sequence[list[int]], max_tokens: Sequence[int]) -> tuple[float, list[list[int]]]:
         """(seconds, greedy tokens of every prompt), as a peer's process gives them."""
-        own = [params(count, RequestOutputKind.FINAL_ONLY) for count in max_tokens]
+        requests_params = [params(count, RequestOutputKind.FINAL_ONLY) for count in max_tokens]
         start = time.perf_counter()
-        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], own)
+        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], requests_params)
         seconds = time.perf_counter() - start
         self.engine.reset_prefix_cache()
         count_tokens(outputs)
@@ -206,8 +206,9 @@ def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
     from nemo_engine.benchmarks.report.results import percentiles
 
     medians = [statistics.median(values) for values in rounds]
-    found = percentiles([value for values in rounds for value in values], (50, 90, 99))
+    quantiles = percentiles([value for values in rounds for value in values], (50, 90, 99))
     return {
-        "median": found["p50"], "low": min(medians), "high": max(medians), "p90": found["p90"], "p99": found["p99"],
+        "median": quantiles["p50"], "low": min(medians), "high": max(medians),
+        "p90": quantiles["p90"], "p99": quantiles["p99"],
         "rounds": medians,
     }  # fmt: skip

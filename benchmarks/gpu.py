@@ -177,7 +177,7 @@ class Run:
         records = read_records(self.results)
         ceilings = last_by_key(records).get("ceilings", {}).get("ceilings") or _ASSUMED
         failing = failing_implementations(records, all_failures=self.args.resume is not None)
-        smokes = {key: one["status"] for key, one in last_by_key(records).items() if key.startswith("smoke ")}
+        smokes = {key: record["status"] for key, record in last_by_key(records).items() if key.startswith("smoke ")}
         is_eager = smokes.get("smoke triton") == "failed" and smokes.get("smoke triton eager") == "ok"
         is_cuda = stage.falls_back and smokes.get("smoke triton eager") == "failed" and smokes.get("smoke cuda") == "ok"
         for group, told in zip(groups, stage.told, strict=True):
@@ -242,9 +242,9 @@ def exit_text(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit {code}"
 
 
-def choose(args: argparse.Namespace, found: list[Stage], records: Sequence[Mapping[str, Any]]) -> list[Stage]:
+def choose(args: argparse.Namespace, all_stages: list[Stage], records: Sequence[Mapping[str, Any]]) -> list[Stage]:
     """The stages that ``args`` name; on --resume those of which something is not known yet."""
-    chosen = [stage for stage in found if not args.stages or stage.name in args.stages]
+    chosen = [stage for stage in all_stages if not args.stages or stage.name in args.stages]
     if args.resume is None:
         return chosen
     known = {key for key, record in last_by_key(records).items() if record.get("status") in ("ok", "passed")}
@@ -299,9 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     junit = args.out / "junit.xml"
     if args.store is not None:
         return store(args.store, ROOT / "benchmarks" / "results")
-    found = stages(DRY if args.dry_run else NEMO, args.out.resolve() / "results.jsonl", junit.resolve(), args.dry_run)
+    all_stages = stages(
+        DRY if args.dry_run else NEMO, args.out.resolve() / "results.jsonl", junit.resolve(), args.dry_run
+    )
     if args.summary is not None:
-        print(*summary_lines(read_records(args.summary), found), sep="\n")
+        print(*summary_lines(read_records(args.summary), all_stages), sep="\n")
         return 0
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -322,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     file=sys.stderr,
                 )
                 return 2
-            chosen = choose(args, found, read_records(results))
+            chosen = choose(args, all_stages, read_records(results))
             run.run(chosen)
         except (KeyboardInterrupt, SystemExit):
             run.say("stopped")
@@ -331,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.drop_ready()
             for link in links:
                 link.unlink(missing_ok=True)
-            lines = summary_lines(read_records(results), chosen or found)
+            lines = summary_lines(read_records(results), chosen or all_stages)
             if run.facts.get("gpu") or args.dry_run:
                 run.say("\n".join(lines))
     if junit.exists() and junit.stat().st_size > MOST_BYTES:

@@ -53,12 +53,12 @@ def matmuls(timer: Timer) -> Iterator[Record]:
     for name, (n, k) in SHAPES.items():
         w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
         w8 = w.to(torch.float8_e4m3fn)
-        one, per_n = torch.ones((), device="cuda"), torch.ones(1, n, device="cuda")
+        scale, per_n = torch.ones((), device="cuda"), torch.ones(1, n, device="cuda")
         for m in ROWS:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             yield _matmul_record(name, "bf16 cublas", m, n, k, 2, timer(lambda x=x, w=w: F.linear(x, w)))
             x8, per_m = x.to(torch.float8_e4m3fn), torch.ones(m, 1, device="cuda")
-            for kind, scales in (("tensorwise", (one, one)), ("rowwise", (per_m, per_n))):
+            for kind, scales in (("tensorwise", (scale, scale)), ("rowwise", (per_m, per_n))):
                 for fast in (True, False):
                     label = f"fp8 {kind} {'fast' if fast else 'precise'} accumulation"
 

@@ -70,9 +70,9 @@ class Half:
         fills = []
         for slot, (context, num_pages) in enumerate(zip(contexts, counts, strict=True), 1):
             ids = torch.randint(3, vocab, (context,), generator=generator).tolist()
-            own = tuple(next(pages) for _ in range(num_pages))
+            row_pages = tuple(next(pages) for _ in range(num_pages))
             greedy = SamplingParams(temperature=0.0, max_tokens=room)
-            fills.append(SlotFill(slot, ids, context, computed(context), own, greedy, seed=slot))
+            fills.append(SlotFill(slot, ids, context, computed(context), row_pages, greedy, seed=slot))
         return tuple(fills)
 
     def step(self, slots: tuple[int, ...], prefills: tuple[PrefillRow, ...] = (), fills: Any = ()) -> Any:
@@ -176,7 +176,7 @@ def prefill_point(half: Half, roofline: Any, point: dict[str, Any]) -> dict[str,
     least = rooflines.prefill_seconds(roofline, 1, tokens)
     return {
         "benchmark": "gpu", "what": "prefill", "batch": 1, "input": tokens, "output": 1,
-        "ttft_s": summary([[one] for one in seconds]), "tokens_per_s": tokens / statistics.median(seconds),
+        "ttft_s": summary([[value] for value in seconds]), "tokens_per_s": tokens / statistics.median(seconds),
         "prefill_roofline_s": least, "prefill_fraction": least / statistics.median(seconds),
     }  # fmt: skip
 

@@ -42,13 +42,13 @@ class GpuMeter:
             "watts": lambda: nvml.nvmlDeviceGetPowerUsage(self._device) / 1000,
             "celsius": lambda: nvml.nvmlDeviceGetTemperature(self._device, nvml.NVML_TEMPERATURE_GPU),
         }
-        found: dict[str, float] = {}
+        readings: dict[str, float] = {}
         for name, read in readers.items():
             try:
-                found[name] = float(read())
+                readings[name] = float(read())
             except Exception:  # this device does not tell
                 continue
-        return found
+        return readings
 
 
 class EnergySpan:
@@ -71,8 +71,8 @@ class EnergySpan:
         """The state of the GPU at the end and, if it counts energy, joules in all and for each of ``num_tokens``
         tokens; {} without a GPU.
         """
-        found: dict[str, object] = {"gpu_state": self._state} if self._state else {}
+        fields: dict[str, object] = {"gpu_state": self._state} if self._state else {}
         if self._before is not None and self._after is not None:
             joules = self._after - self._before
-            found |= {"joules": joules, "joules_per_token": joules / num_tokens}
-        return found
+            fields |= {"joules": joules, "joules_per_token": joules / num_tokens}
+        return fields

@@ -26,8 +26,8 @@ _ID = re.compile(r"\[(?P<op>\w+)-(?P<impl>\w+)-")
 
 def of_test(nodeid: str) -> dict[str, str]:
     """Operation and implementation that a test is about, as far as its name says."""
-    found = _ID.search(nodeid)
-    return found.groupdict() if found else {}
+    match = _ID.search(nodeid)
+    return match.groupdict() if match else {}
 
 
 class Outcomes:

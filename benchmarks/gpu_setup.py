@@ -59,7 +59,7 @@ def is_installed() -> bool:
 
 def link_packages(root: Path, library: Path | None) -> list[Path]:
     """Put links into the tree in place of an installation; returns those that were made."""
-    package, made = root / "nemo_engine", []
+    package, links = root / "nemo_engine", []
     targets = {name: Path("..") / name for name in _BESIDE}
     if library is not None:
         targets[library.name] = Path(os.path.relpath(library, package))
@@ -68,14 +68,14 @@ def link_packages(root: Path, library: Path | None) -> list[Path]:
         if not link.exists():
             link.unlink(missing_ok=True)  # one that leads nowhere
             link.symlink_to(target)
-            made.append(link)
-    return made
+            links.append(link)
+    return links
 
 
 def write_metadata(root: Path, to: Path) -> None:
     """A dist-info in ``to``, so that the version is known where the package is only on the path."""
-    found = re.search(r'__version__ = "([^"]+)"', (root / "nemo_engine" / "__init__.py").read_text())
-    version = found[1] if found else "0"
+    match = re.search(r'__version__ = "([^"]+)"', (root / "nemo_engine" / "__init__.py").read_text())
+    version = match[1] if match else "0"
     folder = to / f"nemo_engine-{version}.dist-info"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nemo-engine\nVersion: {version}\n")
@@ -120,10 +120,10 @@ def unpack_cache(archive: Path, to: Path) -> int:
 def read_manifest(pack: Path) -> dict[str, Any] | None:
     """What a pack says of itself; None where there is none that can be read."""
     try:
-        found = json.loads((pack / MANIFEST).read_text())
+        manifest = json.loads((pack / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def child_environment(root: Path, scratch: Path, extra: Mapping[str, str] = {}) -> dict[str, str]:

@@ -104,16 +104,16 @@ def find_sanitizer() -> str:
 
 def points(sizes: Sizes, is_first: bool) -> tuple[dict[str, Any], ...]:
     """The headline numbers of one precision and implementation; the most asked for first."""
-    one, some, many = sizes.batches
+    single, some, many = sizes.batches
     short, long = sizes.short, sizes.long
     spread = [(short // 4) << (index * 8 // some) for index in range(some)]
 
     def decode(name: str, contexts: list[int]) -> dict[str, Any]:
         return {"key": f"decode {name}", "what": "decode", "contexts": contexts, "steps": sizes.steps}
 
-    found = [
-        decode(f"{one}x{short}", [short] * one), decode(f"{some}x{short}", [short] * some),
-        decode(f"{many}x{short}", [short] * many), decode(f"{one}x{long}", [long] * one),
+    stages = [
+        decode(f"{single}x{short}", [short] * single), decode(f"{some}x{short}", [short] * some),
+        decode(f"{many}x{short}", [short] * many), decode(f"{single}x{long}", [long] * single),
         decode(f"mixed {some - 1}x{short} and 1x{long}", [long] + [short] * (some - 1)),
         decode(f"mixed {some} of {spread[0]} to {spread[-1]}", spread),
         {"key": f"prefill {2 * short}", "what": "prefill", "tokens": 2 * short, "rounds": 5},
@@ -122,7 +122,7 @@ def points(sizes: Sizes, is_first: bool) -> tuple[dict[str, Any], ...]:
     ]  # fmt: skip
     if is_first:
         tokens = sizes.long - 4
-        found.append(
+        stages.append(
             {
                 "key": f"prefill {sizes.long}",
                 "what": "prefill",
@@ -131,7 +131,7 @@ def points(sizes: Sizes, is_first: bool) -> tuple[dict[str, Any], ...]:
                 "seconds": sizes.long_prefill_s,
             }
         )
-    return tuple(found)
+    return tuple(stages)
 
 
 def stages(sizes: Sizes, results: Path, junit: Path, is_dry: bool) -> list[Stage]:
@@ -155,9 +155,14 @@ def stages(sizes: Sizes, results: Path, junit: Path, is_dry: bool) -> list[Stage
     ops = (*bench, "ops", "--device", sizes.device, "--json", str(results), "--rounds", "1" if is_dry else "10")
     ops += ("--sizes", "tiny") if is_dry else ()
     work = "{requests}x{input}/{output}".format(**sizes.work)
-    one, some, _ = sizes.batches
+    single, some, _ = sizes.batches
     profiled = [
-        {"key": f"profile decode {one}x{sizes.short}", "what": "profile", "contexts": [sizes.short] * one, "steps": 5},
+        {
+            "key": f"profile decode {single}x{sizes.short}",
+            "what": "profile",
+            "contexts": [sizes.short] * single,
+            "steps": 5,
+        },
         {
             "key": f"profile decode {some}x{sizes.short}",
             "what": "profile",
@@ -178,7 +183,7 @@ def stages(sizes: Sizes, results: Path, junit: Path, is_dry: bool) -> list[Stage
         "-p", "no:cacheprovider", "-n", "1" if is_dry else "8", "--max-worker-restart", "64", f"--junitxml={junit}",
         "-o", "junit_logging=no", *test_paths,
     )  # fmt: skip
-    found = [
+    listed = [
         Stage("device", 25, "device", ({},), expects=("ceilings",)),
         Stage(
             "smoke",
@@ -222,7 +227,7 @@ def stages(sizes: Sizes, results: Path, junit: Path, is_dry: bool) -> list[Stage
             falls_back=True,
         ),
     ]
-    return found if is_dry else found + extra_stages(results)
+    return listed if is_dry else listed + extra_stages(results)
 
 
 def extra_stages(results: Path) -> list[Stage]:
@@ -238,7 +243,7 @@ def extra_stages(results: Path) -> list[Stage]:
     json_to = ("--json", str(results))
     # torch's cache of memory would hide an access beyond the end of a tensor.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    found = [
+    listed = [
         Stage(
             "throughput-1024",
             200,
@@ -267,4 +272,4 @@ def extra_stages(results: Path) -> list[Stage]:
         Stage("all-ceilings", 360, command=(python, f"{here}/gpu_ceilings.py", *json_to), needs_seconds=60),
         Stage("startup", 300, command=(*bench, "startup", "nemo", *json_to, "--rounds", "2"), needs_seconds=90),
     ]
-    return [replace(stage, is_extra=True) for stage in found]
+    return [replace(stage, is_extra=True) for stage in listed]

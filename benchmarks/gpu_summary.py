@@ -33,7 +33,7 @@ _GOOD = ("ok", "passed")
 
 def last_by_key(records: Sequence[Record]) -> dict[str, Record]:
     """The newest record of each key; one that is not of an operation's benchmark has one."""
-    found: dict[str, Record] = {}
+    last: dict[str, Record] = {}
     for record in records:
         if record.get("benchmark") == "ops":
             key = f"{stage_of_op(str(record.get('op')))} {record.get('op')}"
@@ -41,8 +41,8 @@ def last_by_key(records: Sequence[Record]) -> dict[str, Record]:
         else:
             key = str(record.get("key", ""))
         if key:
-            found[key] = record
-    return found
+            last[key] = record
+    return last
 
 
 def failing_implementations(records: Sequence[Record], all_failures: bool) -> dict[str, list[str]]:
@@ -67,9 +67,9 @@ def summary_lines(records: Sequence[Record], stages: Sequence[Stage]) -> list[st
         status = str(record["status"]) if record else "not run"
         lines.append(f"{stage.name:16s} {record.get('seconds', 0) if record else 0:7.1f}  {status}")
         for key in stage.expects:
-            one = last.get(key)
-            if one is None or one.get("status") not in _GOOD:
-                why = f"{one.get('status')}: {one.get('error', '')}" if one else f"the stage {status}"
+            expected = last.get(key)
+            if expected is None or expected.get("status") not in _GOOD:
+                why = f"{expected.get('status')}: {expected.get('error', '')}" if expected else f"the stage {status}"
                 unknown.append(f"  {key}  ({why})")
     lines += ["", "known:"]
     for key, record in last.items():

@@ -136,16 +136,16 @@ def swapped(engine: Mapping[str, Any], wants: str, failing: Mapping[str, Sequenc
 
 def measure_device(task: Task) -> None:
     """The ceilings, by the names under which the planner looks for them."""
-    found: list[Ceilings] = []
+    measured: list[Ceilings] = []
 
     def ceilings() -> dict[str, Any]:
-        found.append(measure_ceilings(timer_for(task.device, 10 if task.device.type == "cuda" else 1), task.device))
+        measured.append(measure_ceilings(timer_for(task.device, 10 if task.device.type == "cuda" else 1), task.device))
         state = GpuMeter().state()
-        return {"benchmark": "gpu", "what": "ceilings", "ceilings": asdict(found[0]), "gpu_state": state}
+        return {"benchmark": "gpu", "what": "ceilings", "ceilings": asdict(measured[0]), "gpu_state": state}
 
     if not task.attempt("ceilings", ceilings):
         raise RuntimeError("no ceilings")
-    values = found[0]
+    values = measured[0]
     for what, name, rate in (
         ("copy", "gb_per_s", values.bytes_per_s / 1e9),
         ("bf16 cublas", "tflop_per_s", values.bf16_flops_per_s / 1e12),
@@ -290,8 +290,8 @@ def throughput(task: Task) -> None:
     if engine.has_unfinished_requests():
         task.write(name, "partial", error="the stage's time ended", **rates())
     else:
-        found = rates()
-        task.write(name, tokens_per_second=[found["output_tokens_per_s"]], concurrency=None, **found)
+        measured = rates()
+        task.write(name, tokens_per_second=[measured["output_tokens_per_s"]], concurrency=None, **measured)
     engine.close()
 
 

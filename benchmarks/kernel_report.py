@@ -39,7 +39,7 @@ from nemo_engine.benchmarks.machine_code import (
 )
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.kernels import device
-from nemo_engine.memory_plan import graph_sizes
+from nemo_engine.memory_plan import graph_sizes, wide_graph_sizes
 from nemo_engine.model.weights import empty_weights
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import AttentionMeta
@@ -190,8 +190,9 @@ def meta_runner(model: ModelConfig, config: EngineConfig, capability: int) -> Ru
 
 def run_engine(capability: int, ranks: int) -> None:
     """Every kind of step that an engine warms up with, so every variant that it uses."""
-    config = EngineConfig(device="cpu", enforce_eager=True)
-    meta_runner(shard(NEMO, ranks), config, capability).warm_up(graph_sizes(config.max_num_seqs))
+    config = EngineConfig(device="cpu", enforce_eager=True, speculative_config={"method": "ngram"})
+    sizes = graph_sizes(config.max_num_seqs), wide_graph_sizes(config)
+    meta_runner(shard(NEMO, ranks), config, capability).warm_up(*sizes)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -236,9 +237,9 @@ def run_fp8(capability: int, ranks: int) -> None:
     ints = _empty(8, dtype=torch.int64)
     q, k = _empty(8, model.num_heads, dim), _empty(8, model.num_kv_heads, dim)
     ops.rope_and_append_kv_(q, k, k, kv, RopeMeta(_empty(1000, 2, dim // 2, dtype=torch.float32), ints, ints))
-    for decodes in (8, 0):
+    for decodes, run in ((8, 1), (8, 2), (8, 4), (8, 8), (0, 1)):
         table, starts = _empty(9, 2048, dtype=torch.int64), _empty(9, dtype=torch.int64)
-        meta = AttentionMeta(decodes, starts, ints, table, ints, 64, 2048, 8)
+        meta = AttentionMeta(decodes, starts, ints, table, ints, 64, 2048, 8, run_length=run)
         ops.paged_attention(q, kv, meta, 0.1)
 
 

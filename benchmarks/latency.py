@@ -188,7 +188,7 @@ def _measure(session: Session, point: Point, args: argparse.Namespace, progress:
     failed: dict[str, str] = {}
     try:
         if point.context:
-            own = decode_record(session, point, args.steps)
+            record = decode_record(session, point, args.steps)
             progress.step()
         else:
             session.driver.check_fits(point.batch, point.input, point.output)
@@ -197,15 +197,15 @@ def _measure(session: Session, point: Point, args: argparse.Namespace, progress:
                     taken = _round(session, point, number, calls if number >= args.warmup else {}, failed)
                     rounds += [taken] if number >= args.warmup else []
                     progress.step()
-            own = request_record(session, point, rounds)
-            own["rounds"], own["warmup"] = args.rounds, args.warmup
+            record = request_record(session, point, rounds)
+            record["rounds"], record["warmup"] = args.rounds, args.warmup
             if OURS in calls:
-                own["calls"] = call_times(point, calls[OURS])
+                record["calls"] = call_times(point, calls[OURS])
             if not calls and not failed:  # no peer used the GPU meanwhile
-                own |= energy.facts(point.batch * point.output * (args.rounds + args.warmup))
+                record |= energy.facts(point.batch * point.output * (args.rounds + args.warmup))
         if args.profile:
-            own |= _profile(session, point, args.steps)
-        yield {**ours, "status": "ok", **own, **session.facts}
+            record |= _profile(session, point, args.steps)
+        yield {**ours, "status": "ok", **record, **session.facts}
     except (RuntimeError, ValueError) as error:
         yield {**ours, "status": "failed", "error": str(error).splitlines()[0], **session.facts}
     for name in [*calls, *failed]:
@@ -268,14 +268,14 @@ def request_record(session: Session, point: Point, rounds: list[BatchTimes]) -> 
 def decode_record(session: Session, point: Point, steps: int) -> Record:
     """Milliseconds of a step, and the fraction of the roofline."""
     energy = EnergySpan(session.meter)
-    found = session.driver.decode(point.batch, point.context, steps, energy)
-    milliseconds = [seconds * 1e3 for seconds in found.seconds]
+    measured = session.driver.decode(point.batch, point.context, steps, energy)
+    milliseconds = [seconds * 1e3 for seconds in measured.seconds]
     median = statistics.median(milliseconds)
-    least = rooflines.decode_seconds(session.roofline, point.batch, found.context) * 1e3
+    least = rooflines.decode_seconds(session.roofline, point.batch, measured.context) * 1e3
     return {
-        "context": point.context, "mean_context": found.context, "steps": steps, "ms_per_step": median,
-        "step_s": summary([found.seconds]), "tokens_per_s": point.batch * steps / sum(found.seconds),
-        "gb_per_step": rooflines.decode_bytes(session.roofline, point.batch, found.context) / 1e9,
+        "context": point.context, "mean_context": measured.context, "steps": steps, "ms_per_step": median,
+        "step_s": summary([measured.seconds]), "tokens_per_s": point.batch * steps / sum(measured.seconds),
+        "gb_per_step": rooflines.decode_bytes(session.roofline, point.batch, measured.context) / 1e9,
         "roofline_ms": least, "fraction": least / median, **energy.facts(point.batch * steps),
     }  # fmt: skip
 
@@ -341,8 +341,8 @@ def format_record(record: Record) -> str:
     return head + text
 
 
-def _milliseconds(found: Record) -> str:
+def _milliseconds(record: Record) -> str:
     return (
-        f"{found['median'] * 1e3:.2f} ms ({found['low'] * 1e3:.2f} to {found['high'] * 1e3:.2f}, p99 "
-        f"{found['p99'] * 1e3:.2f})"
+        f"{record['median'] * 1e3:.2f} ms ({record['low'] * 1e3:.2f} to {record['high'] * 1e3:.2f}, p99 "
+        f"{record['p99'] * 1e3:.2f})"
     )

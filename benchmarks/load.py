@@ -244,11 +244,11 @@ def _note(trip: Trip, now: float, *, has_content: bool) -> None:
     trip.end = now
 
 
-def _what_is_wrong(trip: Trip, has_usage: bool, asked: int, ignore_eos: bool) -> str | None:
+def _what_is_wrong(trip: Trip, has_usage: bool, num_asked: int, ignore_eos: bool) -> str | None:
     if not has_usage:
         return "the server told no usage, so its tokens cannot be counted"
     if trip.ttft is None:
         return "the answer has no text"
-    if ignore_eos and trip.num_tokens != asked:
-        return f"{trip.num_tokens} tokens came, and {asked} were asked for"
+    if ignore_eos and trip.num_tokens != num_asked:
+        return f"{trip.num_tokens} tokens came, and {num_asked} were asked for"
     return None

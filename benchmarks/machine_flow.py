@@ -27,8 +27,8 @@ class Instruction:
     @property
     def target(self) -> str | None:
         """The label that it may go to."""
-        found = re.search(r"`\((\S+?)\)", self.operands)
-        return found[1] if found else None
+        match = re.search(r"`\((\S+?)\)", self.operands)
+        return match[1] if match else None
 
     @property
     def highest_register(self) -> int:
@@ -38,8 +38,8 @@ class Instruction:
         """
         highest = -1
         for index, operand in enumerate(self.operands.split(",")):
-            for number, wide in re.findall(r"\bR(\d+)((?:\.64)?)", operand):
-                highest = max(highest, int(number) + self._width(index, wide == ".64") - 1)
+            for number, suffix in re.findall(r"\bR(\d+)((?:\.64)?)", operand):
+                highest = max(highest, int(number) + self._width(index, suffix == ".64") - 1)
         return highest
 
     def _width(self, operand: int, is_address: bool) -> int:
@@ -115,10 +115,10 @@ def barriers(listing: str, symbol: str) -> int:
     nothing.
     """
     notes = re.search(rf"\.section\s+\.nv\.info\.{re.escape(symbol)},(.*?)(?=\n\s*\.section\s|\Z)", listing, re.DOTALL)
-    found = re.search(
+    match = re.search(
         r"EIATTR_NUM_BARRIERS\s.*?0x02, 0x4c\s.*?\.byte\s+0x([0-9a-f]+)", notes[1] if notes else "", re.DOTALL
     )
-    return int(found[1], 16) if found else 0
+    return int(match[1], 16) if match else 0
 
 
 def named_registers(code: str) -> int:
@@ -132,8 +132,8 @@ def _parse(code: str) -> tuple[list[Instruction], dict[str, int]]:
     for line in code.splitlines():
         if label := re.match(r"(\S+):\s*$", line):
             labels[label[1]] = len(instructions)
-        elif found := _LINE.match(line):
-            instructions.append(Instruction(found[2] is not None, found[3], found[4]))
+        elif match := _LINE.match(line):
+            instructions.append(Instruction(match[2] is not None, match[3], match[4]))
     return instructions, labels
 
 

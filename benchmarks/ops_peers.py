@@ -86,8 +86,8 @@ class OpsPeers:
 
 def _later(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
     """Makes the call ready when it is first called."""
-    made = cache(make)
-    return lambda: made()()
+    cached = cache(make)
+    return lambda: cached()()
 
 
 def _fa3(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Callable[[], Any]:
@@ -95,12 +95,12 @@ def _fa3(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Callable[
     forward = torch.ops._vllm_fa3_C.fwd.default
     is_fp8 = kv.dtype != torch.bfloat16
     requests, heads = meta.seq_lens.numel(), kv.num_heads
-    one = torch.ones(requests, heads, device=q.device)
+    descale = torch.ones(requests, heads, device=q.device)
     known: dict[str, Any] = {
         **_FA3_FLAGS, "q": q.to(kv.dtype), "k": kv.k.transpose(1, 2), "v": kv.v.transpose(1, 2),
         "cu_seqlens_q": meta.query_start_loc.int(), "seqused_k": meta.seq_lens.int(), "max_seqlen_q": meta.longest,
         "max_seqlen_k": int(meta.seq_lens.max()), "page_table": meta.page_table[meta.slot_ids].int().contiguous(),
-        "softmax_scale": scale, **({"q_descale": one, "k_descale": one, "v_descale": one} if is_fp8 else {}),
+        "softmax_scale": scale, **(dict.fromkeys(("q_descale", "k_descale", "v_descale"), descale) if is_fp8 else {}),
     }  # fmt: skip
     known["causal"], known["block_table"] = True, known["page_table"]
     values = [known.get(argument.name) for argument in forward._schema.arguments]
@@ -162,11 +162,11 @@ def _norms(args: Args) -> Calls:
         def flashinfer() -> Callable[[], Any]:
             from flashinfer.norm import fused_add_rmsnorm
 
-            own, sums = x.clone(), residual.clone()  # it writes into both
+            output, sums = x.clone(), residual.clone()  # it writes into both
 
             def call() -> Tensor:
-                fused_add_rmsnorm(own, sums, weight, eps)
-                return own
+                fused_add_rmsnorm(output, sums, weight, eps)
+                return output
 
             return call
 

@@ -142,8 +142,8 @@ def attention_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size
         scales = [torch.ones(model.num_kv_heads, device=device) if kv_dtype is FP8 else None for _ in range(2)]
         table = torch.zeros(requests + 1, width, dtype=torch.int64, device=device)
         pages = (1 + torch.randperm(sum(counts), device=device)).split(counts)
-        for row, own in enumerate(pages):
-            table[row + 1, : len(own)] = own
+        for row, row_pages in enumerate(pages):
+            table[row + 1, : len(row_pages)] = row_pages
         meta = AttentionMeta(
             num_decodes=requests if queries == 1 else 0,
             query_start_loc=torch.arange(requests + 1, device=device) * queries,

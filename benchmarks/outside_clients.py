@@ -27,31 +27,31 @@ _LEVELS = ("p50", "p90", "p95", "p99")
 def read(path: Path) -> Iterator[Record]:
     """The measurements in a generator's file. ``ValueError`` naming it if it is neither's."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-        if "benchmarks" in found:
-            yield from map(_of_guidellm, found["benchmarks"])
+        record = json.loads(path.read_text("utf-8"))
+        if "benchmarks" in record:
+            yield from map(_of_guidellm, record["benchmarks"])
         else:
-            yield _of_vllm(found)
+            yield _of_vllm(record)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: is no result of vllm bench serve or guidellm: {type(error).__name__}: {error}"
         ) from None
 
 
-def _of_vllm(found: Record) -> Record:
+def _of_vllm(record: Record) -> Record:
     def times(name: str) -> dict[str, float]:
-        return {level: found[f"{level}_{name}_ms"] / 1e3 for level in _LEVELS}
+        return {level: record[f"{level}_{name}_ms"] / 1e3 for level in _LEVELS}
 
     return {
-        "tool": "vllm bench serve", "concurrency": found["max_concurrency"], "requests": found["completed"], "failed":
-        found["failed"], "input_tokens": found["total_input_tokens"], "output_tokens": found["total_output_tokens"],
-        "output_tokens_per_second": found["output_throughput"], "ttft_s": times("ttft"), "itl_s": times("itl"),
+        "tool": "vllm bench serve", "concurrency": record["max_concurrency"], "requests": record["completed"], "failed":
+        record["failed"], "input_tokens": record["total_input_tokens"], "output_tokens": record["total_output_tokens"],
+        "output_tokens_per_second": record["output_throughput"], "ttft_s": times("ttft"), "itl_s": times("itl"),
         "tpot_s": times("tpot"), "e2e_s": times("e2el"),
     }  # fmt: skip
 
 
-def _of_guidellm(found: Record) -> Record:
-    metrics = found["metrics"]
+def _of_guidellm(record: Record) -> Record:
+    metrics = record["metrics"]
 
     def times(name: str, unit: float) -> dict[str, float]:
         percentiles = metrics[name]["successful"]["percentiles"]
@@ -63,7 +63,7 @@ def _of_guidellm(found: Record) -> Record:
         "requests": totals["successful"], "failed": totals["errored"],
         "input_tokens": metrics["prompt_token_count"]["successful"]["total_sum"],
         "output_tokens": metrics["output_token_count"]["successful"]["total_sum"],
-        "output_tokens_per_second": metrics["output_token_count"]["successful"]["total_sum"] / found["duration"],
+        "output_tokens_per_second": metrics["output_token_count"]["successful"]["total_sum"] / record["duration"],
         "ttft_s": times("time_to_first_token_ms", 1e-3), "itl_s": times("inter_token_latency_ms", 1e-3),
         "tpot_s": times("time_per_output_token_ms", 1e-3), "e2e_s": times("request_latency", 1.0),
     }  # fmt: skip

@@ -33,8 +33,8 @@ class TokenPrompts:
 
         ``ValueError`` naming the request that cannot be rendered.
         """
-        prompts = [one.prompt for one in item.turns]
-        if any(isinstance(one, tuple) and not isinstance(one[0], int) for one in prompts):
+        prompts = [turn_item.prompt for turn_item in item.turns]
+        if any(isinstance(turn_item, tuple) and not isinstance(turn_item[0], int) for turn_item in prompts):
             from nemo_engine.text import ChatRenderers
 
             tokenizer = self._tokenizer(item)
@@ -43,12 +43,12 @@ class TokenPrompts:
                 return ChatRenderers(tokenizer, [self._path]).default.render(said)
             except ValueError as error:
                 raise ValueError(f"request {item.request_id!r}, turn {turn}: {error}") from None
-        if any(isinstance(one, str) for one in prompts):
+        if any(isinstance(turn_item, str) for turn_item in prompts):
             turns = [
-                replace(one, prompt=tuple(self._tokenizer(item).encode(one.prompt, bos=not index)))
-                if isinstance(one.prompt, str)
-                else one
-                for index, one in enumerate(item.turns)
+                replace(turn_item, prompt=tuple(self._tokenizer(item).encode(turn_item.prompt, bos=not index)))
+                if isinstance(turn_item.prompt, str)
+                else turn_item
+                for index, turn_item in enumerate(item.turns)
             ]
             item = replace(item, turns=tuple(turns))
         ids = prompt_token_ids(item, turn, self._vocab_size, answers)
@@ -60,13 +60,13 @@ class TokenPrompts:
         """
         for item in items:
             answers: list[list[int]] = []
-            for turn, one in enumerate(item.turns):
+            for turn, turn_item in enumerate(item.turns):
                 ids = self.prompt(item, turn, answers)
                 if max(ids) >= self._vocab_size:
                     raise ValueError(
                         f"request {item.request_id!r}: token ids must be below {self._vocab_size}, got {max(ids)}"
                     )
-                answers.append([self._vocab_size - 1] * one.output_tokens)
+                answers.append([self._vocab_size - 1] * turn_item.output_tokens)
 
     def _tokenizer(self, item: Item) -> Tokenizer:
         if self._loaded is None:

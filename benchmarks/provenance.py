@@ -78,7 +78,7 @@ def without_folders(value: Any) -> Any:
     machine's folders.
     """
     if isinstance(value, str):
-        return _PATH.sub(lambda found: found[1] + Path(found[2]).name, value)
+        return _PATH.sub(lambda match: match[1] + Path(match[2]).name, value)
     if isinstance(value, dict):
         return {name: without_folders(inner) for name, inner in value.items()}
     return [without_folders(inner) for inner in value] if isinstance(value, list | tuple) else value
@@ -165,8 +165,8 @@ def gpu_facts(nvml: Any = None) -> dict[str, object]:
         facts["gpu_driver"] = _text(nvml.nvmlSystemGetDriverVersion())
         kinds = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
         clocks = {name: nvml.nvmlDeviceGetClockInfo(device, kind) for name, kind in kinds.items()}
-        most = {f"most_{name}": nvml.nvmlDeviceGetMaxClockInfo(device, kind) for name, kind in kinds.items()}
-        facts["gpu_clocks_mhz"] = clocks | most
+        highest = {f"most_{name}": nvml.nvmlDeviceGetMaxClockInfo(device, kind) for name, kind in kinds.items()}
+        facts["gpu_clocks_mhz"] = clocks | highest
     except Exception:  # the library, the driver or the device is missing, or it does not tell this one
         pass
     return facts

@@ -165,8 +165,8 @@ def measure(
     try:
         if vllm is not None:
             setup = {"model": str(open_model("nemo-tiny").path), "num_seqs": num_seqs, "prompt_len": args.prompt_len}
-            most = longest_output(num_seqs, args.prompt_len, total)
-            versions = vllm.ask(do="setup", **setup, block_size=args.vllm_block, max_tokens=most)["versions"]
+            max_tokens = longest_output(num_seqs, args.prompt_len, total)
+            versions = vllm.ask(do="setup", **setup, block_size=args.vllm_block, max_tokens=max_tokens)["versions"]
     except PeerError as failure:
         error = str(failure)
     for number in range(args.rounds + 1):  # the first warms up
@@ -203,16 +203,23 @@ def _vllm_record(ours: dict[int, Rounds], theirs: dict[str, Rounds], error: str 
     sums = [[a + b for a, b in zip(*both)] for both in zip(theirs["schedule_us"], theirs["update_us"])]
     faster = []
     for page, rounds in ours.items():
-        ratio = Ratio.paired([statistics.median(one) for one in sums], [statistics.median(one) for one in rounds])
+        ratio = Ratio.paired(
+            [statistics.median(values) for values in sums], [statistics.median(values) for values in rounds]
+        )
         faster.append({"page_size": page, "median": ratio.median, "interval": [ratio.low, ratio.high]})
-    parts = {key: statistics.median([value for one in rounds for value in one]) for key, rounds in theirs.items()}
+    parts = {key: statistics.median([value for values in rounds for value in values]) for key, rounds in theirs.items()}
     return {"status": "ok", **_times(sums), **parts, "nemo_engine_faster_by": faster}
 
 
 def _times(rounds: Rounds) -> Record:
-    found = percentiles([value for one in rounds for value in one], (50, 90, 99))
-    medians = [statistics.median(one) for one in rounds]
-    return {"median_us": found["p50"], "p90_us": found["p90"], "p99_us": found["p99"], "round_medians_us": medians}
+    quantiles = percentiles([value for values in rounds for value in values], (50, 90, 99))
+    medians = [statistics.median(values) for values in rounds]
+    return {
+        "median_us": quantiles["p50"],
+        "p90_us": quantiles["p90"],
+        "p99_us": quantiles["p99"],
+        "round_medians_us": medians,
+    }
 
 
 @contextmanager
@@ -223,7 +230,7 @@ def timed_scheduler(stages: StageTimes) -> Iterator[None]:
     patched: list[tuple[type, str, Any]] = []
     for module in (import_module(f"nemo_engine.scheduler.{name}") for name in _MODULES):
         for cls in (
-            found for _, found in inspect.getmembers(module, inspect.isclass) if found.__module__ == module.__name__
+            member for _, member in inspect.getmembers(module, inspect.isclass) if member.__module__ == module.__name__
         ):
             for name, function in list(vars(cls).items()):
                 if inspect.isfunction(function) and not name.startswith("__"):

@@ -97,7 +97,7 @@ def arrivals_of(args: argparse.Namespace, items: Sequence[Item]) -> list[Arrival
     if args.concurrency is not None:
         if args.rate is not None or args.arrivals is not None:
             raise ValueError("--concurrency is a closed loop: --rate and --arrivals are for an open one")
-        return [Arrivals("closed", concurrency=one) for one in args.concurrency]
+        return [Arrivals("closed", concurrency=concurrency) for concurrency in args.concurrency]
     kind = args.arrivals or ("poisson" if args.rate is not None else "file")
     if kind == "file":
         timeless = next((item for item in items if item.arrival_s is None), None)
@@ -111,33 +111,33 @@ def arrivals_of(args: argparse.Namespace, items: Sequence[Item]) -> list[Arrival
 
 def servers_of(args: argparse.Namespace) -> list[Server]:
     """The addresses by name. ``ValueError`` for what is none, and for names that are not unique."""
-    found: dict[str, Server] = {}
+    servers: dict[str, Server] = {}
     for text in args.url:
         name, equals, url = text.partition("=")
         if not equals or "://" in name:
             name = url = text
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"a server must be [NAME=]http://... or https://..., got {text!r}")
-        if name in found:
+        if name in servers:
             raise ValueError(f"server {name!r} is named twice: give each a NAME=")
-        found[name] = Server(name, url.rstrip("/").removesuffix("/v1"), args.model, args.api_key)
-    return list(found.values())
+        servers[name] = Server(name, url.rstrip("/").removesuffix("/v1"), args.model, args.api_key)
+    return list(servers.values())
 
 
 def commands_of(args: argparse.Namespace, servers: Sequence[Server]) -> dict[str, str]:
     """What starts each server, by name."""
     known = {server.name for server in servers}
-    found: dict[str, str] = {}
+    commands: dict[str, str] = {}
     for text in args.start:
         name, equals, command = text.partition("=")
         if not (equals and command.strip()):
             raise ValueError(f"--start must be NAME=COMMAND, got {text!r}")
-        if name not in known or name in found:
+        if name not in known or name in commands:
             raise ValueError(
                 f"--start must name a server of this command, once: {', '.join(sorted(known))}; got {name!r}"
             )
-        found[name] = command
-    return found
+        commands[name] = command
+    return commands
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,8 +160,8 @@ def run(args: argparse.Namespace) -> int:
         for server in servers:
             _ready(stack, server, commands.get(server.name), args)
         for index, arrivals in enumerate(points):
-            found = _point(args, servers, items, arrivals, asking, progress, f"{time.time_ns():x} {index}")
-            for record in _records(args, servers, items, arrivals, found):
+            records = _point(args, servers, items, arrivals, asking, progress, f"{time.time_ns():x} {index}")
+            for record in _records(args, servers, items, arrivals, records):
                 has_failed |= record["status"] == "failed"
                 print(format_record(record), flush=True)
                 append_record(args.json, record)
@@ -194,26 +194,30 @@ def _point(
     salt: str,
 ) -> list[Rounds]:
     """The rounds that count of every server, in turns."""
-    found: list[Rounds] = [[] for _ in servers]
+    rounds: list[Rounds] = [[] for _ in servers]
     for number in range(args.warmup + args.rounds):
         for place in range(len(servers)):
             which = (place + number) % len(servers)
             trips = asyncio.run(load(servers[which], items, arrivals, asking, f"{salt} {number} "))
             if number >= args.warmup:
-                found[which].append(trips)
+                rounds[which].append(trips)
             if len(servers) > 1:
                 time.sleep(args.pause)
             progress.step()
-    return found
+    return rounds
 
 
 def _records(
-    args: argparse.Namespace, servers: Sequence[Server], items: Sequence[Item], arrivals: Arrivals, found: list[Rounds]
+    args: argparse.Namespace,
+    servers: Sequence[Server],
+    items: Sequence[Item],
+    arrivals: Arrivals,
+    rounds_by_server: list[Rounds],
 ) -> list[Record]:
     """A result of each server; those after the first with how the first compares with them."""
     limits = Limits(args.slo_ttft, args.slo_itl)
     records = []
-    for server, rounds in zip(servers, found):
+    for server, rounds in zip(servers, rounds_by_server):
         records.append(
             {
                 "benchmark": "serve", "server": server.name, "url": server.url, "model": server.model,
@@ -227,9 +231,9 @@ def _records(
             }
         )  # fmt: skip
     first = records[0]
-    for record, rounds in zip(records[1:], found[1:]):
+    for record, rounds in zip(records[1:], rounds_by_server[1:]):
         if record["status"] == first["status"] == "ok":
-            record["first_against_this"] = {"first": first["server"], **_ratios(found[0], rounds)}
+            record["first_against_this"] = {"first": first["server"], **_ratios(rounds_by_server[0], rounds)}
     return records
 
 
@@ -280,11 +284,11 @@ def _ratios(first: Rounds, other: Rounds) -> Record:
         ]  # fmt: skip
         if all(value for of in medians for value in of):
             pairs[f"{name}_p50"] = [[value or 0.0 for value in of] for of in medians]
-    found: Record = {}
+    ratios: Record = {}
     for name, (ours, theirs) in pairs.items():
         ratio = Ratio.paired(ours, theirs)
-        found[name] = {"median": ratio.median, "interval": [ratio.low, ratio.high]}
-    return found
+        ratios[name] = {"median": ratio.median, "interval": [ratio.low, ratio.high]}
+    return ratios
 
 
 def format_record(record: Record) -> str:

@@ -76,9 +76,9 @@ async def over_http(url: str, count: int, concurrency: int, length: int, new_tok
             while data := await reader.read(1 << 16):
                 tail = (tail + data)[-2000:]
             writer.close()
-        found = re.search(rb'"completion_tokens":(\d+)', tail)
-        assert found and b"[DONE]" in tail, tail
-        total += int(found[1])
+        match = re.search(rb'"completion_tokens":(\d+)', tail)
+        assert match and b"[DONE]" in tail, tail
+        total += int(match[1])
 
     await asyncio.gather(*[one(index) for index in range(count)])
     return total
@@ -91,9 +91,9 @@ def start_server() -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        found = re.search(r"at (http://\S+)", line)
-        if found:
-            return process, found[1]
+        match = re.search(r"at (http://\S+)", line)
+        if match:
+            return process, match[1]
     raise RuntimeError("the server did not start")
 
 

@@ -48,8 +48,8 @@ def measure(text: str, requests: int, concurrency: int) -> tuple[Results, float]
     setting = Setting(shape, Roofline.of(model.config, formats, gpu, Efficiencies()))
     items = list(generate(WorkloadSpec.parse_text(f"requests={requests},{text}", "workload")))
     started = time.process_time()
-    found = simulate(items, Arrivals("closed", concurrency=concurrency), setting)
-    return found, time.process_time() - started
+    results = simulate(items, Arrivals("closed", concurrency=concurrency), setting)
+    return results, time.process_time() - started
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,18 +67,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, text in WORKLOADS.items():
         for concurrency in args.concurrency:
             runs = [measure(text, args.requests, concurrency) for _ in range(args.repeats)]
-            found, cpu = runs[0][0], statistics.median(seconds for _, seconds in runs)
+            results, cpu = runs[0][0], statistics.median(seconds for _, seconds in runs)
             mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            steps, requests = found.num_steps / cpu, found.num_finished / cpu
-            tokens = found.output_tokens_per_s * found.duration_s / cpu
+            steps, requests = results.num_steps / cpu, results.num_finished / cpu
+            tokens = results.output_tokens_per_s * results.duration_s / cpu
             mark = "" if steps >= GOAL else f"  below {GOAL:,}"
             print(
-                f"{name:<18} {concurrency:>8} {found.num_steps:>9} {steps:>10,.0f} {requests:>11,.0f} {tokens:>11,.0f} "
-                f"{mib:>5.0f}{mark}"
+                f"{name:<18} {concurrency:>8} {results.num_steps:>9} {steps:>10,.0f} {requests:>11,.0f} "
+                f"{tokens:>11,.0f} {mib:>5.0f}{mark}"
             )
             record = {
                 "benchmark": "simulator", "workload": text, "concurrency": concurrency, "requests": args.requests,
-                "steps": found.num_steps, "cpu_s": cpu, "cpu_s_of_runs": [seconds for _, seconds in runs],
+                "steps": results.num_steps, "cpu_s": cpu, "cpu_s_of_runs": [seconds for _, seconds in runs],
                 "steps_per_s": steps, "requests_per_s": requests, "tokens_per_s": tokens, "goal_steps_per_s": GOAL,
                 "peak_mib": mib, **facts,
             }  # fmt: skip

@@ -64,25 +64,25 @@ def run(args: argparse.Namespace) -> int:
     kinds = [(setup, "warm") for setup in setups]
     if not model.is_dummy and not args.no_cold:
         kinds.insert(1, (setups[0], "cold"))
-    found = Starts()
+    starts = Starts()
     for setup in setups[1:]:
         if missing := why_missing(setup.name, setup.python):
-            found.failed[setup.name, "warm"] = ("missing", missing)
+            starts.failed[setup.name, "warm"] = ("missing", missing)
     with Progress((args.rounds + args.warmup) * len(kinds), "starts") as progress:
         for number in range(args.rounds + args.warmup):
             turn = number % len(kinds)
             for setup, kind in kinds[turn:] + kinds[:turn]:
-                found.start(setup, kind, model, prompt, args.log, is_counted=number >= args.warmup)
+                starts.start(setup, kind, model, prompt, args.log, is_counted=number >= args.warmup)
                 progress.step()
     for setup, kind in kinds:
-        if not found.counted.get((setup.name, kind)):
-            found.failed.setdefault(
+        if not starts.counted.get((setup.name, kind)):
+            starts.failed.setdefault(
                 (setup.name, kind), ("missing", "the kernel kept the checkpoint in its page cache at every try")
             )
-    for record in records(args, found):
+    for record in records(args, starts):
         print(format_record(record))
         append_record(args.json, record)
-    return int(any(status == "failed" for status, _ in found.failed.values()))
+    return int(any(status == "failed" for status, _ in starts.failed.values()))
 
 
 class Starts:
@@ -232,7 +232,7 @@ def records(args: argparse.Namespace, starts: Starts) -> list[Record]:
         "prompt_len": args.prompt_len,
     }
     ours = [stages[TOTAL] for stages in starts.counted.get((OURS, "warm"), [])]
-    found = []
+    rows = []
     for (name, kind), every in starts.counted.items():
         names = list(dict.fromkeys(stage for stages in every for stage in stages))
         record = {
@@ -243,9 +243,9 @@ def records(args: argparse.Namespace, starts: Starts) -> list[Record]:
         if name != OURS and len(ours) == len(every):
             ratio = Ratio.paired(record["total_s"], ours)
             record["nemo_engine_faster_by"] = {"median": ratio.median, "interval": [ratio.low, ratio.high]}
-        found.append(record)
+        rows.append(record)
     for (name, kind), (status, error) in starts.failed.items():
-        found.append(
+        rows.append(
             {
                 **common,
                 "engine": name,
@@ -256,7 +256,7 @@ def records(args: argparse.Namespace, starts: Starts) -> list[Record]:
                 **facts,
             }
         )
-    return found
+    return rows
 
 
 def format_record(record: Record) -> str:

@@ -87,15 +87,15 @@ class Work:
     def run(self, peer: PeerProcess) -> tuple[float, Tokens]:
         """(seconds, all answers of each item, joined). ``PeerError`` for a wrong number of tokens."""
         answers: list[Tokens] = [[] for _ in self.items]
-        seconds, most = 0.0, max(len(item.turns) for item in self.items)
-        for turn in range(most):
+        seconds, num_turns = 0.0, max(len(item.turns) for item in self.items)
+        for turn in range(num_turns):
             who = [index for index, item in enumerate(self.items) if len(item.turns) > turn]
-            asked = [self.items[index].turns[turn].output_tokens for index in who]
+            max_tokens = [self.items[index].turns[turn].output_tokens for index in who]
             prompts = [self.prompts.prompt(self.items[index], turn, answers[index]) for index in who]
-            took, found = peer.generate(prompts, asked, keep=turn + 1 < most)
-            if len(found) != len(asked):
-                raise PeerError(f"{len(found)} answers came to {len(asked)} prompts")
-            for index, count, tokens in zip(who, asked, found):
+            took, outputs = peer.generate(prompts, max_tokens, keep=turn + 1 < num_turns)
+            if len(outputs) != len(max_tokens):
+                raise PeerError(f"{len(outputs)} answers came to {len(max_tokens)} prompts")
+            for index, count, tokens in zip(who, max_tokens, outputs):
                 if len(tokens) != count:
                     name = self.items[index].request_id
                     raise PeerError(f"request {name!r} has {len(tokens)} new tokens, and {count} were asked for")
@@ -145,9 +145,11 @@ def run(args: argparse.Namespace) -> int:
     has_failed = False
     with Progress(len(points) * (args.rounds + args.warmup), "rounds") as progress:
         for concurrency in points:
-            found = _point(args, model, setups, work, concurrency, progress)
-            most = concurrency or config.max_num_seqs
-            for record in _records(args, work, found, concurrency, ideal_seconds(roofline, work.items, most), facts):
+            outputs = _point(args, model, setups, work, concurrency, progress)
+            num_turns = concurrency or config.max_num_seqs
+            for record in _records(
+                args, work, outputs, concurrency, ideal_seconds(roofline, work.items, num_turns), facts
+            ):
                 has_failed |= record["status"] == "failed"
                 print(format_record(record), flush=True)
                 append_record(args.json, record)
@@ -168,7 +170,7 @@ def _own_config(ours: PeerSetup, points: Sequence[int | None]) -> EngineConfig:
     from nemo_engine.config import EngineConfig
 
     try:
-        configs = [EngineConfig(**_options(ours, one)) for one in points]
+        configs = [EngineConfig(**_options(ours, point)) for point in points]
     except TypeError as error:
         raise ValueError(f"--option {OURS}: {str(error).partition(') ')[2] or error}") from None
     return configs[0]
@@ -198,8 +200,8 @@ def _roofline(model: BenchModel, config: EngineConfig) -> tuple[Roofline, Record
     if is_cuda:
         torch.cuda.empty_cache()
     shape = open_checkpoint(model.path, needs="config").model_config
-    found = rooflines.measured_roofline(model.path, shape, config, ceilings)
-    return found, {"device": device.type, "ceilings": asdict(ceilings)}
+    roofline = rooflines.measured_roofline(model.path, shape, config, ceilings)
+    return roofline, {"device": device.type, "ceilings": asdict(ceilings)}
 
 
 def _point(
@@ -211,58 +213,60 @@ def _point(
     progress: Progress,
 ) -> list[Measured]:
     """All engines at one concurrency, in turns."""
-    found = [Measured(PeerSetup(one.name, one.python, _options(one, concurrency))) for one in setups]
+    measured = [
+        Measured(PeerSetup(peer_run.name, peer_run.python, _options(peer_run, concurrency))) for peer_run in setups
+    ]
     meter = GpuMeter()
     with ExitStack() as stack:
-        for one in found:
-            stack.callback(one.close)
-            _start(one, model, args)
+        for peer_run in measured:
+            stack.callback(peer_run.close)
+            _start(peer_run, model, args)
         for number in range(args.warmup + args.rounds):
-            running = [one for one in found if one.peer is not None]
+            running = [peer_run for peer_run in measured if peer_run.peer is not None]
             first = number % max(1, len(running))
-            for one in running[first:] + running[:first]:
-                assert one.peer is not None
+            for peer_run in running[first:] + running[:first]:
+                assert peer_run.peer is not None
                 before = meter.joules()
                 try:
-                    seconds, outputs = work.run(one.peer)
+                    seconds, outputs = work.run(peer_run.peer)
                 except PeerError as error:
-                    one.fail("failed", str(error))
+                    peer_run.fail("failed", str(error))
                     continue
                 after = meter.joules()
-                one.outputs = outputs
+                peer_run.outputs = outputs
                 if number >= args.warmup:
-                    one.seconds.append(seconds)
+                    peer_run.seconds.append(seconds)
                     if before is not None and after is not None:
-                        one.joules.append(after - before)
+                        peer_run.joules.append(after - before)
             progress.step()
-    return found
+    return measured
 
 
-def _start(one: Measured, model: BenchModel, args: argparse.Namespace) -> None:
-    missing = why_missing(one.setup.name, one.setup.python)
+def _start(peer_run: Measured, model: BenchModel, args: argparse.Namespace) -> None:
+    missing = why_missing(peer_run.setup.name, peer_run.setup.python)
     if missing is not None:
-        one.fail("missing", missing)
+        peer_run.fail("missing", missing)
         return
     try:
-        one.peer = PeerProcess(
-            one.setup.name, str(model.path), one.setup.options, one.setup.python, args.log, args.timeout
+        peer_run.peer = PeerProcess(
+            peer_run.setup.name, str(model.path), peer_run.setup.options, peer_run.setup.python, args.log, args.timeout
         )
     except PeerError as error:
-        one.fail("failed", str(error))
+        peer_run.fail("failed", str(error))
         return
-    one.started = {name: value for name, value in one.peer.started.items() if name != "ok"}
+    peer_run.started = {name: value for name, value in peer_run.peer.started.items() if name != "ok"}
 
 
 def _records(
     args: argparse.Namespace,
     work: Work,
-    found: Sequence[Measured],
+    measured: Sequence[Measured],
     concurrency: int | None,
     ideal: float,
     facts: Record,
 ) -> list[Record]:
     """A result of each engine; those of others with how they compare with ours."""
-    ours = found[0]
+    ours = measured[0]
     common: Record = {
         "benchmark": "throughput",
         "model": args.model,
@@ -272,24 +276,29 @@ def _records(
         "warmup": args.warmup,
     }
     records = []
-    for one in found:
-        record: Record = {**common, "engine": one.setup.name, "options": one.setup.options, "status": one.status}
-        if one.status != "ok":
-            record["error"] = one.error
+    for peer_run in measured:
+        record: Record = {
+            **common,
+            "engine": peer_run.setup.name,
+            "options": peer_run.setup.options,
+            "status": peer_run.status,
+        }
+        if peer_run.status != "ok":
+            record["error"] = peer_run.error
         else:
-            record["tokens_per_second"] = [work.new_tokens / seconds for seconds in one.seconds]
-            if one.joules:
-                record["joules_per_token"] = [joules / work.new_tokens for joules in one.joules]
-        if one.started:
-            record["versions"] = one.started["versions"]
-            record["start"] = {name: value for name, value in one.started.items() if name.endswith("_seconds")}
-        if one is ours and one.seconds:
+            record["tokens_per_second"] = [work.new_tokens / seconds for seconds in peer_run.seconds]
+            if peer_run.joules:
+                record["joules_per_token"] = [joules / work.new_tokens for joules in peer_run.joules]
+        if peer_run.started:
+            record["versions"] = peer_run.started["versions"]
+            record["start"] = {name: value for name, value in peer_run.started.items() if name.endswith("_seconds")}
+        if peer_run is ours and peer_run.seconds:
             record["roofline_seconds"] = ideal
-            record["roofline_fraction"] = ideal / statistics.median(one.seconds)
-        elif one.seconds and ours.seconds:
-            ratio = Ratio.paired(one.seconds, ours.seconds)
+            record["roofline_fraction"] = ideal / statistics.median(peer_run.seconds)
+        elif peer_run.seconds and ours.seconds:
+            ratio = Ratio.paired(peer_run.seconds, ours.seconds)
             record["nemo_engine_faster_by"] = {"median": ratio.median, "interval": [ratio.low, ratio.high]}
-            record["equal_before_first_difference"] = agreement(ours.outputs, one.outputs)
+            record["equal_before_first_difference"] = agreement(ours.outputs, peer_run.outputs)
         records.append(record | facts | provenance("nemo-engine", "torch"))
     return records
 
@@ -321,7 +330,7 @@ def _ideal_wave(roofline: Roofline, waiting: list[tuple[int, int, int]], concurr
     seconds = 0.0
     while waiting or running:
         new = [waiting.pop() for _ in range(min(concurrency - len(running), len(waiting)))]
-        context = sum(one[0] for one in running) + len(running)
+        context = sum(state[0] for state in running) + len(running)
         seconds += roofline.step_seconds(len(running), context, [(start, count) for start, count, _ in new])
         running = [[known + 1, left - 1] for known, left in running if left > 1]
         running += [[start + count, out - 1] for start, count, out in new if out > 1]

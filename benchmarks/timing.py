@@ -123,11 +123,13 @@ def measure_ceilings(timer: Timer, device: torch.device) -> Ceilings:
         bf16 = max(bf16, 2 * n**3 / min(timer(lambda: wide_a @ wide_b.t()) for _ in range(tries)) * 1e3)
     fp8 = bf16
     if is_gpu and torch.cuda.get_device_capability(device) >= (8, 9):
-        one = torch.ones((), device=device)
+        scale = torch.ones((), device=device)
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
 
         def product() -> Tensor:
-            return torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+            return torch._scaled_mm(
+                a8, b8.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
 
         fp8 = 2 * n**3 / timer(product) * 1e3
     return Ceilings(bytes_per_s, bf16, fp8)
@@ -207,14 +209,14 @@ def relative_difference(got: Tensor, reference: Tensor) -> float:
 
     Shapes may differ, counts may not.
     """
-    wide = reference.float()
-    return float((got.reshape(reference.shape).float() - wide).norm() / wide.norm().clamp(min=1e-30))
+    reference_f32 = reference.float()
+    return float((got.reshape(reference.shape).float() - reference_f32).norm() / reference_f32.norm().clamp(min=1e-30))
 
 
 def implementations(op: Op, site: Site) -> list[tuple[str, Callable[[], Callable[..., Any]]]]:
     """Names and loaders of what supports ``site``; the definition where nothing does, since an engine runs it then."""
-    found = [(impl.name, impl.load) for impl in op.impls if impl.supports(site) is None]
-    return found or [(SEMANTICS, lambda: op.semantics)]
+    candidates = [(impl.name, impl.load) for impl in op.impls if impl.supports(site) is None]
+    return candidates or [(SEMANTICS, lambda: op.semantics)]
 
 
 def first_tensor(result: Any) -> Tensor:

@@ -152,9 +152,9 @@ class Unseen:
     def compare(self, model: CostModel, shape: EngineShape) -> dict[str, Any]:
         """With what the simulator makes of it."""
         timed = [Item(item.request_id, item.turns, when) for when, item in zip(self.times, self.items)]
-        found = simulate(timed, Arrivals("file"), Setting(shape, model))
+        simulated = simulate(timed, Arrivals("file"), Setting(shape, model))
         measured = self.measured
-        predicted = {"tokens_per_s": found.output_tokens_per_s, "median_ttft_s": found.ttft.quantile(0.5)}
+        predicted = {"tokens_per_s": simulated.output_tokens_per_s, "median_ttft_s": simulated.ttft.quantile(0.5)}
         return {
             "workload": self.name, "requests": len(self.items), "measured": measured, "runs": self.runs, "predicted":
             predicted, "throughput_error": predicted["tokens_per_s"] / measured["tokens_per_s"] - 1, "ttft_error":
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print({name: model.facts[name] for name in ("num_measurements", "median_error", "p90_error")})
     if args.save_model is not None:
         model.save(args.save_model)
-    everything, poisson = [one.compare(model, shape) for one in unseen]
+    everything, poisson = [workload.compare(model, shape) for workload in unseen]
     is_good = (
         abs(everything["throughput_error"]) <= MOST_THROUGHPUT_ERROR
         and abs(poisson["throughput_error"]) <= MOST_THROUGHPUT_ERROR

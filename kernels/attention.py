@@ -187,12 +187,12 @@ def _plan_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def _decode_kernel(
     out_ptr, part_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, slot_ids_ptr,
-    seq_lens_ptr, plan_ptr, scale, num_rows, q_stride, q_head_stride, table_stride, page_stride, head_stride,
-    num_heads, HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    seq_lens_ptr, query_lens_ptr, plan_ptr, scale, num_rows, q_stride, q_head_stride, table_stride, page_stride,
+    head_stride, num_heads, HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One unit of the rows' keys, for one KV head: a row's result itself if the unit has the whole row, else a part and
-    its log-sum-exp.
+    its log-sum-exp. A row has QUERIES queries, each with its own number of keys.
     """
     unit = tl.program_id(0)
     head = tl.program_id(1)
@@ -201,8 +201,11 @@ def _decode_kernel(
         return
     m = tl.arange(0, M)
     d = tl.arange(0, D)
-    q_head = head * GROUP + m
-    mask = (m < GROUP)[:, None] & (d < DIM)[None, :]
+    query = m // GROUP
+    q_head = head * GROUP + m % GROUP
+    place = query * num_heads + q_head  # among all heads of the row's queries
+    is_used = m < GROUP * QUERIES
+    mask = is_used[:, None] & (d < DIM)[None, :]
     score_scale = scale * LOG2_E
     if HAS_SCALES:
         score_scale *= tl.load(k_scale_ptr + head)
@@ -210,7 +213,7 @@ def _decode_kernel(
     if tl.load(plan_ptr + 1) > 0:  # rows of no keys are zeros
         for row in range(unit, num_rows, num_units):
             if tl.load(seq_lens_ptr + row) <= 0:
-                places = ((wide + row) * num_heads + q_head)[:, None] * DIM + d[None, :]
+                places = ((wide + row) * QUERIES * num_heads + place)[:, None] * DIM + d[None, :]
                 tl.store(out_ptr + places, tl.zeros((M, D), out_ptr.dtype.element_ty), mask=mask)
     first_row = tl.load(plan_ptr + 4 + 2 * unit)
     first_tile = tl.load(plan_ptr + 5 + 2 * unit)
@@ -220,31 +223,36 @@ def _decode_kernel(
         length = tl.load(seq_lens_ptr + row).to(tl.int32)
         begin = tl.where(row == first_row, first_tile * N, 0)
         end = tl.where(row == last_row, tl.minimum(last_tile * N, length), length)
-        table = page_table_ptr + tl.load(slot_ids_ptr + row).to(tl.int64) * table_stride
-        q_rows = (wide + row) * q_stride + q_head * q_head_stride
+        table = page_table_ptr + tl.load(slot_ids_ptr + row * QUERIES).to(tl.int64) * table_stride
+        q_rows = ((wide + row) * QUERIES + query) * q_stride + q_head * q_head_stride
         q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.zeros((M, D), tl.float32)
         mass = tl.zeros((M,), tl.float32)
         best = tl.full((M,), float("-inf"), tl.float32)
         last_key = tl.zeros((M,), tl.int32) + (end - 1)
+        if QUERIES > 1:
+            seen = tl.load(query_lens_ptr + row * QUERIES + query, mask=is_used, other=1).to(tl.int32)
+            last_key = tl.minimum(last_key, seen - 1)
         rows = _tile_rows(table, begin, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
         for key in tl.range(begin, end, N):
             acc, mass, best = _attend_tile(
                 acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, score_scale, True, DIM, N, D
             )
             rows = _tile_rows(table, key + N, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
+        if QUERIES > 1:  # a part may lie behind all keys of a query: it is 0 then, and its weight 2^-inf
+            mass = tl.where(mass > 0, mass, 1.0)
         acc = acc / mass[:, None]
         if HAS_SCALES:
             acc *= tl.load(v_scale_ptr + head)
         if (begin == 0) & (end == length):
-            out_rows = ((wide + row) * num_heads + q_head) * DIM
+            out_rows = ((wide + row) * QUERIES * num_heads + place) * DIM
             tl.store(
                 out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask & (length > 0)
             )
         else:  # a unit has at most one part with the end of a row or its middle, and one with its beginning
-            part_rows = (2 * unit + (begin == 0).to(tl.int32)) * num_heads + q_head
+            part_rows = (2 * unit + (begin == 0).to(tl.int32)) * QUERIES * num_heads + place
             tl.store(part_ptr + part_rows[:, None] * DIM + d[None, :], acc, mask=mask)
-            tl.store(lse_ptr + part_rows, best + tl.log2(mass), mask=m < GROUP)
+            tl.store(lse_ptr + part_rows, best + tl.log2(mass), mask=is_used)
 
 
 @triton.jit(do_not_specialize=["num_units"])
@@ -252,7 +260,10 @@ def _combine_kernel(
     out_ptr, part_ptr, lse_ptr, seq_lens_ptr, plan_ptr, num_units, num_heads,
     TILE: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of a row that is cut, for one query head: SPLITS at a time, in order."""
+    """Merge the parts of a row that is cut, for one head of one of its queries: SPLITS at a time, in order.
+
+    num_heads: of all queries of a row.
+    """
     index = tl.program_id(0)
     head = tl.program_id(1)
     if index >= tl.load(plan_ptr + 3):
@@ -325,33 +336,37 @@ def decode(
     scale: float,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    query_lens: torch.Tensor | None = None,
 ) -> None:
-    """One query per row. out, q: (B, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), dense; page_table: (slots,
-    P).
+    """One query per row, or several. out, q: (B, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), dense;
+    page_table: (slots, P).
 
-    Row i reads the pages ``page_table[slot_ids[i]]``; slot_ids, seq_lens: (B,). A row of no keys gives zeros. plan: see
-    ``plan_decode``.
-    k_scale, v_scale: (Hk,) fp32 of an FP8 cache. How a row is split, and so the last bits of its result, depends on the
-    other rows.
+    Row i reads ``seq_lens[i]`` keys in the pages ``page_table[slot_ids[i]]``; slot_ids, seq_lens: (B,). A row of no
+    keys gives zeros. plan: see ``plan_decode``. query_lens: (B Q,), where q and out have Q = 2, 4 or 8 queries of each
+    row, one after the other: how many of the row's keys each of them sees; slot_ids is then (B Q,) and each row's first
+    counts. k_scale, v_scale: (Hk,) fp32 of an FP8 cache. How a row is split, and so the last bits of its result,
+    depends on the other rows.
     """
-    rows, heads, dim = q.shape
+    rows, (num_queries, heads, dim) = seq_lens.shape[0], q.shape
+    queries = num_queries // rows
     kv_heads, page_size = k_cache.shape[1:3]
     group = heads // kv_heads
     units = plan.shape[0] // 3 - 2
-    part = torch.empty(2 * units, heads, dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(2 * units, heads, dtype=torch.float32, device=q.device)
+    part = torch.empty(2 * units, queries * heads, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(2 * units, queries * heads, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
     shared = facts(q.device).shared // split.BLOCKS_PER_SM
     stages = _stages(4, 2 * split.TILE * padded * k_cache.itemsize, 8 << 10, shared)
     _decode_kernel[(units, kv_heads)](
-        out, part, lse, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, seq_lens, plan, scale, rows,
-        q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads, HAS_SCALES=k_scale
-        is not None, DIM=dim, GROUP=group, PAGE_SIZE=page_size, M=max(16, triton.next_power_of_2(group)), N=split.TILE,
-        D=padded, num_warps=4, num_stages=stages,
+        out, part, lse, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, seq_lens, query_lens, plan, scale,
+        rows, q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
+        HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, QUERIES=queries, PAGE_SIZE=page_size,
+        M=max(16, triton.next_power_of_2(group * queries)), N=split.TILE, D=padded, num_warps=4, num_stages=stages,
     )  # fmt: skip
-    _combine_kernel[(min(rows, units), heads)](
-        out, part, lse, seq_lens, plan, units, heads, TILE=split.TILE, DIM=dim, SPLITS=16, D=padded, num_warps=4
-    )
+    _combine_kernel[(min(rows, units), queries * heads)](
+        out, part, lse, seq_lens, plan, units, queries * heads, TILE=split.TILE, DIM=dim, SPLITS=16, D=padded,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def prefill(

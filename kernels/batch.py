@@ -10,11 +10,11 @@ _TOKENS = 256  # of one row, for one program
 _ROWS = 128  # of one program of the advance
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_wide"])
 def _build_kernel(
     ids_ptr, positions_ptr, mapping_ptr, lens_ptr, token_ids_ptr, num_computed_ptr, page_table_ptr, slots_ptr,
-    starts_ptr, new_index_ptr, new_page_ptr, ids_stride, table_stride, num_tokens,
-    PAGE_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    starts_ptr, new_index_ptr, new_page_ptr, ahead_ptr, ids_stride, table_stride, num_tokens, num_wide,
+    PAGE_SIZE: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     block = tl.program_id(1)
@@ -22,6 +22,11 @@ def _build_kernel(
     start = tl.load(starts_ptr + row)
     count = tl.load(starts_ptr + row + 1) - start
     first = tl.load(num_computed_ptr + slot)
+    repeats = False
+    if WIDTH > 1:
+        ahead = tl.load(ahead_ptr + row, mask=row < num_wide, other=0)
+        repeats = (row < num_wide) & (ahead != row % WIDTH)
+        first += ahead
     new_index = tl.load(new_index_ptr + row)
     new_page = tl.load(new_page_ptr + row)
     if block == 0:
@@ -40,7 +45,10 @@ def _build_kernel(
     tl.device_assert(page >= 0, "a page is negative", mask=mask)
     tl.store(ids_ptr + start + i, tl.load(token_ids_ptr + slot * ids_stride + position, mask=mask, other=0), mask=mask)
     tl.store(positions_ptr + start + i, position, mask=mask)
-    tl.store(mapping_ptr + start + i, page * PAGE_SIZE + position % PAGE_SIZE, mask=mask)
+    place = page * PAGE_SIZE + position % PAGE_SIZE
+    if WIDTH > 1:
+        place = tl.where(repeats, 0, place)
+    tl.store(mapping_ptr + start + i, place, mask=mask)
 
 
 def build_batch_(
@@ -54,13 +62,17 @@ def build_batch_(
     page_size: int,
     num_tokens: int,
     longest: int,
+    ahead: torch.Tensor | None = None,
+    width: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row i computes the next ``starts[i + 1] - starts[i]`` tokens, at most ``longest``, of slot ``slots[i]``.
 
     token_ids: (S, L) int32; num_computed: (S,) int64; page_table: (S, P) int64, modified: entry ``new_index[i]`` of row
     i's slot becomes ``new_page[i]`` unless that is negative. slots, new_index, new_page: (R,) int64; starts: (R + 1,)
-    int64, from 0 to ``num_tokens``. Returns ids, positions and places ``page * page_size + offset`` of the tokens, (T,)
-    int64 each, and (R,) int64: each row's length when the step is done.
+    int64, from 0 to ``num_tokens``. ahead: (W,) int64: the first W rows, of one token each, are runs of ``width`` rows
+    of one slot, which begin so much further on; those that repeat the row before them are placed in page 0. Returns
+    ids, positions and places ``page * page_size + offset`` of the tokens, (T,) int64 each, and (R,) int64: each row's
+    length when the step is done.
     """
     rows = slots.shape[0]
     ids, positions, mapping = (torch.empty(num_tokens, dtype=torch.int64, device=slots.device) for _ in range(3))
@@ -68,7 +80,8 @@ def build_batch_(
     if rows:
         _build_kernel[(rows, triton.cdiv(longest, _TOKENS))](
             ids, positions, mapping, lens, token_ids, num_computed, page_table, slots, starts, new_index, new_page,
-            token_ids.stride(0), page_table.stride(0), num_tokens, PAGE_SIZE=page_size, TOKENS=_TOKENS, num_warps=4,
+            ahead, token_ids.stride(0), page_table.stride(0), num_tokens, 0 if ahead is None else ahead.shape[0],
+            PAGE_SIZE=page_size, TOKENS=_TOKENS, WIDTH=width, num_warps=4,
         )  # fmt: skip
     return ids, positions, mapping, lens
 

@@ -28,6 +28,10 @@ from nemo_engine.option_names import refuse_unknown_options
 # Where both layouts are silent: transformers' MistralConfig and every tokenizer of Mistral's have these.
 DEFAULT_BOS_TOKEN_ID, DEFAULT_EOS_TOKEN_ID = 1, 2
 
+# Speculation: tokens that a decode row of a wide step computes, and tokens of all decode rows of one at most.
+WIDTHS = (2, 4, 8)
+WIDE_STEP_TOKENS = 256
+
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 _logger = logging.getLogger("nemo_engine")
@@ -194,6 +198,8 @@ class EngineConfig:
     checkpoint's template turns out to be.
     scheduling_policy: "fcfs", or "priority" (a lower number first).
     tensor_parallel_size: 1; more comes later and is refused. revision: of a Hub repository.
+    speculative_config: {"method": "ngram", "num_speculative_tokens": 7} looks up drafts of 1 to 7 tokens in a request's
+    own text, so that a step makes several tokens where they are right; the output is the same. None: no speculation.
     lora: a PEFT adapter, a directory or a Hub repository, that the model is merged with while it loads.
     """
 
@@ -222,6 +228,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     revision: str | None = None
     lora: str | None = None
+    speculative_config: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> EngineConfig:
         """Refuse unknown names by a ``ValueError`` that says what to use, before the constructor would by a
@@ -250,6 +257,8 @@ class EngineConfig:
             ):
                 raise ValueError(f"prefer must map names of operations to implementations, got {self.prefer!r}")
             object.__setattr__(self, "prefer", dict(self.prefer))  # the caller's may change later
+        if self.speculative_config is not None:
+            object.__setattr__(self, "speculative_config", check_speculative_config(self.speculative_config))
         for name in ("tokenizer", "revision", "chat_template", "lora"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike) and name != "revision":
@@ -261,6 +270,17 @@ class EngineConfig:
             raise ValueError(
                 "lora needs the checkpoint's weights, and load_format 'dummy' makes them up: give one of the two"
             )
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Drafts behind a token at most; 0 without speculation."""
+        config = self.speculative_config
+        return 0 if config is None else config["num_speculative_tokens"]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many tokens a decode row of a wide step may compute; none without speculation."""
+        return tuple(width for width in WIDTHS if width < 2 * self.num_speculative_tokens + 1)
 
     def tokens_per_step(self, device: str) -> int:
         """``max_num_batched_tokens``, or what it is by default on ``device``: "cpu" or "cuda"."""
@@ -297,6 +317,23 @@ class EngineConfig:
         check_int("tensor_parallel_size", self.tensor_parallel_size, low=1)
         if self.tensor_parallel_size > 1:
             raise ValueError(f"tensor_parallel_size above 1 is not supported yet, got {self.tensor_parallel_size}")
+
+
+def check_speculative_config(config: object) -> dict[str, Any]:
+    """``EngineConfig.speculative_config`` with its default filled in; ``ValueError`` for what it cannot be."""
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f'speculative_config must be like {{"method": "ngram", "num_speculative_tokens": 7}}, got {config!r}'
+        )
+    for key in config:
+        if key in ("prompt_lookup_max", "prompt_lookup_min"):
+            raise ValueError(f"speculative_config: the last 4, 3 or 2 tokens are always looked up: leave {key} out")
+        if key not in ("method", "num_speculative_tokens"):
+            raise ValueError(f"speculative_config must have the keys method and num_speculative_tokens, got {key!r}")
+    check_choice('speculative_config["method"]', config.get("method"), ("ngram",))
+    count = config.get("num_speculative_tokens", WIDTHS[-1] - 1)
+    check_int('speculative_config["num_speculative_tokens"]', count, low=1, high=WIDTHS[-1] - 1)
+    return {"method": "ngram", "num_speculative_tokens": count}
 
 
 def resolve_max_model_len(model: ModelConfig, config: EngineConfig) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from nemo_engine.checkpoint.inventory import KindOf
 from nemo_engine.checkpoint.quant_config import BLOCK
-from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
+from nemo_engine.config import WIDE_STEP_TOKENS, EngineConfig, ModelConfig, resolve_max_model_len
 
 GIB = 1 << 30
 CPU_KV_GIB = 1.0  # by default; more if one request of the whole context needs it, up to CPU_KV_GIB_MOST
@@ -117,8 +117,9 @@ def plan_memory(
     if not config.enforce_eager:
         # Each size keeps its logits. What a step needs meanwhile is used again by all others: that of the largest is
         # enough.
-        sizes = graph_sizes(seqs)
-        graphs = sum(sizes) * vocab * itemsize + seqs * token_bytes + _GRAPH_FRAGMENTS + 2 * _GRAPH_BYTES * len(sizes)
+        sizes = [*graph_sizes(seqs), *[rows for rows, _ in wide_graph_sizes(config)]]
+        largest = max(sizes) * token_bytes
+        graphs = sum(sizes) * vocab * itemsize + largest + _GRAPH_FRAGMENTS + 2 * _GRAPH_BYTES * len(sizes)
     plan = MemoryPlan(
         free=free,
         weights=weight_bytes,
@@ -188,6 +189,14 @@ def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
     sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
     sizes += range(320, max_num_seqs + 64, 64)
     return tuple([size for size in sizes if size < max_num_seqs] + [max_num_seqs])
+
+
+def wide_graph_sizes(config: EngineConfig) -> tuple[tuple[int, int], ...]:
+    """The wide steps that are captured: rows of one token, and width."""
+    most = min(config.max_num_seqs, WIDE_STEP_TOKENS)
+    return tuple(
+        (size * width, width) for width in config.widths for size in graph_sizes(min(most, WIDE_STEP_TOKENS // width))
+    )
 
 
 def what_would_fit(

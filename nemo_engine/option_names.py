@@ -21,7 +21,7 @@ _BEAMS = "there is no beam search: sample several with {n}, and choose by cumula
 _GUIDED = "use {structured_outputs}"
 _LORA = "one adapter is merged with the model while it loads: use {lora}"
 _ALWAYS = "it is always so: leave it out"
-_SPECULATIVE = "there is no speculative decoding: leave it out"
+_SPECULATIVE = "use {speculative_config}, which needs no draft model"
 _HUB_CACHE = "set HF_HOME or HF_HUB_CACHE in the environment"
 _HUB_TOKEN = "set HF_TOKEN in the environment"
 _QUANTIZED = "use {quantization} 'fp8'"
@@ -59,7 +59,6 @@ ELSEWHERE = {
     "max_loras": _LORA,
     "max_lora_rank": _LORA,
     "lora_request": _LORA,
-    "speculative_config": _SPECULATIVE,
     "speculative_model": _SPECULATIVE,
     "num_speculative_tokens": _SPECULATIVE,
     "enable_auto_tool_choice": "tools are always taken: leave it out",

@@ -150,3 +150,6 @@ class SchedulerStats:
     total_preemptions: int
     total_prefix_queried_tokens: int
     total_prefix_hit_tokens: int
+    num_spec_drafts: int = 0  # rows of wide steps that had drafts: vLLM's spec_decode_num_drafts
+    num_spec_draft_tokens: int = 0
+    num_spec_accepted_tokens_per_pos: tuple[int, ...] = ()  # by place behind the known token; none without speculation

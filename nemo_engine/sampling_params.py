@@ -100,6 +100,8 @@ class SamplingParams:
     structured_outputs: the form of the output, a ``StructuredOutputsParams`` or a mapping with its fields, such as
     {"json": {"type": "object"}} or {"choice": ["yes", "no"]}. Stop strings and ``max_tokens`` may cut it short; with
     ``ignore_eos``, it ends where its grammar does.
+    speculation: whether an engine with ``speculative_config`` may look up drafts for the request. Its tokens are the
+    same.
     extra_args: accepted only when empty.
     """
 
@@ -131,6 +133,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     repetition_detection: RepetitionDetection | None = None
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    speculation: bool = True
     extra_args: Mapping[str, Any] | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> SamplingParams:
@@ -173,7 +176,7 @@ class SamplingParams:
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
-                     "include_stop_str_in_output"):  # fmt: skip
+                     "include_stop_str_in_output", "speculation"):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -273,6 +276,17 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether the logits depend on which tokens the request already holds."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @property
+    def why_no_drafts(self) -> str | None:
+        """Why speculation makes no drafts for such a request; None if it may."""
+        if not self.speculation:
+            return "speculation is false"
+        if self.structured_outputs is not None:
+            return "structured_outputs: which tokens may come is known one at a time"
+        if self.has_penalties:
+            return "penalties: each token changes what the next is chosen from"
+        return None
 
     @property
     def has_logprobs(self) -> bool:

@@ -24,6 +24,8 @@ from nemo_engine.sampling_params import SamplingParams
 
 TOKEN_NOT_FINITE = -1  # in StepResult.token_ids: the row's logits hold a NaN or +inf
 TOKEN_ALL_MASKED = -2  # in StepResult.token_ids: masks and biases leave no token to choose from
+TOKEN_NOT_TAKEN = -3  # in StepResult.token_ids of a wide step: a draft before it was wrong
+TOKEN_NOT_DRAFTED = -4  # in StepResult.token_ids of a wide step: no draft led there
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class SlotFill:
     seed: int
     stop_token_ids: frozenset[int] = frozenset()  # masked on the device until ``params.min_tokens`` tokens are out
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # ``params.bad_words`` as token ids
+    draft_until: int = 0  # the length that a request with drafts may reach; 0: it has none in wide steps either
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class StepPlan:
     ``new_pages`` holds ``(slot, index in the slot's page table, page)``.
     ``masks`` holds ``(slot, allowed tokens)`` for sampling rows that may not choose freely: bit i of the little-endian
     32-bit words is token i. Bytes of another length than the vocabulary's words allow nothing.
+    ``width``: 1, or in a wide step 2, 4 or 8: each decode row then computes as many tokens, the known one and drafts
+    that the device makes itself; its pages hold all of them, as far as its ``draft_until`` lets them be sampled.
     Row order everywhere: decode rows, then prefill rows.
     """
 
@@ -75,11 +80,12 @@ class StepPlan:
     fills: tuple[SlotFill, ...] = ()
     new_pages: tuple[tuple[int, int, int], ...] = ()
     masks: tuple[tuple[int, bytes], ...] = ()
+    width: int = 1
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return len(self.decode_slots) + sum(row.num_tokens for row in self.prefills)
+        return len(self.decode_slots) * self.width + sum(row.num_tokens for row in self.prefills)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +104,9 @@ class TokenLogprobs:
 class StepResult:
     """What came out of one step.
 
-    ``token_ids[i]`` belongs to the i-th *sampling* row: the decode rows, then the prefill rows that sample. A negative
-    value is one of the ``TOKEN_*`` codes above and means that this row alone failed.
+    ``token_ids[i]`` belongs to the i-th *sampling* row: the decode rows, with ``width`` entries each, then the prefill
+    rows that sample. A negative value is one of the ``TOKEN_*`` codes above and means that this row alone failed, or in
+    a wide step that the entry is none of its row's tokens: those are the first ones, at least one.
     ``logprobs`` maps an index into ``token_ids`` to its log-probabilities, for the rows that asked for them.
     ``prompt_logprobs`` maps an index into ``StepPlan.prefills`` to one entry per position ``start + 1 ..
     start + num_tokens`` that is still a prompt token (so the last chunk has one entry fewer than tokens).

@@ -20,18 +20,18 @@ BUDGETS = {
     "cli": 2400,  # every option has a flag, a help of one line, completion and a place in a file
     "engine": 2300,  # both engines, and what an exception anywhere must not break
     "model": 520,
-    "ops": 3520,  # 23 operations, their cases, adapters of three kinds of kernels, and packed products of two kinds
+    "ops": 3860,  # 26 operations, their cases, adapters of three kinds of kernels (drafts' for a CPU as well), packed products
     "planner": 1200,  # 13 GPUs with sources, and 74 published results that it is held against
     "ray": 180,
-    "runner": 1860,  # graphs on a GPU, and recorded steps on a CPU
-    "scheduler": 1100,
+    "runner": 1920,  # steps of one token a row, and wide ones; graphs on a GPU, recorded steps on a CPU
+    "scheduler": 1340,  # speculation is one file of 230: how wide a step is, what came out of it, and what that was worth
     "server": 6800,  # four dialects of an API, whose every limit stands in its document, and a network that means harm
-    "simulator": 1600,
+    "simulator": 1950,  # a thousand replicas behind a router, which come, are lost and are given back
     "text": 7500,  # any tokenizer, templates by strangers, JSON schemas that are kept: a third of it is schemas
     "verify": 500,
     "workload": 750,
 }
-MEAN_FILE = 152  # lines
+MEAN_FILE = 153  # lines
 
 READ_FIRST = (
     "nemo_engine/step.py",

@@ -91,6 +91,14 @@ def test_the_unit() -> None:
     assert int(re.search(r"^TimeoutStopSec=(\d+)$", text, re.M)[1]) > DRAIN
 
 
+def test_the_site_that_is_published_is_the_one_that_is_built_here() -> None:
+    pages = yaml.safe_load((ROOT / ".github/workflows/pages.yaml").read_text())["jobs"]
+    steps = pages["build"]["steps"]
+    assert any(step.get("run") == "make docs" for step in steps) and pages["deploy"]["needs"] == "build"
+    (uploaded,) = [step["with"]["path"] for step in steps if "upload-pages-artifact" in step.get("uses", "")]
+    assert f"site_dir: {uploaded}\n" in (ROOT / "mkdocs.yml").read_text()
+
+
 def test_the_workflow_runs_what_is_run_here() -> None:
     job = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())["jobs"]["run"]
     assert any(step.get("run") == ".ci/run" for step in job["steps"])

@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from nemo_engine.benchmarks import kernel_report  # noqa: E402
 from nemo_engine.config import EngineConfig  # noqa: E402
+from nemo_engine.memory_plan import wide_graph_sizes  # noqa: E402
 from nemo_engine.sampling_params import SamplingParams  # noqa: E402
 from nemo_engine.step import PrefillRow, SlotFill, StepPlan  # noqa: E402
 
@@ -163,13 +164,15 @@ def test_nothing_is_compiled_after_the_warm_up_and_no_launch_waits_for_the_devic
 
     What it launches was compiled at start-up.
     """
-    config = EngineConfig(device="cpu", max_num_seqs=40, max_num_batched_tokens=most_tokens)
+    config = EngineConfig(
+        device="cpu", max_num_seqs=40, max_num_batched_tokens=most_tokens, speculative_config={"method": "ngram"}
+    )
     rng = random.Random(0)
     for kernel in kernels().values():
         kernel.device_caches.clear()  # of what other tests compiled
     with kernel_report.compile_only(90) as compiled:
         runner = kernel_report.meta_runner(kernel_report.NEMO, config, 90)
-        runner.warm_up(sizes)
+        runner.warm_up(sizes, wide_graph_sizes(config))
         known = set(compiled)
         cached = specialisations()
         slots: list[int] = []
@@ -185,10 +188,12 @@ def test_nothing_is_compiled_after_the_warm_up_and_no_launch_waits_for_the_devic
                 length = rng.choice([1, 2, 63, 64, 65, 200])
                 params = SamplingParams(**rng.choice(wants))
                 pages = tuple(range(1, 2 + length // 64))
-                fills.append(SlotFill(slot, [5] * length, length, 0, pages, params, seed=step))
+                draft_until = rng.choice([0, 500])
+                fills.append(SlotFill(slot, [5] * length, length, 0, pages, params, step, draft_until=draft_until))
                 prefills.append(PrefillRow(slot, 0, length, step == 0 or rng.random() < 0.8))
             new_pages = ((slots[0], 9, 77),) if slots and rng.random() < 0.3 else ()
-            runner.launch(StepPlan(step, tuple(slots), tuple(prefills), tuple(fills), new_pages))
+            width = rng.choice([1, *[width for width in config.widths if width * len(slots) <= 256]])
+            runner.launch(StepPlan(step, tuple(slots), tuple(prefills), tuple(fills), new_pages, width=width))
             slots += [row.slot for row in prefills if row.samples]
             rng.shuffle(slots)
             slots = slots[: rng.choice([1, 5, 17, 33, 37]) if step > 20 else 40]

@@ -316,7 +316,7 @@ def test_every_gpu_has_plausible_numbers(gpu: str) -> None:
     found = GPUS[gpu]
     assert 0.9 < found.memory_gib / found.marketing_gb <= 1.0  # neither GB nor GiB as sold
     assert found.fp8_flops_per_s is None or 1.9 < found.fp8_flops_per_s / found.bf16_flops_per_s < 2.1
-    assert found.source and find_gpu(gpu.upper()) == found
+    assert "https://" in found.source and find_gpu(gpu.upper()) == found
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,10 @@ class Peer:
         n_threads: int | None = None,
     ) -> None:
         if gguf is None:
-            found = sorted(Path(model).glob("*.gguf"))
-            if len(found) != 1:
-                raise FileNotFoundError(f"{model} holds {len(found)} .gguf files, and llama.cpp.gguf names none")
-            gguf = str(found[0])
+            files = sorted(Path(model).glob("*.gguf"))
+            if len(files) != 1:
+                raise FileNotFoundError(f"{model} holds {len(files)} .gguf files, and llama.cpp.gguf names none")
+            gguf = str(files[0])
         if not Path(gguf).is_file():
             raise FileNotFoundError(f"there is no file {gguf}")
         llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
@@ -144,9 +144,9 @@ class Peer:
 
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
         """Greedy tokens of every prompt, up to ``n_seq`` at once."""
-        most = self._at_once(len(prompts))
+        num_at_once = self._at_once(len(prompts))
         waiting = deque(enumerate(zip(prompts, max_tokens)))
-        free = list(range(most))[::-1]
+        free = list(range(num_at_once))[::-1]
         running: list[_Sequence] = []
         outputs: list[list[int]] = [[] for _ in prompts]
         while waiting or running:

@@ -60,10 +60,10 @@ def why_missing(name: str, python: str) -> str | None:
     package = PEERS[name].package
     code = f"import importlib.util; raise SystemExit(importlib.util.find_spec({package!r}) is None)"
     try:
-        found = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd="/")
+        finished = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd="/")
     except OSError as error:
         return f"{python} cannot be run: {error.strerror}"
-    return None if found.returncode == 0 else f"{package} is not installed under {python}"
+    return None if finished.returncode == 0 else f"{package} is not installed under {python}"
 
 
 class WorkerProcess:

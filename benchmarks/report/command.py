@@ -129,13 +129,13 @@ class Group:
 
 def groups_of(records: Sequence[Record]) -> list[Group]:
     """By benchmark, machine and commit; those that the section shows come first, the newest results last."""
-    found: dict[object, Group] = {}
+    groups: dict[object, Group] = {}
     for record in records:
         key = (record["benchmark"], same_place(record))
-        found.setdefault(key, Group(str(record["benchmark"]), [])).records.append(record)
+        groups.setdefault(key, Group(str(record["benchmark"]), [])).records.append(record)
     order = {name: index for index, name in enumerate(SECTION_SHOWS)}
     return sorted(
-        found.values(), key=lambda group: (order.get(group.benchmark, len(order)), group.benchmark, group.newest)
+        groups.values(), key=lambda group: (order.get(group.benchmark, len(order)), group.benchmark, group.newest)
     )
 
 
@@ -172,9 +172,9 @@ def with_section(target: Path, section: str) -> str:
     ``ValueError`` if they are not there once each, in order.
     """
     text = target.read_text(encoding="utf-8")
-    found = re.fullmatch(f"(.*{re.escape(BEGIN)}\n).*({re.escape(END)}\n.*)", text, re.DOTALL)
-    if found is None or text.count(BEGIN) != 1 or text.count(END) != 1:
+    match = re.fullmatch(f"(.*{re.escape(BEGIN)}\n).*({re.escape(END)}\n.*)", text, re.DOTALL)
+    if match is None or text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(
             f"{target}: the marks of the measured section must stand there, each once on its line: {BEGIN} and {END}"
         )
-    return f"{found[1]}\n{section}\n{found[2]}"
+    return f"{match[1]}\n{section}\n{match[2]}"

@@ -66,9 +66,9 @@ def _figure(rows: int, columns: int, size: tuple[float, float], title: str, **op
 
 def _shared_legend(figure: Any, axes: Sequence[Any], columns: int = 4) -> None:
     """One legend below all axes, each label once."""
-    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    if found:
-        figure.legend(found.values(), found, loc="outside lower center", ncols=min(columns, len(found)))
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(columns, len(handles)))
 
 
 # ---- throughput
@@ -124,14 +124,14 @@ def serve(records: Sequence[Record]) -> Iterator[Plot]:
         with blaming(record):
             kinds.setdefault((workload_name(record).partition(", ")[2], record["route"]), []).append(record)
     # A single load is no line: its numbers are in the table.
-    lines = {kind: found for kind, found in kinds.items() if len({_load(record) for record in found}) > 1}
-    for index, ((lengths, route), found) in enumerate(lines.items()):
+    lines = {kind: of_kind for kind, of_kind in kinds.items() if len({_load(record) for record in of_kind}) > 1}
+    for index, ((lengths, route), of_kind) in enumerate(lines.items()):
         figure, axes = _figure(
             1, 2, (11, 5), f"Servers under load: {lengths}, {route}; at each point, requests at a time or a second"
         )
         for axis, field, title in zip(axes, ("ttft_s", "itl_s"), ("time to first token", "time between tokens")):
-            for place, server in enumerate(dict.fromkeys(str(record["server"]) for record in found)):
-                _serve_line(axis, [record for record in found if record["server"] == server], field, place)
+            for place, server in enumerate(dict.fromkeys(str(record["server"]) for record in of_kind)):
+                _serve_line(axis, [record for record in of_kind if record["server"] == server], field, place)
             axis.set(xlabel="output tokens/s", ylabel=f"median {title}, ms")
             for low, set_low in ((axis.get_xlim()[1], axis.set_xlim), (axis.get_ylim()[1], axis.set_ylim)):
                 set_low(-0.06 * low, 1.05 * low)  # from 0, with room for the labels of low points
@@ -174,11 +174,11 @@ def latency(records: Sequence[Record]) -> Iterator[Plot]:
         with blaming(record):
             if record["what"] == "decode" and record["status"] == "ok":
                 decode.setdefault(f"{model_name(record)}{precision_name(record)}", []).append(record)
-    lines = {name: found for name, found in decode.items() if len({record["context"] for record in found}) > 1}
-    for index, (name, found) in enumerate(lines.items()):
+    lines = {name: of_name for name, of_name in decode.items() if len({record["context"] for record in of_name}) > 1}
+    for index, (name, of_name) in enumerate(lines.items()):
         figure, (axis,) = _figure(1, 1, (8, 5.5), f"A decode step of {name}")
-        for place, batch in enumerate(sorted({record["batch"] for record in found})):
-            line = sorted((r for r in found if r["batch"] == batch), key=lambda record: record["context"])
+        for place, batch in enumerate(sorted({record["batch"] for record in of_name})):
+            line = sorted((r for r in of_name if r["batch"] == batch), key=lambda record: record["context"])
             colour = COLOURS[place % len(COLOURS)]
             contexts = [record["context"] for record in line]
             steps, least = [record["ms_per_step"] for record in line], [record["roofline_ms"] for record in line]
@@ -188,7 +188,7 @@ def latency(records: Sequence[Record]) -> Iterator[Plot]:
         axis.plot([], [], color="#555555", ls="--", lw=1, label="the least by the roofline")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        _plain_ticks(axis, {record["context"] for record in found})
+        _plain_ticks(axis, {record["context"] for record in of_name})
         axis.set(xlabel="context of each request, tokens", ylabel="decode step, ms (median)")
         _shared_legend(figure, [axis])
         yield f"decode {index + 1}", figure
@@ -271,14 +271,14 @@ def ops(records: Sequence[Record]) -> Iterator[Plot]:
                 ceilings = record["ceilings"]
                 key = tuple(ceilings[name] for name in ("bytes_per_s", "bf16_flops_per_s", "fp8_flops_per_s"))
                 by_ceilings.setdefault(key, []).append(record)
-    for index, (ceilings, found) in enumerate(by_ceilings.items()):
-        names = list(dict.fromkeys(str(record["op"]) for record in found))
+    for index, (ceilings, of_machine) in enumerate(by_ceilings.items()):
+        names = list(dict.fromkeys(str(record["op"]) for record in of_machine))
         figure, (axis,) = _figure(
             1, 1, (10, max(6.0, 0.24 * len(names) + 1.6)), "Operations below the measured ceilings"
         )
-        xs = [record["tflop_per_s"] * 1e3 / record["gb_per_s"] for record in found]
+        xs = [record["tflop_per_s"] * 1e3 / record["gb_per_s"] for record in of_machine]
         _ceilings(axis, ceilings, min(xs) / 2, max(max(xs) * 2, 2 * max(ceilings[1:]) / ceilings[0]))
-        for record, x in zip(found, xs):
+        for record, x in zip(of_machine, xs):
             place = names.index(str(record["op"]))
             colour = COLOURS[place % len(COLOURS)]
             marker = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
@@ -324,17 +324,17 @@ def scheduler(records: Sequence[Record]) -> Iterator[Plot]:
     if not lines:
         return
     figure, (axis,) = _figure(1, 1, (8, 5.5), "Host cost of a decode step")
-    for place, (name, found) in enumerate(lines.items()):
-        xs = sorted(found)
-        medians = [found[x]["median_us"] for x in xs]
-        rounds = [found[x].get("round_medians_us") or [found[x]["median_us"]] for x in xs]
+    for place, (name, points) in enumerate(lines.items()):
+        xs = sorted(points)
+        medians = [points[x]["median_us"] for x in xs]
+        rounds = [points[x].get("round_medians_us") or [points[x]["median_us"]] for x in xs]
         below = [max(0.0, median - min(each)) for median, each in zip(medians, rounds)]
         above = [max(0.0, max(each) - median) for median, each in zip(medians, rounds)]
         style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "capsize": 3}
         axis.errorbar(xs, medians, yerr=[below, above], label=name, **style)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    _plain_ticks(axis, {x for found in lines.values() for x in found})
+    _plain_ticks(axis, {x for points in lines.values() for x in points})
     axis.set(xlabel="running requests", ylabel="schedule() and commit(), us (median)")
     _shared_legend(figure, [axis], columns=3)
     yield "scheduler", figure

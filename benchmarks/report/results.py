@@ -28,8 +28,8 @@ class Spread:
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         """The spread of at least one number."""
-        found = list(values)
-        return cls(statistics.median(found), min(found), max(found))
+        numbers = list(values)
+        return cls(statistics.median(numbers), min(numbers), max(numbers))
 
     def __str__(self) -> str:
         return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
@@ -66,13 +66,13 @@ def percentiles(values: Sequence[float], levels: Sequence[float] = (50, 90, 95, 
     if not values:
         return {}
     ordered = sorted(values)
-    found = {}
+    quantiles = {}
     for level in levels:
         place = (len(ordered) - 1) * level / 100
         below = int(place)
         above = min(below + 1, len(ordered) - 1)
-        found[f"p{level:g}"] = ordered[below] + (ordered[above] - ordered[below]) * (place - below)
-    return found
+        quantiles[f"p{level:g}"] = ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    return quantiles
 
 
 def read(path: Path) -> list[Record]:
@@ -153,6 +153,6 @@ def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any], rounds: str) -> Ra
 
 def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     """``ValueError`` unless two results come from one machine and one commit."""
-    for name, one, other in zip(_SAME, same_place(first), same_place(second)):
-        if one != other:
-            raise ValueError(f"results of different {name} are not put into one ratio: {one!r} and {other!r}")
+    for name, value, other in zip(_SAME, same_place(first), same_place(second)):
+        if value != other:
+            raise ValueError(f"results of different {name} are not put into one ratio: {value!r} and {other!r}")

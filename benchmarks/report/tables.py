@@ -56,9 +56,9 @@ def number(value: float | None) -> str:
 
 def spread(values: Iterable[float]) -> str:
     """Median, and the least to the greatest if they are several."""
-    found = list(values)
-    of = Spread.of(found)
-    return number(of.median) + (f" ({number(of.low)} to {number(of.high)})" if len(found) > 1 else "")
+    numbers = list(values)
+    of = Spread.of(numbers)
+    return number(of.median) + (f" ({number(of.low)} to {number(of.high)})" if len(numbers) > 1 else "")
 
 
 def times(of: Ratio) -> str:
@@ -125,11 +125,11 @@ def _lengths(of: Any) -> str:
 
 def runs_of(records: Sequence[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
     """Results of one run and one ``key`` together, in the order of the file."""
-    found: dict[Any, list[Record]] = {}
+    runs: dict[Any, list[Record]] = {}
     for record in records:
         with blaming(record):
-            found.setdefault((same_run(record), key(record)), []).append(record)
-    return list(found.values())
+            runs.setdefault((same_run(record), key(record)), []).append(record)
+    return list(runs.values())
 
 
 def rows_of(records: Iterable[Record], row: Callable[[Record], tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:

@@ -297,11 +297,11 @@ def latency(records: Sequence[Record]) -> list[Table]:
         tables.append(
             Table(title, columns, rows_of(kinds["request"], _request_row), (*started, *_failures(kinds["request"])))
         )
-    found: dict[str, list[Record]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in kinds["decode"]:
         with blaming(record):
-            found.setdefault(f"{model_name(record)}{precision_name(record)}", []).append(record)
-    tables += [_decode_table(name, of) for name, of in found.items()]
+            groups.setdefault(f"{model_name(record)}{precision_name(record)}", []).append(record)
+    tables += [_decode_table(name, of) for name, of in groups.items()]
     for record in records:
         with blaming(record):
             if record.get("profile"):

@@ -64,10 +64,10 @@ def validate_simulator(records: Sequence[Record]) -> list[Table]:
 
 def ops(records: Sequence[Record]) -> list[Table]:
     """A table for each operation: implementations and baselines at each size."""
-    found: dict[str, list[Record]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in records:
         with blaming(record):
-            found.setdefault(str(record["op"]), []).append(record)
+            groups.setdefault(str(record["op"]), []).append(record)
     columns = (
         "size",
         "implementation (* a baseline)",
@@ -78,7 +78,7 @@ def ops(records: Sequence[Record]) -> list[Table]:
         "against the best baseline",
         "trouble",
     )
-    return [Table(f"Operation {name}", columns, rows_of(of, _op_row)) for name, of in found.items()]
+    return [Table(f"Operation {name}", columns, rows_of(of, _op_row)) for name, of in groups.items()]
 
 
 def _op_row(record: Record) -> tuple[str, ...]:

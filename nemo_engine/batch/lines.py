@@ -36,8 +36,8 @@ class Line:
         """What sorts lines of equal beginnings side by side."""
         body = self.body
         prompt = body.get("messages") or body.get("input") or body.get("prompt") or ""
-        if isinstance(prompt, list) and prompt and all(isinstance(one, int) for one in prompt):
-            prompt = "".join(chr(one % 0xD800) for one in prompt)
+        if isinstance(prompt, list) and prompt and all(isinstance(token_id, int) for token_id in prompt):
+            prompt = "".join(chr(token_id % 0xD800) for token_id in prompt)
         texts = (prompt if isinstance(prompt, str) else json.dumps(prompt), body.get("tools"), body.get("instructions"))
         return "\0".join([self.url, *(json.dumps(text) for text in texts[1:] if text), texts[0]])
 
@@ -124,7 +124,7 @@ def _workload(data: dict[str, Any], number: int, custom_id: str, vocab_size: int
     if isinstance(prompt, str):
         return Line(number, custom_id, COMPLETIONS, {"prompt": prompt} | body)
     if isinstance(prompt, tuple) and not isinstance(prompt[0], int):
-        return Line(number, custom_id, CHAT, {"messages": [dict(one) for one in prompt]} | body)
+        return Line(number, custom_id, CHAT, {"messages": [dict(message) for message in prompt]} | body)
     return Line(number, custom_id, COMPLETIONS, {"prompt": prompt_token_ids(item, 0, vocab_size)} | body)
 
 

@@ -78,7 +78,7 @@ class Reader:
         self._ids.execute("PRAGMA journal_mode = OFF")
         self._ids.execute("CREATE TABLE ids (id BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
 
-    def window(self, most: int) -> list[Line | BadLine]:
+    def window(self, max_lines: int) -> list[Line | BadLine]:
         """The next requests, at most ``most``: those that are none, then the others by their prompts. Empty at the end.
 
         Raises ``OSError`` or ``ValueError`` for a file that cannot be read on.
@@ -86,7 +86,7 @@ class Reader:
         good: list[Line] = []
         bad: list[BadLine] = []
         num_bytes = 0
-        while len(good) + len(bad) < most and num_bytes < _MOST_WINDOW_BYTES:
+        while len(good) + len(bad) < max_lines and num_bytes < _MOST_WINDOW_BYTES:
             try:
                 number, raw = next(self._lines)
             except StopIteration:
@@ -106,7 +106,8 @@ class Reader:
         return [*bad, *good]
 
     def _parsed(self, number: int, raw: bytes) -> Line:
-        if len(raw.rstrip(b"\r\n")) > self._max_bytes:
+        raw = raw.rstrip(b"\r\n")  # or what is said of a place in it speaks of a second line
+        if len(raw) > self._max_bytes:
             raise LineError("line_too_long", f"a line must have at most {self._max_bytes} bytes")
         line = parse_request(self._read_json(raw), number, self._vocab_size)
         digest = blake2b(line.custom_id.encode(errors="surrogatepass"), digest_size=16).digest()

@@ -257,7 +257,7 @@ class Results:
         path, errors, run = self.path, Path(f"{self.path}.errors"), Path(f"{self.path}.run")
         if not path.parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no directory {path.parent}")
-        has_results = any(one.exists() and one.stat().st_size > 0 for one in (path, errors))
+        has_results = any(file.exists() and file.stat().st_size > 0 for file in (path, errors))
         if has_results and not run.exists():
             raise ValueError(f"{path} holds something, and no {run.name} says of which run: name another, or remove it")
         if has_results and not force:

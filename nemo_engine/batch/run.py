@@ -106,12 +106,12 @@ async def answer_all(
                 results.failed(line.number, failure(line.number, line.custom_id, line.code, line.message, None))
                 summary.note(None)
             else:
-                made = await answer(line)
-                if made.error is None:
-                    results.answered(line.number, success(line, made))
+                answered = await answer(line)
+                if answered.error is None:
+                    results.answered(line.number, success(line, answered))
                 else:
-                    results.failed(line.number, failure(line.number, line.custom_id, *made.error, made))
-                summary.note(made)
+                    results.failed(line.number, failure(line.number, line.custom_id, *answered.error, answered))
+                summary.note(answered)
             if watcher is not None:
                 watcher.update(summary)
 

@@ -210,8 +210,8 @@ def no_weights_message(path: Path) -> str:
             "trust it, convert it with" + CONVERSION.format(path=str(path))
         )
     other = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
-    found = f"it has {', '.join(other)}, which cannot be read" if other else "it has no weights at all"
-    return f"{path} holds no checkpoint that can be read: {found}; needed is {needed}"
+    contents = f"it has {', '.join(other)}, which cannot be read" if other else "it has no weights at all"
+    return f"{path} holds no checkpoint that can be read: {contents}; needed is {needed}"
 
 
 def _base_of(file: Path) -> str | None:

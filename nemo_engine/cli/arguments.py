@@ -90,6 +90,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "float | None": {"type": _or_none(float), "metavar": "X"},
     "str": {"metavar": "NAME"},
     "str | None": {"metavar": "NAME"},
+    "dict[str, Any] | None": {"type": _json_object, "metavar": "JSON"},
     "dict[str, str] | None": {"type": _key_value, "action": "append", "metavar": "KEY=VALUE"},
     "str | Sequence[str] | None": {"action": "append", "metavar": "TEXT"},
     "Sequence[str] | None": {"action": "append", "metavar": "TEXT"},

@@ -116,12 +116,12 @@ class Chat:
 
     def _turn(self, text: str) -> None:
         """Ask, print the answer as it comes, and keep both; a turn that yields nothing leaves no trace."""
-        asked = [*self._history, {"role": "user", "content": text}]
+        messages = [*self._history, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self._system}] if self._system else []
         answer = ""
         output: RequestOutput | None = None
         try:
-            stream = self._engine.stream_chat([*system, *asked], effective_params(self._options))
+            stream = self._engine.stream_chat([*system, *messages], effective_params(self._options))
             try:
                 for output in stream:
                     for completion in output.outputs:
@@ -145,7 +145,7 @@ class Chat:
                 _say(f"error: {output.outputs[0].error}")
                 return
         if answer:
-            self._history = [*asked, {"role": "assistant", "content": answer}]
+            self._history = [*messages, {"role": "assistant", "content": answer}]
 
 
 def effective_params(options: dict[str, Any]) -> SamplingParams:

@@ -40,11 +40,11 @@ def with_config(args: argparse.Namespace, path: Path) -> argparse.Namespace:
             hint = advice(name.replace("-", "_"), known)
             raise ValueError(f"{path}: there is no option {key!r}" + (f": {hint}" if hint else ""))
         try:
-            found = parser.parse_args(list(_words(f"--{name}", action, value)))
+            parsed = parser.parse_args(list(_words(f"--{name}", action, value)))
         except ValueError as error:
             raise ValueError(f"{path}: {key}: {error}") from None
         if action.dest not in merged or merged[action.dest] is False:  # --verbose is false where it is not given
-            merged[action.dest] = getattr(found, action.dest)
+            merged[action.dest] = getattr(parsed, action.dest)
     return argparse.Namespace(**merged)
 
 
@@ -61,8 +61,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
             if twice is not None:
                 raise ValueError(f"{path}: {twice!r} is given twice")
-            found: dict[Hashable, Any] = super().construct_mapping(node, deep)
-            return found
+            mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+            return mapping
 
     try:
         data = yaml.load(read_text("--config", path), Loader)

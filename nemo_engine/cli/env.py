@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from nemo_engine import __version__
 
-_NOT_EXTRAS = {"test", "dev", "nvcc"}
+_NOT_EXTRAS = {"test", "dev", "docs", "nvcc"}
 # Variables that change what is computed or found; their values hold no secrets.
 _SHOWN = (
     "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "NEMO_ENGINE_CUDA", "OMP_NUM_THREADS",
@@ -98,9 +98,9 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "driver", str(facts["gpu_driver"] or "none, or nvidia-ml-py is not installed")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
-        found = torch.cuda.get_device_properties(index)
-        memory = f"{found.total_memory / (1 << 30):.1f} GiB"
-        yield f"GPU {index}", f"{found.name}, {memory}, compute capability {found.major}.{found.minor}"
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / (1 << 30):.1f} GiB"
+        yield f"GPU {index}", f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}"
     if not count:
         yield "GPU", str(facts["gpu"] or "none") + (", which torch does not see" if facts["gpu"] else "")
     yield "CPU", f"{facts['cpu']}, {torch.backends.cpu.get_cpu_capability()}"

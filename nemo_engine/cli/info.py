@@ -156,24 +156,27 @@ def fits(model: PlannedModel, inventory: Inventory | None, gpus: list[Gpu]) -> l
     at start-up.
     """
     rows = [("GPU", "GiB", "as it is", "quantization fp8", "and kv_cache_dtype fp8")]
-    made: list[tuple[EngineConfig, Formats] | None] = []
+    choices: list[tuple[EngineConfig, Formats] | None] = []
     for weights, kv_cache in ((None, "auto"), ("fp8", "auto"), ("fp8", "fp8")):
         config = EngineConfig(quantization=weights, kv_cache_dtype=kv_cache)
         try:
-            made.append((config, formats_of(model, config, inventory if weights is None else None)))
+            choices.append((config, formats_of(model, config, inventory if weights is None else None)))
         except ValueError:  # not of this checkpoint: it is FP8 in blocks, or float64
-            made.append(None)
+            choices.append(None)
     for gpu in gpus:
         free = gpu.free_bytes if gpu.marketing_gb else int(gpu.memory_gib * GIB)
-        cells = ["-" if each is None else _tokens(model.config, *each, free) for each in made]
+        no_fp8 = bool(gpu.marketing_gb) and gpu.fp8_flops_per_s is None
+        cells = ["-" if each is None else _tokens(model.config, *each, free, no_fp8) for each in choices]
         rows.append((gpu.name, f"{gpu.memory_gib:g}", cells[0], cells[1], cells[2]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return ["What fits: tokens of KV cache beside weights and steps, as the engine plans them", *lines]
 
 
-def _tokens(config: ModelConfig, engine: EngineConfig, formats: Formats, free: int) -> str:
-    """How many tokens the KV cache holds in ``free`` bytes, or how much is missing."""
+def _tokens(config: ModelConfig, engine: EngineConfig, formats: Formats, free: int, no_fp8: bool) -> str:
+    """How many tokens the KV cache holds in ``free`` bytes, or how much is missing, or that the GPU knows no FP8."""
+    if no_fp8 and (formats.is_linear_fp8 or formats.is_head_fp8 or formats.is_kv_fp8):
+        return "no FP8 here"
     try:
         pages, length, _ = plan_kv_cache(config, engine, formats.sizes, free)
     except DoesNotFitError as error:

@@ -82,16 +82,16 @@ def run(args: argparse.Namespace) -> int:
             if len(gpus) == 1:
                 raise
             plans.append((gpu, str(error)))
-    made = [plan for _, plan in plans if isinstance(plan, Plan)]
-    if not made:
+    fitting = [plan for _, plan in plans if isinstance(plan, Plan)]
+    if not fitting:
         raise ValueError("; ".join(dict.fromkeys(str(reason) for _, reason in plans)))
     if len(plans) == 1:
-        print(report(made[0], verbose=args.verbose))
+        print(report(fitting[0], verbose=args.verbose))
     else:
         print(compare(plans))
-        print("\n".join(line for plan in made[:1] for line in accuracy("", plan.efficiencies)))
+        print("\n".join(line for plan in fitting[:1] for line in accuracy("", plan.efficiencies)))
     if args.json is not None:
         data = [as_json(plan) if isinstance(plan, Plan) else {"gpu": gpu.name, "error": plan} for gpu, plan in plans]
         text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
         args.json.write_text(text + "\n", encoding="utf-8")
-    return int(all(plan.shortage is not None for plan in made))
+    return int(all(plan.shortage is not None for plan in fitting))

@@ -85,7 +85,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument("--arrival-seed", metavar="N", type=int, default=0, help="of the arrivals' noise [0]")
     group = parser.add_argument_group("deployment")
     group.add_argument("--replicas", metavar="N", type=int, default=1, help="engines behind a router [1]")
-    group.add_argument("--routing", choices=("round-robin", "least-loaded", "prefix-aware"), default="round-robin")
+    routings = ("round-robin", "least-loaded", "prefix-aware", "session-affinity")
+    group.add_argument("--routing", choices=routings, default="round-robin", help="which engine takes a request")
     group.add_argument("--slo-ttft", metavar="TIME", type=seconds, help="a good request's time to first token, as 1s")
     group.add_argument(
         "--slo-itl", metavar="TIME", type=seconds, help="a good request's mean time from token to token, as 30ms"
@@ -126,11 +127,11 @@ def run(args: argparse.Namespace) -> int:
         f"{facts['model']} on {setting.replicas} x {facts['machine']}, {setting.shape.num_pages:,} KV pages of "
         f"{setting.shape.page_size}"
     )
-    print(report(label, [(f"{value:g}", found) for value, found in runs]))
+    print(report(label, [(f"{value:g}", results) for value, results in runs]))
     if efficiencies is not None:
         print("\n".join(accuracy(args.gpu, efficiencies)))
     if args.json is not None:
-        records = [{label: value, **found.as_json()} for value, found in runs]
+        records = [{label: value, **results.as_json()} for value, results in runs]
         args.json.write_text(json.dumps(facts | {"runs": records}, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
         plot(label, runs, setting.limits, args.plot)

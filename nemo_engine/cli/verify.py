@@ -87,4 +87,4 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(as_json(results, facts))
     if args.plot is not None:
         plot(results, args.plot)
-    return int(any(found.faults for found in results))
+    return int(any(result.faults for result in results))

@@ -110,7 +110,9 @@ class BaseEngine:
         given = self.config.tokenizer
         places = folders if given is None else [Path(given)]
         with self.startup_log.stage("load tokenizer"):
-            self.tokenizer = next((made for place in places if (made := load_tokenizer(place)) is not None), None)
+            self.tokenizer = next(
+                (tokenizer for place in places if (tokenizer := load_tokenizer(place)) is not None), None
+            )
         _logger.info("tokenizer: %s", "none" if self.tokenizer is None else self.tokenizer.describe())
         if self.tokenizer is None:
             self._check_no_template()

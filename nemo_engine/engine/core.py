@@ -16,7 +16,7 @@ from typing import Protocol
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.outputs import StepRecord
-from nemo_engine.scheduler import Scheduler, StepOutput
+from nemo_engine.scheduler import Scheduler, Speculation, StepOutput
 from nemo_engine.startup_log import StartupLog
 from nemo_engine.step import StepPlan, StepResult
 
@@ -211,5 +211,6 @@ def start_core(
         max_num_batched_tokens=half.max_num_batched_tokens,
         max_model_len=half.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
+        speculation=Speculation(config.widths, config.num_speculative_tokens) if config.widths else None,
     )
     return StartedCore(EngineCore(scheduler, half.runner, half.pipeline_depth), half.model_config, half.model_path)

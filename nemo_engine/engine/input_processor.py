@@ -129,10 +129,10 @@ class InputProcessor:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
             if value is not None and limit != -1:
-                asked = self._vocab_size if value == -1 else value
-                if asked > limit:
+                count = self._vocab_size if value == -1 else value
+                if count > limit:
                     raise ValueError(
-                        f"{name} must be at most max_logprobs ({limit}), got {value} ({asked} per position)"
+                        f"{name} must be at most max_logprobs ({limit}), got {value} ({count} per position)"
                     )
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             for token_id in getattr(params, name) or ():

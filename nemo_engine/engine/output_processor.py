@@ -94,7 +94,7 @@ class OutputProcessor:
 
         O(completions).
         """
-        running = [one for one in self._completions.values() if one.request.status is RequestStatus.RUNNING]
+        running = [entry for entry in self._completions.values() if entry.request.status is RequestStatus.RUNNING]
         waiting = (self._completions.get(request) for request in self._scheduler.waiting)
         now = time.monotonic()
         shown = islice(chain(running, filter(None, waiting)), limit)
@@ -102,7 +102,7 @@ class OutputProcessor:
 
     def _view(self, completion: Completion, now: float) -> RequestView:
         request = completion.request
-        num_computed = request.num_computed_tokens
+        num_computed = min(request.num_computed_tokens, max(0, request.max_total_tokens - 1))
         is_prefilling = num_computed < len(request.token_ids) - 1
         is_running = request.status is RequestStatus.RUNNING
         return RequestView(
@@ -136,10 +136,14 @@ class OutputProcessor:
             if not self._take_prompt(completion, first, entries):
                 changed[completion.owner] = None
         if self._attended:
-            for index, request in enumerate(committed.requests):
+            requests = committed.requests
+            for index, request in enumerate(requests):
                 attended = self._attended.get(request)
-                if attended is not None:
-                    self._take(attended, committed.logprobs.get(index))
+                if attended is not None and attended.stop_string is None:
+                    later = index + 1  # a wide step may have more tokens for it
+                    while later < len(requests) and requests[later] is request:
+                        later += 1
+                    self._take(attended, committed.logprobs.get(index), later - index - 1)
                     changed[attended.owner] = None
         for request in committed.finished:
             completion = self._completions[request]
@@ -182,9 +186,9 @@ class OutputProcessor:
             self._take(completion)
         self._emit(known, time.monotonic())
 
-    def _take(self, completion: Completion, logprobs: TokenLogprobs | None = None) -> None:
-        """Turn what is new into text, which may end the request: at a stop string, or because there is no text for
-        it.
+    def _take(self, completion: Completion, logprobs: TokenLogprobs | None = None, num_later: int = 0) -> None:
+        """Turn what is new, but for ``num_later`` tokens, into text, which may end the request: at a stop string, or
+        because there is no text for it.
         """
         request = completion.request
         try:
@@ -192,7 +196,7 @@ class OutputProcessor:
                 assert completion.logprobs is not None
                 completion.logprobs.append(self._logprob_dict(logprobs))
                 completion.cumulative_logprob += logprobs.logprobs[0]
-            stop_string = completion.read()
+            stop_string = completion.read(num_later)
         except Exception as error:
             self._fail(completion, "its tokens could not be turned into text", error)
             return

@@ -45,10 +45,13 @@ class Completion:
         """Whether the scheduler has ended the request."""
         return self.request.status is RequestStatus.FINISHED
 
-    def read(self) -> str | None:
-        """Feed what was generated since the last call to the detokenizer; returns the stop string that appeared."""
+    def read(self, num_later: int = 0) -> str | None:
+        """Feed what was generated since the last call to the detokenizer, but for the last ``num_later`` tokens;
+        returns the stop string that appeared, behind which no token stays.
+        """
         request = self.request
-        new = request.token_ids[request.num_prompt_tokens + self.num_read_tokens :]
+        end = len(request.token_ids) - num_later
+        new = request.token_ids[request.num_prompt_tokens + self.num_read_tokens : end]
         if self.detokenizer is None or not new or self.stop_string is not None or self.is_reading:
             self.num_read_tokens += len(new)
             return None
@@ -57,6 +60,8 @@ class Completion:
         self.is_reading = True
         self.stop_string = self.detokenizer.append(new, last_is_stop_token=ends_at_stop_token)
         self.num_read_tokens += len(new)
+        if self.stop_string is not None:
+            del request.token_ids[end:]
         self.is_reading = False
         return self.stop_string
 

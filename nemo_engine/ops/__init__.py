@@ -13,6 +13,7 @@ from nemo_engine.ops.activation import SILU_MUL, SILU_MUL_FP8
 from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
 from nemo_engine.ops.blocks import QUANTIZE_TOKEN_BLOCKS
+from nemo_engine.ops.draft import ACCEPT, DRAFT
 from nemo_engine.ops.embed import EMBED
 from nemo_engine.ops.fused import (
     NORM_LINEAR,
@@ -31,6 +32,7 @@ from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS
 __all__ = ["ALL_OPS", "SEMANTICS", "Choice", "Op", "Ops", "Site", "select"]
 
 ALL_OPS: tuple[Op, ...] = (
+    DRAFT,
     BUILD_BATCH,
     EMBED,
     RMS_NORM,
@@ -52,6 +54,7 @@ ALL_OPS: tuple[Op, ...] = (
     SAMPLE,
     TOP_LOGPROBS,
     ADVANCE,
+    ACCEPT,
 )
 
 EVERY = "*"  # in a preference: every operation that has such an implementation
@@ -77,6 +80,7 @@ def served_by(name: str | None, site: Site) -> dict[str, str]:
 class Ops:
     """The chosen implementations, as plain callables, one for each operation of ``ALL_OPS``."""
 
+    draft_: Callable[..., Any]
     build_batch_: Callable[..., Any]
     embed: Callable[..., Any]
     rms_norm: Callable[..., Any]
@@ -98,6 +102,7 @@ class Ops:
     sample_: Callable[..., Any]
     top_logprobs: Callable[..., Any]
     advance_: Callable[..., Any]
+    accept_: Callable[..., Any]
     choices: tuple[Choice, ...]
 
     @classmethod

@@ -52,7 +52,10 @@ class AttentionMeta:
     """Where the rows of a step lie. R rows, decode rows first; row i has queries ``query_start_loc[i] .. [i + 1] - 1``.
 
     ``seq_lens[i]`` counts the keys of row i, those of its own queries included; its last query sees all of them. Its
-    pages are ``page_table[slot_ids[i]]``; entries past its last page mean nothing. A decode row has one query.
+    pages are ``page_table[slot_ids[i]]``; entries past its last page mean nothing. A decode row has one query. In a
+    wide step decode rows come in runs of ``run_length`` (2, 4 or 8), whose keys a kernel may read once for all: the
+    rows of a run are of one slot, that of its first. A row of slot 0 in a run of another is padding, whose result means
+    nothing.
     """
 
     num_decodes: int
@@ -65,6 +68,7 @@ class AttentionMeta:
     longest: int  # row, in queries
     workspace: Workspace = field(default_factory=Workspace)
     prefill_pages: tuple[int, ...] | None = None  # of each row from num_decodes on, or more; None: num_pages each
+    run_length: int = 1  # decode rows
     _kept: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -156,6 +160,36 @@ def _cases() -> Iterator[Case]:
 
             kv_dtype = torch.float8_e4m3fn if is_fp8 else None
             yield Case(f"{name}{', fp8' if is_fp8 else ''}", make, site | {"kv_dtype": kv_dtype})
+    yield from _run_cases()
+
+
+def _run_cases() -> Iterator[Case]:
+    for name, heads, kv_heads, dim, page_size, rows, run in (
+        ("a run of 2", 4, 2, 16, 16, [(1, 1), (1, 2)], 2),
+        ("runs of 4 around page and tile ends", 8, 2, 16, 16,
+         [(1, n) for n in (15, 16, 17, 17, 62, 63, 64, 65, 64, 65, 66, 67, 1, 1, 1, 1)], 4),
+        ("runs of 4, long ones", 4, 1, 24, 64,
+         [(1, n) for n in (897, 898, 899, 900, 3, 3, 3, 3, 126, 127, 128, 129)], 4),
+        ("runs of 8, many groups", 6, 2, 8, 32, [(1, n) for n in (*range(1020, 1028), *[50] * 8, *range(58, 66))], 8),
+        ("runs of 8, true size", 32, 8, 128, 64, [(1, n) for n in (*range(123, 131), *range(1, 9))], 8),
+        ("runs of 4 and prefills", 8, 2, 32, 16, [*[(1, n) for n in range(30, 34)], (5, 37), (70, 70)], 4),
+        ("runs of 2, no keys", 8, 2, 128, 16, [(1, n) for n in (0, 0, 200, 201, 0, 0)], 2),
+        ("runs of 4, a very long one", 8, 1, 128, 128, [(1, n) for n in (5, 5, 5, 5, 2047, 2048, 2049, 2050)], 4),
+    ):  # fmt: skip
+        site = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size}
+        for is_fp8 in (False, True):
+
+            def make(
+                dtype: torch.dtype,
+                shape: tuple[int, int, int, int] = (heads, kv_heads, dim, page_size),
+                rows: list[tuple[int, int]] = rows,
+                run: int = run,
+                is_fp8: bool = is_fp8,
+            ) -> tuple[object, ...]:
+                return attention_inputs(rows, *shape, dtype, is_fp8, run)
+
+            kv_dtype = torch.float8_e4m3fn if is_fp8 else None
+            yield Case(f"{name}{', fp8' if is_fp8 else ''}", make, site | {"kv_dtype": kv_dtype})
 
 
 def attention_inputs(
@@ -166,8 +200,10 @@ def attention_inputs(
     page_size: int,
     dtype: torch.dtype,
     is_fp8: bool = False,
+    run_length: int = 1,
 ) -> tuple[Tensor, PagedKV, AttentionMeta, float]:
-    """Random arguments for ``rows`` of (queries, keys), single-query rows at the front being decodes.
+    """Random arguments for ``rows`` of (queries, keys), single-query rows at the front being decodes, in runs of
+    ``run_length``.
 
     Pages are shuffled, and every cache entry that must not be read is NaN. FP8 caches have a scale per head.
     """
@@ -186,6 +222,12 @@ def attention_inputs(
             cache[pages] = content.unflatten(1, (-1, page_size)).transpose(0, 1)
     queries = [count for count, _ in rows]
     num_decodes = next((i for i, count in enumerate(queries) if count > 1), len(rows))
+    for first in range(
+        0, num_decodes if run_length > 1 else 0, run_length
+    ):  # the pages of a run are those of its longest
+        run = slice(first, first + run_length)
+        longest = max(range(len(rows))[run], key=lambda index: rows[index][1])
+        slots[run] = slots[longest]
     meta = AttentionMeta(
         num_decodes=num_decodes,
         query_start_loc=torch.tensor([0, *queries]).cumsum(0),
@@ -195,6 +237,7 @@ def attention_inputs(
         page_size=page_size,
         num_pages=max(widths),
         longest=max(queries),
+        run_length=run_length,
     )
     q = torch.randn(sum(queries), heads, dim, generator=generator).to(dtype)
     kv_dtype = torch.float8_e4m3fn if is_fp8 else dtype

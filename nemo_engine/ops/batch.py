@@ -22,19 +22,25 @@ def build_batch_(
     page_size: int,
     num_tokens: int,
     longest: int,
+    ahead: Tensor | None = None,
+    width: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row i computes the next ``starts[i + 1] - starts[i]`` tokens, at most ``longest``, of slot ``slots[i]``.
 
     token_ids: (S, L) int32; num_computed: (S,) int64; page_table: (S, P) int64, modified: entry ``new_index[i]`` of row
     i's slot becomes ``new_page[i]`` unless that is negative. slots, new_index, new_page: (R,) int64; starts: (R + 1,)
     int64, from 0 to ``num_tokens``. Only slot 0, which is padding, may occur in several rows; it takes no new page.
-    Returns ids, positions and places ``page * page_size + offset`` of the tokens, (T,) int64 each, and (R,) int64: each
-    row's length when the step is done.
+    ahead: of a wide step, (W,) int64 as ``draft_`` returns it: the first W rows are runs of ``width`` rows of one
+    token, which begin so much further on; those that repeat the row before them are placed in page 0. Returns ids,
+    positions and places ``page * page_size + offset`` of the tokens, (T,) int64 each, and (R,) int64: each row's length
+    when the step is done.
     """
     is_new = new_page >= 0
     # What is not new is written to slot 0's first entry, which is page 0.
     page_table[slots * is_new, new_index * is_new] = new_page * is_new
     first, counts = num_computed[slots], starts.diff()
+    if ahead is not None:
+        first[: len(ahead)] += ahead
     if num_tokens == len(slots) and longest == 1:
         slot, positions = slots, first
     else:
@@ -43,6 +49,8 @@ def build_batch_(
         positions = torch.arange(num_tokens, device=slots.device) + (first - starts[:-1])[row]
     ids = token_ids[slot, positions].long()
     mapping = page_table[slot, positions // page_size] * page_size + positions % page_size
+    if ahead is not None:
+        mapping[: len(ahead)] *= ahead == torch.arange(len(ahead), device=slots.device) % width
     return ids, positions, mapping, first + counts
 
 
@@ -96,6 +104,33 @@ def _batch_cases() -> Iterator[Case]:
             return token_ids, num_computed, page_table, slots, starts, new_index, new_page, page_size, total, longest
 
         yield Case(name, make)
+    for name, num_runs, width, counts in (("a run", 1, 2, []), ("runs, padding and prefills", 7, 4, [17, 1, 300])):
+
+        def make_wide(
+            dtype: torch.dtype, num_runs: int = num_runs, width: int = width, counts: list[int] = counts
+        ) -> tuple[Any, ...]:
+            num_rows, generator = num_runs * width, torch.Generator().manual_seed(width)
+            token_ids, num_computed, page_table = _table(num_runs + len(counts) + 3, 1000, 16)
+            num_computed.clamp_(max=600)
+            slots = 1 + torch.randperm(num_runs + len(counts) + 2, generator=generator)[: num_runs + len(counts)]
+            if num_runs > 4:
+                slots[1] = slots[4] = 0
+            new_page = torch.where(slots > 0, torch.randint(-2, 3, slots.shape, generator=generator), -1)
+            new_index = (num_computed[slots] + 1) // 16
+            repeats = torch.tensor([width] * num_runs + [1] * len(counts))
+            num_drafts = torch.randint(0, width, (num_runs, 1), generator=generator) * (slots[:num_runs, None] > 0)
+            ahead = torch.arange(width).minimum(num_drafts).flatten()
+            slots, new_index, new_page = (x.repeat_interleave(repeats) for x in (slots, new_index, new_page))
+            if num_runs > 4:
+                slots[1:width], new_page[1:width], ahead[1:width] = 0, -1, 0
+            starts = torch.tensor([0, *[1] * num_rows, *counts]).cumsum(0)
+            total, longest = num_rows + sum(counts), max(counts, default=1)
+            return (
+                token_ids, num_computed, page_table, slots, starts, new_index, new_page, 16, total, longest, ahead,
+                width,
+            )  # fmt: skip
+
+        yield Case(name, make_wide)
 
 
 def _advance_cases() -> Iterator[Case]:

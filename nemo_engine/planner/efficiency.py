@@ -59,37 +59,37 @@ class Efficiencies:
     def ideal(self) -> Efficiencies:
         """These ceilings, everything else perfect and free: the rooflines that no engine can pass."""
         names = {field.name for field in fields(self)} - {"memory", "matmul_bf16", "matmul_fp8"}
-        one = Figure(1.0, "ideal")
+        whole = Figure(1.0, "ideal")
         free = Figure(0.0, "ideal")
         costs = {"elementwise", "launch_us", "gap_us", "host_us", "host_us_per_request", "link_us"}
-        return replace(self, **{name: free if name in costs else one for name in names})
+        return replace(self, **{name: free if name in costs else whole for name in names})
 
     @classmethod
     def assumed(cls, gpu: Gpu) -> Efficiencies:
         """Without any measurement of ``gpu``: what another kind of memory or chip was measured with says so."""
-        found = cls()
+        fractions = cls()
         if gpu.memory in _OF_MEMORY:
-            found = replace(found, memory=_OF_MEMORY[gpu.memory])
+            fractions = replace(fractions, memory=_OF_MEMORY[gpu.memory])
         elif gpu.memory != "HBM3e":
-            found = replace(found, memory=_carried(found.memory, gpu.memory))
+            fractions = replace(fractions, memory=_carried(fractions.memory, gpu.memory))
         if not gpu.name.startswith("h"):
             names = ("matmul_bf16", "matmul_fp8")
-            found = replace(found, **{name: _carried(getattr(found, name), "this chip") for name in names})
-        copy = gpu.bytes_per_s * found.memory.value
-        fp8 = min(found.kv_bf16.value, max(found.kv_fp8.value, _FP8_KERNELS / copy))
-        if fp8 != found.kv_fp8.value:
+            fractions = replace(fractions, **{name: _carried(getattr(fractions, name), "this chip") for name in names})
+        copy = gpu.bytes_per_s * fractions.memory.value
+        fp8 = min(fractions.kv_bf16.value, max(fractions.kv_fp8.value, _FP8_KERNELS / copy))
+        if fp8 != fractions.kv_fp8.value:
             source = "assumed: as bf16's; arithmetic binds FP8 kernels at 3.6 TB/s, which this memory does not reach"
-            found = replace(found, kv_fp8=Figure(fp8, source))
-        return found
+            fractions = replace(fractions, kv_fp8=Figure(fp8, source))
+        return fractions
 
     @classmethod
     def read(cls, gpu: Gpu, folder: Path | None) -> Efficiencies:
         """The assumptions, with what ``folder`` holds measurements of ``gpu`` for in their place (``*.jsonl`` of
         gpu_ceilings, latency).
         """
-        found = cls.assumed(gpu)
+        fractions = cls.assumed(gpu)
         if folder is None:
-            return found
+            return fractions
         records = list(_records(gpu, folder))
         ceilings = [record for record in records if record.get("benchmark") == "gpu_ceilings"]
         precise = "fp8 rowwise precise accumulation"
@@ -100,15 +100,15 @@ class Efficiencies:
         ):  # fmt: skip
             if peak is not None and rates:
                 rate, file = max(rates)
-                found = replace(found, **{name: Figure(rate * unit / peak, f"measured: {file}")})
-        return _with_decode(found, records)
+                fractions = replace(fractions, **{name: Figure(rate * unit / peak, f"measured: {file}")})
+        return _with_decode(fractions, records)
 
 
 def _carried(figure: Figure, to: str) -> Figure:
     return Figure(figure.value, f"{figure.source}; carried over to {to} without a measurement")
 
 
-def _with_decode(found: Efficiencies, records: list[dict[str, Any]]) -> Efficiencies:
+def _with_decode(fractions: Efficiencies, records: list[dict[str, Any]]) -> Efficiencies:
     """Whole decode steps that were measured replace what was assumed of their parts."""
     steps = [
         (float(record["fraction"]), _has_fp8_kv(record), record["file"])
@@ -116,16 +116,18 @@ def _with_decode(found: Efficiencies, records: list[dict[str, Any]]) -> Efficien
         if record.get("benchmark") == "latency" and record.get("what") == "decode" and record.get("fraction")
     ]
     if not steps:
-        return found
+        return fractions
     every = Figure(statistics.median(step[0] for step in steps), f"measured, whole decode steps: {steps[0][2]}")
     free = Figure(0.0, "measured: contained in whole decode steps")
-    found = replace(found, weights=every, launch_us=free, gap_us=free)
+    fractions = replace(fractions, weights=every, launch_us=free, gap_us=free)
     for name, is_fp8 in (("kv_bf16", False), ("kv_fp8", True)):
-        own = [step for step in steps if step[1] is is_fp8]
-        if own:
-            value = statistics.median(step[0] for step in own)
-            found = replace(found, **{name: Figure(value, f"measured, whole decode steps: {own[0][2]}")})
-    return found
+        same_format = [step for step in steps if step[1] is is_fp8]
+        if same_format:
+            value = statistics.median(step[0] for step in same_format)
+            fractions = replace(
+                fractions, **{name: Figure(value, f"measured, whole decode steps: {same_format[0][2]}")}
+            )
+    return fractions
 
 
 def _has_fp8_kv(record: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ class Gpu:
 
     ``link_bytes_per_s``: to the other cards of a machine, one way.
 
-    ``source`` says where the numbers are from.
+    ``source`` is where rates and bandwidth can be read.
     """
 
     name: str
@@ -40,28 +40,30 @@ class Gpu:
         return int((self.memory_gib - CONTEXT_GIB) * (1 << 30))
 
 
-_ADA = "NVIDIA Ada architecture white paper"
-_BLACKWELL = "NVIDIA RTX Blackwell architecture white paper"
-# GeForce cards: products that add in fp32, half of what they do with fp16 sums.
+_IMAGES, _CENTER = "https://images.nvidia.com/aem-dam", "https://www.nvidia.com/en-us/data-center"
+_AMPERE = f"{_IMAGES}/en-zz/Solutions/geforce/ampere/pdf/NVIDIA-ampere-GA102-GPU-Architecture-Whitepaper-V1.pdf"
+_ADA = f"{_IMAGES}/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+_BLACKWELL = f"{_IMAGES}/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
+_A10G = "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf"
+# As built, 180 GB at 7.7 TB/s; what was announced, 192 GB at 8 TB/s, was never sold.
+_B200 = "https://lenovopress.lenovo.com/lp2226-thinksystem-nvidia-b200-180gb-1000w-gpu"
+# GeForce cards: products that add in fp32, half of what they do with fp16 sums. The pages of H200, H100 and L4 print
+# rates with sparsity, which are halved here. The A10G is another card than the A10 and has not its 125 TFLOP/s.
 _ALL = (
-    Gpu("h200", "NVIDIA H200 SXM", 141, 139.8, "HBM3e", 4.8e12, 989e12, 1979e12, 450e9, "NVIDIA H200 data sheet"),
-    Gpu("h100", "NVIDIA H100 SXM", 80, 79.1, "HBM3", 3.35e12, 989e12, 1979e12, 450e9, "NVIDIA H100 data sheet, SXM"),
-    Gpu("h100-pcie", "NVIDIA H100 PCIe", 80, 79.1, "HBM2e", 2.0e12, 756e12, 1513e12, 64e9, "NVIDIA H100 PCIe brief"),
-    Gpu("a100", "NVIDIA A100 80GB SXM", 80, 79.1, "HBM2e", 2.039e12, 312e12, None, 300e9,
-        "NVIDIA A100 data sheet, 80GB SXM"),
+    Gpu("h200", "NVIDIA H200 SXM", 141, 139.8, "HBM3e", 4.8e12, 989e12, 1979e12, 450e9, f"{_CENTER}/h200"),
+    Gpu("h100", "NVIDIA H100 SXM", 80, 79.1, "HBM3", 3.35e12, 989e12, 1979e12, 450e9, f"{_CENTER}/h100"),
+    Gpu("h100-pcie", "NVIDIA H100 PCIe", 80, 79.1, "HBM2e", 2.0e12, 756e12, 1513e12, 64e9,
+        "NVIDIA H100 data sheet, column PCIe; https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html"),
+    Gpu("a100", "NVIDIA A100 80GB SXM", 80, 79.1, "HBM2e", 2.039e12, 312e12, None, 300e9, f"{_CENTER}/a100"),
     Gpu("a100-40", "NVIDIA A100 40GB SXM", 40, 39.4, "HBM2", 1.555e12, 312e12, None, 300e9,
-        "NVIDIA A100 data sheet, 40GB"),
-    Gpu("l40s", "NVIDIA L40S", 48, 44.4, "GDDR6", 864e9, 362e12, 733e12, 32e9, "NVIDIA L40S data sheet"),
-    Gpu("l4", "NVIDIA L4", 24, 22.0, "GDDR6", 300e9, 121e12, 242e12, 32e9, "NVIDIA L4 data sheet, halved for dense"),
-    Gpu("a10g", "NVIDIA A10G", 24, 22.0, "GDDR6", 600e9, 70e12, None, 32e9,
-        "NVIDIA A10G data sheet, 35 to 70 TFLOP/s; the A10's 125 is of another card"),
-    Gpu("rtx3090", "NVIDIA GeForce RTX 3090", 24, 23.6, "GDDR6X", 936e9, 71e12, None, 32e9,
-        "NVIDIA GA102 white paper"),
+        f"{_IMAGES}/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf"),
+    Gpu("l40s", "NVIDIA L40S", 48, 44.4, "GDDR6", 864e9, 362e12, 733e12, 32e9, f"{_CENTER}/l40s"),
+    Gpu("l4", "NVIDIA L4", 24, 22.0, "GDDR6", 300e9, 121e12, 242e12, 32e9, f"{_CENTER}/l4"),
+    Gpu("a10g", "NVIDIA A10G", 24, 22.0, "GDDR6", 600e9, 70e12, None, 32e9, _A10G),
+    Gpu("rtx3090", "NVIDIA GeForce RTX 3090", 24, 23.6, "GDDR6X", 936e9, 71e12, None, 32e9, _AMPERE),
     Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 24, 23.6, "GDDR6X", 1.008e12, 165.2e12, 330.3e12, 32e9, _ADA),
     Gpu("rtx5090", "NVIDIA GeForce RTX 5090", 32, 31.3, "GDDR7", 1.792e12, 209.5e12, 419e12, 64e9, _BLACKWELL),
-    # 8 TB/s by the data sheet; drivers report a bus of 7680 bits, that is 7.7 TB/s.
-    Gpu("b200", "NVIDIA B200 SXM", 180, 178.3, "HBM3e", 8.0e12, 2250e12, 4500e12, 900e9,
-        "NVIDIA Blackwell and HGX B200 data sheets"),
+    Gpu("b200", "NVIDIA B200 SXM", 180, 178.3, "HBM3e", 7.7e12, 2250e12, 4500e12, 900e9, _B200),
 )  # fmt: skip
 GPUS = {gpu.name: gpu for gpu in _ALL}
 ALIASES = {

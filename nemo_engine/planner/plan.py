@@ -121,17 +121,17 @@ def make_plan(
     """
     efficiencies = efficiencies or Efficiencies.assumed(gpu)
     ranks = tensor_parallel_size
-    own, formats, sizes = _per_gpu(model, config, ranks)
+    rank_model, formats, sizes = _per_gpu(model, config, ranks)
     roofline = Roofline.of(model.config, formats, gpu, efficiencies, ranks)
     ideal = Roofline.of(model.config, formats, gpu, efficiencies.ideal(), ranks)
     shortage, num_pages, max_model_len = None, 0, 0
     try:
-        num_pages, max_model_len, found = plan_kv_cache(own, config, sizes, gpu.free_bytes)
-        assert found is not None
-        memory = found
+        num_pages, max_model_len, planned = plan_kv_cache(rank_model, config, sizes, gpu.free_bytes)
+        assert planned is not None
+        memory = planned
     except DoesNotFitError as error:
         shortage = error
-        memory = _paper_memory(own, config, sizes, gpu)
+        memory = _paper_memory(rank_model, config, sizes, gpu)
     total = load.input_tokens + load.output_tokens
     if shortage is None and total > max_model_len:
         raise ValueError(
@@ -143,7 +143,7 @@ def make_plan(
     meeting = [point for point in points if load.limits.are_kept(point.ttft, point.itl)]
     return Plan(
         model=model, gpu=gpu, config=config, formats=formats, efficiencies=efficiencies, tensor_parallel_size=ranks,
-        memory=memory, kv_bytes_per_token=own.kv_bytes_per_token(sizes.kv_cache), shortage=shortage,
+        memory=memory, kv_bytes_per_token=rank_model.kv_bytes_per_token(sizes.kv_cache), shortage=shortage,
         max_model_len=max_model_len, num_pages=num_pages, load=load, largest_batch=largest,
         points=tuple(point for point in points if point.batch in (*_BATCHES, largest)),
         best=meeting[-1] if meeting and load.limits != Limits() else None,
@@ -166,7 +166,7 @@ def _paper_memory(model: ModelConfig, config: EngineConfig, sizes: Sizes, gpu: G
 
 def alternatives(plan: Plan) -> list[str]:
     """Changes of one thing (FP8 or the GPU) with which a plan that does not fit does."""
-    found = []
+    options = []
     changes: list[dict[str, str]] = []
     if plan.config.quantization is None and not plan.formats.kinds:
         changes.append({"quantization": "fp8"})
@@ -178,19 +178,19 @@ def alternatives(plan: Plan) -> list[str]:
     if plan.gpu.fp8_flops_per_s is not None:
         for change in changes:
             if _fits(plan.model, plan.gpu, replace(plan.config, **change), ranks):  # type: ignore[arg-type]
-                found.append(", ".join(f"{name}={value}" for name, value in change.items()))
+                options.append(", ".join(f"{name}={value}" for name, value in change.items()))
     others = [gpu for gpu in GPUS.values() if gpu.memory_gib > plan.gpu.memory_gib]
     for gpu in sorted(others, key=lambda gpu: gpu.memory_gib):
         usable = gpu.fp8_flops_per_s is not None or not (plan.formats.kinds or plan.formats.is_kv_fp8)
         if usable and _fits(plan.model, gpu, plan.config, ranks):
-            found.append(gpu.title)
-    return found
+            options.append(gpu.title)
+    return options
 
 
 def _fits(model: PlannedModel, gpu: Gpu, config: EngineConfig, ranks: int) -> bool:
-    own, _, sizes = _per_gpu(model, config, ranks)
+    rank_model, _, sizes = _per_gpu(model, config, ranks)
     try:
-        plan_kv_cache(own, config, sizes, gpu.free_bytes)
+        plan_kv_cache(rank_model, config, sizes, gpu.free_bytes)
     except DoesNotFitError:
         return False
     return True
@@ -201,11 +201,11 @@ def _per_gpu(model: PlannedModel, config: EngineConfig, ranks: int) -> tuple[Mod
     gathered.
     """
     formats = formats_of(model, config)
-    own, sizes = shard(model.config, ranks), formats.sizes
+    rank_model, sizes = shard(model.config, ranks), formats.sizes
     if ranks > 1:
-        divided = replace(own, vocab_size=own.vocab_size // ranks)
+        divided = replace(rank_model, vocab_size=rank_model.vocab_size // ranks)
         sizes = Sizes(sizes.activations, sizes.kv_cache, weight_bytes(divided, sizes.activations, formats.kind_of))
-    return own, formats, sizes
+    return rank_model, formats, sizes
 
 
 def operating(roofline: Roofline, ideal: Roofline, load: Load, batch: int, config: EngineConfig) -> Operating:

@@ -28,14 +28,14 @@ def verdict(plan: Plan) -> str:
         return f"NO: {what}: {str(plan.shortage).splitlines()[0]}"
     if not plan.points:
         return f"NO: {what}: its KV cache holds no request of {plan.load.input_tokens} + {plan.load.output_tokens}"
-    one, most = plan.points[0], plan.best or max(plan.points, key=lambda point: point.tokens_per_s)
+    single, best = plan.points[0], plan.best or max(plan.points, key=lambda point: point.tokens_per_s)
     kept = plan.load.limits != Limits()
     if kept and plan.best is None:
         return f"NO: {what} fits, and the limits are not met even by one request at a time"
     return (
-        f"YES: {what}: one request gets {1 / one.itl:,.0f} tokens/s after {one.ttft * 1e3:.0f} ms; "
-        f"{most.batch} at a time{' keep the limits and' if kept else ''} get {most.tokens_per_s:,.0f} tokens/s, "
-        f"{most.requests_per_s:.1f} requests/s"
+        f"YES: {what}: one request gets {1 / single.itl:,.0f} tokens/s after {single.ttft * 1e3:.0f} ms; "
+        f"{best.batch} at a time{' keep the limits and' if kept else ''} get {best.tokens_per_s:,.0f} tokens/s, "
+        f"{best.requests_per_s:.1f} requests/s"
     )
 
 
@@ -107,15 +107,15 @@ def compare(plans: Sequence[tuple[Gpu, Plan | str]]) -> str:
             notes.append(f"{gpu.name}: {reason}")
             rows.append((*first, "no", *["-"] * (len(_GPU_HEADS) - 4)))
             continue
-        one, most = plan.points[0], plan.best or max(plan.points, key=lambda point: point.tokens_per_s)
+        single, best = plan.points[0], plan.best or max(plan.points, key=lambda point: point.tokens_per_s)
         if plan.load.limits != Limits() and plan.best is None:
             notes.append(f"{gpu.name}: the limits are not met even by one request at a time")
             rows.append((*first, "limits", f"{plan.capacity_tokens:,}", *["-"] * (len(_GPU_HEADS) - 5)))
             continue
-        cost = plan.cost_per_million(most)
+        cost = plan.cost_per_million(best)
         rows.append((
-            *first, "yes", f"{plan.capacity_tokens:,}", f"{1 / one.itl:,.0f}", f"{one.ttft * 1e3:.0f}",
-            f"{most.batch}", f"{most.tokens_per_s:,.0f}", f"{most.requests_per_s:.2f}",
+            *first, "yes", f"{plan.capacity_tokens:,}", f"{1 / single.itl:,.0f}", f"{single.ttft * 1e3:.0f}",
+            f"{best.batch}", f"{best.tokens_per_s:,.0f}", f"{best.requests_per_s:.2f}",
             "-" if cost is None else f"{cost:.3f}",
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -159,7 +159,7 @@ def _limits(plan: Plan) -> list[str]:
             f"{point.tokens_per_s:,.0f} tokens/s"
         )
     if load.price_per_hour is not None and plan.points:
-        point = point or max(plan.points, key=lambda one: one.tokens_per_s)
+        point = point or max(plan.points, key=lambda candidate: candidate.tokens_per_s)
         cost, unit = plan.cost_per_million(point), f" {load.currency}" if load.currency else ""
         assert cost is not None
         of_all = cost * load.output_tokens / (load.output_tokens + load.input_tokens)
@@ -171,8 +171,8 @@ def _limits(plan: Plan) -> list[str]:
 
 
 def _figures(plan: Plan) -> list[str]:
-    found = [(field.name, getattr(plan.efficiencies, field.name)) for field in fields(plan.efficiencies)]
-    return [f"  {name:<20}{figure.value:8.3f}  {figure.source}" for name, figure in found]
+    figures = [(field.name, getattr(plan.efficiencies, field.name)) for field in fields(plan.efficiencies)]
+    return [f"  {name:<20}{figure.value:8.3f}  {figure.source}" for name, figure in figures]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ nemo_engine.ray:build_app`` and a YAML for ``serve deploy`` name.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from nemo_engine.checks import check_int
 from nemo_engine.config import EngineConfig
 from nemo_engine.engine.async_engine import AsyncEngine, EngineDeadError
 from nemo_engine.option_names import refuse_unknown_arguments
+from nemo_engine.scaling import replicas_wanted
 from nemo_engine.server.app import create_app
 from nemo_engine.server.options import ServerOptions
 
@@ -27,9 +29,8 @@ except ImportError as error:
 _ARGUMENTS = {"model", "engine", "server", "num_replicas", "min_replicas", "max_replicas", "session_affinity", "name"}
 _NOT_HERE = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile", "max_connections")  # what Serve's proxy does
 _SESSIONS = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+_BY_SESSION = "hdr(x-session-id)"  # HAProxy's name for the same
 _HEALTH_PERIOD = 5.0  # seconds
-_FULL = 0.9  # of the KV cache, from which on another replica is wanted
-_IDLE = 0.5  # of what a replica less would have to hold, below which one is given back
 
 
 class Replica:
@@ -71,22 +72,17 @@ class Replica:
 
 
 def scale_by_load(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """How many replicas there should be: one more while requests wait or a KV cache is full, one less while the others
-    could hold all.
-    """
+    """How many replicas there should be, by what they say of themselves: see ``replicas_wanted``."""
     now = context.current_num_replicas
     metrics: dict[str, dict[Any, Any]] = context.raw_metrics or {}
 
     def latest(name: str) -> list[float]:
         return [points[-1].value for points in metrics.get(name, {}).values() if points]
 
-    running, waiting, slots = sum(latest("running")), sum(latest("waiting")), max(latest("slots"), default=1.0)
-    if waiting > 0 or max(latest("kv_use"), default=0.0) > _FULL:
-        wanted = now + 1
-    elif now > 1 and running < _IDLE * slots * (now - 1):
-        wanted = now - 1
-    else:
-        wanted = now
+    wanted = replicas_wanted(
+        now, sum(latest("running")), sum(latest("waiting")), max(latest("kv_use"), default=0.0),
+        max(latest("slots"), default=1.0),
+    )  # fmt: skip
     return max(context.capacity_adjusted_min_replicas, min(wanted, context.capacity_adjusted_max_replicas)), {}
 
 
@@ -141,7 +137,14 @@ def _arguments(
         placing = {
             "autoscaling_config": AutoscalingConfig(min_replicas=min_replicas, max_replicas=max_replicas, policy=policy)
         }
-    if session_affinity:
+    if session_affinity and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":  # it chooses, and asks no router
+        balance = os.environ.get("RAY_SERVE_HAPROXY_BALANCE_ALGORITHM")
+        if balance != _BY_SESSION:
+            raise ValueError(
+                "session_affinity with RAY_SERVE_ENABLE_HA_PROXY=1 needs RAY_SERVE_HAPROXY_BALANCE_ALGORITHM="
+                f"{_BY_SESSION!r} on every node, got {balance!r}"
+            )
+    elif session_affinity:
         placing["request_router_config"] = RequestRouterConfig(request_router_class=_SESSIONS)
     deployment = serve.deployment(
         serve.ingress()(Replica),

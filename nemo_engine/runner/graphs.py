@@ -65,28 +65,30 @@ def cuda_capture(device: torch.device) -> Capture:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGraph:
-    """Decode steps of exactly ``size`` rows, whose description is copied into ``words`` before a replay.
+    """Decode steps of exactly ``size`` rows in runs of ``width``, whose description is copied into ``words`` before a
+    replay.
 
     ``whole`` goes from the request table to the sampled tokens and back into the table. ``forward`` ends at the logits,
     for batches whose logits the host has work with before a token is chosen.
     """
 
     size: int
+    width: int
     words: Tensor
     whole: Captured[Tensor]
     forward: Captured[Tensor]
 
 
-def capture_decodes(step: StepCompute, sizes: Sequence[int], capture: Capture) -> tuple[DecodeGraph, ...]:
-    """Graphs of decode steps of ``sizes`` rows, the smallest first.
+def capture_decodes(step: StepCompute, sizes: Sequence[tuple[int, int]], capture: Capture) -> tuple[DecodeGraph, ...]:
+    """Graphs of decode steps of ``sizes``, rows and width, the smallest first.
 
     The largest is captured first, so that the others find room in its memory.
     """
     graphs = []
     with progress_bar("capture graphs", len(sizes), None, unit="graphs") as advance:
-        for size in sorted(sizes, reverse=True):
+        for size, width in sorted(sizes, reverse=True):
             words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
-            rows = StepRows.of(words, size, size, size, 1, step.table.page_table.shape[1])
+            rows = StepRows.of(words, size, size, size, 1, step.table.page_table.shape[1], width=width)
 
             def forward(rows: StepRows = rows) -> tuple[Tensor, Tensor]:
                 x, residual, seq_lens = step.forward(rows)
@@ -95,10 +97,10 @@ def capture_decodes(step: StepCompute, sizes: Sequence[int], capture: Capture) -
             def whole(rows: StepRows = rows) -> Tensor:
                 logits, seq_lens = forward(rows)
                 tokens = step.sampler.sample_any(logits, rows.slots, seq_lens)
-                step.advance(rows.slots, seq_lens, rows.sampled, tokens)
+                step.advance(rows, seq_lens, tokens)
                 return tokens
 
-            graphs.append(DecodeGraph(size, words, capture(whole), capture(forward)))
+            graphs.append(DecodeGraph(size, width, words, capture(whole), capture(forward)))
             advance(1)
     step.workspace.freeze()
     return tuple(reversed(graphs))

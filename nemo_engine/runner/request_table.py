@@ -16,7 +16,8 @@ class RequestTable:
 
     The host sends differences; the step advances the rows.
 
-    ``token_ids`` (S + 1, max_len) int32; ``num_computed`` (S + 1,) int64; ``page_table`` (S + 1, max_pages) int64.
+    ``token_ids`` (S + 1, max_len) int32; ``num_computed``, ``draft_until`` (S + 1,) int64; ``page_table`` (S + 1,
+    max_pages) int64.
     Entries past what a row holds mean nothing. On the CPU, memory is taken as rows grow.
     """
 
@@ -28,10 +29,12 @@ class RequestTable:
         self.num_slots = num_slots
         self.token_ids: Tensor = torch.empty(num_slots + 1, max_len, dtype=torch.int32, device=device)
         self.num_computed: Tensor = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self.draft_until: Tensor = torch.zeros_like(self.num_computed)
         self.page_table: Tensor = torch.empty(num_slots + 1, max_pages, dtype=torch.int64, device=device)
         self.token_ids[0].zero_()
         self.page_table[0].zero_()
         self.num_pages: list[int] = [0] * (num_slots + 1)  # on the host: pages of each row
+        self._has_drafts = [False] * (num_slots + 1)
         self.highest_page = 0  # that a request ever had
         self.num_changes = 0  # fills and steps with new pages: while it stands still, so does ``num_pages``
         self._last_page = num_pages
@@ -47,13 +50,28 @@ class RequestTable:
                 f"slot {slot} (of 1 to {rows - 1}) cannot take {len(ids)} tokens (at most {length}), "
                 f"{fill.num_computed_tokens} of them computed"
             )
+        if not 0 <= fill.draft_until <= length:
+            raise ValueError(f"slot {slot}: draft_until must be from 0 to {length}, got {fill.draft_until}")
         self._check("token_ids", ids, 0, self._vocab_size - 1)
         self._check("pages", pages, 1, self._last_page)
         self.token_ids[slot, : len(ids)] = to_device(ids, self.device, torch.int32)
         self.page_table[slot, : len(pages)] = to_device(pages, self.device)
         self.num_computed[slot] = fill.num_computed_tokens
+        self.draft_until[slot] = fill.draft_until
+        self._has_drafts[slot] = fill.draft_until > 0
         self.num_pages[slot] = len(pages)
         self.highest_page = max(self.highest_page, *fill.pages) if fill.pages else self.highest_page
+
+    def rows_of(self, slots: tuple[int, ...], width: int) -> tuple[int, ...]:
+        """The slots of a step's decode rows: in a wide step ``width`` for each of ``slots``, all but the first padding
+        where the slot has no drafts.
+        """
+        if width == 1:
+            return slots
+        padding = (0,) * (width - 1)
+        return tuple(
+            [row for slot in slots for row in ([slot] * width if self._has_drafts[slot] else (slot, *padding))]
+        )
 
     def take_new_pages(self, plan: StepPlan) -> dict[int, tuple[int, int]]:
         """The (index, page) that each slot of ``plan`` gets, which the step itself enters: at most one a slot."""

@@ -59,7 +59,8 @@ class Runner:
         self._table = RequestTable(config.max_num_seqs, max_model_len, config.page_size, num_pages, vocab_size, device)
         self._sampler = Sampler(config.max_num_seqs, vocab_size, ops, device, without_token)
         model = Nemo(model_config, weights, ops, max_model_len)
-        self._step = StepCompute(model, ops, self._kv_cache, self._table, self._sampler)
+        max_drafts = config.num_speculative_tokens
+        self._step = StepCompute(model, ops, self._kv_cache, self._table, self._sampler, max_drafts)
         page_bytes = self._kv_cache.num_bytes // (num_pages + 1)
         is_cpu = device.type == "cpu"
         adapts_below = _adapts_below(weights, ops)
@@ -67,9 +68,9 @@ class Runner:
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._graphs: tuple[DecodeGraph, ...] = ()
         self._recorded: RecordedDecodes | None = None
-        # The decode rows uploaded last, if none got a page in that step: what they follow from (slots, size, changes of
-        # the table), and rows.
-        self._last: tuple[tuple[int, ...], int, int, StepRows] | None = None
+        # The decode rows uploaded last, if none got a page in that step: what they follow from (slots, width, size,
+        # changes of the table), and rows.
+        self._last: tuple[tuple[tuple[int, ...], int, int, int], StepRows] | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -89,15 +90,18 @@ class Runner:
             return launch(plan, new_pages)
 
     def _launch_rows(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
-        slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
-        counts = [1] * len(plan.decode_slots) + [row.num_tokens for row in plan.prefills]
-        num_decodes = len(plan.decode_slots)
+        decodes = self._table.rows_of(plan.decode_slots, plan.width)
+        num_decodes = len(decodes)
+        slots = [*decodes, *[row.slot for row in plan.prefills]]
+        counts = [1] * num_decodes + [row.num_tokens for row in plan.prefills]
         sampled = [*range(num_decodes)]
         sampled += [num_decodes + index for index, row in enumerate(plan.prefills) if row.samples]
         words = to_device(StepRows.pack(slots, counts, new_pages, sampled), self._device)
         num_pages = max(self._table.num_pages[slot] for slot in slots)
         prefill_pages = tuple([self._table.num_pages[row.slot] for row in plan.prefills])
-        rows = StepRows.of(words, len(slots), num_decodes, sum(counts), max(counts), num_pages, prefill_pages)
+        rows = StepRows.of(
+            words, len(slots), num_decodes, sum(counts), max(counts), num_pages, prefill_pages, plan.width
+        )
         x, residual, seq_lens = self._step.forward(rows)
         prompt_reports = self._step.prompt_reports(plan, self._prompt_lens, x, residual) if self._prompt_lens else {}
         last = rows.starts[1:][rows.sampled] - 1
@@ -106,11 +110,14 @@ class Runner:
         return LaunchedStep(plan, tokens, reports, prompt_reports)
 
     def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
-        slots = plan.decode_slots
-        if self._recorded is not None and len(slots) <= self._recorded.size:
-            return self._replay(self._recorded, plan, new_pages)
-        graph = next((graph for graph in self._graphs if graph.size >= len(slots)), None)
-        rows = self._decode_rows(slots, new_pages, graph)
+        slots, width = self._table.rows_of(plan.decode_slots, plan.width), plan.width
+        recorded = self._recorded
+        if recorded is not None and width == 1 and len(slots) <= recorded.size:
+            rows = self._decode_rows(slots, width, new_pages, recorded)
+            recorded.replay(len(slots))
+            return self._choose_of_graph(plan, slots, rows, recorded.logits, recorded.seq_lens)
+        graph = next((graph for graph in self._graphs if graph.width == width and graph.size >= len(slots)), None)
+        rows = self._decode_rows(slots, width, new_pages, graph)
         if graph is None:
             x, residual, seq_lens = self._step.forward(rows)
             tokens, reports = self._step.choose(rows, slots, x, residual, seq_lens, plan.masks)
@@ -119,30 +126,31 @@ class Runner:
             graph.whole.replay()
             return LaunchedStep(plan, graph.whole.outputs[: len(slots)], [], {})
         graph.forward.replay()
-        return self._choose_of_graph(plan, rows, *graph.forward.outputs)
+        return self._choose_of_graph(plan, slots, rows, *graph.forward.outputs)
 
-    def _replay(self, recorded: RecordedDecodes, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
-        rows = self._decode_rows(plan.decode_slots, new_pages, recorded)
-        recorded.replay(len(plan.decode_slots))
-        return self._choose_of_graph(plan, rows, recorded.logits, recorded.seq_lens)
-
-    def _choose_of_graph(self, plan: StepPlan, rows: StepRows, logits: Tensor, seq_lens: Tensor) -> LaunchedStep:
-        slots = plan.decode_slots
-        slot_ids, sampled, logits, seq_lens = (x[: len(slots)] for x in (rows.slots, rows.sampled, logits, seq_lens))
-        tokens, reports = self._sampler.sample(logits, slots, slot_ids, seq_lens, self._table.token_ids, plan.masks)
-        self._step.advance(slot_ids, seq_lens, sampled, tokens)
+    def _choose_of_graph(
+        self, plan: StepPlan, slots: tuple[int, ...], rows: StepRows, logits: Tensor, seq_lens: Tensor
+    ) -> LaunchedStep:
+        rows = rows.first(len(slots))
+        logits, seq_lens = logits[: len(slots)], seq_lens[: len(slots)]
+        tokens, reports = self._sampler.sample(logits, slots, rows.slots, seq_lens, self._table.token_ids, plan.masks)
+        self._step.advance(rows, seq_lens, tokens)
         return LaunchedStep(plan, tokens, reports, {})
 
     def _decode_rows(
-        self, slots: tuple[int, ...], new_pages: dict[int, tuple[int, int]], graph: DecodeGraph | RecordedDecodes | None
+        self,
+        slots: tuple[int, ...],
+        width: int,
+        new_pages: dict[int, tuple[int, int]],
+        graph: DecodeGraph | RecordedDecodes | None,
     ) -> StepRows:
         """The rows on the device, in the graph's own words if there is one: uploaded only if they changed since the
         step before.
         """
         size = len(slots) if graph is None else graph.size
-        changes = self._table.num_changes
-        if self._last is not None and self._last[:3] == (slots, size, changes):
-            return self._last[3]
+        key = slots, width, size, self._table.num_changes
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
         self._last = None
         padded = [*slots, *[0] * (size - len(slots))]
         packed = StepRows.pack(padded, [1] * size, new_pages, range(size))
@@ -152,9 +160,9 @@ class Runner:
         else:
             words, num_pages = graph.words, self._table.page_table.shape[1]
             words.copy_(staged(packed, self._device), non_blocking=True)
-        rows = StepRows.of(words, size, size, size, 1, num_pages)
+        rows = StepRows.of(words, size, size, size, 1, num_pages, width=width)
         if not new_pages:
-            self._last = (slots, size, changes, rows)
+            self._last = (key, rows)
         return rows
 
     # ---- start-up and end
@@ -169,14 +177,16 @@ class Runner:
             torch.cuda.synchronize(self._device)
 
     @torch.inference_mode()
-    def warm_up(self, sizes: Sequence[int]) -> None:
-        """See ``warmup.warm_up``. sizes: of the decode steps that will be captured."""
-        warmup.warm_up(self._step, sizes, self._max_num_batched_tokens)
+    def warm_up(self, sizes: Sequence[int], wide_sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """See ``warmup.warm_up``. sizes: of the decode steps that will be captured; wide_sizes: and their widths."""
+        warmup.warm_up(self._step, sizes, wide_sizes, self._max_num_batched_tokens)
 
     @torch.inference_mode()
-    def capture(self, sizes: Sequence[int], capture: Capture) -> None:
-        """Capture decode steps of ``sizes`` rows, which ``launch`` replays from then on."""
-        self._graphs = capture_decodes(self._step, sizes, capture)
+    def capture(self, sizes: Sequence[int], capture: Capture, wide_sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """Capture decode steps of ``sizes`` rows, and wide ones of rows and width, which ``launch`` replays from then
+        on.
+        """
+        self._graphs = capture_decodes(self._step, [*[(size, 1) for size in sizes], *wide_sizes], capture)
 
     @torch.inference_mode()
     def record(self) -> str:

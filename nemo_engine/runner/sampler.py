@@ -80,7 +80,9 @@ class Sampler:
         if without_token:
             self._is_hidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._is_hidden[list(without_token)] = True
-        self._params: dict[int, SamplingParams] = {}
+        self._params: dict[int, SamplingParams] = {
+            0: SamplingParams(temperature=0.0)
+        }  # padding, as in ``SlotParams.off``
         self._edits: dict[int, SlotEdits] = {}
         self._batch: _Batch | None = None
         self._only_tokens: tuple[tuple[int, ...], bool] = ((), True)
@@ -158,7 +160,7 @@ class Sampler:
 
         ``logits`` is left as it is.
 
-        logits: (R, V), row i of slot ``slots[i]``. slot_ids: (R,) int64, ``slots`` on the device.
+        logits: (R, V), row i of slot ``slots[i]``, 0 in padding. slot_ids: (R,) int64, ``slots`` on the device.
         positions: (R,) int64, the index that the token will have in its request. token_ids: (num_slots + 1, max_len)
         int32, each slot's history. masks: of some of ``slots``, applied before any other change. Returns (R,) int64:
         the token, or TOKEN_NOT_FINITE where the row's logits hold a NaN or +inf, or TOKEN_ALL_MASKED where they are all

@@ -23,6 +23,7 @@ from nemo_engine.memory_plan import (
     memory_message,
     plan_kv_cache,
     weight_bytes,
+    wide_graph_sizes,
 )
 from nemo_engine.model.weights import NemoWeights, dummy_weights
 from nemo_engine.ops import SEMANTICS, Ops, Site
@@ -166,13 +167,14 @@ def _build(
             _logger.info("%s", runner.record())
     if device.type == "cuda":
         sizes = () if config.enforce_eager else graph_sizes(config.max_num_seqs)
+        wide_sizes = wide_graph_sizes(config)
         with startup_log.stage("compile kernels and run every kind of step"):
-            runner.warm_up(sizes)
+            runner.warm_up(sizes, wide_sizes)
             torch.cuda.synchronize(device)
         if sizes:
             before = torch.cuda.mem_get_info(device)[0]
-            with startup_log.stage(f"capture CUDA graphs of {len(sizes)} batch sizes") as stage:
-                runner.capture(sizes, cuda_capture(device))
+            with startup_log.stage(f"capture CUDA graphs of {len(sizes) + len(wide_sizes)} batch sizes") as stage:
+                runner.capture(sizes, cuda_capture(device), wide_sizes)
                 torch.cuda.synchronize(device)
                 stage.num_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
     return runner

@@ -33,6 +33,7 @@ class StepCompute:
     kv_cache: KVCache
     table: RequestTable
     sampler: Sampler
+    max_drafts: int = 0  # behind a decode row of a wide step
     workspace: Workspace = field(default_factory=Workspace)
 
     def forward(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,14 +41,21 @@ class StepCompute:
 
         Returns the last MLP's output and the residual, (T, H) each, and each row's new length (R,).
         """
-        table = self.table
+        table, wide = self.table, {}
+        if rows.width > 1:
+            decodes = rows.slots[: rows.num_decodes]
+            ahead = self.ops.draft_(
+                table.token_ids, table.num_computed, table.draft_until, decodes, rows.width,
+                min(self.max_drafts, rows.width - 1),
+            )  # fmt: skip
+            wide = {"ahead": ahead, "width": rows.width}
         ids, positions, mapping, seq_lens = self.ops.build_batch_(
             table.token_ids, table.num_computed, table.page_table, rows.slots, rows.starts, rows.new_index,
-            rows.new_page, self.kv_cache.page_size, rows.num_tokens, rows.longest,
+            rows.new_page, self.kv_cache.page_size, rows.num_tokens, rows.longest, **wide,
         )  # fmt: skip
         meta = AttentionMeta(
             rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self.kv_cache.page_size,
-            rows.num_pages, rows.longest, self.workspace, rows.prefill_pages,
+            rows.num_pages, rows.longest, self.workspace, rows.prefill_pages, rows.width,
         )  # fmt: skip
         x, residual = self.model.forward(ModelInputs(ids, positions, mapping, meta), self.kv_cache.layers)
         return x, residual, seq_lens
@@ -64,12 +72,24 @@ class StepCompute:
             if len(rows.sampled) < len(rows.slots):
                 slot_ids, positions = slot_ids[rows.sampled], positions[rows.sampled]
             tokens, reports = self.sampler.sample(logits, slots, slot_ids, positions, self.table.token_ids, masks)
-        self.advance(rows.slots, seq_lens, rows.sampled, tokens)
+        self.advance(rows, seq_lens, tokens)
         return tokens, reports
 
-    def advance(self, slot_ids: Tensor, seq_lens: Tensor, sampled: Tensor, tokens: Tensor) -> None:
-        """End the step: the rows' new lengths, and the tokens of those that sampled, enter the table."""
-        self.ops.advance_(self.table.token_ids, self.table.num_computed, slot_ids, seq_lens, sampled, tokens)
+    def advance(self, rows: StepRows, seq_lens: Tensor, tokens: Tensor) -> None:
+        """End the step: the rows' new lengths, and the tokens of those that sampled, enter the table.
+
+        In a wide step, those of ``tokens`` that are not taken become codes.
+        """
+        table, ops, slots, sampled = self.table, self.ops, rows.slots, rows.sampled
+        if rows.width > 1:
+            count = rows.num_decodes
+            ops.accept_(
+                table.token_ids, table.num_computed, slots[:count], seq_lens[:count], tokens[:count], rows.width
+            )
+            if len(slots) == count:
+                return
+            slots, seq_lens, sampled, tokens = slots[count:], seq_lens[count:], sampled[count:] - count, tokens[count:]
+        ops.advance_(table.token_ids, table.num_computed, slots, seq_lens, sampled, tokens)
 
     def prompt_reports(
         self, plan: StepPlan, prompt_lens: Mapping[int, int], x: Tensor, residual: Tensor
@@ -78,7 +98,7 @@ class StepCompute:
         want them.
         """
         by_prefill: dict[int, list[Report]] = {}
-        begin = len(plan.decode_slots)
+        begin = len(plan.decode_slots) * plan.width
         for index, row in enumerate(plan.prefills):
             prompt_len = prompt_lens.get(row.slot, 0)
             count = min(row.num_tokens, prompt_len - 1 - row.start)  # positions whose next token is a prompt token

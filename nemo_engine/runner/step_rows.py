@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ class StepRows:
     upload.
     """
 
-    num_decodes: int  # the first rows, of one token each
+    num_decodes: int  # the first rows, of one token each, in runs of ``width``
     num_tokens: int
     longest: int  # row, in tokens
     num_pages: int  # of the row that has the most, or more
@@ -24,6 +24,7 @@ class StepRows:
     new_page: Tensor  # (R,) int64: that page, negative for none
     sampled: Tensor  # (N,) int64: the rows that sample
     prefill_pages: tuple[int, ...] | None = None  # of each row after the decodes; None: num_pages each, or less
+    width: int = 1  # see ``StepPlan``
 
     @classmethod
     def of(
@@ -35,6 +36,7 @@ class StepRows:
         longest: int,
         num_pages: int,
         prefill_pages: tuple[int, ...] | None = None,
+        width: int = 1,
     ) -> StepRows:
         """Slice ``words``, laid out as ``pack`` does: each part begins at a multiple of 16 bytes, or kernels would be
         compiled anew.
@@ -53,6 +55,13 @@ class StepRows:
             new_page=words[new_page : new_page + num_rows],
             sampled=words[sampled:],
             prefill_pages=prefill_pages,
+            width=width,
+        )
+
+    def first(self, count: int) -> StepRows:
+        """The first ``count`` of rows that all decode, whole runs."""
+        return replace(
+            self, num_decodes=count, num_tokens=count, slots=self.slots[:count], sampled=self.sampled[:count]
         )
 
     @staticmethod

@@ -23,28 +23,34 @@ def settle(step: StepCompute, max_num_batched_tokens: int) -> None:
         _run_padding(step, counts)
 
 
-def warm_up(step: StepCompute, sizes: Sequence[int], max_num_batched_tokens: int) -> None:
+def warm_up(
+    step: StepCompute, sizes: Sequence[int], wide_sizes: Sequence[tuple[int, int]], max_num_batched_tokens: int
+) -> None:
     """Run every kind of step once, so that every kernel is compiled and the largest step's memory is taken.
 
-    sizes: those that will be captured. Others are run at each power of two, where implementations may change, and at
-    the most.
+    sizes, wide_sizes: rows, and rows and width, of those that will be captured. Others are run at each power of two,
+    where implementations may change, and at the most.
     """
-    decodes = [[1] * rows for rows in sorted({*_powers_of_two(step.table.num_slots), *sizes})]
+    decodes = [(rows, 1) for rows in sorted({*_powers_of_two(step.table.num_slots), *sizes})] + sorted(wide_sizes)
     prefills = [_padding_rows(step, tokens) for tokens in _powers_of_two(max_num_batched_tokens)]
     with progress_bar("warm up", len(decodes) + len(prefills), None, unit="steps") as advance:
-        for counts in decodes + prefills:
+        for rows, width in decodes:
+            _run_padding(step, [1] * rows, width)
+            advance(1)
+        for counts in prefills:
             _run_padding(step, counts)
             advance(1)
 
 
-def _run_padding(step: StepCompute, counts: list[int]) -> None:
+def _run_padding(step: StepCompute, counts: list[int], width: int = 1) -> None:
     """A step of rows of slot 0. Only its page 0 is written."""
     table, sampler = step.table, step.sampler
-    packed = StepRows.pack([0] * len(counts), counts, {}, range(min(len(counts), table.num_slots)))
     decodes = len(counts) if max(counts) == 1 else 0
+    num_sampled = len(counts) if width > 1 else min(len(counts), table.num_slots)
+    packed = StepRows.pack([0] * len(counts), counts, {}, range(num_sampled))
     words = to_device(packed, table.device)
     num_pages = table.page_table.shape[1] if max(counts) > 1 else 1
-    rows = StepRows.of(words, len(counts), decodes, sum(counts), max(counts), num_pages)
+    rows = StepRows.of(words, len(counts), decodes, sum(counts), max(counts), num_pages, width=width)
     x, residual, seq_lens = step.forward(rows)
     last = rows.starts[1:][rows.sampled] - 1
     logits = step.model.logits(x[last], residual[last])
@@ -52,7 +58,7 @@ def _run_padding(step: StepCompute, counts: list[int]) -> None:
     sampler.sample_any(logits.float(), slot_ids, positions)  # as edited logits are
     tokens = sampler.sample_any(logits, slot_ids, positions)
     step.ops.top_logprobs(logits, tokens, 1)
-    step.advance(rows.slots, seq_lens, rows.sampled, tokens)
+    step.advance(rows, seq_lens, tokens)
 
 
 def _padding_rows(step: StepCompute, num_tokens: int) -> list[int]:

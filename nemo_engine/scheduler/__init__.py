@@ -3,5 +3,6 @@
 from nemo_engine.scheduler.request import Request, RequestStatus
 from nemo_engine.scheduler.scheduled_step import StepOutput
 from nemo_engine.scheduler.scheduler import Scheduler
+from nemo_engine.scheduler.speculation import Speculation
 
-__all__ = ["StepOutput", "Request", "RequestStatus", "Scheduler"]
+__all__ = ["Request", "RequestStatus", "Scheduler", "Speculation", "StepOutput"]

@@ -111,6 +111,10 @@ class KVManager:
             self._set_limit(request)
         return True
 
+    def lacks_page(self, request: Request, num_tokens: int) -> bool:
+        """Whether the pages of ``request`` hold fewer than ``num_tokens`` tokens, or than it will ever compute."""
+        return len(request.pages) * self.page_size < min(num_tokens, request.max_total_tokens - 1)
+
     def _set_limit(self, request: Request) -> None:
         # The last token is sampled from the position before it; its own key and value are never computed.
         request.compute_limit = min(len(request.pages) * self.page_size, request.max_total_tokens - 1)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from nemo_engine.outputs import CacheReport, FinishReason
 from nemo_engine.sampling_params import SamplingParams
+from nemo_engine.scheduler.speculation import Acceptance
 
 
 class RequestStatus(Enum):
@@ -64,10 +65,12 @@ class Request:
     num_cached_tokens: int = field(init=False, default=0)  # that the first admission found in the prefix cache
     cache_report: CacheReport | None = field(init=False, default=None)
     num_preemptions: int = field(init=False, default=0)
+    acceptance: Acceptance | None = field(init=False, default=None)  # None: wide steps have no drafts for it
 
     # While it runs:
     slot: int = field(init=False, default=0)
-    num_computed_tokens: int = field(init=False, default=0)  # counts what launched steps compute as done
+    # What launched steps compute counts as done, and of wide ones as if all drafts were right: see speculation.py.
+    num_computed_tokens: int = field(init=False, default=0)
     mask_error: str | None = field(init=False, default=None)  # why its grammar gave no mask for the step in flight
     is_sound: bool = field(init=False, default=False)  # a token came out of its pages, so what they hold is good
 

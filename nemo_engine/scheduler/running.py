@@ -46,6 +46,12 @@ class RunningRequests:
         (self.decoding if request.grammar is None else self.constrained).remove(request)
         self.ending.append(request)
 
+    def resume_decode(self, request: Request) -> None:
+        """A wide step gave ``request`` fewer tokens than it might have: steps are left to be planned."""
+        if request in self.ending:
+            self.ending.remove(request)
+            self.decoding.append(request)
+
     def leave(self, request: Request) -> None:
         """Take the slot from ``request``."""
         for requests in (self.decoding, self.constrained, self.ending, self.prefilling):

@@ -12,7 +12,8 @@ from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult, TokenLo
 
 @dataclass(slots=True)
 class StepOutput:
-    """What one committed step changed. ``token_ids[i]`` was appended to ``requests[i]``.
+    """What one committed step changed. ``token_ids[i]`` was appended to ``requests[i]``; of a wide step, a request
+    comes as often, one after the other, as it got a token.
 
     ``prefilled``: requests whose prompt (after a preemption, all known tokens) this step completed.
     ``logprobs`` maps an index into ``requests``; ``prompt_logprobs`` holds ``(request, first position, entries)``.
@@ -29,11 +30,11 @@ class StepOutput:
     prompt_logprobs: list[tuple[Request, int, list[TokenLogprobs]]] = field(default_factory=list)
     failure: str | None = None
 
-    def add_tokens(self, requests: list[Request], result: StepResult, departed: set[Request]) -> None:
-        """``requests`` have got the tokens of ``result``, but for those in ``departed``."""
+    def add_tokens(self, requests: list[Request], result: StepResult, dropped: set[int]) -> None:
+        """``requests`` have got the tokens of ``result``, but for those at the indices ``dropped``."""
         self.requests, self.token_ids, self.logprobs = requests, result.token_ids, dict(result.logprobs)
-        if departed:
-            kept = [index for index, request in enumerate(requests) if request not in departed]
+        if dropped:
+            kept = [index for index in range(len(requests)) if index not in dropped]
             self.requests = [requests[index] for index in kept]
             self.token_ids = [result.token_ids[index] for index in kept]
             self.logprobs = {new: result.logprobs[old] for new, old in enumerate(kept) if old in result.logprobs}
@@ -46,6 +47,8 @@ class ScheduledStep:
     step_id: int
     decodes: list[Request]  # those with a grammar last
     new_pages: list[tuple[int, int, int]]
+    width: int = 1  # see ``StepPlan``
+    planned_at: float = 0.0  # where widths are chosen
     prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
     fills: list[SlotFill] = field(default_factory=list)
     departed: set[Request] = field(default_factory=set)  # left their slot since: what the step gives them is dropped
@@ -61,15 +64,15 @@ class ScheduledStep:
 
     @property
     def sampling(self) -> list[Request]:
-        """The requests for which the step chooses a token, in the order of ``StepResult.token_ids``."""
+        """The requests for which the step chooses tokens, in the order of ``StepResult.token_ids``."""
         return self.decodes + [request for request, row in self.prefills if row.samples]
 
     def note_prefilled(self, token_ids: Sequence[int]) -> None:
         """``token_ids`` came out of this step: the requests that completed a prompt in it are sound if theirs is a
         token.
         """
-        num_decodes = len(self.decodes)
-        for request, token_id in zip(self.sampling[num_decodes:], token_ids[num_decodes:]):
+        requests = self.sampling[len(self.decodes) :]
+        for request, token_id in zip(requests, token_ids[len(token_ids) - len(requests) :]):
             if request not in self.departed:
                 self.committed.prefilled.append(request)
                 request.is_sound = token_id >= 0
@@ -87,6 +90,7 @@ class ScheduledStep:
                 seed=request.seed,
                 stop_token_ids=request.stop_token_ids,
                 bad_words_token_ids=request.bad_words_token_ids,
+                draft_until=0 if request.acceptance is None else request.max_total_tokens,
             )
         )
 
@@ -110,4 +114,5 @@ class ScheduledStep:
             fills=tuple(self.fills),
             new_pages=tuple(self.new_pages),
             masks=tuple([(request.slot, mask_of(request)) for request in may_be_masked if request.grammar is not None]),
+            width=self.width,
         )

@@ -20,6 +20,7 @@ from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.request import Request, RequestStatus, by_urgency
 from nemo_engine.scheduler.running import RunningRequests
 from nemo_engine.scheduler.scheduled_step import ScheduledStep, StepOutput
+from nemo_engine.scheduler.speculation import Speculation
 from nemo_engine.scheduler.token_rules import ERRORS, end_of, failure_of, is_finite
 from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan, StepResult
@@ -30,7 +31,8 @@ class Scheduler:
 
     As ``max_num_batched_tokens >= max_num_seqs``, every decoding request takes part in every step. Waiting requests
     enter in order, when a slot and pages for all their known tokens are free. A decoding request that finds no free
-    page preempts the least urgent, newest one, which is computed anew later.
+    page preempts the least urgent, newest one, which is computed anew later. ``speculation``: None for steps of one
+    token a request.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         enable_prefix_caching: bool = True,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs >= 1
@@ -49,6 +52,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.speculation = speculation
         self._clock = clock
         self.requests: dict[str, Request] = {}  # all that wait or run, by id, in the order of their arrival
         self.num_preemptions = self._step_id = self._num_arrivals = 0
@@ -70,6 +74,8 @@ class Scheduler:
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
         if request.grammar is None and request.params.repetition_detection is None:
             request.num_plain_tokens = request.max_total_tokens - 1
+        if self.speculation is not None:
+            self.speculation.enter(request)
         request.arrival = self._num_arrivals = self._num_arrivals + 1
         self.requests[request.request_id] = request
         self.waiting.push(request)
@@ -94,6 +100,7 @@ class Scheduler:
             num_waiting=len(self.waiting),
             total_preemptions=self.num_preemptions,
             **self.kv.counts(),
+            **(self.speculation.counts() if self.speculation is not None else {}),
         )
 
     # ---- planning a step
@@ -102,13 +109,16 @@ class Scheduler:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
         decodes = self.running.ready_to_decode(self._in_flight)
         new_pages, num_preemptions = [], self.num_preemptions
-        at_limit = [request for request in decodes if request.num_computed_tokens == request.compute_limit]
+        width, now = 1, 0.0
+        if self.speculation is not None:
+            width, now = self.speculation.width_for(decodes, self.max_num_batched_tokens), self._clock()
+        at_limit = [request for request in decodes if request.num_computed_tokens + width > request.compute_limit]
         if at_limit:
-            new_pages = self._grow(at_limit)
+            new_pages = self._grow(at_limit, width)
             decodes = self.running.ready_to_decode(self._in_flight)
         for request in decodes:
-            request.num_computed_tokens += 1
-        step = ScheduledStep(self._step_id + 1, decodes, new_pages)
+            request.num_computed_tokens += 1 if request.acceptance is None else width
+        step = ScheduledStep(self._step_id + 1, decodes, new_pages, width, now)
         self._schedule_prompts(step, may_admit=self.num_preemptions == num_preemptions)
         if not decodes and not step.prefills:
             return None
@@ -117,9 +127,13 @@ class Scheduler:
         self._in_flight.append(step)
         return plan
 
-    def _grow(self, at_limit: list[Request]) -> list[tuple[int, int, int]]:
-        """Give each of ``at_limit`` with steps left a page, preempting others if need be: (slot, index, page)."""
-        full = sorted([request for request in at_limit if request.has_steps_left], key=by_urgency)
+    def _grow(self, at_limit: list[Request], width: int) -> list[tuple[int, int, int]]:
+        """Give each of ``at_limit`` with steps left a page, preempting others if need be: (slot, index, page).
+
+        A request that ends before ``width`` tokens may have all pages that it needs.
+        """
+        full = [r for r in at_limit if r.has_steps_left and self.kv.lacks_page(r, r.num_computed_tokens + width)]
+        full.sort(key=by_urgency)
         for request in at_limit:
             if not request.has_steps_left:
                 self.running.end_decode(request)
@@ -133,7 +147,7 @@ class Scheduler:
 
     def _schedule_prompts(self, step: ScheduledStep, may_admit: bool) -> None:
         """Spend what is left of the budget on prompts by urgency, whether they are under way or have yet to enter."""
-        budget = self.max_num_batched_tokens - len(step.decodes)
+        budget = self.max_num_batched_tokens - len(step.decodes) * step.width
         under_way = deque(self.running.prefilling)
         while budget > 0:
             first = self.waiting.first() if may_admit and self.waiting and self.running.free_slots else None
@@ -161,18 +175,24 @@ class Scheduler:
     def commit(self, result: StepResult) -> StepOutput:
         """Take in the results of the oldest launched step: append tokens, end requests, free what they held."""
         step = self._in_flight.popleft()
-        requests, token_ids, departed = step.sampling, result.token_ids, step.departed
-        assert (result.step_id, len(token_ids)) == (step.step_id, len(requests)), (result, step.step_id, len(requests))
+        requests, departed = step.sampling, step.departed
+        count = len(requests) + len(step.decodes) * (step.width - 1)
+        assert (result.step_id, len(result.token_ids)) == (step.step_id, count), (result, step.step_id, count)
+        if self.speculation is not None:
+            requests, result = self._take_drafts(step, result)
         self._commit_prompts(step, result)
         if departed:
             departed.intersection_update(requests)  # the others had no token to come from this step
         at_limit: list[Request] = []
-        for request, token_id in zip(requests, token_ids):
+        dropped: set[int] = set()
+        for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
             if departed and request in departed:
-                continue  # what the step computed for it is dropped
+                dropped.add(index)  # what the step computed for it is dropped
+                continue
             known = request.token_ids
             if token_id < 0 or token_id in request.stop_token_ids or len(known) >= request.num_plain_tokens:
-                self._take(request, token_id, step)
+                if not self._take(request, token_id, step):
+                    dropped.add(index)
                 if len(known) == request.max_total_tokens and request.status is RequestStatus.RUNNING:
                     at_limit.append(request)
             else:
@@ -182,8 +202,19 @@ class Scheduler:
         for request in at_limit:
             self._end(request, "length")
             step.committed.finished.append(request)
-        step.committed.add_tokens(requests, result, departed)
+        step.committed.add_tokens(requests, result, dropped)
         return step.committed
+
+    def _take_drafts(self, step: ScheduledStep, result: StepResult) -> tuple[list[Request], StepResult]:
+        """What the step's requests get as if each token had come from a step of one token; learn from it."""
+        assert self.speculation is not None
+        self.speculation.note_time(step, self._clock())
+        if step.width == 1:
+            return step.sampling, result
+        requests, result, freed = self.speculation.take(step, result)
+        for request in freed:
+            self.running.resume_decode(request)
+        return requests, result
 
     def _commit_prompts(self, step: ScheduledStep, result: StepResult) -> None:
         """Take in what ``result`` says of prompts; the tokens that follow them are yet to come."""
@@ -196,17 +227,19 @@ class Scheduler:
                     self._fail(request, ERRORS[TOKEN_NOT_FINITE], step, is_damaged=True)
         step.note_prefilled(result.token_ids)
 
-    def _take(self, request: Request, token_id: int, step: ScheduledStep) -> None:
-        """Take in a token that may be a failure, or may end its request."""
+    def _take(self, request: Request, token_id: int, step: ScheduledStep) -> bool:
+        """Take in a token that may end its request; False if it is a failure, which does."""
         error = failure_of(request, token_id)
         if error is not None:
             self._fail(request, error, step, is_damaged=token_id == TOKEN_NOT_FINITE)
-            return
+            return False
         request.token_ids.append(token_id)
         reasons = end_of(request)
         if reasons is not None:
             self._end(request, *reasons)
+            step.departed.add(request)  # a wide step may have more for it
             step.committed.finished.append(request)
+        return True
 
     def _fail(self, request: Request, error: str, step: ScheduledStep, is_damaged: bool) -> None:
         """End ``request`` with ``error``. ``is_damaged``: its logits were not finite, so its pages may be bad."""

@@ -20,6 +20,7 @@ from nemo_engine.server.errors import ApiError, api_error, log_of
 from nemo_engine.server.service import ClientGone, Service
 
 OPEN_PATHS = frozenset({"/health", "/v1/health/live", "/v1/health/ready", "/metrics"})  # for probes, which have no keys
+QUIET_PATHS = OPEN_PATHS | {"/monitor", "/monitor/pages"}  # asked again and again: logged when they fail
 HEAD_PATHS = OPEN_PATHS | {"/", "/v1/models"}  # as probes and load balancers ask
 
 _access_log = logging.getLogger("nemo_engine.access")
@@ -75,7 +76,7 @@ class Access:
         finally:
             if "key" in log:
                 self._metrics.key_answered(log["key"], status)
-            if self._options.log_requests and (path not in OPEN_PATHS or status >= 400):
+            if self._options.log_requests and (path not in QUIET_PATHS or status >= 400):
                 line = {"method": scope["method"], "path": scope["path"][:200], "status": status} | log
                 line["seconds"] = round(time.monotonic() - started, 4)
                 _access_log.info("%s", json.dumps(line, ensure_ascii=True, default=str))

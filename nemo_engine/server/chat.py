@@ -78,9 +78,11 @@ def checked_chat(service: Service, request: ChatRequest) -> tuple[ToolUse, Encod
         raise ApiError(400, "stream_options needs stream", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
         raise ApiError(400, "prompt_logprobs is not supported in a stream", param="prompt_logprobs")
-    most = service.engine.config.max_logprobs
-    if request.top_logprobs is not None and most != -1 and not 0 <= request.top_logprobs <= most:
-        raise ApiError(400, f"top_logprobs must be in [0, {most}], got {request.top_logprobs}", param="top_logprobs")
+    max_logprobs = service.engine.config.max_logprobs
+    if request.top_logprobs is not None and max_logprobs != -1 and not 0 <= request.top_logprobs <= max_logprobs:
+        raise ApiError(
+            400, f"top_logprobs must be in [0, {max_logprobs}], got {request.top_logprobs}", param="top_logprobs"
+        )
     tools = ToolUse.of(request, service.renderer(request.chat_template))
     if tools.is_on and tools.style is not None and tools.style.shows_special:
         request.skip_special_tokens = False  # else the tags of calls would not be seen
@@ -88,16 +90,16 @@ def checked_chat(service: Service, request: ChatRequest) -> tuple[ToolUse, Encod
     logprobs = None
     if request.logprobs:
         logprobs = request.top_logprobs or 0
-    asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    own = effective(
+    max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    effective_params = effective(
         service,
         request,
         len(prompt.token_ids),
-        asked_tokens=asked,
+        asked_tokens=max_tokens,
         logprobs=logprobs,
         tools=tools,
     )
-    return tools, prompt, own
+    return tools, prompt, effective_params
 
 
 def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefix: str = "chatcmpl-") -> Chat:
@@ -106,11 +108,11 @@ def prepare_chat(service: Service, http: Request, request: ChatRequest, id_prefi
     Runs outside the event loop: grammars may be compiled.
     """
     service.check_admission(request.n or 1, service.turn_of(http))
-    tools, prompt, own = checked_chat(service, request)
+    tools, prompt, effective_params = checked_chat(service, request)
     echo = ""
     if request.echo and request.messages[-1].get("role") == "assistant":
         echo = check_content(request.messages[-1].get("content"), "messages[-1].content") or ""
-    generation = Generation(service, http, request, [prompt], [own], id_prefix)
+    generation = Generation(service, http, request, [prompt], [effective_params], id_prefix)
     return Chat(generation, tools, echo, request.skip_special_tokens is False)
 
 
@@ -215,25 +217,25 @@ def _delta(events: Sequence[Event], parallel: bool, delta: dict[str, Any]) -> di
     """What events add to a client's message. Without ``parallel`` only the first call counts."""
     content = delta.get("content", "")
     calls: dict[int, dict[str, Any]] = {}
-    for one in events:
-        if isinstance(one, Content):
-            content += one.text
-        elif not parallel and one.index > 0:
+    for change in events:
+        if isinstance(change, Content):
+            content += change.text
+        elif not parallel and change.index > 0:
             continue
-        elif isinstance(one, CallStarted):
-            calls[one.index] = {
-                "index": one.index,
-                "id": one.id,
+        elif isinstance(change, CallStarted):
+            calls[change.index] = {
+                "index": change.index,
+                "id": change.id,
                 "type": "function",
-                "function": {"name": one.name, "arguments": ""},
+                "function": {"name": change.name, "arguments": ""},
             }
-        elif isinstance(one, ArgumentsDelta):
-            call = calls.setdefault(one.index, {"index": one.index, "function": {"arguments": ""}})
-            call["function"]["arguments"] += one.text
-    found: dict[str, Any] = {"content": content} if content else {}
+        elif isinstance(change, ArgumentsDelta):
+            call = calls.setdefault(change.index, {"index": change.index, "function": {"arguments": ""}})
+            call["function"]["arguments"] += change.text
+    added: dict[str, Any] = {"content": content} if content else {}
     if calls:
-        found["tool_calls"] = [calls[index] for index in sorted(calls)]
-    return found
+        added["tool_calls"] = [calls[index] for index in sorted(calls)]
+    return added
 
 
 def finish_reason(completion: CompletionOutput, has_calls: bool) -> str | None:

@@ -68,28 +68,28 @@ class KeyRing:
         if not self._clients:
             return ANYONE
         shown = _shown_keys(headers)
-        found = None
+        known = None
         for key, client in self._clients.items():
-            for one in shown:
-                if hmac.compare_digest(key, one):
-                    found = client
-        return found
+            for candidate in shown:
+                if hmac.compare_digest(key, candidate):
+                    known = client
+        return known
 
 
 def _shown_keys(headers: Headers) -> list[bytes]:
     """As a bearer token, as ``X-API-Key``, or as the password of a browser on our own page."""
-    found = []
+    keys = []
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
-        found.append(value.strip().encode("latin-1"))
+        keys.append(value.strip().encode("latin-1"))
     elif kind.lower() == "basic" and not is_cross_site(headers):
         try:
-            found.append(base64.b64decode(value.strip(), validate=True).partition(b":")[2])
+            keys.append(base64.b64decode(value.strip(), validate=True).partition(b":")[2])
         except (binascii.Error, ValueError):
             pass
     if "x-api-key" in headers:
-        found.append(headers["x-api-key"].encode("latin-1"))
-    return found
+        keys.append(headers["x-api-key"].encode("latin-1"))
+    return keys
 
 
 def is_cross_site(headers: Headers) -> bool:
@@ -102,9 +102,9 @@ def is_host_allowed(host: str, allowed: Sequence[str] | None) -> bool:
     if allowed is None or "*" in allowed:
         return True
     name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
-    for one in allowed:
-        one = one.strip("[]").lower()
-        if name == one or (one.startswith("*.") and name.endswith(one[1:]) and len(name) >= len(one)):
+    for pattern in allowed:
+        pattern = pattern.strip("[]").lower()
+        if name == pattern or (pattern.startswith("*.") and name.endswith(pattern[1:]) and len(name) >= len(pattern)):
             return True
     return "127.0.0.1" in allowed and _is_loopback(name)
 

@@ -66,7 +66,7 @@ def _prepare(service: Service, http: Request, request: CompletionRequest) -> _Ru
     prompts = encode_prompts(service, http, request)
     if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
         request.prompt_logprobs = request.logprobs
-    own = [
+    effective_params = [
         effective(
             service,
             request,
@@ -76,21 +76,21 @@ def _prepare(service: Service, http: Request, request: CompletionRequest) -> _Ru
         )
         for prompt in prompts
     ]
-    return _Run(Generation(service, http, request, prompts, own, "cmpl-"), drops_output)
+    return _Run(Generation(service, http, request, prompts, effective_params, "cmpl-"), drops_output)
 
 
 def _whole(service: Service, request: CompletionRequest, run: _Run, finals: list[RequestOutput]) -> dict[str, Any]:
     choices = []
     for index, (prompt, final) in enumerate(zip(run.generation.prompts, finals)):
         echo = _prompt_text(service, prompt) if request.echo else None
-        own = run.generation.effective[index].params
+        params = run.generation.effective[index].params
         for completion in final.outputs:
             entry: dict[str, Any] = {
                 "index": index * run.generation.n + completion.index,
                 "text": (echo or "") + ("" if run.drops_output else completion.text),
                 "logprobs": None
                 if request.logprobs is None
-                else _logprobs(service, request, echo, final, own, None if run.drops_output else completion),
+                else _logprobs(service, request, echo, final, params, None if run.drops_output else completion),
                 "finish_reason": "length" if run.drops_output else completion.finish_reason,
                 "stop_reason": completion.stop_reason,
             }
@@ -182,7 +182,7 @@ def _logprobs(
     request: CompletionRequest,
     echo: str | None,
     final: RequestOutput,
-    own: SamplingParams,
+    params: SamplingParams,
     completion: CompletionOutput | None,
 ) -> dict[str, Any] | None:
     """Log-probabilities of one choice: of the prompt's tokens if ``echo`` is its text, then of ``completion``."""
@@ -198,7 +198,7 @@ def _logprobs(
         places = TextOffsets(tokenizer, start=shift)
         offsets += [places.take(token_id) for token_id in token_ids]
     if completion is not None:
-        places = TextOffsets(tokenizer, start=len(echo or ""), skips_special=own.skip_special_tokens)
+        places = TextOffsets(tokenizer, start=len(echo or ""), skips_special=params.skip_special_tokens)
         token_ids += completion.token_ids
         entries += completion.logprobs or []
         offsets += [places.take(token_id) for token_id in completion.token_ids]

@@ -149,9 +149,9 @@ def validation_error(error: ValidationError | RequestValidationError) -> ApiErro
     one.
     """
     errors = error.errors()
-    paths = [_path_of(one["loc"]) for one in errors]
+    paths = [_path_of(entry["loc"]) for entry in errors]
     depth = 2 if tuple(errors[0]["loc"][:1]) in _PLACES else 1  # of the field
-    tried = [index for index, one in enumerate(errors) if one["loc"][:depth] == errors[0]["loc"][:depth]]
+    tried = [index for index, entry in enumerate(errors) if entry["loc"][:depth] == errors[0]["loc"][:depth]]
     nearest = max(tried, key=lambda index: len(errors[index]["loc"]))
     first, path = errors[nearest], paths[nearest]
     kind = first["type"]

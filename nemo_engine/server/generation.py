@@ -65,9 +65,9 @@ class Generation:
         request_ids = self._take_ids()
         streams = [
             self._service.engine.generate_encoded(
-                prompt, own.params, request_id, priority=self._priority, client=self._turn
+                prompt, params.params, request_id, priority=self._priority, client=self._turn
             )
-            for prompt, own, request_id in zip(self.prompts, self.effective, request_ids)
+            for prompt, params, request_id in zip(self.prompts, self.effective, request_ids)
         ]
         merged = _enumerated(streams[0]) if len(streams) == 1 else _merge(streams)
         try:
@@ -106,7 +106,7 @@ class Generation:
         if key in running and not self._may_repeat:
             raise ValueError(f"request_id {self.id!r} is in use by an unfinished request")
         ids = self._ids(self.id)
-        if any(one in owners for one in ids):
+        if any(request_id in owners for request_id in ids):
             ids = self._ids(f"{self.id}-{uuid4().hex}")
         running.setdefault(key, set()).update(ids)
         owners.update(dict.fromkeys(ids, self._client))
@@ -124,8 +124,8 @@ class Generation:
         running[key].difference_update(ids)
         if not running[key]:
             del running[key]
-        for one in ids:
-            del self._service.owners[one]
+        for request_id in ids:
+            del self._service.owners[request_id]
 
     def _shown(self, prompt: EncodedPrompt) -> str | list[int]:
         tokenizer = self._service.engine.tokenizer
@@ -159,7 +159,9 @@ class Generation:
         }
 
     def explain(self) -> dict[str, Any]:
-        """Effective parameters and their origins, and of each prompt its times, cached tokens and preemptions."""
+        """Effective parameters and their origins, whether speculation makes drafts or why not, and of each prompt its
+        times, cached tokens and preemptions.
+        """
         requests = []
         for final in self.finals:
             if final is None or final.metrics is None:
@@ -176,7 +178,10 @@ class Generation:
                     "preemptions": m.num_preemptions,
                 }
             )
-        return {"parameters": self.effective[0].explain(), "requests": requests}
+        parameters = self.effective[0]
+        is_off = self._service.engine.config.speculative_config is None
+        speculation = "the server has no speculative_config" if is_off else parameters.params.why_no_drafts or "on"
+        return {"parameters": parameters.explain(), "speculation": speculation, "requests": requests}
 
     def _note(self, index: int, output: RequestOutput) -> None:
         """Keep count of ``output``, and at the end of a request report it."""
@@ -197,8 +202,8 @@ class Generation:
 
 def _id_of_header(http: Request) -> str | None:
     """The id in ``X-Request-Id``, which proxies set, if it is printable."""
-    asked = http.headers.get("x-request-id", "")
-    return asked if _HEADER_ID.fullmatch(asked) else None
+    header = http.headers.get("x-request-id", "")
+    return header if _HEADER_ID.fullmatch(header) else None
 
 
 def raise_failure(output: RequestOutput) -> None:

@@ -27,23 +27,23 @@ class GpuReader:
         nvml = self._nvml
         if nvml is None:
             return []
-        found: list[tuple[str, str, bool, float]] = []
+        readings: list[tuple[str, str, bool, float]] = []
         try:
             memory = nvml.nvmlDeviceGetMemoryInfo(self._device)
-            found.append(("gpu_memory_used_bytes", "Memory of the GPU in use.", False, memory.used))
-            found.append(("gpu_memory_total_bytes", "Memory of the GPU.", False, memory.total))
+            readings.append(("gpu_memory_used_bytes", "Memory of the GPU in use.", False, memory.used))
+            readings.append(("gpu_memory_total_bytes", "Memory of the GPU.", False, memory.total))
             watts = nvml.nvmlDeviceGetPowerUsage(self._device) / 1000
-            found.append(("gpu_power_watts", "Power that the GPU draws.", False, watts))
+            readings.append(("gpu_power_watts", "Power that the GPU draws.", False, watts))
         except nvml.NVMLError:
             pass
         energy = self._energy()
         if energy is not None and self._first_energy is not None:
             joules = energy - self._first_energy
-            found.append(("gpu_energy_joules", "Energy that the GPU has used since the start.", True, joules))
+            readings.append(("gpu_energy_joules", "Energy that the GPU has used since the start.", True, joules))
             if joules > 0:
                 text = "Tokens generated per joule of the GPU since the start."
-                found.append(("tokens_per_joule", text, False, num_tokens / joules))
-        return found
+                readings.append(("tokens_per_joule", text, False, num_tokens / joules))
+        return readings
 
     def _energy(self) -> float | None:
         """Joules since the driver was loaded, if the device counts them."""

@@ -65,7 +65,7 @@ class Connections:
             connection.loop.call_later(self._interval, self._watch, connection.loop)
         excess = len(self._open) - self.options.max_connections
         if excess > 0:
-            idle = next((one for one in self._open if one.is_idle), None)
+            idle = next((candidate for candidate in self._open if candidate.is_idle), None)
             if idle is not None:
                 idle.transport.close()
                 del self._open[idle]
@@ -121,8 +121,8 @@ class HttpProtocol(HttpToolsProtocol):
         if excess > _MAX_REFUSED:
             transport.abort()
         elif excess > 0:
-            most = self._options.max_connections
-            self._refuse(ApiError(503, f"{most} connections are open, and no more may be", code="too_many_connections",
+            limit = self._options.max_connections
+            self._refuse(ApiError(503, f"{limit} connections are open, and no more may be", code="too_many_connections",
                                   headers=RETRY_AFTER))  # fmt: skip
 
     def connection_lost(self, exc: Exception | None) -> None:

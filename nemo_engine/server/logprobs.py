@@ -18,9 +18,15 @@ def finite(value: float) -> float:
     return max(value, -9999.0)
 
 
-def token_text(request: SamplingRequest, token_id: int, one: Logprob | None, tokenizer: Tokenizer | None) -> str:
+def token_text(request: SamplingRequest, token_id: int, logprob: Logprob | None, tokenizer: Tokenizer | None) -> str:
     """How a token is named beside its log-probability."""
-    text = one.decoded_token if one is not None else None if tokenizer is None else tokenizer.decode_token(token_id)
+    text = (
+        logprob.decoded_token
+        if logprob is not None
+        else None
+        if tokenizer is None
+        else tokenizer.decode_token(token_id)
+    )
     return f"token_id:{token_id}" if request.return_tokens_as_token_ids or text is None else text
 
 
@@ -79,7 +85,7 @@ def completion_logprobs(
         top.append(
             None
             if best is None
-            else {token_text(request, other, one, tokenizer): finite(one.logprob) for other, one in best}
+            else {token_text(request, other, logprob, tokenizer): finite(logprob.logprob) for other, logprob in best}
         )
     return {"text_offset": list(offsets), "token_logprobs": values, "tokens": tokens, "top_logprobs": top}
 
@@ -93,17 +99,17 @@ def chat_logprobs(
     """
     count = request.top_logprobs or 0
 
-    def shown(token_id: int, one: Logprob) -> dict[str, Any]:
+    def shown(token_id: int, logprob: Logprob) -> dict[str, Any]:
         data = tokenizer.token_bytes(token_id, skip_special_tokens=False)
-        name = token_text(request, token_id, one, tokenizer)
-        return {"token": name, "logprob": finite(one.logprob), "bytes": list(data)}
+        name = token_text(request, token_id, logprob, tokenizer)
+        return {"token": name, "logprob": finite(logprob.logprob), "bytes": list(data)}
 
-    found = []
+    content = []
     for token_id, entry in zip(token_ids, entries):
         best = sorted(entry.items(), key=lambda item: item[1].rank or 0)
-        top = [shown(other, one) for other, one in best[: None if count == -1 else count]]
-        found.append(shown(token_id, entry[token_id]) | {"top_logprobs": top})
-    return found
+        top = [shown(other, candidate) for other, candidate in best[: None if count == -1 else count]]
+        content.append(shown(token_id, entry[token_id]) | {"top_logprobs": top})
+    return content
 
 
 def prompt_logprobs(final: RequestOutput) -> list[dict[str, Any] | None] | None:
@@ -114,8 +120,12 @@ def prompt_logprobs(final: RequestOutput) -> list[dict[str, Any] | None] | None:
         None
         if entry is None
         else {
-            str(token_id): {"logprob": finite(one.logprob), "rank": one.rank, "decoded_token": one.decoded_token}
-            for token_id, one in entry.items()
+            str(token_id): {
+                "logprob": finite(logprob.logprob),
+                "rank": logprob.rank,
+                "decoded_token": logprob.decoded_token,
+            }
+            for token_id, logprob in entry.items()
         }
         for entry in final.prompt_logprobs
     ]

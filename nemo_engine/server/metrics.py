@@ -18,7 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from starlette.responses import Response
 
 from nemo_engine.engine.async_engine import AsyncEngine, EngineClosedError, EngineDeadError
-from nemo_engine.outputs import RequestOutput
+from nemo_engine.outputs import RequestOutput, SchedulerStats
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.server.gpu import GpuReader
 from nemo_engine.server.ui.history import History
@@ -213,6 +213,7 @@ class Metrics:
             ("generation_tokens", "Tokens that were generated.", self._num_generation_tokens),
         ):
             yield self._one(CounterMetricFamily, name, text, value)
+        yield from self._of_drafts(stats)
         success = CounterMetricFamily(
             f"{self._prefix}:request_success",
             "Completions that ended, by reason.",
@@ -226,6 +227,26 @@ class Metrics:
             yield histogram.family(f"{self._prefix}:{name}", text, self._labels)
         for name, text, is_counter, value in self._gpu.read(self._num_generation_tokens):
             yield self._one(CounterMetricFamily if is_counter else GaugeMetricFamily, name, text, value)
+
+    def _of_drafts(self, stats: SchedulerStats) -> Iterator[Metric]:
+        """What speculation did, where there is any."""
+        by_place = stats.num_spec_accepted_tokens_per_pos
+        if not by_place:
+            return
+        for name, text, value in (
+            ("num_drafts", "Rows of steps that had drafts.", stats.num_spec_drafts),
+            ("num_draft_tokens", "Tokens of drafts.", stats.num_spec_draft_tokens),
+            ("num_accepted_tokens", "Tokens of drafts that were right.", sum(by_place)),
+        ):
+            yield self._one(CounterMetricFamily, f"spec_decode_{name}", text, value)
+        family = CounterMetricFamily(
+            f"{self._prefix}:spec_decode_num_accepted_tokens_per_pos",
+            "Tokens of drafts that were right, by their place in the draft.",
+            labels=[*self._labels, "position"],
+        )
+        for place, value in enumerate(by_place):
+            family.add_metric([*self._labels.values(), str(place)], value)
+        yield family
 
     def _of_keys(self) -> Iterator[Metric]:
         """What was done for each key, by its name."""

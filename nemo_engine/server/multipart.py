@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator
 from typing import IO
 
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
 from nemo_engine.server.errors import ApiError
 
-_BOUNDARY = re.compile(r'multipart/form-data\s*;.*?boundary="?([^";,\s]{1,200})"?', re.IGNORECASE)
-_NAME = re.compile(rb'[;\s]name="([^"]*)"', re.IGNORECASE)
-_FILENAME = re.compile(rb'filename="([^"]*)"', re.IGNORECASE)
-_MOST_HEAD = 16 * 1024  # bytes of the head of a part
 _MOST_FIELD = 64 * 1024  # bytes of a part that is no file
+_MOST_PARTS = 20
 
 
 class Form:
@@ -28,97 +27,78 @@ async def receive_form(content_type: str, pieces: AsyncIterator[bytes], file: IO
 
     Raises ``ApiError`` for what is no form, or larger than ``most_bytes``.
     """
-    match = _BOUNDARY.match(content_type)
-    if match is None:
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise ApiError(400, "the body must be a form, sent as multipart/form-data", code="invalid_form")
-    parser = _Parser(b"\r\n--" + match[1].encode("latin-1"), file)
+    parts = _Parts(file)
     num_bytes = 0
-    async for piece in pieces:
-        num_bytes += len(piece)
-        if num_bytes > most_bytes:
-            raise ApiError(413, f"the file is larger than {most_bytes} bytes", param="file", code="request_too_large")
-        parser.feed(piece)
-    if not parser.is_over:
+    try:
+        callbacks = {name: getattr(parts, name) for name in dir(parts) if name.startswith("on_")}
+        parser = MultipartParser(options[b"boundary"], callbacks)  # type: ignore[arg-type]
+        async for piece in pieces:
+            num_bytes += len(piece)
+            if num_bytes > most_bytes:
+                message = f"the file is larger than {most_bytes} bytes"
+                raise ApiError(413, message, param="file", code="request_too_large")
+            parser.write(piece)
+    except FormParserError as error:
+        raise _broken(str(error)) from None
+    if not parts.is_over:
         raise _broken("it ends before its last boundary")
-    return parser.form
+    return parts.form
 
 
 def _broken(why: str) -> ApiError:
     return ApiError(400, f"the body is no form: {why}", code="invalid_form")
 
 
-class _Parser:
-    """Cuts a body at its boundaries. What may be the beginning of one is held back."""
+class _Parts:
+    """Takes what the parser finds, by the names of its callbacks: the file goes to disk, other fields are kept."""
 
-    def __init__(self, boundary: bytes, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.form = Form()
         self.is_over = False
-        self._boundary = boundary
         self._file = file
-        self._held = b"\r\n"  # the first boundary has no line break in front of it
-        self._is_in_body = False
-        self._is_first = True
-        self._name = ""
-        self._value = bytearray()
+        self._num_parts = 0
 
-    def feed(self, piece: bytes) -> None:
-        """Take the next bytes."""
-        self._held += piece
-        while not self.is_over and self._advance():
-            pass
+    def on_part_begin(self) -> None:
+        self._num_parts += 1
+        if self._num_parts > _MOST_PARTS:
+            raise _broken(f"it has more than {_MOST_PARTS} parts")
+        self._head = self._text = self._disposition = self._value = b""
 
-    def _advance(self) -> bool:
-        """Take what can be taken of what is held; whether there may be more."""
-        if self._is_in_body or self._is_first:
-            at = self._held.find(self._boundary)
-            if at < 0:
-                keep = len(self._boundary) - 1
-                self._take(self._held[:-keep])
-                self._held = self._held[-keep:]
-                return False
-            if len(self._held) < at + len(self._boundary) + 2:
-                return False  # what follows the boundary says whether it is the last
-            self._take(self._held[:at])
-            self._finish()
-            after = self._held[at + len(self._boundary) :]
-            self._is_in_body = self._is_first = False
-            self.is_over = after.startswith(b"--")
-            if not self.is_over and not after.startswith(b"\r\n"):
-                raise _broken("a boundary is followed by other text")
-            self._held = after[2:]
-            return not self.is_over
-        head, found, rest = self._held.partition(b"\r\n\r\n")
-        if not found:
-            if len(self._held) > _MOST_HEAD:
-                raise _broken(f"the head of a part is longer than {_MOST_HEAD} bytes")
-            return False
-        self._begin(head)
-        self._held = rest
-        return True
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._head += data[start:end]
 
-    def _begin(self, head: bytes) -> None:
-        line = next((line for line in head.split(b"\r\n") if line.lower().startswith(b"content-disposition:")), b"")
-        name, filename = _NAME.search(line), _FILENAME.search(line)
-        if name is None:
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._text += data[start:end]
+
+    def on_header_end(self) -> None:
+        if self._head.lower() == b"content-disposition":
+            self._disposition = self._text
+        self._head = self._text = b""
+
+    def on_headers_finished(self) -> None:
+        options = parse_options_header(self._disposition)[1]
+        if b"name" not in options:
             raise _broken("a part has no name")
-        self._name = name[1].decode(errors="replace")
-        self._is_in_body = True
+        self._name = options[b"name"].decode(errors="replace")
         if self._name == "file":
             if self.form.filename is not None:
                 raise _broken("it has more than one file")
-            self.form.filename = filename[1].decode(errors="replace") if filename else ""
+            self.form.filename = options.get(b"filename", b"").decode(errors="replace")
 
-    def _take(self, data: bytes) -> None:
-        if not self._is_in_body:
-            return  # in front of the first boundary, which has no meaning
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == "file":
-            self._file.write(data)
+            self._file.write(data[start:end])
             return
-        self._value += data
+        self._value += data[start:end]
         if len(self._value) > _MOST_FIELD:
             raise _broken(f"the field {self._name[:64]} is longer than {_MOST_FIELD} bytes")
 
-    def _finish(self) -> None:
-        if self._is_in_body and self._name != "file":
+    def on_part_end(self) -> None:
+        if self._name != "file":
             self.form.fields[self._name] = self._value.decode(errors="replace")
-        self._value.clear()
+
+    def on_end(self) -> None:
+        self.is_over = True

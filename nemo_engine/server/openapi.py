@@ -103,8 +103,8 @@ def describe(document: Schema, service: Service) -> None:
 
 def _fields(service: Service, kind: str) -> Mapping[str, Schema]:
     """What the fields of a request of ``kind`` may hold on this server."""
-    most = service.options.max_completion_tokens
-    limit: Schema = {} if most is None else {"maximum": most}
+    max_tokens = service.options.max_completion_tokens
+    limit: Schema = {} if max_tokens is None else {"maximum": max_tokens}
     tokens = {"type": ["integer", "null"], "minimum": 1, **limit}
     most_logprobs = service.engine.config.max_logprobs
     count = {"type": ["integer", "null"], "minimum": -1}
@@ -192,7 +192,7 @@ def ids_below(number: int) -> str:
 def _say_vocabulary(schema: Schema, vocab_size: int) -> None:
     """Say which token ids there are."""
     for field in schema.get("properties", {}).values():
-        for one in field.get("anyOf", [field]):
-            items = one.get("items", {})
+        for option in field.get("anyOf", [field]):
+            items = option.get("items", {})
             if items.get("type") == "integer" and "minimum" in items:
                 items["maximum"] = vocab_size - 1

@@ -27,10 +27,10 @@ def or_null(schema: Schema) -> Schema:
 
 def _object(required: Iterable[str], refused: Iterable[str] = (), **properties: Schema) -> Schema:
     """An object whose fields ``refused`` must ask for nothing."""
-    made: Schema = {"type": "object", "required": list(required), "properties": properties}
+    schema: Schema = {"type": "object", "required": list(required), "properties": properties}
     if refused:
-        made["patternProperties"] = {f"^({'|'.join(sorted(refused))})$": NOTHING}
-    return made
+        schema["patternProperties"] = {f"^({'|'.join(sorted(refused))})$": NOTHING}
+    return schema
 
 
 def list_of(items: Schema, **limits: int) -> Schema:

@@ -142,28 +142,28 @@ class ServerOptions:
 
         Empty: the server is open.
         """
-        found = list(self.api_key or ())
+        api_keys = list(self.api_key or ())
         if self.api_key_file is not None:
             lines = Path(self.api_key_file).read_text().splitlines()
             of_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
             if not of_file:
                 raise ValueError(f"api_key_file {self.api_key_file!r} holds no key")
-            found += of_file
-        found += [key for key in os.environ.get(API_KEY_VARIABLE, "").split(",") if key.strip()]
-        return tuple(dict.fromkeys(key.strip().encode() for key in found))
+            api_keys += of_file
+        api_keys += [key for key in os.environ.get(API_KEY_VARIABLE, "").split(",") if key.strip()]
+        return tuple(dict.fromkeys(key.strip().encode() for key in api_keys))
 
     def sampling_defaults(self) -> dict[str, Any]:
         """``default_sampling_params`` as numbers, checked."""
-        found: dict[str, Any] = {}
+        defaults: dict[str, Any] = {}
         for name, text in (self.default_sampling_params or {}).items():
             if name not in DEFAULTS_THAT_MAY_BE_SET:
                 raise ValueError(f"default_sampling_params takes {', '.join(DEFAULTS_THAT_MAY_BE_SET)}, got {name!r}")
             try:
-                found[name] = int(text) if name in ("top_k", "max_tokens") else float(text)
+                defaults[name] = int(text) if name in ("top_k", "max_tokens") else float(text)
             except (TypeError, ValueError):
                 raise ValueError(f"default_sampling_params {name} must be a number, got {text!r}") from None
-        SamplingParams(**found)
-        return found
+        SamplingParams(**defaults)
+        return defaults
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -21,7 +21,7 @@ _PLAIN = (
     "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
     "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids",
     "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "stream_interval",
-    "logit_bias", "allowed_token_ids", "bad_words",
+    "logit_bias", "allowed_token_ids", "bad_words", "speculation",
 )  # fmt: skip
 
 
@@ -117,13 +117,13 @@ def _set_max_tokens(
     service: Service,
     request: GenerationRequest,
     num_prompt_tokens: int,
-    asked: int | None,
+    max_tokens: int | None,
     values: dict[str, Any],
     origins: dict[str, str],
 ) -> None:
     limit = service.options.max_completion_tokens
-    if asked is not None:
-        values["max_tokens"], origins["max_tokens"] = asked, "request"
+    if max_tokens is not None:
+        values["max_tokens"], origins["max_tokens"] = max_tokens, "request"
         is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
         for name in ("max_completion_tokens", "max_tokens"):  # of which the first counts, and both are checked
             given = getattr(request, name, None)
@@ -134,6 +134,6 @@ def _set_max_tokens(
     elif "max_tokens" not in values and isinstance(request, CompletionRequest):
         values["max_tokens"] = _DEFAULT_MAX_TOKENS
     room = service.engine.room_for(num_prompt_tokens)
-    for most, origin in ((limit, "server limit"), (room, "context")):
-        if most is not None and (values.get("max_tokens") is None or values["max_tokens"] > most):
-            values["max_tokens"], origins["max_tokens"] = most, origin
+    for upper, origin in ((limit, "server limit"), (room, "context")):
+        if upper is not None and (values.get("max_tokens") is None or values["max_tokens"] > upper):
+            values["max_tokens"], origins["max_tokens"] = upper, origin

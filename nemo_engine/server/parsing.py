@@ -117,8 +117,8 @@ def check_complexity(data: bytes, max_values: int = MAX_VALUES) -> None:
             raise _too_complex("values", max_values)
 
 
-def _too_complex(what: str, most: int) -> ApiError:
-    return ApiError(413, f"the body must have at most {most} {what}", code="request_too_complex")
+def _too_complex(what: str, limit: int) -> ApiError:
+    return ApiError(413, f"the body must have at most {limit} {what}", code="request_too_complex")
 
 
 def _count(data: bytes, what: bytes) -> int:

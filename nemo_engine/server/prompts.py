@@ -27,7 +27,7 @@ def encode_prompts(service: Service, http: Request, request: CompletionRequest) 
         raise ApiError(400, "prompt must not be empty", param="prompt")
     service.check_admission(len(many) * (request.n or 1), service.turn_of(http))
     return [
-        _finish(service, request, _encode(service, request, one, index, len(many))) for index, one in enumerate(many)
+        _finish(service, request, _encode(service, request, item, index, len(many))) for index, item in enumerate(many)
     ]
 
 
@@ -74,18 +74,18 @@ def encode_conversation(service: Service, request: ChatRequest, tools: ToolUse |
 
 def _finish(service: Service, request: GenerationRequest, prompt: EncodedPrompt) -> EncodedPrompt:
     """Truncation, the server's limit and the salt."""
-    most = request.truncate_prompt_tokens
-    if most is not None:
-        if most == 0:
+    max_tokens = request.truncate_prompt_tokens
+    if max_tokens is not None:
+        if max_tokens == 0:
             raise ApiError(
                 400,
                 "truncate_prompt_tokens must be at least 1, or -1 for the context's length, got 0",
                 param="truncate_prompt_tokens",
             )
-        most = service.engine.max_model_len - 1 if most == -1 else most
-        if len(prompt.token_ids) > most:
+        max_tokens = service.engine.max_model_len - 1 if max_tokens == -1 else max_tokens
+        if len(prompt.token_ids) > max_tokens:
             ids = prompt.token_ids
-            kept = ids[:most] if request.truncation_side == "right" else ids[-most:]
+            kept = ids[:max_tokens] if request.truncation_side == "right" else ids[-max_tokens:]
             prompt = replace(prompt, text=None, token_ids=kept)
     limit = service.options.max_prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:
@@ -107,11 +107,11 @@ def structured_outputs(request: GenerationRequest) -> object | None:
     known = {"type", "json_schema"} if kind == "json_schema" else {"type"}
     if kind in ("text", "json_object", "json_schema"):
         refuse_unknown(form, known, "response_format", f"a format of type {kind}")
-    found: dict[str, Any] | None
+    options: dict[str, Any] | None
     if kind == "text":
-        found = None
+        options = None
     elif kind == "json_object":
-        found = {"json_object": True}
+        options = {"json_object": True}
     elif kind == "json_schema":
         named = form.get("json_schema")
         schema = named.get("schema") if isinstance(named, Mapping) else None
@@ -125,7 +125,7 @@ def structured_outputs(request: GenerationRequest) -> object | None:
             raise ApiError(
                 400, "response_format.json_schema.schema must be an object", param="response_format.json_schema.schema"
             )
-        found = {"json": schema if isinstance(schema, Mapping) else ({} if schema else {"not": {}})}
+        options = {"json": schema if isinstance(schema, Mapping) else ({} if schema else {"not": {}})}
     else:
         raise ApiError(
             400,
@@ -133,6 +133,6 @@ def structured_outputs(request: GenerationRequest) -> object | None:
             param="response_format.type",
             code="unsupported_parameter" if kind == "structural_tag" else "invalid_value",
         )
-    if found is not None and request.structured_outputs is not None:
+    if options is not None and request.structured_outputs is not None:
         raise ApiError(400, "response_format and structured_outputs exclude each other", param="response_format")
-    return found if found is not None else request.structured_outputs
+    return options if options is not None else request.structured_outputs

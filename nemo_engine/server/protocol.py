@@ -74,9 +74,9 @@ class Limits:
 
     def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema: dict[str, Any] = handler(core)
-        for one in schema.get("anyOf", [schema]):
-            if one.get("type") != "null":
-                one.update(self._limits)
+        for option in schema.get("anyOf", [schema]):
+            if option.get("type") != "null":
+                option.update(self._limits)
         return schema
 
 
@@ -188,6 +188,7 @@ class SamplingRequest(ApiRequest):
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
     return_tokens_as_token_ids: bool | None = False
     # ours
+    speculation: bool | None = None
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     explain: bool | None = False
 

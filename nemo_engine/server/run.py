@@ -201,8 +201,8 @@ def _for_address(options: ServerOptions, listener: socket.socket, *, is_open: bo
     """What follows from where the server listens and whether it has keys: the names that it answers to, and a
     warning.
     """
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
-    options = replace(options, max_connections=max(1, min(options.max_connections, most)))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
+    options = replace(options, max_connections=max(1, min(options.max_connections, limit)))
     if not is_open or options.uds is not None:
         return options
     address = listener.getsockname()[0]

@@ -139,18 +139,18 @@ class Service:
                 code="queue_full",
                 headers=RETRY_AFTER,
             )
-        most = self.options.max_queue_per_key
-        if most is not None and (num_waiting := self.engine.num_waiting_of(turn)) >= most:
+        limit = self.options.max_queue_per_key
+        if limit is not None and (num_waiting := self.engine.num_waiting_of(turn)) >= limit:
             raise ApiError(
                 429,
-                f"{num_waiting} completions of this key wait already, and at most {most} may",
+                f"{num_waiting} completions of this key wait already, and at most {limit} may",
                 code="queue_full",
                 headers=RETRY_AFTER,
             )
 
-    def timeout(self, asked: float | None) -> float | None:
+    def timeout(self, seconds: float | None) -> float | None:
         """Seconds that a request may take: what it asks for, at most what the server allows."""
-        limits = [limit for limit in (asked, self.options.request_timeout) if limit is not None]
+        limits = [limit for limit in (seconds, self.options.request_timeout) if limit is not None]
         return min(limits, default=None)
 
 

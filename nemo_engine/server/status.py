@@ -145,8 +145,8 @@ async def abort(service: Service, http: Request, request: AbortRequest) -> Respo
     """
     headers = response_headers(request)
     ids = [request.request_id] if isinstance(request.request_id, str) else request.request_id
-    whole = [f"{prefix}{one}" for one in ids for prefix in ("", "cmpl-", "chatcmpl-", "resp_")]
+    whole = [f"{prefix}{response_id}" for response_id in ids for prefix in ("", "cmpl-", "chatcmpl-", "resp_")]
     client, running = service.client_of(http), service.running
-    found = [one for one in dict.fromkeys(whole) if (client, one) in running]
-    service.engine.abort([request_id for one in found for request_id in running[client, one]])
-    return JSONResponse({"aborted": found}, headers=headers)
+    matching = [response_id for response_id in dict.fromkeys(whole) if (client, response_id) in running]
+    service.engine.abort([request_id for response_id in matching for request_id in running[client, response_id]])
+    return JSONResponse({"aborted": matching}, headers=headers)

@@ -55,7 +55,7 @@ class ToolUse:
             return None
         return [dict(tool) for tool in self.tools if self.is_forced or tool["function"]["name"] in self.choice.names]
 
-    def structured_outputs(self, asked: object | None) -> object | None:
+    def structured_outputs(self, options: object | None) -> object | None:
         """The form of the answer: that of the calls if calls are forced, else what the request asks for, or calls if it
         may make some.
 
@@ -64,20 +64,20 @@ class ToolUse:
         if self.is_forced:
             assert self.style is not None
             return self.style.forced(self.tools, self.choice.names, self.parallel)
-        if not self.is_on or asked is None:
-            return asked
-        form = StructuredOutputsParams.of(asked)
+        if not self.is_on or options is None:
+            return options
+        form = StructuredOutputsParams.of(options)
         schema = _answer_schema(form)
         if schema is None:
             return form  # expressions and grammars mean the whole answer
         assert self.style is not None
         return self.style.optional(self.tools, self.choice.names, self.parallel, schema)
 
-    def has_grammar(self, asked: object | None) -> bool:
+    def has_grammar(self, options: object | None) -> bool:
         """Whether the form of the answer is made of the tools' parameters."""
-        return self.is_forced or (self.is_on and asked is not None)
+        return self.is_forced or (self.is_on and options is not None)
 
-    def blamed(self, message: str, asked: object | None) -> str:
+    def blamed(self, message: str, options: object | None) -> str:
         """``message``, an error of what ``structured_outputs`` made, with the tool or the part of ``asked`` whose fault
         it is.
         """
@@ -88,7 +88,7 @@ class ToolUse:
                     return f"tools[{index}].function.parameters: {wrong}"
         if not self.is_forced:
             try:
-                schema = _answer_schema(StructuredOutputsParams.of(asked))
+                schema = _answer_schema(StructuredOutputsParams.of(options))
             except ValueError as error:
                 return str(error)
             if schema is None:

@@ -93,7 +93,7 @@ class Tracing:
 def _attributes(output: RequestOutput, request_id: str, model_name: str) -> dict[str, Any]:
     metrics, params = output.metrics, output.sampling_params
     assert metrics is not None
-    found: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "gen_ai.request.id": request_id,
         "gen_ai.request.model": model_name,
         "gen_ai.response.model": model_name,
@@ -104,7 +104,7 @@ def _attributes(output: RequestOutput, request_id: str, model_name: str) -> dict
         "gen_ai.usage.num_sequences": len(output.outputs),
     }
     if params is not None:
-        found |= {
+        attributes |= {
             "gen_ai.request.temperature": params.temperature,
             "gen_ai.request.top_p": params.top_p,
             "gen_ai.request.max_tokens": params.max_tokens,
@@ -121,5 +121,5 @@ def _attributes(output: RequestOutput, request_id: str, model_name: str) -> dict
         ("time_in_model_inference", scheduled, last),
     ):
         if start is not None and end is not None:
-            found[f"gen_ai.latency.{name}"] = end - start
-    return {name: value for name, value in found.items() if value is not None}
+            attributes[f"gen_ai.latency.{name}"] = end - start
+    return {name: value for name, value in attributes.items() if value is not None}

@@ -4,9 +4,10 @@ Must not know torch.
 """
 
 from nemo_engine.simulator.cost import CostModel, Measurement
+from nemo_engine.simulator.fleet import Changes, Load
 from nemo_engine.simulator.replica import EngineShape
 from nemo_engine.simulator.results import Results
 from nemo_engine.simulator.routing import ROUTINGS
 from nemo_engine.simulator.run import Setting, simulate
 
-__all__ = ["ROUTINGS", "CostModel", "EngineShape", "Measurement", "Results", "Setting", "simulate"]
+__all__ = ["ROUTINGS", "Changes", "CostModel", "EngineShape", "Load", "Measurement", "Results", "Setting", "simulate"]

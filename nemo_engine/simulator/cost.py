@@ -66,29 +66,29 @@ class CostModel:
 
         Raises ``ValueError`` if there are too few measurements.
         """
-        found = [m for m in measurements if m.num_decodes or m.num_prefills]
-        if len(found) < _LEAST:
-            raise ValueError(f"measurements must be at least {_LEAST} steps, got {len(found)}")
-        for m in found:
+        measured = [m for m in measurements if m.num_decodes or m.num_prefills]
+        if len(measured) < _LEAST:
+            raise ValueError(f"measurements must be at least {_LEAST} steps, got {len(measured)}")
+        for m in measured:
             if not 0 < m.seconds < float("inf") or min(m[:5]) < 0:
                 raise ValueError(f"measurements must have seconds above 0 and no negative counts, got {m}")
-        decode_knots = _knots(m.num_decodes for m in found)
-        prefill_knots = _knots(m.prefill_tokens for m in found)
-        rows = [_features(m, decode_knots, prefill_knots) for m in found]
-        weights = [1 / m.seconds for m in found]
+        decode_knots = _knots(m.num_decodes for m in measured)
+        prefill_knots = _knots(m.prefill_tokens for m in measured)
+        rows = [_features(m, decode_knots, prefill_knots) for m in measured]
+        weights = [1 / m.seconds for m in measured]
         size = len(decode_knots) + len(prefill_knots) + 4
         x = [0.0] * size
-        floor = min(m.seconds for m in found) / 2
+        floor = min(m.seconds for m in measured) / 2
         for _ in range(_ROUNDS):
-            x = _least_squares(rows, [m.seconds for m in found], weights, x)
+            x = _least_squares(rows, [m.seconds for m in measured], weights, x)
             guesses = [max(_dot(row, x), floor) for row in rows]
-            errors = [abs(guess - m.seconds) / guess for guess, m in zip(guesses, found)]
+            errors = [abs(guess - m.seconds) / guess for guess, m in zip(guesses, measured)]
             weights = [1 / guess / max(error, 0.01) ** 0.5 for guess, error in zip(guesses, errors)]
         context, row, pair, saving = x[-4:]
         d = len(decode_knots)
         errors.sort()
         about = {
-            "num_measurements": len(found),
+            "num_measurements": len(measured),
             "median_error": statistics.median(errors),
             "p90_error": errors[int(0.9 * (len(errors) - 1))],
         }

@@ -144,6 +144,10 @@ class Feed:
         self._count += 1
         heapq.heappush(self._due, (when, self._count, conversation))
 
+    def again(self, conversation: Conversation, when: float) -> None:
+        """The turn that ``conversation`` is at is asked once more: its request was lost."""
+        self._push(when, conversation)
+
     def next_time(self) -> float:
         """When the next one comes; infinity if none is known."""
         first = self._next[0] if self._next is not None else math.inf
@@ -154,9 +158,9 @@ class Feed:
         if self._next is None or (self._due and self._due[0][0] <= self._next[0]):
             when, _, conversation = heapq.heappop(self._due)
             return when, conversation
-        found = self._next
+        item = self._next
         self._look_ahead()
-        return found
+        return item
 
     def ended(self, conversation: Conversation, token_ids: list[int] | None, now: float) -> None:
         """A turn is answered, all its tokens being ``token_ids``; None: it was refused, and so is what would follow

@@ -13,6 +13,7 @@ from nemo_engine.simulator.scheduler import ANSWER, SimulatedRequest, SteadyRun,
 from nemo_engine.simulator.statistics import Sketch, Timeline
 from nemo_engine.step import StepPlan, StepResult
 
+_BELOW = 1 - 1e-6  # of a sum of costs, for its rounding
 _TIMELINE = ("running", "waiting", "kv_used", "decode_rows")
 
 
@@ -42,10 +43,17 @@ class EngineShape:
 
 
 class Replica:
-    """A scheduler and a clock. ``now`` is when its host can next plan; whoever drives it never goes back in time."""
+    """A scheduler and a clock. ``now`` is when its host can next plan; whoever drives it never goes back in time.
+
+    ``interval``: of its timeline at first; steps are passed over up to the end of one, so that long ones cost less.
+    """
 
     def __init__(
-        self, shape: EngineShape, cost: StepCost, on_finish: Callable[[SimulatedRequest, float], None]
+        self,
+        shape: EngineShape,
+        cost: StepCost,
+        on_finish: Callable[[SimulatedRequest, float], None],
+        interval: float = 1e-3,
     ) -> None:
         self.now = 0.0
         self.scheduler = VirtualScheduler(
@@ -64,7 +72,7 @@ class Replica:
         self.num_prefill_tokens = 0
         self.busy_s = 0.0
         self.itl = Sketch()
-        self.timeline = Timeline(_TIMELINE)
+        self.timeline = Timeline(_TIMELINE, interval)
         self._shape = shape
         self._cost = cost
         self._on_finish = on_finish
@@ -254,7 +262,24 @@ class Replica:
             self._finish(request, now)
         return True
 
-    def num_matching_pages(self, request: Request) -> int:
-        """Leading pages of ``request`` that the prefix cache has now."""
-        kv = self.scheduler.kv
-        return len(kv.match(request)) if kv.enable_prefix_caching else 0
+    def earliest_end(self) -> float:
+        """A time before which none of the requests ends, as they are; infinity if there are none.
+
+        A request ends with its last token, and gets at most one token a step. Until the first one ends, a step costs at
+        least what it costs now, unless one that runs is preempted: then no less than a step of a single row.
+        """
+        if not self.num_unfinished:
+            return float("inf")
+        scheduler, running = self.scheduler, self.scheduler.running
+        requests = running.all()
+        if self._held or not requests:
+            return self.now
+        num_steps = min([request.max_total_tokens - len(request.token_ids) for request in requests]) - 1
+        pages = len(requests) * (num_steps // self._shape.page_size + 2)
+        if scheduler.waiting or running.prefilling or pages > scheduler.kv.pool.num_free:
+            num_steps = min([num_steps, *[r.max_total_tokens - len(r.token_ids) - 1 for r in scheduler.waiting]])
+            seconds = self._line(1)[0]
+        else:
+            base, slope, _ = self._line(len(requests))
+            seconds = base + slope * sum([request.num_computed_tokens for request in requests])
+        return self.now + num_steps * seconds * _BELOW  # the first of them may be over in no time: it is in flight

@@ -34,26 +34,26 @@ _HEADS = (
 
 def report(label: str, runs: Sequence[tuple[str, Results]]) -> str:
     """A table; ``label`` says what the first column is."""
-    rows = [(label, *_HEADS), *(_row(name, found) for name, found in runs)]
+    rows = [(label, *_HEADS), *(_row(name, results) for name, results in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    for name, found in runs:
-        if found.num_refused:
-            lines.append(f"{name}: {found.num_refused} requests refused, the first: {found.first_refusal}")
-    steps, wall = sum(found.num_steps for _, found in runs), sum(found.wall_s for _, found in runs)
-    virtual = sum(found.duration_s for _, found in runs)
+    for name, results in runs:
+        if results.num_refused:
+            lines.append(f"{name}: {results.num_refused} requests refused, the first: {results.first_refusal}")
+    steps, wall = sum(results.num_steps for _, results in runs), sum(results.wall_s for _, results in runs)
+    virtual = sum(results.duration_s for _, results in runs)
     lines.append(f"{virtual:,.0f} s in {wall:.1f} s: {steps:,} steps, {steps / wall if wall else 0:,.0f} a second")
     return "\n".join(lines)
 
 
-def _row(name: str, found: Results) -> tuple[str, ...]:
+def _row(name: str, results: Results) -> tuple[str, ...]:
     return (
-            name, f"{found.requests_per_s:.2f}", f"{found.output_tokens_per_s:,.0f}",
-            f"{found.good_requests_per_s:.2f}", f"{found.good_fraction:.1%}", _ms(found.ttft, 0.5), _ms(found.ttft,
-            0.99), _ms(found.itl, 0.5), _ms(found.itl, 0.99), _ms(found.tpot, 0.99), f"{found.peak_kv_used:.1%}",
-            f"{found.mean_running:.1f}", f"{found.prefix_hit_rate:.1%}", f"{found.num_preemptions}",
-            f"{found.busy_fraction:.1%}",
-        )  # fmt: skip
+        name, f"{results.requests_per_s:.2f}", f"{results.output_tokens_per_s:,.0f}",
+        f"{results.good_requests_per_s:.2f}", f"{results.good_fraction:.1%}",
+        _ms(results.ttft, 0.5), _ms(results.ttft, 0.99), _ms(results.itl, 0.5), _ms(results.itl, 0.99),
+        _ms(results.tpot, 0.99), f"{results.peak_kv_used:.1%}", f"{results.mean_running:.1f}",
+        f"{results.prefix_hit_rate:.1%}", f"{results.num_preemptions}", f"{results.busy_fraction:.1%}",
+    )  # fmt: skip
 
 
 def _ms(sketch: Sketch, q: float) -> str:
@@ -65,11 +65,11 @@ def verdict(label: str, runs: Sequence[tuple[float, Results]], limits: Limits) -
     """What the runs say, in a sentence."""
     best = max(runs, key=lambda run: run[1].output_tokens_per_s)
     full = f"{best[1].requests_per_s:.2f} requests/s and {best[1].output_tokens_per_s:,.0f} tokens/s"
-    kept = [x for x, found in runs if found.good_fraction >= _GOOD]
+    kept = [x for x, results in runs if results.good_fraction >= _GOOD]
     parts = []
     if label == "rate":
         rate = saturation(runs)
-        kept_up = [x for x, found in runs if not _is_burst(found)]
+        kept_up = [x for x, results in runs if not _is_burst(results)]
         if rate is not None:
             parts.append(f"saturates near {rate:.3g} requests/s")
         else:
@@ -86,16 +86,16 @@ def verdict(label: str, runs: Sequence[tuple[float, Results]], limits: Limits) -
 def saturation(runs: Sequence[tuple[float, Results]]) -> float | None:
     """Requests per second that are served where more arrive; None if every rate was kept up with."""
     beyond = [
-        found.requests_per_s
-        for _, found in runs
-        if not _is_burst(found) and found.arrival_span_s < _KEEPS_UP * found.duration_s
+        results.requests_per_s
+        for _, results in runs
+        if not _is_burst(results) and results.arrival_span_s < _KEEPS_UP * results.duration_s
     ]
     return max(beyond, default=None)
 
 
-def _is_burst(found: Results) -> bool:
+def _is_burst(results: Results) -> bool:
     """Whether everything arrived before the first answers were there, which says nothing of a rate."""
-    return found.e2e.count > 0 and found.arrival_span_s < found.e2e.quantile(0.1)
+    return results.e2e.count > 0 and results.arrival_span_s < results.e2e.quantile(0.1)
 
 
 def plot(label: str, runs: Sequence[tuple[float, Results]], limits: Limits, path: Path) -> None:
@@ -123,9 +123,9 @@ def plot(label: str, runs: Sequence[tuple[float, Results]], limits: Limits, path
         axis.set_axis_off()
         cells = list(zip((label, *_HEADS), _row(f"{runs[0][0]:g}", runs[0][1])))
         axis.table([list(pair) for pair in cells], loc="center", cellLoc="left", colWidths=[0.2, 0.2])
-    for x, found in runs:
+    for x, results in runs:
         for axis, name in ((axes[1][1], "kv_used"), (axes[1][2], "running")):
-            series = found.series[name]
+            series = results.series[name]
             axis.plot([when for when, _ in series], [value for _, value in series], label=f"{x:g}")
     axes[1][1].set(title="first replica", xlabel="time, s", ylabel="KV cache in use, fraction", ylim=(0, 1))
     axes[1][2].set(title="first replica", xlabel="time, s", ylabel="running requests", ylim=(0, None))
@@ -137,7 +137,7 @@ def plot(label: str, runs: Sequence[tuple[float, Results]], limits: Limits, path
 def _draw_latencies(axes: Sequence[Any], unit: str, runs: Sequence[tuple[float, Results]], limits: Limits) -> None:
     for axis, name, limit in ((axes[0], "ttft", limits.ttft_s), (axes[1], "itl", limits.itl_s)):
         for q in (0.5, 0.9, 0.99):
-            values = [getattr(found, name).quantile(q) * 1e3 for _, found in runs]
+            values = [getattr(results, name).quantile(q) * 1e3 for _, results in runs]
             axis.plot([x for x, _ in runs], values, marker="o", label=f"p{q * 100:g}")
         if limit is not None:
             axis.axhline(limit * 1e3, color="grey", linestyle="--", label="limit")
@@ -147,13 +147,13 @@ def _draw_latencies(axes: Sequence[Any], unit: str, runs: Sequence[tuple[float, 
 
 def _draw_rates(axis: Any, label: str, unit: str, runs: Sequence[tuple[float, Results]]) -> None:
     xs = [x for x, _ in runs]
-    axis.plot(xs, [found.requests_per_s for _, found in runs], marker="o", label="served")
-    axis.plot(xs, [found.good_requests_per_s for _, found in runs], marker="o", label="within the limits")
+    axis.plot(xs, [results.requests_per_s for _, results in runs], marker="o", label="served")
+    axis.plot(xs, [results.good_requests_per_s for _, results in runs], marker="o", label="within the limits")
     axis.set(xlabel=unit, ylabel="requests/s", xlim=(0, 1.05 * max(xs)), ylim=(0, None))
     if label == "rate":
-        most = max(found.requests_per_s for _, found in runs)
+        highest = max(results.requests_per_s for _, results in runs)
         axis.plot([0, max(xs)], [0, max(xs)], color="grey", linestyle=":", label="y = x: as many as come")
-        axis.set_ylim(0, 1.15 * max(most, min(max(xs), 1.5 * most)))
+        axis.set_ylim(0, 1.15 * max(highest, min(max(xs), 1.5 * highest)))
         rate = saturation(runs)
         if rate is not None:
             axis.axhline(rate, color="grey", linestyle="--")
@@ -163,7 +163,9 @@ def _draw_rates(axis: Any, label: str, unit: str, runs: Sequence[tuple[float, Re
 
 
 def _draw_tokens(axis: Any, label: str, runs: Sequence[tuple[float, Results]]) -> None:
-    points = [(found.output_tokens_per_s, found.tpot.quantile(0.5) * 1e3, x) for x, found in runs if found.tpot.count]
+    points = [
+        (results.output_tokens_per_s, results.tpot.quantile(0.5) * 1e3, x) for x, results in runs if results.tpot.count
+    ]
     axis.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o")
     axis.set(xlabel="output tokens/s", ylabel="median TPOT, ms", xlim=(0, None), ylim=(0, None))
     axis.margins(0.15)

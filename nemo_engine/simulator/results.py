@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_engine.simulator.replica import Replica
+from nemo_engine.simulator.fleet import Fleet
 from nemo_engine.simulator.scheduler import SimulatedRequest
 from nemo_engine.simulator.statistics import Sketch
 from nemo_engine.workload import Limits
@@ -61,7 +60,9 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Numbers of one run. Seconds are virtual, but for ``wall_s``. A request is counted when it ends."""
+    """Numbers of one run. Seconds are virtual, but for ``wall_s``. A request is counted when it
+    ends, those that were lost with a replica once they have ended on another.
+    """
 
     num_items: int
     num_finished: int
@@ -87,21 +88,28 @@ class Results:
     mean_running: float
     mean_decode_rows: float
     busy_fraction: float
+    most_busy: float  # the busiest replica, as a multiple of the mean
+    replica_s: float  # seconds from the first arrival to the last end, those of all replicas that took requests
+    num_lost_replicas: int
+    num_lost_requests: int
     num_steps: int
     wall_s: float
     series: dict[str, list[tuple[float, float]]]  # of the first replica
 
     @classmethod
-    def of(cls, tally: Tally, replicas: Sequence[Replica], num_items: int, wall_s: float) -> Results:
+    def of(cls, tally: Tally, fleet: Fleet, num_items: int, wall_s: float) -> Results:
         """Put together."""
+        replicas = fleet.replicas
         itl = Sketch()
         for replica in replicas:
             itl.merge(replica.itl)
         duration = max(tally.last_end_s - tally.first_arrival_s, 0.0) if tally.num_finished else 0.0
         per_s = 1 / duration if duration else 0.0
+        replica_s = fleet.replica_seconds(tally.first_arrival_s, tally.last_end_s) if duration else 0.0
+        busy = [replica.busy_s for replica in replicas]
 
         def mean(name: str) -> float:
-            return sum(replica.timeline.total(name) for replica in replicas) * per_s / len(replicas)
+            return sum(replica.timeline.total(name) for replica in replicas) / replica_s if duration else 0.0
 
         pools = [replica.scheduler.kv.pool for replica in replicas]
         return cls(
@@ -128,10 +136,15 @@ class Results:
             mean_kv_used=mean("kv_used"),
             mean_running=mean("running"),
             mean_decode_rows=mean("decode_rows"),
-            busy_fraction=sum(replica.busy_s for replica in replicas) / (duration * len(replicas)) if duration else 0.0,
+            busy_fraction=sum(busy) / replica_s if duration else 0.0,
+            most_busy=max(busy) * len(busy) / sum(busy) if sum(busy) else 1.0,
+            replica_s=replica_s,
+            num_lost_replicas=fleet.num_lost_replicas,
+            num_lost_requests=fleet.num_lost_requests,
             num_steps=sum(replica.num_steps for replica in replicas),
             wall_s=wall_s,
-            series={name: replicas[0].timeline.series(name) for name in replicas[0].timeline.names},
+            series={name: replicas[0].timeline.series(name) for name in replicas[0].timeline.names}
+            | {"replicas": [(when, float(count)) for when, count in fleet.counts]},
         )
 
     def as_json(self) -> dict[str, Any]:

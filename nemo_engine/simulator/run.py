@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nemo_engine.planner.roofline import StepCost
 from nemo_engine.simulator.feed import Contents, Conversation, Encode, Feed
+from nemo_engine.simulator.fleet import Changes, Fleet
 from nemo_engine.simulator.replica import EngineShape, Replica
 from nemo_engine.simulator.results import Results, Tally
 from nemo_engine.simulator.routing import Router
@@ -20,7 +21,8 @@ from nemo_engine.workload import Arrivals, Item, Limits
 class Setting:
     """What is simulated besides the workload.
 
-    ``use_priorities``: scheduling_policy "priority"; else all are equally urgent.
+    ``replicas``: at the start. ``changes``: what happens to them later. ``use_priorities``: scheduling_policy
+    "priority"; else all are equally urgent.
     """
 
     shape: EngineShape
@@ -29,6 +31,7 @@ class Setting:
     routing: str = "round-robin"
     use_priorities: bool = False
     limits: Limits = Limits()
+    changes: Changes = Changes()
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -51,7 +54,7 @@ def simulate(
 
 
 class _Simulation:
-    """The replicas in step with the arrivals: before a request is routed, every replica has reached its time."""
+    """The fleet in step with the arrivals: before a request is routed, all that ends before its time has ended."""
 
     def __init__(
         self,
@@ -65,50 +68,50 @@ class _Simulation:
         self.contents = Contents(encode)
         self.progress = progress
         self.tally = Tally(setting.limits)
-        self.router = Router(setting.routing)
-        self.replicas = [Replica(setting.shape, setting.cost, self._finished) for _ in range(setting.replicas)]
+        self.router = Router(setting.routing, setting.shape.num_pages)
+        self.fleet = Fleet(setting.changes, self.router, self._new_replica, self._finished, setting.shape.max_num_seqs)
         self.feed: Feed | None = None
+        self._lost: dict[Conversation, float] = {}  # those that ask again, with the time at which they first did
 
     def run(self, items: Iterable[Item]) -> Results:
         started = time.perf_counter()
         feed = self.feed = Feed(items, self.arrivals)
+        fleet = self.fleet
+        fleet.start(self.setting.replicas, 0.0 if feed.next_time() == math.inf else feed.next_time())
         count = 0
         while True:
-            due = feed.next_time()
-            if self._advance(due):  # something ended that may bring an earlier arrival
+            arrival = feed.next_time()
+            due = min(arrival, fleet.next_change())
+            has_feedback = feed.has_feedback or self.setting.changes.losses_per_hour > 0
+            if fleet.advance(due, has_feedback):  # something ended that may bring an earlier arrival
                 continue
-            if due == float("inf"):
+            if arrival == math.inf and not fleet.is_busy():
                 break
+            if fleet.next_change() <= arrival:
+                self._change()
+                continue
             self._arrive(*feed.pop())
             count += 1
             if self.progress is not None and count % 256 == 0:
                 self.progress(self.tally.num_finished, due)
         wall_s = time.perf_counter() - started
-        return Results.of(self.tally, self.replicas, feed.num_items, wall_s)
+        return Results.of(self.tally, fleet, feed.num_items, wall_s)
 
-    def _advance(self, limit: float) -> bool:
-        """Bring all replicas to ``limit``; returns whether ``limit`` has to be looked at again."""
+    def _new_replica(self, on_finish: Callable[[SimulatedRequest, float], None]) -> Replica:
+        interval = 1.0 if self.fleet.replicas else 1e-3  # only the first one's timeline is shown
+        return Replica(self.setting.shape, self.setting.cost, on_finish, interval)
+
+    def _change(self) -> None:
+        now, lost = self.fleet.change()
         assert self.feed is not None
-        if not self.feed.has_feedback:
-            for replica in self.replicas:
-                replica.run_until(limit)
-            return False
-        # What ends on one replica may bring an arrival for another, so the one that is behind goes first.
-        busy = [replica for replica in self.replicas if replica.num_unfinished and replica.now < limit]
-        if not busy:
-            return False
-        if len(busy) == 1:
-            busy[0].run_until(limit, max_ends=1)
-            return True
-        busy.sort(key=lambda replica: replica.now)
-        # At least one step, also where two are at the same time, however late that is.
-        target = max(busy[1].now, math.nextafter(busy[0].now, math.inf))
-        busy[0].run_until(min(limit, target), max_ends=1)
-        return True
+        for conversation, arrived_s in lost:
+            self._lost[conversation] = arrived_s
+            self.feed.again(conversation, now + self.setting.changes.retry_s)
 
     def _arrive(self, when: float, conversation: Conversation) -> None:
         item = conversation.item
-        scheduler = self.replicas[0].scheduler
+        scheduler = self.fleet.replicas[0].scheduler
+        arrived_s = self._lost.pop(conversation, when)
         num_prompt = self.contents.num_prompt_tokens(conversation)
         try:
             if num_prompt < 1:
@@ -118,10 +121,13 @@ class _Simulation:
             self.tally.refuse(item.request_id, str(error))
             self._ended(conversation, None, when)
             return
-        ready = self.contents.request(conversation, when) if self.router.needs_request else None
-        replica = self.replicas[self.router.choose(self.replicas, ready)]
-        make = self._maker(conversation, when, ready)
-        replica.submit(when, item.priority if self.setting.use_priorities else 0, make)
+        ready = self.contents.request(conversation, arrived_s) if self.router.needs_pages else None
+        if ready is not None:
+            scheduler.kv.extend_hashes(ready, (num_prompt - 1) // self.setting.shape.page_size)
+        chosen = self.router.choose(item.request_id, () if ready is None else ready.page_hashes)
+        make = self._maker(conversation, arrived_s, ready)
+        priority = item.priority if self.setting.use_priorities else 0
+        self.fleet.submit(chosen, conversation, arrived_s, when, priority, make)
 
     def _maker(
         self, conversation: Conversation, when: float, ready: SimulatedRequest | None

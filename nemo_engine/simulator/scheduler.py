@@ -95,7 +95,7 @@ class VirtualScheduler(Scheduler):
     """
 
     def __init__(self, has_overlap: bool, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(**options | {"num_pages": 1})  # of a manager that gives way to this one
         self.kv = QuickKVManager(options["num_pages"], options["page_size"], options["enable_prefix_caching"])
         self.calendar = Calendar(has_overlap)
         self.step_context = 0  # keys to which the decode rows of the last plan attend

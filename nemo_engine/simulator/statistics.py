@@ -98,14 +98,14 @@ class Sketch:
 
 class Timeline:
     """Time-weighted means of several numbers in at most 512 intervals, which become twice as long whenever they do not
-    suffice.
+    suffice. ``interval``: seconds of one at first.
     """
 
     INTERVALS = 512
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], interval: float = 1e-3) -> None:
         self.names = tuple(names)
-        self.interval = 1e-3
+        self.interval = interval
         self._rows: list[list[float]] = []  # seconds, and a sum of number * seconds per name
 
     def add(self, start: float, seconds: float, values: Sequence[float]) -> None:

@@ -137,12 +137,12 @@ def _tool_calls_start(tokenizer: Tokenizer, last: ChatMessage, tools: Sequence[M
     return [tokenizer.tool_calls_id]
 
 
-def check_length(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> None:
+def check_length(tokenizer: Tokenizer, texts: Sequence[str], max_chars: int) -> None:
     """Refuse messages whose ``texts`` alone have more than ``most`` tokens, before they are encoded as a whole."""
-    left = most
+    left = max_chars
     for text in texts:
         if left < 0 or tokenizer.exceeds(text, left):
-            raise ValueError(f"messages have at least {most + 1} tokens: more than max_model_len {most}")
+            raise ValueError(f"messages have at least {max_chars + 1} tokens: more than max_model_len {max_chars}")
         left -= tokenizer.min_tokens(text)
 
 

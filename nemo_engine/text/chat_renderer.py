@@ -173,16 +173,16 @@ class ChatRenderers:
         if templates is None:
             return mistral, "the checkpoint has no chat template"
         try:
-            made = self._template(templates)
+            template = self._template(templates)
         except ValueError as error:
             raise ValueError(
                 f"chat template in {self._folders[0]}: {error}; another can be given: chat_template=FILE, or "
                 f'chat_template="{MISTRAL}" for Mistral\'s own format'
             ) from None
-        difference = made.difference_from_mistral()
+        difference = template.difference_from_mistral()
         if difference is None:
             return mistral, f"the template of {templates.source} makes the same prompts"
-        return made, difference
+        return template, difference
 
 
 def chat_line(tokenizer: Tokenizer, folders: Sequence[Path]) -> str:

@@ -75,7 +75,7 @@ class ControlTokens:
         if isinstance(value, str):
             return value if cast is None else cast(value)
         if isinstance(value, dict) or isinstance(value, Mapping):  # the second takes a while
-            made = {}
+            members = {}
             for key, inner in value.items():
                 if cast is not None and key not in _USUAL_KEYS and not _PLAIN_KEY.fullmatch(key):
                     key = self._cast_key(key)
@@ -83,8 +83,8 @@ class ControlTokens:
                     inner = self.cast(inner, cast)
                 elif cast is not None:
                     inner = cast(inner)
-                made[key] = inner
-            return made
+                members[key] = inner
+            return members
         if isinstance(value, (list, tuple)):
             return [self.cast(inner, cast) for inner in value]
         return value

@@ -83,9 +83,9 @@ class Detokenizer:
             is_last = index == len(token_ids) - 1
             self.num_tokens += 1
             new = self._decode(self._without_stop_token((token_id,), last_is_stop_token and is_last))
-            found = self._find_stop(new) if self.num_tokens > self._min_tokens else None
-            if found is not None:
-                stop, end = found
+            match = self._find_stop(new) if self.num_tokens > self._min_tokens else None
+            if match is not None:
+                stop, end = match
                 self._release((self._tail + new)[: end if self._keeps_stop else end - len(stop)])
                 self._tail = ""
                 self._is_done = True

@@ -114,23 +114,23 @@ class GrammarCompiler:
         """
         vocabulary = self._load()
         with self._lock:
-            found = self._known.get(params)
-            if found is not None:
+            grammar = self._known.get(params)
+            if grammar is not None:
                 self._known.move_to_end(params)
-        if found is None:
+        if grammar is None:
             try:
-                found = Grammar(self._compile(vocabulary, params), -(-self._vocab_size // 32) * 4)
+                grammar = Grammar(self._compile(vocabulary, params), -(-self._vocab_size // 32) * 4)
             except UntriedError as error:
                 raise ValueError(f"structured_outputs.{params.kind}: {error}") from None
             except ValueError as error:
-                found = f"structured_outputs.{params.kind}: {error}"
+                grammar = f"structured_outputs.{params.kind}: {error}"
             with self._lock:
-                self._known[params] = found
+                self._known[params] = grammar
                 while len(self._known) > MAX_CACHED:
                     self._known.popitem(last=False)
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found.copy()
+        if isinstance(grammar, str):
+            raise ValueError(grammar)
+        return grammar.copy()
 
     def _compile(self, vocabulary: Any, params: StructuredOutputsParams) -> Any:
         spec, is_harmless = _spec(params)
@@ -241,10 +241,10 @@ def _spec(params: StructuredOutputsParams) -> tuple[dict[str, Any], bool]:
 
 
 def _schema_lark(schema: dict[str, Any], white_space: str) -> tuple[str, bool]:
-    made = SchemaGrammar(schema)
-    doubtful = made.doubtful
-    text = made.lark(white_space, find_empty(doubtful) if doubtful else ())
-    return text, made.is_harmless and len(text) <= _HARMLESS_CHARS
+    grammar = SchemaGrammar(schema)
+    doubtful = grammar.doubtful
+    text = grammar.lark(white_space, find_empty(doubtful) if doubtful else ())
+    return text, grammar.is_harmless and len(text) <= _HARMLESS_CHARS
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
@@ -255,20 +255,20 @@ def check_schema(schema: Mapping[str, Any]) -> None:
 def _grammar_spec(grammar: str) -> tuple[dict[str, Any], bool]:
     """As ``_spec``, of a grammar in which each ``%json {...}`` becomes a grammar of its own."""
     parts, around, at, is_harmless = [], [], 0, True
-    while (found := _BEFORE_JSON.search(grammar, at)) is not None:
-        if found[0] != "%json":
-            parts.append(grammar[at : found.end()])
+    while (match := _BEFORE_JSON.search(grammar, at)) is not None:
+        if match[0] != "%json":
+            parts.append(grammar[at : match.end()])
             around.append(parts[-1])
-            at = found.end()
+            at = match.end()
             continue
-        start = grammar.index("{", found.end())
+        start = grammar.index("{", match.end())
         try:
             schema, end = json.JSONDecoder().raw_decode(grammar, start)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"what follows %json is not JSON: {error}") from None
         text, is_small_one = _schema_lark(schema, JSON_WHITE_SPACE)
-        parts += [grammar[at : found.start()], f"%lark {{\n{text}}}"]
-        around += [grammar[at : found.end()]]
+        parts += [grammar[at : match.start()], f"%lark {{\n{text}}}"]
+        around += [grammar[at : match.end()]]
         is_harmless &= is_small_one
         at = end
     parts.append(grammar[at:])

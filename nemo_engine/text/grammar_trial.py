@@ -49,15 +49,15 @@ def matcher(tokenizer: Any, spec: Mapping[str, Any]) -> Any:
     else:
         grammar = LLMatcher.grammar_from_lark(text if kind == "lark" else _lark(text))
     limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
-    made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    if not made.is_error():
-        made.compute_bitmask()
-    error = plain_error(made.get_error())
-    if error.startswith("NoExtension") or (not error and made.is_stopped() and not made.is_accepting()):
+    compiled = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    if not compiled.is_error():
+        compiled.compute_bitmask()
+    error = plain_error(compiled.get_error())
+    if error.startswith("NoExtension") or (not error and compiled.is_stopped() and not compiled.is_accepting()):
         raise ValueError(NOTHING)
     if error:
         raise ValueError(error)
-    return made
+    return compiled
 
 
 def plain_error(text: str) -> str:
@@ -71,7 +71,7 @@ def _one_of(texts: list[str]) -> str:
     """A regular expression: as rules of a grammar, more than some thousand texts would be too many to follow at
     once.
     """
-    return "|".join([re.sub(r"[^0-9A-Za-z]", lambda found: f"\\x{{{ord(found[0]):x}}}", text) for text in texts])
+    return "|".join([re.sub(r"[^0-9A-Za-z]", lambda match: f"\\x{{{ord(match[0]):x}}}", text) for text in texts])
 
 
 def _lark(text: str) -> str:
@@ -178,8 +178,8 @@ def _limit() -> None:
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_CPU_SECONDS, TRIAL_CPU_SECONDS))
-    most = pages * resource.getpagesize() + TRIAL_MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    max_bytes = pages * resource.getpagesize() + TRIAL_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
 
 
 def _main() -> None:

@@ -98,14 +98,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
                 raise _Duplicate(f"{name!r} stands twice in one object")
             seen.add(name)
-    return made
+    return members
 
 
 def _shown(value: Any) -> str:

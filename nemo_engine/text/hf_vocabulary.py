@@ -117,17 +117,17 @@ class HFVocabulary(Vocabulary):
             text = _SPACE + text
         if self._cut is None or len(text) < _SHORT:
             return self._encode(text)
-        known, found = self._known, []
+        known, token_ids = self._known, []
         for piece in self._cut.split(text):
-            made = known.get(piece)
-            if made is None:
-                made = self._encode(piece)
+            piece_ids = known.get(piece)
+            if piece_ids is None:
+                piece_ids = self._encode(piece)
                 if len(piece) <= _SHORT:
                     if len(known) >= _MAX_KNOWN:
                         known.clear()
-                    known[piece] = made
-            found += made
-        return found
+                    known[piece] = piece_ids
+            token_ids += piece_ids
+        return token_ids
 
     def _encode(self, text: str) -> list[int]:
         try:
@@ -162,14 +162,14 @@ def _byte_level_bytes(files: HFFiles, ordinary: Mapping[str, int]) -> dict[int, 
 
 
 def _byte_fallback_bytes(files: HFFiles, ordinary: Mapping[str, int]) -> dict[int, bytes]:
-    made = {}
+    values = {}
     for text, token_id in ordinary.items():
-        found = _BYTE_PIECE.fullmatch(text)
+        match = _BYTE_PIECE.fullmatch(text)
         try:
-            made[token_id] = text.replace(_SPACE, " ").encode() if found is None else bytes([int(found[1], 16)])
+            values[token_id] = text.replace(_SPACE, " ").encode() if match is None else bytes([int(match[1], 16)])
         except UnicodeEncodeError:
             files.refuse(f"model.vocab[{text!r}]", "must be Unicode text")
-    return made
+    return values
 
 
 def _check_bytes(files: HFFiles, written: Mapping[int, bytes]) -> None:
@@ -187,7 +187,7 @@ def _kinds(part: Any, inner: str) -> list[dict[str, Any]]:
     if not isinstance(part, dict):
         return [{"type": part}]
     if part.get("type") == "Sequence" and isinstance(part.get(inner), list):
-        return [step for one in part[inner] for step in _kinds(one, inner)]
+        return [step for member in part[inner] for step in _kinds(member, inner)]
     return [part]
 
 
@@ -269,8 +269,8 @@ def _without_prefix(part: Any) -> Any:
         return part
     if part.get("type") == "Sequence":
         inner = "normalizers" if "normalizers" in part else "pretokenizers"
-        kept = [_without_prefix(one) for one in part.get(inner, [])]
-        return part | {inner: [one for one in kept if one is not None]}
+        kept = [_without_prefix(member) for member in part.get(inner, [])]
+        return part | {inner: [member for member in kept if member is not None]}
     if part.get("type") == "Prepend":
         return None
     return part | {"prepend_scheme": "never"} if part.get("type") == "Metaspace" else part
@@ -365,8 +365,8 @@ def _tiktoken(files: HFFiles, ordinary: Mapping[str, int], written: Mapping[int,
 def _is_ranked(merges: Merges, ordinary: Mapping[str, int]) -> bool:
     """Whether the merges are all pairs of tokens that make a token, in the order of its id."""
     merges = [(left, right) for left, right in merges if left in ordinary and right in ordinary]
-    made = [ordinary.get(left + right, -1) for left, right in merges]
-    if -1 in made or any(before > after for before, after in pairwise(made)) or len(set(merges)) != len(merges):
+    ranks = [ordinary.get(left + right, -1) for left, right in merges]
+    if -1 in ranks or any(before > after for before, after in pairwise(ranks)) or len(set(merges)) != len(merges):
         return False
     splits = (
         1 for text in ordinary for cut in range(1, len(text)) if text[:cut] in ordinary and text[cut:] in ordinary

@@ -58,25 +58,25 @@ _NARROW = {"d": _DIGITS, "w": _WORD, "s": _SPACE}
 def _unicode(name: str) -> Ranges:
     """What Python's ``re``, and ECMA 262 somewhere else, count among ``name`` (d, w or s)."""
     every = "".join(map(chr, range(sys.maxunicode + 1)))
-    spans = [(found.start(), found.end() - 1) for found in re.finditer(rf"\{name}+", every)]
+    spans = [(match.start(), match.end() - 1) for match in re.finditer(rf"\{name}+", every)]
     return merged([*_NARROW[name], *spans, *([(0xFEFF, 0xFEFF)] if name == "s" else [])])
 
 
-def named_set(letter: str, wide: bool) -> Ranges:
+def named_set(letter: str, is_unicode: bool) -> Ranges:
     """``\\d``, ``\\w``, ``\\s`` and their opposites: what they surely hold, or with ``wide`` what they may hold."""
     name = letter.lower()
     if letter == name:
-        return _unicode(name) if wide else _NARROW[name]
-    return without(ALL, _NARROW[name] if wide else _unicode(name))
+        return _unicode(name) if is_unicode else _NARROW[name]
+    return without(ALL, _NARROW[name] if is_unicode else _unicode(name))
 
 
-def both_cases(ranges: Ranges, wide: bool) -> Ranges:
+def both_cases(ranges: Ranges, is_unicode: bool) -> Ranges:
     """``ranges`` and the same letters in the other case; with ``wide`` also what those may mean besides ASCII."""
     pairs = list(ranges)
     for upper in range(0x41, 0x5B):
-        for one, other in ((upper, upper + 32), (upper + 32, upper)):
-            if any(low <= one <= high for low, high in ranges):
+        for start, other in ((upper, upper + 32), (upper + 32, upper)):
+            if any(low <= start <= high for low, high in ranges):
                 pairs.append((other, other))
-                if wide and chr(upper) in "SKI":
+                if is_unicode and chr(upper) in "SKI":
                     pairs += _TURKISH_AND_SIGNS
     return merged(pairs)

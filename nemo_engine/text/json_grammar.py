@@ -68,7 +68,7 @@ class SchemaGrammar:
 
     def _value(self, schemas: Iterable[Schema]) -> str:
         """The rule of a value for which all of ``schemas`` hold."""
-        parts = tuple({id(one): one for one in schemas if one is not True}.values())
+        parts = tuple({id(schema): schema for schema in schemas if schema is not True}.values())
         key = (-1,) if False in parts else tuple(map(id, parts))
         if key not in self._names:
             self._names[key] = self._rules.rule([])
@@ -109,7 +109,7 @@ class SchemaGrammar:
 
     def _number(self, term: Term, is_integer: bool) -> list[str]:
         try:
-            found = self._schema.numbers(term, is_integer).terminal()
+            terminal = self._schema.numbers(term, is_integer).terminal()
         except ValueError as error:
             named = [
                 self._schema.index.place(flat, keyword)
@@ -118,40 +118,40 @@ class SchemaGrammar:
                 if keyword in flat
             ]
             raise ValueError(f"{', '.join(named)}: {error}") from None
-        if found is None:
+        if terminal is None:
             return []
-        self._rules.definitions |= dict.fromkeys(found[1])
-        return [found[0]]
+        self._rules.definitions |= dict.fromkeys(terminal[1])
+        return [terminal[0]]
 
     def _string(self, flats: Sequence[Flat]) -> list[str]:
         """An expression for the strings that ``flats`` allow, none if there are none."""
         least = max([int(flat.get("minLength", 0)) for flat in flats], default=0)
-        most = min([int(flat["maxLength"]) for flat in flats if "maxLength" in flat], default=None)
-        if most is not None and least > most:
+        max_length = min([int(flat["maxLength"]) for flat in flats if "maxLength" in flat], default=None)
+        if max_length is not None and least > max_length:
             return []
         patterns = self._schema.patterns(flats)
         if not patterns:
-            return [FREE if least == 0 and most is None else length_terminal(least, most)]
+            return [FREE if least == 0 and max_length is None else length_terminal(least, max_length)]
         self._is_costly |= len(patterns) > 1 or any(pattern.is_costly for pattern in patterns)
         wanted = tuple({node: None for pattern in patterns for node in pattern.sure.wanted})
         unwanted = tuple(node for pattern in patterns for node in pattern.sure.unwanted)
         if len(wanted) > 1 or unwanted:
             expression = pattern_terminal(Terms(wanted, unwanted))
-            if least or most is not None:
-                expression += " & " + length_terminal(least, most)
-            self._rules.terminal(expression, not _is_probed(Terms(wanted, unwanted), least, most))
+            if least or max_length is not None:
+                expression += " & " + length_terminal(least, max_length)
+            self._rules.terminal(expression, not _is_probed(Terms(wanted, unwanted), least, max_length))
             return [expression]
         (node,) = wanted
-        if least == 0 and most is None:
+        if least == 0 and max_length is None:
             expression = pattern_terminal(Terms((node,)))
             self._rules.terminal(expression, not lengths(node, _LONGEST_CHECKED))
             return [expression]
-        cut = with_length(node, least, most)
+        cut = with_length(node, least, max_length)
         if cut is not None:
             return [pattern_terminal(Terms((cut,)))] if cut.most is None or cut.least <= cut.most else []
-        bound = most if most is not None else least
+        bound = max_length if max_length is not None else least
         fits = lengths(node, min(bound, _LONGEST_CHECKED)) >> least if bound <= _LONGEST_CHECKED else 0
-        expression = pattern_terminal(Terms((node,))) + " & " + length_terminal(least, most)
+        expression = pattern_terminal(Terms((node,))) + " & " + length_terminal(least, max_length)
         self._rules.terminal(expression, not fits)
         return [expression]
 
@@ -159,10 +159,10 @@ class SchemaGrammar:
 
     def _array(self, term: Term) -> list[Row]:
         least = max([int(flat.get("minItems", 0)) for flat in term], default=0)
-        most = min([int(flat["maxItems"]) for flat in term if "maxItems" in flat], default=_UNBOUNDED)
-        if least > most and most < _UNBOUNDED:
+        max_items = min([int(flat["maxItems"]) for flat in term if "maxItems" in flat], default=_UNBOUNDED)
+        if least > max_items and max_items < _UNBOUNDED:
             return []
-        limit = None if most >= _UNBOUNDED else most
+        limit = None if max_items >= _UNBOUNDED else max_items
         parts = [item_schemas(flat) for flat in term]
         count = max([len(first) for first, _ in parts], default=0)
         if limit is not None:
@@ -199,11 +199,11 @@ class SchemaGrammar:
         self._schema.spend(len(names) * (1 + len(term)))
         allowed = [flat["propertyNames"] for flat in term if "propertyNames" in flat]
         least = max([int(flat.get("minProperties", 0)) for flat in term], default=0)
-        most = min([int(flat["maxProperties"]) for flat in term if "maxProperties" in flat], default=MAX_COUNT)
+        max_members = min([int(flat["maxProperties"]) for flat in term if "maxProperties" in flat], default=MAX_COUNT)
         members: list[tuple[Row, bool]] = []
         for name in names:
             parts = [part for flat in term for part in self._schema.property_schemas(flat, name)]
-            is_allowed = all(self._schema.is_valid(name, one) for one in allowed)
+            is_allowed = all(self._schema.is_valid(name, schema) for schema in allowed)
             value = self._value(parts if is_allowed else [False])
             members.append(((literal_json(name), literal(":"), value), name in required))
         others = self._others(term, names, allowed)
@@ -217,7 +217,7 @@ class SchemaGrammar:
         num_required = len(required)
         if least <= num_required:
             least = 0
-        inside = members_rows(self._rules, members, other, least, None if most >= MAX_COUNT else most)
+        inside = members_rows(self._rules, members, other, least, None if max_members >= MAX_COUNT else max_members)
         return [(literal("{"), *row, literal("}")) for row in inside]
 
     def _others(self, term: Term, names: list[str], allowed: list[Schema]) -> list[Row]:
@@ -235,7 +235,7 @@ class SchemaGrammar:
             matched = {text for index, text in enumerate(texts) if bits >> index & 1}
             parts: list[Schema] = []
             for flat in term:
-                here = [one for text, one in flat.get("patternProperties", {}).items() if text in matched]
+                here = [schema for text, schema in flat.get("patternProperties", {}).items() if text in matched]
                 parts += here or [flat.get("additionalProperties", True)]
             if False in parts:
                 continue
@@ -247,11 +247,11 @@ class SchemaGrammar:
         self, matched: set[str], patterns: dict[str, Pattern], names: list[str], allowed: list[Schema]
     ) -> list[str]:
         """Terminals of names that match all patterns of ``matched``, no others, and are none of ``names``."""
-        found = []
+        terminals = []
         wanted = [patterns[text].sure for text in matched]
         unwanted = [pattern.maybe for text, pattern in patterns.items() if text not in matched]
         taken = [name for name in names if all(holds(patterns[text].maybe, name) for text in matched)]
-        exclusions = [f"~({pattern_terminal(one)})" for one in unwanted]
+        exclusions = [f"~({pattern_terminal(rule)})" for rule in unwanted]
         if taken:
             exclusions.append(f"~({' | '.join(map(literal_json, taken))})")
         for term in self._schema.terms(allowed) if allowed else [()]:
@@ -259,27 +259,27 @@ class SchemaGrammar:
             if listed is not None:
                 fitting = [
                     name for name in listed
-                    if isinstance(name, str) and name not in names and all(holds(one, name) for one in wanted)
-                    and not any(holds(one, name) for one in unwanted)
+                    if isinstance(name, str) and name not in names and all(holds(rule, name) for rule in wanted)
+                    and not any(holds(rule, name) for rule in unwanted)
                 ]  # fmt: skip
-                found += [self._rules.union([literal_json(name) for name in fitting])] if fitting else []
+                terminals += [self._rules.union([literal_json(name) for name in fitting])] if fitting else []
                 continue
             if "string" not in self._schema.types(term):
                 continue
             for expression in self._string(term):
                 parts = [expression] if expression != FREE or not (wanted or exclusions) else []
-                parts = parts + [pattern_terminal(one) for one in wanted]
+                parts = parts + [pattern_terminal(rule) for rule in wanted]
                 parts = (parts or [FREE]) + exclusions
                 if len(parts) > 1 and (wanted or unwanted):
                     self._is_costly = True
                 is_known = len(parts) == 1 and not self._rules.is_doubtful(parts[0])
                 if expression == FREE:
                     is_known = is_known or not (wanted or unwanted) or any(
-                        all(holds(one, text) for one in wanted) and not any(holds(one, text) for one in unwanted)
+                        all(holds(rule, text) for rule in wanted) and not any(holds(rule, text) for rule in unwanted)
                         for text in _PROBES if text not in taken
                     )  # fmt: skip
-                found.append(self._rules.terminal(" & ".join(parts), not is_known))
-        return found
+                terminals.append(self._rules.terminal(" & ".join(parts), not is_known))
+        return terminals
 
 
 def _constant(value: Any) -> Row:
@@ -287,7 +287,7 @@ def _constant(value: Any) -> Row:
         items = [_constant(item) for item in value]
         return (literal("["), *_joined(items), literal("]"))
     if isinstance(value, dict):
-        members = [(literal_json(name), literal(":"), *_constant(one)) for name, one in value.items()]
+        members = [(literal_json(name), literal(":"), *_constant(member)) for name, member in value.items()]
         return (literal("{"), *_joined(members), literal("}"))
     return (literal_json(value),)
 

@@ -47,14 +47,14 @@ def _tails(tail: int, places: int) -> str:
 
 
 def _coprime_powers(value: int) -> list[int]:
-    found, prime = [], 3
+    powers, prime = [], 3
     while prime * prime <= value and prime <= _MAX_FACTOR:
         power = 1
         while value % prime == 0:
             power, value = power * prime, value // prime
-        found += [power] if power > 1 else []
+        powers += [power] if power > 1 else []
         prime += 2
-    return found + ([value] if value > 1 else [])
+    return powers + ([value] if value > 1 else [])
 
 
 def _remainders(factor: int) -> tuple[str, list[str]]:

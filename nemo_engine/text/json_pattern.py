@@ -71,10 +71,10 @@ ANY = Repeat(Chars(ALL), 0, None)
 
 
 class _Reader:
-    """Reads one pattern; with ``wide`` for what it may match, else for what it surely matches."""
+    """Reads one pattern; with ``is_unicode`` for what it may match, else for what it surely matches."""
 
-    def __init__(self, text: str, wide: bool) -> None:
-        self._text, self._at, self._wide, self._depth = text, 0, wide, 0
+    def __init__(self, text: str, is_unicode: bool) -> None:
+        self._text, self._at, self._is_unicode, self._depth = text, 0, is_unicode, 0
         self._any_case = text.startswith("(?i)")
         if self._any_case:
             self._at = 4
@@ -157,13 +157,13 @@ class _Reader:
         if char in "^$":
             return Edge(char == "$")
         if char == ".":
-            return Chars(without(ALL, chars_of("\n") if self._wide else chars_of("\n\r\u2028\u2029")))
+            return Chars(without(ALL, chars_of("\n") if self._is_unicode else chars_of("\n\r\u2028\u2029")))
         if char in "*+?":
             raise self._error("a quantifier follows nothing")
         return self._chars(((ord(char), ord(char)),))
 
     def _chars(self, ranges: Ranges) -> Chars:
-        return Chars(both_cases(ranges, self._wide) if self._any_case else ranges)
+        return Chars(both_cases(ranges, self._is_unicode) if self._any_case else ranges)
 
     def _group(self) -> Node:
         look = None
@@ -179,9 +179,9 @@ class _Reader:
                 self._at += len(name) + 1
             elif not self._next(":"):
                 raise self._error("(?...) is of a kind that is not supported")
-        outer, self._wide = self._wide, self._wide != bool(look)
+        outer, self._is_unicode = self._is_unicode, self._is_unicode != bool(look)
         node = self._options()
-        self._wide = outer
+        self._is_unicode = outer
         if not self._next(")"):
             raise self._error("a group is not closed")
         return node if look is None else Look(node, look)
@@ -191,7 +191,7 @@ class _Reader:
         char = self._text[self._at : self._at + 1]
         self._at += 1
         if char and char in "dDwWsS":
-            return named_set(char, self._wide)
+            return named_set(char, self._is_unicode)
         if char and char in "tnrfv":
             return ord("\t\n\r\f\v"["tnrfv".index(char)])
         if char == "b" and in_class:
@@ -222,7 +222,7 @@ class _Reader:
 
     def _class(self) -> Node:
         negated = self._next("^")
-        outer, self._wide = self._wide, self._wide != negated
+        outer, self._is_unicode = self._is_unicode, self._is_unicode != negated
         if self._text.startswith("]", self._at):
             raise self._error("[] means different things to different readers")
         pairs: list[tuple[int, int]] = []
@@ -242,8 +242,8 @@ class _Reader:
                 pairs += [(low, low)] if isinstance(low, int) else low
         ranges = merged(pairs)
         if self._any_case:
-            ranges = both_cases(ranges, self._wide)
-        self._wide = outer
+            ranges = both_cases(ranges, self._is_unicode)
+        self._is_unicode = outer
         return Chars(without(ALL if negated else ranges, ranges if negated else SURROGATES))
 
     def _member(self) -> int | Ranges:
@@ -343,11 +343,11 @@ class Pattern:
             raise ValueError(f"it must have at most {MAX_PATTERN_CHARS} characters, got {len(text)}")
         self.is_costly = not is_small(text) or "(?=" in text or "(?!" in text
         self._text = text
-        self.sure = _terms(_Reader(text, wide=False).read())
+        self.sure = _terms(_Reader(text, is_unicode=False).read())
         if sum(map(size, (*self.sure.wanted, *self.sure.unwanted))) > MAX_NODES:
             raise ValueError(f"it is too complex: its repetitions written out have more than {MAX_NODES} parts")
 
     @cached_property
     def maybe(self) -> Terms:
         """What may match. Made when it is asked for: it may need all of Unicode."""
-        return _terms(_Reader(self._text, wide=True).read())
+        return _terms(_Reader(self._text, is_unicode=True).read())

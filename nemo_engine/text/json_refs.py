@@ -124,10 +124,10 @@ class SchemaIndex:
         """The keyword and where it stands, for an error."""
         return f"{keyword} at {self._places.get(id(schema), '#')}"
 
-    def adopt(self, made: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    def adopt(self, flat: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
         """``made``, which was made out of a part, stands where that does. Keep it alive."""
-        self._places[id(made)], self._resources[id(made)] = self._places[id(schema)], self._resources[id(schema)]
-        return made
+        self._places[id(flat)], self._resources[id(flat)] = self._places[id(schema)], self._resources[id(schema)]
+        return flat
 
     def resolve(self, schema: dict[str, Any]) -> Schema:
         """What the ``$ref`` of ``schema`` leads to; ``ValueError`` if that is not in this schema."""
@@ -137,10 +137,10 @@ class SchemaIndex:
         if resource is None:
             raise self._lost(schema, ref, "is not a part of this schema, and others are not fetched")
         if fragment and not fragment.startswith("/"):
-            found = self._named.get((id(resource), unquote(fragment)))
-            if found is None:
+            anchored = self._named.get((id(resource), unquote(fragment)))
+            if anchored is None:
                 raise self._lost(schema, ref, "does not exist: no $anchor has this name")
-            return found
+            return anchored
         target: Any = resource
         for step in unquote(fragment).split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")

@@ -69,7 +69,9 @@ class Rules:
         """
         if len(options) == 1 and options[0] in self._terminals:
             return self._terminals[options[0]]
-        return self.terminal(" | ".join(options), all(self._terminals.get(one) in self._doubtful for one in options))
+        return self.terminal(
+            " | ".join(options), all(self._terminals.get(option) in self._doubtful for option in options)
+        )
 
     @property
     def doubtful(self) -> dict[str, str]:
@@ -110,7 +112,7 @@ class Rules:
 
     def _productive(self, empty: set[str]) -> set[str]:
         """The rules and terminals that match something."""
-        found = {name for name in self._terminals.values() if name not in empty}
+        productive = {name for name in self._terminals.values() if name not in empty}
         users: dict[str, list[str]] = {}
         for name, rows in self._rules.items():
             for symbol in _flat(rows):
@@ -118,10 +120,10 @@ class Rules:
         waiting = list(self._rules)
         while waiting:
             name = waiting.pop()
-            if name not in found and any(_makes(row, found) for row in self._rules[name]):
-                found.add(name)
+            if name not in productive and any(_makes(row, productive) for row in self._rules[name]):
+                productive.add(name)
                 waiting += users.get(name, [])
-        return found
+        return productive
 
 
 def members_rows(
@@ -167,11 +169,11 @@ def _ends(other: str | None, is_first: bool, least: int, most: int | None) -> li
 
 
 def _flat(rows: Iterable[Row]) -> list[str]:
-    found: list[str] = []
+    symbols: list[str] = []
     for row in rows:
         for symbol in row:
-            found += [symbol] if isinstance(symbol, str) else _flat([symbol[0]])
-    return found
+            symbols += [symbol] if isinstance(symbol, str) else _flat([symbol[0]])
+    return symbols
 
 
 def _makes(row: Row, productive: set[str]) -> bool:

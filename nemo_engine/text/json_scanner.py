@@ -65,7 +65,7 @@ class JsonScanner:
     def _read_run(self, text: str, place: int, passed: list[str]) -> int:
         match = _RUN.match(text, place)
         assert match is not None
-        passed.append(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", match[0]))
+        passed.append(_CONTROL.sub(lambda control: f"\\u{ord(control[0]):04x}", match[0]))
         place = match.end()
         if place < len(text):
             passed.append(text[place])

@@ -65,7 +65,7 @@ class SchemaTerms:
                 yield done
                 continue
             (schema, path), rest = todo
-            if schema is True or any(schema is one for one in done):
+            if schema is True or any(schema is previous for previous in done):
                 stack.append((rest, done))
                 continue
             if schema is False or id(schema) in path:  # what leads to itself alone holds for nothing
@@ -84,8 +84,8 @@ class SchemaTerms:
         for branch in reversed(branches):
             todo = rest
             for option in reversed(branch):
-                for one in reversed(option):
-                    todo = ((one, path), todo)
+                for part in reversed(option):
+                    todo = ((part, path), todo)
             stack.append((todo, done))
         return stack
 
@@ -103,9 +103,9 @@ class SchemaTerms:
             if keyword == "$ref":
                 choices.append([[self.index.resolve(schema)]])
             elif keyword == "allOf":
-                choices += [[[one]] for one in value]
+                choices += [[[option]] for option in value]
             elif keyword in ("anyOf", "oneOf"):
-                choices.append([[one] for one in value])
+                choices.append([[option] for option in value])
             elif keyword in _APPLICATORS:
                 choices += [self._dependency(schema, name, then) for name, then in value.items()]
             elif not is_marked:
@@ -123,10 +123,10 @@ class SchemaTerms:
             return [[absent], [self.make({"required": [name, *then]}, schema)]]
         return [[absent], [self.make({"required": [name]}, schema), then]]
 
-    def make(self, made: Flat, schema: Flat) -> Flat:
+    def make(self, flat: Flat, schema: Flat) -> Flat:
         """``made`` as a part that stands where ``schema`` does."""
-        self._made.append(made)
-        return self.index.adopt(made, schema)
+        self._made.append(flat)
+        return self.index.adopt(flat, schema)
 
     # ---- one term
 
@@ -149,7 +149,7 @@ class SchemaTerms:
         for flat in term:
             if "const" in flat or "enum" in flat:
                 listed = [flat["const"]] if "const" in flat else flat["enum"]
-                return [value for value in listed if all(self.is_valid(value, one) for one in term)]
+                return [value for value in listed if all(self.is_valid(value, constraint) for constraint in term)]
         return None
 
     def numbers(self, term: Term, is_integer: bool) -> Numbers:
@@ -181,18 +181,18 @@ class SchemaTerms:
 
     def patterns(self, flats: Sequence[Flat]) -> list[Pattern]:
         """The patterns that a string must match, formats among them."""
-        found = [self.pattern(flat, flat["pattern"]) for flat in flats if "pattern" in flat]
+        compiled = [self.pattern(flat, flat["pattern"]) for flat in flats if "pattern" in flat]
         for flat in flats:
             name = flat.get("format")
             if name in FORMATS:
-                found.append(format_pattern(name))
+                compiled.append(format_pattern(name))
             elif name is not None and name not in FREE_FORMATS and "pattern" not in flat:
                 raise ValueError(
                     f"{self.index.place(flat, 'format')}: {name[:100]!r} is not supported. It may be "
                     f"{', '.join(FORMATS)}, "
                     "or any with a pattern beside it"
                 )
-        return found
+        return compiled
 
     # ---- values
 
@@ -207,7 +207,7 @@ class SchemaTerms:
         self.index.check(schema)
         if not all(
             any(
-                all(not isinstance(one, _Own) and self.is_valid(value, one, path) for one in option)
+                all(not isinstance(member, _Own) and self.is_valid(value, member, path) for member in option)
                 for option in choice
             )
             for choice in self._choices_beside_itself(schema)
@@ -229,14 +229,14 @@ class SchemaTerms:
         if kind == "array":
             if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
                 return False
-            return all(self.is_valid(one, item_schema(schema, index)) for index, one in enumerate(value))
+            return all(self.is_valid(member, item_schema(schema, index)) for index, member in enumerate(value))
         return kind != "object" or self._is_object_valid(value, schema)
 
     def _is_listed(self, value: Any, schema: Flat) -> bool:
         """Whether ``value`` equals the ``const`` and one of the ``enum`` of ``schema``."""
         listed = self._listed.get(id(schema))
         if listed is None:
-            keys = {_key(one) for one in schema["enum"]} if "enum" in schema else {_key(schema["const"])}
+            keys = {_key(member) for member in schema["enum"]} if "enum" in schema else {_key(schema["const"])}
             listed = self._listed[id(schema)] = keys & {_key(schema["const"])} if "const" in schema else keys
         return _key(value) in listed
 
@@ -259,26 +259,26 @@ class SchemaTerms:
             return False
         return all(
             self.is_valid(name, schema.get("propertyNames", True))
-            and all(self.is_valid(one, part) for part in self.property_schemas(schema, name))
-            for name, one in value.items()
+            and all(self.is_valid(member, part) for part in self.property_schemas(schema, name))
+            for name, member in value.items()
         )
 
     def property_schemas(self, flat: Flat, name: str) -> list[Schema]:
         """What ``flat`` asks of the property ``name``."""
-        found: list[Schema] = []
+        schemas: list[Schema] = []
         is_known = False
         if name in flat.get("properties", ()):
-            found.append(flat["properties"][name])
+            schemas.append(flat["properties"][name])
             is_known = True
         for text, schema in flat.get("patternProperties", {}).items():
             pattern = self.pattern(flat, text, "patternProperties")
             self.spend(1 + len(name) // 16)
             if holds(pattern.maybe, name):
-                found.append(schema)
+                schemas.append(schema)
                 is_known |= holds(pattern.sure, name)
         if not is_known and "additionalProperties" in flat:
-            found.append(flat["additionalProperties"])
-        return found
+            schemas.append(flat["additionalProperties"])
+        return schemas
 
 
 def _check_disjoint(terms: SchemaTerms, schema: Flat) -> None:
@@ -295,7 +295,7 @@ def _check_disjoint(terms: SchemaTerms, schema: Flat) -> None:
             return
     for (first, some), (second, others) in combinations(enumerate(options), 2):
         terms.spend()
-        if not all(_exclude(terms, one, other, 4) for one in some for other in others):
+        if not all(_exclude(terms, left, other, 4) for left in some for other in others):
             raise ValueError(
                 f"{terms.index.place(schema, 'oneOf')} is supported where its options exclude each other by their "
                 "types or by "
@@ -308,8 +308,8 @@ def _exclude(terms: SchemaTerms, some: Term, others: Term, depth: int) -> bool:
     """Whether no value is known to satisfy both."""
     terms.spend()
     shared = set(terms.types(some)) & set(terms.types(others))
-    for one, other in ((some, others), (others, some)):
-        values = terms.values(one)
+    for term, other in ((some, others), (others, some)):
+        values = terms.values(term)
         if values is not None:
             return not any(all(terms.is_valid(value, flat) for flat in other) for value in values)
     return all(_exclude_as(terms, kind, some, others, depth) for kind in shared)
@@ -357,7 +357,7 @@ def _key(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_key, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(sorted(f'{json.dumps(name)}:{_key(one)}' for name, one in value.items()))}}}"
+        return f"{{{','.join(sorted(f'{json.dumps(name)}:{_key(member)}' for name, member in value.items()))}}}"
     return json.dumps(value)
 
 

@@ -204,9 +204,9 @@ def _ends(node: Node, text: str, starts: set[int]) -> set[int]:
     assert isinstance(node, Repeat)
     for _ in range(min(node.least, len(text) + 1)):
         starts = _ends(node.part, text, starts)
-    found, new, left = set(starts), starts, None if node.most is None else node.most - node.least
+    reached, new, left = set(starts), starts, None if node.most is None else node.most - node.least
     while new and left != 0:
-        new = _ends(node.part, text, new) - found
-        found |= new
+        new = _ends(node.part, text, new) - reached
+        reached |= new
         left = None if left is None else left - 1
-    return found
+    return reached

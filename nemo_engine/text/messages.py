@@ -146,7 +146,9 @@ def asks_nothing(value: object, depth: int = 8) -> bool:
     """Whether a field with ``value`` asks for nothing: None, false, "", or an object or list of such alone."""
     if isinstance(value, (Mapping, list, tuple)):
         inner = value.values() if isinstance(value, Mapping) else value
-        return not value or (depth > 0 and len(value) <= 64 and all(asks_nothing(one, depth - 1) for one in inner))
+        return not value or (
+            depth > 0 and len(value) <= 64 and all(asks_nothing(member, depth - 1) for member in inner)
+        )
     return value is None or value is False or (isinstance(value, str) and not value)
 
 

@@ -37,15 +37,15 @@ def call_of_text(text: str, name: str, method: Any, args: tuple[Any, ...], kwarg
         meter().charge(len(text) * len(args[0]))
     elif name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
         meter().charge(len(text) + len(args[1]) * (shadow.plain(text).count(shadow.plain(args[0]))))
-    made = shadow.call_method(text, name, method, args, kwargs)
-    meter().charge(len(made) if isinstance(made, (str, list, tuple)) else 1)
-    return made
+    result = shadow.call_method(text, name, method, args, kwargs)
+    meter().charge(len(result) if isinstance(result, (str, list, tuple)) else 1)
+    return result
 
 
 def made_filters() -> dict[str, Callable[..., Any]]:
     """All filters of templates, by name."""
-    made = {name: _filter(name, function) for name, function in (FILTERS | _OUR_FILTERS).items()}
-    return {name: function for name, function in made.items() if name not in _REFUSED_FILTERS}
+    filters = {name: _filter(name, function) for name, function in (FILTERS | _OUR_FILTERS).items()}
+    return {name: function for name, function in filters.items() if name not in _REFUSED_FILTERS}
 
 
 def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,10 +57,10 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             check_numbers(f"the filter {name}", (*args[1:], *kwargs.values()))
         if name in _WALKING_FILTERS:
             current.charge_value((args, kwargs))
-        made = function(*args, **kwargs)
-        if isinstance(made, (str, list, tuple)):
-            current.charge(len(made))
-        return made
+        result = function(*args, **kwargs)
+        if isinstance(result, (str, list, tuple)):
+            current.charge(len(result))
+        return result
 
     return wrapped
 
@@ -91,14 +91,14 @@ def _ordered(name: str, num_before: int) -> Callable[..., Any]:
     def applied(environment: Environment, value: Any, *args: Any, attribute: Any = None, **kwargs: Any) -> Any:
         if len(args) > num_before:
             attribute = args[num_before]
-        wanted = ",".join(f"0.{one}" for one in str(attribute).split(",")) if attribute is not None else 0
+        wanted = ",".join(f"0.{name_part}" for name_part in str(attribute).split(",")) if attribute is not None else 0
         items = list(value)
         meter().charge_value(items)
         pairs = [(shadow.plain_value(element), element) for element in items]
-        made = FILTERS[name](environment, pairs, *args[:num_before], attribute=wanted, **kwargs)
+        result = FILTERS[name](environment, pairs, *args[:num_before], attribute=wanted, **kwargs)
         if name in ("min", "max"):
-            return made[1] if isinstance(made, tuple) else made
-        return [element for _, element in made]
+            return result[1] if isinstance(result, tuple) else result
+        return [element for _, element in result]
 
     return applied
 
@@ -110,7 +110,7 @@ def _escape(value: Any) -> Any:
         return FILTERS["escape"](value)
     meter().charge(6 * len(text))
     return FILTERS["safe"](
-        "".join([FILTERS["escape"](plain) if (plain := shadow.plain(one)) in "&<>\"'" else one for one in text])
+        "".join([FILTERS["escape"](plain) if (plain := shadow.plain(char)) in "&<>\"'" else char for char in text])
     )
 
 
@@ -119,8 +119,8 @@ def _urlencode(value: Any) -> Any:
     if not isinstance(value, str):
         return FILTERS["urlencode"](value)
     meter().charge(12 * len(value))
-    quoted = [(one, FILTERS["urlencode"](shadow.plain(one))) for one in value]
-    return "".join([one if len(made) == 1 else made for one, made in quoted])
+    quoted = [(char, FILTERS["urlencode"](shadow.plain(char))) for char in value]
+    return "".join([char if len(quoted_char) == 1 else quoted_char for char, quoted_char in quoted])
 
 
 @pass_eval_context

@@ -74,10 +74,10 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # as Jinja's, so that namespace(self=...) works
         current, args = args[0], args[1:]
-        made = dict(*args, **kwargs)
-        for name in made:
+        mapping = dict(*args, **kwargs)
+        for name in mapping:
             _check_attribute(name)
-        Namespace.__init__(current, made)
+        Namespace.__init__(current, mapping)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_attribute(name)

@@ -48,23 +48,23 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
     return _choose(files[0], files[-1])
 
 
-def _choose(own: Path, other: Path) -> Tokenizer:
+def _choose(first: Path, other: Path) -> Tokenizer:
     """The tokenizer of a directory that has a file of Mistral's and ``tokenizer.json``."""
     try:
-        mistral = MistralVocabulary(own)
+        mistral = MistralVocabulary(first)
     except ImportError as error:
-        return Tokenizer(other, note=f"{own.name} needs a library that is not installed ({error})")
+        return Tokenizer(other, note=f"{first.name} needs a library that is not installed ({error})")
     try:
         hf = HFVocabulary(other)
         reason = difference(mistral, hf)
         if reason is None:
-            return Tokenizer(own, mistral, note=f"{other.name} has the same tokens")
+            return Tokenizer(first, mistral, note=f"{other.name} has the same tokens")
         hf.prepare()
     except ValueError as error:
-        _logger.warning("%s: it is left aside for %s", error, own.name)
-        return Tokenizer(own, mistral, note=f"{other.name} cannot be used")
-    _logger.warning("%s serves and %s does not: %s", other, own.name, reason)
-    return Tokenizer(other, hf, note=f"{own.name} has other tokens: {reason}")
+        _logger.warning("%s: it is left aside for %s", error, first.name)
+        return Tokenizer(first, mistral, note=f"{other.name} cannot be used")
+    _logger.warning("%s serves and %s does not: %s", other, first.name, reason)
+    return Tokenizer(other, hf, note=f"{first.name} has other tokens: {reason}")
 
 
 class Tokenizer:
@@ -152,8 +152,8 @@ class Tokenizer:
             return False
         start = count = 0
         while start < len(text) and count <= limit:
-            found = _WORD_END.search(text, start + _PIECE)
-            end = len(text) if found is None else found.start()
+            match = _WORD_END.search(text, start + _PIECE)
+            end = len(text) if match is None else match.start()
             count += len(self._vocabulary.encode(text[start:end]))
             start = end
         return count > limit
@@ -165,19 +165,19 @@ class Tokenizer:
         second is kept if it has as many tokens as the first and starts differently. Raises ``ValueError`` for a word
         that has no tokens.
         """
-        found: list[tuple[int, ...]] = []
+        sequences: list[tuple[int, ...]] = []
         for word in words:
             check_unicode("bad_words", word)
             if word and not word.strip():
-                found.append(self._encode_space(word))
+                sequences.append(self._encode_space(word))
                 continue
             plain, spaced = (tuple(self.encode(prefix + word.lstrip(), bos=False)) for prefix in ("", " "))
             if not plain:
                 raise ValueError(f"bad_words must hold words with at least one token, got {word!r}")
-            found.append(plain)
+            sequences.append(plain)
             if spaced and len(spaced) == len(plain) and spaced[0] != plain[0]:
-                found.append(spaced)
-        return found
+                sequences.append(spaced)
+        return sequences
 
     def _encode_space(self, text: str) -> tuple[int, ...]:
         """Ids of white space as it follows a letter: at the start of a text SentencePiece puts a space before it."""

@@ -55,8 +55,8 @@ class Limits:
         for name, high in (("perplexity", math.inf), ("kv_perplexity", math.inf), ("top1", 1.0)):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 <= value <= high and math.isfinite(value)):
-                most = "and finite" if high == math.inf else f"and at most {high:g}"
-                raise ValueError(f"limit {name} must be at least 0 {most}, got {value!r}")
+                upper = "and finite" if high == math.inf else f"and at most {high:g}"
+                raise ValueError(f"limit {name} must be at least 0 {upper}, got {value!r}")
 
 
 @dataclass(slots=True)
@@ -219,7 +219,7 @@ def _run(
 
 def compare(name: str, hidden: Hidden, reference: Hidden, material: Material, vocab_size: int) -> Measured:
     """Logits of ``hidden`` against those of ``reference``, token by token."""
-    found = Measured(name)
+    measured = Measured(name)
     max_error = max_kl = error_sum = kl_sum = agreed = nll = 0.0
     num_predicted = 0
     num_compared = len(material.prompts) + len(material.texts)
@@ -228,7 +228,7 @@ def compare(name: str, hidden: Hidden, reference: Hidden, material: Material, vo
         if index >= num_compared:
             context, _, count = material.retrieval[index - num_compared]
             logprobs = _logprobs(hidden, ours[:, -count - 1 : -1], ids[-count:])  # NaN, perhaps
-            found.retrieval[context] = found.retrieval.get(context, 0.0) + float(logprobs.mean()) / len(NUMBERS)
+            measured.retrieval[context] = measured.retrieval.get(context, 0.0) + float(logprobs.mean()) / len(NUMBERS)
             continue
         for start in range(0, len(ids), _ROWS):
             rows = slice(start, start + _ROWS)
@@ -243,18 +243,18 @@ def compare(name: str, hidden: Hidden, reference: Hidden, material: Material, vo
             error_sum += float(error.double().sum())
             kl_sum += float(kl.double().sum())
             agreed += int((logits.argmax(1) == expected.argmax(1)).sum())
-            found.num_tokens += len(logits)
+            measured.num_tokens += len(logits)
             if is_text:
                 targets = torch.tensor(ids[start + 1 : start + 1 + _ROWS], device=got.device)
                 nll += float(F.nll_loss(got[: len(targets)], targets, reduction="sum"))
                 num_predicted += len(targets)
-    found.max_error, found.max_kl = max_error, max_kl
-    found.mean_error = error_sum / found.num_tokens / vocab_size
-    found.mean_kl = kl_sum / found.num_tokens
-    found.top1 = agreed / found.num_tokens
+    measured.max_error, measured.max_kl = max_error, max_kl
+    measured.mean_error = error_sum / measured.num_tokens / vocab_size
+    measured.mean_kl = kl_sum / measured.num_tokens
+    measured.top1 = agreed / measured.num_tokens
     surprise = nll / num_predicted
-    found.perplexity = math.exp(surprise) if surprise < _LARGEST_SURPRISE else math.inf
-    return found
+    measured.perplexity = math.exp(surprise) if surprise < _LARGEST_SURPRISE else math.inf
+    return measured
 
 
 def _logprobs(hidden: Hidden, states: Tensor, targets: list[int]) -> Tensor:

@@ -14,15 +14,16 @@ from nemo_engine.verify.measure import Measured
 
 def report(results: SequenceOf[Measured]) -> str:
     """A table, a configuration a line, and what is beyond the limits."""
-    contexts = sorted({context for found in results for context in found.retrieval})
+    contexts = sorted({context for result in results for context in result.retrieval})
     heads = ["configuration", "max error", "mean error", "max KL", "mean KL", "top-1", "perplexity", "change",
              *(f"found at {context}" for context in contexts)]  # fmt: skip
     rows = [heads]
-    for found in results:
+    for result in results:
         rows.append([
-            found.name, f"{found.max_error:.3f}", f"{found.mean_error:.4f}", f"{found.max_kl:.4f}",
-            f"{found.mean_kl:.5f}", f"{found.top1:.4f}", f"{found.perplexity:.3f}", f"{found.perplexity_change:+.2f} %",
-            *(f"{found.retrieval.get(context, math.nan):.2f}" for context in contexts),
+            result.name, f"{result.max_error:.3f}", f"{result.mean_error:.4f}", f"{result.max_kl:.4f}",
+            f"{result.mean_kl:.5f}", f"{result.top1:.4f}", f"{result.perplexity:.3f}",
+            f"{result.perplexity_change:+.2f} %",
+            *(f"{result.retrieval.get(context, math.nan):.2f}" for context in contexts),
         ])  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     lines = [
@@ -33,8 +34,8 @@ def report(results: SequenceOf[Measured]) -> str:
         for row in rows
     ]
     found_at = "; found at: mean log-probability of a number named once in a context of that many" if contexts else ""
-    lines.append(f"over {max(found.num_tokens for found in results)} tokens{found_at}")
-    lines += [f"FAILED {found.name}: {fault}" for found in results for fault in found.faults]
+    lines.append(f"over {max(result.num_tokens for result in results)} tokens{found_at}")
+    lines += [f"FAILED {result.name}: {fault}" for result in results for fault in result.faults]
     return "\n".join(lines)
 
 
@@ -46,7 +47,7 @@ def as_json(results: SequenceOf[Measured], facts: dict[str, Any]) -> str:
             return {key: finite(inner) for key, inner in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(facts | {"configurations": [finite(asdict(found)) for found in results]}, indent=2) + "\n"
+    return json.dumps(facts | {"configurations": [finite(asdict(result)) for result in results]}, indent=2) + "\n"
 
 
 def plot(results: SequenceOf[Measured], path: Path) -> None:
@@ -60,17 +61,17 @@ def plot(results: SequenceOf[Measured], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    names = [found.name for found in results[1:]]
+    names = [result.name for result in results[1:]]
     for axis, title, values in (
-        (axes[0], "perplexity, change in %", [found.perplexity_change for found in results[1:]]),
-        (axes[1], "top-1 disagreement, %", [100 * (1 - found.top1) for found in results[1:]]),
-        (axes[2], "mean KL divergence, nats", [found.mean_kl for found in results[1:]]),
+        (axes[0], "perplexity, change in %", [result.perplexity_change for result in results[1:]]),
+        (axes[1], "top-1 disagreement, %", [100 * (1 - result.top1) for result in results[1:]]),
+        (axes[2], "mean KL divergence, nats", [result.mean_kl for result in results[1:]]),
     ):
         axis.bar(range(len(names)), values, tick_label=[name.replace(", ", ",\n") for name in names])
         axis.set_title(title)
         axis.tick_params(axis="x", labelsize=7)
-    for found in results:
-        axes[3].plot(list(found.retrieval), list(found.retrieval.values()), marker="o", label=found.name)
+    for result in results:
+        axes[3].plot(list(result.retrieval), list(result.retrieval.values()), marker="o", label=result.name)
     axes[3].set_title("log-probability of a number named once")
     axes[3].set_xlabel("context, tokens")
     axes[3].set_xscale("log", base=2)

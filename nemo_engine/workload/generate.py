@@ -21,10 +21,10 @@ _ZERO = Distribution("constant", (0.0,))
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """requests: items, each of one turn or more. input, output: tokens of each turn. prefixes: different beginnings,
-    ``prefix_tokens`` tokens long and in front of ``input``, of which every item has one; ``prefix_skew`` 0 takes them
-    equally often, 1 the k-th 1/k as often. turns: of an item. think_s: seconds between an answer and the next turn.
-    seed: of all draws.
+    """requests: items, each of one turn or more. input, output: tokens of each turn. prefixes: different beginnings in
+    front of ``input``, of which every item has one. prefix_tokens: their length. prefix_skew: 0 takes them equally
+    often, 1 the k-th 1/k as often. turns: of an item. think_s: seconds between an answer and the next turn. seed: of
+    all draws.
     """
 
     requests: int = 1000

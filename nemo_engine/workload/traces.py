@@ -14,7 +14,7 @@ _ANSWERS = ("gpt", "chatgpt", "assistant", "bing", "bard")
 
 
 def read_sharegpt(
-    path: Path, count_tokens: Callable[[str], int], *, is_multi_turn: bool = False, most: int | None = None
+    path: Path, count_tokens: Callable[[str], int], *, is_multi_turn: bool = False, max_conversations: int | None = None
 ) -> Iterator[Item]:
     """Conversations of a list of ``{"id", "conversations": [{"from": "human"|"gpt", "value": ...}]}``, or JSON lines of
     ``{"messages": [...]}``.
@@ -35,7 +35,7 @@ def read_sharegpt(
         if turns:
             yield Item(str(entry.get("id") or count), tuple(turns))
             count += 1
-            if count == most:
+            if count == max_conversations:
                 return
     if not count:
         raise ValueError(f"{path}: holds no conversation of a prompt and its answer")

@@ -149,6 +149,7 @@ def test_failures_go_beside_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert by_line[2]["error"] == {"code": "planted", "message": "it fails"} and by_line[2]["custom_id"] == "line-2"
     assert by_line[2]["response"]["status_code"] == 400
     assert by_line[3]["error"]["code"] == "invalid_json" and by_line[3]["response"] is None
+    assert "line 1 column" in by_line[3]["error"]["message"], "the reason speaks of a line after this one"
     # Those that failed are tried again where their file is gone.
     Path(f"{target}.errors").unlink()
     again = Scripted()

@@ -69,6 +69,8 @@ def test_what_fits_for_nemo_12b(capsys: pytest.CaptureFixture[str]) -> None:
     # 22.8 GiB of weights and the reserve are more than the card has; in FP8 they are not
     assert "no, by" in table["rtx4090"] and table["rtx4090"].count("context") == 2
     assert table["h100"].count("context 131,072") == 3
+    no_fp8 = {name for name, gpu in GPUS.items() if gpu.fp8_flops_per_s is None}
+    assert no_fp8 == {name for name, line in table.items() if line.count("no FP8 here") == 2} and "a100" in no_fp8
     assert info.context_of(BUILT_IN["nemo"]) == 131072
 
 

@@ -109,6 +109,9 @@ def engine_case(seed: int, number: int) -> EngineCase:
         "seed": rng.randrange(5),
     }
     options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], max_num_seqs)
+    dice = random.Random(f"drafts {seed} {number}")
+    if dice.random() < 0.6:
+        options["speculative_config"] = {"method": "ngram", "num_speculative_tokens": dice.choice([1, 2, 3, 5, 7, 7])}
     shared = [[rng.randrange(model.config.vocab_size) for _ in range(options["max_model_len"])] for _ in range(2)]
     count = rng.randint(5, 11)
     requests = [request_case(f"{seed} {number}", index, model, options, shared) for index in range(count)]

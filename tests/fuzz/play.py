@@ -20,6 +20,7 @@ from fuzz.texts import TEKKEN
 from nemo_engine import Engine, RequestOutput, SamplingParams
 from nemo_engine.scheduler import Request
 from tests.helpers.checkpoints import random_state_dict, write_hf, write_mistral
+from tests.helpers.speculating import choose_widths, plant_drafts, random_drafts
 from tests.scheduler.invariants import check
 
 
@@ -41,6 +42,8 @@ class Player:
         options = dict(case.options)
         self.text = case.model.text
         self.engine = Engine(path, device="cpu", skip_tokenizer_init=not self.text, **options)
+        if "speculative_config" in options:
+            self._speculate(random.Random(f"speculation {case.seed}"))
         self.num_pages, self.page_size = options["num_kv_pages"], options["page_size"]
         self.limit = min(options["max_model_len"], self.num_pages * self.page_size + 1)
         self.is_kv_fp8 = options["kv_cache_dtype"] == "fp8"
@@ -54,6 +57,12 @@ class Player:
         self._is_armed = False  # what was planted has yet to happen
         self._is_stepping = False  # it happens in a step, not where the test itself asks
         self._undo: Callable[[], None] | None = None
+
+    def _speculate(self, rng: random.Random) -> None:
+        """Steps of random widths, with drafts that are looked up or arbitrary."""
+        choose_widths(self.engine._core.scheduler, rng, self.engine.config.widths)
+        if rng.random() < 0.4:
+            plant_drafts(self.engine, random_drafts(rng, self.model.config.vocab_size))
 
     # ---- playing
 

@@ -120,7 +120,7 @@ def test_captured_kernels_replay_in_emulation(op: Op) -> None:
     cases = [case for case in op.cases() if case.make(torch.bfloat16)[0].numel() > 64]
     for case in cases[1:3]:
         assert_replays(op, triton, case, torch.bfloat16, "cpu", emulated_capture)
-        if op.name not in ("build_batch_", "advance_"):  # whose numbers are all integers, and stay
+        if op.name not in ("build_batch_", "advance_", "draft_"):  # whose numbers are all integers, and stay
             with pytest.raises(AssertionError):
                 assert_replays(op, triton, case, torch.bfloat16, "cpu", lambda f: Captured(f(), lambda: None))
 

@@ -221,8 +221,8 @@ def test_the_yaml_and_the_example(cluster: None) -> None:
 @pytest.mark.parametrize(
     ("now", "loads", "wanted"),
     [
-        (1, [(8, 3, 0.5)], 2), (1, [(8, 0, 0.95)], 2), (1, [(8, 0, 0.5)], 1), (1, [(0, 0, 0.0)], 1), (3, [(8, 9, 1.0)] * 3, 3),
-        (2, [(1, 0, 0.1), (2, 0, 0.1)], 1), (2, [(4, 0, 0.1), (2, 0, 0.1)], 2), (2, [], 1),
+        (1, [(8, 3, 0.5)], 2), (1, [(8, 0, 0.95)], 2), (1, [(8, 0, 0.5)], 1), (1, [(0, 0, 0.0)], 1), (3, [(8, 99, 1.0)] * 3, 9),
+        (2, [(1, 0, 0.1), (2, 0, 0.1)], 1), (2, [(4, 0, 0.1), (2, 0, 0.1)], 2), (2, [], 1), (1, [(8, 30, 0.5)], 6), (2, [(3, 1, 0.95), (3, 5, 0.5)], 4),
     ],
 )  # fmt: skip
 def test_how_many_replicas_a_load_wants(now: int, loads: list[tuple[float, ...]], wanted: int) -> None:
@@ -234,7 +234,7 @@ def test_how_many_replicas_a_load_wants(now: int, loads: list[tuple[float, ...]]
     metrics["slots"] = {replica: [SimpleNamespace(value=8)] for replica in range(len(loads))}
     context: Any = SimpleNamespace(
         current_num_replicas=now, raw_metrics=metrics, capacity_adjusted_min_replicas=1,
-        capacity_adjusted_max_replicas=3
+        capacity_adjusted_max_replicas=9
     )  # fmt: skip
     assert scale_by_load(context)[0] == wanted
 
@@ -279,3 +279,16 @@ def test_a_replica_comes_while_requests_wait(client: openai.OpenAI) -> None:
 def test_what_is_refused_before_anything_is_placed(args: dict[str, Any], says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):
         build_app(args)
+
+
+def test_affinity_behind_haproxy_is_haproxys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would refuse the router, at the end of a deployment."""
+    args = {"model": "nemo-tiny", "num_replicas": 2, "session_affinity": True}
+    assert build_app(args)._bound_deployment._deployment_config.request_router_config.request_router_class
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(ValueError, match="RAY_SERVE_HAPROXY_BALANCE_ALGORITHM='hdr.x-session-id.'.* got None"):
+        build_app(args)
+    build_app(args | {"session_affinity": False})
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BALANCE_ALGORITHM", "hdr(x-session-id)")
+    config = build_app(args)._bound_deployment._deployment_config.request_router_config
+    assert "ConsistentHash" not in str(config.request_router_class)

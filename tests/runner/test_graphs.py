@@ -4,6 +4,7 @@ GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nemo_engine.ops.quantize import FP8
 from nemo_engine.runner.graphs import cuda_capture
 from nemo_engine.runner.runner import Runner
 from nemo_engine.sampling_params import SamplingParams
-from nemo_engine.step import PrefillRow, SlotFill, StepPlan, StepResult
+from nemo_engine.step import TOKEN_NOT_TAKEN, PrefillRow, SlotFill, StepPlan, StepResult
 from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.helpers.fp8_checkpoints import write_fp8
 
@@ -57,7 +58,13 @@ def make_runner(path: Path, device: torch.device, dtype: torch.dtype, *, is_fp8:
     weights = load_weights(checkpoint, config, dtype=dtype, device=device, progress=False, needs_kv_scales=is_fp8)
     return Runner(
         config,
-        EngineConfig(device="cpu", page_size=PAGE, max_num_seqs=SLOTS, max_num_batched_tokens=128),
+        EngineConfig(
+            device="cpu",
+            page_size=PAGE,
+            max_num_seqs=SLOTS,
+            max_num_batched_tokens=128,
+            speculative_config={"method": "ngram"},
+        ),  # fmt: skip
         weights,
         triton_ops(config, dtype, device, kv_dtype),
         num_pages=60,
@@ -138,6 +145,64 @@ def test_emulated_graphs_equal_eager_steps(is_fp8: bool, tmp_path: Path) -> None
     assert is_fp8 or sum(len(result.logprobs) for result in graphed) > 5
 
 
+WIDE = ((4, 2), (10, 2), (4, 4), (20, 4), (40, 8))  # rows and width
+
+
+def play_wide(runner: Runner, widths: Sequence[int]) -> tuple[list[StepResult], dict[int, list[int]]]:
+    """Texts that repeat themselves in steps of ``widths``, of which one has a prompt too; results and tokens by slot."""
+    plans = []
+    for slot, (want, phrase) in enumerate(zip(WANTS[:5], ([1, 2, 3], [4], [5, 6], [7, 8], [9, 10, 11, 12])), 1):
+        ids = (phrase * 24)[:24]
+        params = SamplingParams(max_tokens=70, **want)
+        draft_until = 0 if params.has_penalties else 94
+        pages = tuple(range(7 * slot, 7 * slot + 7))
+        plans.append((SlotFill(slot, ids, 24, 0, pages, params, slot, draft_until=draft_until), slot))
+    fills = [fill for fill, _ in plans]
+    prefills = [PrefillRow(slot, 0, 24, True) for _, slot in plans]
+    handles = [runner.launch(StepPlan(0, (), tuple(prefills[:4]), tuple(fills[:4])))]
+    slots: tuple[int, ...] = (1, 2, 3, 4)
+    for step, width in enumerate(widths, 1):
+        comes = step == 3
+        more = (tuple(prefills[4:]), tuple(fills[4:])) if comes else ((), ())
+        handles.append(runner.launch(StepPlan(step, slots, *more, width=width)))
+        slots = (4, 2, 5, 1, 3) if comes else slots
+    results = [handle.result() for handle in handles]
+    tokens: dict[int, list[int]] = {slot: [] for slot in range(1, 6)}
+    slots = (1, 2, 3, 4)
+    for slot, token in zip(slots, results[0].token_ids, strict=True):
+        tokens[slot].append(token)
+    for step, (width, result) in enumerate(zip(widths, results[1:], strict=True), 1):
+        for row, slot in enumerate(slots):
+            tokens[slot] += [token for token in result.token_ids[row * width : (row + 1) * width] if token >= 0]
+        if step == 3:
+            slots = (4, 2, 5, 1, 3)
+            tokens[5].append(result.token_ids[-1])
+    return results, tokens
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("small_gpu")
+def test_wide_steps_as_emulated_graphs_equal_eager_and_narrow_ones(tmp_path: Path) -> None:
+    from tests.runner.emulated_graphs import emulated_capture
+
+    device, widths = torch.device("cpu"), (2, 4, 4, 8, 1, 2, 8)
+    narrow = play_wide(make_runner(tmp_path, device, torch.float32), [1] * 12)[1]
+    eager, tokens = play_wide(make_runner(tmp_path, device, torch.float32), widths)
+    runner = make_runner(tmp_path, device, torch.float32)
+    runner.capture((5,), emulated_capture, WIDE)
+    graphed, again = play_wide(runner, widths)
+    assert [result.token_ids for result in graphed] == [result.token_ids for result in eager] and again == tokens
+    assert all(one[: len(tokens[slot])] == tokens[slot][: len(one)] for slot, one in narrow.items())
+    assert (
+        sum(map(len, tokens.values())) > 5 * len(widths) and TOKEN_NOT_TAKEN in eager[1].token_ids + eager[2].token_ids
+    )
+    for one, other in zip(graphed, eager, strict=True):
+        assert {row: entry.token_ids for row, entry in one.logprobs.items()} == {
+            row: entry.token_ids for row, entry in other.logprobs.items()
+        }
+    assert sum(len(result.logprobs) for result in graphed) >= len(tokens[5]) > len(widths) - 3
+
+
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("small_gpu")
 def test_padding_leaves_no_trace(tmp_path: Path) -> None:
@@ -185,6 +250,19 @@ def test_graphs_equal_eager_steps(tmp_path: Path) -> None:
         results.append([result.token_ids for result in play(runner)])
         runner.close()
     assert results[0] == results[1]
+
+
+@pytest.mark.gpu
+def test_wide_graphs_equal_eager_and_narrow_steps(tmp_path: Path) -> None:
+    device, widths = torch.device("cuda"), (2, 4, 4, 8, 1, 2, 8)
+    eager, tokens = play_wide(make_runner(tmp_path, device, torch.float32), widths)
+    narrow = play_wide(make_runner(tmp_path, device, torch.float32), [1] * 12)[1]
+    runner = make_runner(tmp_path, device, torch.float32)
+    runner.warm_up((5,), WIDE)
+    runner.capture((5,), cuda_capture(device), WIDE)
+    graphed, _ = play_wide(runner, widths)
+    assert [result.token_ids for result in graphed] == [result.token_ids for result in eager]
+    assert all(one[: len(tokens[slot])] == tokens[slot][: len(one)] for slot, one in narrow.items())
 
 
 @pytest.mark.gpu

@@ -16,7 +16,8 @@ def check(scheduler: Scheduler) -> None:
     assert sorted(slots + scheduler.running.free_slots) == list(range(1, scheduler.max_num_seqs + 1))
     for request in running:
         assert request.status is RequestStatus.RUNNING
-        assert len(request.pages) * scheduler.kv.page_size >= request.compute_limit >= request.num_computed_tokens
+        num_computed = min(request.num_computed_tokens, request.max_total_tokens - 1)  # without drafts past its end
+        assert len(request.pages) * scheduler.kv.page_size >= request.compute_limit >= num_computed
         assert len(request.token_ids) <= request.max_total_tokens
     assert len(scheduler.requests) == len(running) + len(scheduler.waiting)
 

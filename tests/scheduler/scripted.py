@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 from nemo_engine.scheduler import Request
 from nemo_engine.scheduler.token_rules import ends_in_repetition
-from nemo_engine.step import TOKEN_ALL_MASKED, SlotFill, StepPlan, StepResult
+from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN, SlotFill, StepPlan, StepResult
 
 VOCAB = 11
 Fault = Callable[[Sequence[int], int], int | None]
@@ -129,7 +129,8 @@ class ScriptedRunner:
         for slot, index, page in plan.new_pages:
             assert page > 0 and index == len(self._page_tables[slot])
             self._page_tables[slot].append(page)
-        rows = [(slot, self._num_computed[slot], 1, True) for slot in plan.decode_slots]
+        drafts = {slot: self._draft(slot, plan.width) for slot in plan.decode_slots if plan.width > 1}
+        rows = [(slot, self._num_computed[slot], 1 + len(drafts.get(slot, ())), True) for slot in plan.decode_slots]
         rows += [(row.slot, row.start, row.num_tokens, row.samples) for row in plan.prefills]
         slots = [slot for slot, *_ in rows]
         assert len(set(slots)) == len(slots), "a slot has two rows"
@@ -138,15 +139,45 @@ class ScriptedRunner:
         masked = [slot for slot, *_, samples in rows if samples and self._fills[slot].params.structured_outputs]
         assert sorted(masks) == sorted(masked), "who is constrained has a mask wherever it samples"
         for slot, start, count, _ in rows:
+            self._tokens[slot] += drafts.get(slot, ())
             self._write(slot, start, count)
         token_ids = []
         for slot, start, count, samples in rows:
             self._read(slot, start + count)
-            if samples:
+            if slot in drafts:
+                token_ids += self._accept(slot, drafts[slot], plan.width, masks.get(slot))
+            elif samples:
                 token_ids.append(self._sample(slot, masks.get(slot)))
             else:
                 assert start + count < len(self._tokens[slot])
         return ScriptedHandle(StepResult(plan.step_id, token_ids))
+
+    def _draft(self, slot: int, width: int) -> list[int]:
+        """Drafts of which about two in three are right, as many as the slot may have."""
+        fill, history = self._fills[slot], list(self._tokens[slot])
+        room = min(width - 1, fill.draft_until - 1 - len(history))
+        dice = random.Random(repr((history, width)))
+        drafts: list[int] = []
+        for _ in range(dice.randint(0, max(0, room))):
+            token = next_token(history, fill.seed)
+            drafts.append(token if dice.random() < 0.7 else dice.randrange(VOCAB))
+            history.append(drafts[-1])
+        return drafts
+
+    def _accept(self, slot: int, drafts: list[int], width: int, mask: bytes | None) -> list[int]:
+        """The tokens of a wide row; forgets drafts that were wrong, whose places in pages hold what they hold."""
+        tokens = self._tokens[slot]
+        known = len(tokens) - len(drafts)
+        del tokens[known:]
+        self._num_computed[slot] = known
+        chosen = [self._sample(slot, mask)]
+        for draft in drafts:
+            if draft != chosen[-1]:
+                break
+            self._num_computed[slot] += 1
+            chosen.append(self._sample(slot, mask))
+        codes = [TOKEN_NOT_TAKEN] * (1 + len(drafts) - len(chosen)) + [TOKEN_NOT_DRAFTED] * (width - 1 - len(drafts))
+        return chosen + codes
 
     def recover(self) -> None:
         pass

@@ -12,8 +12,9 @@ import pytest
 
 from nemo_engine.engine.core import EngineCore
 from nemo_engine.sampling_params import RepetitionDetection, SamplingParams
-from nemo_engine.scheduler import Request, RequestStatus, Scheduler
+from nemo_engine.scheduler import Request, RequestStatus, Scheduler, Speculation
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE, StepPlan
+from tests.helpers.speculating import choose_widths
 from tests.scheduler.invariants import check
 from tests.scheduler.scripted import VOCAB, ScriptedGrammar, ScriptedHandle, ScriptedRunner, expected_output
 
@@ -31,6 +32,7 @@ class Workload:
     caching: bool
     depth: int
     has_faults: bool
+    widths: list[int] = field(default_factory=list)
     arrivals: list[tuple[int, Request]] = field(default_factory=list)
     prompts: dict[str, list[int]] = field(default_factory=dict)
 
@@ -114,7 +116,10 @@ def run(
         max_num_batched_tokens=workload.budget,
         max_model_len=10**6,
         enable_prefix_caching=workload.caching,
+        speculation=Speculation(workload.widths, workload.widths[-1] - 1) if workload.widths else None,
     )
+    if workload.widths:
+        choose_widths(scheduler, rng, workload.widths)
     runner = kind(workload.page_size, fault) if workload.has_faults else kind(workload.page_size)
     core = EngineCore(scheduler, runner, workload.depth)
     arrivals = list(workload.arrivals)
@@ -134,8 +139,8 @@ def run(
         check(scheduler)
         if committed is not None:
             assert len(committed.requests) == len(committed.token_ids)
-            for request, token_id in zip(committed.requests, committed.token_ids, strict=True):
-                assert request.token_ids[-1] == token_id
+            newest = dict(zip(committed.requests, committed.token_ids, strict=True))
+            assert all(request.token_ids[-1] == token_id for request, token_id in newest.items())
             for request in committed.finished:
                 assert request.request_id not in finished
                 finished[request.request_id] = request
@@ -146,12 +151,16 @@ def run(
     return scheduler, runner, ended
 
 
-@pytest.mark.parametrize("block", range(10))
-def test_every_request_generates_what_it_would_alone(block: int) -> None:
-    preemptions = hits = errors = broken = constrained = 0
+@pytest.mark.parametrize("speculates", [False, True])
+@pytest.mark.parametrize("block", range(5))
+def test_every_request_generates_what_it_would_alone(block: int, speculates: bool) -> None:
+    preemptions = hits = errors = broken = constrained = accepted = rejected = 0
     for number in range(200):
-        rng = random.Random(1000 * block + number)
+        rng = random.Random(1000 * (block + 5 * speculates) + number)
         workload = make_workload(rng)
+        if speculates:
+            workload.page_size = max(2, workload.page_size)
+            workload.widths = [width for width in (2, 4, 8) if width <= workload.page_size]
         scheduler, _, ended = run(workload, rng)
         for _, request in workload.arrivals:
             output, reason, stop_reason = expected_output(workload.prompts[request.request_id], request)
@@ -178,6 +187,10 @@ def test_every_request_generates_what_it_would_alone(block: int) -> None:
         assert (stats.num_running, stats.num_waiting) == (0, 0) and stats.num_free_pages == workload.num_pages
         preemptions += stats.total_preemptions
         hits += stats.total_prefix_hit_tokens
+        if scheduler.speculation is not None:
+            accepted += sum(scheduler.speculation.num_accepted)
+            rejected += scheduler.speculation.num_drafts - sum(scheduler.speculation.num_accepted)
+    assert min(accepted, rejected) > 300 or not speculates
     assert preemptions > 20 and hits > 100 and errors > 5 and broken > 2 and constrained > 5, (
         "the workloads do not reach what they are meant to test"
     )

@@ -19,6 +19,7 @@ from nemo_engine.server.multipart import receive_form
 from tests.server.live import LiveServer
 
 URL = "/v1/chat/completions"
+PART = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n'
 
 
 def line(index: int, **body: Any) -> str:
@@ -159,6 +160,12 @@ def test_what_is_refused(engine: AsyncEngine, live: LiveServer, tmp_path: Path) 
             (form, b"--b\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nx", "ends before its last boundary"),
             (form, b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b--', "file is missing"),
             (form, b"--b\r\nno-name: x\r\n\r\nx\r\n--b--", "a part has no name"),
+            (form, b"no boundary", "the body is no form"),
+            ({"content-type": "multipart/form-data; boundary=" + "b" * 300}, b"x", "the body is no form"),
+            (form, (PART + b"x\r\n") * 21 + b"--b--", "more than 20 parts"),
+            (form, PART + b"x" * 70_000 + b"\r\n--b--", "the field purpose is longer than 65536 bytes"),
+            (form, (PART.replace(b"purpose", b"file") + b"\r\n") * 2 + b"--b--", "more than one file"),
+            (form, PART.replace(b"\r\n\r\n", b"\r\nx: " + b"y" * 20_000 + b"\r\n\r\n") + b"\r\n--b--", "Maximum header size"),
         ):  # fmt: skip
             answer = httpx.post(own.url + "/v1/files", headers=headers, content=content)
             assert answer.status_code == 400 and says in answer.json()["error"]["message"], content

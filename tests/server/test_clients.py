@@ -18,6 +18,7 @@ import pytest
 
 from nemo_engine import AsyncEngine
 from nemo_engine.outputs import RequestOutput
+from nemo_engine.server.access import QUIET_PATHS
 from nemo_engine.server.clients import LOOPBACK_NAMES, KeyRing, is_host_allowed
 from nemo_engine.server.options import ServerOptions
 from tests.server.live import LiveServer
@@ -105,6 +106,10 @@ def test_names_stand_in_logs_and_metrics(narrow: AsyncEngine, caplog: pytest.Log
         assert post(server, BODY, {"X-API-Key": "a secret"}).status_code == 401
         assert httpx.get(server.url + "/nowhere", headers=dora).status_code == 404
         metrics = httpx.get(server.url + "/metrics").text
+        for path in QUIET_PATHS:  # nothing is logged of what a probe, or the page, asks again and again
+            ask = {"messages": [{"role": "user", "content": "a"}]} if path == "/monitor/pages" else None
+            answer = httpx.request("POST" if ask else "GET", server.url + path, headers=dora, json=ask)
+            assert answer.status_code == 200, path
     lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "nemo_engine.access"]
     assert [line.get("key", "")[:4] for line in lines] == ["dora", "dora", "key-", "", "dora"]
     assert [line.get("error", {}).get("code") for line in lines] == [None, None, None, "invalid_api_key", None]

@@ -45,7 +45,7 @@ def squeezed(text: str) -> str:
 
 def test_a_message_by_keyboard_is_streamed_to_its_end(page: Any, live: LiveServer) -> None:
     asked = change_request(page)
-    assert focused(page) == "message"
+    expect(page.locator("#message")).to_be_focused()  # a browser does what autofocus says when it first paints
     page.keyboard.press("Shift+Tab")  # to the settings
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 
 from tests.server.browser import (
     CHAT,
+    PATIENCE,
     answer_with,
     change_request,
     kept,
@@ -286,6 +289,44 @@ def test_the_lens_shows_the_likeliest_tokens(page: Any) -> None:
     expect(page.locator("#lens-card")).to_be_hidden()
 
 
+LENS = """
+async () => {
+    const { Lens } = await import("/page/lens.js");
+    const parent = document.body.appendChild(document.createElement("div"));
+    const log = (share) => Math.log(share);
+    const top = [{ token: "a", logprob: log(0.5) }, { token: "b", logprob: log(0.25) }];
+    const of = (token, share, logprob = log(share)) => ({ text: token, token, logprob, top });
+    const lens = new Lens(parent);
+    lens.show([of("a", 0.95), of("a", 0.5), of("b", 0.25), of("c", 0.1), of("d", 0.0005), of("e", null, null)]);
+    const seen = [];
+    const look = (key) => {
+        lens.element.dispatchEvent(new KeyboardEvent("keydown", { key }));
+        const card = document.querySelector("#lens-card");
+        const rows = [...card.children].map((row) => [row.textContent, row.className, row.style.getPropertyValue("--share")]);
+        seen.push([[...lens.element.children].findIndex((one) => one.className === "at"), card.hidden ? [] : rows]);
+    };
+    for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"]) look(key);
+    look("ArrowRight"); look("ArrowRight");
+    const surprise = [...lens.element.children].map((one) => one.dataset.surprise ?? null);
+    parent.remove();
+    return { surprise, seen };
+}
+"""
+
+
+def test_the_lens_says_how_likely_each_token_was(page: Any) -> None:
+    found = page.evaluate(LENS)
+    assert found["surprise"] == ["0", "1", "2", "3", "4", None]
+    a, b = ['"a"50.0 %', "", "50%"], ['"b"25.0 %', "", "25%"]
+    chosen = [a[0], "chosen", a[2]], [b[0], "chosen", b[2]]
+    places = [at for at, _ in found["seen"]]
+    assert places == [0, 1, 2, 3, 4, 3, 4, -1]  # nothing is known of the last token
+    rows = [shown for _, shown in found["seen"]]
+    assert rows[0] == rows[1] == [chosen[0], b] and rows[2] == [a, chosen[1]]
+    assert [row[:2] for row in rows[3]] == [a[:2], b[:2], ['"c"10.0 %', "chosen"]]  # it was not among the likeliest
+    assert rows[4][2][0] == '"d"< 0.1 %' and rows[7] == []
+
+
 def test_the_pages_of_the_conversation_are_marked(page: Any, live: LiveServer) -> None:
     change_request(page, max_tokens=30, temperature=0, ignore_eos=True)
     send(page, "Tell me of lists. " * 12)
@@ -294,18 +335,53 @@ def test_the_pages_of_the_conversation_are_marked(page: Any, live: LiveServer) -
     ask = {"messages": messages, "add_generation_prompt": False}
     found = httpx.post(f"{live.url}/monitor/pages", json=ask).json()
     assert found["num_pages"] >= 3
-    expect(page.locator("#n-own")).to_have_text(str(found["num_pages"]), timeout=20_000)
+    expect(page.locator("#n-own")).to_have_text(str(found["num_pages"]))
     expect(page.locator("#map")).to_have_attribute(
         "aria-label", re.compile(f"this conversation lies in {found['num_pages']}")
     )
-    marked = page.locator("#map").screenshot()
+    check_map(page, live, found["runs"])
     page.get_by_role("button", name="Again: Assistant").click()
     until_answered(page)
-    expect(page.locator("#own-text")).to_have_text(re.compile("the last answer reused [1-9]"), timeout=20_000)
+    expect(page.locator("#own-text")).to_have_text(re.compile("the last answer reused [1-9]"))
     page.locator("#clear").click()
     page.locator("#clear-yes").click()
     expect(page.locator("#own")).to_be_hidden(timeout=20_000)
-    assert page.locator("#map").screenshot() != marked
+    check_map(page, live, [])
+
+
+# The colours of each square's corner and middle, and of the states, as CSS has them.
+COLOURS = """
+async (count) => {
+    const { layoutOf } = await import("/page/charts.js");
+    const canvas = document.querySelector("#map");
+    const { size, columns } = layoutOf(canvas.clientWidth, count);
+    const at = (x, y) => [...canvas.getContext("2d").getImageData(x * devicePixelRatio, y * devicePixelRatio, 1, 1).data].slice(0, 3);
+    const squares = [...Array(count).keys()].map((i) => [(i % columns) * size, Math.floor(i / columns) * size]);
+    const probe = document.body.appendChild(document.createElement("i"));
+    const named = (name) => { probe.style.color = `var(--${name})`; return getComputedStyle(probe).color.match(/\\d+/g).map(Number); };
+    const names = Object.fromEntries(["own", "free", "cached"].map((name) => [name, named(name)]));
+    probe.remove();
+    return { names, corners: squares.map(([x, y]) => at(x, y)), middles: squares.map(([x, y]) => at(x + size / 2 - 1, y + size / 2 - 1)) };
+}
+"""
+
+
+def check_map(page: Any, live: LiveServer, runs: list[list[int]]) -> None:
+    """Every page that the engine holds in its cache is drawn so at its place, and those of ``runs`` have a frame."""
+    map_ = httpx.get(f"{live.url}/monitor").json()["pages"]
+    assert map_["pages_per_cell"] == 1 and map_["counts"]["used"] == map_["counts"]["shared"] == 0
+    cached = base64.b64decode(map_["cells"]["cached"])
+    own = {page_ for first, count in runs for page_ in range(first, first + count)}
+    expected = [255 * (cell in own) for cell in range(len(cached))]
+    deadline = time.monotonic() + PATIENCE / 1000
+    while True:  # a picture comes once a second
+        seen = page.evaluate(COLOURS, map_["num_cells"])
+        framed = [255 * (corner == seen["names"]["own"]) for corner in seen["corners"]]
+        filled = [255 * (middle == seen["names"]["cached"]) for middle in seen["middles"]]
+        if (framed, bytes(filled)) == (expected, cached):
+            return
+        assert time.monotonic() < deadline, (framed, filled, seen["names"])
+        page.wait_for_timeout(200)
 
 
 def test_what_a_request_waits_for_is_told(page: Any, live: LiveServer) -> None:
@@ -325,6 +401,7 @@ def test_what_a_request_waits_for_is_told(page: Any, live: LiveServer) -> None:
     page.route("**/monitor/stream", show)
     page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")  # takes a new connection
     expect(page.locator("[data-key=wait]")).to_have_text("2nd in the queue")
+    expect(page.locator("#requests td:first-child")).to_have_text([other["id"], f"chatcmpl-{asked[0]['request_id']}"])
     page.unroute("**/monitor/stream")
     page.keyboard.press("Escape")
     expect(page.get_by_role("alert")).to_contain_text("Stopped before the first token")

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from nemo_engine.planner.plan import Load, make_plan
 from nemo_engine.planner.roofline import Roofline
 from nemo_engine.simulator import EngineShape, Results, Setting, simulate
 from nemo_engine.simulator import feed as feed_module
-from nemo_engine.simulator.routing import Router
 from nemo_engine.workload import Arrivals, Item, Limits, Turn, WorkloadSpec, generate
 from tests.simulator.costs import SimpleCost
 
@@ -276,15 +274,3 @@ def test_a_long_queue_costs_no_token_lists() -> None:
     assert found.num_finished == 1500 and found.mean_running < 4.01
     waits = [value for _, value in found.series["waiting"]]
     assert waits[0] > 1200 and waits[-1] < 100 and len(waits) <= 512
-
-
-def test_of_equal_prefixes_the_less_loaded_replica_is_chosen() -> None:
-    def replica(num_unfinished: int, num_pages: int) -> Any:
-        return SimpleNamespace(num_unfinished=num_unfinished, num_matching_pages=lambda request: num_pages)
-
-    request: Any = object()
-    for first in range(3):  # in whatever turn
-        router = Router("prefix-aware")
-        for _ in range(first):
-            router.choose([replica(0, 0)] * 3, request)
-        assert router.choose([replica(5, 4), replica(3, 4), replica(0, 1)], request) == 1

@@ -232,7 +232,7 @@ def test_sharegpt(tmp_path: Path) -> None:
     ]))  # fmt: skip
     count = lambda text: len(text.split())  # noqa: E731
     assert list(read_sharegpt(path, count)) == [Item("one", (Turn("a b", 3, 2),)), Item("two", (Turn("a b", 3, 2),))]
-    whole = list(read_sharegpt(path, count, is_multi_turn=True, most=1))
+    whole = list(read_sharegpt(path, count, is_multi_turn=True, max_conversations=1))
     assert whole == [Item("one", (Turn("a b", 3, 2), Turn("f", 1, 1)))]
     path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]}\n')
     assert list(read_sharegpt(path, count)) == [Item("0", (Turn("a", 2, 1),))]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops import sample
+from nemo_engine.ops import batch, sample
 from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.cpu.attention import prefill_
 from nemo_engine.ops.op import compiled_for_cpu
@@ -44,8 +44,15 @@ def build_batch_(
     page_size: int,
     num_tokens: int,
     longest: int,
+    ahead: Tensor | None = None,
+    width: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``batch.build_batch_``."""
+    """See ``batch.build_batch_``, which does wide steps."""
+    if ahead is not None:
+        return batch.build_batch_(
+            token_ids, num_computed, page_table, slots, starts, new_index, new_page, page_size, num_tokens, longest,
+            ahead, width,
+        )  # fmt: skip
     rows = slots.shape[0]
     ids, positions, places = (slots.new_empty(num_tokens) for _ in range(3))
     lengths = slots.new_empty(rows)

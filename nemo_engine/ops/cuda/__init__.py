@@ -38,10 +38,10 @@ def counters(device: torch.device, count: int, owner: int = 0) -> Tensor:
     ``owner`` tells engines apart, whose streams may run at the same time: the address of something that an engine keeps
     and passes. What was too small for a later call is kept all the same: a captured graph has its address.
     """
-    made = _counters.setdefault((device, owner), [])
-    if not made or len(made[-1]) < count:
-        made.append(torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device))
-    return made[-1][:count]
+    arrays = _counters.setdefault((device, owner), [])
+    if not arrays or len(arrays[-1]) < count:
+        arrays.append(torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device))
+    return arrays[-1][:count]
 
 
 def row_stride(tensor: Tensor, dim: int = 0) -> int:

@@ -64,11 +64,11 @@ def widened_capacity(slots: int, pages: int, kv_heads: int, page_size: int) -> i
     return max(pages, min(budget, slots * pages * kv_heads))
 
 
-def _turns(pages: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:
+def _turns(pages: Sequence[int], max_pages: int) -> Iterator[tuple[int, int, int]]:
     """(first row, end, their pages) of neighbouring rows that have at most ``most`` pages together, or are one row."""
     first = total = 0
     for row, count in enumerate(pages):
-        if row > first and total + count > most:
+        if row > first and total + count > max_pages:
             yield first, row, total
             first, total = row, 0
         total += count

@@ -1,5 +1,5 @@
-"""Paged attention by the Triton kernels: rows of one query by the decode kernel, rows of several by the prefill
-kernel.
+"""Paged attention by the Triton kernels: decode rows, a run of them at once, by the decode kernel, rows of several
+queries by the prefill kernel.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     decodes = meta.num_decodes
     if decodes:
-        lens = meta.seq_lens[:decodes]
+        query_lens, run = meta.seq_lens[:decodes], meta.run_length
+        lens = meta.once("run lengths", lambda: query_lens.view(-1, run).amax(1)) if run > 1 else query_lens
         units = kernels.num_decode_units(kv.num_heads, q.device)
         plan = meta.once("decode plan", lambda: kernels.plan_decode(lens, units))
         kernels.decode(
             out[:decodes], q[:decodes], kv.k, kv.v, meta.page_table, meta.slot_ids[:decodes], lens, plan, scale,
-            kv.k_scale, kv.v_scale,
+            kv.k_scale, kv.v_scale, query_lens if run > 1 else None,
         )  # fmt: skip
     if decodes < meta.seq_lens.shape[0]:
         kernels.prefill(

@@ -68,9 +68,9 @@ def _add_files(router: APIRouter, service: Service, store: BatchStore) -> None:
         is_kept = False
         try:
             with path.open("wb") as file:
-                most = int(service.options.max_batch_file_mib * 2**20)
+                max_bytes = int(service.options.max_batch_file_mib * 2**20)
                 pieces = _pieces(http, service.options.body_timeout)
-                form = await receive_form(http.headers.get("content-type", ""), pieces, file, most)
+                form = await receive_form(http.headers.get("content-type", ""), pieces, file, max_bytes)
             _check_form(form)
             shown = store.add_file(service.client_of(http).name, name, form.filename or "", "batch", name)
             is_kept = True
@@ -116,11 +116,11 @@ def _add_batches(router: APIRouter, service: Service, store: BatchStore, worker:
         headers = response_headers(request)
         check_metadata(request.metadata)
         service.check_admission(1)
-        made = worker.create(
+        batch = worker.create(
             service.client_of(http), request.input_file_id, request.endpoint, request.completion_window,
             request.metadata
         )  # fmt: skip
-        return JSONResponse(made, headers=headers)
+        return JSONResponse(batch, headers=headers)
 
     @router.get(BATCHES)
     async def batches(http: Request, after: str | None = None, limit: int = 20) -> dict[str, Any]:

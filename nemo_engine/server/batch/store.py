@@ -118,16 +118,18 @@ class BatchStore:
         matches: Callable[[Entry], bool],
     ) -> dict[str, Any]:
         """A page of the entries of ``client``, as OpenAI's lists have it."""
-        own = [e for e in self.entries.values() if e.owner == client.name and e.shown["object"] == kind and matches(e)]
-        own.sort(key=lambda entry: (entry.created, entry.id), reverse=not is_ascending)
+        entries = [
+            e for e in self.entries.values() if e.owner == client.name and e.shown["object"] == kind and matches(e)
+        ]
+        entries.sort(key=lambda entry: (entry.created, entry.id), reverse=not is_ascending)
         if after is not None:
-            at = next((index for index, entry in enumerate(own) if entry.id == after), None)
+            at = next((index for index, entry in enumerate(entries) if entry.id == after), None)
             if at is None:
                 raise ApiError(400, f"after must be the id of a {kind} in the list, got {after[:100]!r}", param="after")
-            own = own[at + 1 :]
-        shown = [entry.shown for entry in own[:limit]]
+            entries = entries[at + 1 :]
+        shown = [entry.shown for entry in entries[:limit]]
         ids = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": shown, "has_more": len(own) > limit} | ids
+        return {"object": "list", "data": shown, "has_more": len(entries) > limit} | ids
 
 
 def new_id(prefix: str) -> str:

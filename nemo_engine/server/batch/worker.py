@@ -132,9 +132,9 @@ class BatchWorker:
 
             self._set(entry, "in_progress")
             # No more than run at once: the requests of others wait behind none of these.
-            most = self._service.engine.config.max_num_seqs
+            max_open = self._service.engine.config.max_num_seqs
             summary = await answer_all(
-                answers.reader(job), job.results, answers.answer, max_open=most, watcher=Counts()
+                answers.reader(job), job.results, answers.answer, max_open=max_open, watcher=Counts()
             )
             Counts().update(summary)
             counts["total"] = counts["completed"] + counts["failed"]
@@ -149,8 +149,8 @@ class BatchWorker:
             path = self.store.folder / data
             if shown[field] is None and path.exists() and path.stat().st_size:
                 kind = field.removesuffix("_file_id")
-                made = self.store.add_file(entry.owner, data, f"{shown['id']}_{kind}.jsonl", "batch_output", file_id)
-                shown[field] = made["id"]
+                file = self.store.add_file(entry.owner, data, f"{shown['id']}_{kind}.jsonl", "batch_output", file_id)
+                shown[field] = file["id"]
         Path(self.store.folder / f"{target}.run").unlink(missing_ok=True)
         self._set(entry, status)
 

@@ -70,7 +70,7 @@ class ChatForm:
             max_completion_tokens=request.max_output_tokens,
             logprobs=request.has_logprobs,
             top_logprobs=request.top_logprobs if request.has_logprobs else None,
-            tools=[_tool(one, f"tools[{i}]") for i, one in enumerate(request.tools or ())] or None,
+            tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())] or None,
             tool_choice=_tool_choice(request.tool_choice),
             parallel_tool_calls=request.parallel_tool_calls,
             response_format=self._response_format(request),
@@ -210,7 +210,7 @@ def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | 
     if kind == "allowed_tools":
         tools = choice.get("tools")
         if isinstance(tools, list):
-            tools = [_allowed(one) for one in tools]
+            tools = [_allowed(tool) for tool in tools]
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
     raise ApiError(
         400,

@@ -131,11 +131,13 @@ class ResponsesRequest(SamplingRequest):
         for name in ("text", "stream_options"):
             inner: ApiRequest | None = getattr(self, name)
             if inner is not None:
-                ignored += [f"{name}.{one}" for one in inner.ignored_fields()]
+                ignored += [f"{name}.{field}" for field in inner.ignored_fields()]
         self._refuse_unsupported()
-        ignored += [f"reasoning.{one}" for one, value in (self.reasoning or {}).items() if one != "effort" and value]
+        ignored += [
+            f"reasoning.{field}" for field, value in (self.reasoning or {}).items() if field != "effort" and value
+        ]
         return ignored + [
-            f"include[{index}]" for index, one in enumerate(self.include or ()) if one in _NOTHING_TO_INCLUDE
+            f"include[{index}]" for index, field in enumerate(self.include or ()) if field in _NOTHING_TO_INCLUDE
         ]
 
     @property
@@ -162,9 +164,9 @@ class ResponsesRequest(SamplingRequest):
 
     def _refuse_unsupported(self) -> None:
         refused = ""
-        for index, one in enumerate(self.include or ()):
-            if one != INCLUDE_LOGPROBS and one not in _NOTHING_TO_INCLUDE:
-                refused, detail = f"include[{index}]", f"{one!r}; it takes {INCLUDE_LOGPROBS!r}"
+        for index, included in enumerate(self.include or ()):
+            if included != INCLUDE_LOGPROBS and included not in _NOTHING_TO_INCLUDE:
+                refused, detail = f"include[{index}]", f"{included!r}; it takes {INCLUDE_LOGPROBS!r}"
         if self.truncation == "auto":
             refused, detail = "truncation", '"auto"; send less, or use truncate_prompt_tokens'
         effort = (self.reasoning or {}).get("effort")
@@ -186,10 +188,10 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> None:
     for key, value in pairs.items():
         if not isinstance(value, str):
             raise ApiError(400, f"metadata.{key[:200]} must be a string, got {value!r}", param=f"metadata.{key[:200]}")
-        for what, text, most in (("key", key, _MAX_METADATA_KEY), ("value", value, _MAX_METADATA_VALUE)):
-            if len(text) > most:
+        for what, text, limit in (("key", key, _MAX_METADATA_KEY), ("value", value, _MAX_METADATA_VALUE)):
+            if len(text) > limit:
                 raise ApiError(
                     400,
-                    f"metadata must have {what}s of at most {most} characters, got one of {len(text)}",
+                    f"metadata must have {what}s of at most {limit} characters, got one of {len(text)}",
                     param="metadata",
                 )

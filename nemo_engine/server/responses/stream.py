@@ -27,15 +27,15 @@ async def stream(run: Run) -> AsyncIterator[bytes]:
             raise_failure(output)
             if not has_begun:
                 has_begun = True
-                for one in events.begin():
-                    yield one
+                for event in events.begin():
+                    yield event
             for completion in output.outputs:
                 parsed = events.parse(completion.text, completion.tool_calls_start, completion.finished())
-                for one in events.add(parsed, events.logprobs(completion)):
-                    yield one
+                for event in events.add(parsed, events.logprobs(completion)):
+                    yield event
                 status = status_of(completion)
-        for one in events.end(status):
-            yield one
+        for event in events.end(status):
+            yield event
     except Exception as error:
         if not has_begun:
             raise
@@ -71,38 +71,38 @@ class _Events:
         """What a delta adds to the answer."""
         if self._parser is None:
             return [Content(text)] if text else []
-        found = self._parser.feed(text, tool_calls_start)
+        parsed = self._parser.feed(text, tool_calls_start)
         if is_finished:
-            found += self._parser.finish()
+            parsed += self._parser.finish()
         if not self._run.chat.tools.parallel:
-            found = [one for one in found if isinstance(one, Content) or one.index == 0]
-        return found
+            parsed = [part for part in parsed if isinstance(part, Content) or part.index == 0]
+        return parsed
 
     def logprobs(self, completion: CompletionOutput) -> list[dict[str, Any]]:
         """The log-probabilities of a delta's tokens that are text."""
         if self._is_past_text:
             return []
-        found = self._run.logprobs(completion)
+        entries = self._run.logprobs(completion)
         self._is_past_text = len(self._run.text_tokens(completion.token_ids)) < len(completion.token_ids)
-        return found
+        return entries
 
     def add(self, parsed: list[Event], logprobs: list[dict[str, Any]]) -> list[bytes]:
         """The events of ``parsed``."""
         events: list[bytes] = []
         self._logprobs += logprobs
-        for one in parsed:
-            if isinstance(one, Content):
-                events += self._add_text(one.text)
-            elif isinstance(one, CallStarted):
+        for part in parsed:
+            if isinstance(part, Content):
+                events += self._add_text(part.text)
+            elif isinstance(part, CallStarted):
                 events += self._close("completed")
-                item = call_item(new_item_id("fc"), one.id, one.name, "", "in_progress")
+                item = call_item(new_item_id("fc"), part.id, part.name, "", "in_progress")
                 events.append(self._open(item))
-            elif isinstance(one, ArgumentsDelta):
-                self._pieces.append(one.text)
-                events.append(self._of_item("response.function_call_arguments.delta", delta=one.text))
+            elif isinstance(part, ArgumentsDelta):
+                self._pieces.append(part.text)
+                events.append(self._of_item("response.function_call_arguments.delta", delta=part.text))
             else:
-                assert isinstance(one, CallFinished)
-                events += self._close("completed" if one.is_complete else "incomplete")
+                assert isinstance(part, CallFinished)
+                events += self._close("completed" if part.is_complete else "incomplete")
         return events
 
     def end(self, status: str) -> list[bytes]:

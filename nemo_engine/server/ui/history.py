@@ -57,18 +57,18 @@ class History:
         now = int(time.monotonic())
         return [
             {
-                "age": now - one.second,
-                "steps": one.num_steps,
-                "decode_tokens": one.num_decode_tokens,
-                "prefill_tokens": one.num_prefill_tokens,
-                "new_tokens": one.num_new_tokens,
-                "ttft": _median(one.ttft),
-                "e2e": _median(one.e2e),
-                "itl": one.itl_sum / one.itl_count if one.itl_count else None,
-                "requests": len(one.e2e),
+                "age": now - entry.second,
+                "steps": entry.num_steps,
+                "decode_tokens": entry.num_decode_tokens,
+                "prefill_tokens": entry.num_prefill_tokens,
+                "new_tokens": entry.num_new_tokens,
+                "ttft": _median(entry.ttft),
+                "e2e": _median(entry.e2e),
+                "itl": entry.itl_sum / entry.itl_count if entry.itl_count else None,
+                "requests": len(entry.e2e),
             }
-            for one in self._seconds
-            if now - one.second <= SECONDS
+            for entry in self._seconds
+            if now - entry.second <= SECONDS
         ]
 
     def _at(self, when: float) -> Second:
@@ -81,7 +81,7 @@ class History:
                 break
         entry = Second(second)
         if self._seconds and self._seconds[-1].second > second:
-            later = [one for one in self._seconds if one.second > second]
+            later = [kept for kept in self._seconds if kept.second > second]
             for _ in later:
                 self._seconds.pop()
             self._seconds.append(entry)

@@ -122,8 +122,8 @@ class Monitor:
             if time.monotonic() - self._taken >= INTERVAL / 2:
                 self._last = await self._take()
                 self._taken = time.monotonic()
-            own = [_request(view, place) for view, place, owner in self._requests if owner == client]
-            return self._last | {"requests": own[:MAX_REQUESTS]}
+            requests = [_request(view, place) for view, place, owner in self._requests if owner == client]
+            return self._last | {"requests": requests[:MAX_REQUESTS]}
 
     async def events(self, client: Client = ANYONE) -> AsyncIterator[bytes]:
         """Pictures as server-sent events, until the server has nothing more to do."""

@@ -36,16 +36,20 @@ function context(canvas, height) {
 
 export const bytesOf = (text) => Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
 
+/** Pixels of a square of the map with its gap, and squares in a row. */
+export function layoutOf(width, count) {
+  let size = Math.min(16, Math.max(3, Math.floor(Math.sqrt((width * 190) / count))));
+  while (size > 3 && Math.ceil(count / Math.floor(width / size)) * size > 210) size -= 1;
+  return { size, columns: Math.min(count, Math.floor(width / size)) };
+}
+
 /**
  * `cells` maps a state's name to a byte per cell: the share of the cell's pages in that state. The rest is free. `own`: the set of cells
  * that are marked.
  */
 export function drawMap(canvas, count, cells, own) {
-  const width = canvas.clientWidth;
-  if (!width || !count) return;
-  let size = Math.min(16, Math.max(3, Math.floor(Math.sqrt((width * 190) / count))));
-  while (size > 3 && Math.ceil(count / Math.floor(width / size)) * size > 210) size -= 1;
-  const columns = Math.min(count, Math.floor(width / size));
+  if (!canvas.clientWidth || !count) return;
+  const { size, columns } = layoutOf(canvas.clientWidth, count);
   const { draw } = context(canvas, Math.ceil(count / columns) * size);
   const gap = size > 4 ? 1 : size > 3 ? 0.5 : 0;
   const free = channels("free");

@@ -1,0 +1,184 @@
+"""How wide the next step is, and what came out of a wide one.
+
+In a wide step a decoding request computes several tokens, the last known one and drafts, which the device looks up in
+the request's own text (``StepPlan.width``). How many of them follow from the sampled tokens is known when the step is
+committed. Until then ``Request.num_computed_tokens`` is an upper bound: it grows by the width when the step is planned,
+and falls by what was not taken when it is committed. Pages follow the bound. Offers to the prefix cache, limits and
+ends follow the tokens, which are committed one by one, as if each had come from a step of its own.
+
+The width is the one that promises most tokens a second: tokens, by how often drafts of the requests that decode were
+right of late; seconds, by the last steps of that width and of about as many rows. Where drafts do not pay, steps are
+narrow, and now and then a wide one looks whether that is still so, as often as this costs 1 % of the time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from nemo_engine.config import WIDE_STEP_TOKENS
+from nemo_engine.step import TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN, StepResult
+
+if TYPE_CHECKING:
+    from nemo_engine.scheduler.request import Request
+    from nemo_engine.scheduler.scheduled_step import ScheduledStep
+
+_FIRST_GUESS = 0.5  # of drafts that are right, before any was made; half of the guess for each new request
+_PRIOR = 2.0  # drafts that a new request's guess is worth
+_KEPT = 0.8  # of what an estimate is worth, from one wide step to the next
+_KEPT_OF_ALL = 0.995
+_ASSUMED_COST = 0.1  # of each further token of a row, in narrow steps, until it was measured
+_SHARE_OF_TRIALS = 0.01  # of the time
+_BETWEEN_TRIALS = 8  # steps, at least
+_NARROW_EVERY = 100  # wide steps, so that what a narrow one takes is known
+_MIN_GAIN = 1.01
+_REMEMBERED = 9  # steps of a kind
+
+
+class Acceptance:
+    """How often drafts were right of late: ``rate``, that of a draft whose predecessors are right."""
+
+    __slots__ = ("_kept", "_right", "_tried")
+
+    def __init__(self, rate: float, weight: float, kept: float) -> None:
+        self._right, self._tried, self._kept = rate * weight, weight, kept
+
+    @property
+    def rate(self) -> float:
+        """From 0 to 1."""
+        return self._right / self._tried
+
+    def note(self, num_right: int, num_wrong: int) -> None:
+        """What a wide step showed: drafts that were right, and the one that was wrong or missing."""
+        self._right = self._kept * self._right + num_right
+        self._tried = self._kept * self._tried + num_right + num_wrong
+
+    def expected(self, num_drafts: int) -> float:
+        """Drafts that are right, of ``num_drafts`` in a row."""
+        rate = self.rate
+        return num_drafts * rate if rate > 0.999 else rate * (1 - rate**num_drafts) / (1 - rate)
+
+
+class _Kind:
+    """The last steps of about as many rows: seconds by width."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, deque[float]] = {}
+        self.seconds: dict[int, float] = {}  # the median of the last ones
+        self.credit = 0.0  # seconds that trials may still cost
+        self.since_trial = 0  # narrow steps
+        self.since_narrow = 0  # wide steps
+
+    def cost(self, width: int) -> float:
+        """Seconds of a step of ``width``; no more than narrow steps for each of its tokens would take."""
+        narrow = self.seconds[1]
+        return min(self.seconds.get(width, narrow * (1 + _ASSUMED_COST * (width - 1))), width * narrow)
+
+    def note(self, width: int, seconds: float) -> None:
+        """A step of ``width`` took ``seconds``."""
+        last = self._last.setdefault(width, deque(maxlen=_REMEMBERED))
+        last.append(seconds)
+        self.seconds[width] = median(last)
+        if width == 1:
+            self.since_trial, self.since_narrow = self.since_trial + 1, 0
+            self.credit += _SHARE_OF_TRIALS * self.seconds[1]
+        else:
+            self.since_narrow += 1
+
+
+class Speculation:
+    """Chooses widths among ``widths``, ascending, for at most ``num_drafts`` drafts behind a token."""
+
+    def __init__(self, widths: Sequence[int], num_drafts: int) -> None:
+        assert widths and 1 <= num_drafts < widths[-1], (widths, num_drafts)
+        self._drafts = {width: min(width - 1, num_drafts) for width in widths}
+        self._kinds: dict[int, _Kind] = {}
+        self._of_all = Acceptance(_FIRST_GUESS, _PRIOR, _KEPT_OF_ALL)
+        self._last_commit = 0.0
+        self.num_rows = 0  # of wide steps that had drafts
+        self.num_drafts = 0
+        self.num_accepted = [0] * num_drafts  # drafts that were right, by their place behind the known token
+
+    def counts(self) -> dict[str, Any]:
+        """The fields of ``SchedulerStats`` that tell of drafts."""
+        return {
+            "num_spec_drafts": self.num_rows,
+            "num_spec_draft_tokens": self.num_drafts,
+            "num_spec_accepted_tokens_per_pos": tuple(self.num_accepted),
+        }
+
+    def enter(self, request: Request) -> None:
+        """Say whether ``request`` has drafts; see ``SamplingParams.why_no_drafts``."""
+        if request.params.why_no_drafts is None and request.grammar is None:
+            request.acceptance = Acceptance((self._of_all.rate + _FIRST_GUESS) / 2, _PRIOR, _KEPT)
+
+    def width_for(self, decodes: Sequence[Request], max_tokens: int) -> int:
+        """The width of a step that decodes ``decodes`` and computes ``max_tokens`` at most: half of them are left to
+        prompts.
+        """
+        rows, most = len(decodes), min(WIDE_STEP_TOKENS, max_tokens // 2)
+        drafting = [request.acceptance for request in decodes if request.acceptance is not None]
+        kind = self._kinds.get(rows.bit_length())
+        if not drafting or kind is None or 1 not in kind.seconds or kind.since_narrow >= _NARROW_EVERY:
+            return 1
+        best, best_rate = 1, _MIN_GAIN * rows / kind.cost(1)
+        for width, num_drafts in self._drafts.items():
+            if width * rows > most:
+                break
+            rate = (rows + sum([one.expected(num_drafts) for one in drafting])) / kind.cost(width)
+            if rate > best_rate:
+                best, best_rate = width, rate
+        trial = min(self._drafts)
+        if best == 1 and trial * rows <= most and kind.since_trial >= _BETWEEN_TRIALS:
+            extra = max(0.0, kind.cost(trial) - kind.cost(1))
+            if extra <= kind.credit:
+                kind.credit, kind.since_trial = min(kind.credit - extra, extra), 0
+                return trial
+        return best
+
+    def take(self, step: ScheduledStep, result: StepResult) -> tuple[list[Request], StepResult, list[Request]]:
+        """The requests that get a token, each as often as it gets one, and ``result`` with these tokens alone; and the
+        requests that may go on, because a bound that had reached their limit has fallen.
+        """
+        requests: list[Request] = []
+        kept: list[int] = []
+        freed: list[Request] = []
+        width = step.width
+        for row, request in enumerate(step.decodes):
+            first = row * width
+            codes = result.token_ids[first : first + width]
+            num_taken = sum([code not in (TOKEN_NOT_TAKEN, TOKEN_NOT_DRAFTED) for code in codes])
+            requests += [request] * num_taken
+            kept += range(first, first + num_taken)
+            if request.acceptance is not None and request not in step.departed:
+                had_steps_left = request.has_steps_left
+                request.num_computed_tokens -= width - num_taken
+                if request.has_steps_left and not had_steps_left:
+                    freed.append(request)
+                self._note(request.acceptance, width, num_taken - 1, width - 1 - codes.count(TOKEN_NOT_DRAFTED))
+        end = len(step.decodes) * width
+        requests += step.sampling[len(step.decodes) :]
+        kept += range(end, len(result.token_ids))
+        logprobs = {new: result.logprobs[old] for new, old in enumerate(kept) if old in result.logprobs}
+        token_ids = [result.token_ids[index] for index in kept]
+        return requests, replace(result, token_ids=token_ids, logprobs=logprobs), freed
+
+    def _note(self, acceptance: Acceptance, width: int, num_right: int, num_drafts: int) -> None:
+        if num_drafts:
+            self.num_rows += 1
+            self.num_drafts += num_drafts
+            for place in range(num_right):
+                self.num_accepted[place] += 1
+        num_wrong = int(num_right < self._drafts[width])
+        acceptance.note(num_right, num_wrong)
+        self._of_all.note(num_right, num_wrong)
+
+    def note_time(self, step: ScheduledStep, now: float) -> None:
+        """``step`` was committed at ``now``. Steps with prompts tell nothing of decode steps."""
+        if step.decodes and not step.prefills:
+            kind = self._kinds.setdefault(len(step.decodes).bit_length(), _Kind())
+            kind.note(step.width, now - max(step.planned_at, self._last_commit))
+        self._last_commit = now
