@@ -188,7 +188,7 @@ class EngineConfig:
         128; one that is FP8 already must be of that kind and stays as it is. None takes any as it is. quantize_lm_head:
         the head becomes FP8 too.
     load_format: "auto" reads the checkpoint, "dummy" makes seeded random weights of its config.
-    device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs.
+    device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs, no recorded steps on a CPU.
     prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth:
     steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
     seed: of the noise of requests that bring none, and of dummy weights. max_logprobs: the most alternatives a request

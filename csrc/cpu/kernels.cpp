@@ -1,19 +1,38 @@
 #include "kernels.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #define NEMO_X86
 #endif
-#define NEMO_INLINE inline __attribute__((always_inline))
+#define NEMO_INLINE inline __attribute__((always_inline)) NEMO_TARGET  // what is not of the target would be taken apart before
+#ifdef __clang__
+#define NEMO_UNROLL _Pragma("unroll")
+#else
+#define NEMO_UNROLL _Pragma("GCC unroll 16")  // arrays that are read at known places alone stay in registers
+#endif
 
 namespace nemo {
 namespace {
 
 constexpr int64_t SERIAL = 1 << 15;  // elements for which waking other threads costs more than they save
+constexpr int SPAN = 64;             // outputs that a thread multiplies at once
+constexpr int64_t PREPARED = 1 << 17;  // numbers that a thread holds in fp32, so that they stay in a cache
+static_assert(SPAN % BLOCK == 0);
+
+// Room of the calling thread, which stays its own.
+float* scratch(size_t count) {
+  thread_local std::vector<float> room;
+  if (room.size() < count) room.resize(count);
+  return room.data();
+}
 
 #ifdef NEMO_X86
 namespace of_16 {
@@ -21,6 +40,7 @@ constexpr int LANES = 16;
 #define NEMO_TARGET __attribute__((target("arch=x86-64-v4")))
 #include "vector.h"
 #include "rows.h"
+#include "product.h"
 #undef NEMO_TARGET
 }  // namespace of_16
 
@@ -29,6 +49,7 @@ constexpr int LANES = 8;
 #define NEMO_TARGET __attribute__((target("arch=x86-64-v3")))
 #include "vector.h"
 #include "rows.h"
+#include "product.h"
 #undef NEMO_TARGET
 }  // namespace of_8
 #endif
@@ -38,6 +59,7 @@ constexpr int LANES = 4;
 #define NEMO_TARGET
 #include "vector.h"
 #include "rows.h"
+#include "product.h"
 #undef NEMO_TARGET
 }  // namespace of_4
 
@@ -50,7 +72,7 @@ int lanes() {
   return 4;
 }
 
-const int LANES = lanes();
+int LANES = lanes();
 
 template <class Args>
 void one(const Args& args, int64_t i) {
@@ -59,6 +81,52 @@ void one(const Args& args, int64_t i) {
   if (LANES == 8) return of_8::one(args, i);
 #endif
   of_4::one(args, i);
+}
+
+void share(const Product& args, int thread, int threads) {
+#ifdef NEMO_X86
+  if (LANES == 16) return of_16::share(args, thread, threads);
+  if (LANES == 8) return of_8::share(args, thread, threads);
+#endif
+  of_4::share(args, thread, threads);
+}
+
+template <class T>
+void one(const Embed<T>& a, int64_t i) {
+  std::memcpy(a.y + i * a.width, a.table + a.ids[i] * a.width, a.width * sizeof(T));
+}
+
+// All rows at once: a later row's place follows from those before.
+void one(const Batch& a, int64_t) {
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t slot = a.slots[row], start = a.starts[row], count = a.starts[row + 1] - start, first = a.num_computed[slot];
+    int64_t* pages = a.page_table + slot * a.table_stride;
+    if (a.new_page[row] >= 0) pages[a.new_index[row]] = a.new_page[row];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t position = first + i;
+      a.ids[start + i] = a.token_ids[slot * a.ids_stride + position];
+      a.positions[start + i] = position;
+      a.places[start + i] = pages[position / a.page_size] * a.page_size + position % a.page_size;
+    }
+    a.lengths[row] = first + count;
+  }
+}
+
+// What an operation divides its work into.
+template <template <class> class Args, class T>
+int64_t units(const Args<T>& a) {
+  return a.rows;
+}
+template <class T>
+int64_t units(const Attention<T>& a) {
+  return a.rows * a.kv_heads;
+}
+int64_t units(const Batch&) { return 1; }
+
+template <class Args>
+void share(const Args& a, int thread, int threads) {
+  const int64_t count = units(a), end = count * (thread + 1) / threads;
+  for (int64_t i = count * thread / threads; i < end; ++i) one(a, i);
 }
 
 template <class Args>
@@ -72,7 +140,7 @@ void each(const Args& args, int64_t count, int64_t elements) {
 template <class T> void rms_norm(const Norm<T>& a) { each(a, a.rows, a.rows * a.width); }
 template <class T> void silu_mul(const Activation<T>& a) { each(a, a.rows, a.rows * a.width); }
 template <class T> void rope_and_append_kv(const Rope<T>& a) {
-  each(a, a.tokens, a.tokens * (a.q_heads + 2 * a.kv_heads) * a.dim);
+  each(a, a.rows, a.rows * (a.q_heads + 2 * a.kv_heads) * a.dim);
 }
 template <class T> void query_attention(const Attention<T>& a) {
   int64_t keys = 0;
@@ -80,6 +148,48 @@ template <class T> void query_attention(const Attention<T>& a) {
   each(a, a.rows * a.kv_heads, keys * a.heads * a.dim);
 }
 
+template <class T> void embed(const Embed<T>& a) { each(a, a.rows, a.rows * a.width); }
+template <class T> void greedy(const Greedy<T>& a) { each(a, a.rows, a.rows * a.width); }
+void build_batch(const Batch& a) { one(a, 0); }
+
+void advance(const Advance& a) {
+  for (int64_t row = 0; row < a.rows; ++row) a.num_computed[a.slots[row]] = a.slots[row] > 0 ? a.lengths[row] : 0;
+  for (int64_t i = 0; i < a.num_sampled; ++i) {
+    const int64_t row = a.sampled[i], slot = a.slots[row];
+    int32_t* ids = a.token_ids + slot * a.ids_stride;
+    if (slot > 0)
+      ids[a.lengths[row]] = static_cast<int32_t>(std::max<int64_t>(0, a.tokens[i]));
+    else
+      ids[0] = 0;
+  }
+}
+
+void product(const Product& a) {
+#pragma omp parallel if (a.rows * a.width * a.outputs > 8 * SERIAL)
+  share(a, omp_get_thread_num(), omp_get_num_threads());
+}
+
+void replay(const std::vector<Call>& calls, int64_t rows) {
+#pragma omp parallel
+  for (const Call& call : calls) {
+    std::visit([&](auto args) {
+      args.rows = rows;
+      share(args, omp_get_thread_num(), omp_get_num_threads());
+    }, call);
+#pragma omp barrier
+  }
+}
+
+bool set_lanes(int wanted) {
+  if (wanted > lanes() || (wanted != 16 && wanted != 8 && wanted != 4)) return false;
+  LANES = wanted;
+  return true;
+}
+
+template void embed(const Embed<float>&);
+template void embed(const Embed<Bf16>&);
+template void greedy(const Greedy<float>&);
+template void greedy(const Greedy<Bf16>&);
 template void rms_norm(const Norm<float>&);
 template void rms_norm(const Norm<Bf16>&);
 template void silu_mul(const Activation<float>&);

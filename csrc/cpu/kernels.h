@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <variant>
+#include <vector>
 
 namespace nemo {
 
@@ -10,6 +12,7 @@ struct Bf16 {
 };
 
 constexpr int MAX_HEAD_DIM = 256;
+constexpr int BLOCK = 16;  // outputs of a packed weight that lie together
 
 template <class T>
 struct Norm {
@@ -28,12 +31,12 @@ struct Activation {
 
 template <class T>
 struct Rope {
-  const T *q, *k, *v;  // (tokens, heads, dim), rows a stride apart
-  T* rotated;          // (tokens, q_heads, dim), dense
+  const T *q, *k, *v;  // (rows, heads, dim), rows a stride apart
+  T* rotated;          // (rows, q_heads, dim), dense
   const float* table;  // (positions, 2, dim / 2)
   const int64_t *positions, *slots;
   T *k_cache, *v_cache;  // (pages, kv_heads, page_size, dim)
-  int64_t tokens, q_heads, kv_heads, dim, page_size, q_stride, k_stride, v_stride;
+  int64_t rows, q_heads, kv_heads, dim, page_size, q_stride, k_stride, v_stride;
 };
 
 // A row is one query, which sees the first seq_lens[row] keys of its request; one that sees none is passed over.
@@ -47,9 +50,68 @@ struct Attention {
   float scale;
 };
 
+// y = x weight^T, of bf16 numbers and summed in fp32. x is normed before if there is `norm` (with residual and sum as in Norm), or is
+// gate_up, which is activated. weight: blocks of BLOCK outputs one after the other, the last may have fewer; in a block, by pairs of a row:
+// the numbers 2 i and 2 i + 1 of the first output, of the second, ... `width` is even.
+struct Product {
+  const Bf16 *x, *residual, *norm, *weight;
+  Bf16 *y, *sum;
+  int64_t rows, width, outputs;
+  bool is_activated;
+  float eps;
+};
+
+// Rows of a table.
+template <class T>
+struct Embed {
+  const T* table;  // (ids, width)
+  const int64_t* ids;
+  T* y;  // (rows, width)
+  int64_t rows, width;
+};
+
+// See build_batch_ of nemo_engine/ops/batch.py.
+struct Batch {
+  const int32_t* token_ids;
+  const int64_t* num_computed;
+  int64_t* page_table;
+  const int64_t *slots, *starts, *new_index, *new_page;
+  int64_t *ids, *positions, *places, *lengths;
+  int64_t rows, ids_stride, table_stride, page_size;
+};
+
+// See advance_ of nemo_engine/ops/batch.py.
+struct Advance {
+  int32_t* token_ids;
+  int64_t* num_computed;
+  const int64_t *slots, *lengths, *sampled, *tokens;
+  int64_t rows, num_sampled, ids_stride;
+};
+
+// The likeliest token of each row, the first of equal ones; or what TOKEN_NOT_FINITE and TOKEN_ALL_MASKED say of the row.
+template <class T>
+struct Greedy {
+  const T* logits;  // (rows, width)
+  int64_t* tokens;
+  int64_t rows, width, not_finite, all_masked;
+};
+
 template <class T> void rms_norm(const Norm<T>&);
 template <class T> void silu_mul(const Activation<T>&);
 template <class T> void rope_and_append_kv(const Rope<T>&);
 template <class T> void query_attention(const Attention<T>&);
+void product(const Product&);
+template <class T> void embed(const Embed<T>&);
+void build_batch(const Batch&);
+void advance(const Advance&);
+template <class T> void greedy(const Greedy<T>&);
+
+// Calls to be done again, with other numbers of rows, in one go.
+using Call = std::variant<Norm<float>, Norm<Bf16>, Activation<float>, Activation<Bf16>, Rope<float>, Rope<Bf16>, Attention<float>,
+                          Attention<Bf16>, Product, Embed<float>, Embed<Bf16>, Batch>;
+void replay(const std::vector<Call>&, int64_t rows);
+
+// Take vectors of so many numbers from now on, 16, 8 or 4; false, and nothing changes, if this machine has no such. For tests.
+bool set_lanes(int);
 
 }  // namespace nemo

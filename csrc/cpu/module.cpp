@@ -4,6 +4,8 @@
 #include <omp.h>
 
 #include <initializer_list>
+#include <memory>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -76,7 +78,7 @@ Rope<T> read(Arguments& from, Rope<T>*) {
   a.slots = from.address<const int64_t>();
   a.k_cache = from.address<T>();
   a.v_cache = from.address<T>();
-  for (int64_t* field : {&a.tokens, &a.q_heads, &a.kv_heads, &a.dim, &a.page_size, &a.q_stride, &a.k_stride, &a.v_stride})
+  for (int64_t* field : {&a.rows, &a.q_heads, &a.kv_heads, &a.dim, &a.page_size, &a.q_stride, &a.k_stride, &a.v_stride})
     *field = from.integer();
   return a;
 }
@@ -96,24 +98,113 @@ Attention<T> read(Arguments& from, Attention<T>*) {
   return a;
 }
 
+template <class T>
+Embed<T> read(Arguments& from, Embed<T>*) {
+  Embed<T> a;
+  a.table = from.address<const T>();
+  a.ids = from.address<const int64_t>();
+  a.y = from.address<T>();
+  a.rows = from.integer();
+  a.width = from.integer();
+  return a;
+}
+
+template <class T>
+Greedy<T> read(Arguments& from, Greedy<T>*) {
+  Greedy<T> a;
+  a.logits = from.address<const T>();
+  a.tokens = from.address<int64_t>();
+  for (int64_t* field : {&a.rows, &a.width, &a.not_finite, &a.all_masked}) *field = from.integer();
+  return a;
+}
+
+Product read(Arguments& from, Product*) {
+  Product a;
+  for (const Bf16** field : {&a.x, &a.residual, &a.norm, &a.weight}) *field = from.address<const Bf16>();
+  a.y = from.address<Bf16>();
+  a.sum = from.address<Bf16>();
+  for (int64_t* field : {&a.rows, &a.width, &a.outputs}) *field = from.integer();
+  a.is_activated = from.integer();
+  a.eps = from.number();
+  return a;
+}
+
+Batch read(Arguments& from, Batch*) {
+  Batch a;
+  a.token_ids = from.address<const int32_t>();
+  a.num_computed = from.address<const int64_t>();
+  a.page_table = from.address<int64_t>();
+  for (const int64_t** field : {&a.slots, &a.starts, &a.new_index, &a.new_page}) *field = from.address<const int64_t>();
+  for (int64_t** field : {&a.ids, &a.positions, &a.places, &a.lengths}) *field = from.address<int64_t>();
+  for (int64_t* field : {&a.rows, &a.ids_stride, &a.table_stride, &a.page_size}) *field = from.integer();
+  return a;
+}
+
+Advance read(Arguments& from, Advance*) {
+  Advance a;
+  a.token_ids = from.address<int32_t>();
+  a.num_computed = from.address<int64_t>();
+  for (const int64_t** field : {&a.slots, &a.lengths, &a.sampled, &a.tokens}) *field = from.address<const int64_t>();
+  for (int64_t* field : {&a.rows, &a.num_sampled, &a.ids_stride}) *field = from.integer();
+  return a;
+}
+
+// While a thread records, the calls that it makes are noted as well as done.
+thread_local std::unique_ptr<std::vector<Call>> recorded;
+
+template <class Args, void (*function)(const Args&)>
+PyObject* call(Arguments& from) {
+  const Args a = read(from, static_cast<Args*>(nullptr));
+  if (!from.is_complete()) return nullptr;
+  if constexpr (std::is_constructible_v<Call, const Args&>) {
+    if (recorded) recorded->push_back(a);
+  }
+  Py_BEGIN_ALLOW_THREADS;
+  function(a);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+template <class Args, void (*function)(const Args&)>
+PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Arguments from(args, count);
+  return call<Args, function>(from);
+}
+
 // The first argument says whether the tensors are bf16 (else fp32); the others are the fields of Args, in their order.
 template <template <class> class Args, void (*narrow)(const Args<Bf16>&), void (*wide)(const Args<float>&)>
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Arguments from(args, count);
   const bool is_bf16 = from.integer();
-  if (is_bf16) {
-    auto a = read(from, static_cast<Args<Bf16>*>(nullptr));
-    if (!from.is_complete()) return nullptr;
-    Py_BEGIN_ALLOW_THREADS;
-    narrow(a);
-    Py_END_ALLOW_THREADS;
-  } else {
-    auto a = read(from, static_cast<Args<float>*>(nullptr));
-    if (!from.is_complete()) return nullptr;
-    Py_BEGIN_ALLOW_THREADS;
-    wide(a);
-    Py_END_ALLOW_THREADS;
-  }
+  return is_bf16 ? call<Args<Bf16>, narrow>(from) : call<Args<float>, wide>(from);
+}
+
+constexpr char PROGRAM[] = "nemo_engine._cpu.program";
+
+PyObject* start_recording(PyObject*, PyObject*) {
+  recorded = std::make_unique<std::vector<Call>>();
+  Py_RETURN_NONE;
+}
+
+// What was called since `start_recording`, for `replay`. The memory that it names must live as long.
+PyObject* stop_recording(PyObject*, PyObject*) {
+  if (!recorded) return PyErr_SetString(PyExc_RuntimeError, "nothing is being recorded"), nullptr;
+  return PyCapsule_New(recorded.release(), PROGRAM, [](PyObject* capsule) {
+    delete static_cast<std::vector<Call>*>(PyCapsule_GetPointer(capsule, PROGRAM));
+  });
+}
+
+// replay(program, rows)
+PyObject* replay(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count < 1) return PyErr_SetString(PyExc_TypeError, "wrong number of arguments"), nullptr;
+  Arguments from(args + 1, count - 1);
+  const int64_t rows = from.integer();
+  if (!from.is_complete()) return nullptr;
+  const auto* calls = static_cast<const std::vector<Call>*>(PyCapsule_GetPointer(args[0], PROGRAM));
+  if (!calls) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  nemo::replay(*calls, rows);
+  Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
 
@@ -126,14 +217,34 @@ PyObject* set_num_threads(PyObject*, PyObject* count) {
   Py_RETURN_NONE;
 }
 
-#define FUNCTION(name, Args) \
-  {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<Args, name<Bf16>, name<float>>)), METH_FASTCALL, nullptr}
+PyObject* set_lanes(PyObject*, PyObject* count) {
+  const long wanted = PyLong_AsLong(count);
+  if (PyErr_Occurred()) return nullptr;
+  if (!nemo::set_lanes(static_cast<int>(wanted))) return PyErr_Format(PyExc_ValueError, "this machine has no vectors of %ld numbers", wanted);
+  Py_RETURN_NONE;
+}
+
+PyCFunction of_list(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+#define FUNCTION(name, Args) {#name, of_list(&call<Args, name<Bf16>, name<float>>), METH_FASTCALL, nullptr}
+#define OF_BF16(name, Args) {#name, of_list(&call<Args, name>), METH_FASTCALL, nullptr}
 
 PyMethodDef methods[] = {
     FUNCTION(rms_norm, Norm),
     FUNCTION(silu_mul, Activation),
     FUNCTION(rope_and_append_kv, Rope),
     FUNCTION(query_attention, Attention),
+    FUNCTION(embed, Embed),
+    FUNCTION(greedy, Greedy),
+    OF_BF16(product, Product),
+    OF_BF16(build_batch, Batch),
+    OF_BF16(advance, Advance),
+    {"start_recording", start_recording, METH_NOARGS, nullptr},
+    {"stop_recording", stop_recording, METH_NOARGS, nullptr},
+    {"replay", of_list(&replay), METH_FASTCALL, nullptr},
+    {"set_lanes", set_lanes, METH_O, nullptr},
     {"set_num_threads", set_num_threads, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -3,7 +3,7 @@
 constexpr int KEYS = 64;  // whose scores are held at once
 constexpr int HEADS = 4;  // query heads that share a pass over their keys, at most
 
-NEMO_INLINE int left(int64_t width, int64_t i) { return static_cast<int>(std::min<int64_t>(LANES, width - i)); }
+inline int left(int64_t width, int64_t i) { return static_cast<int>(std::min<int64_t>(LANES, width - i)); }
 
 template <class T>
 NEMO_INLINE void norm_row(const Norm<T>& a, int64_t row) {
@@ -181,12 +181,44 @@ NEMO_INLINE void attend_unit(const Attention<T>& a, int64_t i) {
     attend_group<T, 0>(a, i / a.kv_heads, i % a.kv_heads);
 }
 
-// Templates cannot be compiled for a machine of their own; what calls them can, and they are inlined into it.
-NEMO_TARGET void one(const Norm<float>& a, int64_t i) { norm_row(a, i); }
-NEMO_TARGET void one(const Norm<Bf16>& a, int64_t i) { norm_row(a, i); }
-NEMO_TARGET void one(const Activation<float>& a, int64_t i) { activate_row(a, i); }
-NEMO_TARGET void one(const Activation<Bf16>& a, int64_t i) { activate_row(a, i); }
-NEMO_TARGET void one(const Rope<float>& a, int64_t i) { rope_token(a, i); }
-NEMO_TARGET void one(const Rope<Bf16>& a, int64_t i) { rope_token(a, i); }
-NEMO_TARGET void one(const Attention<float>& a, int64_t i) { attend_unit(a, i); }
-NEMO_TARGET void one(const Attention<Bf16>& a, int64_t i) { attend_unit(a, i); }
+template <class T>
+NEMO_INLINE void greedy_row(const Greedy<T>& a, int64_t row) {
+  const T* x = a.logits + row * a.width;
+  Floats top = all(-INFINITY);
+  Ints is_nan{};
+  int64_t i = 0;
+  for (; i + LANES <= a.width; i += LANES) {
+    Floats some = load(x + i);
+    top = pick(some > top, some, top);
+    is_nan |= some != some;
+  }
+  Floats rest = top;
+  for (int n = 0; i + n < a.width; ++n) rest[n] = load(x + i + n, 1)[0];
+  top = pick(rest > top, rest, top);
+  is_nan |= rest != rest;
+  const float best = largest(top);
+  bool has_nan = false;
+  for (int n = 0; n < LANES; ++n) has_nan |= is_nan[n] != 0;
+  if (has_nan || best == INFINITY) {
+    a.tokens[row] = a.not_finite;
+  } else if (best == -INFINITY) {
+    a.tokens[row] = a.all_masked;
+  } else {
+    int64_t at = 0;
+    for (; at + LANES <= a.width; at += LANES)
+      if (largest(load(x + at)) == best) break;
+    while (load(x + at, 1)[0] != best) ++at;
+    a.tokens[row] = at;
+  }
+}
+
+NEMO_TARGET inline void one(const Norm<float>& a, int64_t i) { norm_row(a, i); }
+NEMO_TARGET inline void one(const Norm<Bf16>& a, int64_t i) { norm_row(a, i); }
+NEMO_TARGET inline void one(const Activation<float>& a, int64_t i) { activate_row(a, i); }
+NEMO_TARGET inline void one(const Activation<Bf16>& a, int64_t i) { activate_row(a, i); }
+NEMO_TARGET inline void one(const Rope<float>& a, int64_t i) { rope_token(a, i); }
+NEMO_TARGET inline void one(const Rope<Bf16>& a, int64_t i) { rope_token(a, i); }
+NEMO_TARGET inline void one(const Attention<float>& a, int64_t i) { attend_unit(a, i); }
+NEMO_TARGET inline void one(const Attention<Bf16>& a, int64_t i) { attend_unit(a, i); }
+NEMO_TARGET inline void one(const Greedy<float>& a, int64_t i) { greedy_row(a, i); }
+NEMO_TARGET inline void one(const Greedy<Bf16>& a, int64_t i) { greedy_row(a, i); }

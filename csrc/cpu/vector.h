@@ -6,7 +6,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-NEMO_INLINE Floats all(float x) { return Floats{} + x; }
+NEMO_INLINE Floats all(float x) { return x - Floats{}; }  // of -0 too
 
 NEMO_INLINE Floats pick(Ints mask, Floats yes, Floats no) {
   return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));

@@ -6,12 +6,12 @@ A kind holds tensors and computes ``x @ weight.T``; the model calls it and does 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from nemo_engine.ops import Ops
-from nemo_engine.ops.cpu.packed import pack_weight
 
 
 class Linear(ABC):
@@ -58,9 +58,9 @@ class DenseLinear(Linear):
 
     weight: torch.Tensor
 
-    def pack(self) -> None:
-        """Put the weight into the order in which ``ops.cpu.packed.linear`` multiplies fastest. Nothing else can read
-        that order.
+    def pack(self, pack_weight: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put the weight into the order of ``pack_weight``, in which the product it belongs to multiplies fastest.
+        Nothing else can read that order.
         """
         self.weight = pack_weight(self.weight)
 

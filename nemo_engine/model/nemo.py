@@ -67,7 +67,7 @@ class Nemo:
         config, ops = self.config, self.ops
         q_size, kv_size, eps = config.q_size, config.kv_size, config.rms_norm_eps
         scale = config.head_dim**-0.5
-        x = self.weights.embed_tokens[inputs.input_ids]  # (T, H)
+        x = ops.embed(self.weights.embed_tokens, inputs.input_ids)  # (T, H)
         residual: Tensor | None = None
         rope = RopeMeta(self.rope, inputs.positions, inputs.slot_mapping)
         for layer, kv in zip(self.weights.layers, kv_cache, strict=True):

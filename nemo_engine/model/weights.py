@@ -6,6 +6,7 @@ Must not know how checkpoints are found or read.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,14 +72,14 @@ class NemoWeights:
         head = 0 if self.lm_head.weight is self.embed_tokens else self.lm_head.num_bytes
         return self.embed_tokens.nbytes + layers + self.norm.nbytes + head
 
-    def pack(self) -> None:
+    def pack(self, pack_weight: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Pack every dense projection (``DenseLinear.pack``), one after the other. A head that shares the tensor of the
         embeddings stays as it is.
         """
         projections = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         for linear in (*projections, self.lm_head):
             if isinstance(linear, DenseLinear) and linear.weight is not self.embed_tokens:
-                linear.pack()
+                linear.pack(pack_weight)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

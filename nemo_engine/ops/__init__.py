@@ -14,6 +14,7 @@ from nemo_engine.ops.attention import PAGED_ATTENTION
 from nemo_engine.ops.batch import ADVANCE, BUILD_BATCH
 from nemo_engine.ops.blocks import QUANTIZE_TOKEN_BLOCKS
 from nemo_engine.ops.draft import ACCEPT, DRAFT
+from nemo_engine.ops.embed import EMBED
 from nemo_engine.ops.fused import (
     NORM_LINEAR,
     NORM_LINEAR_FP8,
@@ -33,6 +34,7 @@ __all__ = ["ALL_OPS", "SEMANTICS", "Choice", "Op", "Ops", "Site", "select"]
 ALL_OPS: tuple[Op, ...] = (
     DRAFT,
     BUILD_BATCH,
+    EMBED,
     RMS_NORM,
     RMS_NORM_FP8,
     LINEAR,
@@ -80,6 +82,7 @@ class Ops:
 
     draft_: Callable[..., Any]
     build_batch_: Callable[..., Any]
+    embed: Callable[..., Any]
     rms_norm: Callable[..., Any]
     rms_norm_fp8: Callable[..., Any]
     linear: Callable[..., Any]

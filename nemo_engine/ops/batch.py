@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, cpu_runs, triton_runs
 
 
 def build_batch_(
@@ -163,14 +163,20 @@ def _advance_cost(
 BUILD_BATCH = Op(
     "build_batch_",
     build_batch_,
-    (Impl("triton", "nemo_engine.kernels.batch:build_batch_", triton_runs),),
+    (
+        Impl("triton", "nemo_engine.kernels.batch:build_batch_", triton_runs),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:build_batch_", cpu_runs),
+    ),
     _batch_cases,
     _batch_cost,
 )
 ADVANCE = Op(
     "advance_",
     advance_,
-    (Impl("triton", "nemo_engine.kernels.batch:advance_", triton_runs),),
+    (
+        Impl("triton", "nemo_engine.kernels.batch:advance_", triton_runs),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:advance_", cpu_runs),
+    ),
     _advance_cases,
     _advance_cost,
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemo_engine.ops.activation import silu_mul, silu_mul_fp8
 from nemo_engine.ops.blocks import quantize_token_blocks
+from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.linear import cuda_supports, linear, linear_fp8
 from nemo_engine.ops.norm import rms_norm, rms_norm_fp8
 from nemo_engine.ops.op import Case, Impl, Op
@@ -140,12 +141,16 @@ def _plain_cost(x: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
     return _cost(x.shape[0], weight, 1)
 
 
-def _op(composed: Callable[..., Any], kind: str, cost: Callable[..., tuple[int, int]]) -> Op:
+def _op(
+    composed: Callable[..., Any], kind: str, cost: Callable[..., tuple[int, int]], replaces: tuple[str, ...] = ()
+) -> Op:
+    """replaces: what the product of csrc/cpu does before, and itself; none if there is no such."""
     name = composed.__name__
+    compiled = Impl("cpu", f"nemo_engine.ops.cpu.products:{name}", packed.supports_compiled, replaces)
     return Op(
         name,
         partial(composed, _DEFINITIONS),
-        (Impl("cuda", f"nemo_engine.ops.cuda.linear:{name}", cuda_supports),),
+        (Impl("cuda", f"nemo_engine.ops.cuda.linear:{name}", cuda_supports), *([compiled] if replaces else [])),
         partial(_cases, kind),
         cost,
         is_fp8=name.endswith("_fp8"),
@@ -153,8 +158,8 @@ def _op(composed: Callable[..., Any], kind: str, cost: Callable[..., tuple[int, 
     )
 
 
-NORM_LINEAR = _op(norm_linear, "norm", _norm_cost)
+NORM_LINEAR = _op(norm_linear, "norm", _norm_cost, ("rms_norm", "linear"))
 NORM_LINEAR_FP8 = _op(norm_linear_fp8, "norm fp8", _norm_cost)
-SILU_MUL_LINEAR = _op(silu_mul_linear, "silu", _silu_cost)
+SILU_MUL_LINEAR = _op(silu_mul_linear, "silu", _silu_cost, ("silu_mul", "linear"))
 SILU_MUL_LINEAR_FP8 = _op(silu_mul_linear_fp8, "silu fp8", _silu_cost)
 QUANTIZE_LINEAR_FP8 = _op(quantize_linear_fp8, "plain fp8", _plain_cost)

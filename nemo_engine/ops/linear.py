@@ -124,6 +124,7 @@ LINEAR = Op(
         Impl("triton", "nemo_engine.kernels.linear:linear", _triton_supports),
         Impl("cuda", "nemo_engine.ops.cuda.linear:linear", cuda_supports),
         Impl("onednn", "nemo_engine.ops.cpu.packed:linear", packed.supports),
+        Impl("cpu", "nemo_engine.ops.cpu.products:linear", packed.supports_compiled),
         Impl("widened", "nemo_engine.ops.cpu.packed:linear_widened", packed.supports_widened),
     ),
     _cases,

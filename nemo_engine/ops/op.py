@@ -71,12 +71,15 @@ class Impl:
     """One implementation: ``target`` is "module:function"; ``supports`` returns None, or why it cannot serve a site.
 
     ``describe``: what it calls at a site that it serves, where its name does not say.
+    ``replaces``: of an operation that stands for several others, the ones that it does in one call and was measured to
+    be faster than; it is the default then, unless one of them is preferred.
     """
 
     name: str
     target: str
     supports: Callable[[Site], str | None]
     describe: Callable[[Site], str] | None = None
+    replaces: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
@@ -132,9 +135,9 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
     """The first implementation that supports ``site``, or the one that ``prefer`` names.
 
     An operation that is several others in one launch is composed of those (the choice's function is then still the
-    definition) unless ``prefer`` names a kernel of the whole, for no such kernel has been measured. If nothing serves:
-    the definition, on a CPU, and on every device for what only an FP8 model needs. Raises ``ValueError`` with the
-    reasons if the preferred one is unknown or cannot serve, or if nothing can.
+    definition) unless ``prefer`` names a kernel of the whole, or one ``replaces`` them; others have not been measured.
+    If nothing serves: the definition, on a CPU, and on every device for what only an FP8 model needs. Raises
+    ``ValueError`` with the reasons if the preferred one is unknown or cannot serve, or if nothing can.
     """
     wanted = prefer.get(op.name)
     known = [*(impl.name for impl in op.impls), *([COMPOSED] if op.composed else []), SEMANTICS]
@@ -145,7 +148,11 @@ def select(op: Op, site: Site, prefer: Mapping[str, str]) -> Choice:
         reason = impl.supports(site)
         if wanted not in (None, impl.name):
             rejected.append((impl.name, f"{wanted} is preferred"))
-        elif wanted is None and op.composed is not None:
+        elif (
+            wanted is None
+            and op.composed is not None
+            and not (impl.replaces and prefer.keys().isdisjoint(impl.replaces))
+        ):
             rejected.append((impl.name, reason or "not measured yet, runs where it is preferred"))
         elif reason is None:
             description = impl.describe(site) if impl.describe is not None else None

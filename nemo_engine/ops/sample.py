@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops import sampling
-from nemo_engine.ops.op import Case, Impl, Op, cuda_runs, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, cpu_runs, cuda_runs, triton_runs
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 
 
@@ -232,6 +232,7 @@ SAMPLE = Op(
     (
         Impl("triton", "nemo_engine.kernels.sampling:sample_", triton_runs),
         Impl("cuda", "nemo_engine.ops.cuda.sampling:sample_", cuda_runs),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:sample_", cpu_runs),
     ),
     _sample_cases,
     _sample_cost,

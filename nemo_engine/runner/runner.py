@@ -10,17 +10,20 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.linear import Fp8Linear
 from nemo_engine.model.nemo import Nemo
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import Ops
+from nemo_engine.ops.cpu import products
 from nemo_engine.ops.cpu.packed import WIDENED_FROM, linear_widened
 from nemo_engine.runner import warmup
 from nemo_engine.runner.graphs import Capture, DecodeGraph, capture_decodes
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.launched_step import LaunchedStep
+from nemo_engine.runner.recorded import MAX_ROWS, RecordedDecodes, why_not_recorded
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import Sampler
 from nemo_engine.runner.step_compute import StepCompute
@@ -64,6 +67,7 @@ class Runner:
         self._cores = Cores(weights.num_bytes, page_bytes, adapts_below=adapts_below) if is_cpu else None
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._graphs: tuple[DecodeGraph, ...] = ()
+        self._recorded: RecordedDecodes | None = None
         # The decode rows uploaded last, if none got a page in that step: what they follow from (slots, width, size,
         # changes of the table), and rows.
         self._last: tuple[tuple[tuple[int, ...], int, int, int], StepRows] | None = None
@@ -107,6 +111,11 @@ class Runner:
 
     def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         slots, width = self._table.rows_of(plan.decode_slots, plan.width), plan.width
+        recorded = self._recorded
+        if recorded is not None and width == 1 and len(slots) <= recorded.size:
+            rows = self._decode_rows(slots, width, new_pages, recorded)
+            recorded.replay(len(slots))
+            return self._choose_of_graph(plan, slots, rows, recorded.logits, recorded.seq_lens)
         graph = next((graph for graph in self._graphs if graph.width == width and graph.size >= len(slots)), None)
         rows = self._decode_rows(slots, width, new_pages, graph)
         if graph is None:
@@ -117,14 +126,23 @@ class Runner:
             graph.whole.replay()
             return LaunchedStep(plan, graph.whole.outputs[: len(slots)], [], {})
         graph.forward.replay()
+        return self._choose_of_graph(plan, slots, rows, *graph.forward.outputs)
+
+    def _choose_of_graph(
+        self, plan: StepPlan, slots: tuple[int, ...], rows: StepRows, logits: Tensor, seq_lens: Tensor
+    ) -> LaunchedStep:
         rows = rows.first(len(slots))
-        logits, seq_lens = (x[: len(slots)] for x in graph.forward.outputs)
+        logits, seq_lens = logits[: len(slots)], seq_lens[: len(slots)]
         tokens, reports = self._sampler.sample(logits, slots, rows.slots, seq_lens, self._table.token_ids, plan.masks)
         self._step.advance(rows, seq_lens, tokens)
         return LaunchedStep(plan, tokens, reports, {})
 
     def _decode_rows(
-        self, slots: tuple[int, ...], width: int, new_pages: dict[int, tuple[int, int]], graph: DecodeGraph | None
+        self,
+        slots: tuple[int, ...],
+        width: int,
+        new_pages: dict[int, tuple[int, int]],
+        graph: DecodeGraph | RecordedDecodes | None,
     ) -> StepRows:
         """The rows on the device, in the graph's own words if there is one: uploaded only if they changed since the
         step before.
@@ -170,6 +188,17 @@ class Runner:
         """
         self._graphs = capture_decodes(self._step, [*[(size, 1) for size in sizes], *wide_sizes], capture)
 
+    @torch.inference_mode()
+    def record(self) -> str:
+        """On a CPU, record decode steps, which ``launch`` does again in one call from then on. Says what was recorded,
+        or why not.
+        """
+        reason = why_not_recorded(self._step)
+        if reason is not None:
+            return f"decode steps are not recorded: {reason}"
+        self._recorded = RecordedDecodes(self._step, min(self._table.num_slots, MAX_ROWS))
+        return f"decode steps of up to {self._recorded.size} rows are recorded, one call each"
+
     def count_saturated(self) -> tuple[int, int]:
         """See ``KVCache.count_saturated``; of the pages that requests have had."""
         return self._kv_cache.count_saturated(self._table.highest_page)
@@ -189,6 +218,7 @@ class Runner:
             self._kv_cache.warn_if_saturated(self._table.highest_page)
         finally:
             self._graphs = ()
+            self._recorded = None
             self._last = None
             del self._step, self._kv_cache, self._table, self._sampler
             if self._device.type == "cuda":
@@ -203,4 +233,5 @@ def _adapts_below(weights: NemoWeights, ops: Ops) -> float:
     """
     if weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear):
         return 0
-    return WIDENED_FROM if ops.linear is linear_widened else math.inf
+    is_plain = ops.linear is products.linear and weights.lm_head.weight is weights.embed_tokens
+    return WIDENED_FROM if is_plain or ops.linear is linear_widened else math.inf

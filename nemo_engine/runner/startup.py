@@ -27,7 +27,7 @@ from nemo_engine.memory_plan import (
 )
 from nemo_engine.model.weights import NemoWeights, dummy_weights
 from nemo_engine.ops import SEMANTICS, Ops, Site
-from nemo_engine.ops.cpu import packed
+from nemo_engine.ops.cpu import packed, products
 from nemo_engine.ops.linear import linear_fp8
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.runner.forks import check_threads
@@ -146,9 +146,9 @@ def _build(
             needs_kv_scales=kv_dtype == FP8,
             is_widened=precision.is_fp8 and ops.linear_fp8 is linear_fp8,
         )
-    if ops.linear is packed.linear:
+    if ops.linear in (packed.linear, products.linear):
         with startup_log.stage("pack weights"):
-            weights.pack()
+            weights.pack(packed.pack_weight if ops.linear is packed.linear else products.pack_weight)
     page_bytes = config.page_size * model_config.kv_bytes_per_token(kv_dtype.itemsize)
     with startup_log.stage(_cache_stage(weights, kv_dtype), num_bytes=(num_pages + 1) * page_bytes):
         runner = Runner(
@@ -162,6 +162,9 @@ def _build(
             kv_dtype=kv_dtype,
             without_token=_without_token(model_config, num_tokens),
         )
+    if device.type == "cpu" and not config.enforce_eager:
+        with startup_log.stage("record decode steps"):
+            _logger.info("%s", runner.record())
     if device.type == "cuda":
         sizes = () if config.enforce_eager else graph_sizes(config.max_num_seqs)
         wide_sizes = wide_graph_sizes(config)

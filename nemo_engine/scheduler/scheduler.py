@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from nemo_engine.outputs import FinishReason, SchedulerStats
 from nemo_engine.scheduler.kv_manager import KVManager
@@ -95,12 +96,13 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
+        drafts: dict[str, Any] = self.speculation.counts() if self.speculation is not None else {}
         return SchedulerStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             total_preemptions=self.num_preemptions,
             **self.kv.counts(),
-            **(self.speculation.counts() if self.speculation is not None else {}),
+            **drafts,
         )
 
     # ---- planning a step

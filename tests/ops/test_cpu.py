@@ -7,20 +7,26 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nemo_engine.model.weights import dummy_weights
-from nemo_engine.ops import norm
+from nemo_engine.ops import norm, sample
 from nemo_engine.ops.activation import silu_mul
 from nemo_engine.ops.attention import attention_inputs, paged_attention
 from nemo_engine.ops.cpu import compiled as cpu
-from nemo_engine.ops.cpu import packed
-from nemo_engine.ops.op import compiled_for_cpu
+from nemo_engine.ops.cpu import packed, products
+from nemo_engine.ops.fused import NORM_LINEAR, SILU_MUL_LINEAR
+from nemo_engine.ops.linear import LINEAR
+from nemo_engine.ops.op import Op, compiled_for_cpu
 from nemo_engine.ops.paged_kv import PagedKV
+from nemo_engine.ops.sample import SampleFacts, SlotParams
 from tests.helpers.checkpoints import tiny_config
+from tests.ops.proofs import prove, run
 
 built = pytest.mark.skipif(compiled_for_cpu() is None, reason="nemo_engine._cpu is not built: there is no C++ compiler")
 packs = pytest.mark.skipif(
@@ -118,6 +124,99 @@ def test_it_shares_the_threads_of_torch() -> None:
     assert run.stdout == "1\n", run.stderr
 
 
+def with_packed_weight(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with its last argument packed."""
+    return lambda *args: function(*args[:-1], products.pack_weight(args[-1]))
+
+
+@built
+@pytest.mark.parametrize("op", [LINEAR, NORM_LINEAR, SILU_MUL_LINEAR], ids=lambda op: op.name)
+def test_compiled_products(op: Op) -> None:
+    """Against the definition; the norm and the activation within give the bits of those before."""
+    function = with_packed_weight(getattr(products, op.name))
+    composed = {
+        "linear": products.linear,
+        "norm_linear": lambda *args: (products.linear(cpu.rms_norm(args[0], *args[2:4], args[1])[0], args[4]),),
+        "silu_mul_linear": lambda *args: products.linear(cpu.silu_mul(args[0]), args[1]),
+    }
+    for case in op.cases():
+        args = case.make(torch.bfloat16)
+        if args[-1].shape[1] % 2 == 0:
+            prove(op, function, case, torch.bfloat16)
+            (got, *_), (expected, *_) = (run(f, args) for f in (function, with_packed_weight(composed[op.name])))
+            assert torch.equal(got, expected), case.name
+
+
+@built
+@pytest.mark.parametrize("lanes", [16, 8, 4])
+def test_rows_have_the_same_bits_alone_in_any_batch_and_with_any_threads(lanes: int) -> None:
+    library = compiled_for_cpu()
+    assert library is not None
+    widest = next(count for count in (16, 8, 4) if has_lanes(count))
+    if lanes > widest:
+        pytest.skip(f"this CPU has vectors of {widest} numbers at most")
+    generator = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    library.set_lanes(lanes)
+    try:
+        for outputs, width in ((1, 2), (15, 6), (40, 48), (129, 640), (320, 130)):
+            x = torch.randn(103, width, generator=generator).bfloat16()
+            weight = (torch.randn(outputs, width, generator=generator) * width**-0.5).bfloat16()
+            packed_weight = products.pack_weight(weight)
+            torch.set_num_threads(1)
+            alone = torch.cat([products.linear(x[row : row + 1], packed_weight) for row in range(len(x))])
+            exact = x.double() @ weight.double().T
+            torch.testing.assert_close(alone.double(), exact, rtol=2**-8, atol=1e-5)
+            for rows, count in ((2, 1), (3, 2), (4, 3), (5, 1), (7, 5), (16, 2), (103, 3)):
+                torch.set_num_threads(count)
+                assert torch.equal(products.linear(x[:rows], packed_weight), alone[:rows]), (outputs, width, rows)
+    finally:
+        library.set_lanes(widest)
+        torch.set_num_threads(threads)
+
+
+def has_lanes(count: int) -> bool:
+    try:
+        compiled_for_cpu().set_lanes(count)  # type: ignore[union-attr]
+    except ValueError:
+        return False
+    return True
+
+
+@built
+def test_what_products_refuse() -> None:
+    x, weight = torch.ones(2, 48).bfloat16(), products.pack_weight(torch.ones(33, 48).bfloat16())
+    with pytest.raises(ValueError, match="rows of 46, the weight is of 48"):
+        products.linear(x[:, :46], weight)
+    with pytest.raises(TypeError, match="bfloat16"):
+        products.linear(x.float(), weight)
+    with pytest.raises(RuntimeError):
+        F.linear(x, weight)  # the order is not that of a matrix
+    with pytest.raises(ValueError, match="no vectors of 5"):
+        compiled_for_cpu().set_lanes(5)  # type: ignore[union-attr]
+
+
+@built
+def test_greedy_rows_with_numbers_that_are_none() -> None:
+    """Of any width and place: the first of equal maxima, also at -0; NaN, infinities and rows that are all masked."""
+    for dtype, width in ((torch.bfloat16, 1), (torch.float32, 15), (torch.bfloat16, 16), (torch.float32, 1000)):
+        generator = torch.Generator().manual_seed(width)
+        logits = torch.randn(9, width, generator=generator).to(dtype)
+        logits[1] = -torch.inf
+        logits[2, -1] = torch.nan
+        logits[3, width // 2] = torch.inf
+        logits[4] = 0.0
+        logits[4, 0] = -0.0
+        logits[5] = -torch.inf
+        logits[5, -1] = -3.0
+        logits[6, 0] = torch.nan
+        logits[7, width // 3 :] = 9.0
+        rows = torch.arange(9)
+        args = (logits, rows, rows, SlotParams.off(9, width, torch.device("cpu")))
+        facts = SampleFacts(rows[:0], 0, False, 0, False, rows[:0], False)
+        assert torch.equal(cpu.sample_(*args, facts), sample.sample_(*args, facts)), (dtype, width)
+
+
 @packs
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 64, 300])
 @pytest.mark.parametrize(("outputs", "width"), [(1, 16), (5, 48), (33, 130), (256, 640), (6144, 256)])
@@ -148,7 +247,7 @@ def test_packing_a_model(is_tied: bool) -> None:
     before = weights.num_bytes
     x = torch.randn(3, weights.embed_tokens.shape[1]).bfloat16()
     expected = [F.linear(x, linear.weight) for linear in (weights.layers[-1].gate_up, weights.lm_head)]
-    weights.pack()
+    weights.pack(packed.pack_weight)
     assert all(layer.qkv.weight.layout != torch.strided for layer in weights.layers)
     assert (weights.lm_head.weight is weights.embed_tokens) == is_tied  # embeddings are looked up, so they stay
     for linear, product in zip((weights.layers[-1].gate_up, weights.lm_head), expected, strict=True):

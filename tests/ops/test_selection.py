@@ -13,6 +13,7 @@ import torch
 
 from nemo_engine.ops import ALL_OPS, Ops, Site, op, select
 from nemo_engine.ops.attention import paged_attention
+from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.cpu.attention import paged_attention as paged_attention_torch
 from nemo_engine.ops.norm import RMS_NORM, rms_norm
 from nemo_engine.ops.op import Impl, Op, compiled_for_cpu
@@ -39,11 +40,32 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_the_cpu_what_is_made_for_it_serves_else_the_definition() -> None:
     ops = Ops.select(CPU, {})
     has_kernels = compiled_for_cpu() is not None
+    of_all = {"build_batch_", "embed", "rms_norm", "silu_mul", "rope_and_append_kv_", "paged_attention", "sample_"}
     assert {choice.op for choice in ops.choices if choice.chosen == "cpu"} == (
-        {"rms_norm", "silu_mul", "rope_and_append_kv_", "paged_attention"} if has_kernels else set()
+        of_all | {"advance_"} if has_kernels else set()
     )
     for change in ({"dtype": torch.float64}, {"kv_dtype": torch.float8_e4m3fn}, {"head_dim": 272}):
         assert Ops.select(dataclasses.replace(CPU, **change), {}).paged_attention is paged_attention_torch
+
+
+@pytest.mark.skipif(compiled_for_cpu() is None, reason="nemo_engine._cpu is not built: there is no C++ compiler")
+def test_products_are_those_of_onednn_where_it_has_them_else_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = dataclasses.replace(CPU, dtype=torch.bfloat16)
+
+    def chosen(prefer: dict[str, str], site: Site = site) -> list[str]:
+        names = {choice.op: choice.chosen for choice in Ops.select(site, prefer).choices}
+        return [names[op] for op in ("linear", "norm_linear", "silu_mul_linear")]
+
+    monkeypatch.setattr(packed, "_has_products", lambda: True)
+    assert chosen({}) == ["onednn", "composed", "composed"]
+    monkeypatch.setattr(packed, "_has_products", lambda: False)
+    assert chosen({}) == ["cpu", "cpu", "cpu"]
+    assert chosen({"linear": "widened"}) == ["widened", "composed", "composed"]  # what is preferred is what runs
+    assert chosen({"rms_norm": "semantics"}) == ["cpu", "composed", "cpu"]
+    assert chosen({"norm_linear": "composed"}) == ["cpu", "composed", "cpu"]
+    assert chosen({}, dataclasses.replace(site, intermediate_size=33)) == ["widened", "composed", "composed"]
+    monkeypatch.setattr(op, "compiled_for_cpu", lambda: None)
+    assert chosen({}) == ["widened", "composed", "composed"]
 
 
 def test_without_its_library_nothing_is_chosen_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

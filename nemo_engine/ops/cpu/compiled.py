@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_engine.ops import batch, sample
 from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.cpu.attention import prefill_
 from nemo_engine.ops.op import compiled_for_cpu
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.rope import RopeMeta
+from nemo_engine.ops.sample import SampleFacts, SlotParams
+from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 
 _SDPA_FROM = 1024  # keys; where the two meet for heads of 128 in bf16
 
 _cpu: Any = compiled_for_cpu()
 
 
-def _check(dtype: torch.dtype, *others: Tensor) -> None:
+def check(dtype: torch.dtype, *others: Tensor) -> None:
     """The kernels see addresses alone: an FP8 cache, or weights of another dtype, would be read as what they are
     not.
     """
@@ -30,10 +33,76 @@ def _check(dtype: torch.dtype, *others: Tensor) -> None:
             raise TypeError(f"must be contiguous {dtype}, got {x.dtype} of strides {x.stride()}")
 
 
+def build_batch_(
+    token_ids: Tensor,
+    num_computed: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    new_index: Tensor,
+    new_page: Tensor,
+    page_size: int,
+    num_tokens: int,
+    longest: int,
+    ahead: Tensor | None = None,
+    width: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``batch.build_batch_``, which does wide steps."""
+    if ahead is not None:
+        return batch.build_batch_(
+            token_ids, num_computed, page_table, slots, starts, new_index, new_page, page_size, num_tokens, longest,
+            ahead, width,
+        )  # fmt: skip
+    rows = slots.shape[0]
+    ids, positions, places = (slots.new_empty(num_tokens) for _ in range(3))
+    lengths = slots.new_empty(rows)
+    _cpu.build_batch(
+        token_ids.data_ptr(), num_computed.data_ptr(), page_table.data_ptr(), slots.data_ptr(), starts.data_ptr(),
+        new_index.data_ptr(), new_page.data_ptr(), ids.data_ptr(), positions.data_ptr(), places.data_ptr(),
+        lengths.data_ptr(), rows, token_ids.stride(0), page_table.stride(0), page_size,
+    )  # fmt: skip
+    return ids, positions, places, lengths
+
+
+def advance_(
+    token_ids: Tensor, num_computed: Tensor, slots: Tensor, seq_lens: Tensor, sampled: Tensor, tokens: Tensor
+) -> None:
+    """See ``batch.advance_``."""
+    _cpu.advance(
+        token_ids.data_ptr(), num_computed.data_ptr(), slots.data_ptr(), seq_lens.data_ptr(), sampled.data_ptr(),
+        tokens.data_ptr(), slots.shape[0], sampled.shape[0], token_ids.stride(0),
+    )  # fmt: skip
+
+
+def embed(table: Tensor, ids: Tensor) -> Tensor:
+    """See ``embed.embed``."""
+    table = table.contiguous()
+    y = table.new_empty(ids.shape[0], table.shape[1])
+    is_bf16 = table.dtype == torch.bfloat16
+    _cpu.embed(is_bf16, table.data_ptr(), ids.data_ptr(), y.data_ptr(), y.shape[0], y.shape[1])
+    return y
+
+
+def sample_(
+    logits: Tensor, slot_ids: Tensor, positions: Tensor, params: SlotParams, facts: SampleFacts | None = None
+) -> Tensor:
+    """See ``sample.sample_``, which draws and counts; what is greedy and without penalties is chosen in one call."""
+    facts = SampleFacts.of(slot_ids, params, logits.shape[1]) if facts is None else facts
+    is_plain = facts.drawn is not None and not facts.num_drawn and not facts.penalised.shape[0]
+    if not is_plain or logits.dtype not in (torch.bfloat16, torch.float32):
+        return sample.sample_(logits, slot_ids, positions, params, facts)
+    logits = logits.contiguous()
+    rows, width = logits.shape
+    tokens = slot_ids.new_empty(rows)
+    is_bf16 = logits.dtype == torch.bfloat16
+    _cpu.greedy(is_bf16, logits.data_ptr(), tokens.data_ptr(), rows, width, TOKEN_NOT_FINITE, TOKEN_ALL_MASKED)
+    return tokens
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See ``norm.rms_norm``."""
     x = x.contiguous()
-    _check(x.dtype, weight)
+    check(x.dtype, weight)
     y = torch.empty_like(x)
     rows, width = x.shape
     if residual is None:
@@ -41,7 +110,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         addresses = (x.data_ptr(), 0, weight.data_ptr(), y.data_ptr(), 0)
     else:
         residual = residual.contiguous()
-        _check(x.dtype, residual)
+        check(x.dtype, residual)
         total = torch.empty_like(x)
         addresses = (x.data_ptr(), residual.data_ptr(), weight.data_ptr(), y.data_ptr(), total.data_ptr())
     _cpu.rms_norm(x.dtype == torch.bfloat16, *addresses, rows, width, eps)
@@ -60,7 +129,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def rope_and_append_kv_(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: RopeMeta) -> Tensor:
     """See ``rope.rope_and_append_kv_``; the scales are None."""
     q, k, v = (x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
-    _check(q.dtype, *kv.caches)
+    check(q.dtype, *kv.caches)
     tokens, heads, dim = q.shape
     rotated = q.new_empty(q.shape)
     _cpu.rope_and_append_kv(
@@ -77,7 +146,7 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
     Every query is a row of its own to the kernel, but for long prompts.
     """
     q = q.contiguous()
-    _check(q.dtype, *kv.caches)
+    check(q.dtype, *kv.caches)
     out = torch.empty_like(q)
     rows: QueryRows = meta.once("query rows", lambda: _query_rows(meta))
     _, heads, dim = q.shape
@@ -86,7 +155,8 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
         meta.page_table.data_ptr(), rows.slot_ids.data_ptr(), rows.num_keys.data_ptr(),
         len(q), heads, kv.num_heads, dim, kv.page_size, meta.page_table.stride(0), scale,
     )  # fmt: skip
-    prefill_(out, rows.long, q, kv, meta, scale)
+    if rows.long:
+        prefill_(out, rows.long, q, kv, meta, scale)
     return out
 
 

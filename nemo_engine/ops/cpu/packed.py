@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_engine.ops.op import Site
+from nemo_engine.ops.op import Site, cpu_runs
 
 # oneDNN compiles a product for every number of rows that it sees: milliseconds, and memory. Prompts have any number, so
 # it is rounded up.
@@ -29,6 +29,16 @@ def supports(site: Site) -> str | None:
 def supports_widened(site: Site) -> str | None:
     """What ``linear_widened`` is for: bf16 on a CPU for which oneDNN has no bf16 products."""
     return _is_bf16_on_a_cpu(site) or ("oneDNN has bf16 products on this CPU" if _has_products() else None)
+
+
+def supports_compiled(site: Site) -> str | None:
+    """What the products of csrc/cpu need: bf16 on a CPU for which oneDNN has no bf16 products, whole pairs in a row,
+    and the compiled library.
+    """
+    widths = (site.hidden_size, site.intermediate_size, site.num_heads * site.head_dim)
+    if any(width % 2 for width in widths):
+        return f"rows of whole pairs, these have {', '.join(map(str, widths))}"
+    return supports_widened(site) or cpu_runs(site)
 
 
 def _is_bf16_on_a_cpu(site: Site) -> str | None:

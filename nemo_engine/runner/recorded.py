@@ -1,0 +1,91 @@
+"""Decode steps on a CPU as one call of csrc/cpu, from the request table to the logits: recorded once, done again for
+any number of rows.
+
+Like a CUDA graph, a recording has its inputs and outputs at fixed addresses. Unlike one, it takes the number of rows
+when it is done again, for every tensor of a decode step has its rows first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nemo_engine.ops.op import compiled_for_cpu
+from nemo_engine.runner.step_compute import StepCompute
+from nemo_engine.runner.step_rows import StepRows
+from nemo_engine.runner.transfer import to_device
+
+MAX_ROWS = 64  # of a recorded step; the operations of larger ones take far longer than their calls
+_RECORDED = (
+    "build_batch_",
+    "embed",
+    "norm_linear",
+    "rope_and_append_kv_",
+    "paged_attention",
+    "silu_mul_linear",
+    "linear",
+)
+_cpu: Any = compiled_for_cpu()
+_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+
+
+def why_not_recorded(step: StepCompute) -> str | None:
+    """Why the operations of decode steps run one by one; None if they can be recorded."""
+    others = [f"{c.op} is {c.chosen}" for c in step.ops.choices if c.op in _RECORDED and c.chosen != "cpu"]
+    if others:
+        return ", ".join(others)
+    weights = step.model.weights
+    projections = [p for layer in weights.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    if any(linear.weight.dim() == 2 for linear in (*projections, weights.lm_head)):
+        return "a weight is not packed (a head that is the embeddings, or FP8)"
+    return None
+
+
+class RecordedDecodes:
+    """Decode steps of up to ``size`` rows, whose description is copied into ``words`` before: ``size`` rows, of which
+    the first are computed.
+
+    ``logits`` (size, V) and ``seq_lens`` (size,) hold the results after ``replay``, until the next.
+    """
+
+    def __init__(self, step: StepCompute, size: int) -> None:
+        self.size = size
+        self.words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
+        rows = StepRows.of(self.words, size, size, size, 1, step.table.page_table.shape[1])
+        _cpu.start_recording()
+        try:
+            with _Nothing() as mode:
+                x, residual, self.seq_lens = step.forward(rows)
+                self.logits = step.model.logits(x, residual)
+        finally:
+            self._program = _cpu.stop_recording()
+        self._memory = mode.memory
+
+    def replay(self, num_rows: int) -> None:
+        """Compute the first ``num_rows`` rows of ``words``, ``size`` at most."""
+        assert num_rows <= self.size, (num_rows, self.size)
+        _cpu.replay(self._program, num_rows)
+
+
+class _Nothing(TorchDispatchMode):
+    """Inside, torch makes memory and views, and computes nothing, for that would not be recorded. ``memory`` is what
+    was made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+        if func.overloadpacket.__name__ in _EMPTY:
+            self.memory += made
+            return outputs
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if func._schema.is_mutable or any(x.untyped_storage().data_ptr() not in given for x in made):
+            raise RuntimeError(f"{func} computes in a step that is being recorded")
+        return outputs
