@@ -47,7 +47,9 @@ def launched(emulator: Any, name: str, run: Callable[[], Any]) -> Any:
 
 def test_accesses_of_warps(emulated_library: Any, counting: Any) -> None:
     x, y = torch.zeros(3, 128), torch.zeros(3, 128)
-    launch = launched(counting, "rotate", lambda: emulated_library.checks.rotate(y.data_ptr(), x.data_ptr(), 3, 128, 0, 0))
+    launch = launched(
+        counting, "rotate", lambda: emulated_library.checks.rotate(y.data_ptr(), x.data_ptr(), 3, 128, 0, 0)
+    )
     counts = launch["counts"]
     assert counts == {
         "copied": 0, "read": x.nbytes, "written": y.nbytes, "read_distinct": x.nbytes, "written_distinct": y.nbytes,
@@ -75,7 +77,14 @@ def test_turns_of_the_banks(emulated_library: Any, counting: Any, places: str, w
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "width", "num_sms"),
-    [(1, 40, 320, 132), (17, 130, 320, 132), (64, 96, 272, 132), (33, 200, 144, 8), (130, 144, 272, 132), (300, 400, 144, 3)],
+    [
+        (1, 40, 320, 132),
+        (17, 130, 320, 132),
+        (64, 96, 272, 132),
+        (33, 200, 144, 8),
+        (130, 144, 272, 132),
+        (300, 400, 144, 3),
+    ],
 )
 def test_a_linear_layer(
     emulated_library: Any, counting: Any, rows: int, outputs: int, width: int, num_sms: int
@@ -158,6 +167,17 @@ def test_small_linear_layers_read_hardly_more_than_their_weights(at_true_size: A
     """L2 gives some 1.28 times what memory does: beyond that, a layer of few rows would wait for L2."""
     lines = [line for line in at_true_size[0] if line.weights is not None and line.rows <= 64]
     assert len(lines) == 5 * 9 and max(line.weights for line in lines) <= 1.3
+
+
+def test_fp8_products_ask_l2_for_what_it_can_give(at_true_size: Any) -> None:
+    """32 KiB a step are 5.5 TB/s at 1400 TFLOP/s."""
+    lines = [line for line in at_true_size[0] if line.step is not None and line.rows >= 2048]
+    assert len(lines) == 8 and max(line.step for line in lines) <= 32
+
+
+def test_linear_layers_fill_the_gpu(at_true_size: Any) -> None:
+    lines = [line for line in at_true_size[0] if line.name.startswith("linear") and line.rows in (64, 128, 256)]
+    assert len(lines) == 5 + 3 * 4 and min(line.fill for line in lines) >= 0.9
 
 
 def test_launches_of_a_layer(at_true_size: Any) -> None:
