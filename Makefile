@@ -78,6 +78,7 @@ cuda: $(VENV)/.installed-test  ## build the CUDA kernels (nemo_engine._C) in thi
 
 kernel-report: $(VENV)/.installed-test  ## compile every kernel for sm_90a, print its machine code's facts, and store them for review
 	@$(BIN)/python benchmarks/kernel_report.py --write
+	@$(BIN)/python benchmarks/cuda_traffic.py --write
 	@$(BIN)/python csrc/build.py --which >/dev/null && $(BIN)/python benchmarks/cuda_kernel_report.py --write
 
 bench-op: $(VENV)/.installed-base  ## time operations on an NVIDIA GPU: make bench-op OP="linear paged_attention"

@@ -1,7 +1,7 @@
 // Every primitive of csrc/common, those that no kernel uses yet among them, so that each is assembled for sm_90a: a kernel for
 // what belongs together, whose instructions tests/test_primitives.py expects. Nothing of this runs.
+#include "common/cluster.cuh"
 #include "common/mma.cuh"
-#include "common/tma.cuh"
 
 namespace nemo {
 
@@ -99,6 +99,19 @@ extern "C" __global__ void copy_engine(const Memory m, const __grid_constant__ T
     tma_store_wait<0>();
 }
 
+// ---- clusters
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) clusters(const Memory m, const __grid_constant__ TensorMap map) {
+    auto* shared = shared_memory<unsigned char>();
+    auto* barrier = reinterpret_cast<Mbarrier*>(shared + 8192);
+    cluster_arrive_relaxed();
+    cluster_wait();
+    tma_load_2d_multicast(shared, &map, barrier, 0, m.count, 3);
+    mbarrier_arrive_at(barrier, cluster_rank() ^ 1);
+    cluster_arrive();
+    cluster_wait();
+}
+
 // ---- matrices
 
 KERNEL(matrix_moves) {
@@ -144,6 +157,7 @@ __device__ __forceinline__ void group_products(const Memory& m) {
     extern "C" __global__ void __launch_bounds__(128, 1) group_products_##N(const Memory m) { group_products<N>(m); }
 GROUP_PRODUCTS(16)
 GROUP_PRODUCTS(32)
+GROUP_PRODUCTS(40)
 GROUP_PRODUCTS(48)
 GROUP_PRODUCTS(64)
 GROUP_PRODUCTS(80)

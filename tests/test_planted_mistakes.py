@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 FAMILIES = ("attention", "gemm", "linear", "norm", "sampling")
 UNORDERED, UNFENCED, UNREAD = "nothing orders the two", "without a fence_async_proxy", "still read"
+ANOTHER_BLOCK = "a thread of another block of the cluster"
 WRONG_RESULT = "bound|NaN|not what the definition gives|differs from run to run"
 
 
@@ -110,9 +111,9 @@ MISTAKES = {
     # gemm
     "a stage released before its products are done": Mistake(
         "gemm/gemm.cuh",
-        "        wgmma_wait<0>();\n        keep_in_registers(fresh);\n",
-        "        if (MISTAKEN && lane_index() == 0) mbarrier_arrive(&header->empty[at.stage]);\n"
-        "        wgmma_wait<0>();\n        keep_in_registers(fresh);\n        if (!MISTAKEN)\n",
+        "            wgmma_wait<0>();\n            keep_in_registers(fresh);\n            if (part",
+        "            if (MISTAKEN && part == PARTS - 1) gemm_release(p, &header->empty[at.stage]);\n"
+        "            wgmma_wait<0>();\n            keep_in_registers(fresh);\n            if (!MISTAKEN && part",
         *TILES,
         UNREAD,
         1,
@@ -133,8 +134,8 @@ MISTAKES = {
     ),
     "boxes stored before all have written them": Mistake(
         "gemm/gemm.cuh",
-        "named_barrier_sync(barrier, 128);",
-        "",
+        "    named_barrier_sync(barrier, 128);\n    if (threadIdx.x % 128 == 0) {",
+        "    if (!MISTAKEN) named_barrier_sync(barrier, 128);\n    if (threadIdx.x % 128 == 0) {",
         *TILES,
         UNORDERED,
     ),
@@ -146,11 +147,66 @@ MISTAKES = {
         UNREAD,
         1,
     ),
+    "scales read before all have written them": Mistake(
+        "gemm/gemm.cuh",
+        "    named_barrier_sync(1 + group, 128);\n",
+        "    if (!MISTAKEN) named_barrier_sync(1 + group, 128);\n",
+        *TILES,
+        UNORDERED,
+    ),
+    "a stage of x released to its own block alone": Mistake(
+        "gemm/gemm.cuh",
+        "if (lane_index() < p.cluster) mbarrier_arrive_at(empty, lane_index());",
+        "if (MISTAKEN) {\n if (lane_index() < p.cluster) mbarrier_arrive(empty);\n } else if (lane_index() < p.cluster) "
+        "mbarrier_arrive_at(empty, lane_index());",
+        "linear_fp8",
+        "130x1200x272 channel",
+        f"{ANOTHER_BLOCK} has the copy engine write",
+        8,
+    ),
+    "x sent before the others' barriers are there": Mistake(
+        "gemm/gemm.cuh",
+        "if (p.cluster > 1) cluster_wait();  // the others' barriers",
+        "if (!MISTAKEN && p.cluster > 1) cluster_wait();  // the others' barriers",
+        *TILES,
+        f"{ANOTHER_BLOCK} uses the mbarrier|not initialised|cluster_arrive twice",
+    ),
+    "a block that ends before the others have let go of its stages": Mistake(
+        "gemm/gemm.cuh",
+        "    if (p.cluster > 1) {  // the other blocks arrive",
+        "    if (!MISTAKEN && p.cluster > 1) {  // the other blocks arrive",
+        *TILES,
+        "ends while thread .* arrives at its mbarriers|of the cluster has ended",
+    ),
+    "x kept to the block that fetches it": Mistake(
+        "gemm/gemm.cuh",
+        "uint16_t((1 << p.cluster) - 1)",
+        "uint16_t(MISTAKEN ? 1 << walk.tiles.rank : (1 << p.cluster) - 1)",
+        *TILES,
+        "deadlock in gemm_fp8, .* at mbarrier_wait",
+    ),
     # linear
+    "tokens of a stage released to its own block alone": Mistake(
+        "linear/small.cuh",
+        "if (lane_index() < p.cluster) mbarrier_arrive_at(&header->empty[at.stage], lane_index());",
+        "if (MISTAKEN) {\n if (lane_index() < p.cluster) mbarrier_arrive(&header->empty[at.stage]);\n } else if (lane_index() < "
+        "p.cluster) mbarrier_arrive_at(&header->empty[at.stage], lane_index());",
+        "linear_fp8",
+        "48x3072x40 channel",
+        f"{ANOTHER_BLOCK} has the copy engine write",
+    ),
+    "a block that ends before the others have let go of its tokens": Mistake(
+        "linear/small.cuh",
+        "    if (HAS_X && p.cluster > 1) {  // the other blocks arrive",
+        "    if (!MISTAKEN && HAS_X && p.cluster > 1) {  // the other blocks arrive",
+        "linear",
+        "17x320x130",
+        "ends while thread .* arrives at its mbarriers|of the cluster has ended",
+    ),
     "tokens asked for before the kernel before has ended": Mistake(
         "linear/small.cuh",
-        "    if constexpr (HAS_X) {\n        wait_for_previous_kernel();",
-        "    if constexpr (HAS_X) {\n        if (!MISTAKEN) wait_for_previous_kernel();",
+        "        wait_for_previous_kernel();\n        for (int i = 0; i < first; i++) {\n            load_tokens",
+        "        if (!MISTAKEN) wait_for_previous_kernel();\n        for (int i = 0; i < first; i++) {\n            load_tokens",
         "linear",
         "17x320x130",
         "before wait_for_previous_kernel",

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "primitives.cu"
 NVCC, WHY_NOT = build.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason=WHY_NOT)
-COLUMNS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 224, 256)
+COLUMNS = (16, 32, 40, 48, 64, 80, 96, 112, 128, 160, 176, 192, 224, 256)
 SOME = 0  # or more, where the compiler has a choice
 # Kernel of primitives.cu -> instructions by prefix -> how many.
 EXPECTED: dict[str, dict[str, int]] = {
@@ -47,6 +47,14 @@ EXPECTED: dict[str, dict[str, int]] = {
         "UTMASTG.2D": 1,
         "UTMACMDFLUSH": 1,
         "DEPBAR.LE": 2,
+    },
+    "clusters": {
+        "UCGABAR_ARV": 2,
+        "UCGABAR_WAIT": 2,
+        "MEMBAR.ALL.GPU": 1,  # of the barrier that is not relaxed
+        "UTMALDG.2D.MULTICAST": 1,
+        "UPRMT": SOME,  # the address in another block
+        "SYNCS.ARRIVE.TRANS64.RED": 1,
     },
     "matrix_moves": {
         "LDSM.16.M88.4": 1,
@@ -90,7 +98,7 @@ EXPECTED: dict[str, dict[str, int]] = {
 def primitives() -> set[str]:
     """Names of all device functions of csrc/common that are written in PTX or in CUDA's intrinsics."""
     found: set[str] = set()
-    for name in ("barrier", "memory", "mma", "numbers", "tma", "warp"):
+    for name in ("barrier", "cluster", "memory", "mma", "numbers", "tma", "warp"):
         text = (ROOT / "csrc" / "common" / f"{name}.cuh").read_text()
         found |= set(re.findall(r"^__device__ __forceinline__ [^()]*?\b(\w+)\(", text, re.MULTILINE))
         found |= set(re.findall(r"^NEMO_MMA\((\w+),", text, re.MULTILINE))
@@ -106,7 +114,7 @@ def test_every_primitive_is_assembled() -> None:
     assert len(primitives()) > 80 and primitives() - used - inner == set()
     assert set(EXPECTED) == set(re.findall(r"^KERNEL\((\w+)\)", text, re.MULTILINE)) | {
         f"group_products_{n}" for n in COLUMNS
-    } | {"registers_of_roles", "copy_engine", "overlapped"}  # fmt: skip
+    } | {"registers_of_roles", "copy_engine", "clusters", "overlapped"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,41 @@ int num_sms() {
 
 namespace {
 
+constexpr int MOST_OF_A_MULTIPROCESSOR = 160 * 1024;  // bytes of shared memory: beside it there is no place for another
+__global__ void has_a_multiprocessor() {}
+
+}  // namespace
+
+int cluster_places(int cluster) {
+    constexpr int MAX_DEVICES = 64;
+    static std::atomic<int> places[MAX_DEVICES][MAX_CLUSTER + 1];
+    CHECK_RANGE(cluster, 1, MAX_CLUSTER);
+    int device = 0;
+    if (cluster == 1 || cudaGetDevice(&device) != cudaSuccess || device >= MAX_DEVICES) {
+        cudaGetLastError();
+        return num_sms() / cluster * cluster;
+    }
+    int count = places[device][cluster].load(std::memory_order_relaxed);
+    if (count == 0) {
+        CHECK_CUDA(cudaFuncSetAttribute(has_a_multiprocessor, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_OF_A_MULTIPROCESSOR));
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(unsigned(cluster));
+        config.blockDim = dim3(32);
+        config.dynamicSmemBytes = MOST_OF_A_MULTIPROCESSOR;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, has_a_multiprocessor, &config));
+        count *= cluster;
+        places[device][cluster].store(count, std::memory_order_relaxed);
+    }
+    return count;
+}
+
+namespace {
+
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "check.h"
-#include "tma.cuh"
+#include "cluster.cuh"
 
 namespace nemo {
 
@@ -16,11 +16,16 @@ struct Launch {
     int threads;
     int shared_bytes = 0;  // dynamic
     Stream stream = 0;
+    int cluster = 1;           // blocks along x that run together (cluster.cuh); divides the grid's
     bool is_dependent = true;  // may start before the previous kernel ends (the kernel calls wait_for_previous_kernel)
 };
 
 // Streaming multiprocessors of the current device.
 int num_sms();
+
+// Blocks that need a multiprocessor each and can run at once in clusters of this size: a cluster lies within one of the GPU's
+// groups of multiprocessors, so that some may be left over.
+int cluster_places(int cluster);
 
 }  // namespace nemo
 
@@ -37,7 +42,7 @@ void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
         cudaGetLastError();  // not sticky: the next launch starts clean
         throw std::runtime_error(text("launch of ", how.name, ": ", cudaGetErrorName(answer), ", ",
                                       cudaGetErrorString(answer), " (grid ", how.grid.x, "x", how.grid.y, "x", how.grid.z,
-                                      ", ", how.threads, " threads, ", how.shared_bytes, " bytes of shared memory)"));
+                                      " in clusters of ", how.cluster, ", ", how.threads, " threads, ", how.shared_bytes, " bytes of shared memory)"));
     };
     if (how.shared_bytes > 48 * 1024) {
         cudaError_t answer =
@@ -49,11 +54,18 @@ void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
     config.blockDim = dim3(how.threads);
     config.dynamicSmemBytes = how.shared_bytes;
     config.stream = reinterpret_cast<cudaStream_t>(how.stream);
-    cudaLaunchAttribute dependent{};
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &dependent;
-    config.numAttrs = how.is_dependent ? 1 : 0;
+    cudaLaunchAttribute attributes[2]{};
+    config.attrs = attributes;
+    if (how.is_dependent) {
+        auto& dependent = attributes[config.numAttrs++];
+        dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        dependent.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (how.cluster > 1) {
+        auto& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {unsigned(how.cluster), 1, 1};
+    }
     cudaError_t answer = cudaLaunchKernelEx(&config, kernel, static_cast<Wanted>(std::forward<Given>(given))...);
     if (answer != cudaSuccess) fail(answer);
 }

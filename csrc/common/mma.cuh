@@ -132,6 +132,10 @@ struct Wgmma;
 #define NEMO_D14 NEMO_D13, NEMO_E(112)
 #define NEMO_D15 NEMO_D14, NEMO_E(120)
 
+// Of 40 columns, half of eight registers.
+#define NEMO_P40 NEMO_P1 ", %16, %17, %18, %19"
+#define NEMO_D40 NEMO_D1, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
+
 // N columns; i0 .. i6 are the numbers that follow those of the accumulators.
 #define NEMO_WGMMA(N, P, D, i0, i1, i2, i3, i4, i5, i6)                                                                      \
     template <>                                                                                                          \
@@ -162,6 +166,7 @@ struct Wgmma;
     };
 NEMO_WGMMA(16, NEMO_P0, NEMO_D0, "8", "9", "10", "11", "12", "13", "14")
 NEMO_WGMMA(32, NEMO_P1, NEMO_D1, "16", "17", "18", "19", "20", "21", "22")
+NEMO_WGMMA(40, NEMO_P40, NEMO_D40, "20", "21", "22", "23", "24", "25", "26")
 NEMO_WGMMA(48, NEMO_P2, NEMO_D2, "24", "25", "26", "27", "28", "29", "30")
 NEMO_WGMMA(64, NEMO_P3, NEMO_D3, "32", "33", "34", "35", "36", "37", "38")
 NEMO_WGMMA(80, NEMO_P4, NEMO_D4, "40", "41", "42", "43", "44", "45", "46")

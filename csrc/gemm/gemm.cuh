@@ -1,37 +1,47 @@
 // y = x w^T in FP8: a persistent grid, a warpgroup that fetches tiles with the copy engine, two that multiply them.
 //
+// A tile is 128 or 256 rows of x by `COLUMNS` of w; each of the two takes half of the rows, 64 after 64. The blocks of a cluster
+// do tiles beside one another and share x: each fetches a part of its rows and multicasts it to all, and a stage is filled again
+// when the warps of all blocks have let go of it. With 256 x 128 in clusters of two a block asks L2 for 32 KiB a step.
+//
 // The tensor cores add FP8 products in few bits, so each 128 of K is summed in accumulators of its own, which are then
 // added in fp32, where scales of blocks are applied as well. Other scales are applied once, to the sum.
 #pragma once
 
+#include "common/cluster.cuh"
 #include "common/mma.cuh"
 #include "common/numbers.cuh"
-#include "common/tma.cuh"
 #include "gemm/gemm.h"
 
 namespace nemo {
 
-constexpr int GEMM_ROWS = 128;  // of a tile: 64 to each of two warpgroups
 constexpr int GEMM_DEPTH = 128;  // of K in a stage, and between additions in fp32
 constexpr int GEMM_CONSUMERS = 256;
 constexpr int GEMM_THREADS = 128 + GEMM_CONSUMERS;
 constexpr int GEMM_MAX_STAGES = 6;
-constexpr int GEMM_HEADER_BYTES = 1024;
-constexpr int GEMM_GROUP = 16;  // tiles of rows that share what they read of w in L2
-constexpr int BOX_COLUMNS = 32;  // of bf16 that leave together: 64 bytes, swizzled
+constexpr int GEMM_HEADER_BYTES = 3072;
+constexpr int GEMM_GROUP = 2048;  // rows whose tiles share what they read of w in L2
 
 struct Gemm {
     GemmInputs in;
-    int row_tiles, column_tiles, steps, stages;
+    int row_tiles, column_tiles;  // those of a cluster, side by side, count as one
+    int steps, stages, cluster;
 };
 
 struct GemmHeader {
     Mbarrier full[GEMM_MAX_STAGES], empty[GEMM_MAX_STAGES];
+    float x_scales[2][128], w_scales[2][128];  // of each warpgroup's rows and columns
 };
 
-template <int COLUMNS>
+// PARTS: of 64 rows, of each warpgroup.
+template <int PARTS, int COLUMNS>
 struct GemmTile {
-    static constexpr int STAGE_BYTES = (GEMM_ROWS + COLUMNS) * GEMM_DEPTH;
+    static constexpr int ROWS = 2 * 64 * PARTS;
+    static constexpr int STAGE_BYTES = (ROWS + COLUMNS) * GEMM_DEPTH;
+    // Columns of bf16 that leave together: as many as a swizzled box can have of these.
+    static constexpr int BOX_COLUMNS = COLUMNS % 32 == 0 ? 32 : COLUMNS % 16 == 0 ? 16 : 8;
+    static constexpr Swizzle BOX_SWIZZLE = BOX_COLUMNS == 32 ? Swizzle::B64 : BOX_COLUMNS == 16 ? Swizzle::B32 : Swizzle::NONE;
+    static constexpr int BOX_BYTES = 64 * BOX_COLUMNS * 2;
     static constexpr int OUT_BYTES = 64 * COLUMNS * 2;  // of each warpgroup
     static constexpr int STAGES = [] {
         int stages = (227 * 1024 - GEMM_HEADER_BYTES - 2 * OUT_BYTES) / STAGE_BYTES;
@@ -44,11 +54,13 @@ struct TilePlace {
     int row, column;  // of tiles
 };
 
-// Tile `tile`: groups of GEMM_GROUP tiles of rows, within a group all rows of a column of tiles first.
-__device__ __forceinline__ TilePlace place_tile(const Gemm& p, int tile) {
-    int of_group = GEMM_GROUP * p.column_tiles, group = tile / of_group, first = group * GEMM_GROUP;
-    int height = minimum(GEMM_GROUP, p.row_tiles - first), rest = tile - group * of_group;
-    return {first + rest % height, rest / height};
+// Tile `tile` of the clusters: groups of GEMM_GROUP rows, within a group all rows of a column of tiles first.
+template <int ROWS>
+__device__ __forceinline__ TilePlace place_tile(const Gemm& p, int tile, int rank) {
+    constexpr int GROUP = GEMM_GROUP / ROWS;
+    int of_group = GROUP * p.column_tiles, group = tile / of_group, first = group * GROUP;
+    int height = minimum(GROUP, p.row_tiles - first), rest = tile - group * of_group;
+    return {first + rest % height, rest / height * p.cluster + rank};
 }
 
 // The ring's position: the next stage, and the parity of its phase.
@@ -63,183 +75,257 @@ struct GemmRing {
     }
 };
 
+// The tiles of this block's cluster.
+struct GemmTiles {
+    int next, step, end, rank;
+    __device__ __forceinline__ explicit GemmTiles(const Gemm& p)
+        : next(blockIdx.x / unsigned(p.cluster)), step(gridDim.x / unsigned(p.cluster)), end(p.row_tiles * p.column_tiles),
+          rank(p.cluster == 1 ? 0 : cluster_rank()) {}
+};
+
 // ---- load, by one thread
 
-template <int COLUMNS>
+// The steps of all tiles of a block, one after the other: a tile is looked for once.
+template <int ROWS>
+struct GemmWalk {
+    const Gemm& p;
+    GemmTiles tiles;
+    TilePlace place;
+    int step = 0;
+    __device__ __forceinline__ explicit GemmWalk(const Gemm& p)
+        : p(p), tiles(p), place(place_tile<ROWS>(p, tiles.next, tiles.rank)) {}
+    __device__ __forceinline__ void advance() {
+        if (++step < p.steps) return;
+        step = 0;
+        tiles.next += tiles.step;
+        place = place_tile<ROWS>(p, tiles.next, tiles.rank);
+    }
+};
+
+// The first round of the ring asks for weights alone, waits, and then for x.
+template <int PARTS, int COLUMNS>
 __device__ __forceinline__ void gemm_produce(const Gemm& p, GemmHeader* header, unsigned char* ring, const TensorMap* x_map,
                                              const TensorMap* w_map) {
-    using Tile = GemmTile<COLUMNS>;
-    GemmRing at;
-    bool has_waited = false;
-    for (int tile = blockIdx.x; tile < p.row_tiles * p.column_tiles; tile += gridDim.x) {
-        TilePlace place = place_tile(p, tile);
-        for (int step = 0; step < p.steps; step++) {
-            mbarrier_wait(&header->empty[at.stage], at.parity ^ 1);
-            Mbarrier* full = &header->full[at.stage];
-            unsigned char* stage = ring + at.stage * Tile::STAGE_BYTES;
-            mbarrier_arrive_expect(full, Tile::STAGE_BYTES);
-            tma_load_2d(stage + GEMM_ROWS * GEMM_DEPTH, w_map, full, step * GEMM_DEPTH, place.column * COLUMNS);
-            if (!has_waited) {  // the first weights are asked for before
-                wait_for_previous_kernel();
-                has_waited = true;
-            }
-            tma_load_2d(stage, x_map, full, step * GEMM_DEPTH, place.row * GEMM_ROWS);
-            at.advance(p.stages);
+    using Tile = GemmTile<PARTS, COLUMNS>;
+    using Walk = GemmWalk<Tile::ROWS>;
+    Walk walk(p), of_x(p);
+    int total = ceil_div(walk.tiles.end - walk.tiles.next, walk.tiles.step) * p.steps, first = minimum(total, p.stages);
+    int first_row = walk.tiles.rank * (Tile::ROWS / p.cluster);
+    auto load_w = [&](const Walk& at, int stage) {
+        mbarrier_arrive_expect(&header->full[stage], Tile::STAGE_BYTES);
+        tma_load_2d(ring + stage * Tile::STAGE_BYTES + Tile::ROWS * GEMM_DEPTH, w_map, &header->full[stage],
+                    at.step * GEMM_DEPTH, at.place.column * COLUMNS);
+    };
+    auto load_x = [&](const Walk& at, int stage) {
+        unsigned char* to = ring + stage * Tile::STAGE_BYTES + first_row * GEMM_DEPTH;
+        int k = at.step * GEMM_DEPTH, row = at.place.row * Tile::ROWS + first_row;
+        if (p.cluster == 1) {
+            tma_load_2d(to, x_map, &header->full[stage], k, row);
+        } else {
+            tma_load_2d_multicast(to, x_map, &header->full[stage], k, row, uint16_t((1 << p.cluster) - 1));
         }
+    };
+    for (int i = 0; i < first; i++, walk.advance()) load_w(walk, i);
+    if (p.cluster > 1) cluster_wait();  // the others' barriers are there
+    wait_for_previous_kernel();
+    for (int i = 0; i < first; i++, of_x.advance()) load_x(of_x, i);
+    GemmRing at;
+    for (int i = first; i < total; i++, walk.advance()) {
+        mbarrier_wait(&header->empty[at.stage], at.parity);
+        load_w(walk, at.stage);
+        load_x(walk, at.stage);
+        at.advance(p.stages);
     }
 }
 
 // ---- compute
 
-// Rows and columns of what this thread holds: d[4 j + 2 h + i] is row(h), column(j) + i.
+// Rows and columns of what this thread holds: d[4 j + 2 h + i] of part r is row(r, h), column(j) + i.
 struct GemmPlace {
     int first_row, first_column;
-    __device__ __forceinline__ int row(int h) const { return first_row + 8 * h; }
+    __device__ __forceinline__ int row(int part, int h) const { return first_row + 64 * part + 8 * h; }
     __device__ __forceinline__ int column(int j) const { return first_column + 8 * j; }
 };
 
-template <int COLUMNS, bool IS_BLOCK>
-__device__ __forceinline__ void gemm_multiply(float (&sum)[COLUMNS / 2], const Gemm& p, GemmHeader* header,
+// Lane i lets go of what block i of the cluster has sent.
+__device__ __forceinline__ void gemm_release(const Gemm& p, Mbarrier* empty) {
+    if (p.cluster > 1) {
+        if (lane_index() < p.cluster) mbarrier_arrive_at(empty, lane_index());
+    } else if (lane_index() == 0) {
+        mbarrier_arrive(empty);
+    }
+}
+
+template <int PARTS, int COLUMNS, bool IS_BLOCK>
+__device__ __forceinline__ void gemm_multiply(float (&sum)[PARTS][COLUMNS / 2], const Gemm& p, GemmHeader* header,
                                               unsigned char* ring, GemmRing& at, const GemmPlace& place, int group) {
-    using Tile = GemmTile<COLUMNS>;
+    using Tile = GemmTile<PARTS, COLUMNS>;
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; i++) sum[i] = 0.0f;
+    for (int i = 0; i < PARTS * COLUMNS / 2; i++) sum[i / (COLUMNS / 2)][i % (COLUMNS / 2)] = 0.0f;
     for (int step = 0; step < p.steps; step++) {
-        float scale[2] = {1.0f, 1.0f};
+        float scale[PARTS][2];
         if constexpr (IS_BLOCK) {
             static_assert(COLUMNS == 128, "a tile has one block of columns");
-            float w_scale = load(p.in.w_scales + place.first_column / 128 * p.in.w_scale_stride + step);
+            int64_t blocks = minimum(place.first_column, p.in.outputs - 1) / 128;
+            float w_scale = load(p.in.w_scales + blocks * p.in.w_scale_stride + step);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int row = minimum(place.row(h), p.in.rows - 1);
-                scale[h] = multiply(w_scale, load(p.in.x_scales + row * p.in.x_scale_stride + step));
+            for (int i = 0; i < 2 * PARTS; i++) {
+                int row = minimum(place.row(i / 2, i % 2), p.in.rows - 1);
+                scale[i / 2][i % 2] = multiply(w_scale, load(p.in.x_scales + row * p.in.x_scale_stride + step));
             }
         }
-        const unsigned char* x = ring + at.stage * Tile::STAGE_BYTES + group * 64 * GEMM_DEPTH;
-        const unsigned char* w = ring + at.stage * Tile::STAGE_BYTES + GEMM_ROWS * GEMM_DEPTH;
-        float fresh[COLUMNS / 2];
+        const unsigned char* x = ring + at.stage * Tile::STAGE_BYTES + group * PARTS * 64 * GEMM_DEPTH;
+        const unsigned char* w = ring + at.stage * Tile::STAGE_BYTES + Tile::ROWS * GEMM_DEPTH;
         mbarrier_wait(&header->full[at.stage], at.parity);
-        wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < GEMM_DEPTH; k += 32) {
-            Wgmma<COLUMNS>::fp8(fresh, matrix_k_major(x + k), matrix_k_major(w + k), k > 0);
+        for (int part = 0; part < PARTS; part++) {
+            float fresh[COLUMNS / 2];
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < GEMM_DEPTH; k += 32) {
+                Wgmma<COLUMNS>::fp8(fresh, matrix_k_major(x + part * 64 * GEMM_DEPTH + k), matrix_k_major(w + k), k > 0);
+            }
+            wgmma_commit();
+            wgmma_wait<0>();
+            keep_in_registers(fresh);
+            if (part == PARTS - 1) gemm_release(p, &header->empty[at.stage]);
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 2; i++) {
+                sum[part][i] = IS_BLOCK ? multiply_add(fresh[i], scale[part][i % 4 / 2], sum[part][i]) : add(sum[part][i], fresh[i]);
+            }
         }
-        wgmma_commit();
-        wgmma_wait<0>();
-        keep_in_registers(fresh);
-        if (lane_index() == 0) mbarrier_arrive(&header->empty[at.stage]);
         at.advance(p.stages);
-#pragma unroll
-        for (int i = 0; i < COLUMNS / 2; i++) {
-            sum[i] = IS_BLOCK ? multiply_add(fresh[i], scale[i % 4 / 2], sum[i]) : add(sum[i], fresh[i]);
-        }
     }
 }
 
 // ---- store
 
+// Scales of this thread's row and column of the warpgroup's, asked for before the products and needed after them.
+struct GemmScales {
+    float x, w;
+};
+
+template <int PARTS, int COLUMNS>
+__device__ __forceinline__ GemmScales gemm_ask_scales(const Gemm& p, const TilePlace& tile, int group) {
+    int thread = threadIdx.x % 128;
+    int row = tile.row * GemmTile<PARTS, COLUMNS>::ROWS + (group * PARTS * 64) + thread % (PARTS * 64);
+    int column = tile.column * COLUMNS + minimum(thread, COLUMNS - 1);
+    return {load(p.in.x_scales + minimum(row, p.in.rows - 1) * p.in.x_scale_stride),
+            load(p.in.w_scales + minimum(column, p.in.outputs - 1) * p.in.w_scale_stride)};
+}
+
 // The sums times the scales of their rows and columns, in place.
-template <int COLUMNS>
-__device__ __forceinline__ void gemm_scale(float (&sum)[COLUMNS / 2], const Gemm& p, const GemmPlace& place) {
-    float x_scale[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-        x_scale[h] = load(p.in.x_scales + minimum(place.row(h), p.in.rows - 1) * p.in.x_scale_stride);
+template <int PARTS, int COLUMNS>
+__device__ __forceinline__ void gemm_scale(
+    float (&sum)[PARTS][COLUMNS / 2], GemmHeader* header, const GemmScales& scales, int group) {
+    float *x_scales = header->x_scales[group], *w_scales = header->w_scales[group];
+    int thread = threadIdx.x % 128, row = warp_index() % 4 * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
+    x_scales[thread] = scales.x;
+    w_scales[thread] = scales.w;
+    named_barrier_sync(1 + group, 128);
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++) {
+        auto w_scale = *reinterpret_cast<const Vec<float, 2>*>(w_scales + column + 8 * j);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int column = minimum(place.column(j) + i, p.in.outputs - 1);
-            float w_scale = load(p.in.w_scales + column * p.in.w_scale_stride);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float& value = sum[4 * j + 2 * h + i];
-                value = multiply(multiply(value, x_scale[h]), w_scale);
-            }
+        for (int i = 0; i < 4 * PARTS; i++) {
+            float& value = sum[i / 4][4 * j + i % 4];
+            value = multiply(multiply(value, x_scales[i / 4 * 64 + row + i % 4 / 2 * 8]), w_scale[i % 2]);
         }
     }
 }
 
-// 64 rows of bf16 to their boxes of 32 columns in shared memory, and out. `pairs`: [j][h], of columns j.
-template <int GROUPS>
-__device__ __forceinline__ void store_boxes(const uint32_t (&pairs)[GROUPS][2], unsigned char* out, const TensorMap* y_map,
-                                            int first_column, int first_row, int barrier) {
+// 64 rows of bf16 to their boxes in shared memory, and out.
+template <int PARTS, int COLUMNS>
+__device__ __forceinline__ void gemm_store(
+    const float (&sum)[COLUMNS / 2], unsigned char* out, const TensorMap* y_map, int first_column, int first_row, int barrier) {
+    using Tile = GemmTile<PARTS, COLUMNS>;
+    constexpr int CHUNKS = Tile::BOX_COLUMNS / 8;  // of 16 bytes, of a row of a box
+    // What was in these boxes before has left.
+    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
+    named_barrier_sync(barrier, 128);
     int lane = lane_index(), matrix = lane / 8, row = warp_index() % 4 * 16 + (matrix & 1) * 8 + lane % 8;
+    auto place = [&](int j) {  // of the chunk of columns 8 j .. 8 j + 7
+        int swizzle = CHUNKS == 4 ? (row >> 1) & 3 : CHUNKS == 2 ? (row >> 2) & 1 : 0;
+        return out + j / CHUNKS * Tile::BOX_BYTES + row * CHUNKS * 16 + ((j % CHUNKS ^ swizzle) << 4);
+    };
+    auto pair = [&](int j, int h) { return pack_bf16(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]); };
 #pragma unroll
-    for (int j = 0; j < GROUPS; j += 2) {
-        int box = j / 4, chunk = j % 4 + (matrix >> 1);
-        unsigned char* place = out + box * 64 * 64 + row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
-        uint32_t r[4] = {pairs[j][0], pairs[j][1], pairs[j + 1][0], pairs[j + 1][1]};
-        store_matrix_x4(place, r);
+    for (int j = 0; j < COLUMNS / 8; j += 2) {
+        // An odd last group is written twice, alike.
+        int second = j + 1 < COLUMNS / 8 ? j + 1 : j;
+        uint32_t r[4] = {pair(j, 0), pair(j, 1), pair(second, 0), pair(second, 1)};
+        store_matrix_x4(place(matrix >> 1 ? second : j), r);
     }
     fence_async_proxy();
     named_barrier_sync(barrier, 128);
     if (threadIdx.x % 128 == 0) {
 #pragma unroll
-        for (int box = 0; box < GROUPS / 4; box++) {
-            tma_store_2d(y_map, out + box * 64 * 64, first_column + box * BOX_COLUMNS, first_row);
+        for (int box = 0; box < COLUMNS / Tile::BOX_COLUMNS; box++) {
+            tma_store_2d(y_map, out + box * Tile::BOX_BYTES, first_column + box * Tile::BOX_COLUMNS, first_row);
         }
         tma_store_commit();
     }
 }
 
-template <int COLUMNS>
-__device__ __forceinline__ void gemm_store(const float (&sum)[COLUMNS / 2], const TilePlace& tile, unsigned char* out,
-                                           const TensorMap* y_map, int group) {
-    constexpr int GROUPS = COLUMNS / 8;
-    uint32_t pairs[GROUPS][2];
-#pragma unroll
-    for (int j = 0; j < GROUPS; j++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) pairs[j][h] = pack_bf16(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
-    }
-    // The tile before has left these boxes.
-    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
-    named_barrier_sync(1 + group, 128);
-    store_boxes<GROUPS>(pairs, out, y_map, tile.column * COLUMNS, tile.row * GEMM_ROWS + group * 64, 1 + group);
-}
-
-template <int COLUMNS, bool IS_BLOCK>
+template <int PARTS, int COLUMNS, bool IS_BLOCK>
 __device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, unsigned char* ring, unsigned char* outs,
                                              const TensorMap* y_map) {
+    using Tile = GemmTile<PARTS, COLUMNS>;
     int group = warp_index() / 4 - 1;
+    if (p.cluster > 1) cluster_wait();
     wait_for_previous_kernel();
     GemmRing at;
-    for (int tile = blockIdx.x; tile < p.row_tiles * p.column_tiles; tile += gridDim.x) {
-        TilePlace place = place_tile(p, tile);
-        GemmPlace mine{place.row * GEMM_ROWS + group * 64 + warp_index() % 4 * 16 + lane_index() / 4,
-                       place.column * COLUMNS + lane_index() % 4 * 2};
-        float sum[COLUMNS / 2];
-        gemm_multiply<COLUMNS, IS_BLOCK>(sum, p, header, ring, at, mine, group);
-        if constexpr (!IS_BLOCK) gemm_scale<COLUMNS>(sum, p, mine);
-        gemm_store<COLUMNS>(sum, place, outs + group * GemmTile<COLUMNS>::OUT_BYTES, y_map, group);
+    GemmTiles tiles(p);
+    for (int tile = tiles.next; tile < tiles.end; tile += tiles.step) {
+        TilePlace place = place_tile<Tile::ROWS>(p, tile, tiles.rank);
+        int first_row = place.row * Tile::ROWS + group * PARTS * 64;
+        GemmPlace mine{first_row + warp_index() % 4 * 16 + lane_index() / 4, place.column * COLUMNS + lane_index() % 4 * 2};
+        float sum[PARTS][COLUMNS / 2];
+        GemmScales scales{};
+        if constexpr (!IS_BLOCK) scales = gemm_ask_scales<PARTS, COLUMNS>(p, place, group);
+        gemm_multiply<PARTS, COLUMNS, IS_BLOCK>(sum, p, header, ring, at, mine, group);
+        if constexpr (!IS_BLOCK) gemm_scale<PARTS, COLUMNS>(sum, header, scales, group);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            gemm_store<PARTS, COLUMNS>(sum[part], outs + group * Tile::OUT_BYTES, y_map, place.column * COLUMNS,
+                                       first_row + 64 * part, 1 + group);
+        }
     }
     if (threadIdx.x % 128 == 0) tma_store_wait<0>();
 }
 
-template <int COLUMNS, bool IS_BLOCK>
+template <int PARTS, int COLUMNS, bool IS_BLOCK>
 __global__ void __launch_bounds__(GEMM_THREADS, 1)
     gemm_kernel(const __grid_constant__ Gemm p, const __grid_constant__ TensorMap x_map,
                 const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map) {
     unsigned char* shared = shared_memory<unsigned char>();
     auto* header = reinterpret_cast<GemmHeader*>(shared);
     unsigned char* outs = shared + GEMM_HEADER_BYTES;
-    unsigned char* ring = outs + 2 * GemmTile<COLUMNS>::OUT_BYTES;
+    unsigned char* ring = outs + 2 * GemmTile<PARTS, COLUMNS>::OUT_BYTES;
     let_next_kernel_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++) {
             mbarrier_init(&header->full[i], 1);
-            mbarrier_init(&header->empty[i], GEMM_CONSUMERS / 32);
+            mbarrier_init(&header->empty[i], p.cluster * GEMM_CONSUMERS / 32);
         }
         mbarrier_init_fence();
     }
     block_sync();
+    if (p.cluster > 1) cluster_arrive_relaxed();  // and wait where the other blocks are needed first
     if (warp_index() < 4) {
         give_registers<40>();
-        if (threadIdx.x == 0) gemm_produce<COLUMNS>(p, header, ring, &x_map, &w_map);
+        if (threadIdx.x == 0) {
+            gemm_produce<PARTS, COLUMNS>(p, header, ring, &x_map, &w_map);
+        } else if (p.cluster > 1) {
+            cluster_wait();
+        }
     } else {
         take_registers<232>();
-        gemm_consume<COLUMNS, IS_BLOCK>(p, header, ring, outs, &y_map);
+        gemm_consume<PARTS, COLUMNS, IS_BLOCK>(p, header, ring, outs, &y_map);
+    }
+    if (p.cluster > 1) {  // the other blocks arrive at this one's barriers until they are here
+        cluster_arrive();
+        cluster_wait();
     }
 }
 

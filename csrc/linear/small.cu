@@ -8,9 +8,9 @@ bool small_linear_fits(Input input, bool is_fp8, int rows, int outputs, int widt
     if (rows < 1 || rows > (is_streamed ? 64 : FUSED_TOKENS)) return false;
     CHECK_RANGE(outputs, 1, 1 << 30);
     CHECK_RANGE(width, 1, 1 << 24);
-    int chunks = ceil_div(width, CHUNK_BYTES / (is_fp8 ? 1 : 2)), tokens = ceil_div(rows, 16) * 16;
+    int chunks = ceil_div(width, CHUNK_BYTES / (is_fp8 ? 1 : 2));
     bool has_parts = input == Input::SILU_MUL && !is_fp8;
-    return plan_small_linear(tokens, outputs, chunks, is_streamed, has_parts, num_sms()).shared_bytes <= MAX_SHARED_BYTES;
+    return plan_small_linear(rows, outputs, chunks, is_streamed, has_parts).shared_bytes <= MAX_SHARED_BYTES;
 }
 
 void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outputs, int64_t weight_stride, Stream stream) {

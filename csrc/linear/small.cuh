@@ -3,10 +3,14 @@
 // A block does tiles of `tile_rows` outputs over all of K, in turn. One warp keeps a ring of stages filled, of weights
 // (before the previous kernel has ended) and of x; each warpgroup of consumers multiplies 64 rows of the tile by all
 // tokens. Rows beyond the tile and columns beyond the tokens are read as they lie there, and not stored.
+//
+// The blocks of a cluster share x: each fetches some tokens of every stage and multicasts them to all. They go through the
+// same steps together: a stage is filled again when the warps of all blocks have let go of it, and a block without a tile in the
+// last round multiplies zeros.
 #pragma once
 
+#include "common/cluster.cuh"
 #include "common/mma.cuh"
-#include "common/tma.cuh"
 #include "linear/small_input.cuh"
 
 namespace nemo {
@@ -23,6 +27,7 @@ struct SmallLinear {
     bf16* y;
     int rows, outputs, chunks;  // chunks: of K, 128 bytes each
     int tile_rows, stages;
+    int cluster, shared_tokens;  // blocks that share x; tokens that each of them fetches, if there are so many left
     int made_steps;  // whose input is made at once, where it is made here: all, or a part of a gated activation in bf16
     LinearScales scales;
     SmallInput input;
@@ -67,13 +72,27 @@ __device__ __forceinline__ void load_weights(
 
 template <class W, int TOKENS>
 __device__ __forceinline__ void load_tokens(
-    unsigned char* stage, const TensorMap* map, Mbarrier* full, int tile_rows, int step) {
+    unsigned char* stage, const TensorMap* map, Mbarrier* full, const SmallLinear& p, int step) {
     constexpr int ELEMENTS = CHUNK_BYTES / sizeof(W);
-    unsigned char* to = stage + STAGE_CHUNKS * tile_rows * CHUNK_BYTES;
+    int first = p.cluster == 1 ? 0 : cluster_rank() * p.shared_tokens;
+    if (first >= TOKENS) return;
+    unsigned char* to = stage + (STAGE_CHUNKS * p.tile_rows + first) * CHUNK_BYTES;
 #pragma unroll
     for (int i = 0; i < STAGE_CHUNKS; i++) {
-        tma_load_2d(to + i * TOKENS * CHUNK_BYTES, map, full, (step * STAGE_CHUNKS + i) * ELEMENTS, 0, Keep::EVICT_LAST);
+        int k = (step * STAGE_CHUNKS + i) * ELEMENTS;
+        unsigned char* chunk = to + i * TOKENS * CHUNK_BYTES;
+        if (p.cluster == 1) {
+            tma_load_2d(chunk, map, full, k, first, Keep::EVICT_LAST);
+        } else {
+            tma_load_2d_multicast(chunk, map, full, k, first, uint16_t((1 << p.cluster) - 1), Keep::EVICT_LAST);
+        }
     }
+}
+
+// Tiles that each block of this one's cluster goes through: as many as its first block has.
+__device__ __forceinline__ int rounds_of_cluster(const SmallLinear& p) {
+    int first = blockIdx.x / unsigned(p.cluster) * p.cluster;
+    return ceil_div(ceil_div(p.outputs, p.tile_rows) - first, int(gridDim.x));
 }
 
 // By one thread. The first round of the ring asks for weights alone, waits, and then for its tokens.
@@ -81,8 +100,7 @@ template <class W, int TOKENS, bool HAS_X>
 __device__ __forceinline__ void produce(const SmallLinear& p, SmallHeader* header, unsigned char* ring,
                                         const TensorMap* w_map, const TensorMap* x_map) {
     int bytes = stage_bytes<TOKENS, HAS_X>(p.tile_rows), steps = ceil_div(p.chunks, STAGE_CHUNKS);
-    int tiles = ceil_div(p.outputs, p.tile_rows);
-    int total = ceil_div(tiles - int(blockIdx.x), int(gridDim.x)) * steps, first = minimum(total, p.stages);
+    int total = rounds_of_cluster(p) * steps, first = minimum(total, p.stages);
     auto load_weights_of = [&](int i, int stage) {
         mbarrier_arrive_expect(&header->full[stage], bytes);
         load_weights<W>(ring + stage * bytes, w_map, &header->full[stage], p.tile_rows,
@@ -90,9 +108,10 @@ __device__ __forceinline__ void produce(const SmallLinear& p, SmallHeader* heade
     };
     for (int i = 0; i < first; i++) load_weights_of(i, i);
     if constexpr (HAS_X) {
+        if (p.cluster > 1) cluster_wait();  // the others' barriers are there
         wait_for_previous_kernel();
         for (int i = 0; i < first; i++) {
-            load_tokens<W, TOKENS>(ring + i * bytes, x_map, &header->full[i], p.tile_rows, i % steps);
+            load_tokens<W, TOKENS>(ring + i * bytes, x_map, &header->full[i], p, i % steps);
         }
     }
     Ring at;
@@ -100,7 +119,7 @@ __device__ __forceinline__ void produce(const SmallLinear& p, SmallHeader* heade
         mbarrier_wait(&header->empty[at.stage], at.parity);
         load_weights_of(i, at.stage);
         if constexpr (HAS_X) {
-            load_tokens<W, TOKENS>(ring + at.stage * bytes, x_map, &header->full[at.stage], p.tile_rows, i % steps);
+            load_tokens<W, TOKENS>(ring + at.stage * bytes, x_map, &header->full[at.stage], p, i % steps);
         }
         at.advance(p.stages);
     }
@@ -242,8 +261,9 @@ __device__ __forceinline__ void consume(
     const SmallLinear& p, SmallHeader* header, unsigned char* made, unsigned char* ring) {
     constexpr bool HAS_X = INPUT == Input::READY;
     int consumers = blockDim.x - PRODUCER_THREADS, group = warp_index() / 4;
-    int steps = ceil_div(p.chunks, STAGE_CHUNKS), tiles = ceil_div(p.outputs, p.tile_rows);
+    int steps = ceil_div(p.chunks, STAGE_CHUNKS), rounds = rounds_of_cluster(p);
     int bytes = stage_bytes<TOKENS, HAS_X>(p.tile_rows);
+    if (HAS_X && p.cluster > 1) cluster_wait();
     wait_for_previous_kernel();
     auto make_from = [&](int step) {
         make_input<W, INPUT>(made, header->scales, header->scratch, p.input, step * STAGE_CHUNKS,
@@ -254,7 +274,8 @@ __device__ __forceinline__ void consume(
         if (!is_made_in_parts) make_from(0);
     }
     Ring at;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int round = 0; round < rounds; round++) {
+        int tile = blockIdx.x + round * gridDim.x;
         Place place = place_in(p, tile);
         float sum[TOKENS / 2] = {};
         for (int step = 0, made_step = 0; step < steps; step++, made_step++) {
@@ -271,7 +292,11 @@ __device__ __forceinline__ void consume(
             multiply_stage<W, TOKENS, IS_BLOCK>(sum, p, place, stage + group * GROUP_ROWS * CHUNK_BYTES, x,
                                                 HAS_X ? TOKENS * CHUNK_BYTES : X_CHUNK_BYTES, step * STAGE_CHUNKS,
                                                 &header->full[at.stage], at.parity);
-            if (lane_index() == 0) mbarrier_arrive(&header->empty[at.stage]);
+            if (HAS_X && p.cluster > 1) {  // lane i lets go of what block i of the cluster has sent
+                if (lane_index() < p.cluster) mbarrier_arrive_at(&header->empty[at.stage], lane_index());
+            } else if (lane_index() == 0) {
+                mbarrier_arrive(&header->empty[at.stage]);
+            }
             at.advance(p.stages);
         }
         // The columns of rows that this warpgroup read beyond the tile are not stored.
@@ -294,15 +319,22 @@ __global__ void __launch_bounds__(MAX_TILE_ROWS / GROUP_ROWS * 128 + PRODUCER_TH
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++) {
             mbarrier_init(&header->full[i], 1);
-            mbarrier_init(&header->empty[i], consumers / 32);
+            mbarrier_init(&header->empty[i], p.cluster * consumers / 32);
         }
         mbarrier_init_fence();
     }
     block_sync();
+    if (HAS_X && p.cluster > 1) cluster_arrive_relaxed();  // and wait where the other blocks are needed first
     if (int(threadIdx.x) < consumers) {
         consume<W, TOKENS, IS_BLOCK, INPUT>(p, header, made, ring);
     } else if (int(threadIdx.x) == consumers) {
         produce<W, TOKENS, HAS_X>(p, header, ring, &w_map, &x_map);
+    } else if (HAS_X && p.cluster > 1) {
+        cluster_wait();
+    }
+    if (HAS_X && p.cluster > 1) {  // the other blocks arrive at this one's barriers until they are here
+        cluster_arrive();
+        cluster_wait();
     }
 }
 

@@ -9,21 +9,37 @@
 namespace nemo {
 
 struct SmallPlan {
-    int tile_rows, stages, made_steps, consumers, blocks, shared_bytes;
+    int tile_rows, cluster, shared_tokens, stages, made_steps, consumers, blocks, shared_bytes;
 };
 
-// Tiles of the height (a multiple of the swizzle's 8 rows) that all multiprocessors finish first: time is the rounds of
-// tiles times the larger of a tile's bytes from memory and, at some 1.7 times the rate, its bytes and those of x from
-// L2, and as much as one row more for what a tile costs besides. Of equals the highest, which reads x least often.
-inline int choose_tile_rows(int outputs, int streamed_tokens, int num_sms) {
-    int best = 8;
+struct SmallTiles {
+    int rows, cluster, places;
+};
+
+// Tiles of the height (a multiple of the swizzle's 8 rows) and clusters of the size that are done first: time is the rounds of
+// tiles times the larger of a tile's bytes from memory and, at some 1.28 times the rate, its bytes and its share of x from
+// L2, and as much as one row more for what a tile costs besides; and for a cluster's barriers as much as three rows. Of
+// equals the smallest cluster, and of that the highest tile, which reads x least often.
+inline SmallTiles choose_tiles(int outputs, int streamed_tokens) {
+    SmallTiles best{};
     int64_t least = INT64_MAX;
-    for (int rows = 8; rows <= MAX_TILE_ROWS; rows += 8) {
-        int rounds = ceil_div(ceil_div(outputs, rows), num_sms);
-        int64_t time = int64_t(rounds) * (std::max(10 * rows, 6 * (rows + streamed_tokens)) + 10);
-        if (time <= least) {
-            least = time;
-            best = rows;
+    for (int cluster = 1; cluster <= (streamed_tokens > 0 ? MAX_CLUSTER : 1); cluster *= 2) {
+        int places = cluster_places(cluster);
+        if (places == 0) continue;  // of a GPU with fewer multiprocessors than a cluster has blocks
+        int64_t of_cluster = INT64_MAX;
+        SmallTiles tiles{};
+        for (int rows = 8; rows <= MAX_TILE_ROWS; rows += 8) {
+            int rounds = ceil_div(ceil_div(ceil_div(outputs, rows), cluster) * cluster, places);
+            int from_l2 = 1000 * rows + 1000 * streamed_tokens / cluster;
+            int64_t time = int64_t(rounds) * (std::max(1280 * rows, from_l2) + 1280) + (cluster > 1 ? 3 * 1280 : 0);
+            if (time <= of_cluster) {
+                of_cluster = time;
+                tiles = {rows, cluster, places};
+            }
+        }
+        if (of_cluster < least) {
+            least = of_cluster;
+            best = tiles;
         }
     }
     return best;
@@ -32,15 +48,18 @@ inline int choose_tile_rows(int outputs, int streamed_tokens, int num_sms) {
 // 88 KiB of stages: three times what a multiprocessor's share of the memory's rate needs in flight for 1 us, and little
 // enough that the next kernel's block fits beside it and asks for its weights. Three stages at least. An input that is
 // made in the block is kept whole; or, where it can be and must, in equal parts of K.
-inline SmallPlan plan_small_linear(
-    int tokens, int outputs, int chunks, bool is_streamed, bool has_parts, int num_sms) {
+inline SmallPlan plan_small_linear(int rows, int outputs, int chunks, bool is_streamed, bool has_parts) {
     constexpr int RING_BYTES = 88 * 1024;
+    int tokens = ceil_div(rows, 16) * 16;
+    SmallTiles tiles = choose_tiles(outputs, is_streamed ? rows : 0);
     SmallPlan plan;
-    plan.tile_rows = choose_tile_rows(outputs, is_streamed ? tokens : 0, num_sms);
+    plan.tile_rows = tiles.rows;
+    plan.cluster = tiles.cluster;
+    plan.shared_tokens = ceil_div(tokens, FUSED_TOKENS * tiles.cluster) * FUSED_TOKENS;  // groups of the swizzle's rows
     int bytes = STAGE_CHUNKS * CHUNK_BYTES * (plan.tile_rows + (is_streamed ? tokens : 0));
     plan.stages = std::min(std::max(RING_BYTES / bytes, 3), MAX_STAGES);
     plan.consumers = ceil_div(plan.tile_rows, GROUP_ROWS) * 128;
-    plan.blocks = std::min(ceil_div(outputs, plan.tile_rows), num_sms);
+    plan.blocks = std::min(ceil_div(ceil_div(outputs, plan.tile_rows), plan.cluster) * plan.cluster, tiles.places);
     plan.made_steps = is_streamed ? 0 : ceil_div(chunks, STAGE_CHUNKS);
     plan.shared_bytes = HEADER_BYTES + plan.stages * bytes + OVERREAD_BYTES;
     if (is_streamed) return plan;
@@ -90,13 +109,15 @@ void launch_small_linear(bf16* y, const LinearInputs& in, const W* weight, int o
                          const LinearScales& scales, Stream stream) {
     constexpr bool IS_STREAMED = INPUT == Input::READY;
     int chunks = ceil_div(in.width, CHUNK_BYTES / int(sizeof(W)));
-    SmallPlan plan = plan_small_linear(TOKENS, outputs, chunks, IS_STREAMED, can_make_parts<W, INPUT>(), num_sms());
+    SmallPlan plan = plan_small_linear(in.rows, outputs, chunks, IS_STREAMED, can_make_parts<W, INPUT>());
     SmallLinear p{.y = y,
                   .rows = in.rows,
                   .outputs = outputs,
                   .chunks = chunks,
                   .tile_rows = plan.tile_rows,
                   .stages = plan.stages,
+                  .cluster = plan.cluster,
+                  .shared_tokens = plan.shared_tokens,
                   .made_steps = plan.made_steps,
                   .scales = scales,
                   .input = {.x = static_cast<const bf16*>(in.x),
@@ -110,12 +131,13 @@ void launch_small_linear(bf16* y, const LinearInputs& in, const W* weight, int o
                             .x_stride = in.x_stride,
                             .residual_stride = in.residual_stride}};
     TensorMap w_map = chunk_map<W>(weight, outputs, in.width, weight_stride, plan.tile_rows);
-    TensorMap x_map = IS_STREAMED ? chunk_map<W>(in.x, in.rows, in.width, in.x_stride, TOKENS) : w_map;
+    TensorMap x_map = IS_STREAMED ? chunk_map<W>(in.x, in.rows, in.width, in.x_stride, plan.shared_tokens) : w_map;
     launch({.name = "small_linear",
             .grid = dim3(unsigned(plan.blocks)),
             .threads = plan.consumers + PRODUCER_THREADS,
             .shared_bytes = plan.shared_bytes,
-            .stream = stream},
+            .stream = stream,
+            .cluster = plan.cluster},
            small_linear_kernel<W, TOKENS, IS_BLOCK, INPUT>, p, w_map, x_map);
 }
 

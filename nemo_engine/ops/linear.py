@@ -89,6 +89,7 @@ _FP8_SHAPES = (
     (0, 48, 64, "tensor"), (1, 5, 64, "tensor as a matrix"), (3, 200, 272, "channel"), (17, 130, 272, "block"),
     (65, 144, 48, "tensor"), (65, 150, 400, "block"), (130, 33, 144, "channel"), (257, 40, 80, "tensor"),
     (257, 136, 144, "block"), (257, 400, 144, "channel"), (2, 256, 5120, "channel"), (2, 256, 5120, "block"),
+    (48, 40, 3072, "channel"), (130, 272, 1200, "channel"),
 )  # fmt: skip
 
 

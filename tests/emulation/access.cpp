@@ -7,12 +7,14 @@
 
 namespace {
 
-inline void told(const void* address, size_t bytes, bool is_write) {
+inline __attribute__((always_inline)) void told(const void* address, size_t bytes, bool is_write) {
     using namespace nemo::emulated;
     uintptr_t offset = reinterpret_cast<uintptr_t>(address) - tracked_begin;
     if (offset >= tracked_bytes) return;
     Machine& m = machine();
-    m.block->races.access(m.current->thread, uint32_t(offset), int(std::min<size_t>(bytes, tracked_bytes - offset)), is_write);
+    int inside = int(std::min<size_t>(bytes, tracked_bytes - offset));
+    m.counter.access_shared(m.block->number, m.current->thread, __builtin_return_address(0), uint32_t(offset), inside);
+    m.block->races.access(m.current->thread, uint32_t(offset), inside, is_write);
 }
 
 }  // namespace

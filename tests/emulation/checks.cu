@@ -229,6 +229,56 @@ __global__ void square(float* d, const uint32_t* a, int mistake) {
     for (int i = 0; i < 32; i++) store(d + threadIdx.x * 32 + i, sum[i]);
 }
 
+// Blocks of a cluster that each copy a row of 32 numbers to all, in rounds: y (blocks, rounds, 32 * cluster).
+enum SharingMistake {
+    SHARES_RIGHT,
+    NO_FIRST_BARRIER,
+    NO_LAST_BARRIER,
+    NO_WAIT_FOR_RELEASE,
+    RELEASED_TO_ITSELF,
+    RELEASED_BEFORE_READ,
+    ONE_LEFT_OUT,
+    TWO_HALVES,
+    NO_SECOND_HALF,
+    BEYOND_THE_CLUSTER,
+};
+
+__global__ void share(float* y, const __grid_constant__ TensorMap map, int rounds, int cluster, int mistake) {
+    auto* shared = shared_memory<float>();
+    auto* full = reinterpret_cast<Mbarrier*>(shared + 32 * cluster);
+    auto* empty = full + 1;
+    int i = threadIdx.x, lane = lane_index(), count = blockDim.x;
+    if (i == 0) {
+        mbarrier_init(full, 1);
+        mbarrier_init(empty, cluster * count / 32);
+        mbarrier_init_fence();
+    }
+    auto meet = [&] {
+        cluster_arrive();
+        if (mistake == TWO_HALVES) cluster_arrive();
+        if (mistake != NO_SECOND_HALF) cluster_wait();
+    };
+    block_sync();
+    if (mistake != NO_FIRST_BARRIER) meet();
+    for (int round = 0; round < rounds; round++) {
+        if (i == 0) {
+            if (round > 0 && mistake != NO_WAIT_FOR_RELEASE) mbarrier_wait(empty, (round - 1) & 1);
+            mbarrier_arrive_expect(full, 128 * cluster);
+            uint16_t all = (1 << cluster) - 1;
+            if (mistake == BEYOND_THE_CLUSTER) all |= 1 << cluster;
+            if (mistake == ONE_LEFT_OUT) all &= ~(2 >> cluster_rank());
+            tma_load_2d_multicast(shared + 32 * cluster_rank(), &map, full, 0, round * cluster + cluster_rank(), all);
+        }
+        mbarrier_wait(full, round & 1);
+        if (mistake == RELEASED_BEFORE_READ && lane < cluster) mbarrier_arrive_at(empty, lane);
+        store(y + (blockIdx.x * rounds + round) * count + i, shared[i]);
+        warp_sync();
+        if (mistake == RELEASED_TO_ITSELF && lane < cluster) mbarrier_arrive(empty);
+        if (mistake != RELEASED_TO_ITSELF && mistake != RELEASED_BEFORE_READ && lane < cluster) mbarrier_arrive_at(empty, lane);
+    }
+    if (mistake != NO_LAST_BARRIER) meet();
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -270,6 +320,11 @@ void register_emulation_checks(pybind11::module_& parent) {
     m.def("square", [](uintptr_t d, uintptr_t a, int mistake) {
         launch({.name = "square", .grid = 1, .threads = 128, .shared_bytes = 64 * 128, .is_dependent = false}, square,
                pointer<float>(d), pointer<const uint32_t>(a), mistake);
+    });
+    m.def("share", [](uintptr_t y, uintptr_t x, int blocks, int rounds, int cluster, int mistake) {
+        TensorMapSpec spec{Element::F32, 2, {32, rounds * cluster, 1}, {0, 128, 0}, {32, 1, 1}, Swizzle::NONE};
+        launch({.name = "share", .grid = dim3(blocks), .threads = 32 * cluster, .shared_bytes = 128 * cluster + 16, .cluster = cluster,
+                .is_dependent = false}, share, pointer<float>(y), make_tensor_map(pointer<void>(x), spec), rounds, cluster, mistake);
     });
     m.def("pack_bf16", pack_bf16);
     m.def("pack_fp16", pack_fp16);

@@ -1,5 +1,6 @@
 // What Python sees of the emulation, and the host functions that a GPU's driver would answer.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <dlfcn.h>
 
@@ -10,6 +11,13 @@
 namespace nemo {
 
 int num_sms() { return emulated::machine().num_sms; }
+
+// Of an H200: eight groups of 16 or 18 multiprocessors. Others have one group.
+int cluster_places(int cluster) {
+    CHECK_RANGE(cluster, 1, MAX_CLUSTER);
+    int sms = num_sms();
+    return sms == 132 ? 6 * (16 / cluster * cluster) + 2 * (18 / cluster * cluster) : sms / cluster * cluster;
+}
 
 TensorMap make_tensor_map(const void* base, const TensorMapSpec& spec) {
     CHECK_POINTER(base);
@@ -73,15 +81,25 @@ void register_emulator(pybind11::module_& parent) {
         "launches",
         [] {
             py::list all;
-            for (const auto& launch : machine().launches)
+            for (const auto& launch : machine().launches) {
+                py::list maps;
+                for (const auto& map : launch.maps)
+                    maps.append(py::dict(py::arg("sizes") = map.sizes, py::arg("box") = map.box, py::arg("element_bytes") = map.element_bytes));
+                const auto& c = launch.counts;
+                py::dict counts(py::arg("copied") = c.copied, py::arg("read") = c.read, py::arg("written") = c.written, py::arg("read_distinct") = c.read_distinct,
+                                py::arg("written_distinct") = c.written_distinct, py::arg("accesses") = c.accesses,
+                                py::arg("sectors") = c.sectors, py::arg("shared_accesses") = c.shared_accesses,
+                                py::arg("wavefronts") = c.wavefronts);
                 all.append(py::dict(py::arg("name") = launch.name, py::arg("offset") = offset_in_library(launch.address),
                                     py::arg("grid") = py::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z),
-                                    py::arg("threads") = launch.threads, py::arg("shared_bytes") = launch.shared_bytes,
-                                    py::arg("is_dependent") = launch.is_dependent));
+                                    py::arg("threads") = launch.threads, py::arg("cluster") = launch.cluster, py::arg("shared_bytes") = launch.shared_bytes,
+                                    py::arg("is_dependent") = launch.is_dependent, py::arg("maps") = maps, py::arg("counts") = counts));
+            }
             return all;
         },
         "Every launch since clear_launches().");
     m.def("set_dry_run", [](bool is_dry) { machine().is_dry = is_dry; }, "Whether launches are noted and run nothing.");
+    m.def("count", [](bool is_on) { machine().counter.is_on = is_on; }, "Whether launches count what they move.");
     m.def("plant", [](int number) { emulated::planted = number; }, "Which of the planted mistakes is made; 0 for none.");
     m.def("clear_launches", [] { machine().launches.clear(); });
 }

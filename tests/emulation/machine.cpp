@@ -82,6 +82,19 @@ dim3 block_size, grid_size;
 
 namespace {
 constexpr int STACK_BYTES = 128 * 1024;
+
+void add(std::vector<uint32_t>& to, const std::vector<uint32_t>& more) {
+    to.resize(std::max(to.size(), more.size()));
+    for (size_t i = 0; i < more.size(); i++) to[i] = std::max(to[i], more[i]);
+}
+std::shared_ptr<const Published> published(const std::map<uint32_t, std::vector<uint32_t>>& clocks) {
+    auto all = std::make_shared<Published>();
+    for (const auto& [block, clock] : clocks) (*all)[block] = std::make_shared<const std::vector<uint32_t>>(clock);
+    return all;
+}
+void learn_of_peers(Block& block, int thread, const std::shared_ptr<const Published>& what) {
+    if (what->size() > what->count(block.number)) block.foreign.acquired.push_back({thread, block.races.advance(thread), what});
+}
 struct Ended {};  // unwinds a fiber whose block has failed
 }  // namespace
 
@@ -95,35 +108,48 @@ Block::Block() : shared(static_cast<unsigned char*>(std::aligned_alloc(1024, SHA
 }
 Block::~Block() { std::free(shared); }
 
-void Machine::run(const char* name, uintptr_t address, dim3 grid, int threads, int bytes, bool dependent, std::function<void()> work) {
-    launches.push_back({name, address, grid, threads, bytes, dependent});
-    auto refuse = [&](auto&&... parts) { throw std::runtime_error(text("launch of ", name, ": ", parts...)); };
+void Machine::run(LaunchRecord how, std::function<void()> work) {
+    launches.push_back(how);
+    dim3 grid = how.grid;
+    int threads = how.threads, bytes = how.shared_bytes;
+    auto refuse = [&](auto&&... parts) { throw std::runtime_error(text("launch of ", how.name, ": ", parts...)); };
     if (is_running) refuse("another kernel runs");
     if (threads < 32 || threads > 1024 || threads % 32) refuse(threads, " threads, not whole warps up to 1024");
     if (bytes < 0 || bytes > SHARED_LIMIT) refuse(bytes, " bytes of shared memory, at most ", SHARED_LIMIT);
+    if (how.cluster < 1 || how.cluster > 8 || grid.x % how.cluster) refuse("clusters of ", how.cluster, " blocks, 1 to 8 that divide ", grid.x);
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) refuse("a grid of ", grid.x, "x", grid.y, "x", grid.z);
     if (is_dry) return;
-    kernel = name;
+    kernel = how.name;
+    counter.reset();
     num_threads = threads;
     shared_bytes = bytes;
-    is_dependent = dependent;
+    is_dependent = how.is_dependent;
     body = std::move(work);
     block_size = dim3(threads);
     grid_size = grid;
     is_running = true;
-    std::vector<uint32_t> waiting(size_t(grid.x) * grid.y * grid.z);
+    size_t size = how.cluster;
+    std::vector<uint32_t> waiting(size_t(grid.x) * grid.y * grid.z / size);  // clusters
     std::iota(waiting.begin(), waiting.end(), 0u);
     std::shuffle(waiting.begin(), waiting.end(), random);
     global.reset();
-    size_t at_once = std::min(waiting.size(), size_t(1 + random() % MOST_BLOCKS));
-    while (blocks.size() < at_once) blocks.push_back(std::make_unique<Block>());
+    size_t at_once = std::min(waiting.size(), size_t(1 + random() % ((MOST_BLOCKS + size - 1) / size)));
+    while (blocks.size() < at_once * size) blocks.push_back(std::make_unique<Block>());
     size_t running = 0;
     for (;;) {
         for (size_t i = 0; i < at_once && !waiting.empty() && !error; i++) {
-            if (blocks[i]->is_running) continue;
-            start_block(*blocks[i], waiting.back());
+            auto first = blocks.begin() + i * size;
+            if (std::any_of(first, first + size, [](auto& one) { return one->is_running; })) continue;
+            auto cluster = std::make_shared<Cluster>();
+            for (size_t rank = 0; rank < size; rank++) {
+                Block& one = **(first + rank);
+                one.cluster = cluster;
+                one.rank = int(rank);
+                cluster->blocks.push_back(&one);
+                start_block(one, uint32_t(waiting.back() * size + rank));
+                running++;
+            }
             waiting.pop_back();
-            running++;
         }
         if (!running) break;
         step();
@@ -134,6 +160,7 @@ void Machine::run(const char* name, uintptr_t address, dim3 grid, int threads, i
     }
     enter(nullptr);
     is_running = false;
+    launches.back().counts = counter.counts;
     body = nullptr;
     if (error) {
         auto caught = std::exchange(error, nullptr);
@@ -158,6 +185,8 @@ void Machine::start_block(Block& one, uint32_t number) {
     one.products.assign((num_threads + 127) / 128, {});
     for (auto& barrier : one.barriers) barrier = NamedBarrier{};
     one.phase_barriers.clear();
+    one.visits.clear();
+    one.landings.clear();
     one.pending.clear();
     one.ready.clear();
     one.num_ended = 0;
@@ -232,6 +261,20 @@ void Machine::check_end() {
         has_asked |= warp.has_asked;
     }
     if (has_asked && registers > REGISTERS) refuse("the warps of a block ask for ", registers, " registers, a multiprocessor has ", REGISTERS);
+    for (const auto& [visitor, epoch] : block->visits) {
+        const auto& all = block->foreign.acquired;
+        if (std::none_of(all.begin(), all.end(), [&](const Acquired& event) {
+                auto found = event.what->find(visitor.first);
+                return found != event.what->end() && (*found->second)[visitor.second] >= epoch;
+            }))
+            refuse("block number ", block->number, " ends while thread ", visitor.second, " of block number ", visitor.first,
+                   " arrives at its mbarriers: nothing orders the two");
+    }
+    for (const auto& [slot, phase] : block->landings) {
+        bool is_known = false;
+        for (int i = 0; i < num_threads; i++) is_known |= block->races.knows(i, slot, phase);
+        if (!is_known) refuse("block number ", block->number, " ends before a copy by another block of the cluster has come");
+    }
     for (auto work : std::vector<Work>(block->pending)) perform(work);  // copies that nobody waited for
     for (int i = 0; i < GUARD; i++)
         if (block->shared[shared_bytes + i] != 0xFF) refuse("shared memory written ", i, " bytes past the end of ", shared_bytes, " bytes");
@@ -258,13 +301,14 @@ void Machine::end_block() {
     block->warps.clear();
     block->pending.clear();
     block->is_running = false;
+    counter.end_block(block->number);
 }
 
 void Machine::start(Fiber& fiber) {
     if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<unsigned char[]>(STACK_BYTES);
     fiber.index = {unsigned(fiber.thread), 0, 0};
     fiber.is_ended = false;
-    fiber.has_waited = false;
+    fiber.has_waited = fiber.is_in_cluster_barrier = false;
     fiber.waits_at = nullptr;
     auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + STACK_BYTES) & ~uintptr_t(63);
 #if defined(__x86_64__)
@@ -303,6 +347,10 @@ void Machine::run_fiber() {
     Fiber& fiber = *m.current;
     fiber.is_ended = true;
     m.block->num_ended++;
+    Cluster& cluster = *m.block->cluster;
+    cluster.ended++;
+    if (fiber.is_in_cluster_barrier) m.report("a thread ends between cluster_arrive and cluster_wait");
+    if (!m.error) m.complete_cluster(cluster);
     NamedBarrier& all = m.block->barriers[0];
     if (!m.error && all.arrived && all.arrived == m.num_threads - m.block->num_ended) {
         all.arrived = 0;
@@ -334,7 +382,7 @@ void Machine::wait(Queue& queue, const char* where) {
 }
 
 void Machine::wake(Queue& queue) {
-    block->ready.insert(block->ready.end(), queue.fibers.begin(), queue.fibers.end());
+    for (Fiber* fiber : queue.fibers) fiber->block->ready.push_back(fiber);
     queue.fibers.clear();
 }
 
@@ -445,9 +493,11 @@ void Machine::complete(PhaseBarrier& barrier) {
     if (barrier.pending == 0 && barrier.bytes == 0) {
         barrier.phase++;
         barrier.pending = barrier.expected;
+        barrier.arrived.resize(std::max(barrier.arrived.size(), size_t(barrier.slot) + 1));
         auto clock = std::make_shared<std::vector<uint32_t>>(barrier.arrived);
         clock->at(barrier.slot) = barrier.phase;
         barrier.complete = clock;
+        if (!barrier.arrived_peers.empty()) barrier.complete_peers = published(barrier.arrived_peers);
         wake(barrier.queue);
     }
 }
@@ -456,7 +506,80 @@ void Machine::complete(PhaseBarrier& barrier) {
 bool Machine::has_observed(PhaseBarrier& barrier, uint32_t parity) {
     if ((barrier.phase & 1) == (parity & 1)) return false;
     if (barrier.complete) block->races.acquire(current->thread, barrier.complete);
+    if (barrier.complete_peers) learn_of_peers(*block, current->thread, barrier.complete_peers);
     return true;
+}
+
+// ---- clusters
+
+Block& Machine::peer(int rank, const char* what) {
+    if (rank < 0 || rank >= int(block->cluster->blocks.size())) fail(text(what, ": block ", rank, " of a cluster of ", block->cluster->blocks.size()));
+    Block& target = *block->cluster->blocks[rank];
+    if (!target.is_running || target.cluster != block->cluster) fail(text(what, ": block ", rank, " of the cluster has ended"));
+    return target;
+}
+
+int Machine::visitor_of(Block& target) {
+    if (&target == block) return current->thread;
+    std::vector<uint32_t> all(*target.races.nothing());
+    const Published* last = nullptr;
+    for (const auto& event : block->foreign.acquired) {
+        if (event.what.get() == last || !block->races.knows(current->thread, event.thread, event.epoch)) continue;
+        last = event.what.get();
+        auto found = last->find(target.number);
+        if (found == last->end()) continue;
+        for (size_t i = 0; i < found->second->size(); i++) all[i] = std::max(all[i], (*found->second)[i]);
+    }
+    return target.races.admit(std::make_shared<const std::vector<uint32_t>>(std::move(all)));
+}
+
+PhaseBarrier& Machine::phase_barrier(Block& target, const void* address) {
+    if (&target == block) return phase_barrier(address);
+    auto found = target.phase_barriers.find(address_of_shared(address, 8, "an mbarrier"));
+    if (found == target.phase_barriers.end()) fail(text("an mbarrier of block ", target.rank, " of the cluster is used that was not initialised"));
+    target.races.look(visitor_of(target), offset_of(address), 8);
+    return found->second;
+}
+
+void Machine::arrive_at(Block& target, const void* address) {
+    PhaseBarrier& barrier = phase_barrier(target, address);
+    int thread = current->thread;
+    target.visits[{block->number, thread}] = block->races.epoch(thread);
+    add(barrier.arrived_peers[block->number], *block->races.clock_of(thread));
+    block->races.advance(thread);
+    barrier.pending--;
+    complete(barrier);
+    maybe_yield();
+}
+
+void Machine::arrive_in_cluster() {
+    Cluster& cluster = *block->cluster;
+    if (current->is_in_cluster_barrier) fail("cluster_arrive twice without cluster_wait");
+    current->is_in_cluster_barrier = true;
+    current->cluster_phase = cluster.phase;
+    add(cluster.left[block->number], *block->races.clock_of(current->thread));
+    block->races.advance(current->thread);
+    cluster.arrived++;
+    complete_cluster(cluster);
+    maybe_yield();
+}
+
+void Machine::complete_cluster(Cluster& cluster) {
+    if (!cluster.arrived || cluster.arrived + cluster.ended < int(cluster.blocks.size()) * num_threads) return;
+    cluster.arrived = 0;
+    cluster.phase++;
+    cluster.complete = published(cluster.left);
+    wake(cluster.queue);
+}
+
+void Machine::wait_for_cluster() {
+    Cluster& cluster = *block->cluster;
+    if (!current->is_in_cluster_barrier) fail("cluster_wait without cluster_arrive");
+    while (cluster.phase == current->cluster_phase) wait(cluster.queue, "cluster_wait");
+    current->is_in_cluster_barrier = false;
+    block->races.acquire(current->thread, cluster.complete->at(block->number));
+    learn_of_peers(*block, current->thread, cluster.complete);
+    maybe_yield();
 }
 
 uint32_t Machine::address_of_shared(const void* pointer, int bytes, const char* what) {
@@ -475,9 +598,14 @@ unsigned char* Machine::async_place(uint32_t address, int bytes) {
     return block->shared + offset;
 }
 
-void Machine::access_global(const void* address, int bytes, bool is_write, bool is_atomic) {
+void Machine::access_global(const void* address, int bytes, bool is_write, Access how) {
     check_global(address, bytes, is_write);
-    global.access(block->races, block->foreign, block->number, current->thread, address, bytes, is_write, is_atomic);
+    if (how == Access::COPY) {
+        counter.copy(address, bytes, is_write);
+    } else {
+        counter.access(block->number, current->thread, __builtin_return_address(0), address, bytes, is_write);
+    }
+    global.access(block->races, block->foreign, block->number, current->thread, address, bytes, is_write, how == Access::ATOMIC);
 }
 
 void Machine::check_global(const void* address, int bytes, bool is_write) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "emulation/counts.h"
 #include "emulation/cuda.h"
 #include "emulation/global.h"
 
@@ -53,6 +54,8 @@ struct Fiber {
     bool is_ended = true;
     bool has_waited = false;  // for the previous kernel
     const char* waits_at = nullptr;
+    bool is_in_cluster_barrier = false;  // between its halves
+    uint32_t cluster_phase = 0;
     std::vector<Work> open_copies;               // cp.async, not yet in a group
     std::deque<std::vector<Work>> copy_groups;   // cp.async
     std::vector<Work> open_stores;               // TMA stores
@@ -120,12 +123,28 @@ struct PhaseBarrier {  // mbarrier
     int slot = -1;
     std::vector<uint32_t> arrived;  // what those knew that have arrived
     Clock complete;                 // by the end of the last phase
+    std::map<uint32_t, std::vector<uint32_t>> arrived_peers;  // those of other blocks of the cluster, by block
+    std::shared_ptr<const Published> complete_peers;
+};
+
+// Blocks that run together.
+struct Cluster {
+    std::vector<Block*> blocks;  // by rank
+    int arrived = 0, ended = 0;  // threads
+    uint32_t phase = 0;
+    std::map<uint32_t, std::vector<uint32_t>> left;  // what those knew that have arrived, by block
+    std::shared_ptr<const Published> complete;
+    Queue queue;
 };
 
 // A block that runs.
 struct Block {
     uint3 index{};
     uint32_t number = 0;
+    std::shared_ptr<Cluster> cluster;
+    int rank = 0;
+    std::map<std::pair<uint32_t, int>, uint32_t> visits;  // arrivals from other blocks: by block and thread, the last epoch
+    std::map<int, uint32_t> landings;  // copies by other blocks: by slot of their mbarrier, the last phase
     bool is_running = false;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Fiber*> ready;
@@ -151,13 +170,24 @@ struct Range {
     int64_t bytes_read = 0;  // by kernels, since it was made known
 };
 
+// A tensor map that a kernel is given.
+struct MapRecord {
+    std::vector<int64_t> sizes, box;  // elements, innermost first
+    int element_bytes;
+};
+
 struct LaunchRecord {
     std::string name;
     uintptr_t address;  // of the kernel's function
     dim3 grid;
+    int cluster;
     int threads, shared_bytes;
     bool is_dependent;
+    std::vector<MapRecord> maps;  // in the order of the arguments
+    Counts counts;                // if they are asked for
 };
+
+enum class Access { PLAIN, ATOMIC, COPY };
 
 struct Machine {
     // What tests set.
@@ -172,16 +202,17 @@ struct Machine {
     Block* block = nullptr;  // of the thread that runs
     Fiber* current = nullptr;
     Global global;
+    Counter counter;
     int num_threads = 0;
     int shared_bytes = 0;
     bool is_dependent = false;
     std::function<void()> body;
     std::exception_ptr error;
     void* scheduler_stack_pointer = nullptr;
-    const char* kernel = "";
+    std::string kernel;
     bool is_running = false;
 
-    void run(const char* name, uintptr_t address, dim3 grid, int threads, int shared_bytes, bool is_dependent, std::function<void()> body);
+    void run(LaunchRecord how, std::function<void()> body);
 
     // Called by fibers.
     [[noreturn]] void fail(const std::string& what);
@@ -190,9 +221,10 @@ struct Machine {
     void wake(Queue& queue);
     void yield();
     void maybe_yield();
-    void submit(const Work& work) {
-        work->place = block->pending.size();
-        block->pending.push_back(work);
+    void submit(const Work& work) { submit(work, *block); }
+    void submit(const Work& work, Block& target) {
+        work->place = target.pending.size();
+        target.pending.push_back(work);
     }
     void perform(const Work& work);
     // All lanes of a warp bring `slot`; the last to arrive runs `act` over the 32 slots.
@@ -205,6 +237,12 @@ struct Machine {
     void arrive(PhaseBarrier& barrier, int bytes);  // and expect bytes
     void complete(PhaseBarrier& barrier);
     bool has_observed(PhaseBarrier& barrier, uint32_t parity);
+    Block& peer(int rank, const char* what);  // of the cluster, which must not have ended
+    PhaseBarrier& phase_barrier(Block& target, const void* address);  // where `address` lies in this block
+    void arrive_at(Block& target, const void* barrier);
+    void arrive_in_cluster();
+    void wait_for_cluster();
+    int visitor_of(Block& target);  // the current thread, as the races of that block know it
     void meet(Queue& queue, std::vector<uint32_t>& others);  // the fibers of the queue and the current one
 
     uint32_t address_of_shared(const void* pointer, int bytes, const char* what);
@@ -214,11 +252,12 @@ struct Machine {
     uint32_t offset_of(const void* pointer) const { return uint32_t(static_cast<const unsigned char*>(pointer) - block->shared); }
     unsigned char* async_place(uint32_t address, int bytes);  // of what the tensor core or the copy engine reads
     void check_global(const void* address, int bytes, bool is_write);
-    void access_global(const void* address, int bytes, bool is_write, bool is_atomic = false);  // checks, and tells the races
+    void access_global(const void* address, int bytes, bool is_write, Access how = Access::PLAIN);  // checks, counts, tells the races
     bool was_waited() const { return !is_dependent || current == nullptr || current->has_waited; }
 
   private:
     void start_block(Block& one, uint32_t number);
+    void complete_cluster(Cluster& cluster);
     void step();
     void end_block();
     void check_end();

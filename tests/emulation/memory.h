@@ -19,7 +19,7 @@ __forceinline__ T load(const T* from) {
     return *from;
 }
 template <class T>
-void store(T* to, const T& value) {
+__forceinline__ void store(T* to, const T& value) {
     emulated::machine().access_global(to, sizeof(T), true);
     *to = value;
 }
@@ -43,7 +43,7 @@ auto atomic(T* to, Order order, bool is_write, Change change) {
     if (m.is_shared(to)) {
         races.access(thread, m.offset_of(to), sizeof(T), is_write, true);
     } else {
-        m.access_global(to, sizeof(T), is_write, true);
+        m.access_global(to, sizeof(T), is_write, Access::ATOMIC);
         if (order == Order::RELAXED) m.global.relaxed(foreign, thread, to);
         if (order == Order::ACQUIRE || order == Order::BOTH) m.global.acquire(races, foreign, thread, to);
         if (order == Order::RELEASE || order == Order::BOTH) m.global.release(races, foreign, m.block->number, thread, to);
@@ -97,7 +97,7 @@ inline void copy_async(void* to_shared, const void* from, bool is_valid = true) 
     auto& m = emulated::machine();
     m.address_of_shared(to_shared, 16, "copy_async");
     if (reinterpret_cast<uintptr_t>(to_shared) % 16) m.fail("copy_async to shared memory that is not 16-byte aligned");
-    if (is_valid) m.access_global(from, 16, false);
+    if (is_valid) m.access_global(from, 16, false, emulated::Access::COPY);
     m.block->races.start_copy(m.current->thread, m.offset_of(to_shared));
     auto work = std::make_shared<emulated::Pending>();
     work->perform = [=] {

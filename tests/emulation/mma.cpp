@@ -235,6 +235,13 @@ unsigned char* matrix_row(const void* row) {
     return static_cast<unsigned char*>(const_cast<void*>(row));
 }
 
+// The lanes of this warp give the addresses of so many matrices.
+void count_rows(const char* primitive, MatrixRow** lanes, int matrices) {
+    Machine& m = machine();
+    for (int lane = 0; lane < 8 * matrices; lane++)
+        m.counter.access_shared(m.block->number, m.current->thread / 32 * 32 + lane, primitive, m.offset_of(lanes[lane]->row), 16);
+}
+
 // Bytes of a row that a lane of this warp moves.
 void touch(const void* row, int byte, int bytes, int lane, bool is_write) {
     Machine& m = machine();
@@ -245,6 +252,7 @@ void touch(const void* row, int byte, int bytes, int lane, bool is_write) {
 
 void load_matrices(const char* primitive, MatrixRow mine, int matrices, bool is_transposed) {
     together(primitive, mine, [=](MatrixRow** lanes) {
+        count_rows(primitive, lanes, matrices);
         for (int matrix = 0; matrix < matrices; matrix++) {
             uint16_t elements[8][8];
             for (int i = 0; i < 8; i++) std::memcpy(elements[i], matrix_row(lanes[8 * matrix + i]->row), 16);
@@ -265,6 +273,7 @@ void load_matrices(const char* primitive, MatrixRow mine, int matrices, bool is_
 
 void store_matrices(const char* primitive, MatrixRow mine, int matrices) {
     together(primitive, mine, [=](MatrixRow** lanes) {
+        count_rows(primitive, lanes, matrices);
         for (int lane = 0; lane < 32; lane++)
             for (int matrix = 0; matrix < matrices; matrix++) {
                 unsigned char* row = matrix_row(lanes[8 * matrix + lane / 4]->row);

@@ -12,8 +12,8 @@ void Races::reset(int threads, int shared_bytes) {
     num_threads = threads;
     num_slots = threads + BARRIERS + READERS;
     num_barriers = num_readers = 0;
-    epochs.assign(threads, 1);
-    bases.assign(threads, std::make_shared<const std::vector<uint32_t>>(num_slots, 0));
+    epochs.assign(num_slots + 1, 1);
+    bases.assign(num_slots + 1, nothing());
     fences.assign(threads, {});
     size_t cells = (shared_bytes + CELL - 1) / CELL, chunks = (shared_bytes + CHUNK - 1) / CHUNK;
     writes.assign(cells, {});
@@ -23,7 +23,7 @@ void Races::reset(int threads, int shared_bytes) {
     async_reads.assign(chunks * READERS, 0);
     box_of.assign(chunks, 0);
     boxes.clear();
-    fine.assign(threads, {});
+    fine.assign(num_slots + 1, {});
     joins.fill({});
     last_lesson = {};
 }
@@ -99,7 +99,8 @@ std::string Races::name(const Stamp& stamp) const {
 }
 
 void Races::say(int thread, const char* verb, uint32_t cell, const std::string& what) {
-    report(text("race in shared memory: thread ", thread, " ", verb, " offset ", cell * CELL, ", ", what));
+    std::string who = thread < num_threads ? text("thread ", thread) : "a thread of another block of the cluster";
+    report(text("race in shared memory: ", who, " ", verb, " offset ", cell * CELL, ", ", what));
 }
 
 // Whether what is there may be read or replaced.

@@ -70,37 +70,45 @@ inline uint32_t check_box(const char* what, const void* shared, const TensorMap&
             const unsigned char* line = map.base + y * spec.strides[1] + (spec.rank > 2 ? z * spec.strides[2] : 0);
             m.check_global(line + first * size, 1, is_write);
             m.check_global(line + (last + 1) * size - 1, 1, is_write);
+            m.counter.copy(line + first * size, (last - first + 1) * size, is_write);
         }
     }
     return start;
 }
 
-// The copy engine writes `bytes` bytes from `to` on, and tells the barrier, when `write` runs.
+// The copy engine writes `bytes` bytes of a block from `to` on, and tells its barrier, when `write` runs.
 template <class Write>
-void submit_load(void* to, int bytes, Mbarrier* barrier, Write write) {
+void submit_load(Block& target, void* to, int bytes, Mbarrier* barrier, Write write) {
     auto& m = machine();
-    auto& state = m.phase_barrier(barrier);
-    m.block->races.load_box(m.current->thread, m.offset_of(to), bytes, state.slot, state.phase);
+    auto& state = m.phase_barrier(target, barrier);
+    if (&target != m.block) target.landings[state.slot] = state.phase + 1;
+    target.races.load_box(m.visitor_of(target), m.offset_of(to), bytes, state.slot, state.phase);
     auto work = std::make_shared<Pending>();
     work->perform = [&m, &state, bytes, write] {
         write();
         state.bytes -= bytes;
         m.complete(state);
     };
-    m.submit(work);
+    m.submit(work, target);
     m.maybe_yield();
 }
 
-inline void load_box(void* to, const TensorMap* map, Mbarrier* barrier, const int (&at)[3]) {
+// To the blocks of the cluster whose bits are set; 0 for this one.
+inline void load_box(void* to, const TensorMap* map, Mbarrier* barrier, const int (&at)[3], unsigned blocks = 0) {
     auto& m = machine();
     uint32_t start = check_box("a TMA load", to, *map, at, false);
     int x = at[0], y = at[1], z = at[2];
-    submit_load(to, box_bytes(map->spec), barrier, [&m, map = *map, start, x, y, z] {
-        const uint64_t zero = 0;
-        over_box(map, start, {x, y, z}, [&](uint32_t place, const unsigned char* from, int bytes) {
-            std::memcpy(m.block->shared + (place - SHARED_BASE), from ? static_cast<const void*>(from) : &zero, bytes);
+    if (!blocks) blocks = 1u << m.block->rank;
+    for (int rank = 0; blocks >> rank; rank++) {
+        if (!(blocks >> rank & 1)) continue;
+        Block& target = m.peer(rank, "a TMA load");
+        submit_load(target, to, box_bytes(map->spec), barrier, [shared = target.shared, map = *map, start, x, y, z] {
+            const uint64_t zero = 0;
+            over_box(map, start, {x, y, z}, [&](uint32_t place, const unsigned char* from, int bytes) {
+                std::memcpy(shared + (place - SHARED_BASE), from ? static_cast<const void*>(from) : &zero, bytes);
+            });
         });
-    });
+    }
 }
 
 }  // namespace emulated
@@ -123,7 +131,8 @@ inline void bulk_load(void* to, const void* from, int bytes, Mbarrier* barrier, 
     if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         m.fail("bulk_load of what is not whole aligned 16 bytes");
     m.check_global(from, bytes, false);
-    emulated::submit_load(to, bytes, barrier, [to, from, bytes] { std::memcpy(to, from, bytes); });
+    m.counter.copy(from, bytes, false);
+    emulated::submit_load(*m.block, to, bytes, barrier, [to, from, bytes] { std::memcpy(to, from, bytes); });
 }
 inline void tma_store_2d(const TensorMap* map, const void* from, int c0, int c1) {
     auto& m = emulated::machine();

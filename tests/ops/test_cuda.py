@@ -5,6 +5,7 @@ addresses, launches at true sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from nemo_engine.ops import attention, cuda, fused
 from nemo_engine.ops.attention import attention_inputs
 from nemo_engine.ops.cuda import activation, linear, norm, rope
 from nemo_engine.ops.cuda import attention as cuda_attention
-from nemo_engine.ops.op import Op
+from nemo_engine.ops.linear import LINEAR_FP8, _make_fp8
+from nemo_engine.ops.op import Case, Op
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.quantize import FP8, quantize_channels, quantize_tokens
 from nemo_engine.ops.rope import RopeMeta, rope_and_append_kv_, rope_table
@@ -438,3 +440,19 @@ def test_counters_outlive_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cuda.counters(torch.device("cpu"), 1 << 17)) == 1 << 17
     held = [tensor.data_ptr() for made in cuda._counters.values() for tensor in made]
     assert first.data_ptr() in held and len(held) == 2
+
+
+@pytest.mark.parametrize("kind", ["block", "channel"])
+def test_tiles_of_256_rows(emulated_library: Any, kind: str) -> None:
+    """Which a launch takes where multiprocessors are few: each warpgroup then multiplies 64 rows after 64."""
+    op = LINEAR_FP8
+    case = Case("tall", partial(_make_fp8, rows=256, outputs=136, width=272, kind=kind))
+    emulator = emulated_library.emulator
+    emulator.clear_launches()
+    emulator.set_num_sms(1)
+    try:
+        with emulated(emulated_library):
+            prove(op, watched(emulated_library, op, linear.linear_fp8), case, torch.bfloat16)
+    finally:
+        emulator.set_num_sms(132)
+    assert {(launch["cluster"], launch["maps"][0]["box"][1]) for launch in emulator.launches()} == {(1, 256)}
