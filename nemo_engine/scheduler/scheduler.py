@@ -113,6 +113,9 @@ class Scheduler:
         if self.speculation is not None:
             width, now = self.speculation.width_for(decodes, self.max_num_batched_tokens), self._clock()
         at_limit = [request for request in decodes if request.num_computed_tokens + width > request.compute_limit]
+        if len(at_limit) > self.kv.pool.num_free and width > 1:  # drafts are not worth a preemption
+            width = 1
+            at_limit = [request for request in at_limit if request.num_computed_tokens + 1 > request.compute_limit]
         if at_limit:
             new_pages = self._grow(at_limit, width)
             decodes = self.running.ready_to_decode(self._in_flight)

@@ -120,6 +120,9 @@ class Speculation:
         prompts.
         """
         rows, most = len(decodes), min(WIDE_STEP_TOKENS, max_tokens // 2)
+        trial = min(self._drafts)
+        if trial * rows > most:
+            return 1
         drafting = [request.acceptance for request in decodes if request.acceptance is not None]
         kind = self._kinds.get(rows.bit_length())
         if not drafting or kind is None or 1 not in kind.seconds or kind.since_narrow >= _NARROW_EVERY:
@@ -131,8 +134,7 @@ class Speculation:
             rate = (rows + sum([one.expected(num_drafts) for one in drafting])) / kind.cost(width)
             if rate > best_rate:
                 best, best_rate = width, rate
-        trial = min(self._drafts)
-        if best == 1 and trial * rows <= most and kind.since_trial >= _BETWEEN_TRIALS:
+        if best == 1 and kind.since_trial >= _BETWEEN_TRIALS:
             extra = max(0.0, kind.cost(trial) - kind.cost(1))
             if extra <= kind.credit:
                 kind.credit, kind.since_trial = min(kind.credit - extra, extra), 0
