@@ -34,7 +34,7 @@ _ASSUMED_COST = 0.1  # of each further token of a row, in narrow steps, until it
 _SHARE_OF_TRIALS = 0.01  # of the time
 _BETWEEN_TRIALS = 8  # steps, at least
 _NARROW_EVERY = 100  # wide steps, so that what a narrow one takes is known
-_MIN_GAIN = 1.05  # what a width must promise: times are measured with noise
+_MIN_GAIN = 1.03  # what a width must promise: times are measured with noise
 _REMEMBERED = 9  # steps of a kind
 
 
