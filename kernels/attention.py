@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import decode_split as split
-from .device import facts
+from .device import facts, stages_in
 
 _PREFILL_KEYS = 64  # of one tile
 _PREFILL_ROWS = 128  # queries times heads of one tile
@@ -301,11 +301,6 @@ def num_decode_units(kv_heads: int, device: torch.device) -> int:
     return split.num_units(facts(device).sms, kv_heads)
 
 
-def _stages(wanted: int, tile_bytes: int, other_bytes: int, shared: int) -> int:
-    """How many tiles of keys and values may be in flight, one less than Triton's stages, in ``shared`` bytes."""
-    return max(2, min(wanted, (shared - other_bytes) // tile_bytes + 1))
-
-
 def plan_decode(seq_lens: torch.Tensor, num_units: int) -> torch.Tensor:
     """How decode attention splits its rows into units of work; computed on the device, so that a graph serves all
     lengths.
@@ -339,34 +334,31 @@ def decode(
     query_lens: torch.Tensor | None = None,
 ) -> None:
     """One query per row, or several. out, q: (B, Hq, D); k_cache, v_cache: (pages, Hk, page_size, D), dense;
-    page_table: (slots, P).
-
-    Row i reads ``seq_lens[i]`` keys in the pages ``page_table[slot_ids[i]]``; slot_ids, seq_lens: (B,). A row of no
-    keys gives zeros. plan: see ``plan_decode``. query_lens: (B Q,), where q and out have Q = 2, 4 or 8 queries of each
-    row, one after the other: how many of the row's keys each of them sees; slot_ids is then (B Q,) and each row's first
-    counts. k_scale, v_scale: (Hk,) fp32 of an FP8 cache. How a row is split, and so the last bits of its result,
-    depends on the other rows.
+    page_table: (slots, P). Row i reads ``seq_lens[i]`` keys in the pages ``page_table[slot_ids[i]]``; slot_ids,
+    seq_lens: (B,). A row of no keys gives zeros. plan: see ``plan_decode``. query_lens: (B Q,): with Q = 2, 4 or 8
+    queries a row, one after the other, how many keys each sees; slot_ids is then (B Q,), and each row's first counts.
+    k_scale, v_scale: (Hk,) fp32 of an FP8 cache. A row's split, and so its last bits, depend on the other rows.
     """
     rows, (num_queries, heads, dim) = seq_lens.shape[0], q.shape
     queries = num_queries // rows
     kv_heads, page_size = k_cache.shape[1:3]
     group = heads // kv_heads
     units = plan.shape[0] // 3 - 2
-    part = torch.empty(2 * units, queries * heads, dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(2 * units, queries * heads, dtype=torch.float32, device=q.device)
+    results = queries * heads  # of a row
+    part = torch.empty(2 * units, results, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(2 * units, results, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
     shared = facts(q.device).shared // split.BLOCKS_PER_SM
-    stages = _stages(4, 2 * split.TILE * padded * k_cache.itemsize, 8 << 10, shared)
+    stages = stages_in(4, 2 * split.TILE * padded * k_cache.itemsize, 8 << 10, shared)
     _decode_kernel[(units, kv_heads)](
         out, part, lse, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, seq_lens, query_lens, plan, scale,
         rows, q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
         HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, QUERIES=queries, PAGE_SIZE=page_size,
         M=max(16, triton.next_power_of_2(group * queries)), N=split.TILE, D=padded, num_warps=4, num_stages=stages,
     )  # fmt: skip
-    _combine_kernel[(min(rows, units), queries * heads)](
-        out, part, lse, seq_lens, plan, units, queries * heads, TILE=split.TILE, DIM=dim, SPLITS=16, D=padded,
-        num_warps=4,
-    )  # fmt: skip
+    _combine_kernel[(min(rows, units), results)](
+        out, part, lse, seq_lens, plan, units, results, TILE=split.TILE, DIM=dim, SPLITS=16, D=padded, num_warps=4
+    )
 
 
 def prefill(
@@ -398,7 +390,7 @@ def prefill(
     tiles = num_queries // (_PREFILL_ROWS // group_pad) + rows
     padded = max(16, triton.next_power_of_2(dim))
     in_use = _PREFILL_ROWS * padded * q.itemsize
-    stages = _stages(3, 2 * _PREFILL_KEYS * padded * k_cache.itemsize, in_use, facts(q.device).shared)
+    stages = stages_in(3, 2 * _PREFILL_KEYS * padded * k_cache.itemsize, in_use, facts(q.device).shared)
     _prefill_kernel[(tiles, kv_heads)](
         out, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, starts, seq_lens, scale, rows, first_row,
         q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,

@@ -25,3 +25,8 @@ def facts(device: torch.device) -> Facts:
         return elsewhere
     properties = torch.cuda.get_device_properties(device)
     return Facts(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def stages_in(wanted: int, tile_bytes: int, other_bytes: int, shared: int) -> int:
+    """How many tiles of keys and values may be in flight, one less than Triton's stages, in ``shared`` bytes."""
+    return max(2, min(wanted, (shared - other_bytes) // tile_bytes + 1))

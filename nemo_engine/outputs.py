@@ -112,7 +112,7 @@ class StepRecord(NamedTuple):
 
     step_id: int
     time: float
-    num_decodes: int  # rows of one token
+    num_decodes: int  # rows that decode: one token each, or as many as the step is wide
     num_prefills: int  # other rows
     num_prefill_tokens: int  # that these computed
     num_new_tokens: int  # that requests were given

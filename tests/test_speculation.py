@@ -135,8 +135,7 @@ def test_right_drafts_make_a_text_in_few_steps_and_end_at_its_limit(model: Path,
         expected = engine.generate({"prompt_token_ids": prompt}, params)[0].outputs[0]
     config = {"method": "ngram"}
     with make_engine(model, speculative_config=config, pipeline_depth=depth) as engine:
-        assert engine._core.scheduler.speculation is not None
-        engine._core.scheduler.speculation.width_for = lambda decodes, most: 8  # type: ignore[method-assign]
+        engine._core.scheduler.speculation.width_for = lambda *_: 8  # type: ignore[method-assign]
         plant_drafts(engine, right_drafts([prompt + expected.token_ids]))
         got = engine.generate({"prompt_token_ids": prompt}, params)[0].outputs[0]
         assert (got.token_ids, got.finish_reason) == (expected.token_ids, "length")

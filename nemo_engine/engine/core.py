@@ -211,6 +211,6 @@ def start_core(
         max_num_batched_tokens=half.max_num_batched_tokens,
         max_model_len=half.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
-        speculation=Speculation(config.widths, config.num_speculative_tokens) if config.widths else None,
+        speculation=Speculation(config.widths, config.num_speculative_tokens),
     )
     return StartedCore(EngineCore(scheduler, half.runner, half.pipeline_depth), half.model_config, half.model_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
 
 from nemo_engine.outputs import CacheMiss, CacheReport
 from nemo_engine.scheduler.page_pool import PagePool
@@ -33,7 +34,7 @@ class KVManager:
         pool.peak_used = self.pool.peak_used
         self.pool = pool
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, Any]:
         """The fields of ``SchedulerStats`` that tell of pages and the prefix cache."""
         return {
             "num_pages": self.pool.num_pages,

@@ -48,7 +48,7 @@ class ScheduledStep:
     decodes: list[Request]  # those with a grammar last
     new_pages: list[tuple[int, int, int]]
     width: int = 1  # see ``StepPlan``
-    planned_at: float = 0.0  # where widths are chosen
+    planned_at: float = 0.0
     prefills: list[tuple[Request, PrefillRow]] = field(default_factory=list)
     fills: list[SlotFill] = field(default_factory=list)
     departed: set[Request] = field(default_factory=set)  # left their slot since: what the step gives them is dropped
@@ -66,6 +66,11 @@ class ScheduledStep:
     def sampling(self) -> list[Request]:
         """The requests for which the step chooses tokens, in the order of ``StepResult.token_ids``."""
         return self.decodes + [request for request, row in self.prefills if row.samples]
+
+    def check(self, result: StepResult) -> None:
+        """Assert that ``result`` is this step's."""
+        count = len(self.sampling) + len(self.decodes) * (self.width - 1)
+        assert (result.step_id, len(result.token_ids)) == (self.step_id, count), (result, self.step_id, count)
 
     def note_prefilled(self, token_ids: Sequence[int]) -> None:
         """``token_ids`` came out of this step: the requests that completed a prompt in it are sound if theirs is a

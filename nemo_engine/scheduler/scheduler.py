@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from nemo_engine.outputs import FinishReason, SchedulerStats
 from nemo_engine.scheduler.kv_manager import KVManager
@@ -32,8 +31,7 @@ class Scheduler:
 
     As ``max_num_batched_tokens >= max_num_seqs``, every decoding request takes part in every step. Waiting requests
     enter in order, when a slot and pages for all their known tokens are free. A decoding request that finds no free
-    page preempts the least urgent, newest one, which is computed anew later. ``speculation``: None for steps of one
-    token a request.
+    page preempts the least urgent, newest one, which is computed anew later.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.speculation = speculation
+        self.speculation = speculation or Speculation((), 0)
         self._clock = clock
         self.requests: dict[str, Request] = {}  # all that wait or run, by id, in the order of their arrival
         self.num_preemptions = self._step_id = self._num_arrivals = 0
@@ -75,8 +73,7 @@ class Scheduler:
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
         if request.grammar is None and request.params.repetition_detection is None:
             request.num_plain_tokens = request.max_total_tokens - 1
-        if self.speculation is not None:
-            self.speculation.enter(request)
+        self.speculation.enter(request)
         request.arrival = self._num_arrivals = self._num_arrivals + 1
         self.requests[request.request_id] = request
         self.waiting.push(request)
@@ -96,13 +93,12 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Counts as of now."""
-        drafts: dict[str, Any] = self.speculation.counts() if self.speculation is not None else {}
         return SchedulerStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             total_preemptions=self.num_preemptions,
             **self.kv.counts(),
-            **drafts,
+            **self.speculation.counts(),
         )
 
     # ---- planning a step
@@ -111,16 +107,14 @@ class Scheduler:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
         decodes = self.running.ready_to_decode(self._in_flight)
         new_pages, num_preemptions = [], self.num_preemptions
-        width, now = 1, 0.0
-        if self.speculation is not None:
-            width, now = self.speculation.width_for(decodes, self.max_num_batched_tokens), self._clock()
+        width = self.speculation.width_for(decodes, self.max_num_batched_tokens, self.kv.pool.num_free)
         at_limit = [request for request in decodes if request.num_computed_tokens + width > request.compute_limit]
         if at_limit:
             new_pages = self._grow(at_limit, width)
             decodes = self.running.ready_to_decode(self._in_flight)
         for request in decodes:
             request.num_computed_tokens += 1 if request.acceptance is None else width
-        step = ScheduledStep(self._step_id + 1, decodes, new_pages, width, now)
+        step = ScheduledStep(self._step_id + 1, decodes, new_pages, width, self._clock())
         self._schedule_prompts(step, may_admit=self.num_preemptions == num_preemptions)
         if not decodes and not step.prefills:
             return None
@@ -130,10 +124,7 @@ class Scheduler:
         return plan
 
     def _grow(self, at_limit: list[Request], width: int) -> list[tuple[int, int, int]]:
-        """Give each of ``at_limit`` with steps left a page, preempting others if need be: (slot, index, page).
-
-        A request that ends before ``width`` tokens may have all pages that it needs.
-        """
+        """Give those of ``at_limit`` that lack one a page, preempting others if need be: (slot, index, page)."""
         full = [r for r in at_limit if r.has_steps_left and self.kv.lacks_page(r, r.num_computed_tokens + width)]
         full.sort(key=by_urgency)
         for request in at_limit:
@@ -177,11 +168,9 @@ class Scheduler:
     def commit(self, result: StepResult) -> StepOutput:
         """Take in the results of the oldest launched step: append tokens, end requests, free what they held."""
         step = self._in_flight.popleft()
-        requests, departed = step.sampling, step.departed
-        count = len(requests) + len(step.decodes) * (step.width - 1)
-        assert (result.step_id, len(result.token_ids)) == (step.step_id, count), (result, step.step_id, count)
-        if self.speculation is not None:
-            requests, result = self._take_drafts(step, result)
+        step.check(result)
+        requests, result = self.speculation.commit(step, result, self.running, self._clock())
+        departed = step.departed
         self._commit_prompts(step, result)
         if departed:
             departed.intersection_update(requests)  # the others had no token to come from this step
@@ -206,17 +195,6 @@ class Scheduler:
             step.committed.finished.append(request)
         step.committed.add_tokens(requests, result, dropped)
         return step.committed
-
-    def _take_drafts(self, step: ScheduledStep, result: StepResult) -> tuple[list[Request], StepResult]:
-        """What the step's requests get as if each token had come from a step of one token; learn from it."""
-        assert self.speculation is not None
-        self.speculation.note_time(step, self._clock())
-        if step.width == 1:
-            return step.sampling, result
-        requests, result, freed = self.speculation.take(step, result)
-        for request in freed:
-            self.running.resume_decode(request)
-        return requests, result
 
     def _commit_prompts(self, step: ScheduledStep, result: StepResult) -> None:
         """Take in what ``result`` says of prompts; the tokens that follow them are yet to come."""
@@ -267,19 +245,7 @@ class Scheduler:
         """
         self._begin_anew()
         self.kv.reset()
-        ended = []
-        for request in self.requests.values():
-            request.pages = []
-            if request.status is RequestStatus.WAITING:
-                self.waiting.push(request)
-            else:
-                ended.append(request)
-        if or_first and not ended and self.waiting:
-            ended.append(self.waiting.first())
-            self.waiting.remove(ended[0])
-        for request in ended:
-            if request.status is not RequestStatus.FINISHED:  # or it had ended when the books were cut short
-                request.end("error", error=message)
+        ended = _ended(self.requests.values(), self.waiting, message, or_first)
         self.requests = {name: r for name, r in self.requests.items() if r.status is not RequestStatus.FINISHED}
         return StepOutput(finished=ended, failure=message)
 
@@ -309,3 +275,21 @@ class Scheduler:
         self.running.leave(request)
         for step in self._in_flight:
             step.departed.add(request)
+
+
+def _ended(requests: Iterable[Request], waiting: WaitingQueue, message: str, or_first: bool) -> list[Request]:
+    """Those of ``requests`` that do not wait, ended with ``message``; the others go into ``waiting``."""
+    ended = []
+    for request in requests:
+        request.pages = []
+        if request.status is RequestStatus.WAITING:
+            waiting.push(request)
+        else:
+            ended.append(request)
+    if or_first and not ended and waiting:
+        ended.append(waiting.first())
+        waiting.remove(ended[0])
+    for request in ended:
+        if request.status is not RequestStatus.FINISHED:  # or it had ended when the books were cut short
+            request.end("error", error=message)
+    return ended

@@ -24,6 +24,7 @@ from nemo_engine.step import TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN, StepResult
 
 if TYPE_CHECKING:
     from nemo_engine.scheduler.request import Request
+    from nemo_engine.scheduler.running import RunningRequests
     from nemo_engine.scheduler.scheduled_step import ScheduledStep
 
 _FIRST_GUESS = 0.5  # of drafts that are right, before any was made; half of the guess for each new request
@@ -34,7 +35,7 @@ _ASSUMED_COST = 0.1  # of each further token of a row, in narrow steps, until it
 _SHARE_OF_TRIALS = 0.01  # of the time
 _BETWEEN_TRIALS = 8  # steps, at least
 _NARROW_EVERY = 100  # wide steps, so that what a narrow one takes is known
-_MIN_GAIN = 1.01
+_MIN_GAIN = 1.03  # what a width must promise: times are measured with noise
 _REMEMBERED = 9  # steps of a kind
 
 
@@ -90,10 +91,12 @@ class _Kind:
 
 
 class Speculation:
-    """Chooses widths among ``widths``, ascending, for at most ``num_drafts`` drafts behind a token."""
+    """Chooses widths among ``widths``, ascending, for at most ``num_drafts`` drafts behind a token; 1 if there are
+    none.
+    """
 
     def __init__(self, widths: Sequence[int], num_drafts: int) -> None:
-        assert widths and 1 <= num_drafts < widths[-1], (widths, num_drafts)
+        assert num_drafts < max(widths, default=1), (widths, num_drafts)
         self._drafts = {width: min(width - 1, num_drafts) for width in widths}
         self._kinds: dict[int, _Kind] = {}
         self._of_all = Acceptance(_FIRST_GUESS, _PRIOR, _KEPT_OF_ALL)
@@ -112,14 +115,24 @@ class Speculation:
 
     def enter(self, request: Request) -> None:
         """Say whether ``request`` has drafts; see ``SamplingParams.why_no_drafts``."""
-        if request.params.why_no_drafts is None and request.grammar is None:
+        if self._drafts and request.params.why_no_drafts is None and request.grammar is None:
             request.acceptance = Acceptance((self._of_all.rate + _FIRST_GUESS) / 2, _PRIOR, _KEPT)
 
-    def width_for(self, decodes: Sequence[Request], max_tokens: int) -> int:
-        """The width of a step that decodes ``decodes`` and computes ``max_tokens`` at most: half of them are left to
-        prompts.
+    def width_for(self, decodes: Sequence[Request], max_tokens: int, num_free_pages: int) -> int:
+        """The width of a step that decodes ``decodes`` and computes ``max_tokens`` at most, half of which are left to
+        prompts. Drafts are not worth a preemption: 1 if a wide step lacked pages.
         """
+        if not self._drafts:
+            return 1
+        width = self._best_width(decodes, max_tokens)
+        num_growing = sum([request.num_computed_tokens + width > request.compute_limit for request in decodes])
+        return width if num_growing <= num_free_pages else 1
+
+    def _best_width(self, decodes: Sequence[Request], max_tokens: int) -> int:
         rows, most = len(decodes), min(WIDE_STEP_TOKENS, max_tokens // 2)
+        trial = min(self._drafts)
+        if trial * rows > most:
+            return 1
         drafting = [request.acceptance for request in decodes if request.acceptance is not None]
         kind = self._kinds.get(rows.bit_length())
         if not drafting or kind is None or 1 not in kind.seconds or kind.since_narrow >= _NARROW_EVERY:
@@ -131,13 +144,25 @@ class Speculation:
             rate = (rows + sum([one.expected(num_drafts) for one in drafting])) / kind.cost(width)
             if rate > best_rate:
                 best, best_rate = width, rate
-        trial = min(self._drafts)
-        if best == 1 and trial * rows <= most and kind.since_trial >= _BETWEEN_TRIALS:
+        if best == 1 and kind.since_trial >= _BETWEEN_TRIALS:
             extra = max(0.0, kind.cost(trial) - kind.cost(1))
             if extra <= kind.credit:
                 kind.credit, kind.since_trial = min(kind.credit - extra, extra), 0
                 return trial
         return best
+
+    def commit(
+        self, step: ScheduledStep, result: StepResult, running: RunningRequests, now: float
+    ) -> tuple[list[Request], StepResult]:
+        """What the step's requests get, as if each token had come from a step of one token; and learn from it."""
+        if self._drafts:
+            self._note_time(step, now)
+        if step.width == 1:
+            return step.sampling, result
+        requests, result, freed = self.take(step, result)
+        for request in freed:
+            running.resume_decode(request)
+        return requests, result
 
     def take(self, step: ScheduledStep, result: StepResult) -> tuple[list[Request], StepResult, list[Request]]:
         """The requests that get a token, each as often as it gets one, and ``result`` with these tokens alone; and the
@@ -176,7 +201,7 @@ class Speculation:
         acceptance.note(num_right, num_wrong)
         self._of_all.note(num_right, num_wrong)
 
-    def note_time(self, step: ScheduledStep, now: float) -> None:
+    def _note_time(self, step: ScheduledStep, now: float) -> None:
         """``step`` was committed at ``now``. Steps with prompts tell nothing of decode steps."""
         if step.decodes and not step.prefills:
             kind = self._kinds.setdefault(len(step.decodes).bit_length(), _Kind())

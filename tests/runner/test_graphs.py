@@ -44,10 +44,14 @@ def triton_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device, kv
     return Ops.select(site, dict.fromkeys(triton, "triton"))  # raises where one cannot serve
 
 
-def make_runner(path: Path, device: torch.device, dtype: torch.dtype, *, is_fp8: bool = False) -> Runner:
+def make_runner(
+    path: Path, device: torch.device, dtype: torch.dtype, *, is_fp8: bool = False, vocab_size: int = 97
+) -> Runner:
     """is_fp8: weights, inputs by static scales, and keys and values by scales of their heads."""
     kv_dtype = FP8 if is_fp8 else dtype
-    config = tiny_config(num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64, intermediate_size=48)
+    config = tiny_config(
+        num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64, intermediate_size=48, vocab_size=vocab_size
+    )
     if not (path / "config.json").exists():
         state = random_state_dict(config, seed=5)
         if is_fp8:
@@ -145,13 +149,13 @@ def test_emulated_graphs_equal_eager_steps(is_fp8: bool, tmp_path: Path) -> None
     assert is_fp8 or sum(len(result.logprobs) for result in graphed) > 5
 
 
-WIDE = ((4, 2), (10, 2), (4, 4), (20, 4), (40, 8))  # rows and width
+WIDE = ((10, 2), (20, 4), (40, 8))  # rows and width
 
 
 def play_wide(runner: Runner, widths: Sequence[int]) -> tuple[list[StepResult], dict[int, list[int]]]:
     """Texts that repeat themselves in steps of ``widths``, of which one has a prompt too; results and tokens by slot."""
     plans = []
-    for slot, (want, phrase) in enumerate(zip(WANTS[:5], ([1, 2, 3], [4], [5, 6], [7, 8], [9, 10, 11, 12])), 1):
+    for slot, (want, phrase) in enumerate(zip(WANTS[:5], ([1, 2, 3], [4], [1, 2], [3, 4], [0, 1, 2, 4])), 1):
         ids = (phrase * 24)[:24]
         params = SamplingParams(max_tokens=70, **want)
         draft_until = 0 if params.has_penalties else 94
@@ -185,22 +189,22 @@ def play_wide(runner: Runner, widths: Sequence[int]) -> tuple[list[StepResult], 
 def test_wide_steps_as_emulated_graphs_equal_eager_and_narrow_ones(tmp_path: Path) -> None:
     from tests.runner.emulated_graphs import emulated_capture
 
-    device, widths = torch.device("cpu"), (2, 4, 4, 8, 1, 2, 8)
-    narrow = play_wide(make_runner(tmp_path, device, torch.float32), [1] * 12)[1]
-    eager, tokens = play_wide(make_runner(tmp_path, device, torch.float32), widths)
-    runner = make_runner(tmp_path, device, torch.float32)
+    device, widths = torch.device("cpu"), (4, 2, 4, 1, 8, 4)
+    narrow = play_wide(make_runner(tmp_path, device, torch.float32, vocab_size=5), [1] * 8)[1]
+    eager, tokens = play_wide(make_runner(tmp_path, device, torch.float32, vocab_size=5), widths)
+    runner = make_runner(tmp_path, device, torch.float32, vocab_size=5)
     runner.capture((5,), emulated_capture, WIDE)
     graphed, again = play_wide(runner, widths)
     assert [result.token_ids for result in graphed] == [result.token_ids for result in eager] and again == tokens
     assert all(one[: len(tokens[slot])] == tokens[slot][: len(one)] for slot, one in narrow.items())
-    assert (
-        sum(map(len, tokens.values())) > 5 * len(widths) and TOKEN_NOT_TAKEN in eager[1].token_ids + eager[2].token_ids
-    )
+    num_narrow = 4 * (1 + len(widths)) + 1 + len(widths) - 3
+    assert sum(map(len, tokens.values())) > num_narrow + 5, "too few drafts are right"
+    assert any(TOKEN_NOT_TAKEN in result.token_ids for result in eager), "no draft is wrong"
     for one, other in zip(graphed, eager, strict=True):
         assert {row: entry.token_ids for row, entry in one.logprobs.items()} == {
             row: entry.token_ids for row, entry in other.logprobs.items()
         }
-    assert sum(len(result.logprobs) for result in graphed) >= len(tokens[5]) > len(widths) - 3
+    assert sum(len(result.logprobs) for result in graphed) >= len(tokens[5])
 
 
 @pytest.mark.interpreted
@@ -254,10 +258,10 @@ def test_graphs_equal_eager_steps(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_wide_graphs_equal_eager_and_narrow_steps(tmp_path: Path) -> None:
-    device, widths = torch.device("cuda"), (2, 4, 4, 8, 1, 2, 8)
-    eager, tokens = play_wide(make_runner(tmp_path, device, torch.float32), widths)
-    narrow = play_wide(make_runner(tmp_path, device, torch.float32), [1] * 12)[1]
-    runner = make_runner(tmp_path, device, torch.float32)
+    device, widths = torch.device("cuda"), (4, 2, 4, 1, 8, 4)
+    eager, tokens = play_wide(make_runner(tmp_path, device, torch.float32, vocab_size=5), widths)
+    narrow = play_wide(make_runner(tmp_path, device, torch.float32, vocab_size=5), [1] * 12)[1]
+    runner = make_runner(tmp_path, device, torch.float32, vocab_size=5)
     runner.warm_up((5,), WIDE)
     runner.capture((5,), cuda_capture(device), WIDE)
     graphed, _ = play_wide(runner, widths)

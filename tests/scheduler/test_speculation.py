@@ -38,7 +38,7 @@ def ratio(
         while len(decodes) < rows:
             decodes.append(request(rng.randint(length // 2, length)))
             speculation.enter(decodes[-1])
-        width = speculation.width_for(decodes, 8192)
+        width = speculation.width_for(decodes, 8192, 10**6)
         steps[width] += 1
         step = ScheduledStep(1, decodes[:], [], width, now)
         slow = rng.uniform(0.97, 1.03) * (20.0 if rng.random() < 0.005 else 1.0)
@@ -50,7 +50,7 @@ def ratio(
                 taken += 1
             rejected = width - taken if has_drafts else 0
             codes += [5] * taken + [TOKEN_NOT_TAKEN] * rejected + [TOKEN_NOT_DRAFTED] * (width - taken - rejected)
-        speculation.note_time(step, now)
+        speculation._note_time(step, now)
         if width > 1:
             got, result, _ = speculation.take(step, StepResult(1, codes))
             assert len(got) == len(result.token_ids) and set(result.token_ids) == {5}
@@ -89,11 +89,12 @@ def test_no_more_tokens_than_a_step_may_have() -> None:
     decodes = [request(50) for _ in range(40)]
     for one in decodes:
         speculation.enter(one)
-    speculation.note_time(ScheduledStep(1, decodes, [], 1, 0.0), 1.0)
+    speculation._note_time(ScheduledStep(1, decodes, [], 1, 0.0), 1.0)
     for most, width in ((8192, 4), (640, 4), (319, 2), (159, 1)):
-        assert speculation.width_for(decodes, most) == width
+        assert speculation.width_for(decodes, most, 1000) == width
+    assert speculation.width_for(decodes, 8192, 39) == 1, "a wide step takes pages that are not free"
     plain = [Request("p", [1], SamplingParams(speculation=False)) for _ in range(40)]
-    assert speculation.width_for(plain, 8192) == 1
+    assert speculation.width_for(plain, 8192, 1000) == 1
 
 
 def test_what_was_not_taken_falls_from_the_bound_and_frees_who_waits_for_it() -> None:

@@ -116,7 +116,7 @@ def run(
         max_num_batched_tokens=workload.budget,
         max_model_len=10**6,
         enable_prefix_caching=workload.caching,
-        speculation=Speculation(workload.widths, workload.widths[-1] - 1) if workload.widths else None,
+        speculation=Speculation(workload.widths, max(workload.widths, default=1) - 1),
     )
     if workload.widths:
         choose_widths(scheduler, rng, workload.widths)
@@ -187,9 +187,8 @@ def test_every_request_generates_what_it_would_alone(block: int, speculates: boo
         assert (stats.num_running, stats.num_waiting) == (0, 0) and stats.num_free_pages == workload.num_pages
         preemptions += stats.total_preemptions
         hits += stats.total_prefix_hit_tokens
-        if scheduler.speculation is not None:
-            accepted += sum(scheduler.speculation.num_accepted)
-            rejected += scheduler.speculation.num_drafts - sum(scheduler.speculation.num_accepted)
+        accepted += sum(scheduler.speculation.num_accepted)
+        rejected += scheduler.speculation.num_drafts - sum(scheduler.speculation.num_accepted)
     assert min(accepted, rejected) > 300 or not speculates
     assert preemptions > 20 and hits > 100 and errors > 5 and broken > 2 and constrained > 5, (
         "the workloads do not reach what they are meant to test"

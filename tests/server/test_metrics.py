@@ -5,6 +5,7 @@ request.
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from nemo_engine import AsyncEngine
 from nemo_engine.outputs import StepRecord
 from nemo_engine.server.metrics import Histogram
 from nemo_engine.server.ui.history import SECONDS, History
+from tests.helpers.speculating import choose_widths
 from tests.server.live import ENGINE_OPTIONS, LiveServer
 
 COUNTERS = {"prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens",
@@ -115,6 +117,27 @@ def test_counts_are_exact_and_times_add_up(fresh: LiveServer) -> None:
     for one in told:
         assert min(one["queue_seconds"], one["prefill_seconds"], one["decode_seconds"]) >= 0 == one["preemptions"]
     assert answers[1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 32
+
+
+def test_drafts_are_counted_under_vllms_names_and_explained() -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 3}
+    body = {"prompt": "one two three one two three one two", "max_tokens": 30, "temperature": 0, "explain": True}
+    options = ENGINE_OPTIONS | {"speculative_config": config}
+    with AsyncEngine("nemo-tiny", **options) as engine, LiveServer(engine, metrics_prefix="vllm") as server:
+        choose_widths(engine._engine._core.scheduler, random.Random(2), (4,))
+        answers = [post(server, **body, **more) for more in ({}, {"speculation": False}, {"presence_penalty": 0.01})]
+        assert [answer["explain"]["speculation"][:8] for answer in answers] == ["on", "speculat", "penaltie"]
+        assert answers[0]["choices"][0]["text"] == answers[1]["choices"][0]["text"]
+        assert answers[1]["explain"]["parameters"]["speculation"] == {"value": False, "origin": "request"}
+        counts = {name: found for name, found in scrape(server).items() if name.startswith("spec_decode_")}
+    (drafts,), (tokens,), (accepted,) = (
+        counts[f"spec_decode_num_{name}_total"].values() for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    by_place = counts["spec_decode_num_accepted_tokens_per_pos_total"]
+    assert 3 * drafts >= tokens >= accepted == sum(by_place.values()) > 0
+    assert list(by_place) == [("0",), ("1",), ("2",)] and sorted(by_place.values(), reverse=True) == [
+        *by_place.values()
+    ]
 
 
 def test_why_a_prefix_broke(fresh: LiveServer) -> None:
