@@ -146,7 +146,7 @@ def _op(
 ) -> Op:
     """replaces: what the product of csrc/cpu does before, and itself; none if there is no such."""
     name = composed.__name__
-    compiled = Impl("cpu", f"nemo_engine.ops.cpu.products:{name}", packed.supports_compiled, replaces)
+    compiled = Impl("cpu", f"nemo_engine.ops.cpu.products:{name}", packed.supports_compiled, replaces=replaces)
     return Op(
         name,
         partial(composed, _DEFINITIONS),

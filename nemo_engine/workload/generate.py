@@ -22,9 +22,9 @@ _ZERO = Distribution("constant", (0.0,))
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
     """requests: number of items, each of one or more turns. input, output: tokens of each turn. prefixes: number of
-    different beginnings, each ``prefix_tokens`` tokens in front of ``input``, of which every item has one; with
-    ``prefix_skew`` 0 all are equally frequent, with 1 the k-th is 1/k as frequent as the first. turns: number of turns
-    of an item. think_s: seconds between an answer and the next turn. seed: for all draws.
+    different beginnings in front of ``input``, of which every item has one. prefix_tokens: the length of each.
+    prefix_skew: with 0 all are equally frequent, with 1 the k-th is 1/k as frequent as the first. turns: number of
+    turns of an item. think_s: seconds between an answer and the next turn. seed: for all draws.
     """
 
     requests: int = 1000
