@@ -276,9 +276,9 @@ def lines() -> tuple[list[Line], dict[tuple[bool, int], int]]:
                 for uses in (linear_uses, row_uses, attention_uses):
                     for use in uses(ops, rows, is_fp8):
                         found.append(line_of(use, rows, launches_of(emulated.emulator, use.run)))
-                if rows <= 256:
+                if rows <= (256 if is_fp8 else 64):  # beyond it, bf16's products are cuBLAS's, which would run here
                     launches = launches_of(emulated.emulator, lambda ops=ops, n=rows, q=is_fp8: layer(ops, n, q))
-                    layers[is_fp8, rows] = len(launches) + (not is_fp8 and rows > 64) * 4  # cuBLAS's products
+                    layers[is_fp8, rows] = len(launches)
     return sorted(found, key=lambda line: (line.name, line.rows)), layers
 
 
