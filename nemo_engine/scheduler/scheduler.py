@@ -278,7 +278,7 @@ class Scheduler:
 
 
 def _ended(requests: Iterable[Request], waiting: WaitingQueue, message: str, or_first: bool) -> list[Request]:
-    """Those of ``requests`` that do not wait, ended with ``message``; the others go into ``waiting``."""
+    """Put the ``requests`` that wait back into ``waiting``; returns the others, which end with ``message``."""
     ended = []
     for request in requests:
         request.pages = []
