@@ -26,7 +26,7 @@ _logger = logging.getLogger("nemo_engine")
 
 
 class Handle(Protocol):
-    """A launched step."""
+    """What ``StepRunner.launch`` returns: a step that is being computed."""
 
     def result(self) -> StepResult:
         """Wait for the step and return what came out of it."""
@@ -39,13 +39,13 @@ class StepRunner(Protocol):
         """Start computing ``plan`` after all steps launched before."""
 
     def settle(self) -> None:
-        """Make this thread the one that runs all steps, beside others that compute."""
+        """Prepare this thread to launch all steps while other threads compute too."""
 
     def count_saturated(self) -> tuple[int, int]:
         """Entries of an FP8 KV cache at its largest number, and entries that are not 0."""
 
     def recover(self) -> None:
-        """A step failed: forget what was kept from it for the next, and wait for the device.
+        """After a failed step: forget what the next step would have used again, and wait for the device.
 
         Raises if the device is lost.
         """
@@ -68,13 +68,13 @@ class EngineCore:
         self.depth = depth
         self.history: deque[StepRecord] = deque(maxlen=HISTORY)
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
-        self._unreported: StepOutput | None = None  # what a failure ended
+        self._unreported: StepOutput | None = None  # of a failure, for the next step to return
         self._cut_short: str | None = None  # why a change of requests and pages may be half done
         self._lost: BaseException | None = None
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """Around everything that changes requests or pages.
+        """The context of every change of requests or pages.
 
         What an exception cuts short, an interrupt say, is mended before the next change: the requests that were running
         end with an error, which the next ``step`` reports.
@@ -90,8 +90,8 @@ class EngineCore:
         self._cut_short = None
 
     def step(self) -> StepOutput | None:
-        """Launch the next step if there is one, and commit the oldest if ``depth`` are in flight or nothing was
-        launched.
+        """Plan and launch the next step, if there is one. Then, if ``depth`` steps are in flight or nothing was
+        launched, wait for the oldest one and commit it.
 
         If the runner breaks (out of memory, say), the requests that were running end with an error and the engine lives
         on. An interrupt (Ctrl-C), or an exception of the scheduler, does the same to them and is passed on; the next
@@ -121,7 +121,7 @@ class EngineCore:
             self._record(oldest, committed)
             return committed
         except BaseException as error:
-            # What raises while nothing runs would do so for ever: the first of those that wait is the cause.
+            # If nothing runs, every further step would raise the same: the first request that waits ends with it.
             self._unreported = self.fail(_describe(error), or_first=isinstance(error, Exception))
             raise
 
@@ -162,8 +162,8 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether a request is unfinished or a step is in flight."""
-        is_owed = self._unreported is not None or self._cut_short is not None
-        return bool(self._in_flight) or is_owed or self.scheduler.has_unfinished()
+        has_report = self._unreported is not None or self._cut_short is not None
+        return bool(self._in_flight) or has_report or self.scheduler.has_unfinished()
 
     def close(self) -> None:
         """Wait for what is in flight and free the runner, also if that broke."""

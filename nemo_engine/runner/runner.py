@@ -68,8 +68,8 @@ class Runner:
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._graphs: tuple[DecodeGraph, ...] = ()
         self._recorded: RecordedDecodes | None = None
-        # The decode rows uploaded last, if none got a page in that step: what they follow from (slots, width, size,
-        # changes of the table), and rows.
+        # The decode rows of the last upload, which are used again while what they follow from is the same: (slots,
+        # width, size, changes of the table). None if a row got a page in that step.
         self._last: tuple[tuple[tuple[int, ...], int, int, int], StepRows] | None = None
 
     @torch.inference_mode()
@@ -82,12 +82,12 @@ class Runner:
             if fill.params.prompt_logprobs is not None:
                 self._prompt_lens[fill.slot] = fill.num_prompt_tokens
         new_pages = self._table.take_new_pages(plan)
-        launch = self._launch_rows if plan.prefills else self._launch_decodes
+        launch_rows = self._launch_rows if plan.prefills else self._launch_decodes
         if self._cores is None:
-            return launch(plan, new_pages)
+            return launch_rows(plan, new_pages)
         slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
         with self._cores.step(plan.num_tokens, sum([self._table.num_pages[slot] for slot in slots])):
-            return launch(plan, new_pages)
+            return launch_rows(plan, new_pages)
 
     def _launch_rows(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         decodes = self._table.rows_of(plan.decode_slots, plan.width)
@@ -104,9 +104,9 @@ class Runner:
         )
         x, residual, seq_lens = self._step.forward(rows)
         prompt_reports = self._step.prompt_reports(plan, self._prompt_lens, x, residual) if self._prompt_lens else {}
-        last = rows.starts[1:][rows.sampled] - 1
+        last_tokens = rows.starts[1:][rows.sampled] - 1
         sampling = tuple(slots[row] for row in sampled)
-        tokens, reports = self._step.choose(rows, sampling, x[last], residual[last], seq_lens, plan.masks)
+        tokens, reports = self._step.choose(rows, sampling, x[last_tokens], residual[last_tokens], seq_lens, plan.masks)
         return LaunchedStep(plan, tokens, reports, prompt_reports)
 
     def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
@@ -169,7 +169,7 @@ class Runner:
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Make this thread the one that runs all steps, beside others that compute: call it there, before the first
+        """Prepare the calling thread to launch all steps while other threads compute too. Call it before the first
         step.
         """
         warmup.settle(self._step, self._max_num_batched_tokens)
@@ -178,7 +178,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, sizes: Sequence[int], wide_sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """See ``warmup.warm_up``. sizes: of the decode steps that will be captured; wide_sizes: and their widths."""
+        """See ``warmup.warm_up``. sizes: rows of the decode steps that will be captured; wide_sizes: (rows, width)."""
         warmup.warm_up(self._step, sizes, wide_sizes, self._max_num_batched_tokens)
 
     @torch.inference_mode()

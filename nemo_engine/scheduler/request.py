@@ -14,7 +14,7 @@ from nemo_engine.scheduler.speculation import Acceptance
 
 
 class RequestStatus(Enum):
-    """WAITING holds no slot and no pages, RUNNING holds both, FINISHED neither, for good."""
+    """WAITING holds no slot and no pages, RUNNING holds both, FINISHED holds neither and never runs again."""
 
     WAITING = 0
     RUNNING = 1
@@ -32,7 +32,7 @@ class Grammar(Protocol):
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing may follow but an end-of-sequence token, or one has come."""
+        """Whether the text is complete: an end-of-sequence token has come, or nothing else may follow."""
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -48,15 +48,15 @@ class Request:
     priority: int = field(default=0, kw_only=True)  # a larger number is less urgent
     client: str = field(default="", kw_only=True)  # clients take turns among waiting requests of equal priority
     cache_salt: bytes = field(default=b"", kw_only=True)  # prefixes match only between requests of equal salt
-    grammar: Grammar | None = field(default=None, kw_only=True)  # has accepted the output up to the last known token
+    grammar: Grammar | None = field(default=None, kw_only=True)  # its state is that after the last of token_ids
 
     token_ids: list[int] = field(init=False)  # the prompt, then what has been generated
     num_prompt_tokens: int = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)  # they end the request; eos_token_ids are among them
-    max_total_tokens: int = field(init=False, default=0)  # of prompt and output; set when the scheduler takes it
-    # While it has fewer tokens, only a stop id ends it; 0 if a grammar or a repetition rule looks at each token.
+    max_total_tokens: int = field(init=False, default=0)  # limit of prompt and output together; set by Scheduler.add
+    # With fewer tokens only a stop id can end it, so nothing else is checked; 0 if a grammar or a repetition rule is.
     num_plain_tokens: int = field(init=False, default=0)
-    arrival: int = field(init=False, default=0)  # counts the requests that the scheduler has taken
+    arrival: int = field(init=False, default=0)  # 1 for the first request that the scheduler got
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
     finish_reason: FinishReason | None = field(init=False, default=None)
     stop_reason: int | str | None = field(init=False, default=None)  # None if an end-of-sequence token ended it
@@ -76,10 +76,10 @@ class Request:
 
     # Of the KV manager:
     pages: list[int] = field(init=False, default_factory=list)
-    compute_limit: int = field(init=False, default=0)  # tokens that may be computed: what its pages hold, less the last
+    compute_limit: int = field(init=False, default=0)  # tokens it may compute before it needs a page
     page_hashes: list[bytes] = field(init=False, default_factory=list)  # of full pages, as far as they were needed
     num_hashed_pages: int = field(init=False, default=0)  # leading pages that were offered to the prefix cache
-    pages_wanted: int = field(init=False, default=0)  # new pages that the last failed admission would have taken
+    pages_wanted: int = field(init=False, default=0)  # new pages that the last failed admission lacked
     hash_wanted: bytes | None = field(init=False, default=None)  # the first page that it did not find in the cache
 
     def __post_init__(self, prompt_token_ids: Sequence[int]) -> None:
@@ -87,8 +87,8 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         if self.params.ignore_eos:
             self.eos_token_ids = frozenset()
-        more = self.params.stop_token_ids
-        self.stop_token_ids = self.eos_token_ids.union(more) if more else self.eos_token_ids
+        user_stop_ids = self.params.stop_token_ids
+        self.stop_token_ids = self.eos_token_ids.union(user_stop_ids) if user_stop_ids else self.eos_token_ids
 
     @property
     def has_steps_left(self) -> bool:
@@ -107,7 +107,7 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     def end(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
-        """It is finished, for good."""
+        """Mark the request as finished."""
         self.status = RequestStatus.FINISHED
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
 

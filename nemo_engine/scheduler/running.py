@@ -10,11 +10,11 @@ from nemo_engine.scheduler.scheduled_step import ScheduledStep
 
 
 class RunningRequests:
-    """Each request here is in one of four lists, by what the next steps do for it."""
+    """Every request that holds a slot is in one of four lists, by what the next steps do for it."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self.prefilling: list[Request] = []  # the most urgent first
-        self.decoding: list[Request] = []  # a step was planned for all known tokens; in row order
+        self.decoding: list[Request] = []  # all known tokens are planned, so each step computes new ones; in row order
         self.constrained: list[Request] = []  # the same, of requests with a grammar
         self.ending: list[Request] = []  # their last step is planned
         self.free_slots = list(range(max_num_seqs, 0, -1))  # the next to be given is last
@@ -62,14 +62,14 @@ class RunningRequests:
     def ready_to_decode(self, in_flight: Iterable[ScheduledStep]) -> list[Request]:
         """The requests that the next step decodes if they have steps and pages left, in row order.
 
-        The mask of a request with a grammar follows from the token before it, which is known when its step is
-        committed. So it sits out while a step of its is in flight, and with d steps in flight it takes part in every
-        d-th, together with all others that have a grammar: masks are uploaded for one step in d.
+        A request with a grammar needs a mask, and the mask depends on the request's last token, which is known once a
+        step is committed. So such a request sits out while a step of its own is in flight. All requests with a grammar
+        decode in the same step, one of d where d steps are in flight: masks are uploaded once in d steps.
         """
         if not self.constrained or any(step.has_constrained for step in in_flight):
             return self.decoding[:]
         return self.decoding + [r for r in self.constrained if r.num_computed_tokens < len(r.token_ids)]
 
     def least_urgent(self) -> Request:
-        """The request to preempt: the newest of those that have steps to come and the largest priority number."""
+        """The request to preempt: the newest of those with steps left and the largest priority number."""
         return max([request for request in self.all() if request.has_steps_left], key=by_urgency)

@@ -67,7 +67,9 @@ class Scheduler:
         return self.kv.max_total_tokens(num_prompt_tokens, max_tokens, self.max_model_len)
 
     def add(self, request: Request) -> None:
-        """Queue a new request, whose id is no user's. ``ValueError`` if it is in use or it could never finish."""
+        """Queue a new request, whose id the input processor made. ``ValueError`` if the id is in use, or if the request
+        could never finish.
+        """
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
@@ -108,9 +110,9 @@ class Scheduler:
         decodes = self.running.ready_to_decode(self._in_flight)
         new_pages, num_preemptions = [], self.num_preemptions
         width = self.speculation.width_for(decodes, self.max_num_batched_tokens, self.kv.pool.num_free)
-        at_limit = [request for request in decodes if request.num_computed_tokens + width > request.compute_limit]
-        if at_limit:
-            new_pages = self._grow(at_limit, width)
+        full = [request for request in decodes if request.num_computed_tokens + width > request.compute_limit]
+        if full:
+            new_pages = self._grow(full, width)
             decodes = self.running.ready_to_decode(self._in_flight)
         for request in decodes:
             request.num_computed_tokens += 1 if request.acceptance is None else width
@@ -123,20 +125,20 @@ class Scheduler:
         self._in_flight.append(step)
         return plan
 
-    def _grow(self, at_limit: list[Request], width: int) -> list[tuple[int, int, int]]:
-        """Give those of ``at_limit`` that lack one a page, preempting others if need be: (slot, index, page)."""
-        full = [r for r in at_limit if r.has_steps_left and self.kv.lacks_page(r, r.num_computed_tokens + width)]
-        full.sort(key=by_urgency)
-        for request in at_limit:
+    def _grow(self, full: list[Request], width: int) -> list[tuple[int, int, int]]:
+        """Give those of ``full`` that lack one a page, preempting others if need be: (slot, index, page)."""
+        growing = [r for r in full if r.has_steps_left and self.kv.lacks_page(r, r.num_computed_tokens + width)]
+        growing.sort(key=by_urgency)
+        for request in full:
             if not request.has_steps_left:
                 self.running.end_decode(request)
-        for request in full:
+        for request in growing:
             self.kv.cache_pages(request, min(request.num_computed_tokens, len(request.token_ids)))
-        for request in full:
+        for request in growing:
             while request.status is RequestStatus.RUNNING and not self.kv.append_pages([request]):
                 self.preempt(self.running.least_urgent())
-        full = [request for request in full if request.status is RequestStatus.RUNNING]
-        return [(request.slot, len(request.pages) - 1, request.pages[-1]) for request in full]
+        growing = [request for request in growing if request.status is RequestStatus.RUNNING]
+        return [(request.slot, len(request.pages) - 1, request.pages[-1]) for request in growing]
 
     def _schedule_prompts(self, step: ScheduledStep, may_admit: bool) -> None:
         """Spend what is left of the budget on prompts by urgency, whether they are under way or have yet to enter."""
@@ -173,24 +175,24 @@ class Scheduler:
         departed = step.departed
         self._commit_prompts(step, result)
         if departed:
-            departed.intersection_update(requests)  # the others had no token to come from this step
-        at_limit: list[Request] = []
+            departed.intersection_update(requests)  # only these were to get a token from this step
+        ended_by_length: list[Request] = []
         dropped: set[int] = set()
         for index, (request, token_id) in enumerate(zip(requests, result.token_ids)):
             if departed and request in departed:
                 dropped.add(index)  # what the step computed for it is dropped
                 continue
-            known = request.token_ids
-            if token_id < 0 or token_id in request.stop_token_ids or len(known) >= request.num_plain_tokens:
+            token_ids = request.token_ids
+            if token_id < 0 or token_id in request.stop_token_ids or len(token_ids) >= request.num_plain_tokens:
                 if not self._take(request, token_id, step):
                     dropped.add(index)
-                if len(known) == request.max_total_tokens and request.status is RequestStatus.RUNNING:
-                    at_limit.append(request)
+                if len(token_ids) == request.max_total_tokens and request.status is RequestStatus.RUNNING:
+                    ended_by_length.append(request)
             else:
-                known.append(token_id)
+                token_ids.append(token_id)
         if step.bad_pages:
             self._restart_readers(step.bad_pages)
-        for request in at_limit:
+        for request in ended_by_length:
             self._end(request, "length")
             step.committed.finished.append(request)
         step.committed.add_tokens(requests, result, dropped)
@@ -230,18 +232,18 @@ class Scheduler:
         step.committed.finished.append(request)
 
     def _restart_readers(self, bad_pages: set[int]) -> None:
-        """Preempt who has ``bad_pages`` and no token to show for them: what it computed from them is as bad."""
+        """Preempt each request that uses a bad page and has not got a token yet: its own pages may be as bad."""
         while readers := [r for r in self.running.all() if not (r.is_sound or bad_pages.isdisjoint(r.pages))]:
             for request in readers:
                 bad_pages.update(self.kv.discard(request))
                 self.preempt(request)
 
     def fail_running(self, message: str, or_first: bool = False) -> StepOutput:
-        """End every running request with an error: a step broke, or a change of the books was cut short.
+        """End every running request with an error: a step broke, or a change of requests and pages was cut short.
 
-        What waits goes on waiting. Launched steps, pages and slots are forgotten: their books may be half written, and
-        the step may have written anywhere. It may be called again if it is cut short itself. ``or_first``: if nobody
-        runs, the first of those that wait ends instead.
+        What waits goes on waiting. Launched steps, pages and slots are forgotten: a change of them may be half
+        done, and the step may have written anywhere. It may be called again if it is cut short itself. ``or_first``: if
+        nothing runs, the first request that waits ends instead.
         """
         self._begin_anew()
         self.kv.reset()
@@ -290,6 +292,6 @@ def _ended(requests: Iterable[Request], waiting: WaitingQueue, message: str, or_
         ended.append(waiting.first())
         waiting.remove(ended[0])
     for request in ended:
-        if request.status is not RequestStatus.FINISHED:  # or it had ended when the books were cut short
+        if request.status is not RequestStatus.FINISHED:  # or it had ended when the change was cut short
             request.end("error", error=message)
     return ended
