@@ -164,9 +164,12 @@ def test_the_report_is_the_one_that_was_reviewed(at_true_size: Any) -> None:
 
 
 def test_small_linear_layers_read_hardly_more_than_their_weights(at_true_size: Any) -> None:
-    """L2 gives some 1.28 times what memory does: beyond that, a layer of few rows would wait for L2."""
+    """L2 gives some 1.28 times what memory does: beyond that, a layer of few rows would wait for L2, unless the barriers of a
+    cluster would take as long, as for qkv at 16 rows.
+    """
     lines = [line for line in at_true_size[0] if line.weights is not None and line.rows <= 64]
-    assert len(lines) == 5 * 9 and max(line.weights for line in lines) <= 1.3
+    assert len(lines) == 5 * 9 and max(line.weights for line in lines) <= 1.34
+    assert max(line.weights for line in lines if line.rows == 64) <= 1.3
 
 
 def test_fp8_products_ask_l2_for_what_it_can_give(at_true_size: Any) -> None:
