@@ -13,10 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from nemo_engine import Engine
 from nemo_engine.benchmarks.driver import Driver
 from nemo_engine.benchmarks.stage_times import StageTimes
-from nemo_engine.config import ModelConfig
+from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import ALL_OPS, Ops
 from nemo_engine.ops.op import COMPOSED
 
@@ -48,12 +50,13 @@ def timed_engine(engine: Engine, stages: StageTimes) -> Iterator[None]:
         handle.result = stages.wrap("wait for the tokens", handle.result)
         return handle
 
-    ops = timed_ops(runner._step.ops, stages, engine.model_config)
+    ops = timed_ops(runner._step.ops, stages, runner._step.model.weights)
     patches = [
         (scheduler, "schedule", stages.wrap("schedule", scheduler.schedule)),
         (scheduler, "commit", stages.wrap("commit", scheduler.commit)),
         (outputs, "process", stages.wrap("outputs", outputs.process)),
         (runner, "launch", stages.wrap("launch, less the operations", launched)),
+        (runner, "_recorded", None),  # a recorded step is one call: its operations run one by one here
         *[
             (owner, name, ops)
             for owner, name in ((runner._step, "ops"), (runner._step.model, "ops"), (runner._sampler, "_ops"))
@@ -65,23 +68,20 @@ def timed_engine(engine: Engine, stages: StageTimes) -> Iterator[None]:
         yield
 
 
-def timed_ops(ops: Ops, stages: StageTimes, model: ModelConfig) -> Ops:
+def timed_ops(ops: Ops, stages: StageTimes, weights: NemoWeights) -> Ops:
     """``ops`` with a timer for each, those also that others are composed of.
 
-    Products are told apart by their shapes.
+    Products are told apart by their weights.
     """
-    projections = {
-        (model.q_size + 2 * model.kv_size, model.hidden_size): "qkv",
-        (model.hidden_size, model.q_size): "o",
-        (2 * model.intermediate_size, model.hidden_size): "gate_up",
-        (model.hidden_size, model.intermediate_size): "down",
-        (model.vocab_size, model.hidden_size): "lm_head",
-    }
+    projections = {weights.lm_head.weight.data_ptr(): "lm_head"}
+    for layer in weights.layers:
+        for name in ("qkv", "o", "gate_up", "down"):
+            projections[getattr(layer, name).weight.data_ptr()] = name
 
     def product(name: str) -> Any:
         def label(args: tuple[Any, ...]) -> str:
-            shapes = [tuple(arg.shape) for arg in args if hasattr(arg, "shape")]
-            return next((f"{name} ({projections[shape]})" for shape in shapes if shape in projections), name)
+            addresses = [arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)]
+            return next((f"{name} ({projections[each]})" for each in addresses if each in projections), name)
 
         return label
 

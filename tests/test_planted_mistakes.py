@@ -297,8 +297,8 @@ MISTAKES = {
     ),
     "a count used before it is cleared": Mistake(
         "sampling/sample.cuh",
-        "    if (threadIdx.x == 0) s->count = 0;\n    block_sync();",
-        "    if (threadIdx.x == 0) s->count = 0;\n    if (!MISTAKEN) block_sync();",
+        "s->mass_high[i] = 0;\n    block_sync();",
+        "s->mass_high[i] = 0;\n    if (!MISTAKEN) block_sync();",
         "sample_",
         "6x1001 top_k",
         UNORDERED,

@@ -236,8 +236,10 @@ class Sampler:
         )
 
     def _facts(self, params: Sequence[SamplingParams], rows: Sequence[int]) -> SampleFacts | None:
-        """What ``rows`` of a batch with ``params`` want; the others are padding. Only the definition asks for it."""
-        if self._ops.sample_ is not sample.sample_:
+        """What ``rows`` of a batch with ``params`` want; the others are padding. The definition asks for it, and what
+        runs on a CPU.
+        """
+        if self._ops.sample_ is not sample.sample_ and self._device.type != "cpu":
             return None
         drawn = [row for row in rows if not params[row].is_greedy]
         active = [params[row] for row in drawn]

@@ -194,5 +194,6 @@ def _say_vocabulary(schema: Schema, vocab_size: int) -> None:
     for field in schema.get("properties", {}).values():
         for option in field.get("anyOf", [field]):
             items = option.get("items", {})
+            items = items.get("items", items)  # several prompts: lists in a list
             if items.get("type") == "integer" and "minimum" in items:
                 items["maximum"] = vocab_size - 1

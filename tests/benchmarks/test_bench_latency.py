@@ -135,10 +135,12 @@ def test_requests_and_decode_steps_of_a_grid(tmp_path: Path) -> None:
     for row in rows:
         assert row["status"] == "ok" and row["engine"] == "nemo_engine" and row["model"] == "tiny"
         assert row["ceilings"]["bytes_per_s"] > 0 and row["options"]["load_format"] == "dummy"
-        assert {"linear (qkv)", "paged_attention", "schedule", "commit"} <= {stage["stage"] for stage in row["profile"]}
+        stages = {stage["stage"] for stage in row["profile"]}
+        assert {"paged_attention", "schedule", "commit"} <= stages and any("linear (qkv)" in stage for stage in stages)
         assert sum(stage["share"] for stage in row["profile"]) == pytest.approx(1.0)
         calls = {stage["stage"]: stage["calls_per_step"] for stage in row["profile"]}
-        assert calls["paged_attention"] == 2 and calls["linear (lm_head)"] == 1  # two layers
+        assert calls["paged_attention"] == 2  # two layers
+        assert calls.get("linear (lm_head)", calls.get("norm_linear (lm_head)")) == 1
     for row in rows[:2]:
         assert len(row["e2e_s"]["rounds"]) == 2
         assert 0 < row["ttft_s"]["median"] < row["e2e_s"]["median"]

@@ -201,7 +201,7 @@ def test_another_process_goes_on_where_the_device_is_lost(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--op", "softmax"], "--op must be among build_batch_, embed, rms_norm"),
+        (["--op", "softmax"], "--op must be among draft_, build_batch_, embed, rms_norm"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--device", "cuda"], "--device cuda needs an NVIDIA GPU"),
         (["--device", "cpu", "--fa3", "/none.so"], "runs on a GPU only"),

@@ -117,7 +117,7 @@ def test_a_start_that_fails_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--prompt-len", "0"], "--prompt-len must be at least 1, got 0"),
-        (["--option", "page_size=5"], "page_size must be from 16 to 128, got 5"),
+        (["--option", "page_size=5"], "page_size must be from 16 to 256, got 5"),
         (["--option", "no_such=5"], "--option names 'no_such', which nemo_engine does not have: it has dtype,"),
     ],
 )

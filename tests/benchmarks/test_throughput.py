@@ -168,7 +168,7 @@ def test_agreement_counts_up_to_the_first_difference() -> None:
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
         (("--concurrency", "2", "--option", "max_num_seqs=2"), "nemo_engine.max_num_seqs and --concurrency say the same"),
         (("--option", "bogus=1"), "bogus"),
-        (("--option", "page_size=7"), "page_size must be from 16 to 128, got 7"),
+        (("--option", "page_size=7"), "page_size must be from 16 to 256, got 7"),
         (("--option", "vllm.seed=1"), "--option names 'vllm', which does not run here"),
         (("--peers", "nothing"), "got 'nothing'"),
         (("--peers", "vllm", "vllm=python"), "--peers names vllm twice"),

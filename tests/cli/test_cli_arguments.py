@@ -30,7 +30,7 @@ def test_every_engine_field_has_a_flag_and_nothing_is_passed_that_was_not_given(
     assert arguments.sampling_options(parse()) == {}
     for field in dataclasses.fields(EngineConfig):
         name = "engine_seed" if field.name == "seed" else field.name
-        value = "op=impl" if field.name == "prefer" else "1"
+        value = {"prefer": "op=impl", "speculative_config": '{"method": "ngram"}'}.get(field.name, "1")
         flag = "--" + name.replace("_", "-")
         options = arguments.engine_options(parse(flag) if field.type == "bool" else parse(flag, value))
         assert set(options) == {field.name}

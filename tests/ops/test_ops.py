@@ -144,7 +144,9 @@ def test_definition_reads_no_poison(op: Op) -> None:
         for tensor in tensors(op.semantics(*args)):  # a case that hands in NaN to be computed with says so
             assert tensor.isnan().any() == case.name.startswith("NaN"), case.name
     assert all(num_bytes >= 0 and flops >= 0 for num_bytes, flops in costs)
-    assert max(costs) > (0, 0) and any(num_bytes > 0 and flops > 0 for num_bytes, flops in costs)
+    assert max(costs) > (0, 0) and (
+        op.name == "embed" or any(num_bytes > 0 and flops > 0 for num_bytes, flops in costs)
+    )
 
 
 def broken(kind: str, op: Op) -> Callable[..., Any]:

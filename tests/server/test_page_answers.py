@@ -327,7 +327,8 @@ def test_the_lens_says_how_likely_each_token_was(page: Any) -> None:
     assert rows[4][2][0] == '"d"< 0.1 %' and rows[7] == []
 
 
-def test_the_pages_of_the_conversation_are_marked(page: Any, live: LiveServer) -> None:
+def test_the_pages_of_the_conversation_are_marked(open_page: Callable[..., Any], live: LiveServer) -> None:
+    page = open_page(live, allow="willReadFrequently")  # the test reads the map, the page does not
     change_request(page, max_tokens=30, temperature=0, ignore_eos=True)
     send(page, "Tell me of lists. " * 12)
     until_answered(page)
@@ -355,7 +356,11 @@ async (count) => {
     const { layoutOf } = await import("/page/charts.js");
     const canvas = document.querySelector("#map");
     const { size, columns } = layoutOf(canvas.clientWidth, count);
-    const at = (x, y) => [...canvas.getContext("2d").getImageData(x * devicePixelRatio, y * devicePixelRatio, 1, 1).data].slice(0, 3);
+    const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);  // once: more is warned of
+    const at = (x, y) => {
+        const first = 4 * (Math.floor(y * devicePixelRatio) * canvas.width + Math.floor(x * devicePixelRatio));
+        return [...image.data.slice(first, first + 3)];
+    };
     const squares = [...Array(count).keys()].map((i) => [(i % columns) * size, Math.floor(i / columns) * size]);
     const probe = document.body.appendChild(document.createElement("i"));
     const named = (name) => { probe.style.color = `var(--${name})`; return getComputedStyle(probe).color.match(/\\d+/g).map(Number); };
