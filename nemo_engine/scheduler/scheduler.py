@@ -67,9 +67,7 @@ class Scheduler:
         return self.kv.max_total_tokens(num_prompt_tokens, max_tokens, self.max_model_len)
 
     def add(self, request: Request) -> None:
-        """Queue a new request, whose id the input processor made. ``ValueError`` if the id is in use, or if the request
-        could never finish.
-        """
+        """Queue a new request. ``ValueError`` if its id is in use, or if it could never finish."""
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
