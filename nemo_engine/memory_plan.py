@@ -193,9 +193,11 @@ def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 def wide_graph_sizes(config: EngineConfig) -> tuple[tuple[int, int], ...]:
     """The wide steps that are captured: rows of one token, and width."""
-    most = min(config.max_num_seqs, WIDE_STEP_TOKENS)
+    max_rows = min(config.max_num_seqs, WIDE_STEP_TOKENS)
     return tuple(
-        (size * width, width) for width in config.widths for size in graph_sizes(min(most, WIDE_STEP_TOKENS // width))
+        (size * width, width)
+        for width in config.widths
+        for size in graph_sizes(min(max_rows, WIDE_STEP_TOKENS // width))
     )
 
 

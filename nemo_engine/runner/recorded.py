@@ -81,11 +81,11 @@ class _Nothing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+        results = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
         if func.overloadpacket.__name__ in _EMPTY:
-            self.memory += made
+            self.memory += results
             return outputs
         given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        if func._schema.is_mutable or any(x.untyped_storage().data_ptr() not in given for x in made):
+        if func._schema.is_mutable or any(x.untyped_storage().data_ptr() not in given for x in results):
             raise RuntimeError(f"{func} computes in a step that is being recorded")
         return outputs

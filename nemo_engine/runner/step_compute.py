@@ -41,17 +41,17 @@ class StepCompute:
 
         Returns the last MLP's output and the residual, (T, H) each, and each row's new length (R,).
         """
-        table, wide = self.table, {}
+        table, runs = self.table, {}
         if rows.width > 1:
             decodes = rows.slots[: rows.num_decodes]
             ahead = self.ops.draft_(
                 table.token_ids, table.num_computed, table.draft_until, decodes, rows.width,
                 min(self.max_drafts, rows.width - 1),
             )  # fmt: skip
-            wide = {"ahead": ahead, "width": rows.width}
+            runs = {"ahead": ahead, "width": rows.width}
         ids, positions, mapping, seq_lens = self.ops.build_batch_(
             table.token_ids, table.num_computed, table.page_table, rows.slots, rows.starts, rows.new_index,
-            rows.new_page, self.kv_cache.page_size, rows.num_tokens, rows.longest, **wide,
+            rows.new_page, self.kv_cache.page_size, rows.num_tokens, rows.longest, **runs,
         )  # fmt: skip
         meta = AttentionMeta(
             rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self.kv_cache.page_size,

@@ -129,9 +129,9 @@ class Speculation:
         return width if num_growing <= num_free_pages else 1
 
     def _best_width(self, decodes: Sequence[Request], max_tokens: int) -> int:
-        rows, most = len(decodes), min(WIDE_STEP_TOKENS, max_tokens // 2)
+        rows, max_wide_tokens = len(decodes), min(WIDE_STEP_TOKENS, max_tokens // 2)
         trial = min(self._drafts)
-        if trial * rows > most:
+        if trial * rows > max_wide_tokens:
             return 1
         drafting = [request.acceptance for request in decodes if request.acceptance is not None]
         kind = self._kinds.get(rows.bit_length())
@@ -139,9 +139,9 @@ class Speculation:
             return 1
         best, best_rate = 1, _MIN_GAIN * rows / kind.cost(1)
         for width, num_drafts in self._drafts.items():
-            if width * rows > most:
+            if width * rows > max_wide_tokens:
                 break
-            rate = (rows + sum([one.expected(num_drafts) for one in drafting])) / kind.cost(width)
+            rate = (rows + sum([acceptance.expected(num_drafts) for acceptance in drafting])) / kind.cost(width)
             if rate > best_rate:
                 best, best_rate = width, rate
         if best == 1 and kind.since_trial >= _BETWEEN_TRIALS:

@@ -97,13 +97,13 @@ class _SentPrefixes:
 
     def holders(self, pages: Sequence[Hashable]) -> Mapping[int, None]:
         """The replicas with the longest beginning of ``pages``."""
-        found: Mapping[int, None] = {}
+        replicas: Mapping[int, None] = {}
         for page in pages:
             holders = self._holders.get(page)
             if holders is None:
                 break
-            found = holders
-        return found
+            replicas = holders
+        return replicas
 
     def note(self, replica: int, pages: Sequence[Hashable]) -> None:
         """``replica`` is sent ``pages``. A prefix outlives what follows it, as in the cache."""
