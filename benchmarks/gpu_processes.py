@@ -61,12 +61,15 @@ class Guard:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, "-I", "-S", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True
         )
 
-    def add(self, group: int) -> None:
-        """From now on ``group`` ends with this process."""
-        self._say(f"+{group}")
+    def join(self) -> None:
+        """Called in a forked child: its group ends with the process that made this guard.
+
+        The child says so itself, before it becomes another program: its parent may be killed right after the fork.
+        """
+        self._say(f"+{os.getpid()}")
 
     def remove(self, group: int) -> None:
         """It has ended."""
@@ -75,7 +78,7 @@ class Guard:
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
         try:
-            print(line, file=self._process.stdin, flush=True)
+            os.write(self._process.stdin.fileno(), f"{line}\n".encode())
         except OSError:
             pass  # it was killed: groups still end by their limits
 
@@ -98,9 +101,8 @@ class Group:
         log.write(f"$ {' '.join(command)}\n".encode())
         self._process = subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, bufsize=0,
+            start_new_session=True, bufsize=0, preexec_fn=guard.join,
         )  # fmt: skip
-        guard.add(self._process.pid)
         self._is_open = True
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -173,6 +173,31 @@ def test_a_run_that_is_killed_leaves_readable_results_and_no_process(tmp_path: P
     assert [record["key"] for record in read_records(results)][-1] == "next"
 
 
+# A run that is killed between the fork of a stage's process and its first word to the guard.
+KILLED_AT_THE_FORK = """
+import os, signal, sys, time
+from pathlib import Path
+from benchmarks.gpu_processes import Group, Guard, Log
+
+class LateGuard(Guard):
+    def join(self):
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(0.2)
+        super().join()
+
+with Log(Path(sys.argv[1])) as log, LateGuard() as guard:
+    Group(["sleep", "600"], os.environ, log, guard)
+"""
+
+
+def test_a_run_that_is_killed_while_it_starts_a_process_leaves_none(tmp_path: Path) -> None:
+    mark = str(tmp_path)
+    command = [sys.executable, "-c", KILLED_AT_THE_FORK, str(tmp_path / "log.txt")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(GPU_TEST_MARK=mark))
+    assert done.returncode == -signal.SIGKILL
+    assert not wait_for_none(mark)
+
+
 def test_the_tests_for_gpus_collect_where_other_packages_are_missing() -> None:
     code = f"""
 import importlib.metadata, sys
