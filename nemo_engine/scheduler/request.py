@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
+from functools import lru_cache
 from operator import attrgetter
 from typing import Protocol
 
@@ -87,8 +88,7 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         if self.params.ignore_eos:
             self.eos_token_ids = frozenset()
-        user_stop_ids = self.params.stop_token_ids
-        self.stop_token_ids = self.eos_token_ids.union(user_stop_ids) if user_stop_ids else self.eos_token_ids
+        self.stop_token_ids = _union(self.eos_token_ids, tuple(self.params.stop_token_ids or ()))
 
     @property
     def has_steps_left(self) -> bool:
@@ -113,6 +113,12 @@ class Request:
 
     def __repr__(self) -> str:
         return f"Request({self.request_id!r}, {self.status.name}, {len(self.token_ids)} tokens, slot {self.slot})"
+
+
+@lru_cache(maxsize=256)
+def _union(eos_token_ids: frozenset[int], user_stop_ids: tuple[int, ...]) -> frozenset[int]:
+    """One object for all requests with the same ids, as every step looks into it for each of them."""
+    return eos_token_ids.union(user_stop_ids)
 
 
 by_urgency = attrgetter("priority", "arrival")  # a key to sort requests by; the smallest is the most urgent
