@@ -54,13 +54,8 @@ class PagePool:
 
     def states(self) -> bytes:
         """A byte a page, from page 1 on: 0 free, 1 free and cached, 2 in use, 3 in use by several. O(pages)."""
-        cached = self._hash_of
-        return bytes(
-            [
-                min(users, 2) + 1 if users else int(cached[page] is not None)
-                for page, users in enumerate(self._num_users)
-            ]
-        )[1:]
+        cached, num_users = self._hash_of, enumerate(self._num_users)
+        return bytes([min(users, 2) + 1 if users else int(cached[page] is not None) for page, users in num_users])[1:]
 
     def allocate(self, count: int) -> list[int]:
         """Hand out ``count`` pages with one user each; their content is forgotten.

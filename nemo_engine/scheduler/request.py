@@ -36,6 +36,9 @@ class Grammar(Protocol):
         """Whether the text is complete: an end-of-sequence token has come, or nothing else may follow."""
 
 
+_union = lru_cache(maxsize=256)(frozenset.union)  # one set for all with the same ids: each step looks into it for each
+
+
 @dataclass(eq=False, repr=False, slots=True)
 class Request:
     """State of one completion. The scheduler and its KV manager write it; others read."""
@@ -113,12 +116,6 @@ class Request:
 
     def __repr__(self) -> str:
         return f"Request({self.request_id!r}, {self.status.name}, {len(self.token_ids)} tokens, slot {self.slot})"
-
-
-@lru_cache(maxsize=256)
-def _union(eos_token_ids: frozenset[int], user_stop_ids: tuple[int, ...]) -> frozenset[int]:
-    """One object for all requests with the same ids, as every step looks into it for each of them."""
-    return eos_token_ids.union(user_stop_ids)
 
 
 by_urgency = attrgetter("priority", "arrival")  # a key to sort requests by; the smallest is the most urgent
