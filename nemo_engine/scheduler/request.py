@@ -36,12 +36,22 @@ class Grammar(Protocol):
         """Whether the text is complete: an end-of-sequence token has come, or nothing else may follow."""
 
 
-_union = lru_cache(maxsize=256)(frozenset.union)  # one set for all with the same ids: each step looks into it for each
+_union = lru_cache(maxsize=256)(frozenset.union)  # one object for equal ids, as each step looks into it
 
 
 @dataclass(eq=False, repr=False, slots=True)
 class Request:
     """State of one completion. The scheduler and its KV manager write it; others read."""
+
+    # Every step reads these of every request, so they lie side by side in memory:
+    token_ids: list[int] = field(init=False)  # the prompt, then what has been generated
+    stop_token_ids: frozenset[int] = field(init=False)  # they end the request; eos_token_ids are among them
+    is_plain: bool = field(init=False)  # only its length or a stop id can end it: no grammar, no repetition rule
+    # What launched steps compute counts as done, and of wide ones as if all drafts were right: see speculation.py.
+    num_computed_tokens: int = field(init=False, default=0)
+    compute_limit: int = field(init=False, default=0)  # tokens it may compute before it needs a page or ends
+    slot: int = field(init=False, default=0)  # while it runs
+    acceptance: Acceptance | None = field(init=False, default=None)  # None: wide steps have no drafts for it
 
     request_id: str
     prompt_token_ids: InitVar[Sequence[int]]
@@ -54,12 +64,8 @@ class Request:
     cache_salt: bytes = field(default=b"", kw_only=True)  # prefixes match only between requests of equal salt
     grammar: Grammar | None = field(default=None, kw_only=True)  # its state is that after the last of token_ids
 
-    token_ids: list[int] = field(init=False)  # the prompt, then what has been generated
     num_prompt_tokens: int = field(init=False)
-    stop_token_ids: frozenset[int] = field(init=False)  # they end the request; eos_token_ids are among them
     max_total_tokens: int = field(init=False, default=0)  # limit of prompt and output together; set by Scheduler.add
-    # With fewer tokens only a stop id can end it, so nothing else is checked; 0 if a grammar or a repetition rule is.
-    num_plain_tokens: int = field(init=False, default=0)
     arrival: int = field(init=False, default=0)  # 1 for the first request that the scheduler got
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
     finish_reason: FinishReason | None = field(init=False, default=None)
@@ -69,18 +75,13 @@ class Request:
     num_cached_tokens: int = field(init=False, default=0)  # that the first admission found in the prefix cache
     cache_report: CacheReport | None = field(init=False, default=None)
     num_preemptions: int = field(init=False, default=0)
-    acceptance: Acceptance | None = field(init=False, default=None)  # None: wide steps have no drafts for it
 
     # While it runs:
-    slot: int = field(init=False, default=0)
-    # What launched steps compute counts as done, and of wide ones as if all drafts were right: see speculation.py.
-    num_computed_tokens: int = field(init=False, default=0)
     mask_error: str | None = field(init=False, default=None)  # why its grammar gave no mask for the step in flight
     is_sound: bool = field(init=False, default=False)  # a token came out of its pages, so what they hold is good
 
     # Of the KV manager:
     pages: list[int] = field(init=False, default_factory=list)
-    compute_limit: int = field(init=False, default=0)  # tokens it may compute before it needs a page
     page_hashes: list[bytes] = field(init=False, default_factory=list)  # of full pages, as far as they were needed
     num_hashed_pages: int = field(init=False, default=0)  # leading pages that were offered to the prefix cache
     pages_wanted: int = field(init=False, default=0)  # new pages that the last failed admission lacked
@@ -91,6 +92,7 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         if self.params.ignore_eos:
             self.eos_token_ids = frozenset()
+        self.is_plain = self.grammar is None and self.params.repetition_detection is None
         self.stop_token_ids = _union(self.eos_token_ids, tuple(self.params.stop_token_ids or ()))
 
     @property

@@ -71,8 +71,6 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by an unfinished request")
         request.max_total_tokens = self.max_total_tokens(request.num_prompt_tokens, request.params.max_tokens)
-        if request.grammar is None and request.params.repetition_detection is None:
-            request.num_plain_tokens = request.max_total_tokens - 1
         self.speculation.enter(request)
         request.arrival = self._num_arrivals = self._num_arrivals + 1
         self.requests[request.request_id] = request
@@ -181,7 +179,8 @@ class Scheduler:
                 dropped.add(index)  # what the step computed for it is dropped
                 continue
             token_ids = request.token_ids
-            if token_id < 0 or token_id in request.stop_token_ids or len(token_ids) >= request.num_plain_tokens:
+            is_full = len(token_ids) >= request.compute_limit  # at the latest when this is the last token
+            if is_full or token_id < 0 or token_id in request.stop_token_ids or not request.is_plain:
                 if not self._take(request, token_id, step):
                     dropped.add(index)
                 if len(token_ids) == request.max_total_tokens and request.status is RequestStatus.RUNNING:
