@@ -169,37 +169,38 @@ class EngineConfig:
 
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32" or "float64" (float64 on the CPU only).
     max_model_len: tokens of prompt and output together; "auto" takes the largest that the KV cache holds; None takes
-    the
-        checkpoint's claim, at most 131072. An explicit number may exceed 131072 but not the checkpoint's claim.
-    max_num_seqs: requests that run at once. max_num_batched_tokens: tokens a step may compute, at least max_num_seqs;
-    None takes 2048 on
-        the CPU, where a step of more keeps the other requests waiting for long, else 8192, and max_num_seqs if that is
-        more.
-    enable_prefix_caching: reuse the pages of equal prefixes. page_size: tokens per KV page: a power of two from 16 to
-    256. FlashAttention 2 reads pages of 256, the CUDA kernels of attention pages of up to 128.
+        the checkpoint's claim, at most 131072. An explicit number may exceed 131072 but not the checkpoint's claim.
+    max_num_seqs: requests that run at once.
+    max_num_batched_tokens: tokens a step may compute, at least max_num_seqs; None takes 2048 on the CPU, where a step
+        of more keeps the other requests waiting for long, else 8192, and max_num_seqs if that is more.
+    enable_prefix_caching: reuse the pages of equal prefixes.
+    page_size: tokens per KV page: a power of two from 16 to 256. FlashAttention 2 reads pages of 256, the CUDA kernels
+        of attention pages of up to 128.
     kv_cache_gib, num_kv_pages: the KV budget, absolute; at most one of them. With neither: on the CPU 1 GiB, at least
-    one request of
-        max_model_len if that is at most 4 GiB; on a GPU what the memory plan leaves.
+        one request of max_model_len if that is at most 4 GiB; on a GPU what the memory plan leaves.
     kv_cache_dtype: "auto" (FP8 where the checkpoint has a scheme for it, else the activations' dtype), "fp8" (e4m3;
-    scales from the
-        checkpoint, else 1), or the activations' dtype by name.
+        scales from the checkpoint, else 1), or the activations' dtype by name.
     quantization: "fp8" quantises a bf16 checkpoint while it loads (weights per output channel, activations per token),
-    "fp8_block" by 128 x
-        128; one that is FP8 already must be of that kind and stays as it is. None takes any as it is. quantize_lm_head:
-        the head becomes FP8 too.
+        "fp8_block" by 128 x 128; one that is FP8 already must be of that kind and stays as it is. None takes any as it
+        is.
+    quantize_lm_head: the head becomes FP8 too.
     load_format: "auto" reads the checkpoint, "dummy" makes seeded random weights of its config.
-    device: "auto" takes CUDA where there is one. enforce_eager: no CUDA graphs, no recorded steps on a CPU.
-    prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves. pipeline_depth:
-    steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
-    seed: of the noise of requests that bring none, and of dummy weights. max_logprobs: the most alternatives a request
-    may ask for.
-    tokenizer: path of the tokenizer if it is not in the checkpoint. skip_tokenizer_init: token ids only.
+    device: "auto" takes CUDA where there is one.
+    enforce_eager: no CUDA graphs, no recorded steps on a CPU.
+    prefer: {operation: implementation} to force one; {"*": implementation} takes it wherever it serves.
+    pipeline_depth: steps in flight, 1 or 2; None takes 1 on the CPU, else 2.
+    seed: of the noise of requests that bring none, and of dummy weights.
+    max_logprobs: the most alternatives a request may ask for.
+    tokenizer: path of the tokenizer if it is not in the checkpoint.
+    skip_tokenizer_init: token ids only.
     chat_template: a Jinja template's file or text, or "mistral" for Mistral's own format; None takes what the
-    checkpoint's template turns out to be.
+        checkpoint's template turns out to be.
     scheduling_policy: "fcfs", or "priority" (a lower number first).
-    tensor_parallel_size: 1; more comes later and is refused. revision: of a Hub repository.
+    tensor_parallel_size: 1; more comes later and is refused.
+    revision: of a Hub repository.
     speculative_config: {"method": "ngram", "num_speculative_tokens": 7} looks up drafts of 1 to 7 tokens in a request's
-    own text, so that a step makes several tokens where they are right; the output is the same. None: no speculation.
+        own text, so that a step makes several tokens where they are right; the output is the same. None: no
+        speculation.
     lora: a PEFT adapter, a directory or a Hub repository, that the model is merged with while it loads.
     """
 

@@ -79,29 +79,33 @@ class SamplingParams:
     presence_penalty, frequency_penalty: [-2, 2], over generated tokens only.
     repetition_penalty: finite, > 0, over prompt and generated tokens; above 1 discourages.
     temperature: [0, 2]; 0 is greedy, and top_p, top_k and min_p then mean nothing. None means the default of the call,
-    which fills it in: 1.0, or for ``chat`` the model's own. A copy or ``dataclasses.replace`` keeps what was given.
-    top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most likely token.
+        which fills it in: 1.0, or for ``chat`` the model's own. A copy or ``dataclasses.replace`` keeps what was given.
+    top_p: (0, 1].
+    top_k: 0 or -1 is off.
+    min_p: [0, 1], relative to the most likely token.
     seed: 64-bit; -1 or None lets the engine choose. The same seed gives the same tokens in any batch.
     stop: strings that end the output, at most 1024 of at most 10,000 characters, cut off unless
-    ``include_stop_str_in_output``.
+        ``include_stop_str_in_output``.
     include_stop_str_in_output: keep the stop string, or the text of a stop token, at the end of the text.
     stop_token_ids: ids that end the output and stay in ``token_ids``.
     ignore_eos: do not end at the end-of-sequence token.
-    max_tokens: None means as many as context and cache hold. min_tokens: until then no stop token can be chosen.
+    max_tokens: None means as many as context and cache hold.
+    min_tokens: until then no stop token can be chosen.
     logprobs, prompt_logprobs: alternatives to report per position, -1 for the whole vocabulary; the chosen or prompt
-    token is always added. prompt_logprobs turns off reading the prefix cache for the request.
+        token is always added. prompt_logprobs turns off reading the prefix cache for the request.
     logprob_token_ids: report exactly these ids (at most 128) beside the chosen token.
-    logit_bias: {token id: bias}. allowed_token_ids: nothing else can be chosen. bad_words: at most 10,000 of at most
-    1000 characters, never completed in the output.
+    logit_bias: {token id: bias}.
+    allowed_token_ids: nothing else can be chosen.
+    bad_words: at most 10,000 of at most 1000 characters, never completed in the output.
     skip_special_tokens, detokenize: leave control tokens out of the text; make text at all.
     spaces_between_special_tokens: taken for compatibility; these tokenizers never put spaces there.
     output_kind, stream_interval: what the outputs of ``step()`` carry, and how many new tokens one is worth.
     repetition_detection: end a request that loops.
     structured_outputs: the form of the output, a ``StructuredOutputsParams`` or a mapping with its fields, such as
-    {"json": {"type": "object"}} or {"choice": ["yes", "no"]}. Stop strings and ``max_tokens`` may cut it short; with
-    ``ignore_eos``, it ends where its grammar does.
+        {"json": {"type": "object"}} or {"choice": ["yes", "no"]}. Stop strings and ``max_tokens`` may cut it short;
+        with ``ignore_eos``, it ends where its grammar does.
     speculation: whether an engine with ``speculative_config`` may look up drafts for the request. Its tokens are the
-    same.
+        same.
     extra_args: accepted only when empty.
     """
 

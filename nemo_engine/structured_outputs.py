@@ -28,19 +28,19 @@ class StructuredOutputsParams:
     """The form of an output: exactly one of ``json``, ``regex``, ``choice``, ``grammar`` and ``json_object``.
 
     json: a JSON schema, as a dict or as text, nested at most 64 deep; kept as text. Properties come in its order. Every
-    keyword is kept, or refused at admission with its place; annotations and keywords that no draft knows are ignored (a
-    table: README.md).
+        keyword is kept, or refused at admission with its place; annotations and keywords that no draft knows are
+        ignored (a table: README.md).
     regex: a regular expression in the syntax of Rust's ``regex`` crate, for the whole output: no look-around, no
-    back-references.
+        back-references.
     choice: the texts to choose from.
     grammar: Lark as llguidance reads it (rule ``start``; ``%json {...}``, kept as ``json`` is, ``<[token id]>``), or
-    GBNF (rule ``root``).
+        GBNF (rule ``root``).
     json_object: True for any JSON object.
     disable_any_whitespace: compact JSON. Otherwise each place where JSON may have white space takes one space, or one
-    newline and up to 16 spaces.
+        newline and up to 16 spaces.
     whitespace_pattern: a regular expression for that white space instead.
     disable_additional_properties: objects of the schema have no properties but those that it names, unless it says
-    otherwise.
+        otherwise.
     structural_tag: not supported.
     """
 

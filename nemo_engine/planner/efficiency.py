@@ -32,12 +32,21 @@ _OF_MEMORY = {"HBM2e": Figure(1.7 / 2.039, "assumed: gpt-fast's README takes 1.7
 class Efficiencies:
     """Fractions and fixed costs that turn a data sheet into times.
 
-    memory, matmul_bf16, matmul_fp8: the ceilings, the fractions of the data sheet that a copy and a large product
-    reach. The next are fractions of these ceilings: weights (reading them for few rows), kv_bf16 and kv_fp8 (decode
-    attention), linear and linear_fp8 (large products inside a model), attention (prefill attention, of bf16's ceiling).
-    elementwise: the part of norms, activations and rotary embedding that is memory traffic of its own. Microseconds:
-    launch_us of one more kernel in a step; gap_us of a step, whatever is in it; host_us and host_us_per_request of
-    planning and committing a step; link_us of one reduction over several GPUs.
+    Ceilings, the fractions of the data sheet that a copy and a large product reach: memory, matmul_bf16, matmul_fp8.
+
+    Fractions of these ceilings:
+    weights: reading them for few rows.
+    kv_bf16, kv_fp8: decode attention.
+    linear, linear_fp8: large products inside a model.
+    attention: prefill attention, of bf16's ceiling.
+
+    elementwise: the part of norms, activations and rotary embedding that is memory traffic of its own.
+
+    Microseconds:
+    launch_us: one more kernel in a step.
+    gap_us: a step, whatever is in it.
+    host_us, host_us_per_request: planning and committing a step.
+    link_us: one reduction over several GPUs.
     """
 
     memory: Figure = Figure(4.3 / 4.8, "assumed: a copy on an H200 reaches 4.3 of 4.8 TB/s")

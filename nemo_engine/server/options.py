@@ -36,34 +36,46 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 class ServerOptions:
     """The options of ``nemo-engine serve``.
 
-    host: address to listen on; 0.0.0.0 for all. port: to listen on; 0 takes a free one. uds: path of a Unix socket to
-    listen on instead; whoever may write to it may ask. served_model_name: names that
-    requests may use for the model; the first is the one in responses; None takes the name that was given. api_key:
-    accepted keys, each as KEY or as NAME:KEY, whose name stands in logs and metrics; without this, api_key_file and the
-    variable NEMO_ENGINE_API_KEY, anyone may ask. api_key_file: a file with one key a line, read again on SIGHUP.
+    host: address to listen on; 0.0.0.0 for all.
+    port: to listen on; 0 takes a free one.
+    uds: path of a Unix socket to listen on instead; whoever may write to it may ask.
+    served_model_name: names that requests may use for the model; the first is the one in responses; None takes the name
+        that was given.
+    api_key: accepted keys, each as KEY or as NAME:KEY, whose name stands in logs and metrics; without this,
+        api_key_file and the variable NEMO_ENGINE_API_KEY, anyone may ask.
+    api_key_file: a file with one key a line, read again on SIGHUP.
     allowed_hosts: names that the header Host may have, "*.NAME" for all below a name, "*" for any; None takes the names
-    of this machine's loopback if the server listens there and has no keys, and any otherwise. cors_origin: origins
-    whose pages may call the server from a browser, or "*". max_request_mib: largest body of a request, in MiB.
-    max_bodies_mib: largest size of all bodies together that are being received, in MiB. max_connections: open
-    connections; more get status 503. header_timeout: seconds in which the head of a request must arrive, and in which a
-    new connection must begin one. body_timeout: seconds in which the body must arrive. keep_alive_timeout: seconds that
-    a connection may stay without a request after an answer. send_timeout: seconds after which a client that reads
-    nothing of its answer is cut off. max_queue: requests that may wait for a place in the batch; more get status 429.
-    max_queue_per_key: completions of one key that may wait. fairness_header: a header, set by a proxy, whose values
-    take turns as keys do. max_prompt_tokens: longest prompt that is taken. max_completion_tokens: most tokens that a
-    request may generate. max_completions: most completions per request, ``n`` times the number of prompts.
-    request_timeout: seconds after which a request is ended; a request may ask for less with ``timeout``. drain_timeout:
-    seconds that running requests get to finish after SIGTERM. ssl_certfile: TLS certificate.
-    ssl_keyfile: its key. log_requests: one line of JSON per request on stderr. log_prompts: with prompts and answers.
-    metrics_prefix: what the names in /metrics start with; "vllm" lets dashboards made for vLLM work. page: serve the
-    page at /.
+        of this machine's loopback if the server listens there and has no keys, and any otherwise.
+    cors_origin: origins whose pages may call the server from a browser, or "*".
+    max_request_mib: largest body of a request, in MiB.
+    max_bodies_mib: largest size of all bodies together that are being received, in MiB.
+    max_connections: open connections; more get status 503.
+    header_timeout: seconds in which the head of a request must arrive, and in which a new connection must begin one.
+    body_timeout: seconds in which the body must arrive.
+    keep_alive_timeout: seconds that a connection may stay without a request after an answer.
+    send_timeout: seconds after which a client that reads nothing of its answer is cut off.
+    max_queue: requests that may wait for a place in the batch; more get status 429.
+    max_queue_per_key: completions of one key that may wait.
+    fairness_header: a header, set by a proxy, whose values take turns as keys do.
+    max_prompt_tokens: longest prompt that is taken.
+    max_completion_tokens: most tokens that a request may generate.
+    max_completions: most completions per request, ``n`` times the number of prompts.
+    request_timeout: seconds after which a request is ended; a request may ask for less with ``timeout``.
+    drain_timeout: seconds that running requests get to finish after SIGTERM.
+    ssl_certfile: TLS certificate.
+    ssl_keyfile: its key.
+    log_requests: one line of JSON per request on stderr.
+    log_prompts: with prompts and answers.
+    metrics_prefix: what the names in /metrics start with; "vllm" lets dashboards made for vLLM work.
+    page: serve the page at /.
     default_sampling_params: sampling parameters for requests that do not set them, over the model's own.
     system_placement: where chat puts the system prompt: "last" (before the last user message, as the model was trained)
-    or "first" (stays in the prefix cache from turn to turn). trust_request_chat_template: take the field chat_template
-    of requests; a template is code, run with limits but run. batch_dir: a folder for the files and results of /v1/files
-    and /v1/batches, which without it are refused; batches that are not finished go on when a server is started with it
-    again. max_batch_file_mib: largest such file, in MiB. otlp_endpoint: where to send OpenTelemetry spans; needs the
-    extra otel.
+        or "first" (stays in the prefix cache from turn to turn).
+    trust_request_chat_template: take the field chat_template of requests; a template is code, run with limits but run.
+    batch_dir: a folder for the files and results of /v1/files and /v1/batches, which without it are refused; batches
+        that are not finished go on when a server is started with it again.
+    max_batch_file_mib: largest such file, in MiB.
+    otlp_endpoint: where to send OpenTelemetry spans; needs the extra otel.
     """
 
     host: str = "127.0.0.1"
