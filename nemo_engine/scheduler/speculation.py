@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from nemo_engine.config import WIDE_STEP_TOKENS
@@ -79,6 +78,7 @@ class _Kind:
 
     def __init__(self) -> None:
         self._last: dict[int, deque[float]] = {}  # by width
+        self._medians: dict[int, float] = {}
         self._noted_at: dict[int, int] = {}
         self._num_noted = 0
         self.since_trial = 0  # narrow steps
@@ -87,16 +87,16 @@ class _Kind:
     @property
     def is_known(self) -> bool:
         """Whether a narrow step was measured."""
-        return 1 in self._last
+        return 1 in self._medians
 
     def cost(self, width: int) -> float:
         """Seconds of a step of ``width``: until one was measured, a guess, but no less than a less wide one takes."""
-        narrow = median(self._last[1])
+        narrow = self._medians[1]
         if width == 1:
             return narrow
-        if width in self._last:
-            return narrow * median(self._last[width])
-        less = [median(last) for known, last in self._last.items() if 1 < known < width]
+        if width in self._medians:
+            return narrow * self._medians[width]
+        less = [beside for known, beside in self._medians.items() if 1 < known < width]
         return narrow * max([1 + _ASSUMED_COST * (width - 1), *less])
 
     def note(self, width: int, seconds: float) -> None:
@@ -104,17 +104,16 @@ class _Kind:
         self._num_noted += 1
         self._noted_at[width] = self._num_noted
         last = self._last.setdefault(width, deque(maxlen=_REMEMBERED))
-        last.append(seconds if width == 1 else max(1.0, seconds / self.cost(1)))
-        if width == 1:
-            self.since_trial, self.since_narrow = self.since_trial + 1, 0
-            self._forget()
-        else:
+        last.append(seconds if width == 1 else max(1.0, seconds / self._medians[1]))
+        self._medians[width] = sorted(last)[len(last) // 2]
+        if width > 1:
             self.since_narrow += 1
-
-    def _forget(self) -> None:
-        for width, noted_at in [*self._noted_at.items()]:
-            if self._num_noted - noted_at > _FORGOTTEN_AFTER:
-                del self._noted_at[width], self._last[width]
+            return
+        self.since_trial, self.since_narrow = self.since_trial + 1, 0
+        if self._num_noted % _FORGOTTEN_AFTER == 0:
+            for known, noted_at in [*self._noted_at.items()]:
+                if self._num_noted - noted_at > _FORGOTTEN_AFTER:
+                    del self._noted_at[known], self._medians[known], self._last[known]
 
 
 class Speculation:
@@ -165,15 +164,17 @@ class Speculation:
         kind = self._kinds.get(rows.bit_length())
         if not drafting or kind is None or not kind.is_known or kind.since_narrow >= _NARROW_EVERY:
             return 1
-        narrow, balance = kind.cost(1), self._balance or 0.0
+        narrow = kind.cost(1)
+        limit = narrow + (self._balance or 0.0)
         best, best_rate = 1, _MIN_GAIN * rows / narrow
         for width, num_drafts in self._drafts.items():
-            if width * rows > max_wide_tokens or kind.cost(width) - narrow > balance:
+            cost = kind.cost(width)
+            if width * rows > max_wide_tokens or cost > limit:
                 break
-            rate = (rows + sum([acceptance.expected(num_drafts) for acceptance in drafting])) / kind.cost(width)
+            rate = (rows + sum([acceptance.expected(num_drafts) for acceptance in drafting])) / cost
             if rate > best_rate:
                 best, best_rate = width, rate
-        if best == 1 and kind.since_trial >= _BETWEEN_TRIALS and kind.cost(trial) - narrow <= balance:
+        if best == 1 and kind.since_trial >= _BETWEEN_TRIALS and kind.cost(trial) <= limit:
             best, kind.since_trial = trial, 0
         return best
 
