@@ -99,14 +99,16 @@ void one(const Embed<T>& a, int64_t i) {
 // All rows at once: a later row's place follows from those before.
 void one(const Batch& a, int64_t) {
   for (int64_t row = 0; row < a.rows; ++row) {
-    const int64_t slot = a.slots[row], start = a.starts[row], count = a.starts[row + 1] - start, first = a.num_computed[slot];
+    const int64_t slot = a.slots[row], start = a.starts[row], count = a.starts[row + 1] - start;
+    const int64_t ahead = row < a.num_ahead ? a.ahead[row] : 0, first = a.num_computed[slot] + ahead;
+    const bool repeats = row > 0 && row < a.num_ahead && slot == a.slots[row - 1] && ahead == a.ahead[row - 1];
     int64_t* pages = a.page_table + slot * a.table_stride;
     if (a.new_page[row] >= 0) pages[a.new_index[row]] = a.new_page[row];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t position = first + i;
       a.ids[start + i] = a.token_ids[slot * a.ids_stride + position];
       a.positions[start + i] = position;
-      a.places[start + i] = pages[position / a.page_size] * a.page_size + position % a.page_size;
+      a.places[start + i] = repeats ? 0 : pages[position / a.page_size] * a.page_size + position % a.page_size;
     }
     a.lengths[row] = first + count;
   }
@@ -161,6 +163,47 @@ void advance(const Advance& a) {
       ids[a.lengths[row]] = static_cast<int32_t>(std::max<int64_t>(0, a.tokens[i]));
     else
       ids[0] = 0;
+  }
+}
+
+// Where the latest earlier place of the longest suffix ends, negative for none. ids: up to `last`, which is the last.
+int64_t latest_match(const int32_t* ids, int64_t last, int64_t longest, int64_t shortest) {
+  int64_t best = -1, best_length = shortest - 1;
+  for (int64_t end = last - 1; end >= best_length; --end) {  // a suffix must begin in the text
+    if (ids[end] != ids[last]) continue;
+    int64_t length = 1;
+    while (length < longest && length <= end && ids[end - length] == ids[last - length]) ++length;
+    if (length <= best_length) continue;
+    best = end, best_length = length;
+    if (length == longest) break;
+  }
+  return best;
+}
+
+void draft(const Draft& a) {
+  for (int64_t run = 0; run < a.rows; ++run) {
+    const int64_t slot = a.slots[run * a.width], last = a.num_computed[slot];
+    int32_t* ids = a.token_ids + slot * a.ids_stride;
+    int64_t count = std::min(a.max_drafts, a.draft_until[slot] - 2 - last);
+    const int64_t end = count > 0 ? latest_match(ids, last, a.longest, a.shortest) : -1;
+    if (end < 0) count = 0;
+    for (int64_t i = 0; i < count; ++i) ids[last + 1 + i] = ids[end + 1 + i];  // a short period goes on by itself
+    for (int64_t place = 0; place < a.width; ++place) a.ahead[run * a.width + place] = std::min(place, count);
+  }
+}
+
+void accept(const Accept& a) {
+  for (int64_t run = 0; run < a.rows; ++run) {
+    const int64_t slot = a.slots[run * a.width], last = a.num_computed[slot];
+    const int64_t count = std::max<int64_t>(0, a.lengths[(run + 1) * a.width - 1] - 1 - last);
+    int32_t* ids = a.token_ids + slot * a.ids_stride;
+    int64_t *tokens = a.tokens + run * a.width, taken = 1;
+    while (taken <= count && ids[last + taken] == tokens[taken - 1]) ++taken;
+    if (slot > 0) {
+      ids[last + taken] = static_cast<int32_t>(std::max<int64_t>(0, tokens[taken - 1]));
+      a.num_computed[slot] = last + taken;
+    }
+    for (int64_t place = taken; place < a.width; ++place) tokens[place] = place <= count ? a.not_taken : a.not_drafted;
   }
 }
 

@@ -76,8 +76,9 @@ struct Batch {
   const int64_t* num_computed;
   int64_t* page_table;
   const int64_t *slots, *starts, *new_index, *new_page;
+  const int64_t* ahead;  // of the first num_ahead rows
   int64_t *ids, *positions, *places, *lengths;
-  int64_t rows, ids_stride, table_stride, page_size;
+  int64_t rows, ids_stride, table_stride, page_size, num_ahead;
 };
 
 // See advance_ of nemo_engine/ops/batch.py.
@@ -86,6 +87,23 @@ struct Advance {
   int64_t* num_computed;
   const int64_t *slots, *lengths, *sampled, *tokens;
   int64_t rows, num_sampled, ids_stride;
+};
+
+// See draft_ of nemo_engine/ops/draft.py. `rows` are runs here, the first of each in `slots`.
+struct Draft {
+  int32_t* token_ids;
+  const int64_t *num_computed, *draft_until, *slots;
+  int64_t* ahead;  // (rows, width)
+  int64_t rows, width, max_drafts, ids_stride, longest, shortest;
+};
+
+// See accept_ of nemo_engine/ops/draft.py. `rows` are runs here.
+struct Accept {
+  int32_t* token_ids;
+  int64_t* num_computed;
+  const int64_t *slots, *lengths;
+  int64_t* tokens;
+  int64_t rows, width, ids_stride, not_taken, not_drafted;
 };
 
 // The likeliest token of each row, the first of equal ones; or what TOKEN_NOT_FINITE and TOKEN_ALL_MASKED say of the row.
@@ -104,6 +122,8 @@ void product(const Product&);
 template <class T> void embed(const Embed<T>&);
 void build_batch(const Batch&);
 void advance(const Advance&);
+void draft(const Draft&);
+void accept(const Accept&);
 template <class T> void greedy(const Greedy<T>&);
 
 // Calls to be done again, with other numbers of rows, in one go.

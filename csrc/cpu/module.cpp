@@ -135,8 +135,9 @@ Batch read(Arguments& from, Batch*) {
   a.num_computed = from.address<const int64_t>();
   a.page_table = from.address<int64_t>();
   for (const int64_t** field : {&a.slots, &a.starts, &a.new_index, &a.new_page}) *field = from.address<const int64_t>();
+  a.ahead = from.address<const int64_t>();
   for (int64_t** field : {&a.ids, &a.positions, &a.places, &a.lengths}) *field = from.address<int64_t>();
-  for (int64_t* field : {&a.rows, &a.ids_stride, &a.table_stride, &a.page_size}) *field = from.integer();
+  for (int64_t* field : {&a.rows, &a.ids_stride, &a.table_stride, &a.page_size, &a.num_ahead}) *field = from.integer();
   return a;
 }
 
@@ -146,6 +147,25 @@ Advance read(Arguments& from, Advance*) {
   a.num_computed = from.address<int64_t>();
   for (const int64_t** field : {&a.slots, &a.lengths, &a.sampled, &a.tokens}) *field = from.address<const int64_t>();
   for (int64_t* field : {&a.rows, &a.num_sampled, &a.ids_stride}) *field = from.integer();
+  return a;
+}
+
+Draft read(Arguments& from, Draft*) {
+  Draft a;
+  a.token_ids = from.address<int32_t>();
+  for (const int64_t** field : {&a.num_computed, &a.draft_until, &a.slots}) *field = from.address<const int64_t>();
+  a.ahead = from.address<int64_t>();
+  for (int64_t* field : {&a.rows, &a.width, &a.max_drafts, &a.ids_stride, &a.longest, &a.shortest}) *field = from.integer();
+  return a;
+}
+
+Accept read(Arguments& from, Accept*) {
+  Accept a;
+  a.token_ids = from.address<int32_t>();
+  a.num_computed = from.address<int64_t>();
+  for (const int64_t** field : {&a.slots, &a.lengths}) *field = from.address<const int64_t>();
+  a.tokens = from.address<int64_t>();
+  for (int64_t* field : {&a.rows, &a.width, &a.ids_stride, &a.not_taken, &a.not_drafted}) *field = from.integer();
   return a;
 }
 
@@ -229,7 +249,7 @@ PyCFunction of_list(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_
 }
 
 #define FUNCTION(name, Args) {#name, of_list(&call<Args, name<Bf16>, name<float>>), METH_FASTCALL, nullptr}
-#define OF_BF16(name, Args) {#name, of_list(&call<Args, name>), METH_FASTCALL, nullptr}
+#define OF_ONE_KIND(name, Args) {#name, of_list(&call<Args, name>), METH_FASTCALL, nullptr}
 
 PyMethodDef methods[] = {
     FUNCTION(rms_norm, Norm),
@@ -238,9 +258,11 @@ PyMethodDef methods[] = {
     FUNCTION(query_attention, Attention),
     FUNCTION(embed, Embed),
     FUNCTION(greedy, Greedy),
-    OF_BF16(product, Product),
-    OF_BF16(build_batch, Batch),
-    OF_BF16(advance, Advance),
+    OF_ONE_KIND(product, Product),
+    OF_ONE_KIND(build_batch, Batch),
+    OF_ONE_KIND(advance, Advance),
+    OF_ONE_KIND(draft, Draft),
+    OF_ONE_KIND(accept, Accept),
     {"start_recording", start_recording, METH_NOARGS, nullptr},
     {"stop_recording", stop_recording, METH_NOARGS, nullptr},
     {"replay", of_list(&replay), METH_FASTCALL, nullptr},

@@ -12,6 +12,13 @@ NEMO_INLINE Words load_pairs(const Bf16* p, int n) {
   return x;
 }
 
+// Vector v of outputs, from a pair of a row on at `weight`.
+template <bool IS_LAST>
+NEMO_INLINE Words load_vector(const Bf16* weight, int64_t width, int v, int n) {
+  const Bf16* pairs = weight + v * LANES / BLOCK * (BLOCK * width) + 2 * (v * LANES % BLOCK);
+  return load_pairs(pairs, IS_LAST ? std::max(0, n - v * LANES) : LANES);
+}
+
 // M rows of x (fp32, `width` apart) times V vectors of outputs, of whole blocks; or, if it is the last, of a block of n outputs.
 template <int M, int V, bool IS_LAST>
 NEMO_INLINE void multiply(const float* x, int64_t width, const Bf16* weight, Bf16* y, int64_t outputs, int n) {
@@ -20,17 +27,27 @@ NEMO_INLINE void multiply(const float* x, int64_t width, const Bf16* weight, Bf1
   NEMO_UNROLL for (int m = 0; m < M; ++m)
     NEMO_UNROLL for (int v = 0; v < V; ++v) sums[m][v] = Floats{};
   for (int64_t i = 0; i < width; i += 2, weight += 2 * stride) {
-    Floats low[V], high[V];
-    NEMO_UNROLL for (int v = 0; v < V; ++v) {
-      const Bf16* pairs = weight + v * LANES / BLOCK * (BLOCK * width) + 2 * (v * LANES % BLOCK);
-      const Words bits = load_pairs(pairs, IS_LAST ? std::max(0, n - v * LANES) : LANES);
-      low[v] = (Floats)(bits << 16);
-      high[v] = (Floats)(bits & 0xffff0000u);
-    }
-    NEMO_UNROLL for (int m = 0; m < M; ++m) {
-      const Floats first = all(x[m * width + i]), second = all(x[m * width + i + 1]);
-      NEMO_UNROLL for (int v = 0; v < V; ++v) sums[m][v] += low[v] * first;
-      NEMO_UNROLL for (int v = 0; v < V; ++v) sums[m][v] += high[v] * second;
+    // The fewer of both are held in registers, the other ones pass.
+    if constexpr (M < V) {
+      Floats first[M], second[M];
+      NEMO_UNROLL for (int m = 0; m < M; ++m) first[m] = all(x[m * width + i]), second[m] = all(x[m * width + i + 1]);
+      NEMO_UNROLL for (int v = 0; v < V; ++v) {
+        const Words both = load_vector<IS_LAST>(weight, width, v, n);
+        const Floats low = (Floats)(both << 16), high = (Floats)(both & 0xffff0000u);
+        NEMO_UNROLL for (int m = 0; m < M; ++m) sums[m][v] += low * first[m];
+        NEMO_UNROLL for (int m = 0; m < M; ++m) sums[m][v] += high * second[m];
+      }
+    } else {
+      Floats low[V], high[V];
+      NEMO_UNROLL for (int v = 0; v < V; ++v) {
+        const Words both = load_vector<IS_LAST>(weight, width, v, n);
+        low[v] = (Floats)(both << 16), high[v] = (Floats)(both & 0xffff0000u);
+      }
+      NEMO_UNROLL for (int m = 0; m < M; ++m) {
+        const Floats first = all(x[m * width + i]), second = all(x[m * width + i + 1]);
+        NEMO_UNROLL for (int v = 0; v < V; ++v) sums[m][v] += low[v] * first;
+        NEMO_UNROLL for (int v = 0; v < V; ++v) sums[m][v] += high[v] * second;
+      }
     }
   }
   NEMO_UNROLL for (int m = 0; m < M; ++m)

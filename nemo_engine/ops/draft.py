@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, cpu_only, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, cpu_counts_run, triton_runs
 from nemo_engine.step import TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN
 
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2  # tokens
@@ -148,7 +148,7 @@ DRAFT = Op(
     draft_,
     (
         Impl("triton", "nemo_engine.kernels.draft:draft_", triton_runs),
-        Impl("numpy", "nemo_engine.ops.cpu.draft:draft_", cpu_only),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:draft_", cpu_counts_run),
     ),
     _draft_cases,
     _draft_cost,
@@ -158,7 +158,7 @@ ACCEPT = Op(
     accept_,
     (
         Impl("triton", "nemo_engine.kernels.draft:accept_", triton_runs),
-        Impl("numpy", "nemo_engine.ops.cpu.draft:accept_", cpu_only),
+        Impl("cpu", "nemo_engine.ops.cpu.compiled:accept_", cpu_counts_run),
     ),
     _accept_cases,
     _accept_cost,

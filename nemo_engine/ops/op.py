@@ -195,6 +195,13 @@ def cpu_runs(site: Site) -> str | None:
         return "made for the CPU"
     if site.dtype not in (torch.bfloat16, torch.float32):
         return f"computes in bfloat16 or float32, the model is {str(site.dtype).removeprefix('torch.')}"
+    return cpu_counts_run(site)
+
+
+def cpu_counts_run(site: Site) -> str | None:
+    """What kernels of csrc/cpu need that see tokens and places alone: a CPU and the compiled library."""
+    if site.device_type != "cpu":
+        return "made for the CPU"
     return None if compiled_for_cpu() is not None else CPU_NOT_BUILT
 
 

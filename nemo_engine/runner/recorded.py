@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,8 +46,8 @@ def why_not_recorded(step: StepCompute) -> str | None:
 
 
 class RecordedDecodes:
-    """Decode steps of up to ``size`` rows, whose description is copied into ``words`` before: ``size`` rows, of which
-    the first are computed.
+    """Decode steps of any width and up to ``size`` rows, whose description is copied into ``words`` before: ``size``
+    rows, of which the first are computed.
 
     ``logits`` (size, V) and ``seq_lens`` (size,) hold the results after ``replay``, until the next.
     """
@@ -55,18 +56,26 @@ class RecordedDecodes:
         self.size = size
         self.words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
         rows = StepRows.of(self.words, size, size, size, 1, step.table.page_table.shape[1])
+        self._step = step
+        self._ahead = torch.zeros_like(rows.slots)
+        self._is_ahead = False  # whether any of them is not 0
         _cpu.start_recording()
         try:
             with _Nothing() as mode:
-                x, residual, self.seq_lens = step.forward(rows)
+                x, residual, self.seq_lens = step.forward(rows, self._ahead)
                 self.logits = step.model.logits(x, residual)
         finally:
             self._program = _cpu.stop_recording()
         self._memory = mode.memory
 
-    def replay(self, num_rows: int) -> None:
-        """Compute the first ``num_rows`` rows of ``words``, ``size`` at most."""
+    def replay(self, rows: StepRows, num_rows: int) -> None:
+        """Compute the first ``num_rows``, at most ``size``, of ``rows``, which are those of ``words``."""
         assert num_rows <= self.size, (num_rows, self.size)
+        if rows.width > 1:
+            self._ahead[:num_rows].copy_(self._step.draft(rows.first(num_rows)))
+        elif self._is_ahead:
+            self._ahead.zero_()
+        self._is_ahead = rows.width > 1
         _cpu.replay(self._program, num_rows)
 
 

@@ -60,6 +60,7 @@ class Runner:
         self._sampler = Sampler(config.max_num_seqs, vocab_size, ops, device, without_token)
         model = Nemo(model_config, weights, ops, max_model_len)
         max_drafts = config.num_speculative_tokens
+        self._max_width = max(config.widths, default=1)
         self._step = StepCompute(model, ops, self._kv_cache, self._table, self._sampler, max_drafts)
         page_bytes = self._kv_cache.num_bytes // (num_pages + 1)
         is_cpu = device.type == "cpu"
@@ -112,9 +113,9 @@ class Runner:
     def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         slots, width = self._table.rows_of(plan.decode_slots, plan.width), plan.width
         recorded = self._recorded
-        if recorded is not None and width == 1 and len(slots) <= recorded.size:
+        if recorded is not None and len(slots) <= recorded.size:
             rows = self._decode_rows(slots, width, new_pages, recorded)
-            recorded.replay(len(slots))
+            recorded.replay(rows, len(slots))
             return self._choose_of_graph(plan, slots, rows, recorded.logits, recorded.seq_lens)
         graph = next((graph for graph in self._graphs if graph.width == width and graph.size >= len(slots)), None)
         rows = self._decode_rows(slots, width, new_pages, graph)
@@ -196,7 +197,7 @@ class Runner:
         reason = why_not_recorded(self._step)
         if reason is not None:
             return f"decode steps are not recorded: {reason}"
-        self._recorded = RecordedDecodes(self._step, min(self._table.num_slots, MAX_ROWS))
+        self._recorded = RecordedDecodes(self._step, min(self._table.num_slots * self._max_width, MAX_ROWS))
         return f"decode steps of up to {self._recorded.size} rows are recorded, one call each"
 
     def count_saturated(self) -> tuple[int, int]:

@@ -36,19 +36,24 @@ class StepCompute:
     max_drafts: int = 0  # behind a decode row of a wide step
     workspace: Workspace = field(default_factory=Workspace)
 
-    def forward(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
+    def draft(self, rows: StepRows) -> Tensor:
+        """Write drafts into the table; see ``draft_``."""
+        table, decodes = self.table, rows.slots[: rows.num_decodes]
+        max_drafts = min(self.max_drafts, rows.width - 1)
+        return self.ops.draft_(
+            table.token_ids, table.num_computed, table.draft_until, decodes, rows.width, max_drafts
+        )
+
+    def forward(self, rows: StepRows, ahead: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Run the model.
 
-        Returns the last MLP's output and the residual, (T, H) each, and each row's new length (R,).
+        ahead: what ``draft`` returned, where it was called before. Returns the last MLP's output and the residual, (T,
+        H) each, and each row's new length (R,).
         """
-        table, runs = self.table, {}
-        if rows.width > 1:
-            decodes = rows.slots[: rows.num_decodes]
-            ahead = self.ops.draft_(
-                table.token_ids, table.num_computed, table.draft_until, decodes, rows.width,
-                min(self.max_drafts, rows.width - 1),
-            )  # fmt: skip
-            runs = {"ahead": ahead, "width": rows.width}
+        table = self.table
+        if ahead is None and rows.width > 1:
+            ahead = self.draft(rows)
+        runs = {} if ahead is None else {"ahead": ahead, "width": rows.width}
         ids, positions, mapping, seq_lens = self.ops.build_batch_(
             table.token_ids, table.num_computed, table.page_table, rows.slots, rows.starts, rows.new_index,
             rows.new_page, self.kv_cache.page_size, rows.num_tokens, rows.longest, **runs,

@@ -8,7 +8,12 @@ ends follow the tokens, which are committed one by one, as if each had come from
 
 The width is the one that promises most tokens a second: tokens, by how often drafts of the requests that decode were
 right of late; seconds, by the last steps of that width and of about as many rows. Where drafts do not pay, steps are
-narrow, and now and then a wide one looks whether that is still so, as often as this costs 1 % of the time.
+narrow, and now and then a wide one looks whether that is still so.
+
+A promise may be wrong: texts change, times are measured with noise, and what was never measured is a guess. So there is
+an account of seconds, which gets 0.8 % of the time of all steps and what each wide step gained or lost beside narrow
+ones of its tokens. No step is wide that could lose more than the account holds, so all that is ever lost is that
+share, the few steps' time that the account begins with, and surprises, which later steps must earn back.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from nemo_engine.config import WIDE_STEP_TOKENS
@@ -32,9 +36,13 @@ _PRIOR = 2.0  # drafts that a new request's guess is worth
 _KEPT = 0.8  # of what an estimate is worth, from one wide step to the next
 _KEPT_OF_ALL = 0.995
 _ASSUMED_COST = 0.1  # of each further token of a row, in narrow steps, until it was measured
-_SHARE_OF_TRIALS = 0.01  # of the time
+_SHARE = 0.008  # of the time that may be lost
+_FIRST_BALANCE = 2.0  # narrow steps
+_MAX_BALANCE = 16.0  # narrow steps; what a long gain saves up for later losses
+_MAX_SURPRISE = 4.0  # times what was expected: a step that took longer was disturbed
 _BETWEEN_TRIALS = 8  # steps, at least
 _NARROW_EVERY = 100  # wide steps, so that what a narrow one takes is known
+_FORGOTTEN_AFTER = 1000  # steps of a kind, in which a width was not chosen: what it took then says little
 _MIN_GAIN = 1.03  # what a width must promise: times are measured with noise
 _REMEMBERED = 9  # steps of a kind
 
@@ -64,30 +72,48 @@ class Acceptance:
 
 
 class _Kind:
-    """The last steps of about as many rows: seconds by width."""
+    """The last steps of about as many rows: seconds of narrow ones, and of others beside these, for a machine that is
+    slower for a while is so for all.
+    """
 
     def __init__(self) -> None:
-        self._last: dict[int, deque[float]] = {}
-        self.seconds: dict[int, float] = {}  # the median of the last ones
-        self.credit = 0.0  # seconds that trials may still cost
+        self._last: dict[int, deque[float]] = {}  # by width
+        self._medians: dict[int, float] = {}
+        self._noted_at: dict[int, int] = {}
+        self._num_noted = 0
         self.since_trial = 0  # narrow steps
         self.since_narrow = 0  # wide steps
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a narrow step was measured."""
+        return 1 in self._medians
+
     def cost(self, width: int) -> float:
-        """Seconds of a step of ``width``; no more than narrow steps for each of its tokens would take."""
-        narrow = self.seconds[1]
-        return min(self.seconds.get(width, narrow * (1 + _ASSUMED_COST * (width - 1))), width * narrow)
+        """Seconds of a step of ``width``: until one was measured, a guess, but no less than a less wide one takes."""
+        narrow = self._medians[1]
+        if width == 1:
+            return narrow
+        if width in self._medians:
+            return narrow * self._medians[width]
+        less = [beside for known, beside in self._medians.items() if 1 < known < width]
+        return narrow * max([1 + _ASSUMED_COST * (width - 1), *less])
 
     def note(self, width: int, seconds: float) -> None:
-        """A step of ``width`` took ``seconds``."""
+        """A step of ``width`` took ``seconds``; if it is wide, a narrow one was noted before."""
+        self._num_noted += 1
+        self._noted_at[width] = self._num_noted
         last = self._last.setdefault(width, deque(maxlen=_REMEMBERED))
-        last.append(seconds)
-        self.seconds[width] = median(last)
-        if width == 1:
-            self.since_trial, self.since_narrow = self.since_trial + 1, 0
-            self.credit += _SHARE_OF_TRIALS * self.seconds[1]
-        else:
+        last.append(seconds if width == 1 else max(1.0, seconds / self._medians[1]))
+        self._medians[width] = sorted(last)[len(last) // 2]
+        if width > 1:
             self.since_narrow += 1
+            return
+        self.since_trial, self.since_narrow = self.since_trial + 1, 0
+        if self._num_noted % _FORGOTTEN_AFTER == 0:
+            for known, noted_at in [*self._noted_at.items()]:
+                if self._num_noted - noted_at > _FORGOTTEN_AFTER:
+                    del self._noted_at[known], self._medians[known], self._last[known]
 
 
 class Speculation:
@@ -100,6 +126,7 @@ class Speculation:
         self._drafts = {width: min(width - 1, num_drafts) for width in widths}
         self._kinds: dict[int, _Kind] = {}
         self._of_all = Acceptance(_FIRST_GUESS, _PRIOR, _KEPT_OF_ALL)
+        self._balance: float | None = None  # seconds that wide steps may lose; None until a narrow one was measured
         self._last_commit = 0.0
         self.num_rows = 0  # of wide steps that had drafts
         self.num_drafts = 0
@@ -135,20 +162,20 @@ class Speculation:
             return 1
         drafting = [request.acceptance for request in decodes if request.acceptance is not None]
         kind = self._kinds.get(rows.bit_length())
-        if not drafting or kind is None or 1 not in kind.seconds or kind.since_narrow >= _NARROW_EVERY:
+        if not drafting or kind is None or not kind.is_known or kind.since_narrow >= _NARROW_EVERY:
             return 1
-        best, best_rate = 1, _MIN_GAIN * rows / kind.cost(1)
+        narrow = kind.cost(1)
+        limit = narrow + (self._balance or 0.0)
+        best, best_rate = 1, _MIN_GAIN * rows / narrow
         for width, num_drafts in self._drafts.items():
-            if width * rows > max_wide_tokens:
+            cost = kind.cost(width)
+            if width * rows > max_wide_tokens or cost > limit:
                 break
-            rate = (rows + sum([acceptance.expected(num_drafts) for acceptance in drafting])) / kind.cost(width)
+            rate = (rows + sum([acceptance.expected(num_drafts) for acceptance in drafting])) / cost
             if rate > best_rate:
                 best, best_rate = width, rate
-        if best == 1 and kind.since_trial >= _BETWEEN_TRIALS:
-            extra = max(0.0, kind.cost(trial) - kind.cost(1))
-            if extra <= kind.credit:
-                kind.credit, kind.since_trial = min(kind.credit - extra, extra), 0
-                return trial
+        if best == 1 and kind.since_trial >= _BETWEEN_TRIALS and kind.cost(trial) <= limit:
+            best, kind.since_trial = trial, 0
         return best
 
     def commit(
@@ -156,7 +183,8 @@ class Speculation:
     ) -> tuple[list[Request], StepResult]:
         """What the step's requests get, as if each token had come from a step of one token; and learn from it."""
         if self._drafts:
-            self._note_time(step, now)
+            num_tokens = len(result.token_ids) - result.token_ids.count(TOKEN_NOT_TAKEN)
+            self._note_time(step, now, num_tokens - result.token_ids.count(TOKEN_NOT_DRAFTED))
         if step.width == 1:
             return step.sampling, result
         requests, result, freed = self.take(step, result)
@@ -201,9 +229,24 @@ class Speculation:
         acceptance.note(num_right, num_wrong)
         self._of_all.note(num_right, num_wrong)
 
-    def _note_time(self, step: ScheduledStep, now: float) -> None:
-        """``step`` was committed at ``now``. Steps with prompts tell nothing of decode steps."""
+    def _note_time(self, step: ScheduledStep, now: float, num_tokens: int) -> None:
+        """``step`` was committed at ``now`` with ``num_tokens``. Steps with prompts tell nothing of decode steps.
+
+        A step takes from commit to commit, for what the host does between steps is done once in a wide one as well;
+        that it did not wait for requests is known of one whose requests have decoded before.
+        """
+        last_commit, self._last_commit = self._last_commit, now
         if step.decodes and not step.prefills:
-            kind = self._kinds.setdefault(len(step.decodes).bit_length(), _Kind())
-            kind.note(step.width, now - max(step.planned_at, self._last_commit))
-        self._last_commit = now
+            has_waited = step.decodes[0].num_output_tokens < 2
+            seconds = now - (max(step.planned_at, last_commit) if has_waited else last_commit)
+            rows = len(step.decodes)
+            kind = self._kinds.setdefault(rows.bit_length(), _Kind())
+            if step.width > 1 and not kind.is_known:
+                return
+            expected = kind.cost(step.width) if kind.is_known else seconds
+            kind.note(step.width, seconds)
+            narrow = kind.cost(1)
+            balance = _FIRST_BALANCE * narrow if self._balance is None else self._balance + _SHARE * narrow
+            if step.width > 1:
+                balance += num_tokens / rows * narrow - min(seconds, _MAX_SURPRISE * expected)
+            self._balance = min(balance, _MAX_BALANCE * narrow)

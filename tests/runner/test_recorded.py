@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.op import compiled_for_cpu
 from nemo_engine.runner.recorded import RecordedDecodes, _Nothing
 from nemo_engine.runner.runner import Runner
+from nemo_engine.runner.step_rows import StepRows
 from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
+from tests.helpers.speculating import choose_widths
 
 pytestmark = pytest.mark.skipif(compiled_for_cpu() is None, reason="nemo_engine._cpu is not built")
 
@@ -49,9 +52,9 @@ def test_recorded_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch)
     counts: list[int] = []
     replay = RecordedDecodes.replay
 
-    def counted(self: RecordedDecodes, num_rows: int) -> None:
+    def counted(self: RecordedDecodes, rows: StepRows, num_rows: int) -> None:
         counts.append(num_rows)
-        replay(self, num_rows)
+        replay(self, rows, num_rows)
 
     monkeypatch.setattr(RecordedDecodes, "replay", counted)
     prompts = [{"prompt_token_ids": [(31 * i + 7 * j) % 6000 + 3 for j in range(3 + 11 * i)]} for i in range(9)]
@@ -63,6 +66,31 @@ def test_recorded_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch)
             found.append([(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs])
     assert found[0] == found[1]
     assert len(counts) > 30 and {1, 2, 3, 4, 7} <= set(counts)
+
+
+def test_recorded_wide_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any width, one after the other, with narrow ones between them and pages that begin inside a run."""
+    counts: list[tuple[int, int]] = []
+    replay = RecordedDecodes.replay
+
+    def counted(self: RecordedDecodes, rows: StepRows, num_rows: int) -> None:
+        counts.append((rows.width, num_rows))
+        replay(self, rows, num_rows)
+
+    monkeypatch.setattr(RecordedDecodes, "replay", counted)
+    prompts = [{"prompt_token_ids": [(31 * i + j % 5) % 6000 + 3 for j in range(3 + 11 * i)]} for i in range(9)]
+    config = {"method": "ngram", "num_speculative_tokens": 7}
+    found, accepted = [], []
+    for enforce_eager in (False, True):
+        with Engine(
+            "nemo-tiny", max_num_seqs=9, enforce_eager=enforce_eager, speculative_config=config, **OPTIONS
+        ) as engine:
+            choose_widths(engine._core.scheduler, random.Random(3))
+            outputs = engine.generate(prompts, [params(i) for i in range(len(prompts))])
+            found.append([(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs])
+            accepted.append(engine.stats().num_spec_accepted_tokens_per_pos)
+    assert found[0] == found[1] and accepted[0] == accepted[1] and sum(accepted[0]) > 20, accepted
+    assert {width for width, _ in counts} == {1, 2, 4, 8} and max(rows for _, rows in counts) <= 64
 
 
 def test_larger_batches_run_one_operation_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops import batch, sample
+from nemo_engine.ops import sample
 from nemo_engine.ops.attention import AttentionMeta
 from nemo_engine.ops.cpu.attention import prefill_
+from nemo_engine.ops.draft import LONGEST_MATCH, SHORTEST_MATCH
 from nemo_engine.ops.op import compiled_for_cpu
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.rope import RopeMeta
 from nemo_engine.ops.sample import SampleFacts, SlotParams
-from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
+from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_DRAFTED, TOKEN_NOT_FINITE, TOKEN_NOT_TAKEN
 
 _SDPA_FROM = 1024  # keys; where the two meet for heads of 128 in bf16
 
@@ -47,19 +48,17 @@ def build_batch_(
     ahead: Tensor | None = None,
     width: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``batch.build_batch_``, which does wide steps."""
-    if ahead is not None:
-        return batch.build_batch_(
-            token_ids, num_computed, page_table, slots, starts, new_index, new_page, page_size, num_tokens, longest,
-            ahead, width,
-        )  # fmt: skip
+    """See ``batch.build_batch_``. Whatever the width, a row repeats the one before it if both compute the same place of
+    the same slot.
+    """
     rows = slots.shape[0]
     ids, positions, places = (slots.new_empty(num_tokens) for _ in range(3))
     lengths = slots.new_empty(rows)
     _cpu.build_batch(
         token_ids.data_ptr(), num_computed.data_ptr(), page_table.data_ptr(), slots.data_ptr(), starts.data_ptr(),
-        new_index.data_ptr(), new_page.data_ptr(), ids.data_ptr(), positions.data_ptr(), places.data_ptr(),
-        lengths.data_ptr(), rows, token_ids.stride(0), page_table.stride(0), page_size,
+        new_index.data_ptr(), new_page.data_ptr(), 0 if ahead is None else ahead.data_ptr(), ids.data_ptr(),
+        positions.data_ptr(), places.data_ptr(), lengths.data_ptr(), rows, token_ids.stride(0), page_table.stride(0),
+        page_size, 0 if ahead is None else len(ahead),
     )  # fmt: skip
     return ids, positions, places, lengths
 
@@ -71,6 +70,28 @@ def advance_(
     _cpu.advance(
         token_ids.data_ptr(), num_computed.data_ptr(), slots.data_ptr(), seq_lens.data_ptr(), sampled.data_ptr(),
         tokens.data_ptr(), slots.shape[0], sampled.shape[0], token_ids.stride(0),
+    )  # fmt: skip
+
+
+def draft_(
+    token_ids: Tensor, num_computed: Tensor, draft_until: Tensor, slots: Tensor, width: int, max_drafts: int
+) -> Tensor:
+    """See ``draft.draft_``."""
+    ahead = slots.new_empty(len(slots))
+    _cpu.draft(
+        token_ids.data_ptr(), num_computed.data_ptr(), draft_until.data_ptr(), slots.data_ptr(), ahead.data_ptr(),
+        len(slots) // width, width, max_drafts, token_ids.stride(0), LONGEST_MATCH, SHORTEST_MATCH,
+    )  # fmt: skip
+    return ahead
+
+
+def accept_(
+    token_ids: Tensor, num_computed: Tensor, slots: Tensor, seq_lens: Tensor, tokens: Tensor, width: int
+) -> None:
+    """See ``draft.accept_``."""
+    _cpu.accept(
+        token_ids.data_ptr(), num_computed.data_ptr(), slots.data_ptr(), seq_lens.data_ptr(), tokens.data_ptr(),
+        len(slots) // width, width, token_ids.stride(0), TOKEN_NOT_TAKEN, TOKEN_NOT_DRAFTED,
     )  # fmt: skip
 
 
