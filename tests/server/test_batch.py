@@ -136,7 +136,7 @@ def test_other_threads_may_use_the_engine_meanwhile(
 ) -> None:
     params = SamplingParams(max_tokens=6, seed=4, temperature=1.0)
     wanted = offline.generate("def f(", params)[0].outputs[0].text
-    lines = [{"prompt": f"{index}", "max_tokens": 2 + index % 5, "seed": index} for index in range(60)]
+    lines = [{"prompt": f"{index}", "max_tokens": 1 + index % 3, "seed": index} for index in range(240)]
     write(tmp_path / "in", lines)
     offline.batch(tmp_path / "in", tmp_path / "alone")
     step = offline._core.step
