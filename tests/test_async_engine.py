@@ -218,10 +218,10 @@ def test_it_can_be_left_open_and_says_that_it_was_forked() -> None:
 
 def test_one_that_is_forgotten_is_closed() -> None:
     engine = AsyncEngine("nemo-tiny", **OPTIONS)
-    thread = engine._thread
+    steps = engine._steps
     del engine
     gc.collect()
-    assert not thread.is_alive
+    assert not steps.is_alive
 
 
 def test_a_slow_consumer_holds_up_nobody_and_loses_nothing(engine: AsyncEngine) -> None:

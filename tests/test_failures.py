@@ -312,8 +312,8 @@ def test_a_dead_engine_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.is_ready
     with pytest.raises(ValueError, match=r"request_id\[0\] must be a string, got \['x'\]"):
         engine.abort([["x"]])  # type: ignore[list-item]
-    engine._thread.post(dies)
-    engine._thread._thread.join(30)
+    engine._steps.post(dies)
+    engine._steps._thread.join(30)
     assert ready == [False] and not engine.is_ready and engine.error is not None
 
 

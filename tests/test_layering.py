@@ -65,8 +65,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantize": {"checkpoint", "model", "ops", "runner", *ROW_1},
     "verify": {"checkpoint", "model", "ops", "runner", *ROW_1},
     "engine.__init__": set(),
-    "engine.async_engine": {"engine.engine_thread", "engine.base", "engine.input_processor", "scheduler", *ROW_1},
+    "engine.async_engine": {
+        "engine.engine_task",
+        "engine.engine_thread",
+        "engine.base",
+        "engine.input_processor",
+        "scheduler",
+        *ROW_1,
+    },
     "engine.engine_thread": {"engine.base", *ROW_1},
+    "engine.engine_task": {"engine.engine_thread", "engine.base", *ROW_1},
     "engine.engine": {"engine.base", "engine.input_processor", "server.batch", "batch", *ROW_1},
     "engine.base": {
         "engine.core",

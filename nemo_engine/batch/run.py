@@ -130,33 +130,27 @@ class _Feed:
         self._reader = reader
         self._size = size
         self._lines: deque[Line | BadLine] = deque()
-        self._coming: asyncio.Future[list[Line | BadLine]] | None = None
-        self._is_over = False
-        self._lock = asyncio.Lock()
+        self._coming = self._read()
 
     async def next(self) -> Line | BadLine | None:
         """The next line; None at the end."""
-        while not self._lines and not self._is_over:
-            async with self._lock:
-                if not self._lines and not self._is_over:
-                    await self._refill()
-        return self._lines.popleft() if self._lines else None
-
-    async def _refill(self) -> None:
-        window = await (self._coming or self._read())
-        self._coming = None
-        self._is_over = not window
-        self._lines.extend(window)
-        if window:
-            self._coming = self._read()
+        while not self._lines:
+            coming = self._coming
+            await asyncio.wait([coming])  # all who wait go on together, and the first takes the window
+            if self._coming is coming:
+                window = coming.result()
+                if not window:
+                    return None
+                self._lines.extend(window)
+                self._coming = self._read()
+        return self._lines.popleft()
 
     def _read(self) -> asyncio.Future[list[Line | BadLine]]:
         return asyncio.ensure_future(asyncio.to_thread(self._reader.window, self._size))
 
     async def close(self) -> None:
         """Wait for the window that is being read."""
-        if self._coming is not None:
-            await asyncio.gather(self._coming, return_exceptions=True)
+        await asyncio.gather(self._coming, return_exceptions=True)
 
 
 def success(line: Line, answer: Answer) -> bytes:

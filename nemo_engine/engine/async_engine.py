@@ -13,7 +13,8 @@ from uuid import uuid4
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.engine.base import BaseEngine, check_ids
-from nemo_engine.engine.engine_thread import EngineClosedError, EngineDeadError, EngineThread, Stream
+from nemo_engine.engine.engine_task import EngineTask
+from nemo_engine.engine.engine_thread import EngineClosedError, EngineDeadError, EngineSteps, EngineThread, Stream
 from nemo_engine.engine.input_processor import EncodedPrompt, InputProcessor, Message, Prompt
 from nemo_engine.option_names import refuse_unknown_arguments
 from nemo_engine.outputs import RequestOutput, SchedulerStats
@@ -34,14 +35,14 @@ class AsyncEngine:
     Takes what ``Engine`` takes, and loads the model before it returns: in a running loop, ``await
     asyncio.to_thread(AsyncEngine, model, ...)``. Use it as a context manager (``with`` or ``async with``), or call
     ``close()``; garbage collection and the interpreter's exit close it too. It does not survive a fork. If ``model`` is
-    an ``Engine``, the caller may go on using that, and has to close it.
+    an ``Engine``, its steps run in the event loop that this is made in, which waits while a step is computed; the
+    caller may go on using the engine, and has to close it.
     """
 
     def __init__(self, model: str | Path | BaseEngine, **options: Any) -> None:
-        is_ours = not isinstance(model, BaseEngine)
         self._engine = model if isinstance(model, BaseEngine) else BaseEngine(model, **options)
-        self._thread = EngineThread(self._engine, owns=is_ours)
-        weakref.finalize(self, self._thread.close)  # a daemon thread inside torch would abort the interpreter's exit
+        self._steps: EngineSteps = EngineTask(model) if isinstance(model, BaseEngine) else EngineThread(self._engine)
+        weakref.finalize(self, self._steps.close)  # a daemon thread inside torch would abort the interpreter's exit
 
     # ---- facts
 
@@ -83,31 +84,31 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        thread = self._thread
+        thread = self._steps
         return thread.is_alive and thread.error is None and not (thread.is_draining or thread.is_closing)
 
     @property
     def error(self) -> EngineDeadError | None:
         """What ended the engine's thread, if something did."""
-        return self._thread.error
+        return self._steps.error
 
     @property
     def num_unfinished(self) -> int:
         """Requests that were taken and have not ended."""
-        return len(self._thread.streams)
+        return len(self._steps.streams)
 
     def stats(self) -> SchedulerStats:
         """Requests and pages after the last step, and totals since the start. Waits for nothing."""
-        return self._thread.stats
+        return self._steps.stats
 
     @property
     def last_step_id(self) -> int:
         """The last step that was committed; 0 before the first. Waits for nothing."""
-        return self._thread.last_step_id
+        return self._steps.last_step_id
 
     def num_waiting_of(self, client: str) -> int:
         """Completions of ``client`` that wait for a place in the batch. Waits for nothing."""
-        return self._thread.num_waiting_of(client)
+        return self._steps.num_waiting_of(client)
 
     def room_for(self, num_prompt_tokens: int) -> int:
         """Tokens that may follow a prompt of that length; ``ValueError`` if there is no room for any."""
@@ -116,7 +117,7 @@ class AsyncEngine:
     @property
     def inputs(self) -> InputProcessor:
         """Encodes prompts and conversations and checks parameters, in any thread, for ``generate_encoded``."""
-        self._thread.check_alive()
+        self._steps.check_alive()
         return self._engine.inputs
 
     # ---- requests
@@ -181,7 +182,7 @@ class AsyncEngine:
         """
         if request_id is None:
             request_id = f"req-{uuid4().hex}"
-        stream = Stream(self._thread, request_id, asyncio.get_running_loop())
+        stream = Stream(self._steps, request_id, asyncio.get_running_loop())
         is_finished = False
         try:
             if params.structured_outputs or params.bad_words or params.n * len(prompt.token_ids) > _MANY_IDS:
@@ -194,15 +195,15 @@ class AsyncEngine:
                 yield output
         finally:
             if not is_finished:
-                self._thread.drop(stream)
+                self._steps.drop(stream)
 
     def _add(self, stream: Stream, prompt: EncodedPrompt, params: SamplingParams, priority: int, client: str) -> None:
         request_id = stream.request_id
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
-        self._thread.check_open()
+        self._steps.check_open()
         prepared = self._engine.prepare(request_id, prompt, params, params.output_kind, stream, priority, client=client)
-        self._thread.add(prepared, stream)
+        self._steps.add(prepared, stream)
 
     def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; their iterators yield a last output with finish reason "abort". Unknown ids are passed over.
@@ -210,24 +211,24 @@ class AsyncEngine:
         May be called from any thread. If an id is no string, it raises ``ValueError`` and ends nothing.
         """
         ids = check_ids(request_id)
-        self._thread.post(lambda: self._engine.abort(ids))
+        self._steps.post(lambda: self._engine.abort(ids))
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait until all have ended; those still there after ``timeout`` seconds are aborted.
 
         Returns whether all ended by themselves. Raises ``EngineDeadError`` if the thread ends by an error meanwhile.
         """
-        self._thread.check_alive()
-        self._thread.is_draining = True
+        self._steps.check_alive()
+        self._steps.is_draining = True
         is_idle = await self._wait_idle(timeout)
         if not is_idle:
-            self.abort(list(self._thread.streams))
+            self.abort(list(self._steps.streams))
             await self._wait_idle(None)
-        self._thread.check_alive()
+        self._steps.check_alive()
         return is_idle
 
     async def _wait_idle(self, timeout: float | None) -> bool:
-        waiter = self._thread.idle_waiter()
+        waiter = self._steps.idle_waiter()
         if waiter is None:
             return True
         done, _ = await asyncio.wait([waiter], timeout=timeout)
@@ -244,19 +245,19 @@ class AsyncEngine:
                 except Exception as error:
                     future.set_exception(error)
 
-        self._thread.check_alive()
-        self._thread.post(run)
+        self._steps.check_alive()
+        self._steps.post(run)
         waiter = asyncio.wrap_future(future)
         while not waiter.done():
             await asyncio.wait([waiter], timeout=1.0)
-            if not waiter.done() and not self._thread.is_alive:
-                self._thread.check_alive()
+            if not waiter.done() and not self._steps.is_alive:
+                self._steps.check_alive()
                 raise EngineClosedError("the engine is closed")
         return waiter.result()
 
     def close(self) -> None:
         """End all requests ("abort") and the thread, and give all memory back. May be called twice."""
-        self._thread.close()
+        self._steps.close()
 
     def __enter__(self) -> AsyncEngine:
         return self

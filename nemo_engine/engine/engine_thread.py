@@ -1,7 +1,8 @@
-"""``EngineThread``: the thread that runs an engine's steps, with its inbox and the streams of outputs.
+"""What runs an engine's steps for event loops, with its inbox and the streams of outputs: ``EngineThread``, or
+``engine_task.EngineTask`` in the event loop itself.
 
-Requests come in through an inbox that the thread empties between two steps. Outputs wait, merged into one, until the
-event loop takes them: a slow consumer holds up nobody, and at most one output waits for it.
+Requests come in through an inbox that is emptied between two steps. Outputs wait, merged into one, until the event loop
+takes them: a slow consumer holds up nobody, and at most one output waits for it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from nemo_engine.engine.base import FORKED, BaseEngine, PreparedRequest
-from nemo_engine.outputs import RequestOutput
+from nemo_engine.outputs import RequestOutput, SchedulerStats
 from nemo_engine.sampling_params import RequestOutputKind
 
 _logger = logging.getLogger("nemo_engine")
@@ -32,15 +34,15 @@ class EngineClosedError(RuntimeError):
 
 
 class Stream:
-    """The outputs of one request on their way from the engine's thread to one event loop. At most one waits, merged."""
+    """The outputs of one request on their way from the engine's steps to one event loop. At most one waits, merged."""
 
-    __slots__ = ("_thread", "_error", "_is_woken", "_lock", "_pending", "_waiter", "is_dropped", "loop", "request_id")
+    __slots__ = ("_error", "_is_woken", "_lock", "_pending", "_steps", "_waiter", "is_dropped", "loop", "request_id")
 
-    def __init__(self, thread: EngineThread, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, steps: EngineSteps, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
         self.request_id = request_id
         self.loop = loop
-        self.is_dropped = False  # its consumer has gone; written under the lock of the thread's condition
-        self._thread = thread
+        self.is_dropped = False  # its consumer has gone; written under the lock of the condition of the steps
+        self._steps = steps
         self._lock = threading.Lock()
         self._pending: RequestOutput | None = None
         self._error: BaseException | None = None
@@ -48,25 +50,25 @@ class Stream:
         self._is_woken = False
 
     def append(self, output: RequestOutput) -> None:
-        """Engine's thread: add an output to what waits."""
+        """Between steps: add an output to what waits."""
         with self._lock:
             waiting = self._pending
             self._pending = output if waiting is None else _merged(waiting, output)
         self._wake()
         if output.finished:
-            self._thread.ended(self)
+            self._steps.ended(self)
 
     def fail(self, error: BaseException) -> None:
-        """Engine's thread: end the stream with ``error``, after the output that waits."""
+        """Between steps: end the stream with ``error``, after the output that waits."""
         with self._lock:
             self._error = error
         self._wake()
-        self._thread.ended(self)
+        self._steps.ended(self)
 
     def _wake(self) -> None:
         if not self._is_woken:
             self._is_woken = True
-            self._thread.wake_later(self)
+            self._steps.wake_later(self)
 
     def wake(self) -> None:
         """Event loop: let ``next`` look for an output."""
@@ -91,16 +93,10 @@ class Stream:
             self._waiter = None
 
 
-class EngineThread:
-    """Runs the steps of ``engine`` while there is something to do, and sleeps while there is not.
+class EngineSteps(ABC):
+    """The steps of ``engine``, run while there is something to do."""
 
-    owns: close the engine at the end. If the caller keeps the engine, other threads may advance it meanwhile.
-    """
-
-    def __init__(self, engine: BaseEngine, *, owns: bool = True) -> None:
-        self._owns = owns
-        self.stats = engine.stats()  # as of the end of the last step
-        self.last_step_id = 0
+    def __init__(self, engine: BaseEngine) -> None:
         self.streams: dict[str, Stream] = {}  # unfinished requests; written under the condition's lock
         self.is_draining = False
         self.is_closing = False
@@ -109,22 +105,34 @@ class EngineThread:
         self._condition = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._num_arriving: Counter[str] = Counter()  # completions in the inbox, by client
-        self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # used by the engine's thread alone
         self._idle_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-        self._is_ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nemo-engine", daemon=True)
-        self._thread.start()
-        try:
-            self._is_ready.wait()
-        except BaseException:  # an interrupt
-            self.close()
-            raise
-        self.check_alive()
 
     @property
+    @abstractmethod
     def is_alive(self) -> bool:
-        """Whether the thread runs, in this process."""
-        return self._thread.is_alive()
+        """Whether steps are run, in this process."""
+
+    @property
+    @abstractmethod
+    def stats(self) -> SchedulerStats:
+        """Requests and pages after the last step, and totals since the start."""
+
+    @property
+    @abstractmethod
+    def last_step_id(self) -> int:
+        """The last step that was committed; 0 before the first."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all requests ("abort") and run no more steps. May be called twice."""
+
+    @abstractmethod
+    def wake_later(self, stream: Stream) -> None:
+        """After this step, wake the consumer of ``stream``."""
+
+    @abstractmethod
+    def _notify(self) -> None:
+        """Something is in the inbox. The condition's lock is held."""
 
     def check_open(self) -> None:
         """Raise ``EngineDeadError`` or ``EngineClosedError`` if no requests are taken."""
@@ -135,7 +143,7 @@ class EngineThread:
             raise EngineClosedError("the engine is being drained and takes no more requests")
 
     def check_alive(self) -> None:
-        """Raise ``EngineDeadError`` if an error has ended the thread, ``EngineClosedError`` in a forked process, to
+        """Raise ``EngineDeadError`` if an error has ended the steps, ``EngineClosedError`` in a forked process, to
         which no thread comes along.
         """
         if self.error is not None:
@@ -159,7 +167,7 @@ class EngineThread:
             client, count = _client_of(prepared)
             self._num_arriving[client] += count
             self._inbox.append(lambda: self._submit(prepared, stream))
-            self._condition.notify()
+            self._notify()
 
     def num_waiting_of(self, client: str) -> int:
         """Completions of ``client`` that wait for a place in the batch. From any thread."""
@@ -170,13 +178,13 @@ class EngineThread:
         with self._condition:
             stream.is_dropped = True
             self._inbox.append(lambda: self._abort(stream))
-            self._condition.notify()
+            self._notify()
 
     def post(self, command: Callable[[], None]) -> None:
-        """Have ``command`` run between two steps. What it raises ends the thread. From any thread."""
+        """Have ``command`` run between two steps. What it raises ends the steps. From any thread."""
         with self._condition:
             self._inbox.append(command)
-            self._condition.notify()
+            self._notify()
 
     def idle_waiter(self) -> asyncio.Future[None] | None:
         """A future of the running loop that is done when no request is left; None if no request is there now."""
@@ -188,49 +196,7 @@ class EngineThread:
             self._idle_waiters.append((loop, waiter))
         return waiter
 
-    def close(self) -> None:
-        """End all requests ("abort"), then the thread, and give the engine's memory back. May be called twice."""
-        if not self.is_alive:  # after a fork the lock may be held for ever
-            self.is_closing = True
-            return
-        with self._condition:
-            self.is_closing = True
-            self._condition.notify()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-
-    # ---- in the thread
-
-    def _run(self) -> None:
-        engine = self._engine
-        try:
-            if self._owns:
-                engine.settle()
-            self._is_ready.set()
-            while True:
-                with self._condition:
-                    while not (self._inbox or self.is_closing or engine.has_work()):
-                        self._condition.wait()
-                    is_closing = self.is_closing
-                self._run_commands()
-                if is_closing:
-                    break
-                if engine.has_work():
-                    self._advance()
-                self.stats, self.last_step_id = engine.stats(), engine.last_step_id
-                self._wake_all()
-            engine.abort(list(self.streams))
-        except BaseException as error:
-            _logger.critical("the engine's thread has ended by an error", exc_info=error)
-            self._die(error)
-        finally:
-            self._wake_all()
-            try:
-                if self._owns:
-                    engine.close()
-            except Exception:
-                _logger.exception("the engine could not be closed")
-            self.stats = engine.stats()
+    # ---- between steps
 
     def _advance(self) -> None:
         try:
@@ -261,36 +227,113 @@ class EngineThread:
         if self.streams.get(stream.request_id) is stream:  # not another request that has its id by now
             self._engine.abort(stream.request_id)
 
-    def wake_later(self, stream: Stream) -> None:
-        """After this step, wake the consumer of ``stream``."""
-        self._to_wake.setdefault(stream.loop, []).append(stream)
-
     def ended(self, stream: Stream) -> None:
         """The last output of a request has come."""
         with self._condition:
             self.streams.pop(stream.request_id, None)
             if not self.streams:
                 for loop, waiter in self._idle_waiters:
-                    _call_in(loop, _resolve, waiter)
+                    call_in(loop, _resolve, waiter)
                 self._idle_waiters.clear()
+
+    def _die(self, error: BaseException) -> None:
+        _logger.critical("the engine's steps have ended by an error", exc_info=error)
+        dead = EngineDeadError(f"the engine's thread has ended by an error: {type(error).__name__}: {error}")
+        dead.__cause__ = error
+        with self._condition:
+            self.error = dead
+            streams = list(self.streams.values())
+        for stream in streams:
+            stream.fail(dead)
+
+
+class EngineThread(EngineSteps):
+    """Runs the steps of ``engine`` in a thread, which sleeps while there is nothing to do, and closes it at the end."""
+
+    def __init__(self, engine: BaseEngine) -> None:
+        super().__init__(engine)
+        self._stats, self._last_step_id = engine.stats(), 0
+        self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # used by the engine's thread alone
+        self._is_ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nemo-engine", daemon=True)
+        self._thread.start()
+        try:
+            self._is_ready.wait()
+        except BaseException:  # an interrupt
+            self.close()
+            raise
+        self.check_alive()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs, in this process."""
+        return self._thread.is_alive()
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """Requests and pages after the last step, and totals since the start. Waits for nothing."""
+        return self._stats
+
+    @property
+    def last_step_id(self) -> int:
+        """The last step that was committed; 0 before the first. Waits for nothing."""
+        return self._last_step_id
+
+    def close(self) -> None:
+        """End all requests ("abort"), then the thread, and give the engine's memory back. May be called twice."""
+        if not self.is_alive:  # after a fork the lock may be held for ever
+            self.is_closing = True
+            return
+        with self._condition:
+            self.is_closing = True
+            self._notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def wake_later(self, stream: Stream) -> None:
+        """After this step, wake the consumer of ``stream``."""
+        self._to_wake.setdefault(stream.loop, []).append(stream)
+
+    def _notify(self) -> None:
+        self._condition.notify()
+
+    # ---- in the thread
+
+    def _run(self) -> None:
+        engine = self._engine
+        try:
+            engine.settle()
+            self._is_ready.set()
+            is_closing = False
+            while not is_closing:
+                with self._condition:
+                    while not (self._inbox or self.is_closing or engine.has_work()):
+                        self._condition.wait()
+                    is_closing = self.is_closing  # from here on the inbox takes no request
+                self._run_commands()
+                if not is_closing and engine.has_work():
+                    self._advance()
+                self._stats, self._last_step_id = engine.stats(), engine.last_step_id
+                self._wake_all()
+            engine.abort(list(self.streams))
+        except BaseException as error:
+            self._die(error)
+            self._is_ready.set()
+        finally:
+            self._wake_all()
+            try:
+                engine.close()
+            except Exception:
+                _logger.exception("the engine could not be closed")
+            self._stats = engine.stats()
 
     def _wake_all(self) -> None:
         if self._to_wake:
             to_wake, self._to_wake = self._to_wake, {}
             for loop, streams in to_wake.items():
-                if not _call_in(loop, _wake_streams, streams):  # the loop was closed with requests under way
+                if not call_in(loop, _wake_streams, streams):  # the loop was closed with requests under way
                     for stream in streams:
                         self._abort(stream)
-
-    def _die(self, error: BaseException) -> None:
-        dead = EngineDeadError(f"the engine's thread has ended by an error: {type(error).__name__}: {error}")
-        dead.__cause__ = error
-        with self._condition:
-            self.error = dead
-            self._is_ready.set()
-            streams = list(self.streams.values())
-        for stream in streams:
-            stream.fail(dead)
 
 
 def _client_of(prepared: PreparedRequest) -> tuple[str, int]:
@@ -319,9 +362,10 @@ def _merged(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
     return later
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: object) -> bool:
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: Any) -> bool:
+    """Have ``loop`` call ``function``, from any thread; False if it is closed."""
     try:
-        loop.call_soon_threadsafe(function, argument)
+        loop.call_soon_threadsafe(function, *arguments)
     except RuntimeError:
         return False
     return True

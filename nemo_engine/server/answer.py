@@ -19,10 +19,10 @@ _MAX_DEPTH = 5
 async def respond(build: Callable[[], dict[str, Any]], headers: dict[str, str], *, is_long: bool) -> Response:
     """The response with the body that ``build`` returns, which log-probabilities make tens of megabytes long."""
 
-    def make() -> Response:
-        return Response(written(build()), headers=headers, media_type="application/json")
+    def make(write: Callable[[Any], bytes]) -> Response:
+        return Response(write(build()), headers=headers, media_type="application/json")
 
-    return await asyncio.to_thread(make) if is_long else make()
+    return await asyncio.to_thread(make, written) if is_long else make(to_json)
 
 
 def written(value: Any) -> bytes:

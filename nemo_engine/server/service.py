@@ -31,6 +31,8 @@ _MODEL_DEFAULTS = {
     "max_new_tokens": "max_tokens",
 }
 
+IS_LINE = "nemo_engine.is_line"  # in the scope of a request that is a line of a batch: it has no connection to lose
+
 _T = TypeVar("_T")
 _logger = logging.getLogger("nemo_engine.server")
 
@@ -156,6 +158,8 @@ class Service:
 
 async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
     """The result of ``work``, which is cancelled when the client goes away: then ``ClientGone``."""
+    if IS_LINE in request.scope:
+        return await work
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(request))
     try:

@@ -43,14 +43,17 @@ def inside(namespace: str, *words: str, **options: Any) -> subprocess.Popen[Any]
 
 
 def start_node(namespace: str, where: str, folder: Path) -> None:
-    """A node of the cluster, whose processes end with those of the namespace."""
+    """A node of the cluster, whose processes end with those of the namespace. As a supervisor would, start it again
+    where it does not come up: Ray gives its agents fifteen seconds, which a busy machine takes.
+    """
     joins = ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}"]
     if where == "worker":
         joins = [f"--address={ADDRESSES['head']}:6379"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats",
                f"--node-ip-address={ADDRESSES[where]}", "--object-store-memory=100000000", *joins]  # fmt: skip
     with (folder.parent / f"{where}.log").open("ab") as log:
-        inside(namespace, *command, stdout=log, stderr=log, start_new_session=True)
+        again = ["sh", "-c", 'until "$@"; do sleep 1; done', "sh", *command]
+        inside(namespace, *again, stdout=log, stderr=log, start_new_session=True)
 
 
 def kill_all(namespace: str) -> None:
@@ -129,7 +132,8 @@ def test_a_link_that_is_cut_and_a_host_that_is_lost(hosts: Path) -> None:
     # A stream that the cut falls into waits and goes on; those of the other host do not notice.
     assert cut["ends"] == {"whole": cut["num_streams"]} and cut["longest_wait_s"] > CUT_S / 2, cut
     # Those of the host that is lost end with an error once it counts as lost; the others, and all later ones, are whole.
-    assert lost["ends"]["whole"] > 0 and set(lost["ends"]) <= {"whole", "APIError", "InternalServerError"}, lost
+    errors = {"APIError", "APIConnectionError", "InternalServerError"}  # in the stream, for it, and in its place
+    assert lost["ends"]["whole"] > 0 and set(lost["ends"]) <= {"whole", *errors}, lost
     assert sum(lost["ends"].values()) == lost["num_streams"] and lost["longest_s"] < HANGS_S, lost
     assert lost["num_failed"] <= found["at_once"], "a request that came after the loss failed"
     assert healed["replicas"] == 2 and set(healed["ends"]) == {"whole"} and healed["hosts"] == 2, healed
@@ -144,7 +148,7 @@ class Streams:
     def __init__(self, at_once: int) -> None:
         self.ends: list[tuple[float, float, float, str]] = []  # (start, end, longest wait for a chunk, how)
         self._is_over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(index,)) for index in range(at_once)]
+        self._threads = [threading.Thread(target=self._run, args=(index,), daemon=True) for index in range(at_once)]
         for thread in self._threads:
             thread.start()
 
@@ -248,7 +252,7 @@ def main() -> None:
     streams = Streams(at_once)
     began = time.monotonic()
     tell("bring")
-    streams.until(lambda: num_running() == 2, 180)
+    streams.until(lambda: num_running() == 2, 400)  # its start may fail once: see start_node
     tell("note", healed_after_s=time.monotonic() - began)
     after = len(streams.ends) + 3 * at_once
     streams.until(lambda: len(streams.ends) >= after, 120)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import pytest
 
 from nemo_engine import Engine, SamplingParams
 from nemo_engine.cli import main
+from nemo_engine.engine.async_engine import EngineDeadError
+from nemo_engine.engine.base import BaseEngine
 from tests.batch.kills import results, union
 from tests.server.live import ENGINE_OPTIONS, LiveServer
 
@@ -113,6 +117,69 @@ def test_the_same_tokens_as_generate_and_defaults_for_lines_without_their_own(of
         return offline.batch(tmp_path / "in", tmp_path / "again", sampling).num_answered
 
     assert asyncio.run(in_a_notebook()) == 4
+
+
+def test_the_engine_does_not_run_dry_between_windows(offline: Engine, tmp_path: Path) -> None:
+    """As many steps as for the same requests in one list, and every one of them as full."""
+    count, params = 6 * offline.config.max_num_seqs, SamplingParams(max_tokens=5, ignore_eos=True, seed=1)
+    prompts = [f"{index:03}" for index in range(count)]
+    before = offline.last_step_id
+    offline.generate(prompts, params)
+    alone = offline.last_step_id - before
+    lines = [{"prompt": prompt, "max_tokens": 5, "ignore_eos": True, "seed": 1} for prompt in prompts]
+    offline.batch(write(tmp_path / "in", lines), tmp_path / "out")
+    assert offline.last_step_id - before - alone <= alone + 1
+
+
+def test_other_threads_may_use_the_engine_meanwhile(
+    offline: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=6, seed=4, temperature=1.0)
+    wanted = offline.generate("def f(", params)[0].outputs[0].text
+    lines = [{"prompt": f"{index}", "max_tokens": 1 + index % 3, "seed": index} for index in range(240)]
+    write(tmp_path / "in", lines)
+    offline.batch(tmp_path / "in", tmp_path / "alone")
+    step = offline._core.step
+    monkeypatch.setattr(offline._core, "step", lambda: [time.sleep(0.001), step()][1])  # so that the other one waits
+    is_over = threading.Event()
+    texts: set[str] = set()
+
+    def generate() -> None:
+        while not is_over.is_set():
+            texts.add(offline.generate("def f(", params)[0].outputs[0].text)
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    batch = threading.Thread(target=lambda: offline.batch(tmp_path / "in", tmp_path / "beside"), daemon=True)
+    batch.start()
+    batch.join(60)
+    is_over.set()
+    thread.join(60)
+    assert not batch.is_alive() and not thread.is_alive(), "one waits for the other"
+    assert texts == {wanted} and union(tmp_path / "beside") == union(tmp_path / "alone")
+
+
+def test_a_dead_engine_ends_the_run_which_can_be_gone_on_with(
+    offline: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 6 * offline.config.max_num_seqs
+    write(tmp_path / "in", [{"prompt": f"{index}", "max_tokens": 3, "ignore_eos": True} for index in range(count)])
+    steps = 0
+
+    def advance(engine: Engine) -> None:
+        nonlocal steps
+        steps += 1
+        if steps > 5:
+            raise RuntimeError("the device is lost")
+        BaseEngine.advance(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "advance", advance)
+        patch.setattr(Engine, "is_dead", True)
+        with pytest.raises(EngineDeadError, match="the device is lost"):
+            offline.batch(tmp_path / "in", tmp_path / "out")
+    summary = offline.batch(tmp_path / "in", tmp_path / "out")
+    assert summary.num_resumed and summary.num_done == count == len(by_id(tmp_path / "out"))
 
 
 def test_sampling_that_changes_an_answers_form_stands_in_the_line(offline: Engine, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def held_up(server: LiveServer) -> Iterator[tuple[Posts, list[str]]]:
         order.append(output.request_id)
 
     with patch.object(service.metrics, "request_done", request_done):
-        service.engine._thread.post(lambda: resume.wait(60))
+        service.engine._steps.post(lambda: resume.wait(60))
         posts = Posts(server)
         try:
             yield posts, order

@@ -143,7 +143,7 @@ def init(self, *args, **options):
             time.sleep(0.01)
         def die():
             raise SystemExit("planted")
-        self._thread.post(die)
+        self._steps.post(die)
     threading.Thread(target=kill, daemon=True).start()
 AsyncEngine.__init__ = init
 from nemo_engine.cli import main

@@ -12,11 +12,10 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message
 
 from nemo_engine.batch.job import Bar, BatchJob
 from nemo_engine.batch.lines import CHAT, COMPLETIONS, RESPONSES, Line, LineError
@@ -30,11 +29,11 @@ from nemo_engine.server.clients import ANYONE, Client
 from nemo_engine.server.completions import create_completion
 from nemo_engine.server.errors import ApiError, api_error, log_of
 from nemo_engine.server.options import ServerOptions
-from nemo_engine.server.parsing import read_json, validated
+from nemo_engine.server.parsing import Workers, read_json, validated
 from nemo_engine.server.protocol import IGNORED_FIELDS_HEADER, ApiRequest, ChatRequest, CompletionRequest
 from nemo_engine.server.responses.protocol import ResponsesRequest
 from nemo_engine.server.responses.route import create_response
-from nemo_engine.server.service import Service
+from nemo_engine.server.service import IS_LINE, Service
 
 _ROUTES: dict[str, tuple[type[ApiRequest], Callable[..., Awaitable[Response]]]] = {
     CHAT: (ChatRequest, create_chat_completion),
@@ -49,6 +48,8 @@ _IN_LINES = (
 _ANY_NUMBER = 2**31  # the queue has no limit here: the file says how many requests there are
 _WAIT_FOR_ROOM = 0.5  # seconds between two tries while a server's queue is full
 _MOST_WARNINGS = 20
+
+_T = TypeVar("_T")
 
 _logger = logging.getLogger("nemo_engine.server")
 
@@ -81,12 +82,12 @@ class BatchAnswers:
         """
         model, route = _ROUTES[line.url]
         scope: dict[str, Any] = {"type": "http", "method": "POST", "path": line.url, "headers": [], "query_string": b"",
-                                 "nemo_engine.client": self._client}  # fmt: skip
+                                 "nemo_engine.client": self._client, IS_LINE: True}  # fmt: skip
         while True:
             try:
                 self._check(line)
                 request = validated(line.body, model)
-                response = await route(self._service, Request(scope, _never), request)
+                response = await route(self._service, Request(scope), request)
             except (EngineDeadError, EngineClosedError):
                 raise
             except Exception as raised:
@@ -124,11 +125,6 @@ class BatchAnswers:
             return read_json(data, self._service.workers.max_values)
         except ApiError as error:
             raise LineError(error.code or "invalid_json", error.message.replace("the body", "the line")) from None
-
-
-async def _never() -> Message:
-    gone: asyncio.Future[Message] = asyncio.get_running_loop().create_future()  # never done: no client disconnects
-    return await gone
 
 
 def _answered(scope: dict[str, Any], response: Response) -> Answer:
@@ -178,12 +174,12 @@ def run_batch(
 ) -> BatchSummary:
     """Load ``model`` and answer the lines of ``job``."""
     options = ServerOptions(**{"max_queue": _ANY_NUMBER, **server_options})
-    with AsyncEngine(model, **engine_options) as engine:
+    with BaseEngine(model, **engine_options) as engine:
         return _run(engine, options, model, job, sampling, progress=True)
 
 
 def batch_of_engine(
-    loop: BaseEngine,
+    engine: BaseEngine,
     source: str | Path,
     target: str | Path,
     sampling_params: SamplingParams | Mapping[str, Any] | None,
@@ -194,17 +190,19 @@ def batch_of_engine(
 ) -> BatchSummary:
     """``Engine.batch``."""
     sampling = _set_fields(sampling_params)
-    model = str(loop.model_path)
+    model = str(engine.model_path)
     served_names = [names] if isinstance(names, str) else list(names or [])
-    engine = {
-        field.name: getattr(loop.config, field.name)
-        for field in dataclasses.fields(loop.config)
-        if getattr(loop.config, field.name) != field.default
+    engine_options = {
+        field.name: getattr(engine.config, field.name)
+        for field in dataclasses.fields(engine.config)
+        if getattr(engine.config, field.name) != field.default
     }
-    recorded = batch_options(model, sampling, engine, {"served_model_name": served_names} if served_names else {})
-    options = ServerOptions(max_queue=_ANY_NUMBER, served_model_name=served_names or [loop.model_path.name, model])
-    with BatchJob(source, target, recorded, force=force) as job, AsyncEngine(loop) as over:
-        return _run(over, options, model, job, sampling, progress=progress)
+    recorded = batch_options(
+        model, sampling, engine_options, {"served_model_name": served_names} if served_names else {}
+    )
+    options = ServerOptions(max_queue=_ANY_NUMBER, served_model_name=served_names or [engine.model_path.name, model])
+    with BatchJob(source, target, recorded, force=force) as job:
+        return _run(engine, options, model, job, sampling, progress=progress)
 
 
 def _set_fields(params: SamplingParams | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -216,7 +214,7 @@ def _set_fields(params: SamplingParams | Mapping[str, Any] | None) -> dict[str, 
 
 
 def _run(
-    engine: AsyncEngine,
+    engine: BaseEngine,
     options: ServerOptions,
     model: str,
     job: BatchJob,
@@ -224,12 +222,26 @@ def _run(
     *,
     progress: bool,
 ) -> BatchSummary:
-    service = Service(engine, options, model)
-    service.server_defaults |= sampling
-    answers = BatchAnswers(service)
+    async def run(bar: Bar | None) -> BatchSummary:
+        with AsyncEngine(engine) as steps:
+            service = Service(steps, options, model)
+            service.workers = _NoWorkers(engine.max_model_len)
+            service.server_defaults |= sampling
+            answers = BatchAnswers(service)
+            return await answer_all(
+                answers.reader(job), job.results, answers.answer, max_open=answers.max_open, watcher=bar
+            )
+
     with _shown(job, progress) as bar:
-        work = answer_all(answers.reader(job), job.results, answers.answer, max_open=answers.max_open, watcher=bar)
-        return _finished(work)
+        return _finished(run(bar))
+
+
+class _NoWorkers(Workers):
+    """Work is done where it is asked for: nobody waits beside, and a thread would take its turns from the steps."""
+
+    async def run(self, http: Request, function: Callable[..., _T], *args: Any) -> _T:
+        """Call ``function(*args)``."""
+        return function(*args)
 
 
 def _finished(work: Coroutine[Any, Any, BatchSummary]) -> BatchSummary:
