@@ -33,6 +33,7 @@ KERNEL(phase_barriers) {
     mbarrier_wait(barrier, 1);
     m.ints[0] = mbarrier_test(barrier, 0);
     fence_async_proxy();
+    fence_async_proxy_global();
 }
 
 KERNEL(dependent_launch) {

@@ -83,7 +83,8 @@ def test_a_decode_layer_is_six_launches(emulated_library: Any, model: Path, opti
         engine = Engine(str(model), device="cpu", dtype="bfloat16", max_model_len=64, prefer={"*": "cuda"}, **options)
         try:
             params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-            engine.add_request("a", {"prompt_token_ids": [1, 5, 6]}, params)
+            for name in "abc":
+                engine.add_request(name, {"prompt_token_ids": [1, 5, 6]}, params)
             engine.step()
             counts = []
             while engine.has_unfinished_requests():

@@ -18,13 +18,14 @@ void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outpu
     auto run = [&](auto tokens, auto input) {
         launch_small_linear<bf16, tokens(), false, input()>(y, in, weight, outputs, weight_stride, {}, stream);
     };
+    CHECK(in.input != Input::QUANTIZE, "input must be 0 to 2 for bf16 weights, which take no FP8, got ", int(in.input));
     using Sixteen = std::integral_constant<int, 16>;
+    if (is_streamed(in)) {
+        return with_tokens(in.rows, [&](auto tokens) { run(tokens, std::integral_constant<Input, Input::READY>{}); });
+    }
     switch (in.input) {
-        case Input::READY:
-            return with_tokens(in.rows, [&](auto tokens) { run(tokens, std::integral_constant<Input, Input::READY>{}); });
         case Input::NORM: return run(Sixteen{}, std::integral_constant<Input, Input::NORM>{});
-        case Input::SILU_MUL: return run(Sixteen{}, std::integral_constant<Input, Input::SILU_MUL>{});
-        default: CHECK(false, "input must be 0 to 2 for bf16 weights, which take no FP8, got ", int(in.input));
+        default: return run(Sixteen{}, std::integral_constant<Input, Input::SILU_MUL>{});
     }
 }
 

@@ -31,10 +31,12 @@ struct SmallLinear {
     int made_steps;  // whose input is made at once, where it is made here: all, or a part of a gated activation in bf16
     LinearScales scales;
     SmallInput input;
+    SharedInput shared;
 };
 
 struct SmallHeader {
-    Mbarrier full[MAX_STAGES], empty[MAX_STAGES];
+    Mbarrier full[MAX_STAGES], empty[MAX_STAGES], made;
+    int taken;
     float scales[FUSED_TOKENS];
     float scratch[2 * 8];  // two words per warp of consumers
 };
@@ -110,6 +112,10 @@ __device__ __forceinline__ void produce(const SmallLinear& p, SmallHeader* heade
     if constexpr (HAS_X) {
         if (p.cluster > 1) cluster_wait();  // the others' barriers are there
         wait_for_previous_kernel();
+        if (p.shared.x != nullptr) {
+            mbarrier_wait(&header->made, 0);
+            fence_async_proxy_global();
+        }
         for (int i = 0; i < first; i++) {
             load_tokens<W, TOKENS>(ring + i * bytes, x_map, &header->full[i], p, i % steps);
         }
@@ -272,6 +278,10 @@ __device__ __forceinline__ void consume(
     bool is_made_in_parts = can_make_parts<W, INPUT>() && p.made_steps < steps;
     if constexpr (!HAS_X) {
         if (!is_made_in_parts) make_from(0);
+    } else if constexpr (!IS_BLOCK) {
+        if (p.shared.x != nullptr) {
+            make_shared_input<W>(p.shared, p.input, &header->taken, &header->made, header->scratch, consumers);
+        }
     }
     Ring at;
     for (int round = 0; round < rounds; round++) {
@@ -321,6 +331,7 @@ __global__ void __launch_bounds__(MAX_TILE_ROWS / GROUP_ROWS * 128 + PRODUCER_TH
             mbarrier_init(&header->full[i], 1);
             mbarrier_init(&header->empty[i], p.cluster * consumers / 32);
         }
+        mbarrier_init(&header->made, 1);
         mbarrier_init_fence();
     }
     block_sync();

@@ -20,12 +20,13 @@ void small_linear_fp8(bf16* y, const LinearInputs& in, const fp8* weight, int ou
         launch_small_linear<fp8, tokens(), is_block(), input()>(y, in, weight, outputs, weight_stride, scales, stream);
     };
     using Sixteen = std::integral_constant<int, 16>;
+    if (is_streamed(in)) {
+        return with_tokens(in.rows, [&](auto tokens) {
+            std::integral_constant<Input, Input::READY> ready;
+            scales.is_block ? run(tokens, std::true_type{}, ready) : run(tokens, std::false_type{}, ready);
+        });
+    }
     switch (in.input) {
-        case Input::READY:
-            return with_tokens(in.rows, [&](auto tokens) {
-                std::integral_constant<Input, Input::READY> ready;
-                scales.is_block ? run(tokens, std::true_type{}, ready) : run(tokens, std::false_type{}, ready);
-            });
         case Input::NORM: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::NORM>{});
         case Input::SILU_MUL: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::SILU_MUL>{});
         default: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::QUANTIZE>{});

@@ -1,5 +1,6 @@
-// The rows of x made by the block itself, while its first weights are on their way: norm, gated activation or
-// quantisation of at most 8 tokens, written to shared memory as the tensor cores read it.
+// The rows of x made in the launch that multiplies them, while its first weights are on their way: norm, gated activation or
+// quantisation. Of at most 8 tokens by each block for itself, in shared memory as the tensor cores read it; of more by all
+// blocks together, through global memory.
 #pragma once
 
 #include <type_traits>
@@ -110,46 +111,117 @@ __host__ __device__ constexpr bool can_make_parts() {
     return INPUT == Input::SILU_MUL && !std::is_same_v<W, fp8>;
 }
 
+// Makes the vectors first .. end - 1 of a row, 0 beyond the width, for put(index, vector), and returns the row's scale. A sum
+// with the residual is stored where stores_sum(index). By all consumers; rows beyond the last have none. `scratch`: two words
+// per warp, used again only after a barrier.
+template <class W, Input INPUT, class StoresSum, class Put>
+__device__ __forceinline__ float make_row(const SmallInput& p, const Share& share, int row, int first, int end, float* scratch,
+                                          StoresSum stores_sum, Put put) {
+    constexpr bool IS_FP8 = std::is_same_v<W, fp8>;
+    float inverse = 0;
+    Scale scale{};
+    if constexpr (INPUT == Input::NORM) inverse = inverse_root(p, share, row, scratch);
+    if constexpr (IS_FP8) {
+        scale = scale_of_row<INPUT>(p, share, row, inverse, reinterpret_cast<uint32_t*>(scratch) + share.warps);
+    }
+    if (row >= p.rows) return 0;
+#pragma unroll 4
+    for (int i = first + share.first_vector(); i < end; i += share.step()) {
+        bool is_inside = i * VECTOR < p.width;
+        Pairs vector{};
+        if (is_inside) {
+            vector = input_vector<INPUT>(p, row, i, inverse);
+            if (INPUT == Input::NORM && p.residual != nullptr && stores_sum(i)) {
+                store(vector_at(p.sum + int64_t(row) * p.width, i), raw_vector(p, row, i));
+            }
+        }
+        if constexpr (IS_FP8) {
+            put(i, is_inside ? quantize(vector, scale) : Vec<uint16_t, 4>{});
+        } else {
+            put(i, vector);
+        }
+    }
+    return scale.value;
+}
+
+// ---- by each block for itself
+
 // Fills x (`chunks` of 128 bytes of K from `first_chunk` on, 0 beyond the width) and of FP8 the scales of the rows. By
-// all consumers; they may multiply after it. `scratch`: two words per warp.
+// all consumers; they may multiply after it.
 template <class W, Input INPUT>
 __device__ __forceinline__ void make_input(
     unsigned char* x, float* scales, float* scratch, const SmallInput& p, int first_chunk, int chunks, int consumers) {
-    constexpr bool IS_FP8 = std::is_same_v<W, fp8>;
     Share share = share_rows(p.rows, consumers);
     constexpr int CHUNK_VECTORS = CHUNK_BYTES / (VECTOR * int(sizeof(W)));
-    int first = first_chunk * CHUNK_VECTORS, vectors = first + chunks * CHUNK_VECTORS;
+    int first = first_chunk * CHUNK_VECTORS;
     for (int base = 0; base < p.rows; base += share.rows_at_once()) {
         int row = base + share.first_row();
-        float inverse = 0;
-        Scale scale{};
-        if constexpr (INPUT == Input::NORM) inverse = inverse_root(p, share, row, scratch);
-        if constexpr (IS_FP8) {
-            scale = scale_of_row<INPUT>(p, share, row, inverse, reinterpret_cast<uint32_t*>(scratch) + share.warps);
-            if (row < p.rows && share.first_vector() == 0) scales[row] = scale.value;
-        }
-        if (row < p.rows) {
-#pragma unroll 4
-            for (int i = first + share.first_vector(); i < vectors; i += share.step()) {
-                Pairs vector{};
-                if (i * VECTOR < p.width) {
-                    vector = input_vector<INPUT>(p, row, i, inverse);
-                    if (INPUT == Input::NORM && p.residual != nullptr && i % int(gridDim.x) == int(blockIdx.x)) {
-                        store(vector_at(p.sum + int64_t(row) * p.width, i), raw_vector(p, row, i));
-                    }
-                }
-                if constexpr (IS_FP8) {
-                    *reinterpret_cast<Vec<uint16_t, 4>*>(place_of<W>(x, row, i - first)) =
-                        i * VECTOR < p.width ? quantize(vector, scale) : Vec<uint16_t, 4>{};
-                } else {
-                    *reinterpret_cast<Pairs*>(place_of<W>(x, row, i - first)) = vector;
-                }
-            }
-        }
+        float scale = make_row<W, INPUT>(
+            p, share, row, first, first + chunks * CHUNK_VECTORS, scratch,
+            [](int i) { return i % int(gridDim.x) == int(blockIdx.x); },
+            [&](int i, const auto& vector) {
+                *reinterpret_cast<std::remove_cvref_t<decltype(vector)>*>(place_of<W>(x, row, i - first)) = vector;
+            });
+        if (std::is_same_v<W, fp8> && row < p.rows && share.first_vector() == 0) scales[row] = scale;
         named_barrier_sync(CONSUMER_BARRIER, consumers);  // the scratch is free again
     }
     fence_async_proxy();
     named_barrier_sync(CONSUMER_BARRIER, consumers);
+}
+
+// ---- by all blocks together
+
+// Rows that the blocks of a launch make for one another, in global memory, where the copy engine then finds them. A block
+// takes a row as long as there are any: it waits for blocks that run and for no others, so that it does not matter how many run at once.
+struct SharedInput {
+    void* x;        // of the weight's type, dense; null where the input is there, or each block makes its own
+    float* scales;  // of FP8: one a row
+    int* counts;    // rows taken; rows made, and after them the blocks that have seen so. The last of these leaves 0
+    Input input;
+};
+
+template <class W, Input INPUT>
+__device__ __forceinline__ void make_shared_row(
+    const SharedInput& to, const SmallInput& p, int row, float* scratch, int consumers) {
+    W* x = static_cast<W*>(to.x) + int64_t(row) * p.width;
+    float scale = make_row<W, INPUT>(
+        p, {consumers / 32, consumers / 32}, row, 0, p.width / VECTOR, scratch, [](int) { return true; },
+        [&](int i, const auto& vector) { store(vector_at(x, i), vector); });
+    if (std::is_same_v<W, fp8> && threadIdx.x == 0) store(to.scales + row, scale);
+}
+
+// By all consumers, which may read the scales after it. `taken`: a word of shared memory; `made`: of one arrival, after which the
+// copy engine may read x.
+template <class W>
+__device__ __forceinline__ void make_shared_input(
+    const SharedInput& to, const SmallInput& p, int* taken, Mbarrier* made, float* scratch, int consumers) {
+    int *rows_taken = to.counts, *rows_made = to.counts + 1;
+    for (;;) {
+        if (threadIdx.x == 0) *taken = atomic_add(rows_taken, 1);
+        named_barrier_sync(CONSUMER_BARRIER, consumers);
+        int row = *taken;
+        if (row >= p.rows) break;
+        if (to.input == Input::NORM) {
+            make_shared_row<W, Input::NORM>(to, p, row, scratch, consumers);
+        } else if (to.input == Input::SILU_MUL) {
+            make_shared_row<W, Input::SILU_MUL>(to, p, row, scratch, consumers);
+        } else if constexpr (std::is_same_v<W, fp8>) {
+            make_shared_row<W, Input::QUANTIZE>(to, p, row, scratch, consumers);
+        }
+        fence_async_proxy_global();
+        named_barrier_sync(CONSUMER_BARRIER, consumers);  // all of the row is there, and the scratch is free again
+        if (threadIdx.x == 0) atomic_add_ordered(rows_made, 1);
+    }
+    if (threadIdx.x == 0) {
+        while (load_acquire(rows_made) < p.rows) {
+        }
+        mbarrier_arrive(made);
+        if (atomic_add_ordered(rows_made, 1) == p.rows + int(gridDim.x) - 1) {  // all have taken their last, and seen
+            store(rows_taken, 0);
+            store(rows_made, 0);
+        }
+    }
+    named_barrier_sync(CONSUMER_BARRIER, consumers);  // all know what the first has seen
 }
 
 }  // namespace nemo

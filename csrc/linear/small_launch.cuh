@@ -80,12 +80,15 @@ TensorMap chunk_map(const void* base, int rows, int width, int64_t stride, int b
                                   .swizzle = Swizzle::B128});
 }
 
+// Whether the rows of x come from global memory, through the ring.
+inline bool is_streamed(const LinearInputs& in) { return in.input == Input::READY || in.made != nullptr; }
+
 template <class W>
 void check_small_linear(const bf16* y, const LinearInputs& in, const W* weight, int outputs, int64_t weight_stride) {
     constexpr int ALIGNED = 16 / sizeof(W);
     int input = int(in.input);
     CHECK_RANGE(input, int(Input::READY), int(Input::QUANTIZE));
-    CHECK_RANGE(in.rows, 1, in.input == Input::READY ? 64 : FUSED_TOKENS);
+    CHECK_RANGE(in.rows, 1, is_streamed(in) ? 64 : FUSED_TOKENS);
     CHECK_RANGE(outputs, 1, 1 << 30);
     CHECK_RANGE(in.width, 1, 1 << 24);
     CHECK_MULTIPLE(in.width, ALIGNED);
@@ -101,6 +104,13 @@ void check_small_linear(const bf16* y, const LinearInputs& in, const W* weight, 
         CHECK_POINTER(in.residual);
         CHECK_POINTER(in.sum);
         CHECK_STRIDE(in.residual_stride, VECTOR);
+    }
+    if (in.made != nullptr) {
+        CHECK(in.input != Input::READY, "made must be null for an input that is there, got ", in.made);
+        CHECK_POINTER(in.made);
+        CHECK_ALIGNED(in.counts, 4);
+        CHECK_MULTIPLE(in.width, VECTOR);
+        if (sizeof(W) == 1) CHECK_ALIGNED(in.made_scales, 4);
     }
 }
 
@@ -129,9 +139,18 @@ void launch_small_linear(bf16* y, const LinearInputs& in, const W* weight, int o
                             .rows = in.rows,
                             .width = in.width,
                             .x_stride = in.x_stride,
-                            .residual_stride = in.residual_stride}};
+                            .residual_stride = in.residual_stride},
+                  .shared = {.x = in.made, .scales = in.made_scales, .counts = in.counts, .input = in.input}};
+    const void* x = in.x;
+    int64_t x_stride = in.x_stride;
+    if (in.made != nullptr) {
+        x = in.made;
+        x_stride = in.width;
+        p.scales.x = in.made_scales;
+        p.scales.x_stride = 1;
+    }
     TensorMap w_map = chunk_map<W>(weight, outputs, in.width, weight_stride, plan.tile_rows);
-    TensorMap x_map = IS_STREAMED ? chunk_map<W>(in.x, in.rows, in.width, in.x_stride, plan.shared_tokens) : w_map;
+    TensorMap x_map = IS_STREAMED ? chunk_map<W>(x, in.rows, in.width, x_stride, plan.shared_tokens) : w_map;
     launch({.name = "small_linear",
             .grid = dim3(unsigned(plan.blocks)),
             .threads = plan.consumers + PRODUCER_THREADS,

@@ -14,6 +14,11 @@ inline void fence_async_proxy() {
     m.block->races.fence(m.current->thread);
 }
 
+inline void fence_async_proxy_global() {
+    auto& m = emulated::machine();
+    m.global.fence_async_proxy(m.block->races, m.block->number, m.current->thread);
+}
+
 inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
     auto& m = emulated::machine();
     if (arrivals < 1) m.fail(text("mbarrier_init with ", arrivals, " arrivals"));

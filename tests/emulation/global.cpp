@@ -10,6 +10,7 @@ namespace nemo::emulated {
 void Global::reset() {
     pages.clear();
     published.clear();
+    fences.clear();
     recent.fill({});
 }
 
@@ -50,6 +51,27 @@ void Global::access(Races& races, const Foreign& foreign, uint32_t block, int th
             return;
         }
         if (is_write) before = mine;
+    }
+}
+
+void Global::copy(Races& races, const Foreign& foreign, uint32_t block, int thread, const void* address, int64_t bytes) {
+    auto begin = reinterpret_cast<uintptr_t>(address), end = begin + bytes;
+    if (pages.empty()) return;
+    for (uintptr_t cell = begin / CELL; cell * CELL < end; cell++) {
+        Page* page = page_of(cell * CELL / PAGE, false);
+        Stamp before = page ? (*page)[cell % (PAGE / CELL)] : Stamp{};
+        if (!before.mask) continue;
+        bool is_ordered = knows(races, foreign, block, thread, before);
+        const auto& epochs = fences[{before.block, before.thread}];
+        auto fence = std::lower_bound(epochs.begin(), epochs.end(), before.value);
+        if (is_ordered && fence != epochs.end()) {
+            before.value = *fence;
+            if (knows(races, foreign, block, thread, before)) continue;
+        }
+        races.report(text("race in global memory: thread ", thread, " has the copy engine read ", address, ", which thread ",
+                          before.thread, " of block number ", before.block, " has written",
+                          is_ordered ? " without a fence_async_proxy_global" : ", and no release and acquire order the two"));
+        return;
     }
 }
 
@@ -100,6 +122,11 @@ void Global::fence(Races& races, Foreign& foreign, uint32_t block, int thread) {
     for (auto& one : foreign.observed[thread]) foreign.acquired.push_back({thread, races.advance(thread), one});
     foreign.observed[thread].clear();
     foreign.fenced[thread] = known_to(races, foreign, block, thread);
+    races.advance(thread);
+}
+
+void Global::fence_async_proxy(Races& races, uint32_t block, int thread) {
+    fences[{block, thread}].push_back(races.epoch(thread));
     races.advance(thread);
 }
 

@@ -35,6 +35,8 @@ class Global {
     void acquire(Races& races, Foreign& foreign, int thread, const void* address);
     void relaxed(Foreign& foreign, int thread, const void* address);  // an atomic: counts only beside fences
     void fence(Races& races, Foreign& foreign, uint32_t block, int thread);
+    void fence_async_proxy(Races& races, uint32_t block, int thread);  // its writes may be read by the copy engine
+    void copy(Races& races, const Foreign& foreign, uint32_t block, int thread, const void* address, int64_t bytes);  // which reads
 
   private:
     struct Stamp {
@@ -52,6 +54,7 @@ class Global {
     };
     std::array<Entry, 256> recent;
     std::map<const void*, std::shared_ptr<const Published>> published;
+    std::map<std::pair<uint32_t, int>, std::vector<uint32_t>> fences;  // of the async proxy, by block and thread: epochs, ascending
 
     Page* page_of(uintptr_t number, bool is_made);
     std::shared_ptr<const Published> known_to(const Races& races, const Foreign& foreign, uint32_t block, int thread) const;

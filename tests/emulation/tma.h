@@ -71,6 +71,7 @@ inline uint32_t check_box(const char* what, const void* shared, const TensorMap&
             m.check_global(line + first * size, 1, is_write);
             m.check_global(line + (last + 1) * size - 1, 1, is_write);
             m.counter.copy(line + first * size, (last - first + 1) * size, is_write);
+            if (!is_write) m.global.copy(m.block->races, m.block->foreign, m.block->number, m.current->thread, line + first * size, (last - first + 1) * size);
         }
     }
     return start;

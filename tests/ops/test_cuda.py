@@ -30,7 +30,8 @@ AT = 1 << 20  # an address that may be anything's
 NORM = {"sum": AT, "x": AT, "residual": AT, "weight": AT, "rows": 4, "width": 64, "x_stride": 64, "residual_stride": 64}
 SMALL = {
     "y": AT, "input": 0, "x": AT, "residual": AT, "norm": AT, "sum": AT, "fixed_scale": AT, "eps": 1e-5, "rows": 4,
-    "width": 64, "x_stride": 64, "residual_stride": 64, "weight": AT, "outputs": 8, "weight_stride": 64, "stream": 0,
+    "width": 64, "x_stride": 64, "residual_stride": 64, "made": 0, "made_scales": 0, "counts": 0, "weight": AT,
+    "outputs": 8, "weight_stride": 64, "stream": 0,
 }  # fmt: skip
 SMALL_FP8 = SMALL | {"x_scales": AT, "x_scale_stride": 1, "w_scales": AT, "w_scale_stride": 1, "is_block": False}
 GEMM = {
@@ -73,7 +74,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "page_size": 16,
         "stream": 0,
     },
-    "small_linear": {**SMALL, "input": 1},
+    "small_linear": {**SMALL, "input": 1, "made": AT, "counts": AT},
     "small_linear_fp8": SMALL_FP8,
     "gemm_fp8": GEMM,
     "prefill_attention": {
@@ -140,8 +141,9 @@ CALLS: dict[str, dict[str, Any]] = {
         "stream": 0,
     },
 }
-MAY_BE_NULL = {"scale", "k_scale", "v_scale", "fixed_scale", "residual"}
-UNUSED = {("small_linear_fits", "rows")}
+MAY_BE_NULL = {"scale", "k_scale", "v_scale", "fixed_scale", "residual", "made"}
+UNUSED = {("small_linear_fits", "rows"), ("small_linear", "made_scales")}
+UNUSED |= {("small_linear_fp8", name) for name in ("made", "made_scales", "counts")}  # of an input that is there
 
 
 def mistakes() -> Iterator[Any]:
@@ -190,7 +192,10 @@ def test_a_bad_argument_is_named(dry: Any, function: str, arguments: dict[str, A
         ("gemm_fp8", {"rows": 1 << 24, "outputs": 1 << 24}, "more tiles than an int holds"),
         ("small_linear_fp8", {"input": 4}, "input must be 0 to 3, got 4"),
         ("small_linear", {"input": 3}, "input must be 0 to 2 for bf16 weights"),
-        ("small_linear", {"rows": 9}, "rows must be 1 to 8, got 9"),
+        ("small_linear", {"rows": 9, "made": 0}, "rows must be 1 to 8, got 9"),
+        ("small_linear", {"rows": 65}, "rows must be 1 to 64, got 65"),
+        ("small_linear", {"input": 0, "made": AT}, "made must be null for an input that is there"),
+        ("small_linear_fp8", {"input": 3, "made": AT, "counts": AT}, "made_scales must be 4-byte aligned and not null"),
         ("decode_units", {"num_kv_heads": 0}, "num_kv_heads must be 1 to 1024, got 0"),
         ("decode_attention", {"num_kv_heads": 3}, "num_heads must be a multiple of 3, got 8"),
         ("decode_attention", {"num_heads": 32}, "num_heads must be 2 to 16, got 32"),
@@ -241,29 +246,16 @@ def test_attention_says_what_it_does_not_serve(dry: Any, facts: dict[str, Any], 
 # ---- launches at true sizes
 
 
-@pytest.mark.parametrize(
-    ("rows", "is_fp8", "count"),
-    [
-        (1, False, 6),
-        (1, True, 6),
-        (2, True, 7),
-        (3, False, 9),
-        (8, False, 9),
-        (8, True, 9),
-        (9, False, 9),
-        (9, True, 10),
-    ],
-)
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8, 64])
 @pytest.mark.parametrize(
     ("hidden", "inner"), [(5120, 14336), (4096, 14336), (4096, 11520)], ids=["NeMo", "7B", "Minitron"]
 )
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_launches_of_a_decode_layer_at_true_size(
-    dry: Any, rows: int, is_fp8: bool, count: int, hidden: int, inner: int, ranks: int
+    dry: Any, rows: int, is_fp8: bool, hidden: int, inner: int, ranks: int
 ) -> None:
-    """Six at one row; from two rows on SiLU, from three on the norms, from nine on FP8's quantisation are launches of
-    their own.
-    """
+    """Six, whether each block makes its input for itself or all of them together."""
     heads, kv_heads, inner = 32 // ranks, 8 // ranks, inner // ranks
 
     def weight(outputs: int, width: int) -> tuple[Tensor, ...]:
@@ -289,7 +281,7 @@ def test_launches_of_a_decode_layer_at_true_size(
     norm_linear(x, residual, norm_weight, 1e-5, *weight(2 * inner, hidden))
     activated(empty(rows, 2 * inner), *weight(hidden, inner))
     names = [launch["name"] for launch in dry.emulator.launches()]
-    assert len([name for name in names if name != "plan_decode"]) == count, names  # the plan is made once a step
+    assert len([name for name in names if name != "plan_decode"]) == 6, names  # the plan is made once a step
     assert all(launch["is_dependent"] for launch in dry.emulator.launches())
 
 
@@ -395,6 +387,25 @@ def test_inputs_are_made_for_more_rows_than_pay(emulated_library: Any, monkeypat
             if 1 < case.make(torch.bfloat16)[0].shape[0] <= 8:
                 prove(op, function, case, torch.bfloat16)
     assert {launch["name"] for launch in emulated_library.emulator.launches()} == {"small_linear"}
+
+
+def test_blocks_that_make_rows_together_leave_no_trace(emulated_library: Any) -> None:
+    """One launch after the other over a weight, of other numbers of rows and blocks: whoever comes last leaves zeros."""
+    torch.manual_seed(0)
+    width, weight = 272, (torch.randn(200, 272) * 0.06).bfloat16()
+    norm_weight, emulator = torch.ones(width).bfloat16(), emulated_library.emulator
+    try:
+        with emulated(emulated_library):
+            for rows, num_sms in ((9, 132), (64, 3), (3, 8), (33, 1), (9, 132)):
+                emulator.seed(rows)
+                emulator.set_num_sms(num_sms)
+                x = torch.randn(rows, width).bfloat16()
+                got = linear.norm_linear(x, x, norm_weight, 1e-5, weight)
+                expected = fused.NORM_LINEAR.semantics(x, x, norm_weight, 1e-5, weight)
+                torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+                assert not cuda.counters_of(weight, 2)[:2].any()
+    finally:
+        emulator.set_num_sms(132)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _counters: dict[tuple[torch.device, int], list[Tensor]] = {}
+_numbers: dict[tuple[torch.device, int], int] = {}  # of weights, by device and address
 
 
 def library() -> Any:
@@ -42,6 +43,12 @@ def counters(device: torch.device, count: int, owner: int = 0) -> Tensor:
     if not arrays or len(arrays[-1]) < count:
         arrays.append(torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device))
     return arrays[-1][:count]
+
+
+def counters_of(weight: Tensor, count: int) -> Tensor:
+    """``counters`` of the launches over one weight, which an engine has for itself: others may run at the same time."""
+    number = _numbers.setdefault((weight.device, weight.data_ptr()), len(_numbers))
+    return counters(weight.device, count * (number + 1))[count * number :]
 
 
 def row_stride(tensor: Tensor, dim: int = 0) -> int:

@@ -1,5 +1,5 @@
-"""Linear layers by csrc/linear (at most 64 rows) and csrc/gemm, with the norm, activation or quantisation before them
-where rows are few.
+"""Linear layers by csrc/linear (at most 64 rows, with the norm, activation or quantisation before them in the same
+launch) and csrc/gemm.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_engine.ops import fused
-from nemo_engine.ops.cuda import address, library, row_stride, stream_of
+from nemo_engine.ops.cuda import address, counters_of, library, row_stride, stream_of
 from nemo_engine.ops.cuda.activation import quantize_token_blocks, quantize_tokens, silu_mul, silu_mul_fp8
 from nemo_engine.ops.cuda.norm import rms_norm, rms_norm_fp8
 from nemo_engine.ops.fused import has_blocks
@@ -29,12 +29,11 @@ class _Input(IntEnum):
     QUANTIZE = 3
 
 
-# Up to how many rows a launch makes its input itself. Every block makes all of it, which costs nothing while the ring
-# of weights (88 KiB a block, 132 blocks: 2.7 us at 4.3 TB/s) fills for the first time, and holds memory up after that.
-# Instructions of a warp for 32 x 8 elements, all passes, from the machine code (FP8 and bf16), at 4 a cycle of 1.755
-# GHz:
-#   SiLU      272 and 107, 14,336 elements: 2.2 and 0.9 us a row (and two MUFU an element and pass, 16 a cycle: 2.0 and
-# 1.0)
+# Up to how many rows each block makes the input of a launch for itself; more rows the blocks share, which costs a round
+# trip through L2. Making all of it costs nothing while the ring of weights (88 KiB a block, 132 blocks: 2.7 us at
+# 4.3 TB/s) fills for the first time, and holds memory up after that. Instructions of a warp for 32 x 8 elements, all
+# passes, from the machine code (FP8 and bf16), at 4 a cycle of 1.755 GHz:
+#   SiLU      272 and 107, 14,336 elements: 2.2 and 0.9 us a row (two MUFU an element and pass, 16 a cycle: 2.0, 1.0)
 #   norm      387 and 250,  5,120 elements: 1.1 and 0.7 us a row
 #   quantise  103,          4,096 elements: 0.23 us a row
 _FUSED_ROWS = {_Input.SILU_MUL: 1, _Input.NORM: 2, _Input.QUANTIZE: 8}
@@ -77,8 +76,8 @@ _ALONE = SimpleNamespace(
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As ``nemo_engine.ops.fused.norm_linear``: one launch for 1 or 2 rows."""
-    if not _fits(_Input.NORM, x.shape[0], x.shape[1], weight):
+    """As ``nemo_engine.ops.fused.norm_linear``: one launch for up to 64 rows."""
+    if not _is_small(x):
         return fused.norm_linear(_ALONE, x, residual, norm_weight, eps, weight)
     return _norm(x, residual, norm_weight, eps, weight)
 
@@ -92,37 +91,42 @@ def norm_linear_fp8(
     w_scales: Tensor,
     x_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``nemo_engine.ops.fused.norm_linear_fp8``: one launch for 1 or 2 rows, of weights without blocks."""
-    if has_blocks(w8, w_scales) or not _fits(_Input.NORM, x.shape[0], x.shape[1], w8):
+    """As ``nemo_engine.ops.fused.norm_linear_fp8``: one launch for up to 64 rows, of weights without blocks."""
+    if has_blocks(w8, w_scales) or not _is_small(x):
         return fused.norm_linear_fp8(_ALONE, x, residual, norm_weight, eps, w8, w_scales, x_scale)
     return _norm(x, residual, norm_weight, eps, w8, w_scales, x_scale)
 
 
 def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for one row."""
-    if not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, weight):
+    """As ``nemo_engine.ops.fused.silu_mul_linear``: one launch for up to 64 rows."""
+    if not _is_small(gate_up):
         return fused.silu_mul_linear(_ALONE, gate_up, weight)
     return _made(_Input.SILU_MUL, gate_up, weight)
 
 
 def silu_mul_linear_fp8(gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
-    """As ``nemo_engine.ops.fused.silu_mul_linear_fp8``: one launch for one row, of weights without blocks."""
-    if has_blocks(w8, w_scales) or not _fits(_Input.SILU_MUL, gate_up.shape[0], gate_up.shape[1] // 2, w8):
+    """As ``nemo_engine.ops.fused.silu_mul_linear_fp8``: one launch for up to 64 rows, of weights without blocks."""
+    if has_blocks(w8, w_scales) or not _is_small(gate_up):
         return fused.silu_mul_linear_fp8(_ALONE, gate_up, w8, w_scales, x_scale)
     return _made(_Input.SILU_MUL, gate_up, w8, w_scales, x_scale)
 
 
 def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
-    """As ``nemo_engine.ops.fused.quantize_linear_fp8``: one launch for up to 8 rows, of weights without blocks."""
-    if has_blocks(w8, w_scales) or not _fits(_Input.QUANTIZE, x.shape[0], x.shape[1], w8):
+    """As ``nemo_engine.ops.fused.quantize_linear_fp8``: one launch for up to 64 rows, of weights without blocks."""
+    if has_blocks(w8, w_scales) or not _is_small(x):
         return fused.quantize_linear_fp8(_ALONE, x, w8, w_scales, x_scale)
     return _made(_Input.QUANTIZE, x, w8, w_scales, x_scale)
 
 
-def _fits(kind: _Input, rows: int, width: int, weight: Tensor) -> bool:
+def _is_small(x: Tensor) -> bool:
+    return 0 < x.shape[0] <= SMALL_ROWS
+
+
+def _is_made_by_each(kind: _Input, rows: int, weight: Tensor) -> bool:
+    """Whether each block makes the input for itself."""
     if rows > _FUSED_ROWS[kind]:
         return False
-    fits: bool = library().small_linear_fits(int(kind), weight.itemsize == 1, rows, weight.shape[0], width)
+    fits: bool = library().small_linear_fits(int(kind), weight.itemsize == 1, rows, *weight.shape)
     return fits
 
 
@@ -170,10 +174,15 @@ def _small(
     assert x.stride(1) == 1 and weight.stride(1) == 1 and y.is_contiguous(), (x.stride(), weight.stride())
     assert x.dtype == (weight.dtype if kind == _Input.READY else torch.bfloat16), (x.dtype, weight.dtype)
     assert x.shape[1] == (2 * width if kind == _Input.SILU_MUL else width), (x.shape, weight.shape)
+    made, made_scales, counts = None, None, None
+    if kind != _Input.READY and not _is_made_by_each(kind, rows, weight):
+        made = torch.empty(rows, width, dtype=weight.dtype, device=x.device)
+        made_scales = torch.empty(rows, dtype=torch.float32, device=x.device) if w_scales is not None else None
+        counts = counters_of(weight, 2)
     arguments = (
         y.data_ptr(), int(kind), x.data_ptr(), address(residual), address(norm_weight), address(total),
         address(x_scale), eps, rows, width, row_stride(x), 0 if residual is None else row_stride(residual),
-        weight.data_ptr(), outputs, row_stride(weight),
+        address(made), address(made_scales), address(counts), weight.data_ptr(), outputs, row_stride(weight),
     )  # fmt: skip
     if w_scales is None:
         library().small_linear(*arguments, stream_of(x))
