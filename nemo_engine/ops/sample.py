@@ -15,6 +15,8 @@ from nemo_engine.ops import sampling
 from nemo_engine.ops.op import Case, Impl, Op, cpu_runs, cuda_runs, triton_runs
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 
+_INTEGERS = (2, 4)  # the fields of ``SlotParams``, of one number a slot, that are int64
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotParams:
@@ -34,25 +36,24 @@ class SlotParams:
     prompt_mask: Tensor  # (S + 1, V) bool: tokens in the prompt; likewise
 
     @classmethod
-    def off(cls, num_slots: int, vocab_size: int, device: torch.device) -> SlotParams:
-        """Every slot greedy and without penalties."""
+    def off(cls, num_slots: int, vocab_size: int, device: torch.device, words: Tensor | None = None) -> SlotParams:
+        """Every slot greedy and without penalties.
 
-        def each(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.full((num_slots + 1,), value, dtype=dtype, device=device)
-
+        words: (8, S + 1) int64, zeros, of which the eight tensors of one number a slot are rows, in the order of the
+        fields; None for memory of their own.
+        """
+        words = torch.zeros(8, num_slots + 1, dtype=torch.int64, device=device) if words is None else words
         shape = (num_slots + 1, vocab_size)
-        return cls(
-            temperature=each(0.0),
-            min_p=each(0.0),
-            top_k=each(vocab_size, torch.int64),
-            top_p=each(1.0),
-            seed_keys=each(0, torch.int64),
-            frequency=each(0.0),
-            presence=each(0.0),
-            repetition=each(1.0),
+        rows = [row if index in _INTEGERS else row.view(torch.float64) for index, row in enumerate(words)]
+        params = cls(
+            *rows,
             output_counts=torch.empty(shape, dtype=torch.int32, device=device),  # on the CPU, taken as it is written
             prompt_mask=torch.empty(shape, dtype=torch.bool, device=device),
         )
+        params.top_k.fill_(vocab_size)
+        params.top_p.fill_(1.0)
+        params.repetition.fill_(1.0)
+        return params
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,11 +4,15 @@ addresses.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
-from nemo_engine.runner.transfer import to_device
 from nemo_engine.step import SlotFill, StepPlan
+
+_DTYPES = {"i": torch.int32, "q": torch.int64}  # of arrays, by their type code
 
 
 class RequestTable:
@@ -28,8 +32,11 @@ class RequestTable:
         self.device = device
         self.num_slots = num_slots
         self.token_ids: Tensor = torch.empty(num_slots + 1, max_len, dtype=torch.int32, device=device)
-        self.num_computed: Tensor = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        self.draft_until: Tensor = torch.zeros_like(self.num_computed)
+        # Together in memory, so that requests enter them by one operation. An even number of words keeps both aligned.
+        self._state = torch.zeros(2, num_slots + 1 + (num_slots + 1) % 2, dtype=torch.int64, device=device)
+        self.num_computed: Tensor
+        self.draft_until: Tensor
+        self.num_computed, self.draft_until = self._state[:, : num_slots + 1]
         self.page_table: Tensor = torch.empty(num_slots + 1, max_pages, dtype=torch.int64, device=device)
         self.token_ids[0].zero_()
         self.page_table[0].zero_()
@@ -40,27 +47,39 @@ class RequestTable:
         self._last_page = num_pages
         self._vocab_size = vocab_size
 
-    def fill(self, fill: SlotFill) -> None:
-        """A request enters a slot. What a kernel could read or write out of bounds with is refused here."""
-        self.num_changes += 1
-        slot, ids, pages = fill.slot, torch.tensor(fill.token_ids), torch.tensor(fill.pages)
+    def fill(self, fill: SlotFill) -> tuple[array[int], array[int], list[int]]:
+        """A request enters a slot: what ``enter`` writes there, which is its tokens, its pages and its state.
+
+        What a kernel could read or write out of bounds with is refused here, and then nothing has changed.
+        """
+        slot = fill.slot
         rows, length = self.token_ids.shape
-        if not (0 < slot < rows and 0 < len(ids) <= length and 0 <= fill.num_computed_tokens < len(ids)):
+        count = len(fill.token_ids)
+        if not (0 < slot < rows and 0 < count <= length and 0 <= fill.num_computed_tokens < count):
             raise ValueError(
-                f"slot {slot} (of 1 to {rows - 1}) cannot take {len(ids)} tokens (at most {length}), "
+                f"slot {slot} (of 1 to {rows - 1}) cannot take {count} tokens (at most {length}), "
                 f"{fill.num_computed_tokens} of them computed"
             )
+        if len(fill.pages) > self.page_table.shape[1]:
+            raise ValueError(f"slot {slot} cannot take {len(fill.pages)} pages, at most {self.page_table.shape[1]}")
         if not 0 <= fill.draft_until <= length:
             raise ValueError(f"slot {slot}: draft_until must be from 0 to {length}, got {fill.draft_until}")
-        self._check("token_ids", ids, 0, self._vocab_size - 1)
-        self._check("pages", pages, 1, self._last_page)
-        self.token_ids[slot, : len(ids)] = to_device(ids, self.device, torch.int32)
-        self.page_table[slot, : len(pages)] = to_device(pages, self.device)
-        self.num_computed[slot] = fill.num_computed_tokens
-        self.draft_until[slot] = fill.draft_until
+        ids = _checked("token_ids", fill.token_ids, "i", 0, self._vocab_size - 1)
+        pages = _checked("pages", fill.pages, "q", 1, self._last_page)
+        self.num_changes += 1
         self._has_drafts[slot] = fill.draft_until > 0
         self.num_pages[slot] = len(pages)
-        self.highest_page = max(self.highest_page, *fill.pages) if fill.pages else self.highest_page
+        self.highest_page = max(self.highest_page, *pages) if pages else self.highest_page
+        return ids, pages, [fill.num_computed_tokens, fill.draft_until]
+
+    def enter(self, slots: Tensor, state: Tensor, rows: Iterable[tuple[int, Tensor, Tensor]]) -> None:
+        """Write what ``fill`` returned, which is on the device now. slots: (F,) int64. state: (F, 2) int64. rows: of
+        each slot its number, its tokens (int32) and its pages (int64).
+        """
+        self._state.index_copy_(1, slots, state.T)
+        for slot, ids, pages in rows:
+            self.token_ids[slot, : len(ids)] = ids
+            self.page_table[slot, : len(pages)] = pages
 
     def rows_of(self, slots: tuple[int, ...], width: int) -> tuple[int, ...]:
         """The slots of a step's decode rows: in a wide step ``width`` for each of ``slots``, all but the first padding
@@ -89,7 +108,15 @@ class RequestTable:
             self.highest_page = max(self.highest_page, page)
         return taken
 
-    @staticmethod
-    def _check(name: str, values: Tensor, low: int, high: int) -> None:
-        if len(values) and not (low <= int(values.min()) and int(values.max()) <= high):
-            raise ValueError(f"{name} must be from {low} to {high}, got {int(values.min())} to {int(values.max())}")
+
+def _checked(name: str, values: Sequence[int], typecode: str, low: int, high: int) -> array[int]:
+    """``values`` as an array of ``typecode``; ``ValueError`` if they are not all from ``low`` to ``high``."""
+    try:
+        packed = array(typecode, values)
+        ends = torch.frombuffer(packed, dtype=_DTYPES[typecode]).aminmax() if packed else (low, high)
+    except OverflowError:
+        ends = min(values), max(values)
+    smallest, largest = map(int, ends)
+    if not low <= smallest <= largest <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {smallest} to {largest}")
+    return packed

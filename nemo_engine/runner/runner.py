@@ -26,6 +26,7 @@ from nemo_engine.runner.launched_step import LaunchedStep
 from nemo_engine.runner.recorded import MAX_ROWS, RecordedDecodes, why_not_recorded
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import Sampler
+from nemo_engine.runner.slot_fills import SlotFills
 from nemo_engine.runner.step_compute import StepCompute
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.threads import Cores
@@ -58,6 +59,7 @@ class Runner:
         vocab_size = model_config.vocab_size
         self._table = RequestTable(config.max_num_seqs, max_model_len, config.page_size, num_pages, vocab_size, device)
         self._sampler = Sampler(config.max_num_seqs, vocab_size, ops, device, without_token)
+        self._fills = SlotFills(self._table, self._sampler)
         model = Nemo(model_config, weights, ops, max_model_len)
         max_drafts = config.num_speculative_tokens
         self._max_width = max(config.widths, default=1)
@@ -76,9 +78,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Compute ``plan``; see ``step`` for what a plan means."""
+        self._fills.prepare(plan.fills)
         for fill in plan.fills:
-            self._table.fill(fill)
-            self._sampler.fill(fill)
             self._prompt_lens.pop(fill.slot, None)
             if fill.params.prompt_logprobs is not None:
                 self._prompt_lens[fill.slot] = fill.num_prompt_tokens
@@ -97,7 +98,7 @@ class Runner:
         counts = [1] * num_decodes + [row.num_tokens for row in plan.prefills]
         sampled = [*range(num_decodes)]
         sampled += [num_decodes + index for index, row in enumerate(plan.prefills) if row.samples]
-        words = to_device(StepRows.pack(slots, counts, new_pages, sampled), self._device)
+        words = self._upload(StepRows.pack(slots, counts, new_pages, sampled))
         num_pages = max(self._table.num_pages[slot] for slot in slots)
         prefill_pages = tuple([self._table.num_pages[row.slot] for row in plan.prefills])
         rows = StepRows.of(
@@ -156,15 +157,26 @@ class Runner:
         padded = [*slots, *[0] * (size - len(slots))]
         packed = StepRows.pack(padded, [1] * size, new_pages, range(size))
         if graph is None:
-            words = to_device(packed, self._device)
+            words = self._upload(packed)
             num_pages = max([self._table.num_pages[slot] for slot in slots], default=0)
         else:
             words, num_pages = graph.words, self._table.page_table.shape[1]
-            words.copy_(staged(packed, self._device), non_blocking=True)
+            self._upload(packed, words)
         rows = StepRows.of(words, size, size, size, 1, num_pages, width=width)
         if not new_pages:
             self._last = (key, rows)
         return rows
+
+    def _upload(self, packed: Sequence[int], into: Tensor | None = None) -> Tensor:
+        """``packed`` on the device, in ``into`` if it is given; what fills write comes in the same upload, and is
+        entered.
+        """
+        if self._fills:
+            words = self._fills.enter_with(packed)
+            return words if into is None else into.copy_(words)
+        if into is None:
+            return to_device(packed, self._device)
+        return into.copy_(staged(packed, self._device), non_blocking=True)
 
     # ---- start-up and end
 
@@ -221,7 +233,7 @@ class Runner:
             self._graphs = ()
             self._recorded = None
             self._last = None
-            del self._step, self._kv_cache, self._table, self._sampler
+            del self._step, self._kv_cache, self._table, self._sampler, self._fills
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
                 torch.cuda.empty_cache()

@@ -10,6 +10,8 @@ kept until other slots are sampled or one is filled.
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,8 @@ from nemo_engine.step import TOKEN_NOT_FINITE, SlotFill, TokenLogprobs
 
 _What = int | tuple[int, ...]  # that many of the best tokens (-1: all), or exactly these tokens
 Masks = Sequence[tuple[int, bytes]]  # see ``StepPlan.masks``
+_STATE = struct.Struct("ddqdqdddq")  # what a slot wants, in the order of ``SlotParams``, and whether it hides ids
+STATE_WORDS = _STATE.size // 8
 _MOST_BEST = 64  # of the operation that need not sort; more alternatives than that take its definition
 
 
@@ -75,7 +79,9 @@ class Sampler:
         self._ops = ops
         self._device = device
         self._mask_table = mask_table(device)
-        self._slots = SlotParams.off(num_slots, vocab_size, device)
+        # Together in memory, so that requests enter them by one operation. An even number of words keeps each aligned.
+        self._state = torch.zeros(8, num_slots + 1 + (num_slots + 1) % 2, dtype=torch.int64, device=device)
+        self._slots = SlotParams.off(num_slots, vocab_size, device, self._state[:, : num_slots + 1])
         self._without_token = frozenset(without_token)
         self._is_hidden: Tensor | None = None  # (V,) and by slot, whether it applies there
         self._hides = torch.zeros(num_slots + 1, dtype=torch.bool, device=device)
@@ -89,32 +95,51 @@ class Sampler:
         self._batch: _Batch | None = None
         self._only_tokens: tuple[tuple[int, ...], bool] = ((), True)
 
-    def fill(self, fill: SlotFill) -> None:
-        """A request enters ``fill.slot``; nothing is left of the one before."""
-        slot, params, table = fill.slot, fill.params, self._slots
+    def fill(self, fill: SlotFill) -> array[int]:
+        """A request enters ``fill.slot``; nothing is left of the one before. Returns the ``STATE_WORDS`` words that
+        ``enter`` takes.
+        """
+        slot, params = fill.slot, fill.params
         assert 1 <= slot <= self._num_slots, slot
         self._batch = None
         self._only_tokens = ((), True)
         self._params[slot] = params
-        table.temperature[slot] = DEFAULT_TEMPERATURE if params.temperature is None else params.temperature
-        is_cut = not params.is_greedy
-        table.min_p[slot] = params.min_p if is_cut else 0.0
-        table.top_k[slot] = (self._top_k_of(params) if is_cut else 0) or self._vocab_size
-        table.top_p[slot] = params.top_p if is_cut else 1.0
-        table.seed_keys[slot] = sampling.seed_key(fill.seed)
-        table.frequency[slot] = params.frequency_penalty
-        table.presence[slot] = params.presence_penalty
-        table.repetition[slot] = params.repetition_penalty
-        if params.has_penalties:
-            self._count_history(fill)
         self._edits.pop(slot, None)
         named = self._without_token.intersection(params.logit_bias or ())
         has_own_mask = params.allowed_token_ids is not None or params.structured_outputs is not None
-        self._hides[slot] = not (named or has_own_mask)
         hidden = self._without_token - named if named and not has_own_mask else ()
         edits = SlotEdits.of(fill, self._vocab_size, hidden)
         if edits is not None:
             self._edits[slot] = edits
+        is_cut = not params.is_greedy
+        values = (
+            DEFAULT_TEMPERATURE if params.temperature is None else params.temperature,
+            params.min_p if is_cut else 0.0,
+            (self._top_k_of(params) if is_cut else 0) or self._vocab_size,
+            params.top_p if is_cut else 1.0,
+            sampling.seed_key(fill.seed),
+            params.frequency_penalty,
+            params.presence_penalty,
+            params.repetition_penalty,
+            not (named or has_own_mask),
+        )
+        return array("q", _STATE.pack(*values))
+
+    def enter(self, fills: Sequence[SlotFill], slots: Tensor, state: Tensor, token_ids: Tensor) -> None:
+        """Write what ``fill`` returned of ``fills``, which is on the device now: slots (F,), state (F, STATE_WORDS),
+        int64.
+
+        token_ids: (num_slots + 1, max_len) int32, where the slots' tokens are already.
+        """
+        self._state.index_copy_(1, slots, state[:, :-1].T)
+        if self._is_hidden is not None:
+            self._hides.index_copy_(0, slots, state[:, -1] != 0)
+        for fill in fills:
+            if fill.params.has_penalties:
+                prompt, output = token_ids[fill.slot, : len(fill.token_ids)].tensor_split([fill.num_prompt_tokens])
+                counts, mask = self._slots.output_counts[fill.slot], self._slots.prompt_mask[fill.slot]
+                counts.zero_().index_add_(0, output, torch.ones_like(output))
+                mask.zero_().index_fill_(0, prompt.long(), True)
 
     def _top_k_of(self, params: SamplingParams) -> int:
         """``params.top_k``, 0 where it cuts nothing."""
@@ -125,13 +150,6 @@ class Sampler:
         if self._is_hidden is None:
             return logits
         return logits.masked_fill(self._hides[slot_ids].unsqueeze(1) & self._is_hidden, -torch.inf)
-
-    def _count_history(self, fill: SlotFill) -> None:
-        token_ids = to_device(fill.token_ids, self._device)
-        prompt, output = token_ids[: fill.num_prompt_tokens], token_ids[fill.num_prompt_tokens :]
-        counts, mask = self._slots.output_counts[fill.slot], self._slots.prompt_mask[fill.slot]
-        counts.zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
-        mask.zero_().index_fill_(0, prompt, True)
 
     # ---- the tokens of a step
 

@@ -127,7 +127,8 @@ class Driver:
         self.requests[slot] = request
         self.table[slot] = -7
         self.table[slot, : len(request.token_ids)] = torch.tensor(request.token_ids, dtype=torch.int32)
-        self.sampler.fill(request.fill(slot))
+        fill = request.fill(slot)
+        self.sampler.enter([fill], torch.tensor([slot]), torch.tensor(self.sampler.fill(fill))[None], self.table)
 
     def sample(self, logits: torch.Tensor, slots: tuple[int, ...]) -> list[int]:
         """One step; tokens join the requests."""
