@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 from nemo_engine.config import EngineConfig, ModelConfig
@@ -35,13 +35,26 @@ class AsyncEngine:
     Takes what ``Engine`` takes, and loads the model before it returns: in a running loop, ``await
     asyncio.to_thread(AsyncEngine, model, ...)``. Use it as a context manager (``with`` or ``async with``), or call
     ``close()``; garbage collection and the interpreter's exit close it too. It does not survive a fork. If ``model`` is
-    an ``Engine``, its steps run in the event loop that this is made in, which waits while a step is computed; the
-    caller may go on using the engine, and has to close it.
+    an ``Engine``, the caller may go on using that, and has to close it.
     """
 
     def __init__(self, model: str | Path | BaseEngine, **options: Any) -> None:
-        self._engine = model if isinstance(model, BaseEngine) else BaseEngine(model, **options)
-        self._steps: EngineSteps = EngineTask(model) if isinstance(model, BaseEngine) else EngineThread(self._engine)
+        is_ours = not isinstance(model, BaseEngine)
+        engine = model if isinstance(model, BaseEngine) else BaseEngine(model, **options)
+        self._run_by(EngineThread(engine, owns=is_ours), engine)
+
+    @classmethod
+    def in_event_loop(cls, engine: BaseEngine) -> Self:
+        """Over an engine whose steps run in the running event loop, which waits while a step is computed.
+
+        That is faster than a thread, for a loop that does nothing else. The caller has to close ``engine``.
+        """
+        over = cls.__new__(cls)
+        over._run_by(EngineTask(engine), engine)
+        return over
+
+    def _run_by(self, steps: EngineSteps, engine: BaseEngine) -> None:
+        self._steps, self._engine = steps, engine
         weakref.finalize(self, self._steps.close)  # a daemon thread inside torch would abort the interpreter's exit
 
     # ---- facts

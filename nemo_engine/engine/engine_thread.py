@@ -248,10 +248,14 @@ class EngineSteps(ABC):
 
 
 class EngineThread(EngineSteps):
-    """Runs the steps of ``engine`` in a thread, which sleeps while there is nothing to do, and closes it at the end."""
+    """Runs the steps of ``engine`` in a thread, which sleeps while there is nothing to do.
 
-    def __init__(self, engine: BaseEngine) -> None:
+    owns: whether the engine is this thread's alone, which closes it at the end; otherwise other threads may use it.
+    """
+
+    def __init__(self, engine: BaseEngine, *, owns: bool) -> None:
         super().__init__(engine)
+        self._owns = owns
         self._stats, self._last_step_id = engine.stats(), 0
         self._to_wake: dict[asyncio.AbstractEventLoop, list[Stream]] = {}  # used by the engine's thread alone
         self._is_ready = threading.Event()
@@ -302,7 +306,8 @@ class EngineThread(EngineSteps):
     def _run(self) -> None:
         engine = self._engine
         try:
-            engine.settle()
+            if self._owns:
+                engine.settle()
             self._is_ready.set()
             is_closing = False
             while not is_closing:
@@ -322,7 +327,8 @@ class EngineThread(EngineSteps):
         finally:
             self._wake_all()
             try:
-                engine.close()
+                if self._owns:
+                    engine.close()
             except Exception:
                 _logger.exception("the engine could not be closed")
             self._stats = engine.stats()

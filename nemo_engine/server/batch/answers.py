@@ -223,7 +223,7 @@ def _run(
     progress: bool,
 ) -> BatchSummary:
     async def run(bar: Bar | None) -> BatchSummary:
-        with AsyncEngine(engine) as steps:
+        with AsyncEngine.in_event_loop(engine) as steps:
             service = Service(steps, options, model)
             service.workers = _NoWorkers(engine.max_model_len)
             service.server_defaults |= sampling
