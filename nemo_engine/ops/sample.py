@@ -47,8 +47,8 @@ class SlotParams:
         rows = [row if index in _INTEGERS else row.view(torch.float64) for index, row in enumerate(words)]
         params = cls(
             *rows,
-            output_counts=torch.empty(shape, dtype=torch.int32, device=device),  # on the CPU, taken as it is written
-            prompt_mask=torch.empty(shape, dtype=torch.bool, device=device),
+            torch.empty(shape, dtype=torch.int32, device=device),  # on the CPU, taken as it is written
+            torch.empty(shape, dtype=torch.bool, device=device),
         )
         params.top_k.fill_(vocab_size)
         params.top_p.fill_(1.0)
