@@ -12,6 +12,7 @@ from pathlib import Path
 from nemo_engine.cli.files import check_writable
 from nemo_engine.cli.planning import (
     OPTIONS,
+    acceptance_of,
     add_model_arguments,
     config_of,
     gpus_of,
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--context and --max-model-len are the same: give one, got {args.context} and another")
         args.engine_option_max_model_len = args.context
     gpus, config, model = gpus_of(args), config_of(args), model_of(args)
+    acceptance = acceptance_of(args, config)
     prices = args.price_per_hour or [None]
     if len(prices) not in (1, len(gpus)):
         raise ValueError(f"--price-per-hour takes one price, or one for each GPU, got {len(prices)} for {len(gpus)}")
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         load = Load(args.input, args.output, Limits(args.slo_ttft, args.slo_itl), price, args.currency)
         efficiencies = Efficiencies.read(gpu, results_folder(args))
         try:
-            plans.append((gpu, make_plan(model, gpu, config, load, efficiencies, args.tp)))
+            plans.append((gpu, make_plan(model, gpu, config, load, efficiencies, args.tp, acceptance)))
         except ValueError as error:
             if len(gpus) == 1:
                 raise

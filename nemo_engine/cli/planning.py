@@ -8,6 +8,7 @@ from pathlib import Path
 from nemo_engine.cli.arguments import add_some_engine_arguments, engine_options
 from nemo_engine.cli.values import add_list
 from nemo_engine.config import EngineConfig
+from nemo_engine.planner.drafts import NO_DRAFTS, Acceptance
 from nemo_engine.planner.gpus import GPUS, Gpu, find_gpu
 from nemo_engine.planner.models import BUILT_IN, PlannedModel, read_model
 
@@ -23,6 +24,7 @@ OPTIONS = (
     "kv_cache_gib",
     "num_kv_pages",
     "pipeline_depth",
+    "speculative_config",
 )
 
 
@@ -40,6 +42,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, options: tuple[str, ...
     parser.add_argument("--revision", metavar="NAME", help="of a Hub repository")
     parser.add_argument("--results", metavar="DIR", type=Path, help="measurements (*.jsonl) that replace assumptions")
     add_some_engine_arguments(parser, options, "engine options")
+    parser.add_argument(
+        "--acceptance", metavar="X[,X,...]",
+        help="with --speculative-config: the share of drafts that are right of those behind right ones, as 0.6; or the "
+        "shares of rows whose first draft is right, whose first two are, ..., as 0.7,0.6,0.55",
+    )  # fmt: skip
 
 
 def model_of(args: argparse.Namespace) -> PlannedModel:
@@ -70,6 +77,14 @@ def known_gpu(text: str) -> str:
 def config_of(args: argparse.Namespace) -> EngineConfig:
     """The engine's options."""
     return EngineConfig(**engine_options(args))
+
+
+def acceptance_of(args: argparse.Namespace, config: EngineConfig) -> Acceptance:
+    """``--acceptance``, which drafts need and nothing else takes."""
+    count = config.num_speculative_tokens
+    if (args.acceptance is None) != (count == 0):
+        raise ValueError("--speculative-config and --acceptance (how many drafts are right) go together")
+    return NO_DRAFTS if args.acceptance is None else Acceptance.parse(args.acceptance, count)
 
 
 def results_folder(args: argparse.Namespace) -> Path | None:

@@ -15,6 +15,7 @@ from nemo_engine.checkpoint.checkpoint import BUNDLED
 from nemo_engine.cli.files import check_results
 from nemo_engine.cli.planning import (
     OPTIONS,
+    acceptance_of,
     add_model_arguments,
     config_of,
     gpu_of,
@@ -173,7 +174,8 @@ def setting_of(
     device = "cpu" if gpu is None else "cuda"
     shape = EngineShape(
         num_pages, config.page_size, config.max_num_seqs, config.tokens_per_step(device), max_model_len,
-        config.enable_prefix_caching, config.steps_in_flight(device),
+        config.enable_prefix_caching, config.steps_in_flight(device), config.widths, config.num_speculative_tokens,
+        acceptance_of(args, config),
     )  # fmt: skip
     setting = Setting(
         shape,

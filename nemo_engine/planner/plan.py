@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from nemo_engine.config import EngineConfig, ModelConfig, resolve_max_model_len
 from nemo_engine.memory_plan import DoesNotFitError, MemoryPlan, Sizes, plan_kv_cache, plan_memory, weight_bytes
+from nemo_engine.planner.drafts import NO_DRAFTS, Acceptance, wide_rates
 from nemo_engine.planner.efficiency import Efficiencies
 from nemo_engine.planner.gpus import GPUS, Gpu
 from nemo_engine.planner.models import Formats, PlannedModel, formats_of
@@ -74,6 +75,7 @@ class Plan:
     load: Load
     largest_batch: int  # requests of the load that the cache holds at once, at most max_num_seqs
     points: tuple[Operating, ...]
+    wide: dict[int, dict[int, float]]  # output tokens/s by batch and width; empty without speculation
     best: Operating | None  # the largest batch within the limits; None if none is, or there are no limits
 
     @property
@@ -114,8 +116,9 @@ def make_plan(
     load: Load,
     efficiencies: Efficiencies | None = None,
     tensor_parallel_size: int = 1,
+    acceptance: Acceptance = NO_DRAFTS,
 ) -> Plan:
-    """Plan ``model`` on ``gpu``.
+    """Plan ``model`` on ``gpu``. acceptance: of drafts, if ``config`` has speculation.
 
     Raises ``ValueError`` for options that conflict. A model that does not fit gives a plan that says so.
     """
@@ -145,6 +148,10 @@ def make_plan(
         model=model, gpu=gpu, config=config, formats=formats, efficiencies=efficiencies, tensor_parallel_size=ranks,
         memory=memory, kv_bytes_per_token=rank_model.kv_bytes_per_token(sizes.kv_cache), shortage=shortage,
         max_model_len=max_model_len, num_pages=num_pages, load=load, largest_batch=largest,
+        wide=wide_rates(
+            roofline, acceptance, config, int(load.input_tokens + (load.output_tokens + 1) / 2),
+            sorted({batch for batch in (*_BATCHES, largest) if 0 < batch <= largest}) if config.widths else (),
+        ),
         points=tuple(point for point in points if point.batch in (*_BATCHES, largest)),
         best=meeting[-1] if meeting and load.limits != Limits() else None,
     )  # fmt: skip

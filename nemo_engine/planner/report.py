@@ -81,6 +81,7 @@ def report(plan: Plan, *, verbose: bool = False) -> str:
         "  TTFT with half a step of waiting; ITL: mean, steps that compute other prompts included; longest: a step "
         "with one of those",
         "",
+        *_wide(plan),
         *_limits(plan),
         *accuracy(plan.gpu.name, plan.efficiencies),
     ]
@@ -118,9 +119,12 @@ def compare(plans: Sequence[tuple[Gpu, Plan | str]]) -> str:
             f"{best.batch}", f"{best.tokens_per_s:,.0f}", f"{best.requests_per_s:.2f}",
             "-" if cost is None else f"{cost:.3f}",
         ))  # fmt: skip
+    return "\n".join([*_aligned(rows), *notes])
+
+
+def _aligned(rows: Sequence[Sequence[str]], before: str = "") -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join([*lines, *notes])
+    return [before + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
 
 
 def _shortage(plan: Plan) -> list[str]:
@@ -139,8 +143,20 @@ def _table(points: tuple[Operating, ...]) -> list[str]:
             str(point.batch), *(f"{seconds * 1e3:.2f}" for seconds in times), f"{point.tokens_per_s:,.0f}",
             f"{point.requests_per_s:.2f}",
         ))  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
-    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    return _aligned(rows, "  ")
+
+
+def _wide(plan: Plan) -> list[str]:
+    if not plan.wide:
+        return []
+    widths = [1, *plan.config.widths]
+    rows: list[tuple[str, ...]] = [("batch", *(f"{width}: tokens/s" for width in widths), "best", "gain")]
+    for batch, rates in plan.wide.items():
+        best = max(rates, key=lambda width: rates[width])
+        told = [f"{rates[width]:,.0f}" if width in rates else "-" for width in widths]
+        rows.append((f"{batch}", *told, f"{best}", f"{rates[best] / rates[1]:.2f}"))
+    title = "speculation: output tokens/s of decode steps alone, by tokens that a row computes in a step"
+    return [title, *_aligned(rows, "  "), ""]
 
 
 def _limits(plan: Plan) -> list[str]:

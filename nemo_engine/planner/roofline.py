@@ -26,8 +26,10 @@ class StepCost(Protocol):
     def decode_line(self, num_decodes: int) -> tuple[float, float]:
         """(seconds, seconds per token of context) of a step of ``num_decodes`` decode rows alone."""
 
-    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk]) -> float:
-        """Seconds of any step. ``sum_context``: keys that the decode rows attend to, those of their own tokens too."""
+    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk], width: int = 1) -> float:
+        """Seconds of any step. ``sum_context``: keys that the decode rows attend to, those of their own tokens too.
+        ``width``: tokens that each of these computes.
+        """
 
     def host_seconds(self, num_rows: int) -> float:
         """Seconds for planning and committing a step."""
@@ -132,17 +134,21 @@ class Roofline:
         """See ``StepCost``."""
         return self._rows_seconds(num_decodes, num_decodes), self.context_seconds
 
-    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk]) -> float:
-        """See ``StepCost``. Every prefill row counts as one of those whose logits are computed."""
-        num_tokens = num_decodes
-        attention = sum_context * self.context_seconds
+    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk], width: int = 1) -> float:
+        """See ``StepCost``. Every prefill row counts as one of those whose logits are computed, and keys are read once
+        for all tokens of a decode row.
+        """
+        num_tokens = num_decodes * width
+        attention = sum_context * max(
+            self.kv_bytes_per_token / self.kv_bytes_per_s, width * self.flops_per_pair / self.decode_flops_per_s
+        )
         for start, count in prefills:
             num_tokens += count
             attention += max(
                 self.flops_per_pair * num_pairs(start, count) / self.prefill_flops_per_s,
                 (start + count) * self.kv_bytes_per_token / self.kv_bytes_per_s,
             )
-        return self._rows_seconds(num_tokens, num_decodes + len(prefills)) + attention
+        return self._rows_seconds(num_tokens, num_decodes * width + len(prefills)) + attention
 
     def host_seconds(self, num_rows: int) -> float:
         """See ``StepCost``."""

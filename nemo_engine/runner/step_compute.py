@@ -40,9 +40,7 @@ class StepCompute:
         """Write drafts into the table; see ``draft_``."""
         table, decodes = self.table, rows.slots[: rows.num_decodes]
         max_drafts = min(self.max_drafts, rows.width - 1)
-        return self.ops.draft_(
-            table.token_ids, table.num_computed, table.draft_until, decodes, rows.width, max_drafts
-        )
+        return self.ops.draft_(table.token_ids, table.num_computed, table.draft_until, decodes, rows.width, max_drafts)
 
     def forward(self, rows: StepRows, ahead: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Run the model.

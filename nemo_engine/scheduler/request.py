@@ -11,7 +11,7 @@ from typing import Protocol
 
 from nemo_engine.outputs import CacheReport, FinishReason
 from nemo_engine.sampling_params import SamplingParams
-from nemo_engine.scheduler.speculation import Acceptance
+from nemo_engine.scheduler.estimates import Acceptance
 
 
 class RequestStatus(Enum):

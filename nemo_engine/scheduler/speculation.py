@@ -18,12 +18,12 @@ share, the few steps' time that the account begins with, and surprises, which la
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nemo_engine.config import WIDE_STEP_TOKENS
+from nemo_engine.scheduler.estimates import Acceptance, StepTimes
 from nemo_engine.step import TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN, StepResult
 
 if TYPE_CHECKING:
@@ -35,85 +35,13 @@ _FIRST_GUESS = 0.5  # of drafts that are right, before any was made; half of the
 _PRIOR = 2.0  # drafts that a new request's guess is worth
 _KEPT = 0.8  # of what an estimate is worth, from one wide step to the next
 _KEPT_OF_ALL = 0.995
-_ASSUMED_COST = 0.1  # of each further token of a row, in narrow steps, until it was measured
 _SHARE = 0.008  # of the time that may be lost
 _FIRST_BALANCE = 2.0  # narrow steps
 _MAX_BALANCE = 16.0  # narrow steps; what a long gain saves up for later losses
 _MAX_SURPRISE = 4.0  # times what was expected: a step that took longer was disturbed
 _BETWEEN_TRIALS = 8  # steps, at least
 _NARROW_EVERY = 100  # wide steps, so that what a narrow one takes is known
-_FORGOTTEN_AFTER = 1000  # steps of a kind, in which a width was not chosen: what it took then says little
 _MIN_GAIN = 1.03  # what a width must promise: times are measured with noise
-_REMEMBERED = 9  # steps of a kind
-
-
-class Acceptance:
-    """How often drafts were right of late: ``rate``, that of a draft whose predecessors are right."""
-
-    __slots__ = ("_kept", "_right", "_tried")
-
-    def __init__(self, rate: float, weight: float, kept: float) -> None:
-        self._right, self._tried, self._kept = rate * weight, weight, kept
-
-    @property
-    def rate(self) -> float:
-        """From 0 to 1."""
-        return self._right / self._tried
-
-    def note(self, num_right: int, num_wrong: int) -> None:
-        """What a wide step showed: drafts that were right, and the one that was wrong or missing."""
-        self._right = self._kept * self._right + num_right
-        self._tried = self._kept * self._tried + num_right + num_wrong
-
-    def expected(self, num_drafts: int) -> float:
-        """Drafts that are right, of ``num_drafts`` in a row."""
-        rate = self.rate
-        return num_drafts * rate if rate > 0.999 else rate * (1 - rate**num_drafts) / (1 - rate)
-
-
-class _Kind:
-    """The last steps of about as many rows: seconds of narrow ones, and of others beside these, for a machine that is
-    slower for a while is so for all.
-    """
-
-    def __init__(self) -> None:
-        self._last: dict[int, deque[float]] = {}  # by width
-        self._medians: dict[int, float] = {}
-        self._noted_at: dict[int, int] = {}
-        self._num_noted = 0
-        self.since_trial = 0  # narrow steps
-        self.since_narrow = 0  # wide steps
-
-    @property
-    def is_known(self) -> bool:
-        """Whether a narrow step was measured."""
-        return 1 in self._medians
-
-    def cost(self, width: int) -> float:
-        """Seconds of a step of ``width``: until one was measured, a guess, but no less than a less wide one takes."""
-        narrow = self._medians[1]
-        if width == 1:
-            return narrow
-        if width in self._medians:
-            return narrow * self._medians[width]
-        less = [beside for known, beside in self._medians.items() if 1 < known < width]
-        return narrow * max([1 + _ASSUMED_COST * (width - 1), *less])
-
-    def note(self, width: int, seconds: float) -> None:
-        """A step of ``width`` took ``seconds``; if it is wide, a narrow one was noted before."""
-        self._num_noted += 1
-        self._noted_at[width] = self._num_noted
-        last = self._last.setdefault(width, deque(maxlen=_REMEMBERED))
-        last.append(seconds if width == 1 else max(1.0, seconds / self._medians[1]))
-        self._medians[width] = sorted(last)[len(last) // 2]
-        if width > 1:
-            self.since_narrow += 1
-            return
-        self.since_trial, self.since_narrow = self.since_trial + 1, 0
-        if self._num_noted % _FORGOTTEN_AFTER == 0:
-            for known, noted_at in [*self._noted_at.items()]:
-                if self._num_noted - noted_at > _FORGOTTEN_AFTER:
-                    del self._noted_at[known], self._medians[known], self._last[known]
 
 
 class Speculation:
@@ -124,7 +52,7 @@ class Speculation:
     def __init__(self, widths: Sequence[int], num_drafts: int) -> None:
         assert num_drafts < max(widths, default=1), (widths, num_drafts)
         self._drafts = {width: min(width - 1, num_drafts) for width in widths}
-        self._kinds: dict[int, _Kind] = {}
+        self._kinds: dict[int, StepTimes] = {}
         self._of_all = Acceptance(_FIRST_GUESS, _PRIOR, _KEPT_OF_ALL)
         self._balance: float | None = None  # seconds that wide steps may lose; None until a narrow one was measured
         self._last_commit = 0.0
@@ -240,7 +168,7 @@ class Speculation:
             has_waited = step.decodes[0].num_output_tokens < 2
             seconds = now - (max(step.planned_at, last_commit) if has_waited else last_commit)
             rows = len(step.decodes)
-            kind = self._kinds.setdefault(rows.bit_length(), _Kind())
+            kind = self._kinds.setdefault(rows.bit_length(), StepTimes())
             if step.width > 1 and not kind.is_known:
                 return
             expected = kind.cost(step.width) if kind.is_known else seconds

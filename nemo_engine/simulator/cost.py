@@ -101,9 +101,9 @@ class CostModel:
         """See ``StepCost``."""
         return _value(self.decode, num_decodes), self.context_seconds
 
-    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk]) -> float:
-        """See ``StepCost``."""
-        return self.predict(Measurement.of(num_decodes, sum_context, prefills, 0.0))
+    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk], width: int = 1) -> float:
+        """See ``StepCost``: a row of several tokens takes what as many rows do, as on a CPU."""
+        return self.predict(Measurement.of(num_decodes * width, sum_context * width, prefills, 0.0))
 
     def host_seconds(self, num_rows: int) -> float:
         """See ``StepCost``: contained in the steps."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import heapq
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nemo_engine.planner.drafts import NO_DRAFTS, Acceptance
 from nemo_engine.planner.roofline import StepCost
-from nemo_engine.scheduler import Request
+from nemo_engine.scheduler import Request, Speculation
 from nemo_engine.simulator.scheduler import ANSWER, SimulatedRequest, SteadyRun, VirtualScheduler
 from nemo_engine.simulator.statistics import Sketch, Timeline
-from nemo_engine.step import StepPlan, StepResult
+from nemo_engine.step import TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN, StepPlan, StepResult
 
 _BELOW = 1 - 1e-6  # of a sum of costs, for its rounding
 _TIMELINE = ("running", "waiting", "kv_used", "decode_rows")
@@ -19,7 +21,9 @@ _TIMELINE = ("running", "waiting", "kv_used", "decode_rows")
 
 @dataclass(frozen=True, slots=True)
 class EngineShape:
-    """The shape of a simulated engine: the scheduler's options, its pages, and the number of steps in flight."""
+    """The shape of a simulated engine: the scheduler's options, its pages, and the number of steps in flight; the
+    ``widths`` of its wide steps, with ``num_drafts`` at most, of which as many are right as ``acceptance`` says.
+    """
 
     num_pages: int
     page_size: int
@@ -28,6 +32,9 @@ class EngineShape:
     max_model_len: int
     enable_prefix_caching: bool
     pipeline_depth: int
+    widths: tuple[int, ...] = ()
+    num_drafts: int = 0
+    acceptance: Acceptance = NO_DRAFTS
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
@@ -38,6 +45,8 @@ class EngineShape:
                 f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), got "
                 f"{self.max_num_batched_tokens}"
             )
+        if not 0 <= self.num_drafts < max((1, *self.widths)):
+            raise ValueError(f"num_drafts must be from 0 to below the widest of {self.widths}, got {self.num_drafts}")
         if self.pipeline_depth not in (1, 2):
             raise ValueError(f"pipeline_depth must be 1 or 2, got {self.pipeline_depth}")
 
@@ -65,8 +74,10 @@ class Replica:
             max_num_batched_tokens=shape.max_num_batched_tokens,
             max_model_len=shape.max_model_len,
             enable_prefix_caching=shape.enable_prefix_caching,
+            speculation=Speculation(shape.widths, shape.num_drafts),
             clock=lambda: self.now,
         )
+        self._rng = random.Random(0)  # of drafts
         self.num_unfinished = 0
         self.num_steps = 0
         self.num_decode_tokens = 0
@@ -141,9 +152,9 @@ class Replica:
         if plan is None:
             return False
         num_decodes = len(plan.decode_slots)
-        if plan.prefills:
+        if plan.prefills or plan.width > 1:
             chunks = [(row.start, row.num_tokens) for row in plan.prefills]
-            seconds = self._cost.step_seconds(num_decodes, scheduler.step_context, chunks)
+            seconds = self._cost.step_seconds(num_decodes, scheduler.step_context, chunks, plan.width)
             host = self._cost.host_seconds(num_decodes + len(chunks))
             self.num_prefill_tokens += sum([count for _, count in chunks])
             self._is_blocked = False
@@ -164,15 +175,18 @@ class Replica:
         now = max(self.now, end)
         before = scheduler.last_commit_s
         numbers = self._numbers()  # before requests leave: they hold for the time until now
-        num_tokens = len(plan.decode_slots) + sum([row.samples for row in plan.prefills])
-        committed = scheduler.commit(StepResult(plan.step_id, [ANSWER] * num_tokens))
-        num_decodes = len(committed.requests) - len(committed.prefilled)
-        if num_decodes:
+        self.now = now
+        tokens = _decoded(scheduler, plan, self._shape, self._rng) + [ANSWER] * sum(
+            [row.samples for row in plan.prefills]
+        )
+        committed = scheduler.commit(StepResult(plan.step_id, tokens))
+        num_decodes = len({*committed.requests}) - len(committed.prefilled)
+        if num_decodes:  # a row's tokens come at once: a stream sees one gap
             self.itl.add(now - before, num_decodes)
         self.num_steps += 1
-        self.num_decode_tokens += num_decodes
+        self.num_decode_tokens += len(committed.requests) - len(committed.prefilled)
         self.timeline.add(before, now - before, (*numbers, num_decodes))
-        self.now = scheduler.last_commit_s = now
+        scheduler.last_commit_s = now
         for request in committed.prefilled:
             assert isinstance(request, SimulatedRequest)
             if request.first_token_s is None:
@@ -205,8 +219,8 @@ class Replica:
         It goes up to ``limit`` at most, to the end of an interval of the timeline, and until requests end.
         """
         scheduler, running = self.scheduler, self.scheduler.running
-        has_prefills = running.prefilling or any([plan.prefills for _, plan in self._in_flight])
-        if has_prefills or not running.decoding or len(self._in_flight) != self._shape.pipeline_depth - 1:
+        may_differ = self._shape.widths or running.prefilling or any([plan.prefills for _, plan in self._in_flight])
+        if may_differ or not running.decoding or len(self._in_flight) != self._shape.pipeline_depth - 1:
             return False
         # A request may wait for a page that these steps fill.
         may_grow = not scheduler.waiting or len(running) == self._shape.max_num_seqs
@@ -266,8 +280,9 @@ class Replica:
     def earliest_end(self) -> float:
         """A time before which none of the requests ends, as they are; infinity if there are none.
 
-        A request ends with its last token, and gets at most one token a step. Until the first one ends, a step costs at
-        least what it costs now, unless one that runs is preempted: then no less than a step of a single row.
+        A request ends with its last token, and gets at most as many in a step as that is wide. Until the first one
+        ends, a step costs at least what it costs now, unless one that runs is preempted: then no less than a step of a
+        single row.
         """
         if not self.num_unfinished:
             return float("inf")
@@ -283,4 +298,19 @@ class Replica:
         else:
             base, slope, _ = self._line(len(requests))
             seconds = base + slope * sum([request.num_computed_tokens for request in requests])
+        num_steps //= max((1, *self._shape.widths))
         return self.now + num_steps * seconds * _BELOW  # the first of them may be over in no time: it is in flight
+
+
+def _decoded(scheduler: VirtualScheduler, plan: StepPlan, shape: EngineShape, rng: random.Random) -> list[int]:
+    """What a device would have made of the decode rows of the step that is committed next."""
+    if plan.width == 1:
+        return [ANSWER] * len(plan.decode_slots)
+    tokens: list[int] = []
+    for request in scheduler.next_decodes():
+        room = request.max_total_tokens - 1 - len(request.token_ids)
+        num_drafts = max(0, min(shape.num_drafts, plan.width - 1, room))
+        num_right = min(num_drafts, shape.acceptance.num_right(rng.random()))
+        tokens += [ANSWER] * (1 + num_right) + [TOKEN_NOT_TAKEN] * (num_drafts - num_right)
+        tokens += [TOKEN_NOT_DRAFTED] * (plan.width - 1 - num_drafts)
+    return tokens

@@ -93,6 +93,8 @@ class Results:
     num_lost_replicas: int
     num_lost_requests: int
     num_steps: int
+    num_draft_tokens: int
+    num_accepted_tokens: int  # of drafts
     wall_s: float
     series: dict[str, list[tuple[float, float]]]  # of the first replica
 
@@ -112,6 +114,7 @@ class Results:
             return sum(replica.timeline.total(name) for replica in replicas) / replica_s if duration else 0.0
 
         pools = [replica.scheduler.kv.pool for replica in replicas]
+        drafts = [replica.scheduler.speculation for replica in replicas]
         return cls(
             num_items=num_items,
             num_finished=tally.num_finished,
@@ -142,6 +145,8 @@ class Results:
             num_lost_replicas=fleet.num_lost_replicas,
             num_lost_requests=fleet.num_lost_requests,
             num_steps=sum(replica.num_steps for replica in replicas),
+            num_draft_tokens=sum(one.num_drafts for one in drafts),
+            num_accepted_tokens=sum(sum(one.num_accepted) for one in drafts),
             wall_s=wall_s,
             series={name: replicas[0].timeline.series(name) for name in replicas[0].timeline.names}
             | {"replicas": [(when, float(count)) for when, count in fleet.counts]},

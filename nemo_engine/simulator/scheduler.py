@@ -120,6 +120,10 @@ class VirtualScheduler(Scheduler):
                 self.num_recomputed_tokens += max(0, end - row.start)
         return plan
 
+    def next_decodes(self) -> list[Request]:
+        """The requests that decode in the step that is committed next."""
+        return self._in_flight[0].decodes
+
     def commit(self, result: StepResult) -> StepOutput:
         """As there."""
         committed = super().commit(result)

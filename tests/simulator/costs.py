@@ -23,8 +23,8 @@ class SimpleCost:
     def decode_line(self, num_decodes: int) -> tuple[float, float]:
         return self.step + self.token * num_decodes, self.key
 
-    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk]) -> float:
-        rows = num_decodes + sum(count for _, count in prefills)
+    def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk], width: int = 1) -> float:
+        rows = num_decodes * width + sum(count for _, count in prefills)
         pairs = sum(start * count for start, count in prefills)
         return self.step + self.token * rows + self.key * (sum_context + pairs / 64)
 
