@@ -64,13 +64,13 @@ test-op: $(VENV)/.installed-test  ## one operation against its definition, Trito
 fuzz: $(VENV)/.installed-test  ## random models, engines and requests against an independent reference: make fuzz MINUTES=60
 	@$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),5)
 
-test-ray: $(VENV)/.installed-test  ## replicas on a local cluster of Ray, which is installed beside the tests' packages: half a gigabyte
-	@$(BIN)/python -c "import ray.serve" 2>/dev/null || $(BIN)/python -m pip install -q "$$(sed -n 's/^ray = .*"\(ray\[serve\][^"]*\)".*/\1/p' pyproject.toml)"
-	@$(BIN)/python -m pytest -q -W ignore::DeprecationWarning tests/ray/replicas.py
+test-ray: $(VENV)/.installed-test  ## replicas and a folder of files on a local cluster of Ray, which is installed beside the tests' packages: half a gigabyte
+	@$(BIN)/python -c "import ray.serve, ray.data" 2>/dev/null || \
+	$(BIN)/python -m pip install -q "$$(sed -n 's/^ray = .*"\(ray\[serve\][^"]*\)".*/\1/p' pyproject.toml)" "ray[data]"
+	@$(BIN)/python -m pytest -q -W ignore::DeprecationWarning tests/ray/replicas.py tests/ray/files.py
 
-test-hosts: $(VENV)/.installed-test  ## after test-ray: Ray Data over a folder, and as root two hosts in network namespaces, of which one is lost
-	@$(BIN)/python -c "import ray.data" 2>/dev/null || $(BIN)/python -m pip install -q "ray[data]"
-	@$(BIN)/python -m pytest -q -s -W ignore::DeprecationWarning tests/ray/files.py tests/ray/two_hosts.py
+test-hosts: $(VENV)/.installed-test  ## after test-ray, as root: two hosts in network namespaces, whose link is cut and of which one is lost
+	@$(BIN)/python -m pytest -q -s -W ignore::DeprecationWarning tests/ray/two_hosts.py
 
 cuda: $(VENV)/.installed-test  ## build the CUDA kernels (nemo_engine._C) in this checkout; brings nvcc where there is none
 	@$(BIN)/python csrc/build.py --which >/dev/null 2>&1 || $(BIN)/python .ci/missing.py nvcc | xargs $(BIN)/python -m pip install

@@ -1,7 +1,7 @@
-"""Kill a batch run again and again, and see that nothing is lost, doubled or torn.
+"""Kill a batch run again and again, and see that nothing is lost, doubled or torn; or let its disk fill up.
 
-``python tests/batch/kills.py --kills 50`` does so with the command and the bundled model; ``test_kills`` a few times
-with a scripted run.
+``python tests/batch/kills.py --kills 50`` does so with the command and the bundled model, ``--room 64`` on a disk that
+gets 64 KiB more whenever it is full (as root); ``test_kills`` kills a scripted run a few times.
 """
 
 from __future__ import annotations
@@ -109,6 +109,25 @@ def killed(
     return counts
 
 
+def filled(command: Callable[[Path], Sequence[str]], target: Path, room: int) -> list[int]:
+    """Run ``command(target)`` on a disk of ``room`` KiB, which grows by as much whenever it is full, to the end;
+    returns how many results there were each time.
+    """
+    counts: list[int] = []
+    size = room
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(target.parent)], check=True)
+    while True:
+        run = subprocess.run(command(target), cwd=ROOT, stderr=subprocess.PIPE)
+        if run.returncode in (0, 1) and b"No space left" not in run.stderr:
+            return counts
+        assert b"No space left" in run.stderr and b"goes on from there" in run.stderr, run.stderr.decode()
+        there = union(target)
+        assert not there or max(there.values()) == 1, "a result is there twice"
+        counts.append(sum(there.values()))
+        size += room
+        subprocess.run(["mount", "-o", f"remount,size={size}k", str(target.parent)], check=True)
+
+
 def finished(command: Callable[[Path], Sequence[str]], target: Path) -> Counter[str]:
     """What a run has in the end that is left to it."""
     run = subprocess.run(command(target), cwd=ROOT, stderr=subprocess.PIPE)
@@ -121,10 +140,15 @@ def _size(target: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    from nemo_engine.benchmarks.provenance import append_record, provenance
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--room", type=int, help="KiB of a disk that fills up, in place of kills")
     parser.add_argument("--lines", type=int, default=800)
     parser.add_argument("--suffix", default=".jsonl")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="append a record of the outcome to this file")
     args = parser.parse_args()
 
     def command(target: Path) -> list[str]:
@@ -139,15 +163,28 @@ def main() -> None:
         began = time.monotonic()
         wanted = finished(command, Path(folder) / f"once{args.suffix}")
         seconds = time.monotonic() - began
-        target = Path(folder) / f"killed{args.suffix}"
-        counts = killed(command, source, target, args.kills, 1, start_up=5.0)
-        found = finished(command, target)
-        print(f"one run: {sum(wanted.values())} results of {args.lines} lines, {seconds:.1f} s")
-        print(f"{args.kills} kills, with so many results after them: {sorted(counts.elements())}")
-        print("equal" if found == wanted else f"DIFFERENT: {len(wanted - found)} lost, {len(found - wanted)} too many")
-        for name in list((wanted - found) + (found - wanted))[:6]:
-            print(name)
-        sys.exit(found != wanted)
+        disk = Path(folder) / "disk"
+        disk.mkdir()
+        target = disk / f"target{args.suffix}"
+        if args.room:
+            try:
+                counts = filled(command, target, args.room)
+                found = finished(command, target)
+            finally:
+                subprocess.run(["umount", str(disk)])
+        else:
+            counts = sorted(killed(command, source, target, args.kills, args.seed, start_up=5.0).elements())
+            found = finished(command, target)
+    lost, extra = wanted - found, found - wanted
+    print(f"one run: {sum(wanted.values())} results of {args.lines} lines, {seconds:.1f} s")
+    print(f"{len(counts)} {'times full' if args.room else 'kills'}, with so many results after them: {counts}")
+    print("equal" if found == wanted else f"DIFFERENT: {len(lost)} lost, {len(extra)} too many")
+    for name in list(lost + extra)[:6]:
+        print(name)
+    outcome = {"results": sum(wanted.values()), "results_after": counts, "lost": len(lost), "extra": len(extra)}
+    workload = {name: value for name, value in vars(args).items() if name != "json"}
+    append_record(args.json, {"benchmark": "batch_kills", "workload": workload, **outcome, **provenance("torch")})
+    sys.exit(found != wanted)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A folder of files on Ray Data, by the example: killed half way and started again. ``make test-hosts``."""
+"""A folder of files on Ray Data, by the example: killed half way and started again. ``make test-ray``."""
 
 from __future__ import annotations
 
