@@ -25,7 +25,7 @@ BUDGETS = {
     "ray": 180,
     # Steps of one token a row, and wide ones; fills and edits in one upload; on a GPU graphs of decodes and of prompts, and
     # on a CPU recorded steps.
-    "runner": 2180,
+    "runner": 2220,
     "scheduler": 1340,  # speculation is one file of 230: how wide a step is, what came out of it, and what that was worth
     "server": 6800,  # four dialects of an API, whose every limit stands in its document, and a network that means harm
     "simulator": 1950,  # a thousand replicas behind a router, which come, are lost and are given back
