@@ -54,7 +54,7 @@ def setting(replicas: int, routing: str, max_num_seqs: int = 256, changes: Chang
     formats = formats_of(model, config)
     num_pages, max_model_len, _ = plan_kv_cache(model.config, config, formats.sizes, gpu.free_bytes)
     shape = EngineShape(
-        num_pages, config.page_size, config.max_num_seqs, config.tokens_per_step("cuda"), max_model_len, True, 2
+        num_pages, config.page_size, config.max_num_seqs, config.tokens_per_step, max_model_len, True, 2
     )
     cost = Roofline.of(model.config, formats, gpu, Efficiencies())
     return Setting(shape, cost, replicas, routing, limits=GOOD, changes=changes or Changes())

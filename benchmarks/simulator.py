@@ -43,7 +43,7 @@ def measure(text: str, requests: int, concurrency: int) -> tuple[Results, float]
     formats = formats_of(model, config)
     num_pages, max_model_len, _ = plan_kv_cache(model.config, config, formats.sizes, gpu.free_bytes)
     shape = EngineShape(
-        num_pages, config.page_size, config.max_num_seqs, config.tokens_per_step("cuda"), max_model_len, True, 2
+        num_pages, config.page_size, config.max_num_seqs, config.tokens_per_step, max_model_len, True, 2
     )
     setting = Setting(shape, Roofline.of(model.config, formats, gpu, Efficiencies()))
     items = list(generate(WorkloadSpec.parse_text(f"requests={requests},{text}", "workload")))

@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         unseen = measure(driver, args)
         shape = EngineShape(
             engine.stats().num_pages, engine.config.page_size, engine.config.max_num_seqs,
-            engine.config.tokens_per_step("cpu"), engine.max_model_len, engine.config.enable_prefix_caching, 1,
+            engine.config.tokens_per_step, engine.max_model_len, engine.config.enable_prefix_caching, 1,
         )  # fmt: skip
     if args.save_steps is not None:
         args.save_steps.write_text("".join(json.dumps(m) + "\n" for m in driver.measurements))

@@ -143,9 +143,9 @@ def _prefill_kernel(
     tl.store(out_ptr + out_rows[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_units"])
+@triton.jit(do_not_specialize=["num_rows", "num_units", "is_padded"])
 def _plan_kernel(
-    plan_ptr, seq_lens_ptr, num_rows, num_units,
+    plan_ptr, seq_lens_ptr, num_rows, num_units, is_padded,
     TILE: tl.constexpr, PART_COST: tl.constexpr, MIN_SHARE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """``plan_decode``: one cut after the other, each from the row that holds the place on the line where the unit
@@ -153,6 +153,8 @@ def _plan_kernel(
     """
     row = tl.arange(0, ROWS)
     length = tl.load(seq_lens_ptr + row, mask=row < num_rows, other=0).to(tl.int32)
+    # Empty rows at the end belong to no unit: one after the other, they would hold the last one up.
+    num_rows = tl.where(is_padded > 0, tl.max(tl.where(length > 0, row + 1, 0), 0), num_rows)
     line = tl.where(length > 0, (length + TILE - 1) // TILE + PART_COST, 0)
     total = tl.sum(line, 0)
     share = tl.maximum((total + num_units - 1) // num_units, MIN_SHARE)
@@ -301,20 +303,19 @@ def num_decode_units(kv_heads: int, device: torch.device) -> int:
     return split.num_units(facts(device).sms, kv_heads)
 
 
-def plan_decode(seq_lens: torch.Tensor, num_units: int) -> torch.Tensor:
-    """How decode attention splits its rows into units of work; computed on the device, so that a graph serves all
-    lengths.
+def plan_decode(seq_lens: torch.Tensor, num_units: int, is_padded: bool = False) -> torch.Tensor:
+    """How decode attention splits its rows into units of work, by their lengths on the device.
 
-    seq_lens: (B,) int64. Returns (6 + 3 num_units,) int32: the tiles of a share; the numbers of rows without keys, of
-    units with work, and of rows that are cut; ``nemo_engine.kernels.decode_split.cuts``; and in which units the rows
-    begin that are cut.
+    seq_lens: (B,) int64. is_padded: as if rows of no keys at the end were not there. Returns (6 + 3 num_units,) int32:
+    the tiles of a share; the numbers of rows without keys, of units with work, and of rows that are cut;
+    ``nemo_engine.kernels.decode_split.cuts``; and in which units the rows begin that are cut.
     """
     rows = seq_lens.shape[0]
     plan = torch.empty(6 + 3 * num_units, dtype=torch.int32, device=seq_lens.device)
     padded = triton.next_power_of_2(rows)
     _plan_kernel[(1,)](
-        plan, seq_lens, rows, num_units, TILE=split.TILE, PART_COST=split.PART_COST, MIN_SHARE=split.MIN_SHARE,
-        ROWS=padded, num_warps=1 if padded <= 256 else 4,
+        plan, seq_lens, rows, num_units, int(is_padded), TILE=split.TILE, PART_COST=split.PART_COST,
+        MIN_SHARE=split.MIN_SHARE, ROWS=padded, num_warps=1 if padded <= 256 else 4,
     )  # fmt: skip
     return plan
 

@@ -32,6 +32,8 @@ DEFAULT_BOS_TOKEN_ID, DEFAULT_EOS_TOKEN_ID = 1, 2
 WIDTHS = (2, 4, 8)
 WIDE_STEP_TOKENS = 256
 
+DEFAULT_STEP_TOKENS = 2048  # benchmarks/NOTES.md: the tail of a decode's waits, against throughput, on CPU and GPU
+
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 _logger = logging.getLogger("nemo_engine")
@@ -171,8 +173,8 @@ class EngineConfig:
     max_model_len: tokens of prompt and output together; "auto" takes the largest that the KV cache holds; None takes
         the checkpoint's claim, at most 131072. An explicit number may exceed 131072 but not the checkpoint's claim.
     max_num_seqs: requests that run at once.
-    max_num_batched_tokens: tokens a step may compute, at least max_num_seqs; None takes 2048 on the CPU, where a step
-        of more keeps the other requests waiting for long, else 8192, and max_num_seqs if that is more.
+    max_num_batched_tokens: tokens a step may compute, at least max_num_seqs; None takes 2048, since a step of more
+        keeps the other requests waiting for long, and max_num_seqs if that is more.
     enable_prefix_caching: reuse the pages of equal prefixes.
     page_size: tokens per KV page: a power of two from 16 to 256. FlashAttention 2 reads pages of 256, the CUDA kernels
         of attention pages of up to 128.
@@ -283,9 +285,10 @@ class EngineConfig:
         """How many tokens a decode row of a wide step may compute; none without speculation."""
         return tuple(width for width in WIDTHS if width < 2 * self.num_speculative_tokens + 1)
 
-    def tokens_per_step(self, device: str) -> int:
-        """``max_num_batched_tokens``, or what it is by default on ``device``: "cpu" or "cuda"."""
-        return self.max_num_batched_tokens or max(2048 if device == "cpu" else 8192, self.max_num_seqs)
+    @property
+    def tokens_per_step(self) -> int:
+        """``max_num_batched_tokens``, or what it is by default."""
+        return self.max_num_batched_tokens or max(DEFAULT_STEP_TOKENS, self.max_num_seqs)
 
     def steps_in_flight(self, device: str) -> int:
         """``pipeline_depth``, or what it is by default on ``device``: on the CPU a launch computes at once, so there is

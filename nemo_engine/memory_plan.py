@@ -19,6 +19,7 @@ CPU_KV_GIB = 1.0  # by default; more if one request of the whole context needs i
 CPU_KV_GIB_MOST = 4.0
 _RESERVE = 2 * GIB  # fragments, libraries' code, and what other processes take while this one runs
 _GRAPH_BYTES = 24 << 20  # of one captured step beside its tensors: its nodes and their parameters
+_MIXED_GRAPH_TOKENS = (64, 128, 256, 512, 768, 1024)  # beyond, the GPU takes longer than the host for its launches
 _GRAPH_FRAGMENTS = 192 << 20  # segments of the graphs' memory pool that are not full, and its split-K parts
 # torch gives each pair of a cuBLAS handle and a stream 32 MiB on Hopper (8 MiB before). A thread has a handle of its
 # own: there are the pairs of start-up's thread with its stream and with the captures', and that of the thread that
@@ -104,7 +105,7 @@ def plan_memory(
     kv_pages: as many as are wanted, or None for all that the other items leave. weight_bytes: None for unquantised
     weights. kv_itemsize: of the KV cache, None for ``itemsize``.
     """
-    hidden, inner, tokens = model.hidden_size, model.intermediate_size, config.tokens_per_step("cuda")
+    hidden, inner, tokens = model.hidden_size, model.intermediate_size, config.tokens_per_step
     vocab, seqs = model.vocab_size, config.max_num_seqs
     if weight_bytes is None:
         weight_bytes = itemsize * num_parameters(model)
@@ -115,11 +116,13 @@ def plan_memory(
     tables = (seqs + 1) * (4 * max_model_len + 8 * pages_per_row + 5 * vocab) + max_model_len * model.head_dim * 4
     graphs = 0
     if not config.enforce_eager:
-        # Each size keeps its logits. What a step needs meanwhile is used again by all others: that of the largest is
-        # enough.
-        sizes = [*graph_sizes(seqs), *[rows for rows, _ in wide_graph_sizes(config)]]
-        largest = max(sizes) * token_bytes
-        graphs = sum(sizes) * vocab * itemsize + largest + _GRAPH_FRAGMENTS + 2 * _GRAPH_BYTES * len(sizes)
+        # Each size keeps the logits of its rows that sample. What a step needs meanwhile is used again by all others:
+        # that of the largest is enough.
+        mixed = mixed_graph_sizes(config)
+        sizes = [*graph_sizes(seqs), *[rows for rows, _ in wide_graph_sizes(config)], *mixed]
+        logits = sum(sizes) - sum(mixed) + sum([min(seqs, tokens) for tokens in mixed])
+        graphs = logits * vocab * itemsize + max(sizes) * token_bytes
+        graphs += _GRAPH_FRAGMENTS + 2 * _GRAPH_BYTES * len(sizes)
     plan = MemoryPlan(
         free=free,
         weights=weight_bytes,
@@ -201,6 +204,13 @@ def wide_graph_sizes(config: EngineConfig) -> tuple[tuple[int, int], ...]:
     )
 
 
+def mixed_graph_sizes(config: EngineConfig) -> tuple[int, ...]:
+    """The steps with prompts that are captured, in tokens: one is padded to the next, larger ones run eagerly."""
+    largest = config.tokens_per_step
+    sizes = [size for size in _MIXED_GRAPH_TOKENS if size < largest]
+    return tuple(sizes if largest > _MIXED_GRAPH_TOKENS[-1] else [*sizes, largest])
+
+
 def what_would_fit(
     model: ModelConfig,
     config: EngineConfig,
@@ -217,7 +227,7 @@ def what_would_fit(
     """
 
     def fits(length: int, seqs: int) -> bool:
-        tokens = max(seqs, min(config.tokens_per_step("cuda"), length))
+        tokens = max(seqs, min(config.tokens_per_step, length))
         smaller = replace(
             config, max_num_seqs=seqs, max_num_batched_tokens=tokens, num_kv_pages=None, kv_cache_gib=None
         )

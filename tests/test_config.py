@@ -205,19 +205,18 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "on_cpu", "on_cuda"),
+    ("options", "tokens", "on_cpu", "on_cuda"),
     [
-        ({}, (2048, 1), (8192, 2)),
-        ({"max_num_seqs": 5000}, (5000, 1), (8192, 2)),
-        ({"max_num_seqs": 10_000}, (10_000, 1), (10_000, 2)),
-        ({"max_num_seqs": 8, "max_num_batched_tokens": 8, "pipeline_depth": 2}, (8, 2), (8, 2)),
-        ({"max_num_batched_tokens": 100_000, "pipeline_depth": 1}, (100_000, 1), (100_000, 1)),
+        ({}, 2048, 1, 2),
+        ({"max_num_seqs": 5000}, 5000, 1, 2),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 8, "pipeline_depth": 2}, 8, 2, 2),
+        ({"max_num_batched_tokens": 100_000, "pipeline_depth": 1}, 100_000, 1, 1),
     ],
 )
-def test_defaults_of_the_device(options: dict[str, Any], on_cpu: tuple[int, int], on_cuda: tuple[int, int]) -> None:
+def test_defaults_of_a_step(options: dict[str, Any], tokens: int, on_cpu: int, on_cuda: int) -> None:
     config = EngineConfig(**options)
-    assert (config.tokens_per_step("cpu"), config.steps_in_flight("cpu")) == on_cpu
-    assert (config.tokens_per_step("cuda"), config.steps_in_flight("cuda")) == on_cuda
+    assert (config.tokens_per_step, config.steps_in_flight("cpu")) == (tokens, on_cpu)
+    assert config.steps_in_flight("cuda") == on_cuda
 
 
 def test_unknown_options_and_changes() -> None:

@@ -173,7 +173,7 @@ def setting_of(
         facts |= {"machine": gpu.title, "efficiencies": asdict(efficiencies)}
     device = "cpu" if gpu is None else "cuda"
     shape = EngineShape(
-        num_pages, config.page_size, config.max_num_seqs, config.tokens_per_step(device), max_model_len,
+        num_pages, config.page_size, config.max_num_seqs, config.tokens_per_step, max_model_len,
         config.enable_prefix_caching, config.steps_in_flight(device), config.widths, config.num_speculative_tokens,
         acceptance_of(args, config),
     )  # fmt: skip

@@ -56,6 +56,10 @@ class AttentionMeta:
     wide step decode rows come in runs of ``run_length`` (2, 4 or 8), whose keys a kernel may read once for all: the
     rows of a run are of one slot, that of its first. A row of slot 0 in a run of another is padding, whose result means
     nothing.
+
+    Decode rows may end with empty ones, of no query and no keys, in steps that are padded to a fixed number of rows:
+    query i is still that of decode row i, and the queries that follow are those of the rows after them.
+    ``max_queries`` is set then.
     """
 
     num_decodes: int
@@ -69,6 +73,7 @@ class AttentionMeta:
     workspace: Workspace = field(default_factory=Workspace)
     prefill_pages: tuple[int, ...] | None = None  # of each row from num_decodes on, or more; None: num_pages each
     run_length: int = 1  # decode rows
+    max_queries: int | None = None  # of the rows from num_decodes on together; None: there are no empty decode rows
     _kept: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -143,6 +148,9 @@ def _cases() -> Iterator[Case]:
         ("heads of 128, decodes of no keys", 8, 2, 128, 32, [(1, 0), (1, 200), (1, 1), (1, 0), (1, 0)]),
         ("heads of 128, chunks over prefixes", 4, 2, 128, 16, [(1, 20), (5, 37), (16, 32), (70, 200), (2, 2)]),
         ("heads of 128, pairs", 4, 2, 128, 128, [(1, 300), (1, 64), (1, 63), (130, 130)]),
+        ("empty decode rows", 8, 2, 16, 16, [(1, 5), (1, 70), *[(0, 0)] * 9, (9, 20), (0, 0), (33, 33), (1, 4)]),
+        ("heads of 128, empty decode rows", 8, 2, 128, 64, [(1, 130), *[(0, 0)] * 4, (3, 67), (0, 0), (40, 90)]),
+        ("heads of 128, no decodes but empty rows", 4, 1, 128, 16, [*[(0, 0)] * 3, (65, 81)]),
     ):  # fmt: skip
         site = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size}
         for is_fp8 in (False, True):
@@ -222,6 +230,8 @@ def attention_inputs(
             cache[pages] = content.unflatten(1, (-1, page_size)).transpose(0, 1)
     queries = [count for count, _ in rows]
     num_decodes = next((i for i, count in enumerate(queries) if count > 1), len(rows))
+    if 0 in queries:  # decode rows end with the first empty ones
+        num_decodes = next(i for i in range(queries.index(0), len(rows)) if queries[i])
     for first in range(
         0, num_decodes if run_length > 1 else 0, run_length
     ):  # the pages of a run are those of its longest
@@ -238,6 +248,7 @@ def attention_inputs(
         num_pages=max(widths),
         longest=max(queries),
         run_length=run_length,
+        max_queries=sum(queries[num_decodes:]) + 5 if 0 in queries else None,
     )
     q = torch.randn(sum(queries), heads, dim, generator=generator).to(dtype)
     kv_dtype = torch.float8_e4m3fn if is_fp8 else dtype

@@ -123,24 +123,25 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
     return serve(flash, q, kv.k.transpose(1, 2), kv.v.transpose(1, 2), meta, {"softmax_scale": scale, "causal": True})
 
 
-def _indices(meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _indices(meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """In int32: the rows' pages (R, P), their lengths (R,), and where queries and keys of the rows after the decodes
-    begin (R - decodes + 1,).
+    begin (R - decodes + 1,); and the first query of the latter, for which the host waits if decode rows may be empty.
     """
 
-    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         decodes = meta.num_decodes
+        first = decodes if meta.max_queries is None else int(meta.query_start_loc[decodes])
         key_starts = torch.nn.functional.pad(meta.seq_lens[decodes:].cumsum(0), (1, 0))
-        query_starts = meta.query_start_loc[decodes:] - decodes  # each decode row before is one query
+        query_starts = meta.query_start_loc[decodes:] - first
         pages, lens, starts, ends = (x.to(torch.int32) for x in (meta.pages, meta.seq_lens, query_starts, key_starts))
-        return pages, lens, starts, ends
+        return pages, lens, starts, ends, first
 
-    indices: tuple[Tensor, Tensor, Tensor, Tensor] = meta.once("flash_attn", make)
+    indices: tuple[Tensor, Tensor, Tensor, Tensor, int] = meta.once("flash_attn", make)
     return indices
 
 
 def _paged_attention_3(flash: Any, q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, how: dict[str, Any]) -> Tensor:
-    pages, lens, query_starts, _ = _indices(meta)
+    pages, lens, query_starts, _, first = _indices(meta)
     decodes, out = meta.num_decodes, torch.empty(q.shape, dtype=q.dtype, device=q.device)
     call = flash.flash_attn_with_kvcache
     if decodes:
@@ -148,23 +149,23 @@ def _paged_attention_3(flash: Any, q: Tensor, k: Tensor, v: Tensor, meta: Attent
             q[:decodes].unsqueeze(1), k, v, cache_seqlens=lens[:decodes], page_table=pages[:decodes], **how
         ).squeeze(1)
     if decodes < len(lens):
-        out[decodes:] = call(
-            q[decodes:], k, v, cache_seqlens=lens[decodes:], page_table=pages[decodes:], cu_seqlens_q=query_starts,
+        out[first:] = call(
+            q[first:], k, v, cache_seqlens=lens[decodes:], page_table=pages[decodes:], cu_seqlens_q=query_starts,
             max_seqlen_q=meta.longest, **how,
         )  # fmt: skip
     return out
 
 
 def _paged_attention_2(flash: Any, q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, how: dict[str, Any]) -> Tensor:
-    pages, lens, query_starts, key_starts = _indices(meta)
+    pages, lens, query_starts, key_starts, first = _indices(meta)
     decodes, out = meta.num_decodes, torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if decodes:
         out[:decodes] = flash.flash_attn_with_kvcache(
             q[:decodes].unsqueeze(1), k, v, cache_seqlens=lens[:decodes], block_table=pages[:decodes], **how
         ).squeeze(1)
     if decodes < len(lens):
-        out[decodes:] = flash.flash_attn_varlen_func(
-            q[decodes:], k, v, cu_seqlens_q=query_starts, cu_seqlens_k=key_starts, max_seqlen_q=meta.longest,
+        out[first:] = flash.flash_attn_varlen_func(
+            q[first:], k, v, cu_seqlens_q=query_starts, cu_seqlens_k=key_starts, max_seqlen_q=meta.longest,
             max_seqlen_k=meta.num_pages * meta.page_size, block_table=pages[decodes:], **how,
         )  # fmt: skip
     return out

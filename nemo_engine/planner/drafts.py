@@ -57,7 +57,7 @@ def wide_rates(
     ``context`` tokens each.
     """
     rates: dict[int, dict[int, float]] = {}
-    room = min(WIDE_STEP_TOKENS, config.tokens_per_step("cuda") // 2)
+    room = min(WIDE_STEP_TOKENS, config.tokens_per_step // 2)
     for batch in batches:
         rates[batch] = {}
         for width in [1, *[width for width in config.widths if width * batch <= room]]:

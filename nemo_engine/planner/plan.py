@@ -228,7 +228,7 @@ def operating(roofline: Roofline, ideal: Roofline, load: Load, batch: int, confi
     device = roofline.step_seconds(batch, context, ())
     is_serial = config.steps_in_flight("cuda") == 1
     step = device + host if is_serial else max(device, host)
-    room = config.tokens_per_step("cuda") - (batch - 1)
+    room = config.tokens_per_step - (batch - 1)
     chunks = [(start, min(room, num_in - start)) for start in range(0, num_in, room)]
     others = context * (batch - 1) // batch
     mixed = [roofline.step_seconds(batch - 1, others, [chunk]) for chunk in chunks]

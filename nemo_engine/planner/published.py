@@ -22,6 +22,7 @@ from nemo_engine.planner.plan import Load, operating
 from nemo_engine.planner.roofline import Roofline
 
 _MOST = 2048  # requests at a time, the default of trtllm-bench
+_STEP_TOKENS = 8192  # of a step, likewise
 _MODELS = {
     "Llama 3.1 8B": ModelConfig(
         vocab_size=128256, hidden_size=4096, num_layers=32, max_position_embeddings=131072, **COMMON
@@ -95,7 +96,8 @@ def _setting(model: str, gpu_name: str, is_fp8: bool) -> tuple[EngineConfig, int
     gpu, shape = find_gpu(gpu_name), _MODELS[model]
     formats_wanted = {"quantization": "fp8", "kv_cache_dtype": "fp8"} if is_fp8 else {}
     longest = max(sum(each) for each in _SHAPES)
-    config = EngineConfig(max_num_seqs=_MOST, max_model_len=longest, **formats_wanted)  # type: ignore[arg-type]
+    sizes = {"max_num_seqs": _MOST, "max_num_batched_tokens": _STEP_TOKENS, "max_model_len": longest}
+    config = EngineConfig(**sizes, **formats_wanted)  # type: ignore[arg-type]
     formats = formats_of(PlannedModel(model, shape), config)
     num_pages, _, _ = plan_kv_cache(shape, config, formats.sizes, gpu.free_bytes)
     efficiencies = Efficiencies.assumed(gpu)

@@ -208,7 +208,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for name in ("dtype", "quantization", "quantize_lm_head", "kv_cache_dtype", "max_model_len", "max_num_seqs",
                          "page_size", "enforce_eager")
         } | {
-            "max_num_batched_tokens": plan.config.tokens_per_step("cuda"),
+            "max_num_batched_tokens": plan.config.tokens_per_step,
             "pipeline_depth": plan.config.steps_in_flight("cuda"),
         },
         "load": {

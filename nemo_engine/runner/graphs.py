@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: one launch for a whole step, for a short list of batch sizes.
+"""Steps as CUDA graphs: one launch for a whole step, for a short list of batch sizes.
 
 A captured function reads its inputs from tensors at fixed addresses, and what it returns lies at fixed addresses too,
 overwritten by the next replay. The captures of an engine share one memory pool: they never run at the same time.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_engine.checkpoint.progress import progress_bar
-from nemo_engine.runner.step_compute import StepCompute
+from nemo_engine.runner.step_compute import Logits, StepCompute
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.transfer import to_device
 
@@ -64,43 +64,49 @@ def cuda_capture(device: torch.device) -> Capture:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeGraph:
-    """Decode steps of exactly ``size`` rows in runs of ``width``, whose description is copied into ``words`` before a
-    replay.
+class StepGraph:
+    """Steps of the very shape of ``rows``, whose description is copied into ``words`` before a replay.
 
     ``whole`` goes from the request table to the sampled tokens and back into the table. ``forward`` ends at the logits,
     for batches whose logits the host has work with before a token is chosen.
     """
 
-    size: int
-    width: int
     words: Tensor
+    rows: StepRows  # slices of ``words``
     whole: Captured[Tensor]
-    forward: Captured[Tensor]
+    forward: Captured[Logits]
+
+    @property
+    def size(self) -> int:
+        """Decode rows."""
+        return self.rows.num_decodes
+
+    @classmethod
+    def of(cls, step: StepCompute, words: Tensor, rows: StepRows, capture: Capture) -> StepGraph:
+        """Capture both."""
+
+        def forward() -> Logits:
+            return step.logits(rows, *step.forward(rows))
+
+        def whole() -> Tensor:
+            logits, slot_ids, positions, seq_lens = forward()
+            tokens = step.sampler.sample_any(logits, slot_ids, positions)
+            step.advance(rows, seq_lens, tokens)
+            return tokens
+
+        return cls(words, rows, capture(whole), capture(forward))
 
 
-def capture_decodes(step: StepCompute, sizes: Sequence[tuple[int, int]], capture: Capture) -> tuple[DecodeGraph, ...]:
+def capture_decodes(step: StepCompute, sizes: Sequence[tuple[int, int]], capture: Capture) -> tuple[StepGraph, ...]:
     """Graphs of decode steps of ``sizes``, rows and width, the smallest first.
 
     The largest is captured first, so that the others find room in its memory.
     """
     graphs = []
-    with progress_bar("capture graphs", len(sizes), None, unit="graphs") as advance:
+    with progress_bar("capture decode steps", len(sizes), None, unit="graphs") as advance:
         for size, width in sorted(sizes, reverse=True):
             words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
             rows = StepRows.of(words, size, size, size, 1, step.table.page_table.shape[1], width=width)
-
-            def forward(rows: StepRows = rows) -> tuple[Tensor, Tensor]:
-                x, residual, seq_lens = step.forward(rows)
-                return step.model.logits(x, residual), seq_lens
-
-            def whole(rows: StepRows = rows) -> Tensor:
-                logits, seq_lens = forward(rows)
-                tokens = step.sampler.sample_any(logits, rows.slots, seq_lens)
-                step.advance(rows, seq_lens, tokens)
-                return tokens
-
-            graphs.append(DecodeGraph(size, width, words, capture(whole), capture(forward)))
+            graphs.append(StepGraph.of(step, words, rows, capture))
             advance(1)
-    step.workspace.freeze()
     return tuple(reversed(graphs))

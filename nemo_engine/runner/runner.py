@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.model.linear import Fp8Linear
@@ -20,9 +19,10 @@ from nemo_engine.ops import Ops
 from nemo_engine.ops.cpu import products
 from nemo_engine.ops.cpu.packed import WIDENED_FROM, linear_widened
 from nemo_engine.runner import warmup
-from nemo_engine.runner.graphs import Capture, DecodeGraph, capture_decodes
+from nemo_engine.runner.graphs import Capture, StepGraph, capture_decodes
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.launched_step import LaunchedStep
+from nemo_engine.runner.mixed_graphs import MixedShape, capture_mixed
 from nemo_engine.runner.recorded import MAX_ROWS, RecordedDecodes, why_not_recorded
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import Sampler
@@ -30,7 +30,6 @@ from nemo_engine.runner.slot_fills import SlotFills
 from nemo_engine.runner.step_compute import StepCompute
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.threads import Cores
-from nemo_engine.runner.transfer import staged, to_device
 from nemo_engine.step import StepPlan
 
 
@@ -54,7 +53,7 @@ class Runner:
         without_token: Sequence[int] = (),
     ) -> None:
         self._device = device
-        self._max_num_batched_tokens = config.tokens_per_step(device.type)
+        self._max_num_batched_tokens = config.tokens_per_step
         self._kv_cache = KVCache(model_config, weights, num_pages, config.page_size, kv_dtype)
         vocab_size = model_config.vocab_size
         self._table = RequestTable(config.max_num_seqs, max_model_len, config.page_size, num_pages, vocab_size, device)
@@ -69,7 +68,8 @@ class Runner:
         adapts_below = _adapts_below(weights, ops)
         self._cores = Cores(weights.num_bytes, page_bytes, adapts_below=adapts_below) if is_cpu else None
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
-        self._graphs: tuple[DecodeGraph, ...] = ()
+        self._graphs: tuple[StepGraph, ...] = ()
+        self._mixed_graphs: tuple[tuple[MixedShape, StepGraph], ...] = ()
         self._recorded: RecordedDecodes | None = None
         # The decode rows of the last upload, which are used again while what they follow from is the same: (slots,
         # width, size, changes of the table). None if a row got a page in that step.
@@ -92,24 +92,23 @@ class Runner:
             return launch_rows(plan, new_pages)
 
     def _launch_rows(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
+        if not any(row.slot in self._prompt_lens for row in plan.prefills):
+            for shape, graph in self._mixed_graphs:
+                if shape.holds(plan):
+                    self._fills.upload(shape.pack(plan, new_pages), graph.words)
+                    sampling = [*plan.decode_slots, *[row.slot for row in plan.prefills if row.samples]]
+                    return self._replay(graph, plan, tuple(sampling))
         decodes = self._table.rows_of(plan.decode_slots, plan.width)
-        num_decodes = len(decodes)
         slots = [*decodes, *[row.slot for row in plan.prefills]]
-        counts = [1] * num_decodes + [row.num_tokens for row in plan.prefills]
-        sampled = [*range(num_decodes)]
-        sampled += [num_decodes + index for index, row in enumerate(plan.prefills) if row.samples]
-        words = self._upload(StepRows.pack(slots, counts, new_pages, sampled))
+        counts = [1] * len(decodes) + [row.num_tokens for row in plan.prefills]
+        sampled = [*range(len(decodes))]
+        sampled += [index for index, row in enumerate(plan.prefills, len(decodes)) if row.samples]
+        words = self._fills.upload(StepRows.pack(slots, counts, new_pages, sampled))
         num_pages = max(self._table.num_pages[slot] for slot in slots)
         prefill_pages = tuple([self._table.num_pages[row.slot] for row in plan.prefills])
-        rows = StepRows.of(
-            words, len(slots), num_decodes, sum(counts), max(counts), num_pages, prefill_pages, plan.width
-        )
-        x, residual, seq_lens = self._step.forward(rows)
-        prompt_reports = self._step.prompt_reports(plan, self._prompt_lens, x, residual) if self._prompt_lens else {}
-        last_tokens = rows.starts[1:][rows.sampled] - 1
-        sampling = tuple(slots[row] for row in sampled)
-        tokens, reports = self._step.choose(rows, sampling, x[last_tokens], residual[last_tokens], seq_lens, plan.masks)
-        return LaunchedStep(plan, tokens, reports, prompt_reports)
+        sizes = len(slots), len(decodes), sum(counts), max(counts), num_pages
+        rows = StepRows.of(words, *sizes, prefill_pages, plan.width)
+        return self._run(plan, rows, tuple(slots[row] for row in sampled))
 
     def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         slots, width = self._table.rows_of(plan.decode_slots, plan.width), plan.width
@@ -117,34 +116,33 @@ class Runner:
         if recorded is not None and len(slots) <= recorded.size:
             rows = self._decode_rows(slots, width, new_pages, recorded)
             recorded.replay(rows, len(slots))
-            return self._choose_of_graph(plan, slots, rows, recorded.logits, recorded.seq_lens)
-        graph = next((graph for graph in self._graphs if graph.width == width and graph.size >= len(slots)), None)
+            logits = recorded.logits, rows.slots, recorded.seq_lens, recorded.seq_lens
+            return LaunchedStep(plan, *self._step.choose(rows, slots, logits, plan.masks), {})
+        graph = next((g for g in self._graphs if g.rows.width == width and g.size >= len(slots)), None)
         rows = self._decode_rows(slots, width, new_pages, graph)
-        if graph is None:
-            x, residual, seq_lens = self._step.forward(rows)
-            tokens, reports = self._step.choose(rows, slots, x, residual, seq_lens, plan.masks)
-            return LaunchedStep(plan, tokens, reports, {})
+        return self._run(plan, rows, slots) if graph is None else self._replay(graph, plan, slots)
+
+    def _run(self, plan: StepPlan, rows: StepRows, slots: tuple[int, ...]) -> LaunchedStep:
+        """Compute a step operation by operation; ``slots``: whose rows sample."""
+        x, residual, seq_lens = self._step.forward(rows)
+        prompt_reports = self._step.prompt_reports(plan, self._prompt_lens, x, residual) if self._prompt_lens else {}
+        logits = self._step.logits(rows, x, residual, seq_lens)
+        return LaunchedStep(plan, *self._step.choose(rows, slots, logits, plan.masks), prompt_reports)
+
+    def _replay(self, graph: StepGraph, plan: StepPlan, slots: tuple[int, ...]) -> LaunchedStep:
+        """Run a graph whose words are on the device; ``slots``: whose rows sample."""
         if self._sampler.needs_only_tokens(slots, plan.masks):
             graph.whole.replay()
             return LaunchedStep(plan, graph.whole.outputs[: len(slots)], [], {})
         graph.forward.replay()
-        return self._choose_of_graph(plan, slots, rows, *graph.forward.outputs)
-
-    def _choose_of_graph(
-        self, plan: StepPlan, slots: tuple[int, ...], rows: StepRows, logits: Tensor, seq_lens: Tensor
-    ) -> LaunchedStep:
-        rows = rows.first(len(slots))
-        logits, seq_lens = logits[: len(slots)], seq_lens[: len(slots)]
-        tokens, reports = self._sampler.sample(logits, slots, rows.slots, seq_lens, self._table.token_ids, plan.masks)
-        self._step.advance(rows, seq_lens, tokens)
-        return LaunchedStep(plan, tokens, reports, {})
+        return LaunchedStep(plan, *self._step.choose(graph.rows, slots, graph.forward.outputs, plan.masks), {})
 
     def _decode_rows(
         self,
         slots: tuple[int, ...],
         width: int,
         new_pages: dict[int, tuple[int, int]],
-        graph: DecodeGraph | RecordedDecodes | None,
+        graph: StepGraph | RecordedDecodes | None,
     ) -> StepRows:
         """The rows on the device, in the graph's own words if there is one: uploaded only if they changed since the
         step before.
@@ -156,27 +154,14 @@ class Runner:
         self._last = None
         padded = [*slots, *[0] * (size - len(slots))]
         packed = StepRows.pack(padded, [1] * size, new_pages, range(size))
+        words = self._fills.upload(packed, None if graph is None else graph.words)
+        num_pages = self._table.page_table.shape[1]
         if graph is None:
-            words = self._upload(packed)
             num_pages = max([self._table.num_pages[slot] for slot in slots], default=0)
-        else:
-            words, num_pages = graph.words, self._table.page_table.shape[1]
-            self._upload(packed, words)
         rows = StepRows.of(words, size, size, size, 1, num_pages, width=width)
         if not new_pages:
             self._last = (key, rows)
         return rows
-
-    def _upload(self, packed: Sequence[int], into: Tensor | None = None) -> Tensor:
-        """``packed`` on the device, in ``into`` if it is given; what fills write comes in the same upload, and is
-        entered.
-        """
-        if self._fills:
-            words = self._fills.enter_with(packed)
-            return words if into is None else into.copy_(words)
-        if into is None:
-            return to_device(packed, self._device)
-        return into.copy_(staged(packed, self._device), non_blocking=True)
 
     # ---- start-up and end
 
@@ -195,11 +180,17 @@ class Runner:
         warmup.warm_up(self._step, sizes, wide_sizes, self._max_num_batched_tokens)
 
     @torch.inference_mode()
-    def capture(self, sizes: Sequence[int], capture: Capture, wide_sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Capture decode steps of ``sizes`` rows, and wide ones of rows and width, which ``launch`` replays from then
-        on.
-        """
+    def capture(
+        self,
+        sizes: Sequence[int],
+        capture: Capture,
+        wide_sizes: Sequence[tuple[int, int]] = (),
+        mixed_sizes: Sequence[int] = (),
+    ) -> None:
+        """Capture decode steps of ``sizes`` rows, wide ones, and steps with prompts of up to ``mixed_sizes`` tokens."""
+        self._mixed_graphs = capture_mixed(self._step, mixed_sizes, capture)
         self._graphs = capture_decodes(self._step, [*[(size, 1) for size in sizes], *wide_sizes], capture)
+        self._step.workspace.freeze()
 
     @torch.inference_mode()
     def record(self) -> str:
@@ -231,6 +222,7 @@ class Runner:
             self._kv_cache.warn_if_saturated(self._table.highest_page)
         finally:
             self._graphs = ()
+            self._mixed_graphs = ()
             self._recorded = None
             self._last = None
             del self._step, self._kv_cache, self._table, self._sampler, self._fills

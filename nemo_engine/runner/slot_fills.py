@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import STATE_WORDS, Sampler
-from nemo_engine.runner.transfer import to_device
+from nemo_engine.runner.transfer import staged, to_device
 from nemo_engine.step import SlotFill
 
 _TABLE_WORDS = 2  # of a slot's state in the table
@@ -24,9 +24,6 @@ class SlotFills:
         self._sampler = sampler
         self._waiting: list[tuple[SlotFill, array[int], array[int], array[int]]] = []  # with tokens, pages and state
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
     def prepare(self, fills: Sequence[SlotFill]) -> None:
         """Take the fills of a step, and forget those of a step that failed. Raises ``ValueError`` for a bad one."""
         self._waiting.clear()
@@ -34,8 +31,19 @@ class SlotFills:
             ids, pages, state = self._table.fill(fill)
             self._waiting.append((fill, ids, pages, array("q", state) + self._sampler.fill(fill)))
 
-    def enter_with(self, words: Sequence[int]) -> Tensor:
-        """Upload ``words`` and what waits behind them, enter that, and return ``words`` on the device, (N,) int64.
+    def upload(self, words: Sequence[int], into: Tensor | None = None) -> Tensor:
+        """``words`` on the device, (N,) int64, in ``into`` if it is given. What waits comes in the same upload, and is
+        entered.
+        """
+        if self._waiting:
+            entered = self._enter_with(words)
+            return entered if into is None else into.copy_(entered)
+        if into is None:
+            return to_device(words, self._table.device)
+        return into.copy_(staged(words, self._table.device), non_blocking=True)
+
+    def _enter_with(self, words: Sequence[int]) -> Tensor:
+        """Upload ``words`` and what waits behind them, enter that, and return ``words`` on the device.
 
         Layout behind ``words``, from an even place on: the slots, the state of each, and the tokens (two a word) and
         pages of each, all from an even place on.

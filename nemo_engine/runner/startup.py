@@ -21,6 +21,7 @@ from nemo_engine.memory_plan import (
     Sizes,
     graph_sizes,
     memory_message,
+    mixed_graph_sizes,
     plan_kv_cache,
     weight_bytes,
     wide_graph_sizes,
@@ -32,6 +33,7 @@ from nemo_engine.ops.linear import linear_fp8
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.runner.forks import check_threads
 from nemo_engine.runner.graphs import cuda_capture
+from nemo_engine.runner.mixed_graphs import why_not_captured
 from nemo_engine.runner.precision import Precision, resolve_precision, use_wide_reductions
 from nemo_engine.runner.runner import Runner
 from nemo_engine.startup_log import StartupLog
@@ -97,8 +99,10 @@ def start_device_half(
     if memory is not None:
         _logger.info("memory as planned:\n%s", memory.format())
         _verify(memory, device)
+    chosen = " (max_num_batched_tokens, by default)" if config.max_num_batched_tokens is None else ""
+    _logger.info("a step computes up to %d tokens%s", config.tokens_per_step, chosen)
     return DeviceHalf(
-        runner, model_config, checkpoint.path, num_pages, max_model_len, config.tokens_per_step(device.type),
+        runner, model_config, checkpoint.path, num_pages, max_model_len, config.tokens_per_step,
         config.steps_in_flight(device.type),
     )  # fmt: skip
 
@@ -173,8 +177,12 @@ def _build(
             torch.cuda.synchronize(device)
         if sizes:
             before = torch.cuda.mem_get_info(device)[0]
-            with startup_log.stage(f"capture CUDA graphs of {len(sizes) + len(wide_sizes)} batch sizes") as stage:
-                runner.capture(sizes, cuda_capture(device), wide_sizes)
+            reason = why_not_captured(ops)
+            mixed_sizes = () if reason else mixed_graph_sizes(config)
+            prompts = f"prompts of up to {mixed_sizes[-1]} tokens" if mixed_sizes else f"no prompts ({reason})"
+            name = f"capture CUDA graphs of {len(sizes) + len(wide_sizes)} batch sizes, and of {prompts}"
+            with startup_log.stage(name) as stage:
+                runner.capture(sizes, cuda_capture(device), wide_sizes, mixed_sizes)
                 torch.cuda.synchronize(device)
                 stage.num_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
     return runner

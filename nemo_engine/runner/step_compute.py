@@ -21,6 +21,9 @@ from nemo_engine.runner.sampler import Masks, Report, Sampler
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.step import StepPlan
 
+# Of the N rows of a step that sample: logits (N, V), slots (N,), positions of the tokens that they choose (N,); and the
+# new lengths of all its rows (R,).
+Logits = tuple[Tensor, Tensor, Tensor, Tensor]
 PROMPT_LOGPROB_ROWS = 256  # logits computed at once for prompt log-probabilities: bounds their memory
 
 
@@ -58,24 +61,30 @@ class StepCompute:
         )  # fmt: skip
         meta = AttentionMeta(
             rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self.kv_cache.page_size,
-            rows.num_pages, rows.longest, self.workspace, rows.prefill_pages, rows.width,
+            rows.num_pages, rows.longest, self.workspace, rows.prefill_pages, rows.width, rows.max_queries,
         )  # fmt: skip
         x, residual = self.model.forward(ModelInputs(ids, positions, mapping, meta), self.kv_cache.layers)
         return x, residual, seq_lens
 
+    def logits(self, rows: StepRows, x: Tensor, residual: Tensor, seq_lens: Tensor) -> Logits:
+        """The logits of the rows that sample; x, residual, seq_lens: as ``forward`` returned them."""
+        slot_ids, positions = rows.slots, seq_lens
+        if not len(rows.sampled) == len(rows.slots) == rows.num_tokens:
+            last = rows.starts[1:][rows.sampled] - 1
+            x, residual = x[last], residual[last]
+            slot_ids, positions = slot_ids[rows.sampled], positions[rows.sampled]
+        if not len(x):
+            return x.new_empty(0, self.model.config.vocab_size), slot_ids, positions, seq_lens
+        return self.model.logits(x, residual), slot_ids, positions, seq_lens
+
     def choose(
-        self, rows: StepRows, slots: tuple[int, ...], x: Tensor, residual: Tensor, seq_lens: Tensor, masks: Masks
+        self, rows: StepRows, slots: tuple[int, ...], results: Logits, masks: Masks
     ) -> tuple[Tensor, list[Report]]:
-        """Sample the rows ``rows.sampled``, of ``slots``, and end the step. x, residual: (N, H); seq_lens: (R,)."""
-        tokens: Tensor = rows.sampled
-        reports: list[Report] = []
-        if slots:
-            logits = self.model.logits(x, residual)
-            slot_ids, positions = rows.slots, seq_lens
-            if len(rows.sampled) < len(rows.slots):
-                slot_ids, positions = slot_ids[rows.sampled], positions[rows.sampled]
-            tokens, reports = self.sampler.sample(logits, slots, slot_ids, positions, self.table.token_ids, masks)
-        self.advance(rows, seq_lens, tokens)
+        """Sample the first of the rows that sample, which are of ``slots``, and end the step. Others are padding."""
+        rows, seq_lens = rows.first(len(slots)), results[3]
+        logits, slot_ids, positions = (part[: len(slots)] for part in results[:3])
+        tokens, reports = self.sampler.sample(logits, slots, slot_ids, positions, self.table.token_ids, masks)
+        self.advance(rows, seq_lens[: len(rows.slots)], tokens)
         return tokens, reports
 
     def advance(self, rows: StepRows, seq_lens: Tensor, tokens: Tensor) -> None:

@@ -25,6 +25,7 @@ class StepRows:
     sampled: Tensor  # (N,) int64: the rows that sample
     prefill_pages: tuple[int, ...] | None = None  # of each row after the decodes; None: num_pages each, or less
     width: int = 1  # see ``StepPlan``
+    max_queries: int | None = None  # see ``AttentionMeta``
 
     @classmethod
     def of(
@@ -59,7 +60,9 @@ class StepRows:
         )
 
     def first(self, count: int) -> StepRows:
-        """The first ``count`` of rows that all decode, whole runs."""
+        """Without the rows that sample but the first ``count``, whole runs; where there are prompts, all rows stay."""
+        if len(self.slots) > self.num_decodes:
+            return replace(self, sampled=self.sampled[:count])
         return replace(
             self, num_decodes=count, num_tokens=count, slots=self.slots[:count], sampled=self.sampled[:count]
         )

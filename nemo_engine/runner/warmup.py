@@ -51,10 +51,7 @@ def _run_padding(step: StepCompute, counts: list[int], width: int = 1) -> None:
     words = to_device(packed, table.device)
     num_pages = table.page_table.shape[1] if max(counts) > 1 else 1
     rows = StepRows.of(words, len(counts), decodes, sum(counts), max(counts), num_pages, width=width)
-    x, residual, seq_lens = step.forward(rows)
-    last = rows.starts[1:][rows.sampled] - 1
-    logits = step.model.logits(x[last], residual[last])
-    slot_ids, positions = rows.slots[rows.sampled], seq_lens[rows.sampled]
+    logits, slot_ids, positions, seq_lens = step.logits(rows, *step.forward(rows))
     sampler.sample_any(logits.float(), slot_ids, positions)  # as edited logits are
     tokens = sampler.sample_any(logits, slot_ids, positions)
     step.ops.top_logprobs(logits, tokens, 1)

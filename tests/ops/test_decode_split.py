@@ -98,6 +98,11 @@ def test_triton_cuts_as_the_rule_says() -> None:
             unit for unit, held in enumerate(split) for row, begin, end in held if begin == 0 and end < lengths[row]
         ]
         assert words[2 * units + 2 :][:cut_rows] == begun
+        if lengths[-1]:  # empty rows behind them are as if they were not there
+            padded = kernels.plan_decode(torch.tensor([*lengths, 0, 0, 0]), units, True).tolist()
+            assert padded[:4] == [share, empty, used, cut_rows]
+            assert padded[4:][: 2 * len(expected)] == words[: 2 * len(expected)]
+            assert padded[6 + 2 * units :][:cut_rows] == begun
 
 
 def test_cuda_cuts_as_the_rule_says(emulated_library: Any) -> None:

@@ -4,6 +4,7 @@ GPU.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.memory_plan import graph_sizes
 from nemo_engine.ops import ALL_OPS, Ops, Site
 from nemo_engine.ops.quantize import FP8
-from nemo_engine.runner.graphs import cuda_capture
+from nemo_engine.runner.graphs import Captured, StepGraph, cuda_capture
+from nemo_engine.runner.mixed_graphs import MixedShape
 from nemo_engine.runner.runner import Runner
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import TOKEN_NOT_TAKEN, PrefillRow, SlotFill, StepPlan, StepResult
@@ -129,6 +131,26 @@ def play(runner: Runner, steps: int = 20) -> list[StepResult]:
     return results + [handle.result() for handle in handles]
 
 
+def count_replays(runner: Runner) -> dict[int, int]:
+    """How often a step with prompts was a graph of each size, from now on."""
+    replays: dict[int, int] = {}
+
+    def counted(shape: MixedShape, graph: StepGraph) -> tuple[MixedShape, StepGraph]:
+        replays[shape.num_tokens] = 0
+
+        def count(captured: Captured[Any]) -> Captured[Any]:
+            def replay() -> None:
+                replays[shape.num_tokens] += 1
+                captured.replay()
+
+            return Captured(captured.outputs, replay)
+
+        return shape, dataclasses.replace(graph, whole=count(graph.whole), forward=count(graph.forward))
+
+    runner._mixed_graphs = tuple([counted(*pair) for pair in runner._mixed_graphs])
+    return replays
+
+
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("small_gpu")
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["fp32", "fp8"])
@@ -139,8 +161,10 @@ def test_emulated_graphs_equal_eager_steps(is_fp8: bool, tmp_path: Path) -> None
     steps = 6 if is_fp8 else 20
     eager = play(make_runner(tmp_path, device, torch.float32, is_fp8=is_fp8), steps)
     runner = make_runner(tmp_path, device, torch.float32, is_fp8=is_fp8)
-    runner.capture((1, 2, 4, 7), emulated_capture)
+    runner.capture((1, 2, 4, 7), emulated_capture, mixed_sizes=(16, 40))
+    replays = count_replays(runner)
     graphed = play(runner, steps)
+    assert [*replays.values()] == ([2, 0] if is_fp8 else [4, 2]), replays
     assert len({tuple(result.token_ids) for result in eager}) > steps // 2
     assert [result.token_ids for result in graphed] == [result.token_ids for result in eager]
     for one, other in zip(graphed, eager, strict=True):

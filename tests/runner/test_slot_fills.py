@@ -60,7 +60,7 @@ def test_a_step_has_one_upload_whatever_enters(count: int) -> None:
     fills = make(META)[2]
     fills.prepare([make_fill(slot, 7 * slot, slot % 4) for slot in range(1, count + 1)])
     with Crossings() as crossings:
-        words = fills.enter_with(range(33))
+        words = fills.upload(range(33))
     assert words.shape == (33,) and words.is_meta
     # The states of all together, and tokens and pages of each; where a request has penalties, its history too.
     penalised = sum(slot % 4 == 2 for slot in range(1, count + 1))
@@ -75,7 +75,7 @@ def test_slots_hold_what_entered_and_others_what_they_held() -> None:
     params = sampler._slots
     before = {field.name: getattr(params, field.name).clone() for field in dataclasses.fields(params)}
     fills.prepare(entering)
-    assert fills.enter_with([5, -6, 1 << 62]).tolist() == [5, -6, 1 << 62] and not fills
+    assert fills.upload([5, -6, 1 << 62]).tolist() == [5, -6, 1 << 62]
     for fill in entering:
         slot, length, want = fill.slot, len(fill.token_ids), fill.params
         assert table.token_ids[slot].tolist() == [*fill.token_ids, *[-7] * (40 - length)]
@@ -103,5 +103,5 @@ def test_fills_of_a_step_that_failed_are_forgotten() -> None:
     with pytest.raises(ValueError, match="pages must be from 1 to 9"):
         fills.prepare([make_fill(1, 5, 2), dataclasses.replace(make_fill(2, 5, 0), pages=(99,))])
     fills.prepare([make_fill(3, 4, 0)])
-    fills.enter_with([])
+    fills.upload([])
     assert table.num_computed.tolist() == [0, 0, 0, 3, 0, 0, 0]

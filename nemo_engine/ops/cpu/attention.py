@@ -59,7 +59,7 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
 def prefill_(out: Tensor, rows: Iterable[int], q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> None:
     """Write the attention of ``rows`` into ``out``, each by SDPA and without factors. out, q: (T, Hq, D)."""
     starts, lens = meta.query_start_loc.tolist(), meta.seq_lens.tolist()
-    for row in rows:
+    for row in [row for row in rows if starts[row] < starts[row + 1]]:  # SDPA dies of no queries
         k, v = (gather_row(cache, meta.pages[row], lens[row]).to(q.dtype) for cache in kv.caches)
         queries = slice(starts[row], starts[row + 1])
         out[queries] = _prefill(q[queries], k, v, scale)

@@ -95,7 +95,8 @@ def _launch(
     """
     first, end = rows
     table, table_stride, slot_ids = pages
-    queries = min(q.shape[0] - meta.num_decodes, (end - first) * meta.longest)
+    queries = q.shape[0] - meta.num_decodes if meta.max_queries is None else meta.max_queries
+    queries = min(queries, (end - first) * meta.longest)
     library().prefill_attention(
         out.data_ptr(), q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale),
         table.data_ptr(), slot_ids.data_ptr(), meta.query_start_loc[first:].data_ptr(),

@@ -26,7 +26,7 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
         query_lens, run = meta.seq_lens[:decodes], meta.run_length
         lens = meta.once("run lengths", lambda: query_lens.view(-1, run).amax(1)) if run > 1 else query_lens
         units = kernels.num_decode_units(kv.num_heads, q.device)
-        plan = meta.once("decode plan", lambda: kernels.plan_decode(lens, units))
+        plan = meta.once("decode plan", lambda: kernels.plan_decode(lens, units, meta.max_queries is not None))
         kernels.decode(
             out[:decodes], q[:decodes], kv.k, kv.v, meta.page_table, meta.slot_ids[:decodes], lens, plan, scale,
             kv.k_scale, kv.v_scale, query_lens if run > 1 else None,
@@ -34,6 +34,6 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
     if decodes < meta.seq_lens.shape[0]:
         kernels.prefill(
             out, q, kv.k, kv.v, meta.page_table, meta.slot_ids, meta.query_start_loc, meta.seq_lens, scale, decodes,
-            q.shape[0] - decodes, kv.k_scale, kv.v_scale,
+            q.shape[0] - decodes if meta.max_queries is None else meta.max_queries, kv.k_scale, kv.v_scale,
         )  # fmt: skip
     return out
