@@ -205,8 +205,8 @@ MISTAKES = {
     ),
     "tokens asked for before the kernel before has ended": Mistake(
         "linear/small.cuh",
-        "        wait_for_previous_kernel();\n        for (int i = 0; i < first; i++) {\n            load_tokens",
-        "        if (!MISTAKEN) wait_for_previous_kernel();\n        for (int i = 0; i < first; i++) {\n            load_tokens",
+        "        wait_for_previous_kernel();\n        if (p.shared.x",
+        "        if (!MISTAKEN) wait_for_previous_kernel();\n        if (p.shared.x",
         "linear",
         "17x320x130",
         "before wait_for_previous_kernel",
