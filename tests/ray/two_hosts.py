@@ -27,7 +27,7 @@ ENGINE = {"device": "cpu", "dtype": "float32", "num_kv_pages": 400, "max_num_seq
 SETTINGS = {
     "RAY_AUTH_MODE": "disabled",  # whatever token this machine's user has for other clusters
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",  # else the head's proxy sends nothing to the worker
-    "RAY_raylet_start_wait_time_s": "180",  # of a slow machine
+    "RAY_raylet_start_wait_time_s": "60",  # before it is started again
     "RAY_worker_niceness": "0",
 }
 PORTS = [
@@ -258,7 +258,7 @@ def main() -> None:
     streams = Streams(1)  # few: both hosts share this machine's cores, and one of them starts
     began = time.monotonic()
     tell("bring")
-    streams.until(lambda: num_running() == 2, 400)  # its start may fail once: see start_node
+    streams.until(lambda: num_running() == 2, 900)  # its start may fail once: see start_node
     tell("note", healed_after_s=time.monotonic() - began)
     after = len(streams.ends) + at_once
     streams.until(lambda: len(streams.ends) >= after, 120)
