@@ -18,7 +18,7 @@ BUDGETS = {
     "batch": 950,  # files that survive a kill, a full disk and gigabytes
     "checkpoint": 2850,  # every way in which NeMo is published, and a refusal that says what to do for the rest
     "cli": 2425,  # every option has a flag, a help of one line, completion and a place in a file
-    "engine": 2330,  # both engines, steps in a thread or in an event loop, and what an exception anywhere must not break
+    "engine": 2345,  # both engines, steps in a thread or in an event loop, and what an exception anywhere must not break
     "model": 520,
     "ops": 4060,  # 26 operations, adapters of three kinds of kernels and of two FlashAttentions, packed products of a CPU
     "planner": 1250,  # 13 GPUs with sources, 74 published results that it is held against, and what drafts gain by width

@@ -75,8 +75,6 @@ class Request:
     num_cached_tokens: int = field(init=False, default=0)  # that the first admission found in the prefix cache
     cache_report: CacheReport | None = field(init=False, default=None)
     num_preemptions: int = field(init=False, default=0)
-
-    # While it runs:
     mask_error: str | None = field(init=False, default=None)  # why its grammar gave no mask for the step in flight
     is_sound: bool = field(init=False, default=False)  # a token came out of its pages, so what they hold is good
 
