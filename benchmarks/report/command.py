@@ -23,7 +23,16 @@ from nemo_engine.benchmarks.report.tables import Table, anything
 BEGIN = "<!-- measured: begin; made by `nemo-engine bench report --section docs/results.md` from benchmarks/results -->"
 END = "<!-- measured: end -->"
 # What the section shows, in this order: the first table of each, of the newest commit on each machine.
-SECTION_SHOWS = ("throughput", "serve", "outside_clients", "scheduler", "startup", "structured", "validate_simulator")
+SECTION_SHOWS = (
+    "throughput",
+    "serve",
+    "outside_clients",
+    "scheduler",
+    "startup",
+    "structured",
+    "speculation",
+    "validate_simulator",
+)
 
 
 TABLES: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
@@ -36,6 +45,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "ops": tables_parts.ops,
     "scheduler": tables_parts.scheduler,
     "structured": tables_parts.structured,
+    "speculation": tables_parts.speculation,
     "validate_simulator": tables_parts.validate_simulator,
 }
 

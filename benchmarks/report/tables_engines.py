@@ -36,10 +36,12 @@ def throughput(records: Sequence[Record]) -> list[Table]:
     names |= {str(record["engine"]): engine_name(record) for record in records if record.get("versions")}
     rows, details = [], []
     notes: dict[str, list[str]] = {}
+    several = len({model_name(record) for record in records}) > 1
     for run in runs:
         by_engine = {str(record["engine"]): record for record in run}
         ours = by_engine.get(OURS)
-        rows.append((workload_name(run[0]), *(_throughput_cell(by_engine.get(name), ours) for name in engines)))
+        first = f"{model_name(run[0])}: {workload_name(run[0])}" if several else workload_name(run[0])
+        rows.append((first, *(_throughput_cell(by_engine.get(name), ours) for name in engines)))
         details += [_throughput_row(by_engine[name], ours) for name in engines if name in by_engine]
         for record in run:
             if record["status"] != "ok":

@@ -5,9 +5,10 @@ Ratios are made within one run only.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
-from nemo_engine.benchmarks.report.results import Record, blaming, ratio
+from nemo_engine.benchmarks.report.results import Ratio, Record, blaming, ratio
 from nemo_engine.benchmarks.report.tables import (
     OURS,
     Table,
@@ -37,6 +38,30 @@ def structured(records: Sequence[Record]) -> list[Table]:
         rows = rows_of(applied, lambda record: (str(record["rows"]), number(record["apply_us"])))
         tables.append(Table("Masks applied to logits by the CPU", ("rows", "median us"), rows))
     return tables
+
+
+def speculation(records: Sequence[Record]) -> list[Table]:
+    """What drafts gain by text and number of streams, in each engine that ran."""
+    engines = list(dict.fromkeys(engine for record in records for engine in record["versions"]))
+
+    def row(record: Record) -> tuple[str, ...]:
+        cells: list[str] = []
+        for engine in engines:
+            if engine not in record["versions"]:
+                cells += ["not measured"] * 2
+                continue
+            without, drafting = (record["tokens_per_second"][name] for name in (engine, f"{engine} drafting"))
+            gain = Ratio.paired(drafting, without)
+            cells += [number(statistics.median(without)), with_times(number(statistics.median(drafting)), gain)]
+        return (str(record["text"]), str(record["streams"]), number(record["tokens_per_step"]), *cells)
+
+    names = [f"{engine}, {how}" for engine in engines for how in ("without", "with drafts")]
+    title = (
+        f"Drafts looked up in a request's own text, {', '.join(dict.fromkeys(map(model_name, records)))}: output "
+        "tokens/s, median of the rounds; in brackets, what the same engine gains by them"
+    )
+    columns = ("text", "streams", f"{OURS}: tokens of a row in a step", *names)
+    return [Table(title, columns, rows_of(records, row))]
 
 
 def validate_simulator(records: Sequence[Record]) -> list[Table]:

@@ -32,8 +32,8 @@ class Cores:
     late by that program's turn, a hundred times what its share of a small operation takes; on a quiet machine all cores
     are faster for most steps. No file of the system tells which of the two holds here (a container sees neither its
     neighbours nor the host), but the steps' own times do. So steps of a kind, which are those of like numbers of tokens
-    and pages, begin with what ``is_small`` says; now and then one of them tries the other number, as often as trials
-    cost 2 % of the time at most.
+    and pages, begin with what ``is_small`` says, or with all cores where smaller ones take all by now; now and then one
+    of them tries the other number, as often as trials cost 2 % of the time at most.
 
     weight_bytes, page_bytes: of all layers. adapts_below: steps of as many tokens or more keep to what ``is_small``
     says, since their bits depend on the number of threads, as those of MKL's fp32 products do, and a clock must not
@@ -67,7 +67,7 @@ class Cores:
         key = num_tokens.bit_length(), num_pages.bit_length()
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = _Kind(takes_all=not self.is_small(num_tokens, num_pages))
+            kind = self._kinds[key] = _Kind(takes_all=self._begins_with_all(num_tokens, num_pages, *key))
         adapts = max_threads > 1 and num_tokens < self._adapts_below
         is_trial = adapts and kind.may_try(self._credit)
         takes_all = max_threads > 1 and kind.takes_all is not is_trial
@@ -86,6 +86,14 @@ class Cores:
             if is_trial:
                 self._credit -= max(0.0, seconds - kind.seconds(kind.takes_all))
             kind.note(takes_all, is_trial, seconds)
+
+    def _begins_with_all(self, num_tokens: int, num_pages: int, tokens_bits: int, pages_bits: int) -> bool:
+        if not self.is_small(num_tokens, num_pages):
+            return True
+        if num_tokens >= self._adapts_below:
+            return False
+        known = self._kinds.items()
+        return any([kind.takes_all for (tokens, pages), kind in known if tokens <= tokens_bits and pages <= pages_bits])
 
     def is_small(self, num_tokens: int, num_pages: int) -> bool:
         """Whether one core does such a step in some two milliseconds, so that others gain little."""

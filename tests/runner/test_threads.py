@@ -103,6 +103,15 @@ def test_kinds_of_steps_are_told_apart(machine: Machine) -> None:
 
 
 @needs_kernels
+def test_a_larger_kind_begins_with_what_a_smaller_one_has_learned(machine: Machine) -> None:
+    machine.run(200, 5e-3, 1e-3, num_tokens=2)
+    machine.taken.clear()
+    machine.run(1, 5e-3, 1e-3, num_tokens=8)
+    machine.run(1, 5e-3, 1e-3, num_tokens=1)
+    assert machine.taken == [4, 1], "eight tokens are more than two, one is less"
+
+
+@needs_kernels
 def test_a_step_that_fails_leaves_the_threads_as_they_were(machine: Machine) -> None:
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt), machine.cores.step(1, 1):
