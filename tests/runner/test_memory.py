@@ -90,7 +90,9 @@ def test_what_does_not_fit_is_refused_with_the_plan_and_what_would(free: int, op
     fitting, seqs = int(found["max_model_len"]), int(found["max_num_seqs"])
 
     def fits(length: int) -> bool:
-        smaller = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=max(seqs, min(EngineConfig().tokens_per_step, length)))
+        smaller = EngineConfig(
+            max_num_seqs=seqs, max_num_batched_tokens=max(seqs, min(EngineConfig().tokens_per_step, length))
+        )
         return plan_memory(NEMO, smaller, length, 2, free * GIB, -(-length // 64)).total <= free * GIB
 
     assert fits(fitting) and (fitting == 131072 or not fits(fitting + 1))
