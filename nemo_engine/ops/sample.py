@@ -45,11 +45,8 @@ class SlotParams:
         words = torch.zeros(8, num_slots + 1, dtype=torch.int64, device=device) if words is None else words
         shape = (num_slots + 1, vocab_size)
         rows = [row if index in _INTEGERS else row.view(torch.float64) for index, row in enumerate(words)]
-        params = cls(
-            *rows,
-            output_counts=torch.empty(shape, dtype=torch.int32, device=device),  # on the CPU, taken as it is written
-            prompt_mask=torch.empty(shape, dtype=torch.bool, device=device),
-        )
+        counts = torch.empty(shape, dtype=torch.int32, device=device)  # on the CPU, taken as it is written
+        params = cls(*rows, counts, torch.empty(shape, dtype=torch.bool, device=device))
         params.top_k.fill_(vocab_size)
         params.top_p.fill_(1.0)
         params.repetition.fill_(1.0)

@@ -44,7 +44,7 @@ def kernels() -> list[JITFunction]:
     return sorted(found, key=lambda kernel: (kernel.__module__, kernel.__name__))
 
 
-class _Launched(JITFunction):
+class _Launched(JITFunction):  # type: ignore[misc]
     """A kernel with a launcher: what ``kernel[grid]`` returns costs less to call than Triton's."""
 
     def __getitem__(self, grid: Any) -> Any:
