@@ -46,7 +46,8 @@ class SlotParams:
         shape = (num_slots + 1, vocab_size)
         rows = [row if index in _INTEGERS else row.view(torch.float64) for index, row in enumerate(words)]
         counts = torch.empty(shape, dtype=torch.int32, device=device)  # on the CPU, taken as it is written
-        params = cls(*rows, counts, torch.empty(shape, dtype=torch.bool, device=device))
+        mask = torch.empty(shape, dtype=torch.bool, device=device)
+        params = cls(*rows, counts, mask)  # type: ignore[call-arg]
         params.top_k.fill_(vocab_size)
         params.top_p.fill_(1.0)
         params.repetition.fill_(1.0)
