@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -21,8 +22,11 @@ elsewhere = HOPPER  # what tensors that are on no GPU are treated as; changed wh
 
 def facts(device: torch.device) -> Facts:
     """The facts of ``device`` if it is a GPU, else ``elsewhere``."""
-    if device.type != "cuda":
-        return elsewhere
+    return _facts_of(device) if device.type == "cuda" else elsewhere
+
+
+@cache
+def _facts_of(device: torch.device) -> Facts:
     properties = torch.cuda.get_device_properties(device)
     return Facts(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 

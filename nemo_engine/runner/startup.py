@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -77,6 +78,8 @@ def start_device_half(
     ops = Ops.select(site, config.prefer or {})
     if device.type == "cuda":
         use_wide_reductions()
+        if any(choice.chosen == "triton" for choice in ops.choices):
+            importlib.import_module("nemo_engine.ops.triton.launch").install()
         if not config.enforce_eager:
             check_capturable(ops)
     with startup_log.stage("check tensors"):

@@ -218,8 +218,10 @@ def test_wide_steps_as_emulated_graphs_equal_eager_and_narrow_ones(tmp_path: Pat
     narrow = play_wide(make_runner(tmp_path, device, torch.float32, vocab_size=5), [1] * 8)[1]
     eager, tokens = play_wide(make_runner(tmp_path, device, torch.float32, vocab_size=5), widths)
     runner = make_runner(tmp_path, device, torch.float32, vocab_size=5)
-    runner.capture((5,), emulated_capture, WIDE)
+    runner.capture((5,), emulated_capture, WIDE, (112,))
+    replays = count_replays(runner)
     graphed, again = play_wide(runner, widths)
+    assert replays == {112: 1}, "the first prompts are a graph, wide steps with one are not"
     assert [result.token_ids for result in graphed] == [result.token_ids for result in eager] and again == tokens
     assert all(one[: len(tokens[slot])] == tokens[slot][: len(one)] for slot, one in narrow.items())
     num_narrow = 4 * (1 + len(widths)) + 1 + len(widths) - 3
