@@ -19,7 +19,7 @@ BUDGETS = {
     "checkpoint": 2850,  # every way in which NeMo is published, and a refusal that says what to do for the rest
     "cli": 2420,  # every option has a flag, a help of one line, completion and a place in a file
     "engine": 2300,  # both engines, and what an exception anywhere must not break
-    "model": 520,
+    "model": 540,  # a kind of layer is told what follows it: the activation, and the second layer of an MLP
     "ops": 4060,  # 26 operations, adapters of three kinds of kernels and of two FlashAttentions, packed products of a CPU
     "planner": 1200,  # 13 GPUs with sources, and 74 published results that it is held against
     "ray": 180,

@@ -118,6 +118,30 @@ def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor
     return _made(_Input.QUANTIZE, x, w8, w_scales, x_scale)
 
 
+def mlp_fp8(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    gate_up8: Tensor,
+    gate_up_scales: Tensor,
+    down8: Tensor,
+    down_scales: Tensor,
+    gate_up_x_scale: Tensor | None = None,
+    down_x_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``nemo_engine.ops.fused.mlp_fp8``: of more than 64 rows the first product stores the activation, where weights
+    have no blocks.
+    """
+    gate_up = gate_up8, gate_up_scales, gate_up_x_scale
+    if x.shape[0] <= SMALL_ROWS or gate_up8.shape[0] % 16 or has_blocks(gate_up8, gate_up_scales):
+        product, total = norm_linear_fp8(x, residual, norm_weight, eps, *gate_up)
+        return silu_mul_linear_fp8(product, down8, down_scales, down_x_scale), total
+    x8, x_scales, total = rms_norm_fp8(x, norm_weight, eps, residual, gate_up_x_scale)
+    activated = _large(x8, x_scales, gate_up8, gate_up_scales, is_gated=True)
+    return quantize_linear_fp8(activated, down8, down_scales, down_x_scale), total
+
+
 def _is_small(x: Tensor) -> bool:
     return 0 < x.shape[0] <= SMALL_ROWS
 
@@ -194,15 +218,16 @@ def _small(
     )  # fmt: skip
 
 
-def _large(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor) -> Tensor:
+def _large(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, is_gated: bool = False) -> Tensor:
     (rows, width), outputs = x8.shape, w8.shape[0]
     _check(x8, w8, torch.float8_e4m3fn)
     assert x8.stride(1) == w8.stride(1) == 1, (x8.stride(), w8.stride())
     is_block = _check_scales(rows, w8, w_scales, x_scales)
-    y = torch.empty(rows, outputs, dtype=torch.bfloat16, device=x8.device)
+    y = torch.empty(rows, outputs // 2 if is_gated else outputs, dtype=torch.bfloat16, device=x8.device)
     library().gemm_fp8(
         y.data_ptr(), x8.data_ptr(), row_stride(x8), x_scales.data_ptr(), row_stride(x_scales), w8.data_ptr(),
-        row_stride(w8), w_scales.data_ptr(), _scale_stride(w_scales), is_block, rows, outputs, width, stream_of(x8),
+        row_stride(w8), w_scales.data_ptr(), _scale_stride(w_scales), is_block, is_gated, rows, outputs, width,
+        stream_of(x8),
     )  # fmt: skip
     return y
 
