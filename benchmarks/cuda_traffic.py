@@ -157,10 +157,10 @@ def mlp_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
         return
     hidden, inner = NEMO.hidden_size, NEMO.intermediate_size
     x, gate_up, down = empty(rows, hidden), empty(2 * inner, hidden, dtype=FP8), empty(hidden, inner, dtype=FP8)
-    scales = numbers(2 * inner, 1), numbers(hidden, 1)
+    weights = [(weight, numbers(len(weight), 1), None) for weight in (gate_up, down)]
 
     def run() -> Any:
-        return ops.mlp_fp8(x, x, empty(hidden), 1e-5, gate_up, scales[0], down, scales[1])
+        return ops.mlp_fp8(x, x, empty(hidden), 1e-5, *weights)
 
     def moved(launch: Launch) -> Moved:
         if launch["name"] == "rms_norm_fp8":

@@ -31,7 +31,7 @@ BUDGETS = {
     "verify": 500,
     "workload": 750,
 }
-MEAN_FILE = 154  # lines; a kind of input more of the CUDA linear layers, and the MLP as an operation, were 120 of 37,000
+MEAN_FILE = 154  # lines
 
 READ_FIRST = (
     "nemo_engine/step.py",

@@ -50,14 +50,9 @@ class Linear(ABC):
         """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
 
     def mlp(
-        self,
-        down: Linear,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        norm_weight: torch.Tensor,
-        eps: float,
+        self, down: Linear, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float,
         ops: Ops,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """``down`` of the activation of this, which is gate and up, ``after_norm``; and the sum: (T, H) twice -> (T, H)
         twice.
         """
@@ -138,19 +133,12 @@ class Fp8Linear(Linear):
         return product
 
     def mlp(
-        self,
-        down: Linear,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        norm_weight: torch.Tensor,
-        eps: float,
+        self, down: Linear, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float,
         ops: Ops,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """See ``Linear``."""
         if not isinstance(down, Fp8Linear):
             return Linear.mlp(self, down, x, residual, norm_weight, eps, ops)
-        y, total = ops.mlp_fp8(
-            x, residual, norm_weight, eps, self.weight, self.scales, down.weight, down.scales, self.input_scale,
-            down.input_scale,
-        )  # fmt: skip
+        weights = ((one.weight, one.scales, one.input_scale) for one in (self, down))
+        y, total = ops.mlp_fp8(x, residual, norm_weight, eps, *weights)
         return y, total

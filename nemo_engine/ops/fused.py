@@ -32,6 +32,9 @@ _DEFINITIONS = SimpleNamespace(
 )  # fmt: skip
 
 
+Fp8Weights = tuple[Tensor, Tensor, Tensor | None]  # FP8 numbers, their scales, the static scale of the input
+
+
 def has_blocks(w8: Tensor, w_scales: Tensor) -> bool:
     """Whether a weight has scales of blocks, and more than one: with one, it is the same as a scale per tensor."""
     return w_scales.numel() > 1 and w_scales.shape != (w8.shape[0], 1)
@@ -96,24 +99,15 @@ def quantize_linear_fp8(ops: Any, x: Tensor, w8: Tensor, w_scales: Tensor, x_sca
 
 
 def mlp_fp8(
-    ops: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    gate_up8: Tensor,
-    gate_up_scales: Tensor,
-    down8: Tensor,
-    down_scales: Tensor,
-    gate_up_x_scale: Tensor | None = None,
-    down_x_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``silu_mul_linear_fp8`` of ``norm_linear_fp8``. x, residual: (T, H); gate_up8: (2 I, H); down8: (H, I).
+    ops: Any, x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, gate_up_weights: Fp8Weights,
+    down_weights: Fp8Weights,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``silu_mul_linear_fp8`` of ``norm_linear_fp8``. x, residual: (T, H); weights: (2 I, H) and (H, I).
 
     Returns ((T, H), (T, H) x + residual).
     """
-    gate_up, total = ops.norm_linear_fp8(x, residual, norm_weight, eps, gate_up8, gate_up_scales, gate_up_x_scale)
-    return ops.silu_mul_linear_fp8(gate_up, down8, down_scales, down_x_scale), total
+    gate_up, total = ops.norm_linear_fp8(x, residual, norm_weight, eps, *gate_up_weights)
+    return ops.silu_mul_linear_fp8(gate_up, *down_weights), total
 
 
 _SHAPES = (
@@ -148,9 +142,8 @@ def _mlp_cases() -> Iterator[Case]:
     for rows, hidden, inner in ((0, 48, 64), (3, 64, 32), (65, 144, 208), (130, 272, 400), (257, 80, 112)):
 
         def make(dtype: torch.dtype, rows: int = rows, hidden: int = hidden, inner: int = inner) -> tuple[Any, ...]:
-            x, residual, norm_weight, eps, *gate_up = _make(dtype, rows, 2 * inner, hidden, "norm fp8")
-            _, *down = _make(dtype, 1, hidden, inner, "silu fp8")
-            return x, residual, norm_weight, eps, *gate_up[:2], *down[:2], gate_up[2], down[2]
+            *inputs, w8, w_scales, x_scale = _make(dtype, rows, 2 * inner, hidden, "norm fp8")
+            return *inputs, (w8, w_scales, x_scale), _make(dtype, 1, hidden, inner, "silu fp8")[1:]
 
         yield Case(f"{rows}x{hidden}x{inner}", make)
 
@@ -171,7 +164,7 @@ def _silu_cost(gate_up: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
 
 
 def _mlp_cost(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[int, int]:
-    first, second = _norm_cost(x, residual, *rest[:3]), _cost(x.shape[0], rest[4], 1)
+    first, second = _norm_cost(x, residual, *rest[:2], rest[2][0]), _cost(x.shape[0], rest[3][0], 1)
     return first[0] + second[0], first[1] + second[1]
 
 

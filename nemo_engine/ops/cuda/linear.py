@@ -119,27 +119,18 @@ def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor
 
 
 def mlp_fp8(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    gate_up8: Tensor,
-    gate_up_scales: Tensor,
-    down8: Tensor,
-    down_scales: Tensor,
-    gate_up_x_scale: Tensor | None = None,
-    down_x_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, gate_up_weights: fused.Fp8Weights,
+    down_weights: fused.Fp8Weights,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``nemo_engine.ops.fused.mlp_fp8``: of more than 64 rows the first product stores the activation, where weights
     have no blocks.
     """
-    gate_up = gate_up8, gate_up_scales, gate_up_x_scale
-    if x.shape[0] <= SMALL_ROWS or gate_up8.shape[0] % 16 or has_blocks(gate_up8, gate_up_scales):
-        product, total = norm_linear_fp8(x, residual, norm_weight, eps, *gate_up)
-        return silu_mul_linear_fp8(product, down8, down_scales, down_x_scale), total
-    x8, x_scales, total = rms_norm_fp8(x, norm_weight, eps, residual, gate_up_x_scale)
-    activated = _large(x8, x_scales, gate_up8, gate_up_scales, is_gated=True)
-    return quantize_linear_fp8(activated, down8, down_scales, down_x_scale), total
+    w8, w_scales, x_scale = gate_up_weights
+    if x.shape[0] <= SMALL_ROWS or w8.shape[0] % 16 or has_blocks(w8, w_scales):
+        gate_up, total = norm_linear_fp8(x, residual, norm_weight, eps, *gate_up_weights)
+        return silu_mul_linear_fp8(gate_up, *down_weights), total
+    x8, x_scales, total = rms_norm_fp8(x, norm_weight, eps, residual, x_scale)
+    return quantize_linear_fp8(_large(x8, x_scales, w8, w_scales, is_gated=True), *down_weights), total
 
 
 def _is_small(x: Tensor) -> bool:
