@@ -94,6 +94,8 @@ def run_rows(ops: Ops, model: ModelConfig, rows: int) -> None:
         blocks = -(-width // 128)
         ops.linear_fp8(x8, numbers(rows, blocks), w8, numbers(-(-out // 128), blocks))
     if rows > 64:
+        both = empty(2 * inner, hidden, dtype=FP8), empty(hidden, inner, dtype=FP8)
+        ops.mlp_fp8(x, residual, norm, 1e-5, *((w8, numbers(len(w8), 1), None) for w8 in both))
         return
     ops.linear(x, empty(model.vocab_size, hidden))
     for out in (qkv, 2 * inner):

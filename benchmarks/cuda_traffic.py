@@ -67,12 +67,15 @@ def small_linear(launch: Launch, rows: int, outputs: int, width: int) -> Moved:
 
 
 def gemm(launch: Launch, rows: int, outputs: int, width: int) -> Moved:
-    """Every tile reads its rows of x and of w; the tiles of a cluster lie beside one another and share x."""
-    x_map, w_map, _ = launch["maps"]
+    """Every tile reads its rows of x and of w; the tiles of a cluster lie beside one another and share x.
+
+    A tile with the activation behind it, whose box of w has a third dimension, stores half of its outputs.
+    """
+    x_map, w_map, y_map = launch["maps"]
     row_tiles = ceil_div(rows, x_map["box"][1] * launch["cluster"])
-    column_tiles = ceil_div(outputs, w_map["box"][1])
+    column_tiles = ceil_div(w_map["sizes"][1], w_map["box"][1])
     read = (row_tiles * outputs + ceil_div(column_tiles, launch["cluster"]) * rows) * width
-    return Moved(read, rows * outputs * 2, row_tiles * column_tiles)
+    return Moved(read, rows * y_map["sizes"][0] * 2, row_tiles * column_tiles)
 
 
 def norm(launch: Launch, rows: int, width: int, size: int) -> Moved:
@@ -148,6 +151,27 @@ def linear_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
         yield Use(f"linear{'_fp8' if is_fp8 else ''} {name}", run, moved, ideal, (rows, outputs, width), w.nbytes)
 
 
+def mlp_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
+    """Of more rows than the small linear layers take: norm, gate_up with its activation, quantisation, down."""
+    if not is_fp8 or rows <= 64:
+        return
+    hidden, inner = NEMO.hidden_size, NEMO.intermediate_size
+    x, gate_up, down = empty(rows, hidden), empty(2 * inner, hidden, dtype=FP8), empty(hidden, inner, dtype=FP8)
+    weights = [(weight, numbers(len(weight), 1), None) for weight in (gate_up, down)]
+
+    def run() -> Any:
+        return ops.mlp_fp8(x, x, empty(hidden), 1e-5, *weights)
+
+    def moved(launch: Launch) -> Moved:
+        if launch["name"] == "rms_norm_fp8":
+            return norm(launch, rows, hidden, 1)
+        if launch["name"] == "quantize_tokens":
+            return elementwise(launch, rows, inner, inner, 1)
+        return gemm(launch, rows, *(gate_up.shape if len(launch["maps"][1]["box"]) == 3 else down.shape))
+
+    yield Use("mlp_fp8", run, moved, gate_up.nbytes + down.nbytes + rows * hidden * 8)
+
+
 def row_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
     hidden, inner, size = NEMO.hidden_size, NEMO.intermediate_size, 1 if is_fp8 else 2
     x, weight, gate_up, heads = empty(rows, hidden), empty(hidden), empty(rows, 2 * inner), empty(rows, NEMO.q_size)
@@ -210,8 +234,7 @@ def layer(ops: Ops, rows: int, is_fp8: bool) -> None:
     for use in attention_uses(ops, rows, is_fp8):
         use.run()
     projection(hidden, NEMO.q_size)(empty(rows, NEMO.q_size), ops)
-    projection(2 * inner, hidden).after_norm(x, x, weight, 1e-5, ops)
-    projection(hidden, inner).after_silu_mul(empty(rows, 2 * inner), ops)
+    projection(2 * inner, hidden).mlp(projection(hidden, inner), x, x, weight, 1e-5, ops)
 
 
 # ---- the report
@@ -273,7 +296,7 @@ def lines() -> tuple[list[Line], dict[tuple[bool, int], int]]:
             kv_dtype = FP8 if is_fp8 else torch.bfloat16
             ops = Ops.select(Site.of(NEMO, PAGE_SIZE, torch.bfloat16, torch.device("cpu"), kv_dtype), {"*": "cuda"})
             for rows in ROWS:
-                for uses in (linear_uses, row_uses, attention_uses):
+                for uses in (linear_uses, mlp_uses, row_uses, attention_uses):
                     for use in uses(ops, rows, is_fp8):
                         found.append(line_of(use, rows, launches_of(emulated.emulator, use.run)))
                 if rows <= (256 if is_fp8 else 64):  # beyond it, bf16's products are cuBLAS's, which would run here

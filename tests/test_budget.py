@@ -19,7 +19,7 @@ BUDGETS = {
     "checkpoint": 2850,  # every way in which NeMo is published, and a refusal that says what to do for the rest
     "cli": 2425,  # every option has a flag, a help of one line, completion and a place in a file
     "engine": 2345,  # both engines, steps in a thread or in an event loop, and what an exception anywhere must not break
-    "model": 520,
+    "model": 540,  # a kind of layer is told what follows it: the activation, and the second layer of an MLP
     # 26 operations, adapters of three kinds of kernels and of two FlashAttentions, packed products of a CPU, and a launcher
     # of Triton's kernels that passes its own by.
     "ops": 4140,
@@ -35,7 +35,7 @@ BUDGETS = {
     "verify": 500,
     "workload": 750,
 }
-MEAN_FILE = 153  # lines
+MEAN_FILE = 154  # lines
 
 READ_FIRST = (
     "nemo_engine/step.py",

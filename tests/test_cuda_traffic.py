@@ -126,6 +126,20 @@ def test_an_input_that_blocks_make_together(counting: Any, rows: int, is_fp8: bo
     assert launch["counts"]["written"] <= product.written + made + 4 * (2 * rows + 2 * launch["grid"][0] + 2)
 
 
+def test_the_first_product_of_an_mlp_stores_the_activation(counting: Any) -> None:
+    rows, hidden, inner = 130, 144, 208
+    x, gate_up, down = torch.randn(rows, hidden).bfloat16(), torch.randn(2 * inner, hidden), torch.randn(hidden, inner)
+    weights = [(w.to(FP8), torch.ones(len(w), 1), None) for w in (gate_up, down)]
+    counting.clear_launches()
+    linear.mlp_fp8(x, x, x[0], 1e-5, weights[0], weights[1])
+    launches = counting.launches()
+    assert [launch["name"] for launch in launches] == ["rms_norm_fp8", "gemm_fp8", "quantize_tokens", "gemm_fp8"]
+    for launch, outputs, width in ((launches[1], 2 * inner, hidden), (launches[3], hidden, inner)):
+        moved = traffic.gemm(launch, rows, outputs, width)
+        assert (launch["counts"]["copied"], launch["counts"]["written"]) == (moved.read, moved.written)
+    assert launches[1]["counts"]["written"] == rows * inner * 2
+
+
 def test_rows(counting: Any) -> None:
     """Norm, activation, quantisation and rotation."""
     rows, width = 3, 512

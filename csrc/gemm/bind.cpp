@@ -8,9 +8,9 @@ void register_gemm(pybind11::module_& m) {
     define(
         m, "gemm_fp8",
         {"y", "x", "x_stride", "x_scales", "x_scale_stride", "w", "w_stride", "w_scales", "w_scale_stride", "is_block",
-         "rows", "outputs", "width", "stream"},
+         "is_gated", "rows", "outputs", "width", "stream"},
         [](uintptr_t y, uintptr_t x, int64_t x_stride, uintptr_t x_scales, int64_t x_scale_stride, uintptr_t w,
-           int64_t w_stride, uintptr_t w_scales, int64_t w_scale_stride, bool is_block, int rows, int outputs, int width,
+           int64_t w_stride, uintptr_t w_scales, int64_t w_scale_stride, bool is_block, bool is_gated, int rows, int outputs, int width,
            Stream stream) {
             gemm_fp8({.y = pointer<bf16>(y),
                       .x = pointer<fp8>(x),
@@ -24,7 +24,8 @@ void register_gemm(pybind11::module_& m) {
                       .rows = rows,
                       .outputs = outputs,
                       .width = width,
-                      .is_block = is_block},
+                      .is_block = is_block,
+                      .is_gated = is_gated},
                      stream);
         });
 }

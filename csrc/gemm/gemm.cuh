@@ -6,8 +6,12 @@
 //
 // The tensor cores add FP8 products in few bits, so each 128 of K is summed in accumulators of its own, which are then
 // added in fp32, where scales of blocks are applied as well. Other scales are applied once, to the sum.
+//
+// A gated tile is half gates and half the up projections that belong to them, fetched as one box: a thread has both, and
+// stores their activation.
 #pragma once
 
+#include "activation/silu_mul.cuh"
 #include "common/cluster.cuh"
 #include "common/mma.cuh"
 #include "common/numbers.cuh"
@@ -22,6 +26,8 @@ constexpr int GEMM_MAX_STAGES = 6;
 constexpr int GEMM_HEADER_BYTES = 3072;
 constexpr int GEMM_GROUP = 2048;  // rows whose tiles share what they read of w in L2
 
+enum class GemmKind { PLAIN, BLOCK, GATED };
+
 struct Gemm {
     GemmInputs in;
     int row_tiles, column_tiles;  // those of a cluster, side by side, count as one
@@ -33,16 +39,17 @@ struct GemmHeader {
     float x_scales[2][128], w_scales[2][128];  // of each warpgroup's rows and columns
 };
 
-// PARTS: of 64 rows, of each warpgroup.
-template <int PARTS, int COLUMNS>
+// PARTS: of 64 rows, of each warpgroup. COLUMNS: of the product; OUT_COLUMNS: of y.
+template <int PARTS, int COLUMNS, GemmKind KIND>
 struct GemmTile {
     static constexpr int ROWS = 2 * 64 * PARTS;
+    static constexpr int OUT_COLUMNS = KIND == GemmKind::GATED ? COLUMNS / 2 : COLUMNS;
     static constexpr int STAGE_BYTES = (ROWS + COLUMNS) * GEMM_DEPTH;
     // Columns of bf16 that leave together: as many as a swizzled box can have of these.
-    static constexpr int BOX_COLUMNS = COLUMNS % 32 == 0 ? 32 : COLUMNS % 16 == 0 ? 16 : 8;
+    static constexpr int BOX_COLUMNS = OUT_COLUMNS % 32 == 0 ? 32 : OUT_COLUMNS % 16 == 0 ? 16 : 8;
     static constexpr Swizzle BOX_SWIZZLE = BOX_COLUMNS == 32 ? Swizzle::B64 : BOX_COLUMNS == 16 ? Swizzle::B32 : Swizzle::NONE;
     static constexpr int BOX_BYTES = 64 * BOX_COLUMNS * 2;
-    static constexpr int OUT_BYTES = 64 * COLUMNS * 2;  // of each warpgroup
+    static constexpr int OUT_BYTES = 64 * OUT_COLUMNS * 2;  // of each warpgroup
     static constexpr int STAGES = [] {
         int stages = (227 * 1024 - GEMM_HEADER_BYTES - 2 * OUT_BYTES) / STAGE_BYTES;
         return stages > GEMM_MAX_STAGES ? GEMM_MAX_STAGES : stages;
@@ -103,18 +110,23 @@ struct GemmWalk {
 };
 
 // The first round of the ring asks for weights alone, waits, and then for x.
-template <int PARTS, int COLUMNS>
+template <int PARTS, int COLUMNS, GemmKind KIND>
 __device__ __forceinline__ void gemm_produce(const Gemm& p, GemmHeader* header, unsigned char* ring, const TensorMap* x_map,
                                              const TensorMap* w_map) {
-    using Tile = GemmTile<PARTS, COLUMNS>;
+    using Tile = GemmTile<PARTS, COLUMNS, KIND>;
     using Walk = GemmWalk<Tile::ROWS>;
     Walk walk(p), of_x(p);
     int total = ceil_div(walk.tiles.end - walk.tiles.next, walk.tiles.step) * p.steps, first = minimum(total, p.stages);
     int first_row = walk.tiles.rank * (Tile::ROWS / p.cluster);
     auto load_w = [&](const Walk& at, int stage) {
         mbarrier_arrive_expect(&header->full[stage], Tile::STAGE_BYTES);
-        tma_load_2d(ring + stage * Tile::STAGE_BYTES + Tile::ROWS * GEMM_DEPTH, w_map, &header->full[stage],
-                    at.step * GEMM_DEPTH, at.place.column * COLUMNS);
+        unsigned char* to = ring + stage * Tile::STAGE_BYTES + Tile::ROWS * GEMM_DEPTH;
+        int k = at.step * GEMM_DEPTH, first = at.place.column * Tile::OUT_COLUMNS;
+        if constexpr (KIND == GemmKind::GATED) {
+            tma_load_3d(to, w_map, &header->full[stage], k, first, 0);
+        } else {
+            tma_load_2d(to, w_map, &header->full[stage], k, first);
+        }
     };
     auto load_x = [&](const Walk& at, int stage) {
         unsigned char* to = ring + stage * Tile::STAGE_BYTES + first_row * GEMM_DEPTH;
@@ -156,10 +168,11 @@ __device__ __forceinline__ void gemm_release(const Gemm& p, Mbarrier* empty) {
     }
 }
 
-template <int PARTS, int COLUMNS, bool IS_BLOCK>
+template <int PARTS, int COLUMNS, GemmKind KIND>
 __device__ __forceinline__ void gemm_multiply(float (&sum)[PARTS][COLUMNS / 2], const Gemm& p, GemmHeader* header,
                                               unsigned char* ring, GemmRing& at, const GemmPlace& place, int group) {
-    using Tile = GemmTile<PARTS, COLUMNS>;
+    using Tile = GemmTile<PARTS, COLUMNS, KIND>;
+    constexpr bool IS_BLOCK = KIND == GemmKind::BLOCK;
 #pragma unroll
     for (int i = 0; i < PARTS * COLUMNS / 2; i++) sum[i / (COLUMNS / 2)][i % (COLUMNS / 2)] = 0.0f;
     for (int step = 0; step < p.steps; step++) {
@@ -205,11 +218,13 @@ struct GemmScales {
     float x, w;
 };
 
-template <int PARTS, int COLUMNS>
+template <int PARTS, int COLUMNS, GemmKind KIND>
 __device__ __forceinline__ GemmScales gemm_ask_scales(const Gemm& p, const TilePlace& tile, int group) {
-    int thread = threadIdx.x % 128;
-    int row = tile.row * GemmTile<PARTS, COLUMNS>::ROWS + (group * PARTS * 64) + thread % (PARTS * 64);
-    int column = tile.column * COLUMNS + minimum(thread, COLUMNS - 1);
+    using Tile = GemmTile<PARTS, COLUMNS, KIND>;
+    int thread = threadIdx.x % 128, of_tile = minimum(thread, COLUMNS - 1);
+    int row = tile.row * Tile::ROWS + (group * PARTS * 64) + thread % (PARTS * 64);
+    int column = tile.column * Tile::OUT_COLUMNS + of_tile;
+    if (KIND == GemmKind::GATED && of_tile >= Tile::OUT_COLUMNS) column += p.in.outputs / 2 - Tile::OUT_COLUMNS;
     return {load(p.in.x_scales + minimum(row, p.in.rows - 1) * p.in.x_scale_stride),
             load(p.in.w_scales + minimum(column, p.in.outputs - 1) * p.in.w_scale_stride)};
 }
@@ -234,11 +249,22 @@ __device__ __forceinline__ void gemm_scale(
     }
 }
 
+// silu(gate) * up of the values in bf16, in the place of the gates.
+template <int COLUMNS>
+__device__ __forceinline__ void gemm_activate(float (&sum)[COLUMNS / 2]) {
+    static_assert(COLUMNS % 16 == 0, "a thread has the up projections of its gates");
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 4; i++) {
+        float gate = rounded<bf16>(sum[i]), up = rounded<bf16>(sum[COLUMNS / 4 + i]);
+        sum[i] = multiply(rounded<bf16>(silu(gate)), up);
+    }
+}
+
 // 64 rows of bf16 to their boxes in shared memory, and out.
-template <int PARTS, int COLUMNS>
+template <class Tile, int COUNT>
 __device__ __forceinline__ void gemm_store(
-    const float (&sum)[COLUMNS / 2], unsigned char* out, const TensorMap* y_map, int first_column, int first_row, int barrier) {
-    using Tile = GemmTile<PARTS, COLUMNS>;
+    const float (&sum)[COUNT], unsigned char* out, const TensorMap* y_map, int first_column, int first_row, int barrier) {
+    constexpr int COLUMNS = Tile::OUT_COLUMNS;
     constexpr int CHUNKS = Tile::BOX_COLUMNS / 8;  // of 16 bytes, of a row of a box
     // What was in these boxes before has left.
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
@@ -267,10 +293,11 @@ __device__ __forceinline__ void gemm_store(
     }
 }
 
-template <int PARTS, int COLUMNS, bool IS_BLOCK>
+template <int PARTS, int COLUMNS, GemmKind KIND>
 __device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, unsigned char* ring, unsigned char* outs,
                                              const TensorMap* y_map) {
-    using Tile = GemmTile<PARTS, COLUMNS>;
+    using Tile = GemmTile<PARTS, COLUMNS, KIND>;
+    constexpr bool IS_BLOCK = KIND == GemmKind::BLOCK;
     int group = warp_index() / 4 - 1;
     if (p.cluster > 1) cluster_wait();
     wait_for_previous_kernel();
@@ -282,26 +309,27 @@ __device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, 
         GemmPlace mine{first_row + warp_index() % 4 * 16 + lane_index() / 4, place.column * COLUMNS + lane_index() % 4 * 2};
         float sum[PARTS][COLUMNS / 2];
         GemmScales scales{};
-        if constexpr (!IS_BLOCK) scales = gemm_ask_scales<PARTS, COLUMNS>(p, place, group);
-        gemm_multiply<PARTS, COLUMNS, IS_BLOCK>(sum, p, header, ring, at, mine, group);
+        if constexpr (!IS_BLOCK) scales = gemm_ask_scales<PARTS, COLUMNS, KIND>(p, place, group);
+        gemm_multiply<PARTS, COLUMNS, KIND>(sum, p, header, ring, at, mine, group);
         if constexpr (!IS_BLOCK) gemm_scale<PARTS, COLUMNS>(sum, header, scales, group);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            gemm_store<PARTS, COLUMNS>(sum[part], outs + group * Tile::OUT_BYTES, y_map, place.column * COLUMNS,
-                                       first_row + 64 * part, 1 + group);
+            if constexpr (KIND == GemmKind::GATED) gemm_activate<COLUMNS>(sum[part]);
+            gemm_store<Tile>(sum[part], outs + group * Tile::OUT_BYTES, y_map, place.column * Tile::OUT_COLUMNS,
+                             first_row + 64 * part, 1 + group);
         }
     }
     if (threadIdx.x % 128 == 0) tma_store_wait<0>();
 }
 
-template <int PARTS, int COLUMNS, bool IS_BLOCK>
+template <int PARTS, int COLUMNS, GemmKind KIND>
 __global__ void __launch_bounds__(GEMM_THREADS, 1)
     gemm_kernel(const __grid_constant__ Gemm p, const __grid_constant__ TensorMap x_map,
                 const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map) {
     unsigned char* shared = shared_memory<unsigned char>();
     auto* header = reinterpret_cast<GemmHeader*>(shared);
     unsigned char* outs = shared + GEMM_HEADER_BYTES;
-    unsigned char* ring = outs + 2 * GemmTile<PARTS, COLUMNS>::OUT_BYTES;
+    unsigned char* ring = outs + 2 * GemmTile<PARTS, COLUMNS, KIND>::OUT_BYTES;
     let_next_kernel_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++) {
@@ -315,13 +343,13 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
     if (warp_index() < 4) {
         give_registers<40>();
         if (threadIdx.x == 0) {
-            gemm_produce<PARTS, COLUMNS>(p, header, ring, &x_map, &w_map);
+            gemm_produce<PARTS, COLUMNS, KIND>(p, header, ring, &x_map, &w_map);
         } else if (p.cluster > 1) {
             cluster_wait();
         }
     } else {
         take_registers<232>();
-        gemm_consume<PARTS, COLUMNS, IS_BLOCK>(p, header, ring, outs, &y_map);
+        gemm_consume<PARTS, COLUMNS, KIND>(p, header, ring, outs, &y_map);
     }
     if (p.cluster > 1) {  // the other blocks arrive at this one's barriers until they are here
         cluster_arrive();

@@ -9,7 +9,8 @@ struct bf16;
 struct fp8;
 using Stream = uintptr_t;
 
-// y (rows, outputs) = x (rows, width) w^T (outputs, width), scaled. Strides are elements between rows; outputs a multiple of 8, width of 16.
+// y (rows, outputs) = x (rows, width) w^T (outputs, width), scaled. Gated: the first half of the outputs are gates and the others up
+// projections, y (rows, outputs / 2) = silu(gate) * up of their values in bf16. Strides are elements between rows; those of y a multiple of 8, width of 16.
 struct GemmInputs {
     bf16* y;  // dense
     const fp8 *x, *w;
@@ -18,7 +19,7 @@ struct GemmInputs {
     int64_t x_stride, w_stride;
     int64_t x_scale_stride, w_scale_stride;  // between tokens; between outputs (0: one for all) or rows of blocks
     int rows, outputs, width;
-    bool is_block;
+    bool is_block, is_gated;  // not both
 };
 
 void gemm_fp8(const GemmInputs& in, Stream stream);

@@ -49,6 +49,16 @@ class Linear(ABC):
     def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
         """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
 
+    def mlp(
+        self, down: Linear, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float,
+        ops: Ops,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """``down`` of the activation of this, which is gate and up, ``after_norm``; and the sum: (T, H) twice -> (T, H)
+        twice.
+        """
+        gate_up, total = self.after_norm(x, residual, norm_weight, eps, ops)
+        return down.after_silu_mul(gate_up, ops), total
+
 
 @dataclass(slots=True, eq=False)
 class DenseLinear(Linear):
@@ -121,3 +131,14 @@ class Fp8Linear(Linear):
         """See ``Linear``."""
         product: torch.Tensor = ops.silu_mul_linear_fp8(gate_up, self.weight, self.scales, self.input_scale)
         return product
+
+    def mlp(
+        self, down: Linear, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float,
+        ops: Ops,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """See ``Linear``."""
+        if not isinstance(down, Fp8Linear):
+            return Linear.mlp(self, down, x, residual, norm_weight, eps, ops)
+        weights = ((one.weight, one.scales, one.input_scale) for one in (self, down))
+        y, total = ops.mlp_fp8(x, residual, norm_weight, eps, *weights)
+        return y, total

@@ -78,10 +78,7 @@ class Nemo:
             q = ops.rope_and_append_kv_(q, k, v, kv, rope)  # (T, Hq, D)
             x = ops.paged_attention(q, kv, inputs.attention, scale)  # (T, Hq, D)
             x = layer.o(x.flatten(1), ops)  # (T, H)
-            gate_up, residual = layer.gate_up.after_norm(
-                x, residual, layer.post_attention_layernorm, eps, ops
-            )  # (T, 2 I)
-            x = layer.down.after_silu_mul(gate_up, ops)  # (T, H)
+            x, residual = layer.gate_up.mlp(layer.down, x, residual, layer.post_attention_layernorm, eps, ops)  # (T, H)
         assert residual is not None
         return x, residual
 

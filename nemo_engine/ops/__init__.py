@@ -16,6 +16,7 @@ from nemo_engine.ops.blocks import QUANTIZE_TOKEN_BLOCKS
 from nemo_engine.ops.draft import ACCEPT, DRAFT
 from nemo_engine.ops.embed import EMBED
 from nemo_engine.ops.fused import (
+    MLP_FP8,
     NORM_LINEAR,
     NORM_LINEAR_FP8,
     QUANTIZE_LINEAR_FP8,
@@ -47,6 +48,7 @@ ALL_OPS: tuple[Op, ...] = (
     SILU_MUL_FP8,
     SILU_MUL_LINEAR,
     SILU_MUL_LINEAR_FP8,
+    MLP_FP8,
     QUANTIZE_LINEAR_FP8,
     QUANTIZE_TOKENS,
     QUANTIZE_TOKEN_BLOCKS,
@@ -95,6 +97,7 @@ class Ops:
     silu_mul_fp8: Callable[..., Any]
     silu_mul_linear: Callable[..., Any]
     silu_mul_linear_fp8: Callable[..., Any]
+    mlp_fp8: Callable[..., Any]
     quantize_linear_fp8: Callable[..., Any]
     quantize_tokens: Callable[..., Any]
     quantize_token_blocks: Callable[..., Any]

@@ -1,4 +1,5 @@
-"""Linear layers with what comes before them in a layer: the norm, the activation, or their input's quantisation.
+"""Linear layers with what comes before them in a layer: the norm, the activation, or their input's quantisation; and
+the MLP, of whose two layers the first may store what the second's input is made of.
 
 In one launch where a kernel does so.
 
@@ -29,6 +30,9 @@ _DEFINITIONS = SimpleNamespace(
     rms_norm=rms_norm, rms_norm_fp8=rms_norm_fp8, silu_mul=silu_mul, silu_mul_fp8=silu_mul_fp8, linear=linear,
     linear_fp8=linear_fp8, quantize_tokens=quantize_tokens, quantize_token_blocks=quantize_token_blocks,
 )  # fmt: skip
+
+
+Fp8Weights = tuple[Tensor, Tensor, Tensor | None]  # FP8 numbers, their scales, the static scale of the input
 
 
 def has_blocks(w8: Tensor, w_scales: Tensor) -> bool:
@@ -94,6 +98,18 @@ def quantize_linear_fp8(ops: Any, x: Tensor, w8: Tensor, w_scales: Tensor, x_sca
     return product
 
 
+def mlp_fp8(
+    ops: Any, x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, gate_up_weights: Fp8Weights,
+    down_weights: Fp8Weights,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``silu_mul_linear_fp8`` of ``norm_linear_fp8``. x, residual: (T, H); weights: (2 I, H) and (H, I).
+
+    Returns ((T, H), (T, H) x + residual).
+    """
+    gate_up, total = ops.norm_linear_fp8(x, residual, norm_weight, eps, *gate_up_weights)
+    return ops.silu_mul_linear_fp8(gate_up, *down_weights), total
+
+
 _SHAPES = (
     (0, 48, 64), (1, 5, 64), (2, 200, 272), (5, 40, 1024), (8, 48, 256), (9, 130, 320), (16, 33, 256), (17, 72, 144),
     (65, 40, 80), (1, 64, 5120), (3, 40, 5120),
@@ -122,6 +138,16 @@ def _cases(kind: str) -> Iterator[Case]:
         yield Case(f"{rows}x{width}x{outputs}", partial(_make, rows=rows, outputs=outputs, width=width, kind=kind))
 
 
+def _mlp_cases() -> Iterator[Case]:
+    for rows, hidden, inner in ((0, 48, 64), (3, 64, 32), (65, 144, 208), (130, 272, 400), (257, 80, 112)):
+
+        def make(dtype: torch.dtype, rows: int = rows, hidden: int = hidden, inner: int = inner) -> tuple[Any, ...]:
+            *inputs, w8, w_scales, x_scale = _make(dtype, rows, 2 * inner, hidden, "norm fp8")
+            return *inputs, (w8, w_scales, x_scale), _make(dtype, 1, hidden, inner, "silu fp8")[1:]
+
+        yield Case(f"{rows}x{hidden}x{inner}", make)
+
+
 def _cost(rows: int, weight: Tensor, inputs: int) -> tuple[int, int]:
     outputs, width = weight.shape
     return weight.nbytes + 2 * rows * (inputs * width + outputs), 2 * rows * outputs * width
@@ -135,6 +161,11 @@ def _norm_cost(
 
 def _silu_cost(gate_up: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
     return _cost(gate_up.shape[0], weight, 2)
+
+
+def _mlp_cost(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[int, int]:
+    first, second = _norm_cost(x, residual, *rest[:2], rest[2][0]), _cost(x.shape[0], rest[3][0], 1)
+    return first[0] + second[0], first[1] + second[1]
 
 
 def _plain_cost(x: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
@@ -163,3 +194,15 @@ NORM_LINEAR_FP8 = _op(norm_linear_fp8, "norm fp8", _norm_cost)
 SILU_MUL_LINEAR = _op(silu_mul_linear, "silu", _silu_cost, ("silu_mul", "linear"))
 SILU_MUL_LINEAR_FP8 = _op(silu_mul_linear_fp8, "silu fp8", _silu_cost)
 QUANTIZE_LINEAR_FP8 = _op(quantize_linear_fp8, "plain fp8", _plain_cost)
+MLP_FP8 = Op(
+    "mlp_fp8",
+    partial(
+        mlp_fp8,
+        SimpleNamespace(norm_linear_fp8=NORM_LINEAR_FP8.semantics, silu_mul_linear_fp8=SILU_MUL_LINEAR_FP8.semantics),
+    ),
+    (Impl("cuda", "nemo_engine.ops.cuda.linear:mlp_fp8", cuda_supports),),
+    _mlp_cases,
+    _mlp_cost,
+    is_fp8=True,
+    composed=mlp_fp8,
+)

@@ -36,7 +36,7 @@ SMALL = {
 SMALL_FP8 = SMALL | {"x_scales": AT, "x_scale_stride": 1, "w_scales": AT, "w_scale_stride": 1, "is_block": False}
 GEMM = {
     "y": AT, "x": AT, "x_stride": 64, "x_scales": AT, "x_scale_stride": 1, "w": AT, "w_stride": 64, "w_scales": AT,
-    "w_scale_stride": 1, "is_block": False, "rows": 4, "outputs": 64, "width": 64, "stream": 0,
+    "w_scale_stride": 1, "is_block": False, "is_gated": False, "rows": 4, "outputs": 64, "width": 64, "stream": 0,
 }  # fmt: skip
 PAGED = {
     "out": AT, "q": AT, "k_cache": AT, "v_cache": AT, "page_table": AT, "q_stride": 1024, "q_head_stride": 128,
@@ -196,6 +196,8 @@ def test_a_bad_argument_is_named(dry: Any, function: str, arguments: dict[str, A
         ("small_linear", {"rows": 65}, "rows must be 1 to 64, got 65"),
         ("small_linear", {"input": 0, "made": AT}, "made must be null for an input that is there"),
         ("small_linear_fp8", {"input": 3, "made": AT, "counts": AT}, "made_scales must be 4-byte aligned and not null"),
+        ("gemm_fp8", {"is_gated": True, "outputs": 24}, "outputs must be a multiple of 16, got 24"),
+        ("gemm_fp8", {"is_gated": True, "is_block": True}, "is_block must be false for a gated product"),
         ("decode_units", {"num_kv_heads": 0}, "num_kv_heads must be 1 to 1024, got 0"),
         ("decode_attention", {"num_kv_heads": 3}, "num_heads must be a multiple of 3, got 8"),
         ("decode_attention", {"num_heads": 32}, "num_heads must be 2 to 16, got 32"),

@@ -118,6 +118,21 @@ def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor
     return _made(_Input.QUANTIZE, x, w8, w_scales, x_scale)
 
 
+def mlp_fp8(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, gate_up_weights: fused.Fp8Weights,
+    down_weights: fused.Fp8Weights,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``nemo_engine.ops.fused.mlp_fp8``: of more than 64 rows the first product stores the activation, where weights
+    have no blocks.
+    """
+    w8, w_scales, x_scale = gate_up_weights
+    if x.shape[0] <= SMALL_ROWS or w8.shape[0] % 16 or has_blocks(w8, w_scales):
+        gate_up, total = norm_linear_fp8(x, residual, norm_weight, eps, *gate_up_weights)
+        return silu_mul_linear_fp8(gate_up, *down_weights), total
+    x8, x_scales, total = rms_norm_fp8(x, norm_weight, eps, residual, x_scale)
+    return quantize_linear_fp8(_large(x8, x_scales, w8, w_scales, is_gated=True), *down_weights), total
+
+
 def _is_small(x: Tensor) -> bool:
     return 0 < x.shape[0] <= SMALL_ROWS
 
@@ -194,15 +209,16 @@ def _small(
     )  # fmt: skip
 
 
-def _large(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor) -> Tensor:
+def _large(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, is_gated: bool = False) -> Tensor:
     (rows, width), outputs = x8.shape, w8.shape[0]
     _check(x8, w8, torch.float8_e4m3fn)
     assert x8.stride(1) == w8.stride(1) == 1, (x8.stride(), w8.stride())
     is_block = _check_scales(rows, w8, w_scales, x_scales)
-    y = torch.empty(rows, outputs, dtype=torch.bfloat16, device=x8.device)
+    y = torch.empty(rows, outputs // 2 if is_gated else outputs, dtype=torch.bfloat16, device=x8.device)
     library().gemm_fp8(
         y.data_ptr(), x8.data_ptr(), row_stride(x8), x_scales.data_ptr(), row_stride(x_scales), w8.data_ptr(),
-        row_stride(w8), w_scales.data_ptr(), _scale_stride(w_scales), is_block, rows, outputs, width, stream_of(x8),
+        row_stride(w8), w_scales.data_ptr(), _scale_stride(w_scales), is_block, is_gated, rows, outputs, width,
+        stream_of(x8),
     )  # fmt: skip
     return y
 
