@@ -38,6 +38,7 @@ class Answerer:
         if errors.exists():
             errors.rename(f"{target}.errors")
         part.rename(target)
+        Path(f"{part}.run").unlink()
         return f"{source.name}: {summary}"
 
 
@@ -52,7 +53,12 @@ def main() -> None:
     args = parser.parse_args()
     args.target.mkdir(parents=True, exist_ok=True)
     pairs = [(path.resolve(), args.target.resolve() / path.name) for path in sorted(args.source.glob("*.jsonl"))]
-    left = [{"source": str(source), "target": str(target)} for source, target in pairs if not target.exists()]
+    left = []
+    for source, target in pairs:
+        if target.exists():
+            Path(f"{target}{HALF_DONE}.run").unlink(missing_ok=True)  # of a run that was killed right after the file
+        else:
+            left.append({"source": str(source), "target": str(target)})
     print(f"{len(pairs)} files, {len(pairs) - len(left)} done before")
     if not left:
         return

@@ -97,8 +97,8 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        thread = self._steps
-        return thread.is_alive and thread.error is None and not (thread.is_draining or thread.is_closing)
+        steps = self._steps
+        return steps.is_alive and steps.error is None and not (steps.is_draining or steps.is_closing)
 
     @property
     def error(self) -> EngineDeadError | None:

@@ -237,8 +237,8 @@ class EngineSteps(ABC):
                 self._idle_waiters.clear()
 
     def _die(self, error: BaseException) -> None:
-        _logger.critical("the engine's steps have ended by an error", exc_info=error)
-        dead = EngineDeadError(f"the engine's thread has ended by an error: {type(error).__name__}: {error}")
+        _logger.critical("the engine has ended by an error", exc_info=error)
+        dead = EngineDeadError(f"the engine has ended by an error: {type(error).__name__}: {error}")
         dead.__cause__ = error
         with self._condition:
             self.error = dead
