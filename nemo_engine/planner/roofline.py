@@ -27,9 +27,7 @@ class StepCost(Protocol):
         """(seconds, seconds per token of context) of a step of ``num_decodes`` decode rows alone."""
 
     def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk], width: int = 1) -> float:
-        """Seconds of any step. ``sum_context``: keys that the decode rows attend to, those of their own tokens too.
-        ``width``: tokens that each of these computes.
-        """
+        """Seconds of any step. ``sum_context``: keys that decode rows of ``width`` tokens attend to, their own too."""
 
     def host_seconds(self, num_rows: int) -> float:
         """Seconds for planning and committing a step."""
@@ -135,9 +133,7 @@ class Roofline:
         return self._rows_seconds(num_decodes, num_decodes), self.context_seconds
 
     def step_seconds(self, num_decodes: int, sum_context: int, prefills: Sequence[Chunk], width: int = 1) -> float:
-        """See ``StepCost``. Every prefill row counts as one of those whose logits are computed, and keys are read once
-        for all tokens of a decode row.
-        """
+        """See ``StepCost``. A prefill row counts as one whose logits are computed; a decode row reads its keys once."""
         num_tokens = num_decodes * width
         attention = sum_context * max(
             self.kv_bytes_per_token / self.kv_bytes_per_s, width * self.flops_per_pair / self.decode_flops_per_s

@@ -88,12 +88,9 @@ class Cores:
             kind.note(takes_all, is_trial, seconds)
 
     def _begins_with_all(self, num_tokens: int, num_pages: int, tokens_bits: int, pages_bits: int) -> bool:
-        if not self.is_small(num_tokens, num_pages):
-            return True
-        if num_tokens >= self._adapts_below:
-            return False
-        known = self._kinds.items()
-        return any([kind.takes_all for (tokens, pages), kind in known if tokens <= tokens_bits and pages <= pages_bits])
+        smaller = [kind for (t, p), kind in self._kinds.items() if t <= tokens_bits and p <= pages_bits]
+        learned = num_tokens < self._adapts_below and any([kind.takes_all for kind in smaller])
+        return learned or not self.is_small(num_tokens, num_pages)
 
     def is_small(self, num_tokens: int, num_pages: int) -> bool:
         """Whether one core does such a step in some two milliseconds, so that others gain little."""

@@ -189,6 +189,32 @@ def test_operations_of_known_numbers() -> None:
     )
 
 
+def test_gains_of_drafts_of_known_numbers() -> None:
+    rates = {"nemo_engine": [10.0, 20.0, 10.0], "nemo_engine drafting": [30.0, 40.0, 20.0]}
+    ours: Record = {
+        **PLACE, "benchmark": "speculation", "file": "f", "line": 1, "model": "nemo-tiny", "text": "edit", "streams": 8,
+        "tokens_per_step": 2.5, "tokens_per_second": rates, "versions": {"nemo_engine": {}},
+    }  # fmt: skip
+    both = {
+        **ours, "text": "chat", "versions": {"nemo_engine": {}, "vllm": {}},
+        "tokens_per_second": rates | {"vllm": [4.0, 4.0, 4.0], "vllm drafting": [2.0, 2.0, 2.0]},
+    }  # fmt: skip
+    (table,) = tables_of("speculation", [ours, both])
+    assert table.columns[3:] == (
+        "nemo_engine, without", "nemo_engine, with drafts", "vllm, without", "vllm, with drafts"
+    )  # fmt: skip
+    assert table.rows == (
+        ("edit", "8", "2.5", "10", "30 (2.00x: 2.00 to 3.00)", "not measured", "not measured"),
+        ("chat", "8", "2.5", "10", "30 (2.00x: 2.00 to 3.00)", "4", "2 (0.50x: 0.50 to 0.50)"),
+    )
+
+
+def test_rows_of_several_models_say_whose_they_are() -> None:
+    known = [throughput("nemo_engine", [2.0]), {**throughput("nemo_engine", [4.0]), "model": "/models/large"}]
+    rows = tables_of("throughput", known)[0].rows
+    assert [row[0].partition(":")[0] for row in rows] == [str(known[0]["model"]), "large"]
+
+
 def test_a_benchmark_without_a_table_of_its_own_shows_its_numbers() -> None:
     (table,) = tables_of(
         "new", [{"benchmark": "new", "a": 1.5, "b": "x", **PLACE}, {"benchmark": "new", "c": 2, **PLACE}]

@@ -48,9 +48,7 @@ def build_batch_(
     ahead: Tensor | None = None,
     width: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``batch.build_batch_``. Whatever the width, a row repeats the one before it if both compute the same place of
-    the same slot.
-    """
+    """See ``batch.build_batch_``; a row repeats the one before it if both compute the same place of the same slot."""
     rows = slots.shape[0]
     ids, positions, places = (slots.new_empty(num_tokens) for _ in range(3))
     lengths = slots.new_empty(rows)
