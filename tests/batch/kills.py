@@ -182,7 +182,7 @@ def main() -> None:
     for name in list(lost + extra)[:6]:
         print(name)
     outcome = {"results": sum(wanted.values()), "results_after": counts, "lost": len(lost), "extra": len(extra)}
-    workload = {name: value for name, value in vars(args).items() if name != "json"}
+    workload = {name: value for name, value in vars(args).items() if name not in ("json", "kills" if args.room else "")}
     append_record(args.json, {"benchmark": "batch_kills", "workload": workload, **outcome, **provenance("torch")})
     sys.exit(found != wanted)
 
