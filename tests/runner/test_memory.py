@@ -54,16 +54,16 @@ def test_an_h200_holds_nemo_and_its_cache() -> None:
     ("free", "options"),
     [
         (20, {}),  # less than the weights
-        (28, {}),  # weights, graphs and no cache
+        (27.5, {}),  # weights, graphs and no cache
         (40, {"kv_cache_gib": 30.0}),
         (40, {"num_kv_pages": 10_000}),
         (40, {"max_model_len": 131072}),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_plan_and_what_would(free: int, options: dict[str, Any]) -> None:
-    config = EngineConfig(**options)
+def test_what_does_not_fit_is_refused_with_the_plan_and_what_would(free: float, options: dict[str, Any]) -> None:
+    config, free_bytes = EngineConfig(**options), int(free * GIB)
     with pytest.raises(ValueError) as caught:
-        plan_kv_cache(NEMO, config, Sizes(2, 2), free * GIB)
+        plan_kv_cache(NEMO, config, Sizes(2, 2), free_bytes)
     message = str(caught.value)
     for item in (
         "weights",
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused_with_the_plan_and_what_would(free: int, op
         smaller = EngineConfig(
             max_num_seqs=seqs, max_num_batched_tokens=max(seqs, min(EngineConfig().tokens_per_step, length))
         )
-        return plan_memory(NEMO, smaller, length, 2, free * GIB, -(-length // 64)).total <= free * GIB
+        return plan_memory(NEMO, smaller, length, 2, free_bytes, -(-length // 64)).total <= free_bytes
 
     assert fits(fitting) and (fitting == 131072 or not fits(fitting + 1))
 
