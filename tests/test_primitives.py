@@ -28,6 +28,7 @@ EXPECTED: dict[str, dict[str, int]] = {
         "SYNCS.ARRIVE.TRANS64.A1T0": 1,
         "SYNCS.ARRIVE.TRANS64": 2,
         "FENCE.VIEW.ASYNC.S": 2,
+        "FENCE.VIEW.ASYNC.G": 1,
         "SYNCS.PHASECHK.TRANS64.TRYWAIT": 3,
     },
     "dependent_launch": {"PREEXIT": 1, "ACQBULK": 1},
