@@ -30,7 +30,7 @@ _SHARING = (  # operations whose kernels hand data from thread to thread through
 )  # fmt: skip
 # Those that a step spends its time in first.
 _OPS = {
-    "ops-linear-fp8": ("linear_fp8", "norm_linear_fp8", "silu_mul_linear_fp8"),
+    "ops-linear-fp8": ("linear_fp8", "norm_linear_fp8", "silu_mul_linear_fp8", "mlp_fp8"),
     "ops-attention": ("paged_attention",),
     "ops-linear": ("linear", "norm_linear", "silu_mul_linear"),
     "ops-rest": (

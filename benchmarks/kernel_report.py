@@ -230,7 +230,7 @@ def run_fp8(capability: int, ranks: int) -> None:
         ops.rms_norm_fp8(_empty(4, hidden), _empty(hidden), 1e-5, _empty(4, hidden), scale)
         ops.silu_mul_fp8(_empty(4, 2 * inner), scale)
         ops.quantize_tokens(_empty(4, model.q_size), scale)
-    ops.quantize_channels(_empty(hidden, inner))
+    ops.quantize_tokens(_empty(4, inner))
     cache = _empty(100, model.num_kv_heads, 64, dim, dtype=torch.float8_e4m3fn)
     scales = _empty(model.num_kv_heads, dtype=torch.float32)
     kv = PagedKV(cache, cache, scales, scales)

@@ -98,10 +98,9 @@ def norm_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
 def row_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
     """Operations of one matrix."""
     inner, hidden = scale.model.intermediate_size, scale.model.hidden_size
-    widths = {"silu_mul": [2 * inner], "silu_mul_fp8": [2 * inner], "quantize_channels": [hidden]}
-    tail: Args = () if op.name in ("silu_mul", "quantize_channels") else (None,)
-    for width in widths.get(op.name, [hidden, inner]):
-        for rows in [2 * inner] if op.name == "quantize_channels" else scale.rows:
+    tail: Args = () if op.name == "silu_mul" else (None,)
+    for width in [hidden, inner] if op.name == "quantize_tokens" else [2 * inner]:
+        for rows in scale.rows:
             make = partial(lambda rows, width: (bf16(rows, width, device=device), *tail), rows, width)
             yield Size(f"{rows}x{width}", make, definition(op))
 
@@ -256,22 +255,21 @@ def fused_sizes(op: Op, scale: Scale, device: torch.device) -> Iterator[Size]:
     model = scale.model
     hidden, inner = model.hidden_size, model.intermediate_size
     qkv, gate_up, down = (model.q_size + 2 * model.kv_size, hidden), (2 * inner, hidden), (hidden, inner)
-    shapes = {
-        "norm_linear": {"qkv": qkv, "gate_up": gate_up},
-        "silu_mul_linear": {"down": down},
-    }
+    shapes = {"norm_linear": {"qkv": qkv, "gate_up": gate_up}, "silu_mul_linear": {"down": down}}
     base, is_fp8 = op.name.removesuffix("_fp8"), op.name.endswith("_fp8")
 
-    def make(rows: int, n: int, k: int) -> Args:
+    def weights(n: int, k: int) -> Args:
         weight = bf16(n, k, device=device)
-        weights = (weight.to(FP8), torch.rand(n, 1, device=device) + 0.5) if is_fp8 else (weight,)
-        tail: Args = (None,) if is_fp8 else ()
-        if base == "norm_linear":
-            x, residual = (bf16(rows, k, device=device) for _ in range(2))
-            return x, residual, bf16(k, device=device), 1e-5, *weights, *tail
-        return bf16(rows, 2 * k, device=device), *weights, *tail
+        return (weight.to(FP8), torch.rand(n, 1, device=device) + 0.5, None) if is_fp8 else (weight,)
 
-    for name, (n, k) in shapes[base].items():
+    def make(rows: int, n: int, k: int) -> Args:
+        if base == "silu_mul_linear":
+            return bf16(rows, 2 * k, device=device), *weights(n, k)
+        x, residual = (bf16(rows, k, device=device) for _ in range(2))
+        last = (weights(n, k), weights(k, n // 2)) if base == "mlp" else weights(n, k)
+        return x, residual, bf16(k, device=device), 1e-5, *last
+
+    for name, (n, k) in shapes.get(base, {"mlp": gate_up}).items():
         for rows in scale.products:
             yield Size(f"{name} {rows}x{k}x{n}", partial(make, rows, n, k), definition(op))
 
@@ -381,9 +379,10 @@ SIZES: dict[str, Callable[[Op, Scale, torch.device], Iterator[Size]]] = {
     "silu_mul_fp8": row_sizes,
     "linear": linear_sizes,
     "linear_fp8": linear_sizes,
-    **dict.fromkeys(("norm_linear", "norm_linear_fp8", "silu_mul_linear", "silu_mul_linear_fp8"), fused_sizes),
+    **dict.fromkeys(
+        ("norm_linear", "norm_linear_fp8", "silu_mul_linear", "silu_mul_linear_fp8", "mlp_fp8"), fused_sizes
+    ),
     "quantize_tokens": row_sizes,
-    "quantize_channels": row_sizes,
     "sample_": sample_sizes,
     "top_logprobs": logprob_sizes,
     "build_batch_": batch_sizes,

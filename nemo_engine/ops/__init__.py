@@ -26,7 +26,7 @@ from nemo_engine.ops.fused import (
 from nemo_engine.ops.linear import LINEAR, LINEAR_FP8
 from nemo_engine.ops.norm import RMS_NORM, RMS_NORM_FP8
 from nemo_engine.ops.op import COMPOSED, SEMANTICS, Choice, Op, Site, select
-from nemo_engine.ops.quantize import QUANTIZE_CHANNELS, QUANTIZE_TOKENS
+from nemo_engine.ops.quantize import QUANTIZE_TOKENS
 from nemo_engine.ops.rope import ROPE_AND_APPEND_KV
 from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS
 
@@ -52,7 +52,6 @@ ALL_OPS: tuple[Op, ...] = (
     QUANTIZE_LINEAR_FP8,
     QUANTIZE_TOKENS,
     QUANTIZE_TOKEN_BLOCKS,
-    QUANTIZE_CHANNELS,
     SAMPLE,
     TOP_LOGPROBS,
     ADVANCE,
@@ -101,7 +100,6 @@ class Ops:
     quantize_linear_fp8: Callable[..., Any]
     quantize_tokens: Callable[..., Any]
     quantize_token_blocks: Callable[..., Any]
-    quantize_channels: Callable[..., Any]
     sample_: Callable[..., Any]
     top_logprobs: Callable[..., Any]
     advance_: Callable[..., Any]

@@ -78,15 +78,6 @@ def _token_cases() -> Iterator[Case]:
         yield Case(f"NaN, infinity and zeros{' static' if is_static else ''}", make_not_finite, {"hidden_size": 264})
 
 
-def _channel_cases() -> Iterator[Case]:
-    for rows, width in ((1, 16), (5, 272), (3, 5120)):
-
-        def make(dtype: torch.dtype, rows: int = rows, width: int = width) -> tuple[Any, ...]:
-            return (_make(dtype, rows, width),)
-
-        yield Case(f"{rows}x{width}", make, {"hidden_size": width})
-
-
 def _cost(x: Tensor, scale: Tensor | None = None) -> tuple[int, int]:
     return x.nbytes + x.numel() + 4 * x.shape[0], 3 * x.numel()
 
@@ -99,17 +90,6 @@ QUANTIZE_TOKENS = Op(
         Impl("cuda", "nemo_engine.ops.cuda.activation:quantize_tokens", _cuda_supports),
     ),
     _token_cases,
-    _cost,
-    is_fp8=True,
-)
-QUANTIZE_CHANNELS = Op(
-    "quantize_channels",
-    quantize_channels,
-    (
-        Impl("triton", "nemo_engine.kernels.quantize:quantize_tokens", needs_fp8(_triton_supports)),
-        Impl("cuda", "nemo_engine.ops.cuda.activation:quantize_tokens", _cuda_supports),
-    ),
-    _channel_cases,
     _cost,
     is_fp8=True,
 )
