@@ -21,6 +21,7 @@ TEST_PATHS = (
     "tests/ops/test_sample.py",
     "tests/runner/test_capture.py",
     "tests/runner/test_graphs.py",
+    "tests/runner/test_mixed_graphs.py",
     "tests/test_triton_engine.py",
 )
 _FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8"}

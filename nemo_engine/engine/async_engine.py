@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from nemo_engine.config import EngineConfig, ModelConfig
@@ -42,16 +42,6 @@ class AsyncEngine:
         is_ours = not isinstance(model, BaseEngine)
         engine = model if isinstance(model, BaseEngine) else BaseEngine(model, **options)
         self._run_by(EngineThread(engine, owns=is_ours), engine)
-
-    @classmethod
-    def in_event_loop(cls, engine: BaseEngine) -> Self:
-        """Over an engine whose steps run in the running event loop, which waits while a step is computed.
-
-        That is faster than a thread, for a loop that does nothing else. The caller has to close ``engine``.
-        """
-        over = cls.__new__(cls)
-        over._run_by(EngineTask(engine), engine)
-        return over
 
     def _run_by(self, steps: EngineSteps, engine: BaseEngine) -> None:
         self._steps, self._engine = steps, engine
@@ -294,3 +284,13 @@ def _is_long(prompt: object) -> bool:
     if isinstance(prompt, Mapping):
         prompt = prompt.get("prompt_token_ids") or prompt.get("prompt")
     return isinstance(prompt, Sized) and len(prompt) > _LONG_TEXT
+
+
+def in_event_loop(engine: BaseEngine) -> AsyncEngine:
+    """Over an engine whose steps run in the running event loop, which waits while a step is computed.
+
+    That is faster than a thread, for a loop that does nothing else. The caller has to close ``engine``.
+    """
+    over = AsyncEngine.__new__(AsyncEngine)
+    over._run_by(EngineTask(engine), engine)
+    return over

@@ -42,7 +42,7 @@ def test_on_the_cpu_what_is_made_for_it_serves_else_the_definition() -> None:
     has_kernels = compiled_for_cpu() is not None
     of_all = {"build_batch_", "embed", "rms_norm", "silu_mul", "rope_and_append_kv_", "paged_attention", "sample_"}
     assert {choice.op for choice in ops.choices if choice.chosen == "cpu"} == (
-        of_all | {"advance_"} if has_kernels else set()
+        of_all | {"advance_", "draft_", "accept_"} if has_kernels else set()
     )
     for change in ({"dtype": torch.float64}, {"kv_dtype": torch.float8_e4m3fn}, {"head_dim": 272}):
         assert Ops.select(dataclasses.replace(CPU, **change), {}).paged_attention is paged_attention_torch

@@ -21,7 +21,7 @@ from nemo_engine.batch.job import Bar, BatchJob
 from nemo_engine.batch.lines import CHAT, COMPLETIONS, RESPONSES, Line, LineError
 from nemo_engine.batch.reader import Reader
 from nemo_engine.batch.run import Answer, BatchSummary, answer_all
-from nemo_engine.engine.async_engine import AsyncEngine, EngineClosedError, EngineDeadError
+from nemo_engine.engine.async_engine import EngineClosedError, EngineDeadError, in_event_loop
 from nemo_engine.engine.base import BaseEngine
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.server.chat import create_chat_completion
@@ -223,7 +223,7 @@ def _run(
     progress: bool,
 ) -> BatchSummary:
     async def run(bar: Bar | None) -> BatchSummary:
-        with AsyncEngine.in_event_loop(engine) as steps:
+        with in_event_loop(engine) as steps:
             service = Service(steps, options, model)
             service.workers = _NoWorkers(engine.max_model_len)
             service.server_defaults |= sampling
