@@ -204,7 +204,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert main(["batch", "nemo-tiny", source, target, *flags, "--seed", "2"]) == 2
     assert "seed was 1 and is 2" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_engine.server.batch.answers.AsyncEngine", None)  # what is wrong costs no load
+        patch.setattr("nemo_engine.server.batch.answers.BaseEngine", None)  # what is wrong costs no load
         assert main(["generate", "nemo-tiny", "--input", source]) == 2
         assert main(["generate", "nemo-tiny", "--input", source, "--output", target, "--json"]) == 2
         assert main(["batch", "nemo-tiny", str(tmp_path / "none"), target]) == 2
