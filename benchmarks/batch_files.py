@@ -46,9 +46,8 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"generate": [], "batch": []}
     with Engine("nemo-tiny", **ENGINE) as engine:
         for round_index in range(args.rounds + 1):
-            for name in sorted(
-                rates, reverse=bool(round_index % 2)
-            ):  # the one that comes first changes, as the machine does
+            # The one that comes first changes, as the machine does.
+            for name in sorted(rates, reverse=bool(round_index % 2)):
                 engine.reset_prefix_cache()
                 started = time.perf_counter()
                 if name == "generate":

@@ -165,6 +165,13 @@ def test_all_kernels_are_launched_so_once_it_is_asked_for(compiled: list[Compile
             kernel.__class__ = JITFunction
 
 
+def test_another_triton_launches_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.7.0")
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=SimpleNamespace()))  # with other insides
+    launch.install()
+    assert not any("run" in vars(kernel) for kernel in launch.kernels())
+
+
 def test_a_tensor_map_is_encoded_once() -> None:
     made: list[tuple[Any, ...]] = []
 
