@@ -12,10 +12,13 @@ NEMO_INLINE Words load_pairs(const Bf16* p, int n) {
   return x;
 }
 
+constexpr int AHEAD = 2048;  // numbers of a weight: 4 KiB, farther than the machine itself looks ahead
+
 // Vector v of outputs, from a pair of a row on at `weight`.
 template <bool IS_LAST>
 NEMO_INLINE Words load_vector(const Bf16* weight, int64_t width, int v, int n) {
   const Bf16* pairs = weight + v * LANES / BLOCK * (BLOCK * width) + 2 * (v * LANES % BLOCK);
+  if (v * LANES % BLOCK == 0) __builtin_prefetch(pairs + AHEAD);
   return load_pairs(pairs, IS_LAST ? std::max(0, n - v * LANES) : LANES);
 }
 

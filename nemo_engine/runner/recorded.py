@@ -7,6 +7,7 @@ when it is done again, for every tensor of a decode step has its rows first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_engine.ops.op import compiled_for_cpu
-from nemo_engine.runner.step_compute import StepCompute
+from nemo_engine.runner.step_compute import Logits, StepCompute
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.transfer import to_device
 
@@ -46,37 +47,40 @@ def why_not_recorded(step: StepCompute) -> str | None:
 
 
 class RecordedDecodes:
-    """Decode steps of any width and up to ``size`` rows, whose description is copied into ``words`` before: ``size``
-    rows, of which the first are computed.
-
-    ``logits`` (size, V) and ``seq_lens`` (size,) hold the results after ``replay``, until the next.
+    """Decode steps of up to ``size`` rows, whose description is copied into ``words`` before: ``size`` rows, of which
+    the first are computed.
     """
 
     def __init__(self, step: StepCompute, size: int) -> None:
         self.size = size
         self.words = to_device(StepRows.pack([0] * size, [1] * size, {}, range(size)), step.table.device)
         rows = StepRows.of(self.words, size, size, size, 1, step.table.page_table.shape[1])
-        self._step = step
         self._ahead = torch.zeros_like(rows.slots)
         self._is_ahead = False  # whether any of them is not 0
         _cpu.start_recording()
         try:
             with _Nothing() as mode:
-                x, residual, self.seq_lens = step.forward(rows, self._ahead)
-                self.logits = step.model.logits(x, residual)
+                x, residual, self._seq_lens = step.forward(rows, self._ahead)
+                self._logits = step.model.logits(x, residual)
         finally:
             self._program = _cpu.stop_recording()
         self._memory = mode.memory
 
-    def replay(self, rows: StepRows, num_rows: int) -> None:
-        """Compute the first ``num_rows``, at most ``size``, of ``rows``, which are those of ``words``."""
+    def replay(self, rows: StepRows, num_rows: int, ahead: Sequence[int] = ()) -> Logits:
+        """Compute the first ``num_rows``, at most ``size``, of ``rows``, which are those of ``words``.
+
+        ahead: how many places after the last known token each row computes; none do if it is empty. The results hold
+        until the next step.
+        """
         assert num_rows <= self.size, (num_rows, self.size)
-        if rows.width > 1:
-            self._ahead[:num_rows].copy_(self._step.draft(rows.first(num_rows)))
+        if any(ahead):
+            self._ahead[:num_rows].copy_(torch.tensor(ahead))
         elif self._is_ahead:
             self._ahead.zero_()
-        self._is_ahead = rows.width > 1
+        self._is_ahead = any(ahead)
         _cpu.replay(self._program, num_rows)
+        seq_lens = self._seq_lens[:num_rows]
+        return self._logits[:num_rows], rows.slots[:num_rows], seq_lens, seq_lens
 
 
 class _Nothing(TorchDispatchMode):

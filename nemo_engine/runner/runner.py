@@ -19,6 +19,7 @@ from nemo_engine.ops import Ops
 from nemo_engine.ops.cpu import products
 from nemo_engine.ops.cpu.packed import WIDENED_FROM, linear_widened
 from nemo_engine.runner import warmup
+from nemo_engine.runner.drafted_runs import DraftedRuns
 from nemo_engine.runner.graphs import Capture, StepGraph, capture_decodes
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.launched_step import LaunchedStep
@@ -112,12 +113,11 @@ class Runner:
 
     def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         slots, width = self._table.rows_of(plan.decode_slots, plan.width), plan.width
-        recorded = self._recorded
-        if recorded is not None and len(slots) <= recorded.size:
-            rows = self._decode_rows(slots, width, new_pages, recorded)
-            recorded.replay(rows, len(slots))
-            logits = recorded.logits, rows.slots, recorded.seq_lens, recorded.seq_lens
-            return LaunchedStep(plan, *self._step.choose(rows, slots, logits, plan.masks), {})
+        if self._recorded is not None:
+            runs = DraftedRuns.of(self._step, slots, width)
+            if len(runs.slots) <= self._recorded.size:
+                rows = self._decode_rows(runs.slots, 1, new_pages, self._recorded)
+                return runs.launch(self._recorded, rows, plan)
         graph = next((g for g in self._graphs if g.rows.width == width and g.size >= len(slots)), None)
         rows = self._decode_rows(slots, width, new_pages, graph)
         return self._run(plan, rows, slots) if graph is None else self._replay(graph, plan, slots)

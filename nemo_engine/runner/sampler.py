@@ -36,12 +36,12 @@ class Report:
     """Log-probabilities on their way to the host: of ``rows``, the chosen (or prompt) token first in each."""
 
     def __init__(self, rows: Sequence[int], ids: Tensor, values: Tensor, ranks: Tensor) -> None:
-        self._rows = rows
+        self.rows = rows
         self._columns = (Download(ids), Download(values), Download(ranks))
 
     def entries(self) -> Iterator[tuple[int, TokenLogprobs]]:
         """(row, its log-probabilities). Waits for the device."""
-        for row, ids, values, ranks in zip(self._rows, *[column.tolist() for column in self._columns], strict=True):
+        for row, ids, values, ranks in zip(self.rows, *[column.tolist() for column in self._columns], strict=True):
             yield row, TokenLogprobs(token_ids=ids, logprobs=values, ranks=ranks)
 
 

@@ -39,11 +39,10 @@ class StepCompute:
     max_drafts: int = 0  # behind a decode row of a wide step
     workspace: Workspace = field(default_factory=Workspace)
 
-    def draft(self, rows: StepRows) -> Tensor:
-        """Write drafts into the table; see ``draft_``."""
-        table, decodes = self.table, rows.slots[: rows.num_decodes]
-        max_drafts = min(self.max_drafts, rows.width - 1)
-        return self.ops.draft_(table.token_ids, table.num_computed, table.draft_until, decodes, rows.width, max_drafts)
+    def draft(self, slots: Tensor, width: int) -> Tensor:
+        """Write drafts into the table for the decode rows ``slots`` of a wide step; see ``draft_``."""
+        table, max_drafts = self.table, min(self.max_drafts, width - 1)
+        return self.ops.draft_(table.token_ids, table.num_computed, table.draft_until, slots, width, max_drafts)
 
     def forward(self, rows: StepRows, ahead: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Run the model.
@@ -53,7 +52,7 @@ class StepCompute:
         """
         table = self.table
         if ahead is None and rows.width > 1:
-            ahead = self.draft(rows)
+            ahead = self.draft(rows.slots[: rows.num_decodes], rows.width)
         runs = {} if ahead is None else {"ahead": ahead, "width": rows.width}
         ids, positions, mapping, seq_lens = self.ops.build_batch_(
             table.token_ids, table.num_computed, table.page_table, rows.slots, rows.starts, rows.new_index,
@@ -92,16 +91,18 @@ class StepCompute:
 
         In a wide step, those of ``tokens`` that are not taken become codes.
         """
-        table, ops, slots, sampled = self.table, self.ops, rows.slots, rows.sampled
+        table, slots, sampled = self.table, rows.slots, rows.sampled
         if rows.width > 1:
             count = rows.num_decodes
-            ops.accept_(
-                table.token_ids, table.num_computed, slots[:count], seq_lens[:count], tokens[:count], rows.width
-            )
+            self.accept(slots[:count], seq_lens[:count], tokens[:count], rows.width)
             if len(slots) == count:
                 return
             slots, seq_lens, sampled, tokens = slots[count:], seq_lens[count:], sampled[count:] - count, tokens[count:]
-        ops.advance_(table.token_ids, table.num_computed, slots, seq_lens, sampled, tokens)
+        self.ops.advance_(table.token_ids, table.num_computed, slots, seq_lens, sampled, tokens)
+
+    def accept(self, slots: Tensor, seq_lens: Tensor, tokens: Tensor, width: int) -> None:
+        """``advance`` for the decode rows of a wide step; see ``accept_``."""
+        self.ops.accept_(self.table.token_ids, self.table.num_computed, slots, seq_lens, tokens, width)
 
     def prompt_reports(
         self, plan: StepPlan, prompt_lens: Mapping[int, int], x: Tensor, residual: Tensor

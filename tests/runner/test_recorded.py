@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.op import compiled_for_cpu
 from nemo_engine.runner.recorded import RecordedDecodes, _Nothing
 from nemo_engine.runner.runner import Runner
+from nemo_engine.runner.step_compute import Logits
 from nemo_engine.runner.step_rows import StepRows
 from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.helpers.speculating import choose_widths
@@ -47,16 +49,24 @@ def params(index: int) -> SamplingParams:
     return SamplingParams(max_tokens=5 + 4 * index, ignore_eos=True, detokenize=False, **kinds[index % len(kinds)])
 
 
-def test_recorded_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any number of rows, with pages that are added and requests that are preempted and come back."""
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The list that gets how many rows each recorded step computes, all of different tokens."""
     counts: list[int] = []
     replay = RecordedDecodes.replay
 
-    def counted(self: RecordedDecodes, rows: StepRows, num_rows: int) -> None:
+    def counted(self: RecordedDecodes, rows: StepRows, num_rows: int, ahead: Sequence[int] = ()) -> Logits:
         counts.append(num_rows)
-        replay(self, rows, num_rows)
+        slots = rows.slots[:num_rows].tolist()
+        assert len({*zip(slots, ahead or [0] * num_rows, strict=True)}) == num_rows, "a row repeats another"
+        return replay(self, rows, num_rows, ahead)
 
     monkeypatch.setattr(RecordedDecodes, "replay", counted)
+    return counts
+
+
+def test_recorded_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any number of rows, with pages that are added and requests that are preempted and come back."""
+    counts = count_rows(monkeypatch)
     prompts = [{"prompt_token_ids": [(31 * i + 7 * j) % 6000 + 3 for j in range(3 + 11 * i)]} for i in range(9)]
     found = []
     for enforce_eager in (False, True):
@@ -70,14 +80,7 @@ def test_recorded_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch)
 
 def test_recorded_wide_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of any width, one after the other, with narrow ones between them and pages that begin inside a run."""
-    counts: list[tuple[int, int]] = []
-    replay = RecordedDecodes.replay
-
-    def counted(self: RecordedDecodes, rows: StepRows, num_rows: int) -> None:
-        counts.append((rows.width, num_rows))
-        replay(self, rows, num_rows)
-
-    monkeypatch.setattr(RecordedDecodes, "replay", counted)
+    counts = count_rows(monkeypatch)
     prompts = [{"prompt_token_ids": [(31 * i + j % 5) % 6000 + 3 for j in range(3 + 11 * i)]} for i in range(9)]
     config = {"method": "ngram", "num_speculative_tokens": 7}
     found, accepted = [], []
@@ -90,7 +93,7 @@ def test_recorded_wide_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyP
             found.append([(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs])
             accepted.append(engine.stats().num_spec_accepted_tokens_per_pos)
     assert found[0] == found[1] and accepted[0] == accepted[1] and sum(accepted[0]) > 20, accepted
-    assert {width for width, _ in counts} == {1, 2, 4, 8} and max(rows for _, rows in counts) <= 64
+    assert max(counts) > 9 and sum(counts) > 150
 
 
 def test_larger_batches_run_one_operation_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
