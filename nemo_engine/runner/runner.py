@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -85,12 +86,17 @@ class Runner:
             if fill.params.prompt_logprobs is not None:
                 self._prompt_lens[fill.slot] = fill.num_prompt_tokens
         new_pages = self._table.take_new_pages(plan)
-        launch_rows = self._launch_rows if plan.prefills else self._launch_decodes
+        if not plan.prefills:
+            return self._launch_decodes(plan, new_pages)
+        slots = (*plan.decode_slots, *[row.slot for row in plan.prefills])
+        with self._on_cores(plan.num_tokens, slots):
+            return self._launch_rows(plan, new_pages)
+
+    def _on_cores(self, num_tokens: int, slots: tuple[int, ...]) -> AbstractContextManager[None]:
+        """On a CPU, run a step of ``num_tokens`` of ``slots`` inside on as many cores as it should take."""
         if self._cores is None:
-            return launch_rows(plan, new_pages)
-        slots = [*plan.decode_slots, *[row.slot for row in plan.prefills]]
-        with self._cores.step(plan.num_tokens, sum([self._table.num_pages[slot] for slot in slots])):
-            return launch_rows(plan, new_pages)
+            return nullcontext()
+        return self._cores.step(num_tokens, sum([self._table.num_pages[slot] for slot in slots]))
 
     def _launch_rows(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         if not any(row.slot in self._prompt_lens for row in plan.prefills):
@@ -113,14 +119,16 @@ class Runner:
 
     def _launch_decodes(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         slots, width = self._table.rows_of(plan.decode_slots, plan.width), plan.width
-        if self._recorded is not None:
+        if self._recorded is not None and (width == 1 or not plan.fills):  # drafts follow from what is in the table
             runs = DraftedRuns.of(self._step, slots, width)
             if len(runs.slots) <= self._recorded.size:
-                rows = self._decode_rows(runs.slots, 1, new_pages, self._recorded)
-                return runs.launch(self._recorded, rows, plan)
+                with self._on_cores(len(runs.slots), plan.decode_slots):
+                    rows = self._decode_rows(runs.slots, 1, new_pages, self._recorded)
+                    return runs.launch(self._recorded, rows, plan)
         graph = next((g for g in self._graphs if g.rows.width == width and g.size >= len(slots)), None)
-        rows = self._decode_rows(slots, width, new_pages, graph)
-        return self._run(plan, rows, slots) if graph is None else self._replay(graph, plan, slots)
+        with self._on_cores(plan.num_tokens, plan.decode_slots):
+            rows = self._decode_rows(slots, width, new_pages, graph)
+            return self._run(plan, rows, slots) if graph is None else self._replay(graph, plan, slots)
 
     def _run(self, plan: StepPlan, rows: StepRows, slots: tuple[int, ...]) -> LaunchedStep:
         """Compute a step operation by operation; ``slots``: whose rows sample."""

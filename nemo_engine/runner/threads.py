@@ -32,7 +32,7 @@ class Cores:
     late by that program's turn, a hundred times what its share of a small operation takes; on a quiet machine all cores
     are faster for most steps. No file of the system tells which of the two holds here (a container sees neither its
     neighbours nor the host), but the steps' own times do. So steps of a kind, which are those of like numbers of tokens
-    and pages, begin with what ``is_small`` says, or with all cores where smaller ones take all by now; now and then one
+    and pages, begin with what ``is_small`` says, or with all cores as soon as smaller ones take all; now and then one
     of them tries the other number, as often as trials cost 2 % of the time at most.
 
     weight_bytes, page_bytes: of all layers. adapts_below: steps of as many tokens or more keep to what ``is_small``
@@ -68,6 +68,8 @@ class Cores:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind(takes_all=self._begins_with_all(num_tokens, num_pages, *key))
+        elif kind.has_only_run_alone:
+            kind.takes_all = self._begins_with_all(num_tokens, num_pages, *key)
         adapts = max_threads > 1 and num_tokens < self._adapts_below
         is_trial = adapts and kind.may_try(self._credit)
         takes_all = max_threads > 1 and kind.takes_all is not is_trial
@@ -107,6 +109,11 @@ class _Kind:
         self.takes_all = takes_all
         self._times: dict[bool, deque[float]] = {choice: deque(maxlen=_REMEMBERED) for choice in (False, True)}
         self._since_trial = 0
+
+    @property
+    def has_only_run_alone(self) -> bool:
+        """Whether no step has taken all cores yet: what smaller ones have learned since it began is news."""
+        return not (self.takes_all or self._times[True])
 
     def seconds(self, takes_all: bool) -> float:
         """The mean of what is remembered, but for the slowest step if there are several: a single late thread is no

@@ -90,6 +90,17 @@ def test_a_single_late_thread_is_no_load_but_every_fourth_is(machine: Machine) -
 
 
 @needs_kernels
+def test_a_kind_that_began_early_follows_what_smaller_ones_learn(machine: Machine) -> None:
+    """As rare wide steps between narrow ones do."""
+    machine.run(3, 1.6e-3, 1.1e-3, num_tokens=2)
+    machine.run(200, 0.9e-3, 0.67e-3)
+    machine.run(4, 1.6e-3, 1.1e-3, num_tokens=2)
+    assert machine.taken[:3] == [1, 1, 1] and machine.taken[-4:] == [4, 4, 4, 4]
+    machine.run(200, 1.6e-3, 5e-3, num_tokens=2)
+    assert machine.taken[-100:].count(1) > 90, "it goes back where that is slower"
+
+
+@needs_kernels
 def test_kinds_of_steps_are_told_apart(machine: Machine) -> None:
     """Large steps begin on all cores, and what small ones taught says nothing of them."""
     machine.run(200, 0.9e-3, 5e-3)
