@@ -35,7 +35,7 @@ class BuildKernels(build_ext):
 CPU = Extension(
     "nemo_engine._cpu",
     sources=["csrc/cpu/kernels.cpp", "csrc/cpu/module.cpp"],
-    depends=["csrc/cpu/kernels.h", "csrc/cpu/product.h", "csrc/cpu/rows.h", "csrc/cpu/vector.h"],
+    depends=["csrc/cpu/draw.h", "csrc/cpu/kernels.h", "csrc/cpu/product.h", "csrc/cpu/rows.h", "csrc/cpu/vector.h"],
     extra_compile_args=[
         "-std=c++20",
         "-O3",

@@ -40,6 +40,7 @@ constexpr int LANES = 16;
 #define NEMO_TARGET __attribute__((target("arch=x86-64-v4")))
 #include "vector.h"
 #include "rows.h"
+#include "draw.h"
 #include "product.h"
 #undef NEMO_TARGET
 }  // namespace of_16
@@ -49,6 +50,7 @@ constexpr int LANES = 8;
 #define NEMO_TARGET __attribute__((target("arch=x86-64-v3")))
 #include "vector.h"
 #include "rows.h"
+#include "draw.h"
 #include "product.h"
 #undef NEMO_TARGET
 }  // namespace of_8
@@ -59,6 +61,7 @@ constexpr int LANES = 4;
 #define NEMO_TARGET
 #include "vector.h"
 #include "rows.h"
+#include "draw.h"
 #include "product.h"
 #undef NEMO_TARGET
 }  // namespace of_4
@@ -151,7 +154,7 @@ template <class T> void query_attention(const Attention<T>& a) {
 }
 
 template <class T> void embed(const Embed<T>& a) { each(a, a.rows, a.rows * a.width); }
-template <class T> void greedy(const Greedy<T>& a) { each(a, a.rows, a.rows * a.width); }
+template <class T> void sample(const Sample<T>& a) { each(a, a.rows, 16 * a.rows * a.width); }
 void build_batch(const Batch& a) { one(a, 0); }
 
 void advance(const Advance& a) {
@@ -231,8 +234,8 @@ bool set_lanes(int wanted) {
 
 template void embed(const Embed<float>&);
 template void embed(const Embed<Bf16>&);
-template void greedy(const Greedy<float>&);
-template void greedy(const Greedy<Bf16>&);
+template void sample(const Sample<float>&);
+template void sample(const Sample<Bf16>&);
 template void rms_norm(const Norm<float>&);
 template void rms_norm(const Norm<Bf16>&);
 template void silu_mul(const Activation<float>&);

@@ -106,10 +106,14 @@ struct Accept {
   int64_t rows, width, ids_stride, not_taken, not_drafted;
 };
 
-// The likeliest token of each row, the first of equal ones; or what TOKEN_NOT_FINITE and TOKEN_ALL_MASKED say of the row.
+// The token that each row chooses: the likeliest, the first of equal ones, where its slot has a temperature of 0, or else what is drawn (see
+// draw of nemo_engine/ops/sampling.py); or what TOKEN_NOT_FINITE and TOKEN_ALL_MASKED say of the row.
 template <class T>
-struct Greedy {
+struct Sample {
   const T* logits;  // (rows, width)
+  const int64_t *slots, *positions;
+  const double *temperature, *min_p, *top_p;  // by slot, as the next two are
+  const int64_t *top_k, *seed_keys;
   int64_t* tokens;
   int64_t rows, width, not_finite, all_masked;
 };
@@ -124,7 +128,7 @@ void build_batch(const Batch&);
 void advance(const Advance&);
 void draft(const Draft&);
 void accept(const Accept&);
-template <class T> void greedy(const Greedy<T>&);
+template <class T> void sample(const Sample<T>&);
 
 // Calls to be done again, with other numbers of rows, in one go.
 using Call = std::variant<Norm<float>, Norm<Bf16>, Activation<float>, Activation<Bf16>, Rope<float>, Rope<Bf16>, Attention<float>,

@@ -110,11 +110,21 @@ Embed<T> read(Arguments& from, Embed<T>*) {
 }
 
 template <class T>
-Greedy<T> read(Arguments& from, Greedy<T>*) {
-  Greedy<T> a;
+Sample<T> read(Arguments& from, Sample<T>*) {
+  Sample<T> a;
   a.logits = from.address<const T>();
+  a.slots = from.address<const int64_t>();
+  a.positions = from.address<const int64_t>();
+  a.temperature = from.address<const double>();
+  a.min_p = from.address<const double>();
+  a.top_p = from.address<const double>();
+  a.top_k = from.address<const int64_t>();
+  a.seed_keys = from.address<const int64_t>();
   a.tokens = from.address<int64_t>();
-  for (int64_t* field : {&a.rows, &a.width, &a.not_finite, &a.all_masked}) *field = from.integer();
+  a.rows = from.integer();
+  a.width = from.integer();
+  a.not_finite = from.integer();
+  a.all_masked = from.integer();
   return a;
 }
 
@@ -257,7 +267,7 @@ PyMethodDef methods[] = {
     FUNCTION(rope_and_append_kv, Rope),
     FUNCTION(query_attention, Attention),
     FUNCTION(embed, Embed),
-    FUNCTION(greedy, Greedy),
+    FUNCTION(sample, Sample),
     OF_ONE_KIND(product, Product),
     OF_ONE_KIND(build_batch, Batch),
     OF_ONE_KIND(advance, Advance),

@@ -181,37 +181,6 @@ NEMO_INLINE void attend_unit(const Attention<T>& a, int64_t i) {
     attend_group<T, 0>(a, i / a.kv_heads, i % a.kv_heads);
 }
 
-template <class T>
-NEMO_INLINE void greedy_row(const Greedy<T>& a, int64_t row) {
-  const T* x = a.logits + row * a.width;
-  Floats top = all(-INFINITY);
-  Ints is_nan{};
-  int64_t i = 0;
-  for (; i + LANES <= a.width; i += LANES) {
-    Floats some = load(x + i);
-    top = pick(some > top, some, top);
-    is_nan |= some != some;
-  }
-  Floats rest = top;
-  for (int n = 0; i + n < a.width; ++n) rest[n] = load(x + i + n, 1)[0];
-  top = pick(rest > top, rest, top);
-  is_nan |= rest != rest;
-  const float best = largest(top);
-  bool has_nan = false;
-  for (int n = 0; n < LANES; ++n) has_nan |= is_nan[n] != 0;
-  if (has_nan || best == INFINITY) {
-    a.tokens[row] = a.not_finite;
-  } else if (best == -INFINITY) {
-    a.tokens[row] = a.all_masked;
-  } else {
-    int64_t at = 0;
-    for (; at + LANES <= a.width; at += LANES)
-      if (largest(load(x + at)) == best) break;
-    while (load(x + at, 1)[0] != best) ++at;
-    a.tokens[row] = at;
-  }
-}
-
 NEMO_TARGET inline void one(const Norm<float>& a, int64_t i) { norm_row(a, i); }
 NEMO_TARGET inline void one(const Norm<Bf16>& a, int64_t i) { norm_row(a, i); }
 NEMO_TARGET inline void one(const Activation<float>& a, int64_t i) { activate_row(a, i); }
@@ -220,5 +189,3 @@ NEMO_TARGET inline void one(const Rope<float>& a, int64_t i) { rope_token(a, i);
 NEMO_TARGET inline void one(const Rope<Bf16>& a, int64_t i) { rope_token(a, i); }
 NEMO_TARGET inline void one(const Attention<float>& a, int64_t i) { attend_unit(a, i); }
 NEMO_TARGET inline void one(const Attention<Bf16>& a, int64_t i) { attend_unit(a, i); }
-NEMO_TARGET inline void one(const Greedy<float>& a, int64_t i) { greedy_row(a, i); }
-NEMO_TARGET inline void one(const Greedy<Bf16>& a, int64_t i) { greedy_row(a, i); }

@@ -102,19 +102,9 @@ def sample_(
     wide = logits if logits.dtype == torch.float64 else logits.float()
     best = wide.amax(dim=1)
     is_finite = best < torch.inf  # false for NaN
+    slots = slot_ids[:0]
     if len(facts.penalised):
-        slots = slot_ids[facts.penalised]
-        wide = wide.clone() if wide is logits else wide
-        rows = wide[facts.penalised]
-        sampling.apply_penalties_(
-            rows,
-            params.output_counts[slots],
-            params.frequency[slots],
-            params.presence[slots],
-            params.repetition[slots] if facts.has_repetition else None,
-            params.prompt_mask[slots] if facts.has_repetition else None,
-        )
-        wide[facts.penalised] = rows
+        wide, slots = penalised(wide, slot_ids, params, facts)
     if facts.drawn is None:
         tokens = _draw(wide, slot_ids, positions, params, facts)
     else:
@@ -125,10 +115,30 @@ def sample_(
     tokens = torch.where(best > -torch.inf, tokens, TOKEN_ALL_MASKED)
     tokens = torch.where(is_finite, tokens, TOKEN_NOT_FINITE)
     if len(facts.penalised):
-        new = tokens[facts.penalised]
-        index = (slots, new.clamp(min=0))
-        params.output_counts.index_put_(index, (new >= 0).to(torch.int32), accumulate=True)
+        count_(tokens, slots, params, facts)
     return tokens
+
+
+def penalised(wide: Tensor, slot_ids: Tensor, params: SlotParams, facts: SampleFacts) -> tuple[Tensor, Tensor]:
+    """A copy of ``wide``, (R, V) fp32 or fp64, with the penalties of its rows, and the slots that have some, (P,)."""
+    slots = slot_ids[facts.penalised]
+    rows = wide[facts.penalised]
+    sampling.apply_penalties_(
+        rows,
+        params.output_counts[slots],
+        params.frequency[slots],
+        params.presence[slots],
+        params.repetition[slots] if facts.has_repetition else None,
+        params.prompt_mask[slots] if facts.has_repetition else None,
+    )
+    return wide.index_copy(0, facts.penalised, rows), slots
+
+
+def count_(tokens: Tensor, slots: Tensor, params: SlotParams, facts: SampleFacts) -> None:
+    """Count the tokens, (R,) int64, of the rows with penalties, which are of ``slots``."""
+    new = tokens[facts.penalised]
+    index = (slots, new.clamp(min=0))
+    params.output_counts.index_put_(index, (new >= 0).to(torch.int32), accumulate=True)
 
 
 def _draw(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams, facts: SampleFacts) -> Tensor:

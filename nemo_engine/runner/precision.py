@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,11 @@ import torch
 from nemo_engine.checkpoint.checkpoint import Checkpoint
 from nemo_engine.checkpoint.quant_config import Quantization, resolve_online
 from nemo_engine.config import EngineConfig
+from nemo_engine.model.linear import Fp8Linear
+from nemo_engine.model.weights import NemoWeights
+from nemo_engine.ops import Ops
+from nemo_engine.ops.cpu import products
+from nemo_engine.ops.cpu.packed import WIDENED_FROM, linear_widened
 from nemo_engine.ops.quantize import FP8
 
 _KV_DTYPES = {"fp8": FP8, "fp8_e4m3": FP8}
@@ -48,6 +54,17 @@ def use_wide_reductions() -> None:
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def bits_depend_on_threads_from(weights: NemoWeights, ops: Ops) -> float:
+    """From how many tokens on a CPU multiplies in fp32, whose sums the number of threads splits; infinity if never.
+
+    FP8 is computed so too.
+    """
+    if weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear):
+        return 0
+    is_plain = ops.linear is products.linear and weights.lm_head.weight is weights.embed_tokens
+    return WIDENED_FROM if is_plain or ops.linear is linear_widened else math.inf
 
 
 def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:

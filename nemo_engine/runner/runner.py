@@ -6,25 +6,22 @@ the device, so on CUDA it never waits; ``LaunchedStep.result`` does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from nemo_engine.config import EngineConfig, ModelConfig
-from nemo_engine.model.linear import Fp8Linear
 from nemo_engine.model.nemo import Nemo
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import Ops
-from nemo_engine.ops.cpu import products
-from nemo_engine.ops.cpu.packed import WIDENED_FROM, linear_widened
 from nemo_engine.runner import warmup
 from nemo_engine.runner.drafted_runs import DraftedRuns
 from nemo_engine.runner.graphs import Capture, StepGraph, capture_decodes
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.launched_step import LaunchedStep
 from nemo_engine.runner.mixed_graphs import MixedShape, capture_mixed
+from nemo_engine.runner.precision import bits_depend_on_threads_from
 from nemo_engine.runner.recorded import MAX_ROWS, RecordedDecodes, why_not_recorded
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import Sampler
@@ -67,7 +64,7 @@ class Runner:
         self._step = StepCompute(model, ops, self._kv_cache, self._table, self._sampler, max_drafts)
         page_bytes = self._kv_cache.num_bytes // (num_pages + 1)
         is_cpu = device.type == "cpu"
-        adapts_below = _adapts_below(weights, ops)
+        adapts_below = bits_depend_on_threads_from(weights, ops)
         self._cores = Cores(weights.num_bytes, page_bytes, adapts_below=adapts_below) if is_cpu else None
         self._prompt_lens: dict[int, int] = {}  # slots that want prompt log-probabilities -> their prompt's length
         self._graphs: tuple[StepGraph, ...] = ()
@@ -237,14 +234,3 @@ class Runner:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
                 torch.cuda.empty_cache()
-
-
-def _adapts_below(weights: NemoWeights, ops: Ops) -> float:
-    """From how many tokens on a CPU multiplies in fp32, whose sums the number of threads splits; infinity if never.
-
-    FP8 is computed so too.
-    """
-    if weights.embed_tokens.dtype.itemsize > 2 or isinstance(weights.layers[0].qkv, Fp8Linear):
-        return 0
-    is_plain = ops.linear is products.linear and weights.lm_head.weight is weights.embed_tokens
-    return WIDENED_FROM if is_plain or ops.linear is linear_widened else math.inf

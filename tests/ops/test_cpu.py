@@ -26,6 +26,7 @@ from nemo_engine.ops.op import Op, compiled_for_cpu
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.sample import SampleFacts, SlotParams
 from tests.helpers.checkpoints import tiny_config
+from tests.helpers.lanes import has_lanes
 from tests.ops.proofs import prove, run
 
 built = pytest.mark.skipif(compiled_for_cpu() is None, reason="nemo_engine._cpu is not built: there is no C++ compiler")
@@ -173,14 +174,6 @@ def test_rows_have_the_same_bits_alone_in_any_batch_and_with_any_threads(lanes: 
     finally:
         library.set_lanes(widest)
         torch.set_num_threads(threads)
-
-
-def has_lanes(count: int) -> bool:
-    try:
-        compiled_for_cpu().set_lanes(count)  # type: ignore[union-attr]
-    except ValueError:
-        return False
-    return True
 
 
 @built

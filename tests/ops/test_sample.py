@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from nemo_engine.ops import sampling
-from nemo_engine.ops.op import Case, Impl
+from nemo_engine.ops.op import Case, Impl, compiled_for_cpu
 from nemo_engine.ops.sample import SAMPLE, TOP_LOGPROBS, SampleFacts, SlotParams, sample_, sample_inputs, top_logprobs
 from nemo_engine.step import TOKEN_ALL_MASKED, TOKEN_NOT_FINITE
 from tests.emulation.library import Watch, emulated, watched
+from tests.helpers.lanes import has_lanes
 from tests.ops.test_ops import site
 
 ROOT = Path(__file__).parents[2]
@@ -167,13 +168,25 @@ def test_top_logprobs_of_failed_and_chosen_tokens() -> None:
 
 
 @pytest.fixture(
-    params=[pytest.param("triton", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.emulated)]
+    params=[
+        pytest.param("triton", marks=pytest.mark.interpreted),
+        pytest.param("cuda", marks=pytest.mark.emulated),
+        *["cpu 4", "cpu 8", "cpu 16"],
+    ]
 )
 def kernel(request: pytest.FixtureRequest) -> Iterator[Callable[..., Tensor]]:
-    """An implementation for GPUs, as it runs here."""
-    impl = next(impl for impl in SAMPLE.impls if impl.name == request.param)
-    if impl.name == "triton":
+    """An implementation for GPUs, as it runs here, or that for CPUs, with vectors of so many numbers."""
+    name, _, lanes = request.param.partition(" ")
+    impl = next(impl for impl in SAMPLE.impls if impl.name == name)
+    if name == "triton":
         yield impl.load()
+        return
+    if name == "cpu":
+        compiled, widest = compiled_for_cpu(), next((n for n in (16, 8, 4) if has_lanes(n)), 0)
+        if not widest or not has_lanes(int(lanes)):
+            pytest.skip("csrc/cpu was not built, or this machine has no such vectors")
+        yield impl.load()
+        compiled.set_lanes(widest)  # type: ignore[union-attr]
         return
     library = request.getfixturevalue("emulated_library")
     with emulated(library):

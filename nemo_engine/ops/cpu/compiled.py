@@ -105,16 +105,28 @@ def embed(table: Tensor, ids: Tensor) -> Tensor:
 def sample_(
     logits: Tensor, slot_ids: Tensor, positions: Tensor, params: SlotParams, facts: SampleFacts | None = None
 ) -> Tensor:
-    """See ``sample.sample_``, which draws and counts; what is greedy and without penalties is chosen in one call."""
-    facts = SampleFacts.of(slot_ids, params, logits.shape[1]) if facts is None else facts
-    is_plain = facts.drawn is not None and not facts.num_drawn and not facts.penalised.shape[0]
-    if not is_plain or logits.dtype not in (torch.bfloat16, torch.float32):
+    """See ``sample.sample_``, which penalises: the logits of all rows are copied then."""
+    if logits.dtype not in (torch.bfloat16, torch.float32):
         return sample.sample_(logits, slot_ids, positions, params, facts)
+    facts = SampleFacts.of(slot_ids, params, logits.shape[1]) if facts is None else facts
+    if not facts.penalised.shape[0]:
+        return _choose(logits, slot_ids, positions, params)
+    penalised, slots = sample.penalised(logits.float(), slot_ids, params, facts)
+    tokens = _choose(penalised, slot_ids, positions, params)
+    tokens.masked_fill_(~(logits.amax(dim=1) < torch.inf), TOKEN_NOT_FINITE)  # penalties have made them finite
+    sample.count_(tokens, slots, params, facts)
+    return tokens
+
+
+def _choose(logits: Tensor, slot_ids: Tensor, positions: Tensor, params: SlotParams) -> Tensor:
     logits = logits.contiguous()
     rows, width = logits.shape
     tokens = slot_ids.new_empty(rows)
-    is_bf16 = logits.dtype == torch.bfloat16
-    _cpu.greedy(is_bf16, logits.data_ptr(), tokens.data_ptr(), rows, width, TOKEN_NOT_FINITE, TOKEN_ALL_MASKED)
+    by_slot = (params.temperature, params.min_p, params.top_p, params.top_k, params.seed_keys)
+    _cpu.sample(
+        logits.dtype == torch.bfloat16, logits.data_ptr(), slot_ids.data_ptr(), positions.data_ptr(),
+        *[values.data_ptr() for values in by_slot], tokens.data_ptr(), rows, width, TOKEN_NOT_FINITE, TOKEN_ALL_MASKED,
+    )  # fmt: skip
     return tokens
 
 
