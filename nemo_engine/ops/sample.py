@@ -102,7 +102,7 @@ def sample_(
     wide = logits if logits.dtype == torch.float64 else logits.float()
     best = wide.amax(dim=1)
     is_finite = best < torch.inf  # false for NaN
-    slots = slot_ids[:0]
+    slots = None
     if len(facts.penalised):
         wide, slots = penalised(wide, slot_ids, params, facts)
     if facts.drawn is None:
@@ -114,7 +114,7 @@ def sample_(
             tokens[drawn] = _draw(wide[drawn], slot_ids[drawn], positions[drawn], params, facts)
     tokens = torch.where(best > -torch.inf, tokens, TOKEN_ALL_MASKED)
     tokens = torch.where(is_finite, tokens, TOKEN_NOT_FINITE)
-    if len(facts.penalised):
+    if slots is not None:
         count_(tokens, slots, params, facts)
     return tokens
 
