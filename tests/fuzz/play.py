@@ -50,6 +50,7 @@ class Player:
         self.requests: dict[int, list[Request]] = {}  # of the scheduler, by index of their case
         self.outputs: dict[int, list[RequestOutput]] = {}
         self.active: dict[str, RequestCase] = {}
+        self.ending: dict[str, list[RequestCase]] = {}  # aborted, and their name is another's by now
         self.may_fail: set[int] = set()  # that were there when something broke on purpose
         self.aborted: set[int] = set()
         self.num_steps = 0
@@ -103,7 +104,8 @@ class Player:
         reasons = []
         if not one.name:
             reasons.append("must be a non-empty string")
-        if one.name in self.active:
+        earlier = self.active.get(one.name)
+        if earlier is not None and (earlier.index not in self.aborted or earlier.abort is not None):
             reasons.append("in use")
         if len(one.prompt) + (1 if params.max_tokens is None else params.max_tokens) > self.limit:
             reasons.append("a prompt of")
@@ -127,6 +129,8 @@ class Player:
             self.engine.prepare = prepare  # type: ignore[method-assign]
         if reasons:
             raise Wrong(f"request {one.index} is taken though {reasons}")
+        if earlier is not None:  # it was aborted, and a step has failed that would have told so
+            self.ending.setdefault(one.name, []).append(earlier)
         self.active[one.name] = one
         self.outputs[one.index] = []
         self.counts["requests"] += 1
@@ -153,11 +157,14 @@ class Player:
         if self.case.fault is not None and self.case.fault[0] == "nan" and self.num_steps > self.case.fault[1]:
             self._restore()
         for output in outputs:
-            one = self.active.get(output.request_id)
+            ending = self.ending.get(output.request_id)
+            one = ending[0] if ending else self.active.get(output.request_id)
             if one is None:
                 raise Wrong(f"an output of {output.request_id!r}, which has ended or never was")
             self.outputs[one.index].append(output)
-            if output.finished:
+            if output.finished and ending:
+                ending.pop(0)
+            elif output.finished:
                 del self.active[output.request_id]
         if self._undo is None:
             check(self.engine._core.scheduler)
