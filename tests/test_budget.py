@@ -25,9 +25,9 @@ BUDGETS = {
     "ops": 4165,
     "planner": 1250,  # 13 GPUs with sources, 74 published results that it is held against, and what drafts gain by width
     "ray": 180,
-    # Steps of one token a row, and wide ones; fills and edits in one upload; on a GPU graphs of decodes and of prompts, and
-    # on a CPU recorded steps.
-    "runner": 2220,
+    # Steps of one token a row, and wide ones; fills and edits in one upload; on a GPU graphs of decodes and of prompts, of
+    # as many pages as CUDA's attention widens at once, and on a CPU recorded steps.
+    "runner": 2235,
     "scheduler": 1400,  # speculation is two files of 270: how wide a step is, what came of it, and an account of what that lost
     "server": 6800,  # four dialects of an API, whose every limit stands in its document, and a network that means harm
     "simulator": 1975,  # a thousand replicas behind a router, which come, are lost and are given back; wide steps

@@ -94,7 +94,7 @@ class Runner:
     def _launch_rows(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         if not any(row.slot in self._prompt_lens for row in plan.prefills):
             for shape, graph in self._mixed_graphs:
-                if shape.holds(plan):
+                if shape.holds(plan, self._table.num_pages):
                     self._fills.upload(shape.pack(plan, new_pages), graph.words)
                     sampling = [*plan.decode_slots, *[row.slot for row in plan.prefills if row.samples]]
                     return self._replay(graph, plan, tuple(sampling))
@@ -221,8 +221,7 @@ class Runner:
         try:
             self._kv_cache.warn_if_saturated(self._table.highest_page)
         finally:
-            self._graphs = ()
-            self._mixed_graphs = ()
+            self._graphs = self._mixed_graphs = ()
             self._recorded = None
             self._last = None
             del self._step, self._kv_cache, self._table, self._sampler, self._fills

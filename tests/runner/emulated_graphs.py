@@ -7,7 +7,9 @@ a wrong result or is refused.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,11 +32,26 @@ REFUSED = {
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation on tensors, and every launch of an interpreted Triton kernel."""
+    """Notes every operation on tensors, every launch of an interpreted Triton kernel and every call into the CUDA kernels
+    that are emulated, which know tensors by their addresses: all that are made are kept.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Callable[[], None]] = []
+        self.made: list[Any] = []
+
+    def library(self, library: Any) -> Any:
+        """``library`` with its calls noted."""
+
+        def noted(function: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.steps.append(lambda: function(*args, **kwargs))
+                return function(*args, **kwargs)
+
+            return call if callable(function) else function
+
+        return SimpleNamespace(**{name: noted(getattr(library, name)) for name in dir(library) if name[0] != "_"})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,6 +63,7 @@ class Recorder(TorchDispatchMode):
         ):
             raise RuntimeError(f"{name} by a mask in a captured function: its shape depends on values")
         outputs = func(*args, **kwargs)
+        self.made.append(outputs)
         inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         fresh = [
             index
@@ -65,7 +83,7 @@ class Recorder(TorchDispatchMode):
 
 
 def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
-    """A ``Capture`` for the CPU. Triton kernels are recorded where they are interpreted."""
+    """A ``Capture`` for the CPU. Triton kernels are recorded where they are interpreted, CUDA ones where emulated."""
     from triton.runtime.interpreter import GridExecutor
 
     function()  # as on a GPU, once before
@@ -78,11 +96,16 @@ def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
         recorder.steps.append(lambda: launch(self, *args, **kwargs))
 
     GridExecutor.__call__ = recorded_launch
+    library = sys.modules.get("nemo_engine._C")
     try:
+        if library is not None:
+            sys.modules["nemo_engine._C"] = recorder.library(library)
         with recorder:
             outputs = function()
     finally:
         GridExecutor.__call__ = launch
+        if library is not None:
+            sys.modules["nemo_engine._C"] = library
 
     def replay() -> None:
         for step in recorder.steps:
