@@ -29,11 +29,12 @@ REFUSED = {
     "is_nonzero",
     "bincount",
 }
+LIBRARIES = ("nemo_engine._C", "flash_attn_interface")
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation on tensors, every launch of an interpreted Triton kernel and every call into the CUDA kernels
-    that are emulated, which know tensors by their addresses: all that are made are kept.
+    """Notes every operation on tensors, every launch of an interpreted Triton kernel and every call into a library. Those
+    know tensors by their addresses, so all that are made are kept.
     """
 
     def __init__(self) -> None:
@@ -46,8 +47,16 @@ class Recorder(TorchDispatchMode):
 
         def noted(function: Any) -> Any:
             def call(*args: Any, **kwargs: Any) -> Any:
-                self.steps.append(lambda: function(*args, **kwargs))
-                return function(*args, **kwargs)
+                with _disable_current_modes():
+                    result = function(*args, **kwargs)
+
+                def again() -> None:
+                    value = function(*args, **kwargs)
+                    if isinstance(value, torch.Tensor):
+                        result.copy_(value)
+
+                self.steps.append(again)
+                return result
 
             return call if callable(function) else function
 
@@ -83,7 +92,10 @@ class Recorder(TorchDispatchMode):
 
 
 def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
-    """A ``Capture`` for the CPU. Triton kernels are recorded where they are interpreted, CUDA ones where emulated."""
+    """A ``Capture`` for the CPU.
+
+    Triton kernels are recorded where they are interpreted, CUDA ones where they are emulated, and FlashAttention.
+    """
     from triton.runtime.interpreter import GridExecutor
 
     function()  # as on a GPU, once before
@@ -96,16 +108,14 @@ def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
         recorder.steps.append(lambda: launch(self, *args, **kwargs))
 
     GridExecutor.__call__ = recorded_launch
-    library = sys.modules.get("nemo_engine._C")
+    libraries = {name: sys.modules[name] for name in LIBRARIES if name in sys.modules}
     try:
-        if library is not None:
-            sys.modules["nemo_engine._C"] = recorder.library(library)
+        sys.modules.update({name: recorder.library(library) for name, library in libraries.items()})
         with recorder:
             outputs = function()
     finally:
         GridExecutor.__call__ = launch
-        if library is not None:
-            sys.modules["nemo_engine._C"] = library
+        sys.modules.update(libraries)
 
     def replay() -> None:
         for step in recorder.steps:

@@ -16,7 +16,7 @@ from nemo_engine.checkpoint.checkpoint import open_checkpoint
 from nemo_engine.checkpoint.loader import load_weights
 from nemo_engine.config import EngineConfig
 from nemo_engine.memory_plan import graph_sizes
-from nemo_engine.ops import ALL_OPS, SEMANTICS, Ops, Site
+from nemo_engine.ops import ALL_OPS, SEMANTICS, Ops, Site, flash_attn
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.runner.graphs import Captured, StepGraph, cuda_capture
 from nemo_engine.runner.mixed_graphs import MixedShape
@@ -42,6 +42,9 @@ def test_graph_sizes(most: int) -> None:
 
 def ops_by(name: str, site: Site) -> Ops:
     """Every operation by the implementation of that name, and by its definition where it has none."""
+    if name == "flash_attn":  # which is for GPUs; the definition of sampling cannot be captured
+        definitions = Ops.select(site, dict.fromkeys([op.name for op in ALL_OPS], SEMANTICS) | {"sample_": "cuda"})
+        return dataclasses.replace(definitions, paged_attention=flash_attn.paged_attention)
     having = {op.name for op in ALL_OPS if any(impl.name == name for impl in op.impls)}
     composed = {op.name for op in ALL_OPS if op.composed is not None}
     others = dict.fromkeys({op.name for op in ALL_OPS} - having - composed, SEMANTICS)

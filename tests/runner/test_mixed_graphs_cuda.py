@@ -5,6 +5,7 @@ same as eager steps, whatever rows they have.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_engine.ops import flash_attn
 from nemo_engine.runner.runner import Runner
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.step import PrefillRow, SlotFill, StepPlan
 from tests.emulation.library import emulated
+from tests.ops.test_flash_attn import stand_in
 from tests.runner.emulated_graphs import emulated_capture
 from tests.runner.test_graphs import PAGE, count_replays, make_runner
 from tests.runner.test_mixed_graphs import BUDGET, Host, check_steps
@@ -95,3 +98,18 @@ def test_steps_over_cuda_as_emulated_graphs_equal_eager_ones(
     assert host.kinds >= kinds, host.kinds
     check_pages(eager, runner)
     check_edges(eager, runner)
+
+
+def test_steps_over_flash_attention_as_emulated_graphs_equal_eager_ones(
+    library: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", stand_in("flash_attn_interface"))
+    flash_attn.choose.cache_clear()
+    eager, runner = (make_runner(tmp_path, CPU, torch.bfloat16, kernels="flash_attn") for _ in range(2))
+    for each in (eager, runner):
+        each._kv_cache.poison(torch.arange(1, 61))
+    runner.capture((), emulated_capture, mixed_sizes=(BUDGET,))
+    assert check_steps(eager, runner, Host(3), 20)[BUDGET] > 10
+    check_pages(eager, runner)
+    check_edges(eager, runner)
+    flash_attn.choose.cache_clear()
