@@ -46,10 +46,9 @@ def ops_by(name: str, site: Site) -> Ops:
         definitions = Ops.select(site, dict.fromkeys([op.name for op in ALL_OPS], SEMANTICS) | {"sample_": "cuda"})
         return dataclasses.replace(definitions, paged_attention=flash_attn.paged_attention)
     having = {op.name for op in ALL_OPS if any(impl.name == name for impl in op.impls)}
-    composed = {op.name for op in ALL_OPS if op.composed is not None}
-    others = dict.fromkeys({op.name for op in ALL_OPS} - having - composed, SEMANTICS)
+    others = {op.name for op in ALL_OPS if op.composed is None and site.device_type == "cpu"} - having
     # Raises where one cannot serve. Embeddings by torch: a capture that is emulated sees no call into csrc/cpu.
-    return Ops.select(site, others | dict.fromkeys(having, name) | {"embed": "gather"})
+    return Ops.select(site, dict.fromkeys(others, SEMANTICS) | dict.fromkeys(having, name) | {"embed": "gather"})
 
 
 def make_runner(

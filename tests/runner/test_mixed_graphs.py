@@ -230,13 +230,17 @@ def test_words_of_a_padded_step() -> None:
 
 
 @pytest.mark.gpu
-def test_any_steps_as_graphs_equal_eager_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernels", "has_fp8_cache"), [("triton", False), ("cuda", False), ("cuda", True)])
+def test_any_steps_as_graphs_equal_eager_ones(tmp_path: Path, kernels: str, has_fp8_cache: bool) -> None:
     from nemo_engine.runner.graphs import cuda_capture
 
     device = torch.device("cuda")
+    if kernels == "cuda":
+        pytest.importorskip("nemo_engine._C", reason="the CUDA kernels are not built here")
+    dtype = {"triton": torch.float32, "cuda": torch.bfloat16}[kernels]
 
     def play(mixed_sizes: tuple[int, ...]) -> list[list[int]]:
-        runner: Runner = make_runner(tmp_path, device, torch.float32)
+        runner = make_runner(tmp_path, device, dtype, kernels=kernels, has_fp8_cache=has_fp8_cache)
         runner.warm_up((1, 4, 7))
         if mixed_sizes:
             runner.capture((1, 4, 7), cuda_capture(device), mixed_sizes=mixed_sizes)
