@@ -1,4 +1,4 @@
-"""Steps with prompts as CUDA graphs, for a short list of numbers of tokens: one launch for the whole step.
+"""Steps with prompts as CUDA graphs, for a short list of numbers of tokens: two launches for the whole step.
 
 A graph has fixed numbers of tokens, of decode rows, of rows after them and of rows that sample. A step that has fewer
 is padded by rows that every kernel takes as they are: empty decode rows, which have neither query nor keys, empty rows

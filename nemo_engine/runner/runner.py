@@ -131,10 +131,10 @@ class Runner:
 
     def _replay(self, graph: StepGraph, plan: StepPlan, slots: tuple[int, ...]) -> LaunchedStep:
         """Run a graph whose words are on the device; ``slots``: whose rows sample."""
-        if self._sampler.needs_only_tokens(slots, plan.masks):
-            graph.whole.replay()
-            return LaunchedStep(plan, graph.whole.outputs[: len(slots)], [], {})
         graph.forward.replay()
+        if self._sampler.needs_only_tokens(slots, plan.masks):
+            graph.finish.replay()
+            return LaunchedStep(plan, graph.finish.outputs[: len(slots)], [], {})
         return LaunchedStep(plan, *self._step.choose(graph.rows, slots, graph.forward.outputs, plan.masks), {})
 
     def _decode_rows(

@@ -159,7 +159,7 @@ def count_replays(runner: Runner) -> dict[int, int]:
 
             return Captured(captured.outputs, replay)
 
-        return shape, dataclasses.replace(graph, whole=count(graph.whole), forward=count(graph.forward))
+        return shape, dataclasses.replace(graph, forward=count(graph.forward))
 
     runner._mixed_graphs = tuple([counted(*pair) for pair in runner._mixed_graphs])
     return replays

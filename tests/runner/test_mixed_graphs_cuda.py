@@ -61,8 +61,9 @@ def check_edges(eager: Runner, runner: Runner) -> None:
     @torch.inference_mode()
     def replayed(plan: StepPlan) -> list[int]:
         graph.words.copy_(torch.tensor(shape.pack(plan, {})))
-        graph.whole.replay()
-        return graph.whole.outputs[: len(plan.decode_slots)].tolist()
+        graph.forward.replay()
+        graph.finish.replay()
+        return graph.finish.outputs[: len(plan.decode_slots)].tolist()
 
     for step, (decodes, ids, page) in enumerate((((), [5], 1), ((1,), [*range(BUDGET - 1)], 2))):
         pages = tuple(range(page, page + 1 + len(ids) // PAGE))
