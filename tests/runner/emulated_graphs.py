@@ -41,6 +41,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Callable[[], None]] = []
         self.made: list[Any] = []
+        self.memory: set[int] = set()  # that was made, by address
 
     def library(self, library: Any) -> Any:
         """``library`` with its calls noted."""
@@ -80,6 +81,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs
         ]
         kept = tree_leaves(outputs)
+        self.memory |= {kept[index].untyped_storage().data_ptr() for index in fresh}
 
         def again() -> None:
             results = tree_leaves(func(*args, **kwargs))
@@ -121,4 +123,7 @@ def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
         for step in recorder.steps:
             step()
 
+    for x in tree_leaves(outputs):  # a capture computes nothing: results come with the first replay
+        if x.untyped_storage().data_ptr() in recorder.memory:
+            x.view(torch.uint8).fill_(0x7F)
     return Captured(outputs, replay)
