@@ -18,7 +18,7 @@ GIB = 1 << 30
 CPU_KV_GIB = 1.0  # by default; more if one request of the whole context needs it, up to CPU_KV_GIB_MOST
 CPU_KV_GIB_MOST = 4.0
 _RESERVE = 2 * GIB  # fragments, libraries' code, and what other processes take while this one runs
-_GRAPH_BYTES = 24 << 20  # of one captured step beside its tensors: its nodes and their parameters
+_GRAPH_BYTES = 26 << 20  # of one captured step beside its tensors: its nodes and their parameters, 2 MiB of its end
 _MIXED_GRAPH_TOKENS = (64, 128, 256, 512, 768, 1024)  # beyond, the GPU takes longer than the host for its launches
 _GRAPH_FRAGMENTS = 192 << 20  # segments of the graphs' memory pool that are not full, and its split-K parts
 # torch gives each pair of a cuBLAS handle and a stream 32 MiB on Hopper (8 MiB before). A thread has a handle of its
@@ -122,7 +122,7 @@ def plan_memory(
         sizes = [*graph_sizes(seqs), *[rows for rows, _ in wide_graph_sizes(config)], *mixed]
         logits = sum(sizes) - sum(mixed) + sum([min(seqs, tokens) for tokens in mixed])
         graphs = logits * vocab * itemsize + max(sizes) * token_bytes
-        graphs += _GRAPH_FRAGMENTS + 2 * _GRAPH_BYTES * len(sizes)
+        graphs += _GRAPH_FRAGMENTS + _GRAPH_BYTES * len(sizes)
     plan = MemoryPlan(
         free=free,
         weights=weight_bytes,

@@ -99,6 +99,14 @@ MISTAKES = {
         SPLIT,
         "race in global memory: .* no release and acquire",
     ),
+    "empty rows taken for items": Mistake(
+        "attention/decode.cuh",
+        "int(load(in.starts + in.first_row + in.num_rows)) - in.first_query",
+        "in.num_items",
+        "paged_attention",
+        "heads of 128, empty decode rows",
+        f"of the nearest array|{WRONG_RESULT}",
+    ),
     # norm
     "no barrier": Mistake(
         "common/rows.cuh",

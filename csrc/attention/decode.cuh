@@ -50,8 +50,8 @@ struct DecodeCut {
     int32_t item, tile;
 };
 
-// A header (tiles of a share, items without keys, units with work); where these units begin, and the end; of each item its
-// length, its slot and its place on the line.
+// A header (tiles of a share, items if some have no keys and else 0, units with work); where these units begin, and the end;
+// of each item its length, its slot and its place on the line.
 struct DecodePlan {
     int32_t *header, *cuts, *lengths, *slots, *places;
 
@@ -132,10 +132,11 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_decode_kernel(const MakePla
     const DecodePlanInputs& in = p.in;
     DecodePlan plan = view_plan(in.plan, in.num_items, in.num_units);
     int* scratch = shared_memory<int>();
+    int num_items = minimum(in.num_items, int(load(in.starts + in.first_row + in.num_rows)) - in.first_query);
     int total = 0, num_empty = 0, lane = lane_index(), warp = warp_index();
-    for (int first = 0; first < in.num_items; first += PLAN_THREADS) {
+    for (int first = 0; first < num_items; first += PLAN_THREADS) {
         int item = first + int(threadIdx.x), tiles = 0;
-        if (item < in.num_items) {
+        if (item < num_items) {
             int64_t query = in.first_query + item;
             int row = row_holding(in.starts, in.first_row, in.first_row + in.num_rows, query);
             int length = int(load(in.seq_lens + row) - (load(in.starts + row + 1) - 1 - query));
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_decode_kernel(const MakePla
         block_sync();
         int warps_up_to = sum_up_to(scratch[lane]), of_warp = scratch[warp];
         int place = total + shuffle(warps_up_to, warp) - of_warp + up_to - line;
-        if (item < in.num_items) store(plan.places + item, place);
+        if (item < num_items) store(plan.places + item, place);
         total += shuffle(warps_up_to, 31);
     }
     num_empty = warp_sum(num_empty);
@@ -161,8 +162,9 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_decode_kernel(const MakePla
     if (warp != 0) return;
     num_empty = warp_sum(scratch[lane]);
     int share = maximum(MIN_SHARE, ceil_div(total, in.num_units));
-    int units = make_cuts(plan, in.num_items, total, share);
-    if (lane == 0) store(plan.header, share), store(plan.header + 1, num_empty), store(plan.header + 2, units);
+    int units = make_cuts(plan, num_items, total, share);
+    if (lane != 0) return;
+    store(plan.header, share), store(plan.header + 1, num_empty > 0 ? num_items : 0), store(plan.header + 2, units);
 }
 
 // ---- the kernel
@@ -487,10 +489,10 @@ __device__ __forceinline__ void attend_part(const Decode<T>& p, const Part& part
     publish<T>(run, reinterpret_cast<float*>(ring));
 }
 
-// Zeros for the items without keys: a share of them, of one KV head.
+// Zeros for those of the items that have no keys: a share of them, of one KV head.
 template <class T>
-__device__ __forceinline__ void clear_empty(const Decode<T>& p, const DecodePlan& plan, int units, int head) {
-    for (int item = blockIdx.y; item < p.in.num_items; item += units) {
+__device__ __forceinline__ void clear_empty(const Decode<T>& p, const DecodePlan& plan, int num_items, int units, int head) {
+    for (int item = blockIdx.y; item < num_items; item += units) {
         if (load(plan.lengths + item) > 0) continue;
         bf16* out = p.in.out + (int64_t(item) * p.in.num_heads + head * p.group) * DECODE_DIM + threadIdx.x;
         for (int i = 0; i < p.group; i++) store(out + i * DECODE_DIM, bf16{0});
@@ -547,7 +549,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const Decode<
     auto* shared = shared_memory<unsigned char>();
     float k_scale = p.in.k_scale == nullptr ? 1.0f : load(p.in.k_scale + head);
     float v_scale = p.in.v_scale == nullptr ? 1.0f : load(p.in.v_scale + head);
-    if (load(plan.header + 1) > 0) clear_empty(p, plan, units, head);
+    clear_empty(p, plan, load(plan.header + 1), units, head);
     for (int item = from.item; item < to.item + (to.tile > 0); item++) {
         Part part = find_part(plan, share, unit, from, to, item);
         if (part.begin >= part.end) continue;

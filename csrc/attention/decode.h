@@ -18,8 +18,8 @@ constexpr int MOST_HEADS = 1024;
 struct DecodePlanInputs {
     int32_t* plan;  // decode_plan_words(num_items, num_units)
     const int64_t *starts, *seq_lens, *slot_ids;  // of rows: (R + 1,), (R,), (R,)
-    int first_query, num_items;  // items are the queries first_query .. first_query + num_items - 1
-    int first_row, num_rows;     // those of the rows first_row .. first_row + num_rows - 1
+    int first_query, num_items;  // items are the queries first_query .. first_query + num_items - 1, or as many as there are
+    int first_row, num_rows;     // of the rows first_row .. first_row + num_rows - 1, the last of which may have none
     int num_units;
 };
 

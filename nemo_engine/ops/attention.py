@@ -74,6 +74,7 @@ class AttentionMeta:
     prefill_pages: tuple[int, ...] | None = None  # of each row from num_decodes on, or more; None: num_pages each
     run_length: int = 1  # decode rows
     max_queries: int | None = None  # of the rows from num_decodes on together; None: there are no empty decode rows
+    max_pages: int | None = None  # of these rows together; None: see prefill_pages
     _kept: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:

@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,55 +116,42 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
     assert kv.k_scale is None and kv.v_scale is None and kv.dtype == q.dtype, (kv.dtype, q.dtype)
     library = choose(torch.cuda.get_device_capability(q.device) if q.is_cuda else None, meta.page_size)
     assert isinstance(library, Library), library
-    flash = importlib.import_module(library.module)
-    serve = _paged_attention_3 if library is FLASH_ATTENTION_3 else _paged_attention_2
+    flash, is_3 = importlib.import_module(library.module), library is FLASH_ATTENTION_3
+    pages, lens, query_starts, key_starts, is_decode = meta.once("flash_attn", lambda: _indices(meta))
     # Its pages are (tokens, heads, D), ours (heads, tokens, D): it takes strides.
-    return serve(flash, q, kv.k.transpose(1, 2), kv.v.transpose(1, 2), meta, {"softmax_scale": scale, "causal": True})
+    k, v = kv.k.transpose(1, 2), kv.v.transpose(1, 2)
+    how, table = {"softmax_scale": scale, "causal": True}, "page_table" if is_3 else "block_table"
+    decodes = meta.num_decodes
+    decoded = q[:0]
+    if decodes:
+        rows = {"cache_seqlens": lens[:decodes], table: pages[:decodes]}
+        decoded = flash.flash_attn_with_kvcache(q[:decodes].unsqueeze(1), k, v, **rows, **how).squeeze(1)
+    if decodes == len(meta.seq_lens):
+        return decoded
+    how |= {"cu_seqlens_q": query_starts, "max_seqlen_q": max(decodes, meta.longest), table: pages[decodes:]}
+    out: Tensor
+    if is_3:
+        out = flash.flash_attn_with_kvcache(q, k, v, cache_seqlens=lens[decodes:], **how)
+    else:
+        max_keys = meta.num_pages * meta.page_size
+        out = flash.flash_attn_varlen_func(q, k, v, cu_seqlens_k=key_starts, max_seqlen_k=max_keys, **how)
+    out[:decodes] = torch.where(is_decode, decoded, out[:decodes])
+    return out
 
 
-def _indices(meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """In int32: the rows' pages (R, P), their lengths (R,), and where queries and keys of the rows after the decodes
-    begin (R - decodes + 1,); and the first query of the latter, for which the host waits if decode rows may be empty.
+def _indices(meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """In int32: pages (S, P) and lengths (S,) of S sequences, and where queries and keys of those after the decode rows
+    begin (S - decodes + 1,); and which of the first queries are of a decode row (decodes, 1, 1).
+
+    The first sequence after the decode rows is all queries of these again, without keys: so the others begin where
+    they are, however many decode rows are empty, and the host need not know.
     """
-
-    def make() -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        decodes = meta.num_decodes
-        first = decodes if meta.max_queries is None else int(meta.query_start_loc[decodes])
-        key_starts = torch.nn.functional.pad(meta.seq_lens[decodes:].cumsum(0), (1, 0))
-        query_starts = meta.query_start_loc[decodes:] - first
-        pages, lens, starts, ends = (x.to(torch.int32) for x in (meta.pages, meta.seq_lens, query_starts, key_starts))
-        return pages, lens, starts, ends, first
-
-    indices: tuple[Tensor, Tensor, Tensor, Tensor, int] = meta.once("flash_attn", make)
-    return indices
-
-
-def _paged_attention_3(flash: Any, q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, how: dict[str, Any]) -> Tensor:
-    pages, lens, query_starts, _, first = _indices(meta)
-    decodes, out = meta.num_decodes, torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    call = flash.flash_attn_with_kvcache
-    if decodes:
-        out[:decodes] = call(
-            q[:decodes].unsqueeze(1), k, v, cache_seqlens=lens[:decodes], page_table=pages[:decodes], **how
-        ).squeeze(1)
-    if decodes < len(lens):
-        out[first:] = call(
-            q[first:], k, v, cache_seqlens=lens[decodes:], page_table=pages[decodes:], cu_seqlens_q=query_starts,
-            max_seqlen_q=meta.longest, **how,
-        )  # fmt: skip
-    return out
-
-
-def _paged_attention_2(flash: Any, q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, how: dict[str, Any]) -> Tensor:
-    pages, lens, query_starts, key_starts, first = _indices(meta)
-    decodes, out = meta.num_decodes, torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if decodes:
-        out[:decodes] = flash.flash_attn_with_kvcache(
-            q[:decodes].unsqueeze(1), k, v, cache_seqlens=lens[:decodes], block_table=pages[:decodes], **how
-        ).squeeze(1)
-    if decodes < len(lens):
-        out[first:] = flash.flash_attn_varlen_func(
-            q[first:], k, v, cu_seqlens_q=query_starts, cu_seqlens_k=key_starts, max_seqlen_q=meta.longest,
-            max_seqlen_k=meta.num_pages * meta.page_size, block_table=pages[decodes:], **how,
-        )  # fmt: skip
-    return out
+    decodes = meta.num_decodes
+    slots, lens = (torch.cat((x[:decodes], x.new_zeros(1), x[decodes:])) for x in (meta.slot_ids, meta.seq_lens))
+    query_starts, key_starts = (
+        torch.nn.functional.pad(x, (1, 0)) for x in (meta.query_start_loc[decodes:], lens[decodes:].cumsum(0))
+    )
+    pages = meta.page_table[:, : meta.num_pages][slots]
+    is_decode = torch.arange(decodes, device=lens.device) < meta.query_start_loc[decodes]
+    indices = [x.to(torch.int32) for x in (pages, lens, query_starts, key_starts)]
+    return indices[0], indices[1], indices[2], indices[3], is_decode.view(-1, 1, 1)

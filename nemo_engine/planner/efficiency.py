@@ -61,7 +61,7 @@ class Efficiencies:
     elementwise: Figure = Figure(0.5, "assumed: half is fused into matrix products")
     launch_us: Figure = Figure(1.3, "assumed: a kernel boundary inside a CUDA graph on an H100")
     gap_us: Figure = Figure(500.0, "derived: what vLLM 0.19 takes on an H100 beyond reading the weights of an 8B")
-    host_us: Figure = Figure(150.0, "assumed: planning, one upload and one launch")
+    host_us: Figure = Figure(150.0, "assumed: planning, one upload and two launches")
     host_us_per_request: Figure = Figure(0.4, "assumed: schedule() and commit() measured at 0.15 us, and output")
     link_us: Figure = Figure(10.0, "assumed: latency of an all-reduce inside one machine")
 

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: one launch for a whole step, for a short list of batch sizes.
+"""Steps as CUDA graphs: two launches for a whole step, for a short list of batch sizes.
 
 A captured function reads its inputs from tensors at fixed addresses, and what it returns lies at fixed addresses too,
 overwritten by the next replay. The captures of an engine share one memory pool: they never run at the same time.
@@ -67,14 +67,14 @@ def cuda_capture(device: torch.device) -> Capture:
 class StepGraph:
     """Steps of the very shape of ``rows``, whose description is copied into ``words`` before a replay.
 
-    ``whole`` goes from the request table to the sampled tokens and back into the table. ``forward`` ends at the logits,
-    for batches whose logits the host has work with before a token is chosen.
+    ``forward`` goes from the request table to the logits. ``finish`` chooses tokens from them and enters these into the
+    table, unless the host has work with the logits before.
     """
 
     words: Tensor
     rows: StepRows  # slices of ``words``
-    whole: Captured[Tensor]
     forward: Captured[Logits]
+    finish: Captured[Tensor]
 
     @property
     def size(self) -> int:
@@ -83,18 +83,17 @@ class StepGraph:
 
     @classmethod
     def of(cls, step: StepCompute, words: Tensor, rows: StepRows, capture: Capture) -> StepGraph:
-        """Capture both."""
+        """Capture both; ``words`` are of padding."""
+        forward = capture(lambda: step.logits(rows, *step.forward(rows)))
+        forward.replay()  # a capture computes nothing, and what follows reads the results
 
-        def forward() -> Logits:
-            return step.logits(rows, *step.forward(rows))
-
-        def whole() -> Tensor:
-            logits, slot_ids, positions, seq_lens = forward()
+        def finish() -> Tensor:
+            logits, slot_ids, positions, seq_lens = forward.outputs
             tokens = step.sampler.sample_any(logits, slot_ids, positions)
             step.advance(rows, seq_lens, tokens)
             return tokens
 
-        return cls(words, rows, capture(whole), capture(forward))
+        return cls(words, rows, forward, capture(finish))
 
 
 def capture_decodes(step: StepCompute, sizes: Sequence[tuple[int, int]], capture: Capture) -> tuple[StepGraph, ...]:

@@ -98,7 +98,7 @@ class Runner:
     def _launch_rows(self, plan: StepPlan, new_pages: dict[int, tuple[int, int]]) -> LaunchedStep:
         if not any(row.slot in self._prompt_lens for row in plan.prefills):
             for shape, graph in self._mixed_graphs:
-                if shape.holds(plan):
+                if shape.holds(plan, self._table.num_pages):
                     self._fills.upload(shape.pack(plan, new_pages), graph.words)
                     sampling = [*plan.decode_slots, *[row.slot for row in plan.prefills if row.samples]]
                     return self._replay(graph, plan, tuple(sampling))
@@ -136,10 +136,10 @@ class Runner:
 
     def _replay(self, graph: StepGraph, plan: StepPlan, slots: tuple[int, ...]) -> LaunchedStep:
         """Run a graph whose words are on the device; ``slots``: whose rows sample."""
-        if self._sampler.needs_only_tokens(slots, plan.masks):
-            graph.whole.replay()
-            return LaunchedStep(plan, graph.whole.outputs[: len(slots)], [], {})
         graph.forward.replay()
+        if self._sampler.needs_only_tokens(slots, plan.masks):
+            graph.finish.replay()
+            return LaunchedStep(plan, graph.finish.outputs[: len(slots)], [], {})
         return LaunchedStep(plan, *self._step.choose(graph.rows, slots, graph.forward.outputs, plan.masks), {})
 
     def _decode_rows(
@@ -226,8 +226,7 @@ class Runner:
         try:
             self._kv_cache.warn_if_saturated(self._table.highest_page)
         finally:
-            self._graphs = ()
-            self._mixed_graphs = ()
+            self._graphs = self._mixed_graphs = ()
             self._recorded = None
             self._last = None
             del self._step, self._kv_cache, self._table, self._sampler, self._fills

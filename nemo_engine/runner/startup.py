@@ -34,7 +34,6 @@ from nemo_engine.ops.linear import linear_fp8
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.runner.forks import check_threads
 from nemo_engine.runner.graphs import cuda_capture
-from nemo_engine.runner.mixed_graphs import why_not_captured
 from nemo_engine.runner.precision import Precision, resolve_precision, use_wide_reductions
 from nemo_engine.runner.runner import Runner
 from nemo_engine.startup_log import StartupLog
@@ -180,10 +179,8 @@ def _build(
             torch.cuda.synchronize(device)
         if sizes:
             before = torch.cuda.mem_get_info(device)[0]
-            reason = why_not_captured(ops)
-            mixed_sizes = () if reason else mixed_graph_sizes(config)
-            prompts = f"prompts of up to {mixed_sizes[-1]} tokens" if mixed_sizes else f"no prompts ({reason})"
-            name = f"capture CUDA graphs of {len(sizes) + len(wide_sizes)} batch sizes, and of {prompts}"
+            mixed_sizes, count = mixed_graph_sizes(config), len(sizes) + len(wide_sizes)
+            name = f"capture CUDA graphs of {count} batch sizes, and of prompts of up to {mixed_sizes[-1]} tokens"
             with startup_log.stage(name) as stage:
                 runner.capture(sizes, cuda_capture(device), wide_sizes, mixed_sizes)
                 torch.cuda.synchronize(device)

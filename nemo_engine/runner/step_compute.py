@@ -61,6 +61,7 @@ class StepCompute:
         meta = AttentionMeta(
             rows.num_decodes, rows.starts, seq_lens, table.page_table, rows.slots, self.kv_cache.page_size,
             rows.num_pages, rows.longest, self.workspace, rows.prefill_pages, rows.width, rows.max_queries,
+            rows.max_pages,
         )  # fmt: skip
         x, residual = self.model.forward(ModelInputs(ids, positions, mapping, meta), self.kv_cache.layers)
         return x, residual, seq_lens

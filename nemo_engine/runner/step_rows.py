@@ -26,6 +26,7 @@ class StepRows:
     prefill_pages: tuple[int, ...] | None = None  # of each row after the decodes; None: num_pages each, or less
     width: int = 1  # see ``StepPlan``
     max_queries: int | None = None  # see ``AttentionMeta``
+    max_pages: int | None = None
 
     @classmethod
     def of(

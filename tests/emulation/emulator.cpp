@@ -74,7 +74,10 @@ void register_emulator(pybind11::module_& parent) {
             throw std::invalid_argument("no known array lies there");
         },
         "What kernels have read of the array there since it was made known, each byte as often as it was read.");
-    m.def("forget", [] { machine().ranges.clear(); }, "Forget all arrays; nothing is checked.");
+    m.def("forget", [] { machine().ranges.clear(), machine().padding.clear(); }, "Forget all arrays; nothing is checked.");
+    m.def(
+        "allow_races", [](uintptr_t address, int64_t bytes) { machine().padding.push_back({address, address + uintptr_t(bytes)}); },
+        py::arg("address"), py::arg("bytes"), "An array that any threads may write at the same time: what comes of it nobody needs.");
     m.def("seed", [](uint64_t seed) { machine().random.seed(seed); }, "Of the order of threads, blocks and copies.");
     m.def("set_num_sms", [](int count) { machine().num_sms = count; }, "Of the emulated GPU (132).");
     m.def(

@@ -605,6 +605,9 @@ void Machine::access_global(const void* address, int bytes, bool is_write, Acces
     } else {
         counter.access(block->number, current->thread, __builtin_return_address(0), address, bytes, is_write);
     }
+    auto at = reinterpret_cast<uintptr_t>(address);
+    for (auto [begin, end] : padding)
+        if (begin <= at && at < end) return;
     global.access(block->races, block->foreign, block->number, current->thread, address, bytes, is_write, how == Access::ATOMIC);
 }
 

@@ -202,6 +202,7 @@ struct Machine {
     Block* block = nullptr;  // of the thread that runs
     Fiber* current = nullptr;
     Global global;
+    std::vector<std::pair<uintptr_t, uintptr_t>> padding;  // begin and end of arrays that any thread may write: nobody needs them
     Counter counter;
     int num_threads = 0;
     int shared_bytes = 0;

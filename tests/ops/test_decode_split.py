@@ -108,17 +108,21 @@ def test_triton_cuts_as_the_rule_says() -> None:
 def test_cuda_cuts_as_the_rule_says(emulated_library: Any) -> None:
     with emulated(emulated_library):
         for lengths, units in batches():
-            rows = len(lengths)
-            plan = torch.full((emulated_library.decode_plan_words(rows, units),), -1, dtype=torch.int32)
-            starts, lens, slots = torch.arange(rows + 1), torch.tensor(lengths), 3 + torch.arange(rows)
-            emulated_library.plan_decode(
-                plan.data_ptr(), starts.data_ptr(), lens.data_ptr(), slots.data_ptr(), 0, rows, 0, rows, units, 0
-            )
-            expected = cuts(lengths, units)
-            share, empty, used, *words = plan.tolist()
-            assert (share, empty, used) == (share_of(lengths, units), lengths.count(0), max(1, len(expected) - 1))
-            assert list(zip(words[::2], words[1::2], strict=False))[: len(expected)] == expected
-            assert words[2 * units + 2 :][: 2 * rows] == [*lengths, *slots.tolist()]
+            rows, expected = len(lengths), cuts(lengths, units)
+            heads = share_of(lengths, units), rows * (0 in lengths), max(1, len(expected) - 1)
+            for num_empty in (0, 3):  # rows without a query behind them are no items
+                num_rows = rows + num_empty
+                plan = torch.full((emulated_library.decode_plan_words(num_rows, units),), -1, dtype=torch.int32)
+                starts = torch.arange(num_rows + 1).clamp(max=rows)
+                lens, slots = torch.tensor([*lengths, *[0] * num_empty]), 3 + torch.arange(num_rows)
+                addresses = [x.data_ptr() for x in (plan, starts, lens, slots)]
+                emulated_library.plan_decode(*addresses, 0, num_rows, 0, num_rows, units, 0)
+                share, empty, used, *words = plan.tolist()
+                assert (share, empty, used) == heads
+                assert list(zip(words[::2], words[1::2], strict=False))[: len(expected)] == expected
+                listed = words[2 * units + 2 :]
+                assert listed[:num_rows] == [*lengths, *[-1] * num_empty]
+                assert listed[num_rows:][:num_rows] == [*slots[:rows].tolist(), *[-1] * num_empty]
 
 
 def test_units_are_as_many_as_the_blocks_that_run_at_once(emulated_library: Any) -> None:

@@ -98,17 +98,22 @@ MODULES = {
 }
 
 
+def stand_in(name: str, **changed: Any) -> types.ModuleType:
+    """That module, its members replaced by the given ones, or removed by None."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    for member, value in {**MODULES[name], **changed}.items():
+        if value is not None:
+            setattr(module, member, value)
+    return module
+
+
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """install(name, member=...): that module is there, its members replaced by the given ones, or removed by None."""
+    """install(name, member=...): that module is there, see ``stand_in``."""
 
     def put(name: str, **changed: Any) -> None:
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        for member, value in {**MODULES[name], **changed}.items():
-            if value is not None:
-                setattr(module, member, value)
-        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, name, stand_in(name, **changed))
         flash_attn.choose.cache_clear()
 
     flash_attn.choose.cache_clear()
@@ -121,6 +126,8 @@ FLASH_ROWS = (
     [(1, 255), (1, 256), (1, 257), (1, 700)],
     [(256, 256), (257, 257), (1, 1)],
     [(1, 300), (1, 0), (5, 261), (17, 17), (2, 770)],
+    [(1, 300), (1, 5), *[(0, 0)] * 4, (5, 261), (0, 0), (17, 17), (0, 0), (2, 2)],
+    [*[(0, 0)] * 3, (9, 9)],
 )
 
 

@@ -7,7 +7,9 @@ a wrong result or is refused.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,14 +29,39 @@ REFUSED = {
     "is_nonzero",
     "bincount",
 }
+LIBRARIES = ("nemo_engine._C", "flash_attn_interface")
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation on tensors, and every launch of an interpreted Triton kernel."""
+    """Notes every operation on tensors, every launch of an interpreted Triton kernel and every call into a library. Those
+    know tensors by their addresses, so all that are made are kept.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Callable[[], None]] = []
+        self.made: list[Any] = []
+        self.memory: set[int] = set()  # that was made, by address
+
+    def library(self, library: Any) -> Any:
+        """``library`` with its calls noted."""
+
+        def noted(function: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with _disable_current_modes():
+                    result = function(*args, **kwargs)
+
+                def again() -> None:
+                    value = function(*args, **kwargs)
+                    if isinstance(value, torch.Tensor):
+                        result.copy_(value)
+
+                self.steps.append(again)
+                return result
+
+            return call if callable(function) else function
+
+        return SimpleNamespace(**{name: noted(getattr(library, name)) for name in dir(library) if name[0] != "_"})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,6 +73,7 @@ class Recorder(TorchDispatchMode):
         ):
             raise RuntimeError(f"{name} by a mask in a captured function: its shape depends on values")
         outputs = func(*args, **kwargs)
+        self.made.append(outputs)
         inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         fresh = [
             index
@@ -53,6 +81,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs
         ]
         kept = tree_leaves(outputs)
+        self.memory |= {kept[index].untyped_storage().data_ptr() for index in fresh}
 
         def again() -> None:
             results = tree_leaves(func(*args, **kwargs))
@@ -65,7 +94,10 @@ class Recorder(TorchDispatchMode):
 
 
 def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
-    """A ``Capture`` for the CPU. Triton kernels are recorded where they are interpreted."""
+    """A ``Capture`` for the CPU.
+
+    Triton kernels are recorded where they are interpreted, CUDA ones where they are emulated, and FlashAttention.
+    """
     from triton.runtime.interpreter import GridExecutor
 
     function()  # as on a GPU, once before
@@ -78,14 +110,20 @@ def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
         recorder.steps.append(lambda: launch(self, *args, **kwargs))
 
     GridExecutor.__call__ = recorded_launch
+    libraries = {name: sys.modules[name] for name in LIBRARIES if name in sys.modules}
     try:
+        sys.modules.update({name: recorder.library(library) for name, library in libraries.items()})
         with recorder:
             outputs = function()
     finally:
         GridExecutor.__call__ = launch
+        sys.modules.update(libraries)
 
     def replay() -> None:
         for step in recorder.steps:
             step()
 
+    for x in tree_leaves(outputs):  # a capture computes nothing: results come with the first replay
+        if x.untyped_storage().data_ptr() in recorder.memory:
+            x.view(torch.uint8).fill_(0x7F)
     return Captured(outputs, replay)

@@ -14,9 +14,9 @@ import torch
 
 from nemo_engine.checkpoint.checkpoint import open_checkpoint
 from nemo_engine.checkpoint.loader import load_weights
-from nemo_engine.config import EngineConfig, ModelConfig
+from nemo_engine.config import EngineConfig
 from nemo_engine.memory_plan import graph_sizes
-from nemo_engine.ops import ALL_OPS, Ops, Site
+from nemo_engine.ops import ALL_OPS, SEMANTICS, Ops, Site, flash_attn
 from nemo_engine.ops.quantize import FP8
 from nemo_engine.runner.graphs import Captured, StepGraph, cuda_capture
 from nemo_engine.runner.mixed_graphs import MixedShape
@@ -40,21 +40,35 @@ def test_graph_sizes(most: int) -> None:
         assert padded <= max(2 * count - 1, 8 + count) and padded - count <= 63
 
 
-def triton_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype) -> Ops:
-    site = Site.of(config, PAGE, dtype, device, kv_dtype)
-    triton = [op.name for op in ALL_OPS if any(impl.name == "triton" for impl in op.impls)]
+def ops_by(name: str, site: Site) -> Ops:
+    """Every operation by the implementation of that name, and by its definition where it has none."""
+    if name == "flash_attn":  # which is for GPUs; the definition of sampling cannot be captured
+        definitions = Ops.select(site, dict.fromkeys([op.name for op in ALL_OPS], SEMANTICS) | {"sample_": "cuda"})
+        return dataclasses.replace(definitions, paged_attention=flash_attn.paged_attention)
+    having = {op.name for op in ALL_OPS if any(impl.name == name for impl in op.impls)}
+    others = {op.name for op in ALL_OPS if op.composed is None and site.device_type == "cpu"} - having
     # Raises where one cannot serve. Embeddings by torch: a capture that is emulated sees no call into csrc/cpu.
-    return Ops.select(site, dict.fromkeys(triton, "triton") | {"embed": "gather"})
+    return Ops.select(site, dict.fromkeys(others, SEMANTICS) | dict.fromkeys(having, name) | {"embed": "gather"})
 
 
 def make_runner(
-    path: Path, device: torch.device, dtype: torch.dtype, *, is_fp8: bool = False, vocab_size: int = 97
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_fp8: bool = False,
+    vocab_size: int = 97,
+    kernels: str = "triton",
+    has_fp8_cache: bool = False,
 ) -> Runner:
-    """is_fp8: weights, inputs by static scales, and keys and values by scales of their heads."""
-    kv_dtype = FP8 if is_fp8 else dtype
+    """is_fp8: weights, inputs by static scales, and keys and values by scales of their heads; has_fp8_cache: keys and
+    values alone, by scales of 1.
+    """
+    kv_dtype = FP8 if is_fp8 or has_fp8_cache else dtype
     config = tiny_config(
-        num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64, intermediate_size=48, vocab_size=vocab_size
-    )
+        num_heads=4, num_kv_heads=2, head_dim=16 if kernels == "triton" else 128, hidden_size=64, intermediate_size=48,
+        vocab_size=vocab_size,
+    )  # fmt: skip
     if not (path / "config.json").exists():
         state = random_state_dict(config, seed=5)
         if is_fp8:
@@ -73,7 +87,7 @@ def make_runner(
             speculative_config={"method": "ngram"},
         ),  # fmt: skip
         weights,
-        triton_ops(config, dtype, device, kv_dtype),
+        ops_by(kernels, Site.of(config, PAGE, dtype, device, kv_dtype)),
         num_pages=60,
         max_model_len=100,
         device=device,
@@ -145,7 +159,7 @@ def count_replays(runner: Runner) -> dict[int, int]:
 
             return Captured(captured.outputs, replay)
 
-        return shape, dataclasses.replace(graph, whole=count(graph.whole), forward=count(graph.forward))
+        return shape, dataclasses.replace(graph, forward=count(graph.forward))
 
     runner._mixed_graphs = tuple([counted(*pair) for pair in runner._mixed_graphs])
     return replays

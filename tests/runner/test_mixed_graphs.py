@@ -136,17 +136,10 @@ class Host:
                 self._leave(request, "length")
 
 
-@pytest.mark.interpreted
-@pytest.mark.usefixtures("small_gpu")
-def test_any_steps_as_emulated_graphs_equal_eager_ones(tmp_path: Path) -> None:
-    from tests.runner.emulated_graphs import emulated_capture
-
-    eager, runner = (make_runner(tmp_path, CPU, torch.float32) for _ in range(2))
-    runner.capture((1, 4, 7), emulated_capture, mixed_sizes=SIZES)
-    for each in (eager, runner):
-        each._kv_cache.poison(torch.arange(1, 61))
-    replays, host, num_mixed, num_reports = count_replays(runner), Host(3), 0, 0
-    for step in range(12):
+def check_steps(eager: Runner, runner: Runner, host: Host, num_steps: int = 12) -> dict[int, int]:
+    """Steps of both give the same, all of those with prompts by graphs; returns how many by each."""
+    replays, num_mixed, num_reports = count_replays(runner), 0, 0
+    for step in range(num_steps):
         plan = host.plan(step)
         expected, result = eager.launch(plan).result(), runner.launch(plan).result()
         assert result.token_ids == expected.token_ids, plan
@@ -161,8 +154,23 @@ def test_any_steps_as_emulated_graphs_equal_eager_ones(tmp_path: Path) -> None:
             for request in host.running:
                 end = {"page_table": len(request.pages), "token_ids": request.num_computed}.get(name)
                 assert torch.equal(ours[request.slot].flatten()[:end], theirs[request.slot].flatten()[:end])
-    assert sum(replays.values()) == num_mixed > 6 and min(replays.values()) > 0, replays
-    assert num_reports > 0 and host.kinds >= KINDS
+    assert sum(replays.values()) == num_mixed and num_reports > 0
+    return replays
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("small_gpu")
+def test_any_steps_as_emulated_graphs_equal_eager_ones(tmp_path: Path) -> None:
+    from tests.runner.emulated_graphs import emulated_capture
+
+    eager, runner = (make_runner(tmp_path, CPU, torch.float32) for _ in range(2))
+    runner.capture((1, 4, 7), emulated_capture, mixed_sizes=SIZES)
+    for each in (eager, runner):
+        each._kv_cache.poison(torch.arange(1, 61))
+    host = Host(3)
+    replays = check_steps(eager, runner, host)
+    assert sum(replays.values()) > 6 and min(replays.values()) > 0, replays
+    assert host.kinds >= KINDS
 
 
 @pytest.mark.interpreted
@@ -195,10 +203,17 @@ def test_a_plan_that_a_graph_cannot_hold_runs_without_it() -> None:
     shape = MixedShape(num_tokens=32, num_decodes=7, num_prompts=3, num_pads=1, num_sampled=7, max_pad=100)
     rows = tuple([PrefillRow(slot, 0, 8, True) for slot in range(1, 5)])
     plan = StepPlan(0, (5, 6), rows[:3])
-    assert shape.holds(plan) and shape.holds(StepPlan(0, (5, 6), (PrefillRow(1, 0, 30, True),)))
-    assert not shape.holds(dataclasses.replace(plan, width=2)) and not shape.holds(StepPlan(0, (), rows))
-    assert not shape.holds(StepPlan(0, (5, 6), (PrefillRow(1, 0, 31, True),)))
-    assert not shape.holds(StepPlan(0, (*range(1, 9),), (PrefillRow(9, 0, 1, True),)))
+    num_pages = [0, 1, 2, 3, *[9] * 6]
+    assert shape.holds(plan, num_pages) and shape.holds(StepPlan(0, (5, 6), (PrefillRow(1, 0, 30, True),)), num_pages)
+    for other in (
+        dataclasses.replace(plan, width=2),
+        StepPlan(0, (), rows),
+        StepPlan(0, (5, 6), (PrefillRow(1, 0, 31, True),)),
+        StepPlan(0, (*range(1, 9),), (PrefillRow(9, 0, 1, True),)),
+    ):
+        assert not shape.holds(other, num_pages)
+    for limit, is_held in ((6, False), (7, True)):  # 1 + 2 + 3 pages, and one of 6 tokens of padding
+        assert dataclasses.replace(shape, page_size=8, max_pages=limit).holds(plan, num_pages) is is_held
 
 
 def test_words_of_a_padded_step() -> None:
@@ -215,13 +230,17 @@ def test_words_of_a_padded_step() -> None:
 
 
 @pytest.mark.gpu
-def test_any_steps_as_graphs_equal_eager_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernels", "has_fp8_cache"), [("triton", False), ("cuda", False), ("cuda", True)])
+def test_any_steps_as_graphs_equal_eager_ones(tmp_path: Path, kernels: str, has_fp8_cache: bool) -> None:
     from nemo_engine.runner.graphs import cuda_capture
 
     device = torch.device("cuda")
+    if kernels == "cuda":
+        pytest.importorskip("nemo_engine._C", reason="the CUDA kernels are not built here")
+    dtype = {"triton": torch.float32, "cuda": torch.bfloat16}[kernels]
 
     def play(mixed_sizes: tuple[int, ...]) -> list[list[int]]:
-        runner: Runner = make_runner(tmp_path, device, torch.float32)
+        runner = make_runner(tmp_path, device, dtype, kernels=kernels, has_fp8_cache=has_fp8_cache)
         runner.warm_up((1, 4, 7))
         if mixed_sizes:
             runner.capture((1, 4, 7), cuda_capture(device), mixed_sizes=mixed_sizes)

@@ -35,11 +35,8 @@ def _decode(out: Tensor, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: flo
 
     def make_plan() -> Tensor:
         plan = torch.empty(kernels.decode_plan_words(items, units), dtype=torch.int32, device=q.device)
-        starts = meta.query_start_loc
-        if meta.max_queries is not None:  # empty rows are items of no keys, and not the row that holds a query
-            starts = torch.arange(items + 1, device=q.device)
         kernels.plan_decode(
-            plan.data_ptr(), starts.data_ptr(), meta.seq_lens.data_ptr(), meta.slot_ids.data_ptr(),
+            plan.data_ptr(), meta.query_start_loc.data_ptr(), meta.seq_lens.data_ptr(), meta.slot_ids.data_ptr(),
             0, items, 0, items, units, stream,
         )  # fmt: skip
         return plan

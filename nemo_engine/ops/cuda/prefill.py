@@ -4,7 +4,7 @@ it, by csrc/attention/gather.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -38,7 +38,10 @@ def prefill(out: Tensor, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: flo
     shape = (2, capacity * page_size * _DIM)
     scratch = meta.workspace.take("CUDA widened pages", shape, torch.bfloat16, q.device)
     identity = meta.once("CUDA identity pages", partial(torch.arange, capacity, device=q.device))
-    for begin, end, count in _turns(meta.prefill_pages or (meta.num_pages,) * (rows - first), capacity // kv_heads):
+    turns: Iterable[tuple[int, int, int]] = [(0, rows - first, meta.max_pages or 0)]
+    if meta.max_pages is None:
+        turns = _turns(meta.prefill_pages or (meta.num_pages,) * (rows - first), capacity // kv_heads)
+    for begin, end, count in turns:
         turn = (first + begin, first + end)
         bounds = meta.once(f"CUDA page bounds of {begin}", partial(_bounds, meta.seq_lens[slice(*turn)], page_size))
         heads = next(some for some in range(kv_heads, 0, -1) if kv_heads % some == 0 and some * count <= capacity)
