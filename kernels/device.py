@@ -34,3 +34,16 @@ def _facts_of(device: torch.device) -> Facts:
 def stages_in(wanted: int, tile_bytes: int, other_bytes: int, shared: int) -> int:
     """How many tiles of keys and values may be in flight, one less than Triton's stages, in ``shared`` bytes."""
     return max(2, min(wanted, (shared - other_bytes) // tile_bytes + 1))
+
+
+def zeros_of(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` int32 zeros for launches over one weight, which no two streams read: at one address, for captured graphs.
+
+    A kernel that counts there leaves zeros.
+    """
+    return _zeros(weight.device, weight.data_ptr(), count)
+
+
+@cache
+def _zeros(device: torch.device, owner: int, count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
