@@ -37,7 +37,7 @@ def stages_in(wanted: int, tile_bytes: int, other_bytes: int, shared: int) -> in
 
 
 def zeros_of(weight: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` int32 zeros for launches over one weight, which no two streams read: at one address, for captured graphs.
+    """``count`` int32 zeros for launches over one weight, which no two streams read; the same ones at every call.
 
     A kernel that counts there leaves zeros.
     """

@@ -50,9 +50,7 @@ def backwards() -> Iterator[None]:
     from triton.runtime.interpreter import interpreter_builder as builder
 
     set_index = builder.set_grid_idx
-    builder.set_grid_idx = lambda *at: set_index(
-        *[size - 1 - x for size, x in zip(builder.grid_dim, at, strict=True)]
-    )
+    builder.set_grid_idx = lambda *at: set_index(*[size - 1 - x for size, x in zip(builder.grid_dim, at, strict=True)])
     try:
         yield
     finally:
