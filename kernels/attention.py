@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import facts, stages_in
+from .device import dependent, facts, stages_in, wait_for_previous
 
 _PREFILL_KEYS = 64  # of one tile
 _PREFILL_ROWS = 128  # queries times heads of one tile
@@ -79,12 +79,13 @@ def _prefill_kernel(
     out_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, slot_ids_ptr, starts_ptr, seq_lens_ptr,
     scale, num_rows, first_row, q_stride, q_head_stride, table_stride, page_stride, head_stride, num_heads,
     HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of M / GROUP_PAD queries of one row and one KV head.
 
     Row i starts at tile ``starts[i] / queries + i``.
     """
+    wait_for_previous(DEPENDENT)
     QUERIES: tl.constexpr = M // GROUP_PAD
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see the most keys: they go first
     head = tl.program_id(1)
@@ -175,5 +176,5 @@ def prefill(
         out, q, k_cache, v_cache, k_scale, v_scale, page_table, slot_ids, starts, seq_lens, scale, rows, first_row,
         q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
         HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, GROUP_PAD=group_pad, PAGE_SIZE=page_size, M=_PREFILL_ROWS,
-        N=_PREFILL_KEYS, D=padded, num_warps=8, num_stages=stages,
+        N=_PREFILL_KEYS, D=padded, num_warps=8, num_stages=stages, **dependent(q.device),
     )  # fmt: skip

@@ -10,9 +10,9 @@ import triton.language as tl
 
 from . import decode_split as split
 from .attention import LOG2_E, attend_tile, tile_rows
-from .device import facts, stages_in
+from .device import dependent, facts, stages_in, wait_for_previous
 
-_MERGED_ELEMENTS = 8 << 10  # of parts that are read at once
+_MERGED_ELEMENTS = 2 << 10  # of parts that are read at once: more do not fit into registers beside the tiles
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_units", "num_counts", "is_padded"])
@@ -61,13 +61,14 @@ def _decode_kernel(
     seq_lens_ptr, query_lens_ptr, plan_ptr, counts_ptr, scale, num_rows, q_stride, q_head_stride, table_stride,
     page_stride, head_stride, num_heads, HAS_SCALES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
     QUERIES: tl.constexpr, PAGE_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    RESULTS: tl.constexpr, PARTS: tl.constexpr,
+    RESULTS: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One unit of the rows' keys, for one KV head: a row's result itself if the unit has the whole row, else a part and
     its log-sum-exp; the unit that is the last to store a part of a row merges them. A row has QUERIES queries, each
     with its own number of keys. ``counts_ptr``: how many parts there are, by the unit in which a row begins and the
     head, 0 before and after.
     """
+    wait_for_previous(DEPENDENT)
     unit = tl.program_id(0)
     head = tl.program_id(1)
     num_units = tl.load(plan_ptr + 2)
@@ -241,5 +242,5 @@ def decode(
         rows, q.stride(0), q.stride(1), page_table.stride(0), k_cache.stride(0), k_cache.stride(1), heads,
         HAS_SCALES=k_scale is not None, DIM=dim, GROUP=group, QUERIES=queries, PAGE_SIZE=page_size,
         M=max(16, results), N=split.TILE, D=padded, RESULTS=results,
-        PARTS=max(1, min(16, _MERGED_ELEMENTS // (results * padded))), num_warps=4, num_stages=stages,
+        PARTS=max(1, _MERGED_ELEMENTS // (results * padded)), num_warps=4, num_stages=stages, **dependent(q.device),
     )  # fmt: skip

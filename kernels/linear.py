@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .device import HOPPER, facts, zeros_of
+from .device import HOPPER, dependent, facts, wait_for_previous, zeros_of
 
 SCALE_BLOCK = 128  # outputs, and elements of K, that share a scale of kind "block"
 BUCKETS = (16, 32, 64, 128, 256)  # rows; all numbers above are one more bucket, MANY
@@ -119,8 +119,10 @@ def _tile(
 def _persistent_kernel(
     out_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, width, x_scale_stride, w_scale_stride,
     SCALES: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th tile, each over all of K."""
+    wait_for_previous(DEPENDENT)
     tiles = tl.cdiv(rows, M) * tl.cdiv(outputs, N * HALVES)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         _tile(
@@ -134,12 +136,14 @@ def _split_kernel(
     out_ptr, part_ptr, counts_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, width, x_scale_stride,
     w_scale_stride, splits, SCALES: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile over one of ``splits`` ranges of K.
 
     Parts of more than one lie ROWS rows apart in ``part_ptr``, and the program that is the last to store one of a tile
     adds them, STEP rows at once. ``counts_ptr``: how many parts there are of each tile, 0 before and after.
     """
+    wait_for_previous(DEPENDENT)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     steps = tl.cdiv(width, K)
@@ -299,7 +303,7 @@ def _launch(
     )  # fmt: skip
     options = {
         "SCALES": kind, "HALVES": tiling.halves, "M": tiling.rows, "N": loaded_outputs, "K": tiling.depth,
-        "num_warps": tiling.warps, "num_stages": tiling.stages,
+        "num_warps": tiling.warps, "num_stages": tiling.stages, **dependent(x.device),
     }  # fmt: skip
     if bucket == MANY:
         _persistent_kernel[(min(tiles, gpu.sms),)](out, *args, **options)
