@@ -64,9 +64,8 @@ def _decode_kernel(
     RESULTS: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One unit of the rows' keys, for one KV head: a row's result itself if the unit has the whole row, else a part and
-    its log-sum-exp; the unit that is the last to store a part of a row merges them. A row has QUERIES queries, each
-    with its own number of keys. ``counts_ptr``: how many parts there are, by the unit in which a row begins and the
-    head, 0 before and after.
+    its log-sum-exp; the last unit to store a part of a row merges them. A row has QUERIES queries, each with its own
+    number of keys. ``counts_ptr``: parts by the unit in which their row begins and the head, 0 before and after.
     """
     wait_for_previous(DEPENDENT)
     unit = tl.program_id(0)
@@ -131,16 +130,26 @@ def _decode_kernel(
             tl.store(lse_ptr + part_rows, best + tl.log2(mass), mask=is_used)
             # The row's first cut is in its first share, the others are a share apart.
             begun = unit if begin == 0 else unit - 1 - (first_tile - 1) // share
-            cut_tile = tl.load(plan_ptr + 6 + 2 * begun)
-            parts = 1 + (tl.cdiv(length, N) - cut_tile + share - 1) // share
-            count_ptr = counts_ptr + begun * tl.num_programs(1) + head
-            tl.debug_barrier()  # all threads have stored
-            if tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1:
-                tl.store(count_ptr, 0)
-                row_ptr = out_ptr + (wide + row) * QUERIES * num_heads * DIM
-                _merge_parts(
-                    row_ptr, part_ptr, lse_ptr, begun, parts, head, num_heads, DIM, GROUP, QUERIES, RESULTS, PARTS, D
-                )
+            parts = 1 + (tl.cdiv(length, N) - tl.load(plan_ptr + 6 + 2 * begun) + share - 1) // share
+            _merge_if_last(
+                out_ptr + (wide + row) * QUERIES * num_heads * DIM, part_ptr, lse_ptr,
+                counts_ptr + begun * tl.num_programs(1) + head, begun, parts, head, num_heads, DIM, GROUP, QUERIES,
+                RESULTS, PARTS, D,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge_if_last(
+    out_ptr, part_ptr, lse_ptr, count_ptr, first_unit, num_parts, head, num_heads, DIM: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, RESULTS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """``_merge_parts``, if this program is the last to count one of ``num_parts``."""
+    tl.debug_barrier()  # all threads have stored
+    if tl.atomic_add(count_ptr, 1, sem="acq_rel") == num_parts - 1:
+        tl.store(count_ptr, 0)
+        _merge_parts(
+            out_ptr, part_ptr, lse_ptr, first_unit, num_parts, head, num_heads, DIM, GROUP, QUERIES, RESULTS, PARTS, D
+        )
 
 
 @triton.jit
