@@ -147,7 +147,8 @@ def test_a_decode_layer_in_fp8_is_ten_launches(rows: int, monkeypatch: pytest.Mo
         qkv, residual = ops.norm_linear_fp8(x, x, empty(hidden), 1e-5, *weights[0])
         q, k, v = (part.unflatten(1, (-1, 128)) for part in qkv.split([q_size, model.kv_size, model.kv_size], 1))
         q = ops.rope_and_append_kv_(q, k, v, kv, RopeMeta(empty(9, 2, 64, dtype=fp32), ints, ints))
-        x = ops.quantize_linear_fp8(ops.paged_attention(q, kv, meta, 0.1).flatten(1), *weights[1])
+        heads = ops.paged_attention(q, kv, meta, 0.1).flatten(1)
+        x, residual = ops.quantize_linear_fp8(heads, *weights[1], residual)
         ops.mlp_fp8(x, residual, empty(hidden), 1e-5, *weights[2:])
     assert len(launches) == 11 and launches.count("_plan_kernel") == 1, launches
 

@@ -62,8 +62,8 @@ class RecordedDecodes:
         _cpu.start_recording()
         try:
             with _Nothing() as mode:
-                x, residual, self.seq_lens = step.forward(rows, self._ahead)
-                self.logits = step.model.logits(x, residual)
+                hidden, self.seq_lens = step.forward(rows, self._ahead)
+                self.logits = step.model.logits(hidden)
         finally:
             self._program = _cpu.stop_recording()
         self._memory = mode.memory
