@@ -96,6 +96,7 @@ def run_rows(ops: Ops, model: ModelConfig, rows: int) -> None:
     if rows > 64:
         both = empty(2 * inner, hidden, dtype=FP8), empty(hidden, inner, dtype=FP8)
         ops.mlp_fp8(x, residual, norm, 1e-5, *((w8, numbers(len(w8), 1), None) for w8 in both))
+        ops.quantize_linear_fp8(heads, empty(hidden, model.q_size, dtype=FP8), numbers(hidden, 1), None, residual)
         return
     ops.linear(x, empty(model.vocab_size, hidden))
     for out in (qkv, 2 * inner):

@@ -66,16 +66,17 @@ def small_linear(launch: Launch, rows: int, outputs: int, width: int) -> Moved:
     return Moved((outputs + readers * rows) * width * size, rows * outputs * 2, tiles)
 
 
-def gemm(launch: Launch, rows: int, outputs: int, width: int) -> Moved:
+def gemm(launch: Launch, rows: int, outputs: int, width: int, has_residual: bool = False) -> Moved:
     """Every tile reads its rows of x and of w; the tiles of a cluster lie beside one another and share x.
 
     A tile with the activation behind it, whose box of w has a third dimension, stores half of its outputs.
     """
-    x_map, w_map, y_map = launch["maps"]
+    x_map, w_map, y_map, _ = launch["maps"]
     row_tiles = ceil_div(rows, x_map["box"][1] * launch["cluster"])
     column_tiles = ceil_div(w_map["sizes"][1], w_map["box"][1])
     read = (row_tiles * outputs + ceil_div(column_tiles, launch["cluster"]) * rows) * width
-    return Moved(read, rows * y_map["sizes"][0] * 2, row_tiles * column_tiles)
+    written = rows * y_map["sizes"][0] * 2
+    return Moved(read + has_residual * written, written, row_tiles * column_tiles)
 
 
 def norm(launch: Launch, rows: int, width: int, size: int) -> Moved:
@@ -167,7 +168,8 @@ def mlp_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
             return norm(launch, rows, hidden, 1)
         if launch["name"] == "quantize_tokens":
             return elementwise(launch, rows, inner, inner, 1)
-        return gemm(launch, rows, *(gate_up.shape if len(launch["maps"][1]["box"]) == 3 else down.shape))
+        is_first = len(launch["maps"][1]["box"]) == 3
+        return gemm(launch, rows, *(gate_up if is_first else down).shape, has_residual=not is_first)
 
     yield Use("mlp_fp8", run, moved, gate_up.nbytes + down.nbytes + rows * hidden * 8)
 
@@ -233,7 +235,7 @@ def layer(ops: Ops, rows: int, is_fp8: bool) -> None:
     projection(qkv, hidden).after_norm(x, x, weight, 1e-5, ops)
     for use in attention_uses(ops, rows, is_fp8):
         use.run()
-    projection(hidden, NEMO.q_size)(empty(rows, NEMO.q_size), ops)
+    projection(hidden, NEMO.q_size).plus(x, empty(rows, NEMO.q_size), ops)
     projection(2 * inner, hidden).mlp(projection(hidden, inner), x, x, weight, 1e-5, ops)
 
 

@@ -3,7 +3,8 @@
 The device half runs on meta tensors, which have shapes and no data, while every launch compiles its kernel for the
 target GPU and runs nothing. So the variants are exactly those of the engine, and a step that read a value on the host
 would fail here. Prints, per kernel and variant: registers, shared memory, spills, local memory, the instructions that
-matter, and how many blocks an SM holds at once. Its first line has a digest of the other lines and of all that they
+matter, how many blocks an SM holds at once, and of a dependent launch what it does to global memory before the launch
+before it has ended. Its first line has a digest of the other lines and of all that they
 depend on, so that whether a stored report is that of these sources is known without compiling them.
 
     python benchmarks/kernel_report.py --write         # updates benchmarks/results/kernels-sm90.txt
@@ -37,6 +38,7 @@ from nemo_engine.benchmarks.machine_code import (
     read_usage,
     tool,
 )
+from nemo_engine.benchmarks.machine_flow import read_flow
 from nemo_engine.config import EngineConfig, ModelConfig
 from nemo_engine.kernels import device
 from nemo_engine.memory_plan import graph_sizes, wide_graph_sizes
@@ -54,7 +56,7 @@ GPUS = {  # by compute capability: an A100, an L40S, an H100 or H200, a B200
     80: device.Facts(108, 163 << 10),
     89: device.Facts(142, 99 << 10),
     90: device.HOPPER,
-    100: device.Facts(148, 227 << 10),
+    100: device.Facts(148, 227 << 10, True),
 }
 NEMO = ModelConfig(
     vocab_size=131072,
@@ -268,6 +270,7 @@ def inspect(kernel: str, variant: str, compiled: Any) -> Facts:
         spills=usage["STACK"] + usage["LOCAL"],
         blocks=blocks_per_sm(usage["REG"], shared, compiled.metadata.num_warps),
         instructions=count_instructions(code),
+        flow=f"early {' '.join(read_flow(code).early) or '-'}" if compiled.metadata.launch_pdl else "",
     )
 
 
@@ -295,7 +298,7 @@ def launches(wanted: str = "") -> tuple[str, dict[tuple[str, str], Any]]:
             for run in RUNS:
                 run(90, number)
     digest = hashlib.sha256("\n".join(sorted(words)).encode())
-    readers = [Path(__file__), Path(__file__).with_name("machine_code.py")]
+    readers = [Path(__file__).with_name(f"{name}.py") for name in ("kernel_report", "machine_code", "machine_flow")]
     for path in [*sorted(Path(device.__file__).parent.glob("*.py")), *readers]:
         digest.update(path.read_bytes())
     return digest.hexdigest(), variants

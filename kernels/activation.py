@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import dependent, wait_for_previous
 from .fp8 import quantize_row
 
 _BLOCK = 1024  # columns of one program where rows need not stay together: 8 elements a thread with 4 warps
@@ -14,8 +15,9 @@ _BLOCK = 1024  # columns of one program where rows need not stay together: 8 ele
 @triton.jit
 def _silu_mul_kernel(
     out_ptr, scales_ptr, gate_up_ptr, scale_ptr, stride, width,
-    QUANTISE: tl.constexpr, IS_STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    QUANTISE: tl.constexpr, IS_STATIC: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -38,7 +40,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         grid = (rows, triton.cdiv(width, _BLOCK))
         _silu_mul_kernel[grid](
             out, None, gate_up, None, gate_up.stride(0), width,
-            QUANTISE=False, IS_STATIC=False, BLOCK=_BLOCK, num_warps=4,
+            QUANTISE=False, IS_STATIC=False, BLOCK=_BLOCK, num_warps=4, **dependent(gate_up.device),
         )  # fmt: skip
     return out
 
@@ -58,6 +60,7 @@ def silu_mul_fp8(gate_up: torch.Tensor, scale: torch.Tensor | None = None) -> tu
         _silu_mul_kernel[(rows, 1)](
             out, scales, gate_up, scale, gate_up.stride(0), width,
             QUANTISE=True, IS_STATIC=scale is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            **dependent(gate_up.device),
         )  # fmt: skip
     return out, scales
 

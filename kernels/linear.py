@@ -1,9 +1,9 @@
 """Linear layers on tensor cores: ``y = x w^T`` of bf16, fp16 and fp32, and of FP8 (e4m3) with scales.
 
 Few rows are bound by reading the weight: it is the left operand there, so that 64 outputs by as few as 16 rows are one
-instruction, and K is split until all SMs read. Many rows: one block an SM, which goes from tile to tile. How a row is
-computed depends on N, K, the dtype and the bucket of the number of rows (``bucket_of``), and on nothing else of the
-batch.
+instruction, and K is split until all SMs read; the last program of a tile adds its parts. Many rows: one block an SM,
+which goes from tile to tile. How a row is computed depends on N, K, the dtype and the bucket of the number of rows
+(``bucket_of``), and on nothing else of the batch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .device import HOPPER, facts
+from .device import HOPPER, dependent, facts, wait_for_previous, zeros_of
 
 SCALE_BLOCK = 128  # outputs, and elements of K, that share a scale of kind "block"
 BUCKETS = (16, 32, 64, 128, 256)  # rows; all numbers above are one more bucket, MANY
 MANY = 0
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GROUP = tl.constexpr(8)  # rows of tiles that go together
-_REDUCE_BLOCK = 1024  # outputs of one program that adds parts
+_SUM_ELEMENTS = 32  # of a part that a thread adds at once
+_SUM_PARTS = tl.constexpr(4)  # that are on their way at once
 _MAX_SPLITS = 16
 _MIN_STEPS = 4  # of a split: below, filling the pipeline takes longer than the work
+_FILLING = 96  # blocks, three quarters of an H200's multiprocessors
 _EPILOGUE_BYTES = 33 << 10  # of shared memory: a tile on its way out, and the barriers
 
 
@@ -67,6 +69,19 @@ def _store(
 
 
 @triton.jit
+def _corner(tile, rows, outputs, M: tl.constexpr, N: tl.constexpr):
+    """The first row and output of a tile.
+
+    Tiles go down _GROUP of them before they go right, so that those which run together share rows and weights in the L2
+    cache.
+    """
+    per_group = _GROUP * tl.cdiv(outputs, N)
+    top = tile // per_group * _GROUP
+    height = tl.minimum(tl.cdiv(rows, M) - top, _GROUP)
+    return (top + tile % per_group % height) * M, tile % per_group // height * N
+
+
+@triton.jit
 def _tile(
     out_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, x_scale_stride, w_scale_stride, tile,
     first, last, SCALES: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr,
@@ -74,15 +89,8 @@ def _tile(
 ):  # fmt: skip
     """One tile of M rows by N outputs, or twice N where HALVES is 2, summed over steps ``first .. last - 1`` of K
     elements each.
-
-    Tiles go down _GROUP of them before they go right, so that those which run together share rows and weights in the L2
-    cache.
     """
-    per_group = _GROUP * tl.cdiv(outputs, N * HALVES)
-    top = tile // per_group * _GROUP
-    height = tl.minimum(tl.cdiv(rows, M) - top, _GROUP)
-    first_row = (top + tile % per_group % height) * M
-    first_output = tile % per_group // height * (N * HALVES)
+    first_row, first_output = _corner(tile, rows, outputs, M, N * HALVES)
     m = first_row + tl.arange(0, M)
     n = first_output + tl.arange(0, N)
     x_scale = tl.zeros((M,), tl.float32)
@@ -111,8 +119,10 @@ def _tile(
 def _persistent_kernel(
     out_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, width, x_scale_stride, w_scale_stride,
     SCALES: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th tile, each over all of K."""
+    wait_for_previous(DEPENDENT)
     tiles = tl.cdiv(rows, M) * tl.cdiv(outputs, N * HALVES)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         _tile(
@@ -123,31 +133,52 @@ def _persistent_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits", "x_scale_stride"])
 def _split_kernel(
-    out_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, width, x_scale_stride, w_scale_stride, splits,
-    SCALES: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr,
+    out_ptr, part_ptr, counts_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, width, x_scale_stride,
+    w_scale_stride, splits, SCALES: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile over one of ``splits`` ranges of K. The parts of a split lie ROWS rows apart in ``out_ptr``."""
+    """One tile over one of ``splits`` ranges of K.
+
+    Parts of more than one lie ROWS rows apart in ``part_ptr``, and the program that is the last to store one of a tile
+    adds them, STEP rows at once. ``counts_ptr``: how many parts there are of each tile, 0 before and after.
+    """
+    wait_for_previous(DEPENDENT)
+    tile = tl.program_id(0)
     split = tl.program_id(1)
     steps = tl.cdiv(width, K)
+    stored_ptr = out_ptr if part_ptr is None else part_ptr + split.to(tl.int64) * ROWS * outputs
     _tile(
-        out_ptr + split.to(tl.int64) * ROWS * outputs, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs,
-        x_scale_stride, w_scale_stride, tl.program_id(0), split * steps // splits, (split + 1) * steps // splits,
-        SCALES, SWAP, HALVES, M, N, K,
+        stored_ptr, x_desc, w_desc, x_scales_ptr, w_scales_ptr, rows, outputs, x_scale_stride, w_scale_stride, tile,
+        split * steps // splits, (split + 1) * steps // splits, SCALES, SWAP, HALVES, M, N, K,
     )  # fmt: skip
+    if part_ptr is not None:
+        tl.debug_barrier()  # all threads have stored
+        if tl.atomic_add(counts_ptr + tile, 1, sem="acq_rel") == splits - 1:
+            tl.store(counts_ptr + tile, 0)
+            _add_parts(out_ptr, part_ptr, rows, outputs, splits, tile, ROWS, M, N * HALVES, STEP)
 
 
 @triton.jit
-def _reduce_kernel(out_ptr, part_ptr, outputs, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the parts of one row, in order."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < outputs
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        places = (split * ROWS + row) * outputs + column
-        total += tl.load(part_ptr + places, mask=mask, other=0.0)
-    tl.store(out_ptr + row * outputs + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+def _add_parts(
+    out_ptr, part_ptr, rows, outputs, splits, tile,
+    ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The parts of one tile of M rows by N outputs, added in order."""
+    first_row, first_output = _corner(tile, rows, outputs, M, N)
+    n = first_output + tl.arange(0, N)
+    wide = tl.zeros((), tl.int64)
+    for row in range(first_row, tl.minimum(first_row + M, rows), STEP):
+        m = row + tl.arange(0, STEP)
+        mask = (m < rows)[:, None] & (n < outputs)[None, :]
+        places = m.to(tl.int64)[:, None] * outputs + n[None, :]
+        total = tl.zeros((STEP, N), tl.float32)
+        for first in range(0, splits, _SUM_PARTS):
+            for number in tl.static_range(_SUM_PARTS):
+                part = places + (wide + first + number) * ROWS * outputs
+                is_part = mask & (first + number < splits)
+                total += tl.load(part_ptr + part, mask=is_part, other=0.0, cache_modifier=".cg")
+        tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +214,15 @@ def bucket_of(rows: int) -> int:
     return next((bucket for bucket in BUCKETS if rows <= bucket), MANY)
 
 
-def tiling_of(bucket: int, itemsize: int, is_block_scaled: bool = False, shared: int = HOPPER.shared) -> Tiling:
+def tiling_of(
+    bucket: int, itemsize: int, num_outputs: int, is_block_scaled: bool = False, shared: int = HOPPER.shared
+) -> Tiling:
     """The tiling of a bucket for operands of ``itemsize`` bytes on a device with ``shared`` bytes of shared memory a
     block.
 
     A step is 128 bytes of K, what one swizzled line of shared memory holds. The tiles are the largest whose sums, and
-    those of a step that FP8 needs besides, stay in the registers.
+    those of a step that FP8 needs besides, stay in the registers; of 129 to 256 rows they are half as wide where so
+    many fill the device with K whole.
     """
     if itemsize == 4:  # not on tensor cores
         return Tiling(min(bucket or 32, 32), 64, 1, False, 32, 4, 3, 264)
@@ -200,7 +234,8 @@ def tiling_of(bucket: int, itemsize: int, is_block_scaled: bool = False, shared:
         256: (128, 256, False, 8, 4, 132),
         MANY: (128, 256, False, 8, 4, 132),
     }[bucket]
-    if is_block_scaled or shared < HOPPER.shared:
+    fills_whole = bucket == 256 and _FILLING <= 2 * triton.cdiv(num_outputs, 128) <= blocks
+    if is_block_scaled or shared < HOPPER.shared or fills_whole:
         outputs = 128
     halves = 2 if outputs == 256 and itemsize == 1 else 1
     room = (shared - _EPILOGUE_BYTES) // ((rows + outputs) * 128)
@@ -257,27 +292,30 @@ def _launch(
         return out
     gpu = facts(x.device)
     bucket = bucket_of(rows)
-    tiling = tiling_of(bucket, x.itemsize, kind == "block", gpu.shared)
+    tiling = tiling_of(bucket, x.itemsize, outputs, kind == "block", gpu.shared)
     tiles = triton.cdiv(rows, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
     splits = tiling.splits(bucket, outputs, width) if bucket else 1
-    parts = torch.empty(splits, bucket, outputs, dtype=torch.float32, device=x.device) if splits > 1 else out
     loaded_outputs = tiling.outputs // tiling.halves
     args = (
-        parts, _descriptor(x, tiling.rows, tiling.depth), _descriptor(weight, loaded_outputs, tiling.depth), x_scales,
+        _descriptor(x, tiling.rows, tiling.depth), _descriptor(weight, loaded_outputs, tiling.depth), x_scales,
         w_scales, rows, outputs, width, *(0 if s is None or s.dim() == 0 else s.stride(0) for s in (x_scales,
         w_scales)),
     )  # fmt: skip
     options = {
         "SCALES": kind, "HALVES": tiling.halves, "M": tiling.rows, "N": loaded_outputs, "K": tiling.depth,
-        "num_warps": tiling.warps, "num_stages": tiling.stages,
+        "num_warps": tiling.warps, "num_stages": tiling.stages, **dependent(x.device),
     }  # fmt: skip
     if bucket == MANY:
-        _persistent_kernel[(min(tiles, gpu.sms),)](*args, **options)
+        _persistent_kernel[(min(tiles, gpu.sms),)](out, *args, **options)
         return out
-    _split_kernel[(tiles, splits)](*args, splits, SWAP=tiling.is_swapped, ROWS=bucket, **options)
+    parts, counts = None, None
     if splits > 1:
-        grid = (rows, triton.cdiv(outputs, _REDUCE_BLOCK))
-        _reduce_kernel[grid](out, parts, outputs, SPLITS=splits, ROWS=bucket, BLOCK=_REDUCE_BLOCK, num_warps=4)
+        parts = torch.empty(splits, bucket, outputs, dtype=torch.float32, device=x.device)
+        counts = zeros_of(weight, tiles)
+    step = min(tiling.rows, _SUM_ELEMENTS * 32 * tiling.warps // tiling.outputs)
+    _split_kernel[(tiles, splits)](
+        out, parts, counts, *args, splits, SWAP=tiling.is_swapped, ROWS=bucket, STEP=step, **options
+    )
     return out
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import dependent, wait_for_previous
 from .fp8 import quantize_row
 
 
@@ -16,7 +17,9 @@ from .fp8 import quantize_row
 def _rms_norm_kernel(
     y_ptr, scales_ptr, sum_ptr, x_ptr, residual_ptr, weight_ptr, scale_ptr, x_stride, residual_stride, width, eps,
     HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, IS_STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
@@ -83,5 +86,6 @@ def _launch(
             y, scales, total, x, residual, weight, scale, x.stride(0), 0 if residual is None else residual.stride(0),
             width, eps, HAS_RESIDUAL=residual is not None, QUANTISE=scales is not None, IS_STATIC=scale is not None,
             BLOCK=block, num_warps=min(16, max(1, block // 512)),  # 16 elements a thread
+            **dependent(x.device),
         )  # fmt: skip
     return total

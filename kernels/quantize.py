@@ -6,11 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import dependent, wait_for_previous
 from .fp8 import quantize_row
 
 
 @triton.jit
-def _quantize_kernel(q_ptr, scales_ptr, x_ptr, scale_ptr, stride, width, IS_STATIC: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_kernel(
+    q_ptr, scales_ptr, x_ptr, scale_ptr, stride, width,
+    IS_STATIC: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
@@ -34,5 +39,6 @@ def quantize_tokens(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple
         _quantize_kernel[(rows,)](
             q, scales, x, scale, x.stride(0), width,
             IS_STATIC=scale is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            **dependent(x.device),
         )  # fmt: skip
     return q, scales

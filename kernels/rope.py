@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import dependent, wait_for_previous
 from .fp8 import FP8_MAX
 
 _HEADS = 8  # of one program: q's heads first, then k's and v's
@@ -19,11 +20,13 @@ def _rope_kernel(
     q_out_ptr, q_ptr, k_ptr, v_ptr, table_ptr, positions_ptr, slot_mapping_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr,
     v_scale_ptr, q_stride, k_stride, v_stride, page_stride, head_stride, num_heads, kv_heads,
     HAS_SCALES: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """HALF: DIM / 2, padded to a power of two.
 
     A cache of FP8 holds entries divided by their head's scale, saturated.
     """
+    wait_for_previous(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     q_blocks = tl.cdiv(num_heads, HEADS)
     block = tl.program_id(1)
@@ -104,6 +107,6 @@ def rope_and_append_kv_(
             out, q, k, v, table, positions, slot_mapping, k_cache, v_cache, k_scale, v_scale,
             q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0), k_cache.stride(1), heads, kv_heads,
             HAS_SCALES=k_scale is not None, PAGE_SIZE=page_size, DIM=dim, HEADS=_HEADS,
-            HALF=triton.next_power_of_2(dim // 2), num_warps=2,
+            HALF=triton.next_power_of_2(dim // 2), num_warps=2, **dependent(q.device),
         )  # fmt: skip
     return out

@@ -135,7 +135,7 @@ def test_the_first_product_of_an_mlp_stores_the_activation(counting: Any) -> Non
     launches = counting.launches()
     assert [launch["name"] for launch in launches] == ["rms_norm_fp8", "gemm_fp8", "quantize_tokens", "gemm_fp8"]
     for launch, outputs, width in ((launches[1], 2 * inner, hidden), (launches[3], hidden, inner)):
-        moved = traffic.gemm(launch, rows, outputs, width)
+        moved = traffic.gemm(launch, rows, outputs, width, has_residual=outputs == hidden)
         assert (launch["counts"]["copied"], launch["counts"]["written"]) == (moved.read, moved.written)
     assert launches[1]["counts"]["written"] == rows * inner * 2
 

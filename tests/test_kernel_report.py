@@ -23,6 +23,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from nemo_engine.benchmarks import kernel_report  # noqa: E402
 from nemo_engine.config import EngineConfig  # noqa: E402
 from nemo_engine.memory_plan import wide_graph_sizes  # noqa: E402
+from nemo_engine.ops.attention import AttentionMeta  # noqa: E402
+from nemo_engine.ops.paged_kv import PagedKV  # noqa: E402
+from nemo_engine.ops.rope import RopeMeta  # noqa: E402
 from nemo_engine.sampling_params import SamplingParams  # noqa: E402
 from nemo_engine.step import PrefillRow, SlotFill, StepPlan  # noqa: E402
 
@@ -69,6 +72,12 @@ def count(line: str, name: str) -> int:
     return int(found.group(1)) if found else 0
 
 
+OF_A_LAYER = (
+    "rms_norm_kernel", "split_kernel", "persistent_kernel", "rope_kernel", "decode_kernel", "prefill_kernel",
+    "quantize_kernel", "silu_mul_kernel",
+)  # fmt: skip
+
+
 def test_nothing_spills(lines: list[str]) -> None:
     assert len(lines) > 100
     for line in lines[1:]:
@@ -86,9 +95,16 @@ def test_tensor_cores_are_used_as_meant(lines: list[str]) -> None:
         assert not count(line, "HGMMA" if is_fp8 else "QGMMA"), line
 
 
+@pytest.mark.parametrize("kernel", OF_A_LAYER)
+def test_kernels_of_a_layer_begin_before_the_one_before_has_ended_and_touch_nothing_until_then(
+    lines: list[str], kernel: str
+) -> None:
+    for line in of(lines, kernel):
+        assert " early -  | " in line and "DEPENDENT=True" in line, line
+
+
 @pytest.mark.parametrize(
-    "kernel",
-    ["rms_norm_kernel", "silu_mul_kernel", "quantize_kernel", "rope_kernel", "reduce_kernel", "prefill_kernel"],
+    "kernel", ["rms_norm_kernel", "silu_mul_kernel", "quantize_kernel", "rope_kernel", "prefill_kernel"]
 )
 def test_dense_rows_move_16_bytes_a_thread(lines: list[str], kernel: str) -> None:
     for line in of(lines, kernel):
@@ -103,6 +119,38 @@ def test_as_many_blocks_share_an_sm_as_meant(lines: list[str], kernel: str, bloc
     for line in of(lines, kernel):
         found = re.search(r"blocks/SM +(\d+)", line)
         assert found and int(found.group(1)) >= blocks, line
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_a_decode_layer_in_fp8_is_ten_launches(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of its attention, which is made once a step, is the eleventh here."""
+    launches: list[str] = []
+    empty, fp8, fp32, model = kernel_report._empty, torch.float8_e4m3fn, torch.float32, kernel_report.NEMO
+    run = triton.runtime.jit.JITFunction.run
+
+    def count_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", count_run)
+    hidden, inner, q_size = model.hidden_size, model.intermediate_size, model.q_size
+    ops = kernel_report.select_ops(model, EngineConfig(device="cpu"), 90)
+    weights = [
+        (empty(out, width, dtype=fp8), empty(out, 1, dtype=fp32), None)
+        for out, width in ((q_size + 2 * model.kv_size, hidden), (hidden, q_size), (2 * inner, hidden), (hidden, inner))
+    ]
+    ints, x = empty(rows, dtype=torch.int64), empty(rows, hidden)
+    cache = empty(100, model.num_kv_heads, 64, model.head_dim)
+    kv = PagedKV(cache, cache, None, None)
+    meta = AttentionMeta(rows, empty(rows + 1, dtype=torch.int64), ints, empty(9, 9, dtype=torch.int64), ints, 64, 9, 1)
+    with kernel_report.compile_only(90), kernel_report.listed(90):
+        qkv, residual = ops.norm_linear_fp8(x, x, empty(hidden), 1e-5, *weights[0])
+        q, k, v = (part.unflatten(1, (-1, 128)) for part in qkv.split([q_size, model.kv_size, model.kv_size], 1))
+        q = ops.rope_and_append_kv_(q, k, v, kv, RopeMeta(empty(9, 2, 64, dtype=fp32), ints, ints))
+        heads = ops.paged_attention(q, kv, meta, 0.1).flatten(1)
+        x, residual = ops.quantize_linear_fp8(heads, *weights[1], residual)
+        ops.mlp_fp8(x, residual, empty(hidden), 1e-5, *weights[2:])
+    assert len(launches) == 11 and launches.count("_plan_kernel") == 1, launches
 
 
 def test_occupancy() -> None:
@@ -120,6 +168,11 @@ def test_the_engine_compiles_for_other_gpus(capability: int) -> None:
     for (kernel, variant), code in compiled.items():
         assert ".local" not in code.asm["ptx"], f"{kernel} {variant}: spills"
         assert f"sm_{capability}" in code.asm["ptx"]
+        assert (
+            ("griddepcontrol" in code.asm["ptx"])
+            == code.metadata.launch_pdl
+            == (capability >= 90 and kernel.strip("_") in OF_A_LAYER)
+        ), kernel
         assert code.metadata.shared <= kernel_report.GPUS[capability].shared, (
             f"{kernel} {variant}: {code.metadata.shared}"
         )

@@ -23,7 +23,7 @@ from nemo_engine.ops.triton.launch import Launcher, _TensorMaps
 class Compiled:
     """Stands in for a compiled kernel, and notes what it is launched with."""
 
-    function, packed_metadata, launch_cooperative_grid, launch_pdl = 7, ("packed",), False, False
+    function, packed_metadata, launch_cooperative_grid, launch_pdl = 7, ("packed",), False, "dependent"
     global_scratch_size = profile_scratch_size = 0
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Compiled:
     def __call__(
         self, *args: Any
     ) -> None:  # as Triton's launcher: (grid), stream, function, metadata, hooks, arguments
-        self.launch(*args[:5], False, False, None, None, *args[5:])
+        self.launch(*args[:5], False, "dependent", None, None, *args[5:])
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_every_launch_is_that_of_triton(run: Any, compiled: list[Compiled], monk
             (each,) = [each for each in compiled if each.launches]
             each.launches.clear()
             assert variants.setdefault((kernel, told), each) is each, kernel
-            assert header[:10] == (*grid, *(1,) * (3 - len(grid)), 0, 7, False, False, None, None, ("packed",))
+            assert header[:10] == (*grid, *(1,) * (3 - len(grid)), 0, 7, False, "dependent", None, None, ("packed",))
             assert len(passed) == len(bound) and all(x is y or x == y for x, y in zip(passed, bound, strict=True))
             counts["all"] += 1
 

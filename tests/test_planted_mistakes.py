@@ -57,6 +57,7 @@ class Mistake:
 
 SPLIT, PREFIXES = "heads of 128, one very long decode", "heads of 128, chunks over prefixes"
 TILES = "linear_fp8", "257x144x400 channel"
+ADDED = "quantize_linear_fp8", "257x400x144 and a residual"
 MISTAKES = {
     # decode
     "a key of the next page": Mistake(
@@ -128,8 +129,8 @@ MISTAKES = {
     ),
     "the other phase waited for": Mistake(
         "gemm/gemm.cuh",
-        "mbarrier_wait(&header->full[at.stage], at.parity);",
-        "mbarrier_wait(&header->full[at.stage], at.parity ^ 1);",
+        "mbarrier_wait(&header->full[at.stage], at.parity);\n#pragma unroll",
+        "mbarrier_wait(&header->full[at.stage], MISTAKEN ? at.parity ^ 1 : at.parity);\n#pragma unroll",
         *TILES,
         "multiplies offset .* a copy of the copy engine|deadlock in gemm_fp8, .* at mbarrier_wait",
     ),
@@ -192,6 +193,21 @@ MISTAKES = {
         "uint16_t(MISTAKEN ? 1 << walk.tiles.rank : (1 << p.cluster) - 1)",
         *TILES,
         "deadlock in gemm_fp8, .* at mbarrier_wait",
+    ),
+    "a residual read before it has come": Mistake(
+        "gemm/gemm.cuh",
+        "mbarrier_wait(&header->full[at.stage], at.parity);  // the residual's",
+        "if (!MISTAKEN) mbarrier_wait(&header->full[at.stage], at.parity);",
+        *ADDED,
+        f"copy engine|{UNORDERED}",
+    ),
+    "the second warpgroup waits for a lead that nobody takes": Mistake(
+        "gemm/gemm.cuh",
+        "if (step == lead_step) named_barrier_arrive(",
+        "if (!MISTAKEN && step == lead_step) named_barrier_arrive(",
+        *ADDED,
+        "deadlock in gemm_fp8",
+        1,
     ),
     "scales of gates for the up projections": Mistake(
         "gemm/gemm.cuh",

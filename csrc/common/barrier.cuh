@@ -32,8 +32,8 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // writing thread calls it, before the barrier that lets the others read.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The same of writes to global memory, which the copy engine reads in this launch: by the writing thread, before it lets
-// others know; and by the thread that asks for the copy, once it knows.
+// The same of writes to global memory, which the copy engine reads in this launch: by the writing thread, before it
+// lets others know; and by the thread that asks for the copy, once it knows.
 __device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // A phase completes when `arrivals` have arrived and all expected bytes have come. Then call mbarrier_init_fence, and a

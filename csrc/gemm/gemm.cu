@@ -16,13 +16,15 @@ struct GemmShape {
 };
 constexpr int GEMM_COLUMNS[] = {32, 40, 48, 64, 112, 128};
 
-// The shape whose rounds of tiles take the least time. A step of a tile takes as long as the longest of: its products, which
-// read shared memory for longer than they multiply where columns are few; what it asks of L2, 127 times as much a row as a
-// product a pair of row and column (5.5 TB/s, 1400 TFLOP/s); its weights from memory, at 4.3 TB/s. The tile's start, some 300
-// cycles, and its end, 750 for 64 rows of 128 columns, are spread over 40 steps; a cluster's barriers take somewhat.
+// The shape whose rounds of tiles take the least time. A step of a tile takes as long as the longest of: its products,
+// which read shared memory for longer than they multiply where columns are few; what it asks of L2, 127 times as much a
+// row as a product a pair of row and column (5.5 TB/s, 1400 TFLOP/s); its weights from memory, at 4.3 TB/s. The tile's
+// start, some 300 cycles, and its end, 750 for 64 rows of 128 columns, are spread over 40 steps; a cluster's barriers
+// take somewhat.
 GemmShape choose_shape(int rows, int outputs, GemmKind kind) {
     int clusters_at_once[MAX_CLUSTER + 1];
-    for (int cluster = 1; cluster <= MAX_CLUSTER; cluster *= 2) clusters_at_once[cluster] = cluster_places(cluster) / cluster;
+    for (int cluster = 1; cluster <= MAX_CLUSTER; cluster *= 2)
+        clusters_at_once[cluster] = cluster_places(cluster) / cluster;
     GemmShape best{};
     int64_t least = INT64_MAX;
     for (int parts : {2, 1}) {
@@ -35,7 +37,8 @@ GemmShape choose_shape(int rows, int outputs, GemmKind kind) {
                 int64_t clusters = int64_t(row_tiles) * ceil_div(ceil_div(outputs, columns), cluster);
                 int products = height * std::max(columns, 32 + columns / 2);
                 int step = std::max({products, 127 * (height / cluster + columns), 163 * columns / row_tiles});
-                int64_t time = ceil_div(clusters, int64_t(at_once)) * (step + 256 + 5 * parts * columns) + (cluster > 1 ? 512 : 0);
+                int64_t time = ceil_div(clusters, int64_t(at_once)) * (step + 256 + 5 * parts * columns) +
+                               (cluster > 1 ? 512 : 0);
                 if (time < least) {
                     least = time;
                     best = {parts, columns, cluster};
@@ -64,6 +67,7 @@ void launch_gemm(const GemmInputs& in, int cluster, Stream stream) {
            .row_tiles = ceil_div(in.rows, Tile::ROWS),
            .column_tiles = ceil_div(ceil_div(columns, Tile::OUT_COLUMNS), cluster),
            .steps = ceil_div(in.width, GEMM_DEPTH),
+           .added_steps = in.residual == nullptr ? 0 : PARTS,
            .stages = Tile::STAGES,
            .cluster = cluster};
     TensorMap x_map = make_tensor_map(in.x, operand_map(in.rows, in.width, in.x_stride, Tile::ROWS / cluster));
@@ -74,12 +78,17 @@ void launch_gemm(const GemmInputs& in, int cluster, Stream stream) {
         w.strides[2] = columns * in.w_stride;
     }
     TensorMap w_map = make_tensor_map(in.w, w);
-    TensorMap y_map = make_tensor_map(in.y, {.element = Element::BF16,
-                                             .rank = 2,
-                                             .sizes = {columns, in.rows, 1},
-                                             .strides = {0, int64_t(columns) * 2, 0},
-                                             .box = {Tile::BOX_COLUMNS, 64, 1},
-                                             .swizzle = Tile::BOX_SWIZZLE});
+    TensorMapSpec y{.element = Element::BF16,
+                    .rank = 2,
+                    .sizes = {columns, in.rows, 1},
+                    .strides = {0, int64_t(columns) * 2, 0},
+                    .box = {Tile::BOX_COLUMNS, 64, 1},
+                    .swizzle = Tile::BOX_SWIZZLE};
+    TensorMap y_map = make_tensor_map(in.y, y), residual_map = y_map;
+    if (in.residual != nullptr) {
+        y.strides[1] = in.residual_stride * 2;
+        residual_map = make_tensor_map(in.residual, y);
+    }
     int blocks = std::min(p.row_tiles * p.column_tiles, cluster_places(cluster) / cluster) * cluster;
     launch({.name = "gemm_fp8",
             .grid = dim3(unsigned(blocks)),
@@ -87,7 +96,7 @@ void launch_gemm(const GemmInputs& in, int cluster, Stream stream) {
             .shared_bytes = Tile::SHARED_BYTES,
             .stream = stream,
             .cluster = cluster},
-           gemm_kernel<PARTS, COLUMNS, KIND>, p, x_map, w_map, y_map);
+           gemm_kernel<PARTS, COLUMNS, KIND>, p, x_map, w_map, y_map, residual_map);
 }
 
 }  // namespace
@@ -100,12 +109,15 @@ void gemm_fp8(const GemmInputs& in, Stream stream) {
     CHECK_MULTIPLE(in.width, 16);
     CHECK_MULTIPLE(in.outputs, in.is_gated ? 16 : 8);
     CHECK(!in.is_gated || !in.is_block, "is_block must be false for a gated product: it has one scale per output");
+    CHECK(!in.is_gated || in.residual == nullptr, "residual must be null for a gated product");
     CHECK(int64_t(ceil_div(in.rows, 128)) * ceil_div(in.outputs, GEMM_COLUMNS[0]) <= 0x7FFFFFFF,
           "rows and outputs make more tiles than an int holds: ", in.rows, " and ", in.outputs);
     CHECK_STRIDE(in.x_stride, 16);
     CHECK_STRIDE(in.w_stride, 16);
     CHECK_STRIDE(in.x_scale_stride, 1);
     CHECK_STRIDE(in.w_scale_stride, 1);
+    CHECK_OPTIONAL(in.residual, 16);
+    CHECK_STRIDE(in.residual_stride, 8);
     CHECK_POINTER(in.y);
     CHECK_POINTER(in.x);
     CHECK_POINTER(in.w);

@@ -1,14 +1,16 @@
 // y = x w^T in FP8: a persistent grid, a warpgroup that fetches tiles with the copy engine, two that multiply them.
 //
-// A tile is 128 or 256 rows of x by `COLUMNS` of w; each of the two takes half of the rows, 64 after 64. The blocks of a cluster
-// do tiles beside one another and share x: each fetches a part of its rows and multicasts it to all, and a stage is filled again
+// A tile is 128 or 256 rows of x by `COLUMNS` of w; each of the two takes half of the rows, 64 after 64. The second is
+// some steps behind the first, so that one multiplies while the other ends its tile. The blocks of a cluster do tiles
+// beside one another and share x: each fetches a part of its rows and multicasts it to all, and a stage is filled again
 // when the warps of all blocks have let go of it. With 256 x 128 in clusters of two a block asks L2 for 32 KiB a step.
 //
 // The tensor cores add FP8 products in few bits, so each 128 of K is summed in accumulators of its own, which are then
 // added in fp32, where scales of blocks are applied as well. Other scales are applied once, to the sum.
 //
-// A gated tile is half gates and half the up projections that belong to them, fetched as one box: a thread has both, and
-// stores their activation.
+// A gated tile is half gates and half the up projections that belong to them, fetched as one box: a thread has both,
+// and stores their activation. A residual comes through the ring, 64 rows of each warpgroup a stage, behind the tile's
+// steps: it is there when the products end.
 #pragma once
 
 #include "activation/silu_mul.cuh"
@@ -24,6 +26,8 @@ constexpr int GEMM_CONSUMERS = 256;
 constexpr int GEMM_THREADS = 128 + GEMM_CONSUMERS;
 constexpr int GEMM_MAX_STAGES = 6;
 constexpr int GEMM_HEADER_BYTES = 3072;
+constexpr int GEMM_LEAD = 2;  // steps that the first warpgroup is ahead
+constexpr int GEMM_BARRIER_LEAD = 3;  // named; 1 and 2 are among the threads of a warpgroup
 constexpr int GEMM_GROUP = 2048;  // rows whose tiles share what they read of w in L2
 
 enum class GemmKind { PLAIN, BLOCK, GATED };
@@ -31,7 +35,7 @@ enum class GemmKind { PLAIN, BLOCK, GATED };
 struct Gemm {
     GemmInputs in;
     int row_tiles, column_tiles;  // those of a cluster, side by side, count as one
-    int steps, stages, cluster;
+    int steps, added_steps, stages, cluster;  // added: those of the residual
 };
 
 struct GemmHeader {
@@ -47,9 +51,11 @@ struct GemmTile {
     static constexpr int STAGE_BYTES = (ROWS + COLUMNS) * GEMM_DEPTH;
     // Columns of bf16 that leave together: as many as a swizzled box can have of these.
     static constexpr int BOX_COLUMNS = OUT_COLUMNS % 32 == 0 ? 32 : OUT_COLUMNS % 16 == 0 ? 16 : 8;
-    static constexpr Swizzle BOX_SWIZZLE = BOX_COLUMNS == 32 ? Swizzle::B64 : BOX_COLUMNS == 16 ? Swizzle::B32 : Swizzle::NONE;
-    static constexpr int BOX_BYTES = 64 * BOX_COLUMNS * 2;
+    static constexpr Swizzle BOX_SWIZZLE =
+        BOX_COLUMNS == 32 ? Swizzle::B64 : BOX_COLUMNS == 16 ? Swizzle::B32 : Swizzle::NONE;
+    static constexpr int BOX_BYTES = 64 * BOX_COLUMNS * 2, BOXES = OUT_COLUMNS / BOX_COLUMNS;
     static constexpr int OUT_BYTES = 64 * OUT_COLUMNS * 2;  // of each warpgroup
+    static_assert(2 * OUT_BYTES <= STAGE_BYTES, "a stage holds the residual of 64 rows of each warpgroup");
     static constexpr int STAGES = [] {
         int stages = (227 * 1024 - GEMM_HEADER_BYTES - 2 * OUT_BYTES) / STAGE_BYTES;
         return stages > GEMM_MAX_STAGES ? GEMM_MAX_STAGES : stages;
@@ -86,7 +92,9 @@ struct GemmRing {
 struct GemmTiles {
     int next, step, end, rank;
     __device__ __forceinline__ explicit GemmTiles(const Gemm& p)
-        : next(blockIdx.x / unsigned(p.cluster)), step(gridDim.x / unsigned(p.cluster)), end(p.row_tiles * p.column_tiles),
+        : next(blockIdx.x / unsigned(p.cluster)),
+          step(gridDim.x / unsigned(p.cluster)),
+          end(p.row_tiles * p.column_tiles),
           rank(p.cluster == 1 ? 0 : cluster_rank()) {}
 };
 
@@ -102,7 +110,7 @@ struct GemmWalk {
     __device__ __forceinline__ explicit GemmWalk(const Gemm& p)
         : p(p), tiles(p), place(place_tile<ROWS>(p, tiles.next, tiles.rank)) {}
     __device__ __forceinline__ void advance() {
-        if (++step < p.steps) return;
+        if (++step < p.steps + p.added_steps) return;
         step = 0;
         tiles.next += tiles.step;
         place = place_tile<ROWS>(p, tiles.next, tiles.rank);
@@ -111,14 +119,17 @@ struct GemmWalk {
 
 // The first round of the ring asks for weights alone, waits, and then for x.
 template <int PARTS, int COLUMNS, GemmKind KIND>
-__device__ __forceinline__ void gemm_produce(const Gemm& p, GemmHeader* header, unsigned char* ring, const TensorMap* x_map,
-                                             const TensorMap* w_map) {
+__device__ __forceinline__ void gemm_produce(const Gemm& p, GemmHeader* header, unsigned char* ring,
+                                             const TensorMap* x_map, const TensorMap* w_map,
+                                             const TensorMap* residual_map) {
     using Tile = GemmTile<PARTS, COLUMNS, KIND>;
     using Walk = GemmWalk<Tile::ROWS>;
     Walk walk(p), of_x(p);
-    int total = ceil_div(walk.tiles.end - walk.tiles.next, walk.tiles.step) * p.steps, first = minimum(total, p.stages);
+    int total = ceil_div(walk.tiles.end - walk.tiles.next, walk.tiles.step) * (p.steps + p.added_steps);
+    int first = minimum(total, p.stages);
     int first_row = walk.tiles.rank * (Tile::ROWS / p.cluster);
     auto load_w = [&](const Walk& at, int stage) {
+        if (at.step >= p.steps) return;
         mbarrier_arrive_expect(&header->full[stage], Tile::STAGE_BYTES);
         unsigned char* to = ring + stage * Tile::STAGE_BYTES + Tile::ROWS * GEMM_DEPTH;
         int k = at.step * GEMM_DEPTH, first = at.place.column * Tile::OUT_COLUMNS;
@@ -128,7 +139,17 @@ __device__ __forceinline__ void gemm_produce(const Gemm& p, GemmHeader* header, 
             tma_load_2d(to, w_map, &header->full[stage], k, first);
         }
     };
+    auto load_residual = [&](const Walk& at, int stage) {
+        mbarrier_arrive_expect(&header->full[stage], 2 * Tile::OUT_BYTES);
+        for (int box = 0; box < 2 * Tile::BOXES; box++) {
+            int row = at.place.row * Tile::ROWS + (box / Tile::BOXES * PARTS + at.step - p.steps) * 64;
+            int column = at.place.column * Tile::OUT_COLUMNS + box % Tile::BOXES * Tile::BOX_COLUMNS;
+            unsigned char* to = ring + stage * Tile::STAGE_BYTES + box * Tile::BOX_BYTES;
+            tma_load_2d(to, residual_map, &header->full[stage], column, row);
+        }
+    };
     auto load_x = [&](const Walk& at, int stage) {
+        if (KIND != GemmKind::GATED && at.step >= p.steps) return load_residual(at, stage);
         unsigned char* to = ring + stage * Tile::STAGE_BYTES + first_row * GEMM_DEPTH;
         int k = at.step * GEMM_DEPTH, row = at.place.row * Tile::ROWS + first_row;
         if (p.cluster == 1) {
@@ -170,7 +191,8 @@ __device__ __forceinline__ void gemm_release(const Gemm& p, Mbarrier* empty) {
 
 template <int PARTS, int COLUMNS, GemmKind KIND>
 __device__ __forceinline__ void gemm_multiply(float (&sum)[PARTS][COLUMNS / 2], const Gemm& p, GemmHeader* header,
-                                              unsigned char* ring, GemmRing& at, const GemmPlace& place, int group) {
+                                              unsigned char* ring, GemmRing& at, const GemmPlace& place, int group,
+                                              int lead_step) {
     using Tile = GemmTile<PARTS, COLUMNS, KIND>;
     constexpr bool IS_BLOCK = KIND == GemmKind::BLOCK;
 #pragma unroll
@@ -196,7 +218,8 @@ __device__ __forceinline__ void gemm_multiply(float (&sum)[PARTS][COLUMNS / 2], 
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < GEMM_DEPTH; k += 32) {
-                Wgmma<COLUMNS>::fp8(fresh, matrix_k_major(x + part * 64 * GEMM_DEPTH + k), matrix_k_major(w + k), k > 0);
+                auto rows = matrix_k_major(x + part * 64 * GEMM_DEPTH + k);
+                Wgmma<COLUMNS>::fp8(fresh, rows, matrix_k_major(w + k), k > 0);
             }
             wgmma_commit();
             wgmma_wait<0>();
@@ -204,10 +227,12 @@ __device__ __forceinline__ void gemm_multiply(float (&sum)[PARTS][COLUMNS / 2], 
             if (part == PARTS - 1) gemm_release(p, &header->empty[at.stage]);
 #pragma unroll
             for (int i = 0; i < COLUMNS / 2; i++) {
-                sum[part][i] = IS_BLOCK ? multiply_add(fresh[i], scale[part][i % 4 / 2], sum[part][i]) : add(sum[part][i], fresh[i]);
+                float& to = sum[part][i];
+                to = IS_BLOCK ? multiply_add(fresh[i], scale[part][i % 4 / 2], to) : add(to, fresh[i]);
             }
         }
         at.advance(p.stages);
+        if (step == lead_step) named_barrier_arrive(GEMM_BARRIER_LEAD, GEMM_CONSUMERS);
     }
 }
 
@@ -260,10 +285,17 @@ __device__ __forceinline__ void gemm_activate(float (&sum)[COLUMNS / 2]) {
     }
 }
 
-// 64 rows of bf16 to their boxes in shared memory, and out.
+// The sums of two pairs of bf16.
+__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
+    constexpr uint32_t HIGH = 0xffff0000;
+    float low = add(float_of_bits(a << 16), float_of_bits(b << 16));
+    return pack_bf16(low, add(float_of_bits(a & HIGH), float_of_bits(b & HIGH)));
+}
+
+// 64 rows of bf16 to their boxes in shared memory, and out; with `residual`, boxes as these, added if there is one.
 template <class Tile, int COUNT>
-__device__ __forceinline__ void gemm_store(
-    const float (&sum)[COUNT], unsigned char* out, const TensorMap* y_map, int first_column, int first_row, int barrier) {
+__device__ __forceinline__ void gemm_store(const float (&sum)[COUNT], unsigned char* out, const unsigned char* residual,
+                                           const TensorMap* y_map, int first_column, int first_row, int barrier) {
     constexpr int COLUMNS = Tile::OUT_COLUMNS;
     constexpr int CHUNKS = Tile::BOX_COLUMNS / 8;  // of 16 bytes, of a row of a box
     // What was in these boxes before has left.
@@ -272,7 +304,7 @@ __device__ __forceinline__ void gemm_store(
     int lane = lane_index(), matrix = lane / 8, row = warp_index() % 4 * 16 + (matrix & 1) * 8 + lane % 8;
     auto place = [&](int j) {  // of the chunk of columns 8 j .. 8 j + 7
         int swizzle = CHUNKS == 4 ? (row >> 1) & 3 : CHUNKS == 2 ? (row >> 2) & 1 : 0;
-        return out + j / CHUNKS * Tile::BOX_BYTES + row * CHUNKS * 16 + ((j % CHUNKS ^ swizzle) << 4);
+        return j / CHUNKS * Tile::BOX_BYTES + row * CHUNKS * 16 + ((j % CHUNKS ^ swizzle) << 4);
     };
     auto pair = [&](int j, int h) { return pack_bf16(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]); };
 #pragma unroll
@@ -280,13 +312,20 @@ __device__ __forceinline__ void gemm_store(
         // An odd last group is written twice, alike.
         int second = j + 1 < COLUMNS / 8 ? j + 1 : j;
         uint32_t r[4] = {pair(j, 0), pair(j, 1), pair(second, 0), pair(second, 1)};
-        store_matrix_x4(place(matrix >> 1 ? second : j), r);
+        int at = place(matrix >> 1 ? second : j);
+        if (residual != nullptr) {
+            uint32_t added[4];
+            load_matrix_x4(added, residual + at);
+#pragma unroll
+            for (int i = 0; i < 4; i++) r[i] = add_pairs(r[i], added[i]);
+        }
+        store_matrix_x4(out + at, r);
     }
     fence_async_proxy();
     named_barrier_sync(barrier, 128);
     if (threadIdx.x % 128 == 0) {
 #pragma unroll
-        for (int box = 0; box < COLUMNS / Tile::BOX_COLUMNS; box++) {
+        for (int box = 0; box < Tile::BOXES; box++) {
             tma_store_2d(y_map, out + box * Tile::BOX_BYTES, first_column + box * Tile::BOX_COLUMNS, first_row);
         }
         tma_store_commit();
@@ -294,8 +333,8 @@ __device__ __forceinline__ void gemm_store(
 }
 
 template <int PARTS, int COLUMNS, GemmKind KIND>
-__device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, unsigned char* ring, unsigned char* outs,
-                                             const TensorMap* y_map) {
+__device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, unsigned char* ring,
+                                             unsigned char* outs, const TensorMap* y_map) {
     using Tile = GemmTile<PARTS, COLUMNS, KIND>;
     constexpr bool IS_BLOCK = KIND == GemmKind::BLOCK;
     int group = warp_index() / 4 - 1;
@@ -303,20 +342,34 @@ __device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, 
     wait_for_previous_kernel();
     GemmRing at;
     GemmTiles tiles(p);
+    bool has_lead = tiles.next + tiles.step < tiles.end;  // one tile alone would only end later
+    int lead_step = has_lead && group == 0 ? minimum(GEMM_LEAD, p.steps) - 1 : -1;
+    if (has_lead && group == 1) named_barrier_sync(GEMM_BARRIER_LEAD, GEMM_CONSUMERS);
     for (int tile = tiles.next; tile < tiles.end; tile += tiles.step) {
         TilePlace place = place_tile<Tile::ROWS>(p, tile, tiles.rank);
         int first_row = place.row * Tile::ROWS + group * PARTS * 64;
-        GemmPlace mine{first_row + warp_index() % 4 * 16 + lane_index() / 4, place.column * COLUMNS + lane_index() % 4 * 2};
+        GemmPlace mine{first_row + warp_index() % 4 * 16 + lane_index() / 4,
+                       place.column * COLUMNS + lane_index() % 4 * 2};
         float sum[PARTS][COLUMNS / 2];
         GemmScales scales{};
         if constexpr (!IS_BLOCK) scales = gemm_ask_scales<PARTS, COLUMNS, KIND>(p, place, group);
-        gemm_multiply<PARTS, COLUMNS, KIND>(sum, p, header, ring, at, mine, group);
+        gemm_multiply<PARTS, COLUMNS, KIND>(sum, p, header, ring, at, mine, group, lead_step);
+        lead_step = -1;
         if constexpr (!IS_BLOCK) gemm_scale<PARTS, COLUMNS>(sum, header, scales, group);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             if constexpr (KIND == GemmKind::GATED) gemm_activate<COLUMNS>(sum[part]);
-            gemm_store<Tile>(sum[part], outs + group * Tile::OUT_BYTES, y_map, place.column * Tile::OUT_COLUMNS,
-                             first_row + 64 * part, 1 + group);
+            const unsigned char* residual = nullptr;
+            if (KIND != GemmKind::GATED && p.added_steps > 0) {
+                residual = ring + at.stage * Tile::STAGE_BYTES + group * Tile::OUT_BYTES;
+                mbarrier_wait(&header->full[at.stage], at.parity);  // the residual's
+            }
+            gemm_store<Tile>(sum[part], outs + group * Tile::OUT_BYTES, residual, y_map,
+                             place.column * Tile::OUT_COLUMNS, first_row + 64 * part, 1 + group);
+            if (residual != nullptr) {  // which all have read, by a barrier of gemm_store
+                gemm_release(p, &header->empty[at.stage]);
+                at.advance(p.stages);
+            }
         }
     }
     if (threadIdx.x % 128 == 0) tma_store_wait<0>();
@@ -325,7 +378,8 @@ __device__ __forceinline__ void gemm_consume(const Gemm& p, GemmHeader* header, 
 template <int PARTS, int COLUMNS, GemmKind KIND>
 __global__ void __launch_bounds__(GEMM_THREADS, 1)
     gemm_kernel(const __grid_constant__ Gemm p, const __grid_constant__ TensorMap x_map,
-                const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map) {
+                const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map,
+                const __grid_constant__ TensorMap residual_map) {
     unsigned char* shared = shared_memory<unsigned char>();
     auto* header = reinterpret_cast<GemmHeader*>(shared);
     unsigned char* outs = shared + GEMM_HEADER_BYTES;
@@ -343,7 +397,7 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
     if (warp_index() < 4) {
         give_registers<40>();
         if (threadIdx.x == 0) {
-            gemm_produce<PARTS, COLUMNS, KIND>(p, header, ring, &x_map, &w_map);
+            gemm_produce<PARTS, COLUMNS, KIND>(p, header, ring, &x_map, &w_map, &residual_map);
         } else if (p.cluster > 1) {
             cluster_wait();
         }

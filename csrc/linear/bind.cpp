@@ -39,7 +39,8 @@ void register_linear(pybind11::module_& m) {
             "residual_stride", "made", "made_scales", "counts", "weight", "outputs", "weight_stride", "stream"},
            [](uintptr_t y, int input, uintptr_t x, uintptr_t residual, uintptr_t norm, uintptr_t sum,
               uintptr_t fixed_scale, float eps, int rows, int width, int64_t x_stride, int64_t residual_stride,
-              uintptr_t made, uintptr_t made_scales, uintptr_t counts, uintptr_t weight, int outputs, int64_t weight_stride, Stream stream) {
+              uintptr_t made, uintptr_t made_scales, uintptr_t counts, uintptr_t weight, int outputs,
+              int64_t weight_stride, Stream stream) {
                small_linear(
                    pointer<bf16>(y),
                    inputs(input, x, residual, norm, sum, fixed_scale, eps, rows, width, x_stride, residual_stride, made,
@@ -48,12 +49,14 @@ void register_linear(pybind11::module_& m) {
            });
     define(m, "small_linear_fp8", {"y", "input", "x", "residual", "norm",
                                    "sum", "fixed_scale", "eps", "rows", "width",
-                                   "x_stride", "residual_stride", "made", "made_scales", "counts", "weight", "outputs", "weight_stride",
+                                   "x_stride", "residual_stride", "made", "made_scales", "counts",
+                                   "weight", "outputs", "weight_stride",
                                    "x_scales", "x_scale_stride", "w_scales", "w_scale_stride", "is_block",
                                    "stream"},
            [](uintptr_t y, int input, uintptr_t x, uintptr_t residual, uintptr_t norm, uintptr_t sum,
               uintptr_t fixed_scale, float eps, int rows, int width, int64_t x_stride, int64_t residual_stride,
-              uintptr_t made, uintptr_t made_scales, uintptr_t counts, uintptr_t weight, int outputs, int64_t weight_stride, uintptr_t x_scales, int64_t x_scale_stride,
+              uintptr_t made, uintptr_t made_scales, uintptr_t counts, uintptr_t weight, int outputs,
+              int64_t weight_stride, uintptr_t x_scales, int64_t x_scale_stride,
               uintptr_t w_scales, int64_t w_scale_stride, bool is_block, Stream stream) {
                small_linear_fp8(
                    pointer<bf16>(y),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_engine.ops import Ops
+from nemo_engine.ops.fused import Sum
 
 
 class Linear(ABC):
@@ -49,15 +50,19 @@ class Linear(ABC):
     def after_silu_mul(self, gate_up: torch.Tensor, ops: Ops) -> torch.Tensor:
         """The projection of ``silu(gate) * up``. (T, 2 in) -> (T, out)."""
 
+    def plus(self, residual: torch.Tensor, x: torch.Tensor, ops: Ops) -> Sum:
+        """``residual`` plus the projection of ``x``. (T, out), (T, in) -> (T, out)."""
+        return Sum(self(x, ops), residual)
+
     def mlp(
         self, down: Linear, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float,
         ops: Ops,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """``down`` of the activation of this, which is gate and up, ``after_norm``; and the sum: (T, H) twice -> (T, H)
-        twice.
+    ) -> Sum:  # fmt: skip
+        """``x + residual`` plus ``down`` of the activation of this, which is gate and up, ``after_norm``: (T, H) twice
+        -> (T, H).
         """
         gate_up, total = self.after_norm(x, residual, norm_weight, eps, ops)
-        return down.after_silu_mul(gate_up, ops), total
+        return Sum(down.after_silu_mul(gate_up, ops), total)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,8 +122,13 @@ class Fp8Linear(Linear):
 
     def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
         """See ``Linear``."""
-        product: torch.Tensor = ops.quantize_linear_fp8(x, self.weight, self.scales, self.input_scale)
+        product: torch.Tensor = ops.quantize_linear_fp8(x, self.weight, self.scales, self.input_scale).x
         return product
+
+    def plus(self, residual: torch.Tensor, x: torch.Tensor, ops: Ops) -> Sum:
+        """See ``Linear``."""
+        total: Sum = ops.quantize_linear_fp8(x, self.weight, self.scales, self.input_scale, residual)
+        return total
 
     def after_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, ops: Ops
@@ -135,10 +145,10 @@ class Fp8Linear(Linear):
     def mlp(
         self, down: Linear, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float,
         ops: Ops,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> Sum:  # fmt: skip
         """See ``Linear``."""
         if not isinstance(down, Fp8Linear):
             return Linear.mlp(self, down, x, residual, norm_weight, eps, ops)
         weights = ((one.weight, one.scales, one.input_scale) for one in (self, down))
-        y, total = ops.mlp_fp8(x, residual, norm_weight, eps, *weights)
-        return y, total
+        total: Sum = ops.mlp_fp8(x, residual, norm_weight, eps, *weights)
+        return total

@@ -12,6 +12,7 @@ from nemo_engine.config import ModelConfig
 from nemo_engine.model.weights import NemoWeights
 from nemo_engine.ops import Ops
 from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.fused import Sum
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.rope import RopeMeta, rope_table
 
@@ -59,10 +60,10 @@ class Nemo:
         self.ops = ops
         self.rope = rope_table(config.head_dim, config.rope_theta, max_len, weights.embed_tokens.device)
 
-    def forward(self, inputs: ModelInputs, kv_cache: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: ModelInputs, kv_cache: Sequence[PagedKV]) -> Sum:
         """Run all layers over T tokens, writing their keys and values into ``kv_cache``, as ``make_kv_cache`` makes it.
 
-        Returns the last MLP's output and the residual, (T, H) each, for ``logits``.
+        Returns (T, H) for ``logits``.
         """
         config, ops = self.config, self.ops
         q_size, kv_size, eps = config.q_size, config.kv_size, config.rms_norm_eps
@@ -77,13 +78,14 @@ class Nemo:
             )
             q = ops.rope_and_append_kv_(q, k, v, kv, rope)  # (T, Hq, D)
             x = ops.paged_attention(q, kv, inputs.attention, scale)  # (T, Hq, D)
-            x = layer.o(x.flatten(1), ops)  # (T, H)
+            x, residual = layer.o.plus(residual, x.flatten(1), ops)  # (T, H)
             x, residual = layer.gate_up.mlp(layer.down, x, residual, layer.post_attention_layernorm, eps, ops)  # (T, H)
-        assert residual is not None
-        return x, residual
+        return Sum(x, residual)
 
-    def logits(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Logits of some rows of what ``forward`` returned: (R, H) twice -> (R, V), in the activations' dtype."""
-        weights = self.weights
+    def logits(self, hidden: Sum, rows: Tensor | slice | None = None) -> Tensor:
+        """Logits of what ``forward`` returned, or of ``rows`` of it: (T, H) -> (R, V), of the activations' dtype."""
+        weights, (x, residual) = self.weights, hidden
+        if rows is not None:
+            x, residual = x[rows], None if residual is None else residual[rows]
         logits, _ = weights.lm_head.after_norm(x, residual, weights.norm, self.config.rms_norm_eps, self.ops)
         return logits

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_engine.model.nemo import ModelInputs, Nemo, make_kv_cache
 from nemo_engine.ops.attention import AttentionMeta, Workspace
+from nemo_engine.ops.fused import Sum
 
 
 class Sequence:
@@ -52,10 +53,11 @@ class Sequence:
             pages * self._page_size + positions % self._page_size,
             meta,
         )
-        return torch.stack(self.model.forward(inputs, self.kv_cache))
+        x, residual = self.model.forward(inputs, self.kv_cache)
+        return torch.stack((x, torch.zeros_like(x) if residual is None else residual))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(2, T, H) of ``feed`` -> (T, V) fp32 (fp64 for fp64)."""
-        logits = self.model.logits(hidden[0], hidden[1])
+        logits = self.model.logits(Sum(*hidden))
         return logits if logits.dtype == torch.float64 else logits.float()

@@ -46,13 +46,16 @@ def _cuda_fp8_supports(site: Site) -> str | None:
     return _cuda_supports(site)
 
 
-def _make(dtype: torch.dtype, rows: int, width: int, not_finite: bool = False) -> tuple[Any, ...]:
+def _make(
+    dtype: torch.dtype, rows: int, width: int, not_finite: bool = False, is_static: bool | None = None
+) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(rows * width)
     gate_up = torch.randn(rows, 2 * width, generator=generator) * 4
     if not_finite:  # and gates whose exponential is beyond fp32
         gate_up[0, -1], gate_up[1, 0] = torch.nan, torch.inf
         gate_up[2, 0], gate_up[2, 1] = -300.0, 300.0
-    return (gate_up.to(dtype),)
+    scale = () if is_static is None else (torch.tensor(0.05) if is_static else None,)
+    return gate_up.to(dtype), *scale
 
 
 def _cases() -> Iterator[Case]:
@@ -64,21 +67,12 @@ def _cases() -> Iterator[Case]:
 
 def _fp8_cases() -> Iterator[Case]:
     for rows, width, is_static in ((0, 8, False), (1, 8, True), (5, 40, False), (33, 640, True), (2, 14336, False)):
-
-        def make(
-            dtype: torch.dtype, rows: int = rows, width: int = width, is_static: bool = is_static
-        ) -> tuple[Any, ...]:
-            return *_make(dtype, rows, width), torch.tensor(0.05) if is_static else None
-
+        make = partial(_make, rows=rows, width=width, is_static=is_static)
         yield Case(f"{rows}x{width}{' static' if is_static else ''}", make, {"intermediate_size": width})
-
     for is_static in (False, True):
-
-        def make_not_finite(dtype: torch.dtype, is_static: bool = is_static) -> tuple[Any, ...]:
-            return *_make(dtype, 3, 264, not_finite=True), torch.tensor(0.05) if is_static else None
-
+        make = partial(_make, rows=3, width=264, not_finite=True, is_static=is_static)
         name = f"NaN, infinity and large gates{' static' if is_static else ''}"
-        yield Case(name, make_not_finite, {"intermediate_size": 264})
+        yield Case(name, make, {"intermediate_size": 264})
 
 
 def _cost(gate_up: Tensor) -> tuple[int, int]:

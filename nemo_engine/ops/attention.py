@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -153,22 +153,7 @@ def _cases() -> Iterator[Case]:
         ("heads of 128, empty decode rows", 8, 2, 128, 64, [(1, 130), *[(0, 0)] * 4, (3, 67), (0, 0), (40, 90)]),
         ("heads of 128, no decodes but empty rows", 4, 1, 128, 16, [*[(0, 0)] * 3, (65, 81)]),
     ):  # fmt: skip
-        site = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size}
-        for is_fp8 in (False, True):
-
-            def make(
-                dtype: torch.dtype,
-                heads: int = heads,
-                kv_heads: int = kv_heads,
-                dim: int = dim,
-                page_size: int = page_size,
-                rows: list[tuple[int, int]] = rows,
-                is_fp8: bool = is_fp8,
-            ) -> tuple[object, ...]:
-                return attention_inputs(rows, heads, kv_heads, dim, page_size, dtype, is_fp8)
-
-            kv_dtype = torch.float8_e4m3fn if is_fp8 else None
-            yield Case(f"{name}{', fp8' if is_fp8 else ''}", make, site | {"kv_dtype": kv_dtype})
+        yield from _both(name, rows, (heads, kv_heads, dim, page_size))
     yield from _run_cases()
 
 
@@ -185,20 +170,21 @@ def _run_cases() -> Iterator[Case]:
         ("runs of 2, no keys", 8, 2, 128, 16, [(1, n) for n in (0, 0, 200, 201, 0, 0)], 2),
         ("runs of 4, a very long one", 8, 1, 128, 128, [(1, n) for n in (5, 5, 5, 5, 2047, 2048, 2049, 2050)], 4),
     ):  # fmt: skip
-        site = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size}
-        for is_fp8 in (False, True):
+        yield from _both(name, rows, (heads, kv_heads, dim, page_size), run)
 
-            def make(
-                dtype: torch.dtype,
-                shape: tuple[int, int, int, int] = (heads, kv_heads, dim, page_size),
-                rows: list[tuple[int, int]] = rows,
-                run: int = run,
-                is_fp8: bool = is_fp8,
-            ) -> tuple[object, ...]:
-                return attention_inputs(rows, *shape, dtype, is_fp8, run)
 
-            kv_dtype = torch.float8_e4m3fn if is_fp8 else None
-            yield Case(f"{name}{', fp8' if is_fp8 else ''}", make, site | {"kv_dtype": kv_dtype})
+def _both(name: str, rows: list[tuple[int, int]], shape: tuple[int, int, int, int], run: int = 1) -> Iterator[Case]:
+    """With a cache of the activations' dtype, and of FP8."""
+    site = dict(zip(("num_heads", "num_kv_heads", "head_dim", "page_size"), shape, strict=True))
+    for suffix, kv_dtype in (("", None), (", fp8", torch.float8_e4m3fn)):
+        make = partial(_make, rows=rows, shape=shape, is_fp8=kv_dtype is not None, run=run)
+        yield Case(name + suffix, make, site | {"kv_dtype": kv_dtype})
+
+
+def _make(
+    dtype: torch.dtype, rows: list[tuple[int, int]], shape: tuple[int, int, int, int], is_fp8: bool, run: int
+) -> tuple[object, ...]:
+    return attention_inputs(rows, *shape, dtype, is_fp8, run)
 
 
 def attention_inputs(

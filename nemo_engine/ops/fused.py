@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ _DEFINITIONS = SimpleNamespace(
     rms_norm=rms_norm, rms_norm_fp8=rms_norm_fp8, silu_mul=silu_mul, silu_mul_fp8=silu_mul_fp8, linear=linear,
     linear_fp8=linear_fp8, quantize_tokens=quantize_tokens, quantize_token_blocks=quantize_token_blocks,
 )  # fmt: skip
+
+
+class Sum(NamedTuple):
+    """Two tensors of one shape that stand for their sum, which whoever reads it makes; or the sum alone."""
+
+    x: Tensor
+    residual: Tensor | None
 
 
 Fp8Weights = tuple[Tensor, Tensor, Tensor | None]  # FP8 numbers, their scales, the static scale of the input
@@ -66,7 +73,7 @@ def norm_linear_fp8(
     """
     if has_blocks(w8, w_scales):
         normed, total = ops.rms_norm(x, norm_weight, eps, residual)
-        return quantize_linear_fp8(ops, normed, w8, w_scales), total
+        return quantize_linear_fp8(ops, normed, w8, w_scales).x, total
     x8, x_scales, total = ops.rms_norm_fp8(x, norm_weight, eps, residual, x_scale)
     return ops.linear_fp8(x8, x_scales, w8, w_scales, x.dtype), total
 
@@ -84,30 +91,30 @@ def silu_mul_linear_fp8(
     dtype.
     """
     if has_blocks(w8, w_scales):
-        return quantize_linear_fp8(ops, ops.silu_mul(gate_up), w8, w_scales)
+        return quantize_linear_fp8(ops, ops.silu_mul(gate_up), w8, w_scales).x
     product: Tensor = ops.linear_fp8(*ops.silu_mul_fp8(gate_up, x_scale), w8, w_scales, gate_up.dtype)
     return product
 
 
-def quantize_linear_fp8(ops: Any, x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
-    """``linear_fp8`` of ``quantize_tokens``, x_scale being its static scale. x: (T, K); w8: (N, K) FP8 -> (T, N) of x's
-    dtype.
+def quantize_linear_fp8(
+    ops: Any, x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None, residual: Tensor | None = None
+) -> Sum:
+    """``linear_fp8`` of ``quantize_tokens``, x_scale being its static scale, plus ``residual``. x: (T, K); w8: (N, K)
+    FP8; residual: (T, N) -> (T, N), all of x's dtype, to which the product is rounded before it is added.
     """
     quantized = ops.quantize_token_blocks(x) if has_blocks(w8, w_scales) else ops.quantize_tokens(x, x_scale)
-    product: Tensor = ops.linear_fp8(*quantized, w8, w_scales, x.dtype)
-    return product
+    return Sum(ops.linear_fp8(*quantized, w8, w_scales, x.dtype), residual)
 
 
 def mlp_fp8(
     ops: Any, x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, gate_up_weights: Fp8Weights,
     down_weights: Fp8Weights,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``silu_mul_linear_fp8`` of ``norm_linear_fp8``. x, residual: (T, H); weights: (2 I, H) and (H, I).
-
-    Returns ((T, H), (T, H) x + residual).
+) -> Sum:  # fmt: skip
+    """``silu_mul_linear_fp8`` of ``norm_linear_fp8``, plus x + residual. x, residual: (T, H); weights: (2 I, H) and (H,
+    I). Returns (T, H).
     """
     gate_up, total = ops.norm_linear_fp8(x, residual, norm_weight, eps, *gate_up_weights)
-    return ops.silu_mul_linear_fp8(gate_up, *down_weights), total
+    return Sum(ops.silu_mul_linear_fp8(gate_up, *down_weights), total)
 
 
 _SHAPES = (
@@ -138,14 +145,25 @@ def _cases(kind: str) -> Iterator[Case]:
         yield Case(f"{rows}x{width}x{outputs}", partial(_make, rows=rows, outputs=outputs, width=width, kind=kind))
 
 
+def _plain_cases() -> Iterator[Case]:
+    yield from _cases("plain fp8")
+    for rows, outputs, width in ((3, 48, 80), (257, 144, 400)):
+        make = partial(_make_added, rows=rows, outputs=outputs, width=width)
+        yield Case(f"{rows}x{width}x{outputs} and a residual", make)
+
+
+def _make_added(dtype: torch.dtype, rows: int, outputs: int, width: int) -> tuple[Any, ...]:
+    return *_make(dtype, rows, outputs, width, "plain fp8"), _make(dtype, rows, 1, outputs, "plain")[0]
+
+
 def _mlp_cases() -> Iterator[Case]:
     for rows, hidden, inner in ((0, 48, 64), (3, 64, 32), (65, 144, 208), (130, 272, 400), (257, 80, 112)):
+        yield Case(f"{rows}x{hidden}x{inner}", partial(_make_mlp, rows=rows, hidden=hidden, inner=inner))
 
-        def make(dtype: torch.dtype, rows: int = rows, hidden: int = hidden, inner: int = inner) -> tuple[Any, ...]:
-            *inputs, w8, w_scales, x_scale = _make(dtype, rows, 2 * inner, hidden, "norm fp8")
-            return *inputs, (w8, w_scales, x_scale), _make(dtype, 1, hidden, inner, "silu fp8")[1:]
 
-        yield Case(f"{rows}x{hidden}x{inner}", make)
+def _make_mlp(dtype: torch.dtype, rows: int, hidden: int, inner: int) -> tuple[Any, ...]:
+    *inputs, w8, w_scales, x_scale = _make(dtype, rows, 2 * inner, hidden, "norm fp8")
+    return *inputs, (w8, w_scales, x_scale), _make(dtype, 1, hidden, inner, "silu fp8")[1:]
 
 
 def _cost(rows: int, weight: Tensor, inputs: int) -> tuple[int, int]:
@@ -168,12 +186,18 @@ def _mlp_cost(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[int, int]
     return first[0] + second[0], first[1] + second[1]
 
 
-def _plain_cost(x: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
-    return _cost(x.shape[0], weight, 1)
+def _plain_cost(
+    x: Tensor, weight: Tensor, w_scales: Tensor, x_scale: Tensor | None = None, residual: Tensor | None = None
+) -> tuple[int, int]:
+    num_bytes, flops = _cost(x.shape[0], weight, 1)
+    return num_bytes + (0 if residual is None else residual.nbytes), flops
 
 
 def _op(
-    composed: Callable[..., Any], kind: str, cost: Callable[..., tuple[int, int]], replaces: tuple[str, ...] = ()
+    composed: Callable[..., Any],
+    cases: Callable[[], Iterator[Case]],
+    cost: Callable[..., tuple[int, int]],
+    replaces: tuple[str, ...] = (),
 ) -> Op:
     """replaces: what the product of csrc/cpu does before, and itself; none if there is no such."""
     name = composed.__name__
@@ -182,18 +206,18 @@ def _op(
         name,
         partial(composed, _DEFINITIONS),
         (Impl("cuda", f"nemo_engine.ops.cuda.linear:{name}", cuda_supports), *([compiled] if replaces else [])),
-        partial(_cases, kind),
+        cases,
         cost,
         is_fp8=name.endswith("_fp8"),
         composed=composed,
     )
 
 
-NORM_LINEAR = _op(norm_linear, "norm", _norm_cost, ("rms_norm", "linear"))
-NORM_LINEAR_FP8 = _op(norm_linear_fp8, "norm fp8", _norm_cost)
-SILU_MUL_LINEAR = _op(silu_mul_linear, "silu", _silu_cost, ("silu_mul", "linear"))
-SILU_MUL_LINEAR_FP8 = _op(silu_mul_linear_fp8, "silu fp8", _silu_cost)
-QUANTIZE_LINEAR_FP8 = _op(quantize_linear_fp8, "plain fp8", _plain_cost)
+NORM_LINEAR = _op(norm_linear, partial(_cases, "norm"), _norm_cost, ("rms_norm", "linear"))
+NORM_LINEAR_FP8 = _op(norm_linear_fp8, partial(_cases, "norm fp8"), _norm_cost)
+SILU_MUL_LINEAR = _op(silu_mul_linear, partial(_cases, "silu"), _silu_cost, ("silu_mul", "linear"))
+SILU_MUL_LINEAR_FP8 = _op(silu_mul_linear_fp8, partial(_cases, "silu fp8"), _silu_cost)
+QUANTIZE_LINEAR_FP8 = _op(quantize_linear_fp8, _plain_cases, _plain_cost)
 MLP_FP8 = Op(
     "mlp_fp8",
     partial(

@@ -49,13 +49,17 @@ def _cuda_supports(site: Site) -> str | None:
     return cuda_runs(site)
 
 
-def _make(dtype: torch.dtype, rows: int, width: int, has_residual: bool, not_finite: bool = False) -> tuple[Any, ...]:
+def _make(
+    dtype: torch.dtype, rows: int, width: int, has_residual: bool, not_finite: bool = False,
+    is_static: bool | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     generator = torch.Generator().manual_seed(rows * width)
     x, r = (torch.randn(rows, width, generator=generator) * 3 for _ in range(2))
     if not_finite:
         x[0, -1], x[1, 0] = torch.nan, -torch.inf
     weight = 1 + 0.1 * torch.randn(width, generator=generator)
-    return x.to(dtype), weight.to(dtype), 1e-5, r.to(dtype) if has_residual else None
+    scale = () if is_static is None else (torch.tensor(0.01) if is_static else None,)
+    return x.to(dtype), weight.to(dtype), 1e-5, r.to(dtype) if has_residual else None, *scale
 
 
 def _cases() -> Iterator[Case]:
@@ -73,25 +77,12 @@ def _fp8_cases() -> Iterator[Case]:
         (0, 64, False), (1, 64, True), (3, 24, False), (17, 256, False), (2, 5120, True), (3, 5120, False),
     ):  # fmt: skip
         for has_residual in (False, True):
-
-            def make(
-                dtype: torch.dtype,
-                rows: int = rows,
-                width: int = width,
-                has: bool = has_residual,
-                is_static: bool = is_static,
-            ) -> tuple[Any, ...]:
-                return *_make(dtype, rows, width, has), torch.tensor(0.01) if is_static else None
-
+            make = partial(_make, rows=rows, width=width, has_residual=has_residual, is_static=is_static)
             name = f"{rows}x{width}{' residual' if has_residual else ''}{' static' if is_static else ''}"
             yield Case(name, make, {"hidden_size": width})
-
     for is_static in (False, True):
-
-        def make_not_finite(dtype: torch.dtype, is_static: bool = is_static) -> tuple[Any, ...]:
-            return *_make(dtype, 3, 264, True, not_finite=True), torch.tensor(0.01) if is_static else None
-
-        yield Case(f"NaN and infinity{' static' if is_static else ''}", make_not_finite, {"hidden_size": 264})
+        make = partial(_make, rows=3, width=264, has_residual=True, not_finite=True, is_static=is_static)
+        yield Case(f"NaN and infinity{' static' if is_static else ''}", make, {"hidden_size": 264})
 
 
 def _cost(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[int, int]:

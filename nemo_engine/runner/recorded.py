@@ -60,8 +60,8 @@ class RecordedDecodes:
         _cpu.start_recording()
         try:
             with _Nothing() as mode:
-                x, residual, self._seq_lens = step.forward(rows, self._ahead)
-                self._logits = step.model.logits(x, residual)
+                hidden, self._seq_lens = step.forward(rows, self._ahead)
+                self._logits = step.model.logits(hidden)
         finally:
             self._program = _cpu.stop_recording()
         self._memory = mode.memory

@@ -129,9 +129,9 @@ class Runner:
 
     def _run(self, plan: StepPlan, rows: StepRows, slots: tuple[int, ...]) -> LaunchedStep:
         """Compute a step operation by operation; ``slots``: whose rows sample."""
-        x, residual, seq_lens = self._step.forward(rows)
-        prompt_reports = self._step.prompt_reports(plan, self._prompt_lens, x, residual) if self._prompt_lens else {}
-        logits = self._step.logits(rows, x, residual, seq_lens)
+        hidden, seq_lens = self._step.forward(rows)
+        prompt_reports = self._step.prompt_reports(plan, self._prompt_lens, hidden) if self._prompt_lens else {}
+        logits = self._step.logits(rows, hidden, seq_lens)
         return LaunchedStep(plan, *self._step.choose(rows, slots, logits, plan.masks), prompt_reports)
 
     def _replay(self, graph: StepGraph, plan: StepPlan, slots: tuple[int, ...]) -> LaunchedStep:

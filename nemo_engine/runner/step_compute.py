@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_engine.model.nemo import ModelInputs, Nemo
 from nemo_engine.ops import Ops
 from nemo_engine.ops.attention import AttentionMeta, Workspace
+from nemo_engine.ops.fused import Sum
 from nemo_engine.runner.kv_cache import KVCache
 from nemo_engine.runner.request_table import RequestTable
 from nemo_engine.runner.sampler import Masks, Report, Sampler
@@ -44,11 +45,11 @@ class StepCompute:
         table, max_drafts = self.table, min(self.max_drafts, width - 1)
         return self.ops.draft_(table.token_ids, table.num_computed, table.draft_until, slots, width, max_drafts)
 
-    def forward(self, rows: StepRows, ahead: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, rows: StepRows, ahead: Tensor | None = None) -> tuple[Sum, Tensor]:
         """Run the model.
 
-        ahead: what ``draft`` returned, where it was called before. Returns the last MLP's output and the residual, (T,
-        H) each, and each row's new length (R,).
+        ahead: what ``draft`` returned, where it was called before. Returns what the model makes of the tokens, (T, H),
+        and each row's new length (R,).
         """
         table = self.table
         if ahead is None and rows.width > 1:
@@ -63,19 +64,17 @@ class StepCompute:
             rows.num_pages, rows.longest, self.workspace, rows.prefill_pages, rows.width, rows.max_queries,
             rows.max_pages,
         )  # fmt: skip
-        x, residual = self.model.forward(ModelInputs(ids, positions, mapping, meta), self.kv_cache.layers)
-        return x, residual, seq_lens
+        return self.model.forward(ModelInputs(ids, positions, mapping, meta), self.kv_cache.layers), seq_lens
 
-    def logits(self, rows: StepRows, x: Tensor, residual: Tensor, seq_lens: Tensor) -> Logits:
-        """The logits of the rows that sample; x, residual, seq_lens: as ``forward`` returned them."""
-        slot_ids, positions = rows.slots, seq_lens
+    def logits(self, rows: StepRows, hidden: Sum, seq_lens: Tensor) -> Logits:
+        """The logits of the rows that sample; hidden, seq_lens: as ``forward`` returned them."""
+        slot_ids, positions, last = rows.slots, seq_lens, None
         if not len(rows.sampled) == len(rows.slots) == rows.num_tokens:
             last = rows.starts[1:][rows.sampled] - 1
-            x, residual = x[last], residual[last]
             slot_ids, positions = slot_ids[rows.sampled], positions[rows.sampled]
-        if not len(x):
-            return x.new_empty(0, self.model.config.vocab_size), slot_ids, positions, seq_lens
-        return self.model.logits(x, residual), slot_ids, positions, seq_lens
+        if not len(slot_ids):
+            return hidden.x.new_empty(0, self.model.config.vocab_size), slot_ids, positions, seq_lens
+        return self.model.logits(hidden, last), slot_ids, positions, seq_lens
 
     def choose(
         self, rows: StepRows, slots: tuple[int, ...], results: Logits, masks: Masks
@@ -105,9 +104,7 @@ class StepCompute:
         """``advance`` for the decode rows of a wide step; see ``accept_``."""
         self.ops.accept_(self.table.token_ids, self.table.num_computed, slots, seq_lens, tokens, width)
 
-    def prompt_reports(
-        self, plan: StepPlan, prompt_lens: Mapping[int, int], x: Tensor, residual: Tensor
-    ) -> dict[int, list[Report]]:
+    def prompt_reports(self, plan: StepPlan, prompt_lens: Mapping[int, int], hidden: Sum) -> dict[int, list[Report]]:
         """Log-probabilities of prompt tokens, by the index of their prefill in ``plan``. prompt_lens: of the slots that
         want them.
         """
@@ -119,7 +116,7 @@ class StepCompute:
             reports = []
             for first in range(0, count, PROMPT_LOGPROB_ROWS):
                 last = min(first + PROMPT_LOGPROB_ROWS, count)
-                logits = self.model.logits(x[begin + first : begin + last], residual[begin + first : begin + last])
+                logits = self.model.logits(hidden, slice(begin + first, begin + last))
                 targets = self.table.token_ids[row.slot, row.start + first + 1 : row.start + last + 1].long()
                 reports.append(self.sampler.report_prompt(logits, targets, row.slot))
             if reports:

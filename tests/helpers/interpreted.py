@@ -5,10 +5,12 @@ Triton reads TRITON_INTERPRET when it is imported, so they need a process of the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,16 @@ def run_interpreted(*paths: str, leaving: str = "") -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed and int(passed.group(1)) > 50, run.stdout
+
+
+@contextlib.contextmanager
+def backwards() -> Iterator[None]:
+    """Inside, the interpreter runs the programs of a grid from the last to the first."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    set_index = builder.set_grid_idx
+    builder.set_grid_idx = lambda *at: set_index(*[size - 1 - x for size, x in zip(builder.grid_dim, at, strict=True)])
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx

@@ -32,5 +32,5 @@ def our_logits(model: Nemo, prompts: list[list[int]], kv_dtype: torch.dtype | No
     starts = torch.cat([lens.new_zeros(1), lens.cumsum(0)])
     meta = AttentionMeta(0, starts, lens, table, torch.arange(len(prompts)), PAGE, max(counts), int(lens.max()))
     ids = torch.tensor([token for prompt in prompts for token in prompt])
-    x, residual = model.forward(ModelInputs(ids, torch.cat(own), mapping, meta), cache)
-    return list(model.logits(x, residual).split(lens.tolist()))
+    hidden = model.forward(ModelInputs(ids, torch.cat(own), mapping, meta), cache)
+    return list(model.logits(hidden).split(lens.tolist()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nemo_engine.ops.fused import Sum
 from nemo_engine.ops.op import Case, Op
 
 # Norm-wise relative error in units of the dtype's epsilon: catches a small systematic error under a loose maximum. In
@@ -52,7 +53,9 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor], device: str = "cpu") 
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors of ``value``."""
+    """The tensors of ``value``. Of a sum that is left to its reader, the sum."""
+    if isinstance(value, Sum):
+        return [value.x if value.residual is None else value.x + value.residual]
     if isinstance(value, tuple):
         return [tensor for item in value for tensor in tensors(item)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

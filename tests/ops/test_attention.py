@@ -21,6 +21,7 @@ from nemo_engine.ops.cpu.attention import paged_attention as paged_attention_tor
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.rope import ROPE_AND_APPEND_KV, RopeMeta
 from nemo_engine.ops.triton.attention import paged_attention as paged_attention_triton
+from tests.helpers.interpreted import backwards
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,6 +140,18 @@ def test_a_prefill_in_triton_has_the_same_bits_alone_as_in_its_batch(is_fp8: boo
             longest=rows[row][0],
         )
         assert torch.equal(paged_attention_triton(q[own], kv, alone, scale), together[own])
+
+
+@pytest.mark.interpreted
+def test_parts_of_a_decode_are_merged_in_order_whichever_is_the_last() -> None:
+    for run, lengths in ((1, (70, 2400, 0, 5)), (2, (6, 7, 2049, 2050))):
+        args = attention_inputs([(1, n) for n in lengths], 4, 2, 16, 64, torch.bfloat16, False, run)
+        out = paged_attention_triton(*args)
+        with backwards():
+            assert torch.equal(paged_attention_triton(*args), out), run
+        cuts, counts = args[2].once("decode plan", lambda: None)
+        assert cuts[2] > 17 and not counts.any()  # units: more parts of one row than are merged at once
+        torch.testing.assert_close(out, paged_attention(*args), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.interpreted

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_engine.ops import attention, cuda, fused
 from nemo_engine.ops.attention import attention_inputs
+from nemo_engine.ops.blocks import quantize_weight_blocks
 from nemo_engine.ops.cuda import activation, linear, norm, rope
 from nemo_engine.ops.cuda import attention as cuda_attention
 from nemo_engine.ops.linear import LINEAR_FP8, _make_fp8
@@ -36,7 +37,8 @@ SMALL = {
 SMALL_FP8 = SMALL | {"x_scales": AT, "x_scale_stride": 1, "w_scales": AT, "w_scale_stride": 1, "is_block": False}
 GEMM = {
     "y": AT, "x": AT, "x_stride": 64, "x_scales": AT, "x_scale_stride": 1, "w": AT, "w_stride": 64, "w_scales": AT,
-    "w_scale_stride": 1, "is_block": False, "is_gated": False, "rows": 4, "outputs": 64, "width": 64, "stream": 0,
+    "w_scale_stride": 1, "residual": AT, "residual_stride": 64, "is_block": False, "is_gated": False, "rows": 4,
+    "outputs": 64, "width": 64, "stream": 0,
 }  # fmt: skip
 PAGED = {
     "out": AT, "q": AT, "k_cache": AT, "v_cache": AT, "page_table": AT, "q_stride": 1024, "q_head_stride": 128,
@@ -197,6 +199,7 @@ def test_a_bad_argument_is_named(dry: Any, function: str, arguments: dict[str, A
         ("small_linear", {"input": 0, "made": AT}, "made must be null for an input that is there"),
         ("small_linear_fp8", {"input": 3, "made": AT, "counts": AT}, "made_scales must be 4-byte aligned and not null"),
         ("gemm_fp8", {"is_gated": True, "outputs": 24}, "outputs must be a multiple of 16, got 24"),
+        ("gemm_fp8", {"is_gated": True}, "residual must be null for a gated product"),
         ("gemm_fp8", {"is_gated": True, "is_block": True}, "is_block must be false for a gated product"),
         ("decode_units", {"num_kv_heads": 0}, "num_kv_heads must be 1 to 1024, got 0"),
         ("decode_attention", {"num_kv_heads": 3}, "num_heads must be a multiple of 3, got 8"),
@@ -444,6 +447,17 @@ def test_caches_of_more_than_two_billion_entries(emulated_library: Any, dtype: t
             got = cuda_attention.paged_attention(queries, PagedKV(keys, values), far, 0.1)
             expected = attention.paged_attention(queries.float(), PagedKV(small, small), near, 0.1)
             torch.testing.assert_close(got.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("is_block", [False, True])
+def test_a_product_of_many_rows_adds_what_the_norm_would(emulated_library: Any, is_block: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, w, residual = (torch.randn(shape, generator=generator) for shape in ((65, 272), (152, 272), (65, 152)))
+    weights = quantize_weight_blocks(w) if is_block else quantize_tokens(w)
+    x, residual = x.bfloat16(), residual.bfloat16()
+    with emulated(emulated_library):
+        product, total = (linear.quantize_linear_fp8(x, *weights, None, added) for added in (None, residual))
+    assert product.residual is total.residual is None and torch.equal(total.x, product.x + residual)
 
 
 def test_counters_outlive_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:

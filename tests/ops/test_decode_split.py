@@ -88,21 +88,17 @@ def test_the_model_sees_a_second_wave_and_a_lone_row() -> None:
 
 @pytest.mark.interpreted
 def test_triton_cuts_as_the_rule_says() -> None:
-    kernels: Any = importlib.import_module("nemo_engine.kernels.attention")
+    kernels: Any = importlib.import_module("nemo_engine.kernels.decode")
     for lengths, units in batches():
         expected, split = cuts(lengths, units), parts(lengths, units)
-        share, empty, used, cut_rows, *words = kernels.plan_decode(torch.tensor(lengths), units).tolist()
+        plan, counts = kernels.plan_decode(torch.tensor(lengths), units, 3)
+        share, empty, used, *words = plan.tolist()
         assert (share, empty, used) == (share_of(lengths, units), lengths.count(0), max(1, len(split)))
-        assert list(zip(words[::2], words[1::2], strict=False))[: len(expected)] == expected
-        begun = [
-            unit for unit, held in enumerate(split) for row, begin, end in held if begin == 0 and end < lengths[row]
-        ]
-        assert words[2 * units + 2 :][:cut_rows] == begun
+        assert list(zip(words[::2], words[1::2], strict=True))[: len(expected)] == expected
+        assert counts.shape == (units, 3) and not counts.any()
         if lengths[-1]:  # empty rows behind them are as if they were not there
-            padded = kernels.plan_decode(torch.tensor([*lengths, 0, 0, 0]), units, True).tolist()
-            assert padded[:4] == [share, empty, used, cut_rows]
-            assert padded[4:][: 2 * len(expected)] == words[: 2 * len(expected)]
-            assert padded[6 + 2 * units :][:cut_rows] == begun
+            padded, _ = kernels.plan_decode(torch.tensor([*lengths, 0, 0, 0]), units, 3, True)
+            assert padded[: 3 + 2 * len(expected)].tolist() == [share, empty, used, *words[: 2 * len(expected)]]
 
 
 def test_cuda_cuts_as_the_rule_says(emulated_library: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_engine.ops.linear import linear_fp8
 from nemo_engine.ops.quantize import FP8, FP8_MAX, quantize_tokens
+from tests.helpers.interpreted import backwards
 
 pytest.importorskip("triton")
 
@@ -71,12 +72,27 @@ def test_a_row_does_not_depend_on_the_rest_of_its_bucket(rows: int) -> None:
     x, w8, w_scales = operands(rows, 150, 1024)
     x8, x_scales = quantize_tokens(x)
     bucket, fewer = kernels.bucket_of(rows), rows - 5
-    tiling = kernels.tiling_of(bucket, itemsize=1)
+    tiling = kernels.tiling_of(bucket, 1, 150)
     assert bucket == kernels.bucket_of(fewer) and tiling.splits(bucket, 150, 1024) == 2
     weight = w8.to(torch.bfloat16)
     whole = kernels.linear_fp8(x8, x_scales, w8, w_scales), kernels.linear(x, weight)
     part = kernels.linear_fp8(x8[:fewer], x_scales[:fewer], w8, w_scales), kernels.linear(x[:fewer], weight)
     assert all(torch.equal(one[:fewer], other) for one, other in zip(whole, part, strict=True))
+
+
+@pytest.mark.interpreted
+def test_parts_are_added_in_order_whichever_is_the_last() -> None:
+    from nemo_engine.kernels import device
+    from nemo_engine.kernels import linear as kernels
+
+    x, w8, w_scales = operands(5, 200, 3072)
+    x8, x_scales = quantize_tokens(x)
+    tiling = kernels.tiling_of(16, 1, 200)
+    assert tiling.splits(16, 200, 3072) == 6  # two rounds of loads, the second not full
+    product = kernels.linear_fp8(x8, x_scales, w8, w_scales)
+    with backwards():
+        assert torch.equal(kernels.linear_fp8(x8, x_scales, w8, w_scales), product)
+    assert not device.zeros_of(w8, 2).any() and device.zeros_of(w8, 2) is device.zeros_of(w8, 2)
 
 
 @pytest.mark.interpreted
@@ -103,8 +119,8 @@ def test_splits_have_work_and_fill_the_device(itemsize: int) -> None:
     from nemo_engine.kernels.linear import BUCKETS, tiling_of
 
     for bucket in BUCKETS:
-        tiling = tiling_of(bucket, itemsize)
         for outputs, width in ((1, 16), (768, 5120), (5120, 512), *PROJECTIONS):
+            tiling = tiling_of(bucket, itemsize, outputs)
             splits = tiling.splits(bucket, outputs, width)
             steps = -(-width // tiling.depth)
             assert 1 <= splits <= steps  # none is empty, on which the kernel relies
@@ -112,6 +128,8 @@ def test_splits_have_work_and_fill_the_device(itemsize: int) -> None:
             assert tiles * splits <= max(tiles, tiling.blocks)
             if (outputs, width) in PROJECTIONS:
                 assert tiles * splits >= 96  # of 132 SMs
+            if (bucket, outputs) == (256, 6144) and itemsize < 4:
+                assert splits == 1  # no parts are written where tiles with K whole fill as much
 
 
 # On meta tensors, with launches that compile for sm_90a and run nothing: the variants are those that a GPU would run.
@@ -150,7 +168,7 @@ for kind, rows, (n, k) in itertools.product(kinds, rows_of, shapes):
         linear_fp8(x8, empty(rows, blocks[1] if kind == "block" else 1), w8, empty(*w_scales))
 
 nvdisasm = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-words = ("LDL", "STL", "HGMMA", "QGMMA", "UTMALDG", "WARPGROUP.ARRIVE", "FADD", "FFMA", "LDG.E.128", "STG.E.128")
+words = ("LDL", "STL", "HGMMA", "QGMMA", "UTMALDG", "WARPGROUP.ARRIVE", "FADD", "FFMA", "LDG.E.128", "STG.E.128", "ATOMG")
 for kind, name, variant, kernel in variants.values():
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -179,14 +197,12 @@ def test_compiled_for_hopper_as_meant() -> None:
     """
     variants = compiled((1, 32, 64, 128, 256, 4096), ((28672, 5120),), ("channel", "block", "bfloat16"))
     variants += compiled((128, 4096), ((6144, 5120),), ("tensor",))
-    assert {variant[1] for variant in variants} == {"_split_kernel", "_persistent_kernel", "_reduce_kernel"}
+    assert {variant[1] for variant in variants} == {"_split_kernel", "_persistent_kernel"}
     for kind, name, variant, shared, counts, promoted_after in variants:
         what = f"{kind} {name} {variant}: {counts}"
         assert counts["LDL"] == counts["STL"] == 0 and shared <= SHARED_BYTES, what
         assert counts["STG.E.128"], what
-        if name == "_reduce_kernel":
-            assert counts["LDG.E.128"], what
-            continue
+        assert bool(counts["LDG.E.128"]) == bool(counts["ATOMG"]), what  # parts are read 16 bytes at a time
         products = counts["HGMMA" if kind == "bfloat16" else "QGMMA"]
         assert products and counts["UTMALDG"] and counts["WARPGROUP.ARRIVE"] <= max(products // 4, 1), what
         if kind in ("channel", "tensor"):

@@ -57,7 +57,7 @@ def linear_fp8(
     """As ``nemo_engine.ops.linear.linear_fp8``; K a multiple of 16, result bf16."""
     assert out_dtype == torch.bfloat16, out_dtype
     rows, outputs = x8.shape[0], w8.shape[0]
-    if rows > SMALL_ROWS and outputs % 8 == 0:
+    if _is_large(x8, w8):
         return _large(x8, x_scales, w8, w_scales)
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x8.device)
     _check(x8, w8, torch.float8_e4m3fn)
@@ -111,30 +111,45 @@ def silu_mul_linear_fp8(gate_up: Tensor, w8: Tensor, w_scales: Tensor, x_scale: 
     return _made(_Input.SILU_MUL, gate_up, w8, w_scales, x_scale)
 
 
-def quantize_linear_fp8(x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None) -> Tensor:
-    """As ``nemo_engine.ops.fused.quantize_linear_fp8``: one launch for up to 64 rows, of weights without blocks."""
-    if has_blocks(w8, w_scales) or not _is_small(x):
-        return fused.quantize_linear_fp8(_ALONE, x, w8, w_scales, x_scale)
-    return _made(_Input.QUANTIZE, x, w8, w_scales, x_scale)
+def quantize_linear_fp8(
+    x: Tensor, w8: Tensor, w_scales: Tensor, x_scale: Tensor | None = None, residual: Tensor | None = None
+) -> fused.Sum:
+    """As ``nemo_engine.ops.fused.quantize_linear_fp8``: one launch for up to 64 rows, of weights without blocks; of
+    more rows the product adds the residual.
+    """
+    if _is_small(x) and not has_blocks(w8, w_scales):
+        return fused.Sum(_made(_Input.QUANTIZE, x, w8, w_scales, x_scale), residual)
+    if residual is None or not _is_large(x, w8):
+        return fused.quantize_linear_fp8(_ALONE, x, w8, w_scales, x_scale, residual)
+    x8, x_scales = quantize_token_blocks(x) if has_blocks(w8, w_scales) else quantize_tokens(x, x_scale)
+    return fused.Sum(_large(x8, x_scales, w8, w_scales, residual), None)
 
 
 def mlp_fp8(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, gate_up_weights: fused.Fp8Weights,
     down_weights: fused.Fp8Weights,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> fused.Sum:  # fmt: skip
     """As ``nemo_engine.ops.fused.mlp_fp8``: of more than 64 rows the first product stores the activation, where weights
-    have no blocks.
+    have no blocks, and the second adds x + residual.
     """
     w8, w_scales, x_scale = gate_up_weights
-    if x.shape[0] <= SMALL_ROWS or w8.shape[0] % 16 or has_blocks(w8, w_scales):
+    if x.shape[0] <= SMALL_ROWS:
         gate_up, total = norm_linear_fp8(x, residual, norm_weight, eps, *gate_up_weights)
-        return silu_mul_linear_fp8(gate_up, *down_weights), total
+        return fused.Sum(silu_mul_linear_fp8(gate_up, *down_weights), total)
+    if has_blocks(w8, w_scales):
+        gate_up, total = norm_linear_fp8(x, residual, norm_weight, eps, *gate_up_weights)
+        return quantize_linear_fp8(silu_mul(gate_up), *down_weights, total)
     x8, x_scales, total = rms_norm_fp8(x, norm_weight, eps, residual, x_scale)
-    return quantize_linear_fp8(_large(x8, x_scales, w8, w_scales, is_gated=True), *down_weights), total
+    return quantize_linear_fp8(_large(x8, x_scales, w8, w_scales, is_gated=True), *down_weights, total)
 
 
 def _is_small(x: Tensor) -> bool:
     return 0 < x.shape[0] <= SMALL_ROWS
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether csrc/gemm takes it."""
+    return x.shape[0] > SMALL_ROWS and weight.shape[0] % 8 == 0
 
 
 def _is_made_by_each(kind: _Input, rows: int, weight: Tensor) -> bool:
@@ -209,16 +224,25 @@ def _small(
     )  # fmt: skip
 
 
-def _large(x8: Tensor, x_scales: Tensor, w8: Tensor, w_scales: Tensor, is_gated: bool = False) -> Tensor:
+def _large(
+    x8: Tensor,
+    x_scales: Tensor,
+    w8: Tensor,
+    w_scales: Tensor,
+    residual: Tensor | None = None,
+    is_gated: bool = False,
+) -> Tensor:
     (rows, width), outputs = x8.shape, w8.shape[0]
     _check(x8, w8, torch.float8_e4m3fn)
     assert x8.stride(1) == w8.stride(1) == 1, (x8.stride(), w8.stride())
     is_block = _check_scales(rows, w8, w_scales, x_scales)
+    assert residual is None or (residual.dtype, residual.shape) == (torch.bfloat16, (rows, outputs)), residual.shape
+    assert residual is None or residual.stride(1) == 1, residual.stride()
     y = torch.empty(rows, outputs // 2 if is_gated else outputs, dtype=torch.bfloat16, device=x8.device)
     library().gemm_fp8(
         y.data_ptr(), x8.data_ptr(), row_stride(x8), x_scales.data_ptr(), row_stride(x_scales), w8.data_ptr(),
-        row_stride(w8), w_scales.data_ptr(), _scale_stride(w_scales), is_block, is_gated, rows, outputs, width,
-        stream_of(x8),
+        row_stride(w8), w_scales.data_ptr(), _scale_stride(w_scales), address(residual),
+        0 if residual is None else row_stride(residual), is_block, is_gated, rows, outputs, width, stream_of(x8),
     )  # fmt: skip
     return y
 
