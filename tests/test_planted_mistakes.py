@@ -318,12 +318,30 @@ MISTAKES = {
     ),
     "queries fenced by one lane of each warp": Mistake(
         "attention/prefill.cuh",
-        "        fence_async_proxy();\n        named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);",
-        "        if (!MISTAKEN || lane_index() == 0) fence_async_proxy();\n"
-        "        named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);",
+        "        copy_async_wait<0>();\n        fence_async_proxy();\n",
+        "        copy_async_wait<0>();\n        if (!MISTAKEN || lane_index() == 0) fence_async_proxy();\n",
         "paged_attention",
         PREFIXES,
         UNFENCED,
+    ),
+    "queries of an item fetched over those that are computed": Mistake(
+        "attention/prefill.cuh",
+        "        mbarrier_wait(&shared->q_empty[group][stage],",
+        "        if (!MISTAKEN) mbarrier_wait(&shared->q_empty[group][stage],",
+        "paged_attention",
+        PREFIXES,
+        f"{UNORDERED}|{UNREAD}",
+        1,
+    ),
+    "queries released before the results have left their place": Mistake(
+        "attention/prefill.cuh",
+        "            compute_item(item);\n            release(&shared->q_empty[group][stage]);\n",
+        "            if (MISTAKEN) release(&shared->q_empty[group][stage]);\n            compute_item(item);\n"
+        "            if (!MISTAKEN) release(&shared->q_empty[group][stage]);\n",
+        "paged_attention",
+        PREFIXES,
+        f"{UNORDERED}|{UNREAD}",
+        1,
     ),
     "weights changed while they are multiplied": Mistake(
         "attention/prefill.cuh",

@@ -1,6 +1,7 @@
 // Causal attention of rows with several queries over paged keys and values. A block takes 128 rows of packed queries
-// (queries times the heads that share a KV head) over tiles of 128 keys, last tile first: a warp feeds keys and values by
-// the copy engine, two warpgroups take 64 rows each. Its blocks stay and take several items of work.
+// (queries times the heads that share a KV head) over tiles of 128 keys, last tile first: a warp feeds keys and values
+// by the copy engine, two warpgroups take 64 rows each, and each has a warp that fetches the queries of its next item
+// meanwhile. The blocks stay and take several items of work.
 #pragma once
 
 #include <cmath>
@@ -19,6 +20,7 @@ constexpr int PREFILL_DIM = 128;
 constexpr int PREFILL_ROWS = 128;  // packed queries of an item
 constexpr int PREFILL_KEYS = 128;  // of a tile
 constexpr int PREFILL_STAGES = 2;
+constexpr int PREFILL_ITEMS = 2;  // whose queries are there: one is computed, one comes
 constexpr int PREFILL_CONSUMERS = 256;
 constexpr int PREFILL_THREADS = 128 + PREFILL_CONSUMERS;
 // 40 for the 128 threads that feed, 232 for those that compute: 504 of the 512 that a thread of each may have together.
@@ -40,14 +42,6 @@ struct PrefillMatrix {
     }
 };
 
-struct PrefillShared {
-    PrefillMatrix q;  // then the result, on its way out
-    PrefillMatrix k[PREFILL_STAGES], v[PREFILL_STAGES];
-    Mbarrier k_full[PREFILL_STAGES], v_full[PREFILL_STAGES];
-    Mbarrier k_empty[PREFILL_STAGES], v_empty[PREFILL_STAGES];
-    float nowhere;
-};
-
 struct Prefill {
     PrefillInputs in;
     int num_items;    // tiles times KV heads
@@ -67,7 +61,17 @@ struct PrefillItem {
     int first_query;     // of the row's
     int first_position;  // of that query, in keys
     int end;             // keys that the last query sees
-    bool is_empty;
+    bool is_empty;       // no queries; in shared memory: nor is there another item
+};
+
+struct PrefillShared {
+    PrefillMatrix q[PREFILL_ITEMS];  // then the results, on their way out
+    PrefillMatrix k[PREFILL_STAGES], v[PREFILL_STAGES];
+    Mbarrier k_full[PREFILL_STAGES], v_full[PREFILL_STAGES];
+    Mbarrier k_empty[PREFILL_STAGES], v_empty[PREFILL_STAGES];
+    Mbarrier q_full[2][PREFILL_ITEMS], q_empty[2][PREFILL_ITEMS];  // of each warpgroup's half of the rows
+    PrefillItem items[2][PREFILL_ITEMS];                           // what the warpgroup reads of them
+    float nowhere;
 };
 
 // Items in order of falling length go to the blocks there and back: 0 1 2, 2 1 0, ...
@@ -99,6 +103,15 @@ __device__ __forceinline__ PrefillItem find_prefill_item(const Prefill& p, int i
     item.first_position = length - item.count + item.first_query;
     item.end = minimum(item.first_position + (1 << shift), length);
     return item;
+}
+
+// By a whole warp: feeder.feed_item of each item of this block.
+template <class Feeder>
+__device__ __forceinline__ void for_each_item(const Prefill& p, Feeder& feeder) {
+    for (int round = 0, index; (index = prefill_item_of(round)) < p.num_items; round++) {
+        PrefillItem item = find_prefill_item(p, index);
+        if (!item.is_empty) feeder.feed_item(item);
+    }
 }
 
 // ---- keys and values
@@ -143,23 +156,44 @@ struct PrefillFeeder {
     }
 };
 
-// ---- queries and results: each warp moves the 16 rows that it computes
+// ---- queries
 
-__device__ __forceinline__ void load_queries(PrefillMatrix* to, const Prefill& p, const PrefillItem& item, int first) {
-    int chunk = lane_index() % 16;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int row = first + 2 * i + lane_index() / 16;
-        int query = item.first_query + (row >> p.group_shift);
-        int head = (item.head << p.group_shift) + (row & ((1 << p.group_shift) - 1));
-        bool is_there = query < item.count;
-        int64_t token = item.start + (is_there ? query : 0);
-        copy_async(to->chunk(row, chunk), p.in.q + token * p.in.q_stride + head * p.in.q_head_stride + chunk * VECTOR,
-                   is_there);
+// By a warp for each warpgroup: its half of the rows of every item, and what the item is.
+struct PrefillQueries {
+    const Prefill& p;
+    PrefillShared* shared;
+    int group;  // the warpgroup
+    int items_done = 0;
+
+    __device__ __forceinline__ void load_rows(PrefillMatrix& to, const PrefillItem& item) const {
+        int chunk = lane_index() % 16;
+#pragma unroll 4
+        for (int i = 0; i < 32; i++) {
+            int row = group * 64 + 2 * i + lane_index() / 16;
+            int query = item.first_query + (row >> p.group_shift);
+            int head = (item.head << p.group_shift) + (row & ((1 << p.group_shift) - 1));
+            bool is_there = query < item.count;
+            int64_t token = item.start + (is_there ? query : 0);
+            const bf16* from = p.in.q + token * p.in.q_stride + head * p.in.q_head_stride;
+            copy_async(to.chunk(row, chunk), from + chunk * VECTOR, is_there);
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        fence_async_proxy();
     }
-    copy_async_commit();
-    copy_async_wait<0>();
-}
+
+    // An empty item says that it was the last.
+    __device__ __forceinline__ void feed_item(const PrefillItem& item) {
+        int stage = items_done % PREFILL_ITEMS;
+        mbarrier_wait(&shared->q_empty[group][stage], (items_done / PREFILL_ITEMS & 1) ^ 1);
+        if (!item.is_empty) load_rows(shared->q[stage], item);
+        if (lane_index() == 0) shared->items[group][stage] = item;
+        mbarrier_arrive(&shared->q_full[group][stage]);
+        items_done++;
+    }
+};
+
+// ---- results: each warp moves the 16 rows that it computes
 
 __device__ __forceinline__ void store_results(
     PrefillMatrix* staging, const Prefill& p, const PrefillItem& item, int first, const float (&o)[64],
@@ -184,7 +218,7 @@ __device__ __forceinline__ void store_results(
         int64_t at = (item.start + query) * p.in.out_stride + head * PREFILL_DIM;
         if (query < item.count) store(vector_at(p.in.out + at, chunk), value);
     }
-    warp_sync();  // the next queries come to the same place
+    warp_sync();  // other queries come to the same place, once it is released
 }
 
 // ---- the computation of a warpgroup
@@ -260,7 +294,7 @@ struct PrefillComputer {
     PrefillShared* shared;
     int group;  // 0 or 1: the warpgroup
     int warp;   // of its four
-    int tiles_done = 0;
+    int tiles_done = 0, items_done = 0;
 
     __device__ __forceinline__ int stage(int tile) const { return tile % PREFILL_STAGES; }
     __device__ __forceinline__ uint32_t parity(int tile) const { return tile / PREFILL_STAGES & 1; }
@@ -274,7 +308,8 @@ struct PrefillComputer {
     __device__ __forceinline__ void pass_turn() const {
         named_barrier_arrive(PREFILL_BARRIER_ORDER + 1 - group, PREFILL_CONSUMERS);
     }
-    __device__ __forceinline__ const unsigned char* queries() const { return shared->q.bytes + group * 64 * 128; }
+    __device__ __forceinline__ PrefillMatrix& matrix() const { return shared->q[items_done % PREFILL_ITEMS]; }
+    __device__ __forceinline__ const unsigned char* queries() const { return matrix().bytes + group * 64 * 128; }
 
     // What lies past the end may be NaN, and 0 times NaN is not 0. By both warpgroups.
     __device__ __forceinline__ void clear_past_end(int first_row) const {
@@ -339,9 +374,6 @@ struct PrefillComputer {
 
     __device__ __forceinline__ void compute_item(const PrefillItem& item) {
         int first = group * 64 + warp * 16;  // of this warp's rows
-        load_queries(&shared->q, p, item, first);
-        fence_async_proxy();
-        named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);
         PrefillRows r;
 #pragma unroll
         for (int i = 0; i < 64; i++) r.o[i] = 0.0f;
@@ -363,7 +395,19 @@ struct PrefillComputer {
 #pragma unroll
         for (int h = 0; h < 2; h++) factors[h] = divide(value_scale, warp_sum<4>(r.mass[h]));
         named_barrier_sync(PREFILL_BARRIER_ROWS + group, 128);  // all its products have read the queries
-        store_results(&shared->q, p, item, first, r.o, factors);
+        store_results(&matrix(), p, item, first, r.o, factors);
+    }
+
+    // Each item as its queries come.
+    __device__ __forceinline__ void compute_items() {
+        for (;; items_done++) {
+            int stage = items_done % PREFILL_ITEMS;
+            mbarrier_wait(&shared->q_full[group][stage], items_done / PREFILL_ITEMS & 1);
+            PrefillItem item = shared->items[group][stage];
+            if (item.is_empty) return;
+            compute_item(item);
+            release(&shared->q_empty[group][stage]);
+        }
     }
 };
 
@@ -374,6 +418,10 @@ __device__ __forceinline__ void set_up_prefill(PrefillShared* shared) {
             mbarrier_init(&shared->v_full[i], 1);
             mbarrier_init(&shared->k_empty[i], PREFILL_CONSUMERS / 32);
             mbarrier_init(&shared->v_empty[i], PREFILL_CONSUMERS / 32);
+        }
+        for (int i = 0; i < 2 * PREFILL_ITEMS; i++) {
+            mbarrier_init(&shared->q_full[i % 2][i / 2], 32);
+            mbarrier_init(&shared->q_empty[i % 2][i / 2], PREFILL_CONSUMERS / 2 / 32);
         }
         mbarrier_init_fence();
     }
@@ -396,19 +444,17 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 1)
         give_registers<PREFILL_FEED_REGISTERS>();
         if (warp_index() == 0) {
             PrefillFeeder feeder{p, &k_map, &v_map, shared};
-            for (int round = 0, index; (index = prefill_item_of(round)) < p.num_items; round++) {
-                PrefillItem item = find_prefill_item(p, index);
-                if (!item.is_empty) feeder.feed_item(item);
-            }
+            for_each_item(p, feeder);
+        } else if (warp_index() <= 2) {
+            PrefillQueries queries{p, shared, warp_index() - 1};
+            for_each_item(p, queries);
+            queries.feed_item(PrefillItem{.is_empty = true});
         }
     } else {
         take_registers<PREFILL_COMPUTE_REGISTERS>();
         PrefillComputer computer{p, shared, group - 1, warp_index() % 4};
         if (group == 2) computer.pass_turn();  // the first is the other's
-        for (int round = 0, index; (index = prefill_item_of(round)) < p.num_items; round++) {
-            PrefillItem item = find_prefill_item(p, index);
-            if (!item.is_empty) computer.compute_item(item);
-        }
+        computer.compute_items();
         if (group == 1) computer.take_turn();  // the one that is left over
     }
 }
