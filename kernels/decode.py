@@ -100,8 +100,7 @@ def _decode_kernel(
         end = tl.where(row == last_row, tl.minimum(last_tile * N, length), length)
         table = page_table_ptr + tl.load(slot_ids_ptr + row * QUERIES).to(tl.int64) * table_stride
         q_rows = ((wide + row) * QUERIES + query) * q_stride + q_head * q_head_stride
-        q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=mask, other=0.0)
-        q, row_scale = queries_beside(q, k_ptr, score_scale)
+        q, row_scale = queries_beside(tl.load(q_ptr + q_rows[:, None] + d[None, :], mask, 0.0), k_ptr, score_scale)
         acc = tl.zeros((M, D), tl.float32)
         mass = tl.zeros((M,), tl.float32)
         best = tl.full((M,), float("-inf"), tl.float32)
