@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 # What is counted, by prefix of the instruction; the longest that fits counts.
 INSTRUCTIONS = (
     "HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.E.128", "LDG", "STG.E.128", "STG", "LDL",
-    "STL",
+    "STL", "F2F.BF16",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Causal attention over paged keys and values: the tiles of both kernels, and prefill.
 
 Query heads that share a KV head are packed into the rows of one tile, so keys and values are read once. Keys and values
-may be FP8 (e4m3): they are widened to the queries' dtype, so both products accumulate in fp32 whatever the length of
-the context.
+may be FP8 (e4m3): they are widened to fp16, which an instruction does for two of them, exactly (to bf16 it takes a slow
+one more for each), or to fp32 for queries in fp32. Both products accumulate in fp32 whatever the length of the context.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ _PREFILL_KEYS = 64  # of one tile
 _PREFILL_ROWS = 128  # queries times heads of one tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Weights in fp16 are 2^15 times what they are beside the largest, which cancels: at most 2^15, and what fp16 rounds
+# away, 2^-40 of the largest each, stays nothing beside them over the longest context.
+_FP16_SHIFT = tl.constexpr(15.0)
 
 
 @triton.jit
@@ -39,12 +42,27 @@ def tile_rows(
 
 
 @triton.jit
+def queries_beside(q, k_ptr, scale):
+    """q: (M, D), and the scale of its scores, for keys as they lie in the cache: as they are, or beside FP8 keys in
+    fp16, each row multiplied by a power of 2 that its scale, (M, 1), takes back. bf16 fits: what is rounded away is
+    2^-39 of the row's largest.
+    """
+    if k_ptr.dtype.element_ty.primitive_bitwidth == 8 and q.dtype.primitive_bitwidth == 16:
+        wide = q.to(tl.float32)
+        exponent = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) >> 23
+        power = tl.minimum(268 - exponent, 253)  # the largest becomes 2^14 or more, less than 2^15
+        q = (wide * (power << 23).to(tl.float32, bitcast=True)[:, None]).to(tl.float16)
+        scale = scale * ((254 - power) << 23).to(tl.float32, bitcast=True)[:, None]
+    return q, scale
+
+
+@triton.jit
 def attend_tile(
     acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, scale,
     MASKED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in base 2. q: (M, D); acc: (M, D) fp32; mass, best: (M,) fp32; rows: see
-    ``tile_rows``.
+    """One step of the online softmax, in base 2. q: (M, D), scale: see ``queries_beside``; acc: (M, D) fp32; mass,
+    best: (M,) fp32; rows: see ``tile_rows``.
 
     Keys from ``end`` on do not exist; row m sees keys up to ``last_key[m]``, which matters where MASKED.
     """
@@ -68,8 +86,10 @@ def attend_tile(
     new_best = tl.maximum(best, tl.max(scores, 1))
     # A row that sees nothing yet: subtract 0, so that exp2(-inf - 0) is 0 and not NaN.
     shift = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED else new_best
-    weights = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(best - shift)
+    if q.dtype == tl.float16:
+        shift -= _FP16_SHIFT
+    weights = tl.exp2(scores - shift[:, None])
     acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
     return acc, mass * decay + tl.sum(weights, 1), new_best
 
@@ -118,6 +138,7 @@ def _prefill_kernel(
     score_scale = scale * LOG2_E
     if HAS_SCALES:
         score_scale *= tl.load(k_scale_ptr + head)
+    q, score_scale = queries_beside(q, k_ptr, score_scale)
     acc = tl.zeros((M, D), tl.float32)
     mass = tl.zeros((M,), tl.float32)
     best = tl.full((M,), float("-inf"), tl.float32)

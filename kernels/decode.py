@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import decode_split as split
-from .attention import LOG2_E, attend_tile, tile_rows
+from .attention import LOG2_E, attend_tile, queries_beside, tile_rows
 from .device import dependent, facts, stages_in, wait_for_previous
 
 _MERGED_ELEMENTS = 2 << 10  # of parts that are read at once: more do not fit into registers beside the tiles
@@ -100,7 +100,7 @@ def _decode_kernel(
         end = tl.where(row == last_row, tl.minimum(last_tile * N, length), length)
         table = page_table_ptr + tl.load(slot_ids_ptr + row * QUERIES).to(tl.int64) * table_stride
         q_rows = ((wide + row) * QUERIES + query) * q_stride + q_head * q_head_stride
-        q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=mask, other=0.0)
+        q, row_scale = queries_beside(tl.load(q_ptr + q_rows[:, None] + d[None, :], mask, 0.0), k_ptr, score_scale)
         acc = tl.zeros((M, D), tl.float32)
         mass = tl.zeros((M,), tl.float32)
         best = tl.full((M,), float("-inf"), tl.float32)
@@ -111,7 +111,7 @@ def _decode_kernel(
         rows = tile_rows(table, begin, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
         for key in tl.range(begin, end, N):
             acc, mass, best = attend_tile(
-                acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, score_scale, True, DIM, N, D
+                acc, mass, best, q, k_ptr, v_ptr, rows, key, end, last_key, row_scale, True, DIM, N, D
             )
             rows = tile_rows(table, key + N, end, head, page_stride, head_stride, DIM, PAGE_SIZE, N)
         if QUERIES > 1:  # a part may lie behind all keys of a query: it is 0 then, and its weight 2^-inf

@@ -95,6 +95,13 @@ def test_tensor_cores_are_used_as_meant(lines: list[str]) -> None:
         assert not count(line, "HGMMA" if is_fp8 else "QGMMA"), line
 
 
+def test_attention_widens_two_fp8_numbers_at_a_time(lines: list[str]) -> None:
+    """To bf16 each takes an instruction of its own, of which an SM does 16 a cycle: as many cycles as the products."""
+    for kernel in ("prefill_kernel", "decode_kernel"):
+        assert [line for line in of(lines, kernel) if "fp8e4nv" in line]
+        assert not [line for line in of(lines, kernel) if count(line, "F2F.BF16")]
+
+
 @pytest.mark.parametrize("kernel", OF_A_LAYER)
 def test_kernels_of_a_layer_begin_before_the_one_before_has_ended_and_touch_nothing_until_then(
     lines: list[str], kernel: str

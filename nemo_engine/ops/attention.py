@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_heads_run, cpu_only, cuda_runs, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_heads_run, cpu_only, cuda_runs, triton_heads_run
 from nemo_engine.ops.paged_kv import PagedKV
 
 _TRITON_MAX_HEAD_DIM = 256
@@ -257,7 +257,7 @@ def _triton_supports(site: Site) -> str | None:
         return f"head_dim of at most {_TRITON_MAX_HEAD_DIM}, this is {site.head_dim}"
     if site.num_heads // site.num_kv_heads > _TRITON_MAX_GROUP:
         return f"at most {_TRITON_MAX_GROUP} query heads per KV head, these are {site.num_heads // site.num_kv_heads}"
-    return triton_runs(site)
+    return triton_heads_run(site)
 
 
 def _cuda_supports(site: Site) -> str | None:

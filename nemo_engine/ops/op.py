@@ -253,3 +253,8 @@ def needs_fp8(supports: Callable[[Site], str | None]) -> Callable[[Site], str | 
         return supports(site)
 
     return also
+
+
+def triton_heads_run(site: Site) -> str | None:
+    """What Triton's kernels that handle heads need: ``triton_runs``, and conversions of FP8 if the KV cache is FP8."""
+    return (needs_fp8(triton_runs) if site.kv_dtype == torch.float8_e4m3fn else triton_runs)(site)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_heads_run, cuda_runs, triton_runs
+from nemo_engine.ops.op import Case, Impl, Op, Site, cpu_heads_run, cuda_runs, triton_heads_run
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.quantize import FP8, FP8_MAX
 
@@ -115,7 +115,7 @@ def _cost(q: Tensor, k: Tensor, v: Tensor, kv: PagedKV, meta: RopeMeta) -> tuple
 
 
 def _triton_supports(site: Site) -> str | None:
-    return f"an even head_dim, this is {site.head_dim}" if site.head_dim % 2 else triton_runs(site)
+    return f"an even head_dim, this is {site.head_dim}" if site.head_dim % 2 else triton_heads_run(site)
 
 
 def _cuda_supports(site: Site) -> str | None:

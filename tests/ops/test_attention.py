@@ -4,6 +4,7 @@ contexts.
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -152,6 +153,34 @@ def test_parts_of_a_decode_are_merged_in_order_whichever_is_the_last() -> None:
         cuts, counts = args[2].once("decode plan", lambda: None)
         assert cuts[2] > 17 and not counts.any()  # units: more parts of one row than are merged at once
         torch.testing.assert_close(out, paged_attention(*args), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_queries_of_any_size_meet_fp8_keys_in_triton(exponent: int) -> None:
+    """They are multiplied in fp16, which ends at 65,504: powers of 2 that cancel change no bit."""
+    q, kv, meta, scale = attention_inputs([(1, 70), (1, 5), (40, 130)], 8, 2, 32, 16, torch.bfloat16, True)
+    q[0, 0], q[-1, 1] = 0.0, 2.0**-20  # which a small part of a row joins
+    q[-1, 1, 0] = 1.0
+    out = paged_attention_triton(q, kv, meta, scale)
+    torch.testing.assert_close(out, paged_attention(q, kv, meta, scale), rtol=2e-2, atol=2e-2)
+    assert torch.equal(paged_attention_triton(q * 2.0**exponent, kv, meta, scale * 2.0**-exponent), out)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(("dtype", "is_fp8"), [(torch.bfloat16, True), (torch.float16, True), (torch.float16, False)])
+def test_many_keys_of_little_weight_count_in_triton(queries: int, dtype: torch.dtype, is_fp8: bool) -> None:
+    """Each of them 2^-26 of the first, which is 0 in fp16: over a long context they are as much as one key is."""
+    q, kv, meta, scale = attention_inputs([(queries, 200)], 4, 2, 16, 16, dtype, is_fp8)
+    q.fill_(1.0), kv.k.fill_(0.0), kv.v.fill_(64.0)
+    first = int(meta.page_table[meta.slot_ids[0], 0])
+    kv.k[first, :, 0], kv.v[first, :, 0] = 26 * math.log(2) / (16 * scale), 0.0
+    if kv.k_scale is not None:
+        kv.k_scale.fill_(float(26 * math.log(2) / (16 * scale) / kv.k[first, 0, 0, 0].float()))
+    out = paged_attention_triton(q, kv, meta, scale).double()
+    torch.testing.assert_close(out, paged_attention(q, kv, meta, scale).double(), rtol=2e-2, atol=0)
+    assert (out > 0).all()
 
 
 @pytest.mark.interpreted

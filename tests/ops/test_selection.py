@@ -126,11 +126,22 @@ def test_what_cannot_serve_is_refused_with_its_reason(change: dict[str, object],
         ({"head_dim": 264}, "no kernel for paged_attention here: triton: head_dim of at most 256, this is 264"),
         ({"num_heads": 520}, "at most 64 query heads per KV head, these are 260"),
         ({"head_dim": 15}, "no kernel for rope_and_append_kv_ here: triton: an even head_dim, this is 15"),
+        (
+            {"capability": (8, 0), "kv_dtype": torch.float8_e4m3fn},  # Triton compiles no conversion of it there
+            "no kernel for rope_and_append_kv_ here: triton: FP8 needs an NVIDIA GPU of compute capability 8.9, this",
+        ),
     ],
 )
 def test_a_model_that_no_kernel_serves_is_refused(change: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Ops.select(dataclasses.replace(GPU, **change), {})
+
+
+@pytest.mark.parametrize("op", [op for op in ALL_OPS if op.name in ("paged_attention", "rope_and_append_kv_")])
+def test_triton_serves_an_fp8_cache_where_the_gpu_converts_it(op: Op) -> None:
+    sites = [dataclasses.replace(GPU, capability=(8, minor), kv_dtype=torch.float8_e4m3fn) for minor in (0, 6, 9)]
+    reasons = [op.impls[0].supports(site) for site in sites]
+    assert all("FP8 needs an NVIDIA GPU of compute" in str(reason) for reason in reasons[:2]) and reasons[2] is None
 
 
 def test_a_gpu_without_fp8_serves_models_without_fp8() -> None:
