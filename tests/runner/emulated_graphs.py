@@ -124,6 +124,6 @@ def emulated_capture(function: Callable[[], Any]) -> Captured[Any]:
             step()
 
     for x in tree_leaves(outputs):  # a capture computes nothing: results come with the first replay
-        if x.untyped_storage().data_ptr() in recorder.memory:
+        if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in recorder.memory:
             x.view(torch.uint8).fill_(0x7F)
     return Captured(outputs, replay)

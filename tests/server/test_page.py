@@ -138,7 +138,10 @@ def test_a_tool_call_and_its_result(page: Any) -> None:
     expect(page.locator(".message")).to_have_count(2)
 
 
-def test_what_a_model_writes_is_never_markup(page: Any) -> None:
+def test_what_a_model_writes_is_never_markup(open_page: Callable[..., Any], live: LiveServer) -> None:
+    page = open_page(
+        live, allow="status of 400"
+    )  # no template takes the id of that call, if the page asks for its pages
     evil = '<img src="/x" onerror="window.bad = 1"><script>window.bad = 1</script>\u202e'
     call = {"index": 0, "id": evil, "function": {"name": evil, "arguments": json.dumps({"a": evil})}}
     answer_with(page, {"content": evil[:9]}, {"content": evil[9:]}, {"tool_calls": [call]}, finish="tool_calls")

@@ -391,8 +391,11 @@ def test_hostile_input_is_refused_in_bounded_time(tiny: Kit, form: dict[str, Any
     with pytest.raises(ValueError, match=f"structured_outputs.{next(iter(form))}: ") as caught:
         tiny.start(**form)
     assert len(str(caught.value)) < 500
-    assert time.process_time() - start[0] < 2, "the work was not done in this process"
-    assert time.monotonic() - start[1] < 30
+    used, seconds = time.process_time() - start[0], time.monotonic() - start[1]
+    begun = time.process_time()
+    sum(i * i for i in range(2_000_000))  # what this machine does in some 0.15 s when nobody else uses it
+    assert used < 20 * (time.process_time() - begun), "the work was not done in this process"
+    assert seconds < 30
 
 
 @pytest.mark.parametrize(
