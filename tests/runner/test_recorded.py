@@ -16,6 +16,7 @@ from nemo_engine.runner.recorded import RecordedDecodes, _Nothing
 from nemo_engine.runner.runner import Runner
 from nemo_engine.runner.step_compute import Logits
 from nemo_engine.runner.step_rows import StepRows
+from nemo_engine.step import TOKEN_NOT_DRAFTED, PrefillRow, SlotFill, StepPlan
 from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.helpers.speculating import choose_widths
 
@@ -94,6 +95,26 @@ def test_recorded_wide_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyP
             accepted.append(engine.stats().num_spec_accepted_tokens_per_pos)
     assert found[0] == found[1] and accepted[0] == accepted[1] and sum(accepted[0]) > 20, accepted
     assert max(counts) > 9 and sum(counts) > 150
+
+
+def test_drafts_of_a_request_that_enters_in_its_first_wide_step_follow_from_its_own_text() -> None:
+    """The text comes with the upload of the step, so the recorded way, which looks for drafts before, does not serve."""
+    ids = [5, 6, 7, 8, 9] * 3
+    config = {"method": "ngram", "num_speculative_tokens": 3}
+    greedy = SamplingParams(temperature=0.0)
+
+    def fill(slot: int, num_computed: int, draft_until: int) -> SlotFill:
+        return SlotFill(slot, ids, len(ids), num_computed, (1, 2), greedy, 0, draft_until=draft_until)
+
+    results = []
+    for enforce_eager in (False, True):
+        with Engine("nemo-tiny", enforce_eager=enforce_eager, speculative_config=config, **OPTIONS) as engine:
+            runner = runner_of(engine)
+            prompt = PrefillRow(2, 0, len(ids), samples=True)
+            runner.launch(StepPlan(1, (), (prompt,), fills=(fill(2, 0, 0),))).result()
+            plan = StepPlan(2, (1,), fills=(fill(1, len(ids) - 1, 30),), width=4)
+            results.append(runner.launch(plan).result().token_ids)
+    assert results[0] == results[1] and TOKEN_NOT_DRAFTED not in results[0], results
 
 
 def test_larger_batches_run_one_operation_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
