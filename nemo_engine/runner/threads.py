@@ -124,7 +124,7 @@ class _Kind:
 
     def may_try(self, credit: float) -> bool:
         """Whether the other choice is due, and its likely cost is within ``credit`` seconds."""
-        if self._since_trial < _BETWEEN_TRIALS:
+        if self._since_trial < _BETWEEN_TRIALS or not self._times[self.takes_all]:  # the choice may be a smaller kind's
             return False
         if not self._times[not self.takes_all]:
             return self.seconds(self.takes_all) <= credit

@@ -8,6 +8,7 @@ import asyncio
 import math
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -98,6 +99,22 @@ def test_a_kind_that_began_early_follows_what_smaller_ones_learn(machine: Machin
     assert machine.taken[:3] == [1, 1, 1] and machine.taken[-4:] == [4, 4, 4, 4]
     machine.run(200, 1.6e-3, 5e-3, num_tokens=2)
     assert machine.taken[-100:].count(1) > 90, "it goes back where that is slower"
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", range(8))
+def test_steps_of_all_sizes_in_any_order_choose_well(machine: Machine, seed: int) -> None:
+    """Kinds in turns on a machine that changes often: no step fails, and none of the fixed choices would have been better."""
+    random = Random(seed)
+    spent, fixed = 0.0, [0.0, 0.0]
+    for _ in range(60):
+        factors = [random.choice((0.3, 1.0, 3.0)) for _ in fixed]
+        for _ in range(random.choice((1, 40, 150))):
+            tokens = random.choice((1, 1, 1, 2, 8, 16, 64))
+            alone, together = (factor * tokens**0.5 * 1e-3 for factor in factors)
+            spent += machine.run(1, alone, together, num_tokens=tokens)
+            fixed = [fixed[0] + alone, fixed[1] + together]
+    assert {1, 4} == set(machine.taken) and spent < 1.1 * min(fixed)
 
 
 @needs_kernels
