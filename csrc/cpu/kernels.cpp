@@ -11,6 +11,7 @@
 
 #if defined(__x86_64__)
 #define NEMO_X86
+#include <immintrin.h>
 #endif
 #define NEMO_INLINE inline __attribute__((always_inline)) NEMO_TARGET  // what is not of the target would be taken apart before
 #ifdef __clang__
@@ -24,7 +25,7 @@ namespace {
 
 constexpr int64_t SERIAL = 1 << 15;  // elements for which waking other threads costs more than they save
 constexpr int SPAN = 64;             // outputs that a thread multiplies at once
-constexpr int64_t PREPARED = 1 << 17;  // numbers that a thread holds in fp32, so that they stay in a cache
+constexpr int64_t PREPARED = 1 << 20;  // numbers of rows that a thread holds as it multiplies them
 static_assert(SPAN % BLOCK == 0);
 
 // Room of the calling thread, which stays its own.
@@ -44,6 +45,17 @@ constexpr int LANES = 16;
 #include "product.h"
 #undef NEMO_TARGET
 }  // namespace of_16
+
+namespace of_16_dots {
+constexpr int LANES = 16;
+#define NEMO_TARGET __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#define NEMO_DOTS
+#include "vector.h"
+#include "rows.h"
+#include "product.h"
+#undef NEMO_DOTS
+#undef NEMO_TARGET
+}  // namespace of_16_dots
 
 namespace of_8 {
 constexpr int LANES = 8;
@@ -76,6 +88,9 @@ int lanes() {
 }
 
 int LANES = lanes();
+#ifdef NEMO_X86
+const bool HAS_DOTS = __builtin_cpu_supports("avx512bf16");
+#endif
 
 template <class Args>
 void one(const Args& args, int64_t i) {
@@ -88,6 +103,7 @@ void one(const Args& args, int64_t i) {
 
 void share(const Product& args, int thread, int threads) {
 #ifdef NEMO_X86
+  if (LANES == 16 && HAS_DOTS) return of_16_dots::share(args, thread, threads);
   if (LANES == 16) return of_16::share(args, thread, threads);
   if (LANES == 8) return of_8::share(args, thread, threads);
 #endif

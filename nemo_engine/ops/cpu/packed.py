@@ -1,8 +1,10 @@
-"""bf16 products on a CPU: by oneDNN, whose weights are kept in the order in which it reads them; in fp32 where it has
-no such products.
+"""bf16 products on a CPU by torch: by oneDNN, whose weights are kept in the order in which it reads them; in fp32 where
+it has no such products.
 """
 
 from __future__ import annotations
+
+import platform
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +34,14 @@ def supports_widened(site: Site) -> str | None:
 
 
 def supports_compiled(site: Site) -> str | None:
-    """What the products of csrc/cpu need: bf16 on a CPU for which oneDNN has no bf16 products, whole pairs in a row,
-    and the compiled library.
+    """What the products of csrc/cpu need: bf16 on a CPU for which oneDNN has no faster ones, whole pairs in a row, and
+    the compiled library.
     """
     widths = (site.hidden_size, site.intermediate_size, site.num_heads * site.head_dim)
     if any(width % 2 for width in widths):
         return f"rows of whole pairs, these have {', '.join(map(str, widths))}"
-    return supports_widened(site) or cpu_runs(site)
+    is_slower = _has_products() and _has_matrix_units()
+    return _is_bf16_on_a_cpu(site) or ("oneDNN multiplies matrices at once on this CPU" if is_slower else cpu_runs(site))
 
 
 def _is_bf16_on_a_cpu(site: Site) -> str | None:
@@ -51,6 +54,11 @@ def _is_bf16_on_a_cpu(site: Site) -> str | None:
 
 def _has_products() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _has_matrix_units() -> bool:
+    """Whether an instruction of this CPU multiplies matrices: AMX, or what ARM's cores with bf16 have."""
+    return platform.machine() not in ("x86_64", "AMD64") or bool(torch.cpu._is_amx_tile_supported())
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -73,8 +81,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_widened(x: Tensor, weight: Tensor) -> Tensor:
-    """See ``linear.linear``; many rows are multiplied in fp32, and the result is rounded once."""
-    if x.shape[0] < WIDENED_FROM:
+    """See ``linear.linear``; many rows are multiplied in fp32 where oneDNN has no bf16 products, and the result is
+    rounded once.
+    """
+    if x.shape[0] < WIDENED_FROM or _has_products():
         return F.linear(x, weight)
     wide = x.float()
     y = x.new_empty(x.shape[0], weight.shape[0])
