@@ -95,6 +95,8 @@ const bool HAS_DOTS = __builtin_cpu_supports("avx512bf16");
 template <class Args>
 void one(const Args& args, int64_t i) {
 #ifdef NEMO_X86
+  if constexpr (std::is_same_v<Args, Attention<Bf16>>)
+    if (LANES == 16 && HAS_DOTS) return of_16_dots::one(args, i);
   if (LANES == 16) return of_16::one(args, i);
   if (LANES == 8) return of_8::one(args, i);
 #endif

@@ -16,11 +16,6 @@ NEMO_INLINE Words load_pairs(const Bf16* p, int n) {
 typedef Bf16 Number;  // of x as it is multiplied
 constexpr int MOST = 6, AT_ONCE = 12;  // rows
 
-// Both products of a pair are added by one instruction.
-NEMO_INLINE Floats add_products(Floats sum, Words weight, Words x) {
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)x);
-}
-
 NEMO_INLINE Words load_pair(const Bf16* x) {
   uint32_t both;
   std::memcpy(&both, x, sizeof both);

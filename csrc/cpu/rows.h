@@ -72,57 +72,69 @@ NEMO_INLINE void fetch(const T* p, int n) {
   for (int i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 
-// out = out * keep + scores v, of C vectors of a head; the last of them has `last` numbers.
+// Where the keys of a block from `start` on lie in the cache, and their values too: pages lie anywhere. Returns how many they are.
+template <class T>
+NEMO_INLINE int find_keys(const Attention<T>& a, const int64_t* pages, int64_t kv_head, int64_t start, int64_t length, int64_t* places) {
+  const int n = static_cast<int>(std::min<int64_t>(KEYS, length - start));
+  int64_t page = start / a.page_size, offset = start % a.page_size;
+  for (int t = 0; t < n; ++t, ++offset) {
+    if (offset == a.page_size) ++page, offset = 0;
+    places[t] = ((pages[page] * a.kv_heads + kv_head) * a.page_size + offset) * a.dim;
+  }
+  return n;
+}
+
+// out = out * keep + scores values, of C vectors of a head from `v` on; the last of them has `last` numbers.
 template <int C, int N, class T>
-NEMO_INLINE void add_values(const T* v, const float (&scores)[N][KEYS], const float (&keep)[N], int n, int dim, int last, Floats (*out)[N]) {
+NEMO_INLINE void add_values(const T* v, const int64_t* places, const float (&scores)[N][KEYS], const float (&keep)[N], int n, int last, Floats (*out)[N]) {
   Floats total[C][N] = {};  // summed for itself: rounding errors of short sums are small
   for (int t = 0; t < n; ++t)
-    for (int c = 0; c < C; ++c) {
-      Floats value = load(v + t * dim + c * LANES, c == C - 1 ? last : LANES);
-      for (int h = 0; h < N; ++h) total[c][h] += value * scores[h][t];
+    NEMO_UNROLL for (int c = 0; c < C; ++c) {
+      Floats value = load(v + places[t] + c * LANES, c == C - 1 ? last : LANES);
+      NEMO_UNROLL for (int h = 0; h < N; ++h) total[c][h] += value * scores[h][t];
     }
-  for (int c = 0; c < C; ++c)
-    for (int h = 0; h < N; ++h) out[c][h] = out[c][h] * keep[h] + total[c][h];
+  NEMO_UNROLL for (int c = 0; c < C; ++c)
+    NEMO_UNROLL for (int h = 0; h < N; ++h) out[c][h] = out[c][h] * keep[h] + total[c][h];
 }
 
 // Query heads `head` to `head + N - 1` of a row, which share a KV head, over all its keys: a running softmax over blocks of keys.
 // CHUNKS: vectors of a head, where it is whole ones and their number is known to the compiler; 0 for any other head.
 template <class T, int N, int CHUNKS>
 NEMO_INLINE void attend(const Attention<T>& a, int64_t row, int64_t head) {
-  constexpr int SPACE = CHUNKS ? CHUNKS : MAX_HEAD_DIM / LANES;
+  typedef Factors<T> F;
+  constexpr int SPACE = CHUNKS ? CHUNKS : MAX_HEAD_DIM / LANES, TOGETHER = LANES / 4;  // sums of values that stay in registers
   const int dim = CHUNKS ? CHUNKS * LANES : static_cast<int>(a.dim), chunks = CHUNKS ? CHUNKS : (dim + LANES - 1) / LANES;
+  const int factors = CHUNKS ? CHUNKS * LANES / F::COUNT : (dim + F::COUNT - 1) / F::COUNT;
   const auto part = [&](int c) { return CHUNKS ? LANES : left(dim, c * LANES); };
+  const auto factors_of = [&](int c) { return CHUNKS ? F::COUNT : std::min(F::COUNT, dim - c * F::COUNT); };
   const int64_t length = a.seq_lens[row], kv_head = head / (a.heads / a.kv_heads);
   const int64_t* pages = a.page_table + a.slot_ids[row] * a.table_stride;
-  Floats q[SPACE][N], out[SPACE][N];
+  typename F::Vector q[SPACE][N];
+  Floats out[SPACE][N];
   alignas(64) float scores[N][KEYS];
+  int64_t places[2][KEYS];
   float top[N], mass[N];
   for (int h = 0; h < N; ++h) {
-    for (int c = 0; c < chunks; ++c) {
-      q[c][h] = load(a.q + (row * a.heads + head + h) * dim + c * LANES, part(c)) * a.scale;
-      out[c][h] = Floats{};
-    }
+    for (int c = 0; c < factors; ++c) load_factors(a.q + (row * a.heads + head + h) * dim + c * F::COUNT, factors_of(c), q[c][h]);
+    for (int c = 0; c < chunks; ++c) out[c][h] = Floats{};
     top[h] = -INFINITY;
     mass[h] = 0;
   }
-  for (int64_t start = 0; start < length;) {
-    const int64_t offset = start % a.page_size;
-    const int n = static_cast<int>(std::min({int64_t(KEYS), a.page_size - offset, length - start}));
-    const int64_t place = ((pages[start / a.page_size] * a.kv_heads + kv_head) * a.page_size + offset) * dim;
-    const T *k = a.k_cache + place, *v = a.v_cache + place;
-    // While keys are multiplied their values come, and the next block's keys while values are added: pages lie anywhere.
-    const int64_t next = start + n;
-    const T* coming = next < length ? a.k_cache + ((pages[next / a.page_size] * a.kv_heads + kv_head) * a.page_size + next % a.page_size) * dim : k;
+  int n = find_keys(a, pages, kv_head, 0, length, places[0]);
+  for (int64_t start = 0; start < length; start += KEYS) {
+    const int64_t *here = places[start / KEYS % 2];
+    int64_t* coming = places[(start / KEYS + 1) % 2];
     for (int t = 0; t < n; ++t) {
-      fetch(v + t * dim, dim);
+      fetch(a.v_cache + here[t], dim);  // while keys are multiplied their values come, and the next block's keys while values are added
       Floats dot[N] = {};
-      for (int c = 0; c < chunks; ++c) {
-        Floats key = load(k + t * dim + c * LANES, part(c));
-        for (int h = 0; h < N; ++h) dot[h] += key * q[c][h];
+      for (int c = 0; c < factors; ++c) {
+        typename F::Vector key;
+        load_factors(a.k_cache + here[t] + c * F::COUNT, factors_of(c), key);
+        for (int h = 0; h < N; ++h) dot[h] = add_products(dot[h], key, q[c][h]);
       }
       float sums[N];
       sum_each(dot, sums);
-      for (int h = 0; h < N; ++h) scores[h][t] = sums[h];
+      for (int h = 0; h < N; ++h) scores[h][t] = sums[h] * a.scale;
     }
     float keep[N];
     for (int h = 0; h < N; ++h) {
@@ -141,11 +153,13 @@ NEMO_INLINE void attend(const Attention<T>& a, int64_t row, int64_t head) {
       mass[h] = mass[h] * keep[h] + sum(total);
       top[h] = most;
     }
-    fetch(coming, KEYS * dim);
+    const int num_coming = start + KEYS < length ? find_keys(a, pages, kv_head, start + KEYS, length, coming) : 0;
+    for (int t = 0; t < num_coming; ++t) fetch(a.k_cache + coming[t], dim);
     int c = 0;
-    for (; c + 2 <= chunks; c += 2) add_values<2, N>(v + c * LANES, scores, keep, n, dim, part(c + 1), out + c);
-    if (c < chunks) add_values<1, N>(v + c * LANES, scores, keep, n, dim, part(c), out + c);
-    start += n;
+    for (; c + TOGETHER <= chunks; c += TOGETHER)
+      add_values<TOGETHER, N>(a.v_cache + c * LANES, here, scores, keep, n, part(c + TOGETHER - 1), out + c);
+    for (; c < chunks; ++c) add_values<1, N>(a.v_cache + c * LANES, here, scores, keep, n, part(c), out + c);
+    n = num_coming;
   }
   for (int h = 0; h < N; ++h)
     for (int c = 0; c < chunks; ++c)

@@ -31,6 +31,33 @@ NEMO_INLINE Floats load(const Bf16* p, int n = LANES) {
   return (Floats)(__builtin_convertvector(x, Words) << 16);
 }
 
+// What `add_products` multiplies of a row of T: numbers, or pairs of bf16 numbers where one instruction adds both products.
+template <class T>
+struct Factors {
+  typedef Floats Vector;
+  static constexpr int COUNT = LANES;
+};
+NEMO_INLINE void load_factors(const float* p, int n, Floats& x) { x = load(p, n); }
+NEMO_INLINE void load_factors(const Bf16* p, int n, Floats& x) { x = load(p, n); }
+NEMO_INLINE Floats add_products(Floats sum, Floats x, Floats y) { return sum + x * y; }
+#ifdef NEMO_DOTS
+template <>
+struct Factors<Bf16> {
+  typedef Words Vector;
+  static constexpr int COUNT = 2 * LANES;
+};
+NEMO_INLINE void load_factors(const Bf16* p, int n, Words& x) {
+  x = Words{};
+  if (n >= 2 * LANES)
+    std::memcpy(&x, p, sizeof x);
+  else
+    std::memcpy(&x, p, n * sizeof(Bf16));
+}
+NEMO_INLINE Floats add_products(Floats sum, Words x, Words y) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+#endif
+
 NEMO_INLINE void store(float* p, Floats x, int n = LANES) {
   if (n >= LANES)
     std::memcpy(p, &x, sizeof x);
@@ -89,9 +116,17 @@ NEMO_INLINE void sum_each(const Floats (&x)[N], float (&sums)[N]) {
 
 // NaN is passed over.
 NEMO_INLINE float largest(Floats x) {
-  float y = -std::numeric_limits<float>::infinity();
-  for (int i = 0; i < LANES; ++i) y = x[i] > y ? x[i] : y;
-  return y;
+  x = pick(x == x, x, all(-std::numeric_limits<float>::infinity()));
+  typedef decltype(Four{} > Four{}) Mask;
+  Four parts[LANES / 4];
+  std::memcpy(parts, &x, sizeof x);
+  for (int n = LANES / 8; n; n /= 2)
+    for (int i = 0; i < n; ++i) {
+      const Mask is_more = parts[i + n] > parts[i];
+      parts[i] = (Four)(((Mask)parts[i + n] & is_more) | ((Mask)parts[i] & ~is_more));
+    }
+  const Four y = parts[0];
+  return std::max(std::max(y[0], y[1]), std::max(y[2], y[3]));
 }
 
 // e^x within 2 units of the last place; 0 below -87.3, infinity above 88.7. x = n ln 2 + r, and e^r by its series to r^7.
