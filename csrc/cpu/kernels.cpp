@@ -39,6 +39,8 @@ float* scratch(size_t count) {
 namespace of_16 {
 constexpr int LANES = 16;
 #define NEMO_TARGET __attribute__((target("arch=x86-64-v4")))
+#define NEMO_WIDEN(x) (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(x))
+#define NEMO_NARROW(x) (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(x))
 #include "vector.h"
 #include "rows.h"
 #include "draw.h"
@@ -55,22 +57,30 @@ constexpr int LANES = 16;
 #include "product.h"
 #undef NEMO_DOTS
 #undef NEMO_TARGET
+#undef NEMO_WIDEN
+#undef NEMO_NARROW
 }  // namespace of_16_dots
 
 namespace of_8 {
 constexpr int LANES = 8;
 #define NEMO_TARGET __attribute__((target("arch=x86-64-v3")))
+#define NEMO_WIDEN(x) (Words)_mm256_cvtepu16_epi32((__m128i)(x))
+#define NEMO_NARROW(x) __builtin_convertvector(x, Halves)
 #include "vector.h"
 #include "rows.h"
 #include "draw.h"
 #include "product.h"
 #undef NEMO_TARGET
+#undef NEMO_WIDEN
 }  // namespace of_8
 #endif
 
 namespace of_4 {  // SSE, NEON and the like
 constexpr int LANES = 4;
 #define NEMO_TARGET
+#define NEMO_WIDEN(x) __builtin_convertvector(x, Words)
+#undef NEMO_NARROW
+#define NEMO_NARROW(x) __builtin_convertvector(x, Halves)
 #include "vector.h"
 #include "rows.h"
 #include "draw.h"
@@ -135,6 +145,19 @@ void one(const Batch& a, int64_t) {
   }
 }
 
+// All rows at once here too.
+void one(const Advance& a, int64_t) {
+  for (int64_t row = 0; row < a.rows; ++row) a.num_computed[a.slots[row]] = a.slots[row] > 0 ? a.lengths[row] : 0;
+  for (int64_t i = 0; i < a.num_sampled; ++i) {
+    const int64_t row = a.sampled[i], slot = a.slots[row];
+    int32_t* ids = a.token_ids + slot * a.ids_stride;
+    if (slot > 0)
+      ids[a.lengths[row]] = static_cast<int32_t>(std::max<int64_t>(0, a.tokens[i]));
+    else
+      ids[0] = 0;
+  }
+}
+
 // What an operation divides its work into.
 template <template <class> class Args, class T>
 int64_t units(const Args<T>& a) {
@@ -145,6 +168,7 @@ int64_t units(const Attention<T>& a) {
   return a.rows * a.kv_heads;
 }
 int64_t units(const Batch&) { return 1; }
+int64_t units(const Advance&) { return 1; }
 
 template <class Args>
 void share(const Args& a, int thread, int threads) {
@@ -175,17 +199,7 @@ template <class T> void embed(const Embed<T>& a) { each(a, a.rows, a.rows * a.wi
 template <class T> void sample(const Sample<T>& a) { each(a, a.rows, 16 * a.rows * a.width); }
 void build_batch(const Batch& a) { one(a, 0); }
 
-void advance(const Advance& a) {
-  for (int64_t row = 0; row < a.rows; ++row) a.num_computed[a.slots[row]] = a.slots[row] > 0 ? a.lengths[row] : 0;
-  for (int64_t i = 0; i < a.num_sampled; ++i) {
-    const int64_t row = a.sampled[i], slot = a.slots[row];
-    int32_t* ids = a.token_ids + slot * a.ids_stride;
-    if (slot > 0)
-      ids[a.lengths[row]] = static_cast<int32_t>(std::max<int64_t>(0, a.tokens[i]));
-    else
-      ids[0] = 0;
-  }
-}
+void advance(const Advance& a) { one(a, 0); }
 
 // Where the latest earlier place of the longest suffix ends, negative for none. ids: up to `last`, which is the last.
 int64_t latest_match(const int32_t* ids, int64_t last, int64_t longest, int64_t shortest) {
@@ -238,6 +252,7 @@ void replay(const std::vector<Call>& calls, int64_t rows) {
   for (const Call& call : calls) {
     std::visit([&](auto args) {
       args.rows = rows;
+      if constexpr (std::is_same_v<decltype(args), Advance>) args.num_sampled = rows;
       share(args, omp_get_thread_num(), omp_get_num_threads());
     }, call);
 #pragma omp barrier

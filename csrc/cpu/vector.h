@@ -9,7 +9,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 NEMO_INLINE Floats all(float x) { return x - Floats{}; }  // of -0 too
 
 NEMO_INLINE Floats pick(Ints mask, Floats yes, Floats no) {
-  return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
+  return mask ? yes : no;
 }
 
 // The first n of LANES numbers at p, the rest zero.
@@ -28,7 +28,7 @@ NEMO_INLINE Floats load(const Bf16* p, int n = LANES) {
     std::memcpy(&x, p, sizeof x);
   else
     std::memcpy(&x, p, n * sizeof(Bf16));
-  return (Floats)(__builtin_convertvector(x, Words) << 16);
+  return (Floats)(NEMO_WIDEN(x) << 16);
 }
 
 // What `add_products` multiplies of a row of T: numbers, or pairs of bf16 numbers where one instruction adds both products.
@@ -74,7 +74,7 @@ NEMO_INLINE Words rounded(Floats x) {
 }
 
 NEMO_INLINE void store(Bf16* p, Floats x, int n = LANES) {
-  Halves halves = __builtin_convertvector(rounded(x), Halves);
+  Halves halves = NEMO_NARROW(rounded(x));
   if (n >= LANES)
     std::memcpy(p, &halves, sizeof halves);
   else

@@ -42,6 +42,8 @@ class DraftedRuns:
     def launch(self, recorded: RecordedDecodes, rows: StepRows, plan: StepPlan) -> LaunchedStep:
         """Compute them, ``rows`` as uploaded."""
         results = recorded.replay(rows, len(self.slots), self.ahead)
+        if self.width == 1 and self.step.sampler.needs_only_draws(self.slots, plan.masks):
+            return LaunchedStep(plan, recorded.finish(len(self.slots)), [], {})
         if self.width == 1:
             return LaunchedStep(plan, *self.step.choose(rows, self.slots, results, plan.masks), {})
         logits, slot_ids, seq_lens, _ = results

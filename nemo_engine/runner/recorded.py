@@ -1,5 +1,5 @@
-"""Decode steps on a CPU as one call of csrc/cpu, from the request table to the logits: recorded once, done again for
-any number of rows.
+"""Decode steps on a CPU as two calls of csrc/cpu, from the request table to the logits, and to the next tokens in it:
+recorded once, done again for any number of rows.
 
 Like a CUDA graph, a recording has its inputs and outputs at fixed addresses. Unlike one, it takes the number of rows
 when it is done again, for every tensor of a decode step has its rows first.
@@ -7,7 +7,8 @@ when it is done again, for every tensor of a decode step has its rows first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nemo_engine.ops.cpu.compiled import choose
 from nemo_engine.ops.op import compiled_for_cpu
 from nemo_engine.runner.step_compute import Logits, StepCompute
 from nemo_engine.runner.step_rows import StepRows
@@ -29,6 +31,8 @@ _RECORDED = (
     "paged_attention",
     "silu_mul_linear",
     "linear",
+    "sample_",
+    "advance_",
 )
 _cpu: Any = compiled_for_cpu()
 _EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
@@ -57,14 +61,19 @@ class RecordedDecodes:
         rows = StepRows.of(self.words, size, size, size, 1, step.table.page_table.shape[1])
         self._ahead = torch.zeros_like(rows.slots)
         self._is_ahead = False  # whether any of them is not 0
-        _cpu.start_recording()
-        try:
-            with _Nothing() as mode:
-                hidden, self._seq_lens = step.forward(rows, self._ahead)
-                self._logits = step.model.logits(hidden)
-        finally:
-            self._program = _cpu.stop_recording()
-        self._memory = mode.memory
+        with _recording() as self._forward:
+            hidden, self._seq_lens = step.forward(rows, self._ahead)
+            self._logits = step.model.logits(hidden)
+        with _recording() as self._finish:
+            self._tokens = choose(self._logits, rows.slots, self._seq_lens, step.sampler.slot_params)
+            step.advance(rows, self._seq_lens, self._tokens)
+
+    def finish(self, num_rows: int) -> Tensor:
+        """Choose the tokens of the step that ``replay`` computed, none of whose rows wants more than a draw, and end
+        it. They hold until the next step.
+        """
+        _cpu.replay(self._finish.program, num_rows)
+        return self._tokens[:num_rows]
 
     def replay(self, rows: StepRows, num_rows: int, ahead: Sequence[int] = ()) -> Logits:
         """Compute the first ``num_rows``, at most ``size``, of ``rows``, which are those of ``words``.
@@ -78,19 +87,31 @@ class RecordedDecodes:
         elif self._is_ahead:
             self._ahead.zero_()
         self._is_ahead = any(ahead)
-        _cpu.replay(self._program, num_rows)
+        _cpu.replay(self._forward.program, num_rows)
         seq_lens = self._seq_lens[:num_rows]
         return self._logits[:num_rows], rows.slots[:num_rows], seq_lens, seq_lens
 
 
-class _Nothing(TorchDispatchMode):
+@contextmanager
+def _recording() -> Iterator[_Recording]:
+    """Record what csrc/cpu is called for inside."""
+    _cpu.start_recording()
+    try:
+        with _Recording() as recording:
+            yield recording
+    finally:
+        recording.program = _cpu.stop_recording()
+
+
+class _Recording(TorchDispatchMode):
     """Inside, torch makes memory and views, and computes nothing, for that would not be recorded. ``memory`` is what
-    was made.
+    was made, ``program`` the calls that need it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.memory: list[Tensor] = []
+        self.program: Any = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))

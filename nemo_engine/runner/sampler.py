@@ -81,7 +81,7 @@ class Sampler:
         self._mask_table = mask_table(device)
         # Together in memory, so that requests enter them by one operation. An even number of words keeps each aligned.
         self._state = torch.zeros(8, num_slots + 1 + (num_slots + 1) % 2, dtype=torch.int64, device=device)
-        self._slots = SlotParams.off(num_slots, vocab_size, device, self._state[:, : num_slots + 1])
+        self.slot_params = SlotParams.off(num_slots, vocab_size, device, self._state[:, : num_slots + 1])
         self._without_token = frozenset(without_token)
         self._is_hidden: Tensor | None = None  # (V,) and by slot, whether it applies there
         self._hides = torch.zeros(num_slots + 1, dtype=torch.bool, device=device)
@@ -93,7 +93,7 @@ class Sampler:
         }  # padding, as in ``SlotParams.off``
         self._edits: dict[int, SlotEdits] = {}
         self._batch: _Batch | None = None
-        self._only_tokens: tuple[tuple[int, ...], bool] = ((), True)
+        self._wants: tuple[tuple[int, ...], bool, bool] = ((), True, True)
 
     def fill(self, fill: SlotFill) -> array[int]:
         """A request enters ``fill.slot``; nothing is left of the one before. Returns the ``STATE_WORDS`` words that
@@ -102,7 +102,7 @@ class Sampler:
         slot, params = fill.slot, fill.params
         assert 1 <= slot <= self._num_slots, slot
         self._batch = None
-        self._only_tokens = ((), True)
+        self._wants = ((), True, True)
         self._params[slot] = params
         self._edits.pop(slot, None)
         named = self._without_token.intersection(params.logit_bias or ())
@@ -137,7 +137,7 @@ class Sampler:
         for fill in fills:
             if fill.params.has_penalties:
                 prompt, output = token_ids[fill.slot, : len(fill.token_ids)].tensor_split([fill.num_prompt_tokens])
-                counts, mask = self._slots.output_counts[fill.slot], self._slots.prompt_mask[fill.slot]
+                counts, mask = self.slot_params.output_counts[fill.slot], self.slot_params.prompt_mask[fill.slot]
                 counts.zero_().index_add_(0, output, torch.ones_like(output))
                 mask.zero_().index_fill_(0, prompt.long(), True)
 
@@ -155,16 +155,21 @@ class Sampler:
 
     def needs_only_tokens(self, slots: tuple[int, ...], masks: Masks = ()) -> bool:
         """Whether the logits of these slots go straight into ``sample_``: none are masked or edited, none reported."""
-        if masks:
-            return False
-        if self._only_tokens[0] != slots:
+        return not masks and self._wants_of(slots)[1]
+
+    def needs_only_draws(self, slots: tuple[int, ...], masks: Masks) -> bool:
+        """Whether, besides, no ids are hidden and no slot has penalties, so that ``slot_params`` alone say the rest."""
+        return not masks and self._is_hidden is None and self._wants_of(slots)[2]
+
+    def _wants_of(self, slots: tuple[int, ...]) -> tuple[tuple[int, ...], bool, bool]:
+        if self._wants[0] != slots:
             plain = not any(slot in self._edits or self._params[slot].has_logprobs for slot in slots)
-            self._only_tokens = (slots, plain)
-        return self._only_tokens[1]
+            self._wants = (slots, plain, plain and not any(self._params[slot].has_penalties for slot in slots))
+        return self._wants
 
     def sample_any(self, logits: Tensor, slot_ids: Tensor, positions: Tensor) -> Tensor:
         """Choose a token for each row, of whatever slots: the host need not know them. It is what a graph captures."""
-        tokens: Tensor = self._ops.sample_(self._hidden(logits, slot_ids), slot_ids, positions, self._slots)
+        tokens: Tensor = self._ops.sample_(self._hidden(logits, slot_ids), slot_ids, positions, self.slot_params)
         return tokens
 
     def sample(
@@ -194,7 +199,7 @@ class Sampler:
             batch = self._batch = self._make_batch(slots, masked)
         shown = self._hidden(logits, slot_ids)
         if batch.edits is None:
-            tokens = self._ops.sample_(shown, slot_ids, positions, self._slots, batch.facts)
+            tokens = self._ops.sample_(shown, slot_ids, positions, self.slot_params, batch.facts)
         else:
             tokens = self._sample_edited(shown, batch, slot_ids, positions, token_ids, masks)
         return tokens, [
@@ -224,12 +229,12 @@ class Sampler:
             places_of_masks = [place_of[slot] for slot in batch.masked]
             apply_masks_(edited, places_of_masks, [mask for _, mask in masks], self._mask_table)
         edits.apply_(edited, slots, places, token_ids)
-        tokens = self._ops.sample_(edited, slots, places, self._slots, batch.edited_facts)
+        tokens = self._ops.sample_(edited, slots, places, self.slot_params, batch.edited_facts)
         tokens = torch.where(is_finite, tokens, TOKEN_NOT_FINITE)
         if len(edits.rows) == len(batch.slots):
             return tokens
         others = slot_ids.index_fill(0, edits.index, 0)
-        all_tokens: Tensor = self._ops.sample_(logits, others, positions, self._slots, batch.facts)
+        all_tokens: Tensor = self._ops.sample_(logits, others, positions, self.slot_params, batch.facts)
         return all_tokens.index_copy_(0, edits.index, tokens)
 
     def _make_batch(self, slots: tuple[int, ...], masked: tuple[int, ...]) -> _Batch:

@@ -150,7 +150,7 @@ def test_noise_of_another_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def shifted(self: Runner, plan: Any) -> Any:  # in every hundredth step
         if plan.step_id % 100 == 7:
-            self._sampler._slots.seed_keys[1:] += 1
+            self._sampler.slot_params.seed_keys[1:] += 1
         return launch(self, plan)
 
     monkeypatch.setattr(Runner, "launch", shifted)

@@ -49,7 +49,7 @@ def test_on_the_cpu_what_is_made_for_it_serves_else_the_definition() -> None:
 
 
 @pytest.mark.skipif(compiled_for_cpu() is None, reason="nemo_engine._cpu is not built: there is no C++ compiler")
-def test_products_are_those_of_onednn_where_it_has_them_else_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_compiled_but_where_onednn_has_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     site = dataclasses.replace(CPU, dtype=torch.bfloat16)
 
     def chosen(prefer: dict[str, str], site: Site = site) -> list[str]:
@@ -57,7 +57,11 @@ def test_products_are_those_of_onednn_where_it_has_them_else_compiled(monkeypatc
         return [names[op] for op in ("linear", "norm_linear", "silu_mul_linear")]
 
     monkeypatch.setattr(packed, "_has_products", lambda: True)
+    monkeypatch.setattr(packed, "_has_matrix_units", lambda: True)
     assert chosen({}) == ["onednn", "composed", "composed"]
+    monkeypatch.setattr(packed, "_has_matrix_units", lambda: False)
+    assert chosen({}) == ["cpu", "cpu", "cpu"]
+    assert chosen({"linear": "onednn"}) == ["onednn", "composed", "composed"]
     monkeypatch.setattr(packed, "_has_products", lambda: False)
     assert chosen({}) == ["cpu", "cpu", "cpu"]
     assert chosen({"linear": "widened"}) == ["widened", "composed", "composed"]  # what is preferred is what runs

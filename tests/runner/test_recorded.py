@@ -12,7 +12,7 @@ import torch
 from nemo_engine import Engine, SamplingParams
 from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.op import compiled_for_cpu
-from nemo_engine.runner.recorded import RecordedDecodes, _Nothing
+from nemo_engine.runner.recorded import RecordedDecodes, _Recording
 from nemo_engine.runner.runner import Runner
 from nemo_engine.runner.step_compute import Logits
 from nemo_engine.runner.step_rows import StepRows
@@ -29,8 +29,8 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def no_products_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_has_products", lambda: False)
+def products_of_csrc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_has_matrix_units", lambda: False)
 
 
 def runner_of(engine: Engine) -> Runner:
@@ -134,7 +134,7 @@ def test_larger_batches_run_one_operation_after_the_other(monkeypatch: pytest.Mo
     [
         ({"dtype": "float32"}, "linear is semantics"),
         ({"kv_cache_dtype": "fp8"}, "paged_attention is torch"),
-        ({"prefer": {"linear": "widened"}}, "linear is widened"),
+        ({"prefer": {"linear": "semantics"}}, "linear is semantics"),
         ({"quantization": "fp8"}, "a weight is not packed"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -158,7 +158,7 @@ def test_a_head_that_is_the_embeddings_is_not_recorded(tmp_path: Any, caplog: py
 
 def test_what_torch_computes_while_recording_is_refused() -> None:
     x = torch.arange(6).view(2, 3)
-    with torch.inference_mode(), _Nothing() as mode:
+    with torch.inference_mode(), _Recording() as mode:
         made = torch.empty_like(x)
         assert x[1:].flatten().unflatten(0, (3, 1)).split([1, 2])[0].shape == (1, 1)
         assert [memory.data_ptr() for memory in mode.memory] == [made.data_ptr()]

@@ -72,7 +72,7 @@ def test_slots_hold_what_entered_and_others_what_they_held() -> None:
     table.token_ids[1:], table.page_table[1:] = -7, -7
     slots = {3: (1, 1), 1: (17, 2), 5: (40, 0), 2: (32, 3)}  # length and parameters; slots in no order
     entering = [make_fill(slot, *which, draft_until=slot) for slot, which in slots.items()]
-    params = sampler._slots
+    params = sampler.slot_params
     before = {field.name: getattr(params, field.name).clone() for field in dataclasses.fields(params)}
     fills.prepare(entering)
     assert fills.upload([5, -6, 1 << 62]).tolist() == [5, -6, 1 << 62]

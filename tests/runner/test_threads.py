@@ -261,7 +261,7 @@ def test_the_clock_chooses_for_few_tokens_alone_where_many_are_multiplied_in_fp3
     machine.taken.clear()
     machine.run(500, 5e-3, 1e-3, num_tokens=8)
     assert machine.taken == [1] * 500
-    prefer = {} if HAS_PRODUCTS else {"linear": "widened"}
+    prefer = {"linear": "onednn" if HAS_PRODUCTS else "widened"}
     options: dict[str, Any] = {"num_kv_pages": 64, "max_model_len": 256, "prefer": prefer}
     with Engine("nemo-tiny", device="cpu", dtype="bfloat16", **options) as engine:
         runner = engine._core.runner

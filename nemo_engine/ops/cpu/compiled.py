@@ -110,15 +110,16 @@ def sample_(
         return sample.sample_(logits, slot_ids, positions, params, facts)
     facts = SampleFacts.of(slot_ids, params, logits.shape[1]) if facts is None else facts
     if not facts.penalised.shape[0]:
-        return _choose(logits, slot_ids, positions, params)
+        return choose(logits, slot_ids, positions, params)
     penalised, slots = sample.penalised(logits.float(), slot_ids, params, facts)
-    tokens = _choose(penalised, slot_ids, positions, params)
+    tokens = choose(penalised, slot_ids, positions, params)
     tokens.masked_fill_(~(logits.amax(dim=1) < torch.inf), TOKEN_NOT_FINITE)  # penalties have made them finite
     sample.count_(tokens, slots, params, facts)
     return tokens
 
 
-def _choose(logits: Tensor, slot_ids: Tensor, positions: Tensor, params: SlotParams) -> Tensor:
+def choose(logits: Tensor, slot_ids: Tensor, positions: Tensor, params: SlotParams) -> Tensor:
+    """``sample_`` of rows of which none is penalised; logits in bf16 or fp32."""
     logits = logits.contiguous()
     rows, width = logits.shape
     tokens = slot_ids.new_empty(rows)
