@@ -15,6 +15,8 @@ from nemo_engine.ops.cpu import compiled, packed
 from nemo_engine.ops.op import compiled_for_cpu
 
 _BLOCK = 16  # outputs that lie together, as csrc/cpu/kernels.h has it
+# Rows that every thread norms or activates for itself, which costs less than a wait of all; more are shared out first.
+_PREPARED_BY_EACH = 64
 
 _cpu: Any = compiled_for_cpu()
 
@@ -41,9 +43,9 @@ def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See ``fused.norm_linear``; ``weight`` may be packed."""
-    if weight.dim() == 2:
+    if weight.dim() == 2 or len(x) > _PREPARED_BY_EACH:
         normed, total = compiled.rms_norm(x, norm_weight, eps, residual)
-        return packed.linear_widened(normed, weight), total
+        return linear(normed, weight), total
     x = total = x.contiguous()
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty_like(x)
@@ -54,8 +56,8 @@ def norm_linear(
 
 def silu_mul_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
     """See ``fused.silu_mul_linear``; ``weight`` may be packed."""
-    if weight.dim() == 2:
-        return packed.linear_widened(compiled.silu_mul(gate_up), weight)
+    if weight.dim() == 2 or len(gate_up) > _PREPARED_BY_EACH:
+        return linear(compiled.silu_mul(gate_up), weight)
     return _product(gate_up.contiguous(), weight, is_activated=True)
 
 
