@@ -1,12 +1,11 @@
 """Everything that a machine with an NVIDIA GPU is needed for, in one command of some minutes: correctness, headline
 numbers, operations, a profile.
 
-    python benchmarks/gpu.py --seconds 510 --out DIR                   # on a machine with a GPU; with a pack of `make
-    gpu-pack` nothing is compiled python benchmarks/gpu.py --seconds 300 --out DIR2 --resume DIR/results.jsonl     #
-    again what failed or is missing python benchmarks/gpu.py --dry-run --out DIR                       # the same on a
-    CPU, at a toy's size python benchmarks/gpu.py --summary DIR/results.jsonl               # what is known, after a run
-    that was cut off python benchmarks/gpu.py --store DIR/results.jsonl                 # into benchmarks/results/, a
-    file for each kind
+    python benchmarks/gpu.py --seconds 510 --out DIR        # with a pack of `make gpu-pack` nothing is compiled
+    python benchmarks/gpu.py --seconds 300 --out DIR2 --resume DIR/results.jsonl    # what failed or is missing
+    python benchmarks/gpu.py --dry-run --out DIR            # the same on a CPU, at a toy's size
+    python benchmarks/gpu.py --summary DIR/results.jsonl    # what is known, after a run that was cut off
+    python benchmarks/gpu.py --store DIR/results.jsonl      # into benchmarks/results/, a file for each kind
 
 Stages run one after the other, each in process groups of its own with a limit; one that crashes, hangs or has no memory
 costs itself alone. Every number is in DIR/results.jsonl, on the disk, the moment it is there; DIR/log.txt has all

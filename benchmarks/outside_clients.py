@@ -1,7 +1,7 @@
 """What other people's load generators measured of a server, as lines of results: vLLM's ``bench serve`` and guidellm.
 
-    python benchmarks/outside_clients.py --server ours ours-1.json ours-2.json --server vllm==0.26 vllm-1.json
-    vllm-2.json --json NAME.jsonl
+    python benchmarks/outside_clients.py --json NAME.jsonl \\
+        --server ours ours-1.json ours-2.json --server vllm==0.26 vllm-1.json vllm-2.json
 
 The files are the generators' own: ``vllm bench serve --save-result``, ``guidellm --output kind=json``. Give several,
 measured in turns: those of one generator and one number of requests at a time are the runs whose medians and spread

@@ -14,8 +14,8 @@ result is failed, and stands in no ratio.
 
 Servers are given by address, and --start starts one by its command and ends it afterwards:
 
-    nemo-engine bench serve ours=http://127.0.0.1:8000 vllm=http://127.0.0.1:8001 --concurrency 1 16 64 --slo-ttft 1s
-    --slo-itl 30ms \\
+    nemo-engine bench serve ours=http://127.0.0.1:8000 vllm=http://127.0.0.1:8001 \\
+        --concurrency 1 16 64 --slo-ttft 1s --slo-itl 30ms \\
         --start ours='nemo-engine serve nemo-tiny --port 8000' \\
         --start vllm='/opt/vllm/bin/python -m vllm.entrypoints.openai.api_server --model DIR --port 8001' \\
         --synthetic requests=64,input=uniform:16:256,output=128 --json serve.jsonl

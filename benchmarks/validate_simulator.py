@@ -7,8 +7,8 @@ decode; a cost model is fitted to every step. Two workloads of mixed lengths are
 fitted model, and the two are compared. The grid is measured before, between and after the workloads, so that a machine
 that slowly changes changes both; one on which other programs run is of no use.
 
-    python benchmarks/validate_simulator.py --json benchmarks/results/NAME.jsonl --save-model cost-model.json
-    --save-steps steps.ndjson
+    python benchmarks/validate_simulator.py --json benchmarks/results/NAME.jsonl \\
+        --save-model cost-model.json --save-steps steps.ndjson
 
 What is kept in ``results/``: the comparison, the model (``cost-model-*.json``, for ``nemo-engine simulate
 --cost-model``) and the steps that it was fitted to (``steps-*.ndjson``: the fields of ``Measurement``, a step a line).

@@ -2,9 +2,9 @@
 
 Standard library only.
 
-    python csrc/build.py            # builds nemo_engine/_C for this interpreter, in this checkout python csrc/build.py
-    --which    # prints the nvcc that would be used python csrc/build.py --compile NVCC ARGUMENTS...    # how CMake
-    calls the compiler: fails where ptxas gives up what the code asks for
+    python csrc/build.py            # builds nemo_engine/_C for this interpreter, in this checkout
+    python csrc/build.py --which    # prints the nvcc that would be used
+    python csrc/build.py --compile NVCC ARGUMENTS...    # as CMake does: fails where ptxas gives up what is asked for
 
 Works without a GPU and without torch.
 """

@@ -9,6 +9,7 @@ until they are stopped, or take minutes (``bench``, ``verify``, ``quantize``), a
 
 from __future__ import annotations
 
+import ast
 import gzip
 import io
 import json
@@ -46,6 +47,27 @@ def anchors(page: Path) -> set[str]:
     """The fragments by which headings are linked."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# What a line of a command in a docstring begins with; what goes on is indented further, after a backslash.
+COMMANDS = ("python ", "nemo-engine ", "pip ", "mkdir ", "tar ", "compute-sanitizer ")
+
+
+@pytest.mark.parametrize("folder", ["nemo_engine", "benchmarks", "examples", "csrc", "docs"])
+def test_commands_in_docstrings_stand_one_a_line(folder: str) -> None:
+    """A formatter of paragraphs would join them."""
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            blocks = re.findall(r"^(?:    .*\n?)+", ast.get_docstring(node) or "", re.MULTILINE)
+            for block in blocks:
+                lines = [line[4:] for line in block.splitlines()]
+                if lines[0].startswith(COMMANDS):
+                    assert all(line.startswith((*COMMANDS, " ", "#")) for line in lines), f"{file}: {block}"
+                    assert not any(
+                        re.search(r"\S (python|nemo-engine) (\S+\.py|bench|serve)\b", x) for x in lines if "'" not in x
+                    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

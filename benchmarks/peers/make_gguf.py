@@ -2,9 +2,10 @@
 
 The converter is in the source package of llama-cpp-python, not in what pip installs:
 
-    pip download --no-binary llama-cpp-python --no-deps llama-cpp-python==0.3.36 tar xzf llama_cpp_python-0.3.36.tar.gz
-    --strip-components=3 --wildcards '*/vendor/llama.cpp/conv*' '*/vendor/llama.cpp/gguf-py/*' python
-    benchmarks/peers/make_gguf.py nemo-tiny nemo-tiny.gguf --llama-cpp llama.cpp
+    pip download --no-binary llama-cpp-python --no-deps llama-cpp-python==0.3.36
+    mkdir llama.cpp
+    tar xzf llama_cpp_python-0.3.36.tar.gz -C llama.cpp --strip-components=3 --wildcards '*/vendor/llama.cpp/*'
+    python benchmarks/peers/make_gguf.py nemo-tiny nemo-tiny.gguf --llama-cpp llama.cpp
 
 Needs transformers, which turns a Tekken vocabulary into the tokenizer that the converter reads. The converter knows a
 tokenizer by a hash of what it makes of a sample, so it knows no vocabulary that was cut, such as nemo-tiny's: here it
