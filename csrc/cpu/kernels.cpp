@@ -247,16 +247,17 @@ void product(const Product& a) {
   share(a, omp_get_thread_num(), omp_get_num_threads());
 }
 
-void replay(const std::vector<Call>& calls, int64_t rows) {
+void replay(const std::vector<const std::vector<Call>*>& programs, int64_t rows) {
 #pragma omp parallel
-  for (const Call& call : calls) {
-    std::visit([&](auto args) {
-      args.rows = rows;
-      if constexpr (std::is_same_v<decltype(args), Advance>) args.num_sampled = rows;
-      share(args, omp_get_thread_num(), omp_get_num_threads());
-    }, call);
+  for (const auto* calls : programs)
+    for (const Call& call : *calls) {
+      std::visit([&](auto args) {
+        args.rows = rows;
+        if constexpr (std::is_same_v<decltype(args), Advance>) args.num_sampled = rows;
+        share(args, omp_get_thread_num(), omp_get_num_threads());
+      }, call);
 #pragma omp barrier
-  }
+    }
 }
 
 bool set_lanes(int wanted) {

@@ -133,7 +133,7 @@ template <class T> void sample(const Sample<T>&);
 // Calls to be done again, with other numbers of rows, in one go.
 using Call = std::variant<Norm<float>, Norm<Bf16>, Activation<float>, Activation<Bf16>, Rope<float>, Rope<Bf16>, Attention<float>,
                           Attention<Bf16>, Product, Embed<float>, Embed<Bf16>, Batch, Sample<float>, Sample<Bf16>, Advance>;
-void replay(const std::vector<Call>&, int64_t rows);
+void replay(const std::vector<const std::vector<Call>*>& programs, int64_t rows);
 
 // Take vectors of so many numbers from now on, 16, 8 or 4; false, and nothing changes, if this machine has no such. For tests.
 bool set_lanes(int);

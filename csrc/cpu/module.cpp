@@ -3,6 +3,7 @@
 #include <Python.h>
 #include <omp.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <memory>
 #include <type_traits>
@@ -224,16 +225,18 @@ PyObject* stop_recording(PyObject*, PyObject*) {
   });
 }
 
-// replay(program, rows)
+// replay(rows, program, ...): one after the other
 PyObject* replay(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count < 1) return PyErr_SetString(PyExc_TypeError, "wrong number of arguments"), nullptr;
-  Arguments from(args + 1, count - 1);
+  Arguments from(args, std::min<Py_ssize_t>(count, 1));
   const int64_t rows = from.integer();
   if (!from.is_complete()) return nullptr;
-  const auto* calls = static_cast<const std::vector<Call>*>(PyCapsule_GetPointer(args[0], PROGRAM));
-  if (!calls) return nullptr;
+  std::vector<const std::vector<Call>*> programs;
+  for (Py_ssize_t i = 1; i < count; ++i) {
+    programs.push_back(static_cast<const std::vector<Call>*>(PyCapsule_GetPointer(args[i], PROGRAM)));
+    if (!programs.back()) return nullptr;
+  }
   Py_BEGIN_ALLOW_THREADS;
-  nemo::replay(*calls, rows);
+  nemo::replay(programs, rows);
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }

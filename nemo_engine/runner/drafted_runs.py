@@ -7,6 +7,7 @@ can read how many drafts there are before it computes, and leave the others out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -41,19 +42,22 @@ class DraftedRuns:
 
     def launch(self, recorded: RecordedDecodes, rows: StepRows, plan: StepPlan) -> LaunchedStep:
         """Compute them, ``rows`` as uploaded."""
-        results = recorded.replay(rows, len(self.slots), self.ahead)
-        if self.width == 1 and self.step.sampler.needs_only_draws(self.slots, plan.masks):
-            return LaunchedStep(plan, recorded.finish(len(self.slots)), [], {})
+        count, sampler = len(self.slots), self.step.sampler
+        only_draws = sampler.needs_only_draws(plan.decode_slots, plan.masks)
         if self.width == 1:
-            return LaunchedStep(plan, *self.step.choose(rows, self.slots, results, plan.masks), {})
-        logits, slot_ids, seq_lens, _ = results
-        token_ids, device = self.step.table.token_ids, slot_ids.device
-        tokens, reports = self.step.sampler.sample(logits, self.slots, slot_ids, seq_lens, token_ids, plan.masks)
-        is_computed = torch.zeros(len(self.all_slots), dtype=torch.int64)
-        is_computed[[*self.places]] = 1
-        source = is_computed.cumsum(0) - 1  # a row that is not computed repeats the one before
+            if only_draws:
+                return LaunchedStep(plan, recorded.run(count), [], {})
+            return LaunchedStep(plan, *self.step.choose(rows, self.slots, recorded.logits(rows, count), plan.masks), {})
+        if only_draws:
+            tokens, reports = recorded.draw(count, self.ahead), []
+        else:
+            logits, slot_ids, seq_lens, _ = recorded.logits(rows, count, self.ahead)
+            token_ids = self.step.table.token_ids
+            tokens, reports = sampler.sample(logits, self.slots, slot_ids, seq_lens, token_ids, plan.masks)
+        counts = [end - place for place, end in pairwise([*self.places, len(self.all_slots)])]
+        source = torch.repeat_interleave(torch.tensor(counts))  # a row that is not computed repeats the one before
         tokens = tokens[source]
-        self.step.accept(to_device(self.all_slots, device), seq_lens[source], tokens, self.width)
+        self.step.accept(to_device(self.all_slots, tokens.device), recorded.seq_lens[source], tokens, self.width)
         for report in reports:
             report.rows = [self.places[row] for row in report.rows]
         return LaunchedStep(plan, tokens, reports, {})

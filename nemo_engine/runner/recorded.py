@@ -1,4 +1,4 @@
-"""Decode steps on a CPU as two calls of csrc/cpu, from the request table to the logits, and to the next tokens in it:
+"""Decode steps on a CPU as one call of csrc/cpu, from the request table to the logits or to the next tokens in it:
 recorded once, done again for any number of rows.
 
 Like a CUDA graph, a recording has its inputs and outputs at fixed addresses. Unlike one, it takes the number of rows
@@ -62,34 +62,41 @@ class RecordedDecodes:
         self._ahead = torch.zeros_like(rows.slots)
         self._is_ahead = False  # whether any of them is not 0
         with _recording() as self._forward:
-            hidden, self._seq_lens = step.forward(rows, self._ahead)
+            hidden, self.seq_lens = step.forward(rows, self._ahead)
             self._logits = step.model.logits(hidden)
-        with _recording() as self._finish:
-            self._tokens = choose(self._logits, rows.slots, self._seq_lens, step.sampler.slot_params)
-            step.advance(rows, self._seq_lens, self._tokens)
+        with _recording() as self._choose:
+            self._tokens = choose(self._logits, rows.slots, self.seq_lens, step.sampler.slot_params)
+        with _recording() as self._advance:
+            step.advance(rows, self.seq_lens, self._tokens)
 
-    def finish(self, num_rows: int) -> Tensor:
-        """Choose the tokens of the step that ``replay`` computed, none of whose rows wants more than a draw, and end
-        it. They hold until the next step.
-        """
-        _cpu.replay(self._finish.program, num_rows)
-        return self._tokens[:num_rows]
-
-    def replay(self, rows: StepRows, num_rows: int, ahead: Sequence[int] = ()) -> Logits:
+    def logits(self, rows: StepRows, num_rows: int, ahead: Sequence[int] = ()) -> Logits:
         """Compute the first ``num_rows``, at most ``size``, of ``rows``, which are those of ``words``.
 
-        ahead: how many places after the last known token each row computes; none do if it is empty. The results hold
-        until the next step.
+        ahead: how many places after the last known token each row computes; none do if it is empty. These and other
+        results hold until the next step.
         """
+        self._replay(num_rows, ahead, self._forward)
+        seq_lens = self.seq_lens[:num_rows]
+        return self._logits[:num_rows], rows.slots[:num_rows], seq_lens, seq_lens
+
+    def draw(self, num_rows: int, ahead: Sequence[int]) -> Tensor:
+        """Choose the tokens too, of rows none of which wants more than a draw."""
+        self._replay(num_rows, ahead, self._forward, self._choose)
+        return self._tokens[:num_rows]
+
+    def run(self, num_rows: int) -> Tensor:
+        """A whole narrow step of such rows: what ``draw`` returns is in the table afterwards."""
+        self._replay(num_rows, (), self._forward, self._choose, self._advance)
+        return self._tokens[:num_rows]
+
+    def _replay(self, num_rows: int, ahead: Sequence[int], *recordings: _Recording) -> None:
         assert num_rows <= self.size, (num_rows, self.size)
         if any(ahead):
             self._ahead[:num_rows].copy_(torch.tensor(ahead))
         elif self._is_ahead:
             self._ahead.zero_()
         self._is_ahead = any(ahead)
-        _cpu.replay(self._forward.program, num_rows)
-        seq_lens = self._seq_lens[:num_rows]
-        return self._logits[:num_rows], rows.slots[:num_rows], seq_lens, seq_lens
+        _cpu.replay(num_rows, *[recording.program for recording in recordings])
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from nemo_engine.runner.slot_fills import SlotFills
 from nemo_engine.runner.step_compute import StepCompute
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.threads import Cores
+from nemo_engine.runner.transfer import to_device
 from nemo_engine.step import StepPlan
 
 
@@ -156,6 +157,11 @@ class Runner:
         key = slots, width, size, self._table.num_changes
         if self._last is not None and self._last[0] == key:
             return self._last[1]
+        if self._last is not None and graph is self._recorded is not None and self._last[0][1:] == key[1:]:
+            rows = self._last[1]  # nothing is new but which slots they are
+            rows.slots[: len(slots)].copy_(to_device(slots, rows.slots.device))
+            self._last = (key, rows)
+            return rows
         self._last = None
         padded = [*slots, *[0] * (size - len(slots))]
         packed = StepRows.pack(padded, [1] * size, new_pages, range(size))

@@ -14,8 +14,6 @@ from nemo_engine.ops.cpu import packed
 from nemo_engine.ops.op import compiled_for_cpu
 from nemo_engine.runner.recorded import RecordedDecodes, _Recording
 from nemo_engine.runner.runner import Runner
-from nemo_engine.runner.step_compute import Logits
-from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.step import TOKEN_NOT_DRAFTED, PrefillRow, SlotFill, StepPlan
 from tests.helpers.checkpoints import random_state_dict, tiny_config, write_hf
 from tests.helpers.speculating import choose_widths
@@ -53,15 +51,15 @@ def params(index: int) -> SamplingParams:
 def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The list that gets how many rows each recorded step computes, all of different tokens."""
     counts: list[int] = []
-    replay = RecordedDecodes.replay
+    replay = RecordedDecodes._replay
 
-    def counted(self: RecordedDecodes, rows: StepRows, num_rows: int, ahead: Sequence[int] = ()) -> Logits:
+    def counted(self: RecordedDecodes, num_rows: int, ahead: Sequence[int], *recordings: _Recording) -> None:
         counts.append(num_rows)
-        slots = rows.slots[:num_rows].tolist()
+        slots = self.words[:num_rows].tolist()
         assert len({*zip(slots, ahead or [0] * num_rows, strict=True)}) == num_rows, "a row repeats another"
-        return replay(self, rows, num_rows, ahead)
+        replay(self, num_rows, ahead, *recordings)
 
-    monkeypatch.setattr(RecordedDecodes, "replay", counted)
+    monkeypatch.setattr(RecordedDecodes, "_replay", counted)
     return counts
 
 

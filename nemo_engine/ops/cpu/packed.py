@@ -41,7 +41,9 @@ def supports_compiled(site: Site) -> str | None:
     if any(width % 2 for width in widths):
         return f"rows of whole pairs, these have {', '.join(map(str, widths))}"
     is_slower = _has_products() and _has_matrix_units()
-    return _is_bf16_on_a_cpu(site) or ("oneDNN multiplies matrices at once on this CPU" if is_slower else cpu_runs(site))
+    return _is_bf16_on_a_cpu(site) or (
+        "oneDNN multiplies matrices at once on this CPU" if is_slower else cpu_runs(site)
+    )
 
 
 def _is_bf16_on_a_cpu(site: Site) -> str | None:
