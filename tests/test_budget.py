@@ -26,8 +26,8 @@ BUDGETS = {
     "planner": 1250,  # 13 GPUs with sources, 74 published results that it is held against, and what drafts gain by width
     "ray": 180,
     # Steps of one token a row, and wide ones; fills and edits in one upload; on a GPU graphs of decodes and of prompts, and
-    # on a CPU recorded steps, without the rows of wide ones that repeat another.
-    "runner": 2320,
+    # on a CPU recorded steps to the next tokens, without the rows of wide ones that repeat another.
+    "runner": 2360,
     "scheduler": 1400,  # speculation is two files of 270: how wide a step is, what came of it, and an account of what that lost
     "server": 6800,  # four dialects of an API, whose every limit stands in its document, and a network that means harm
     "simulator": 1975,  # a thousand replicas behind a router, which come, are lost and are given back; wide steps

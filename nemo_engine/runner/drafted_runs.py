@@ -13,6 +13,7 @@ import torch
 
 from nemo_engine.runner.launched_step import LaunchedStep
 from nemo_engine.runner.recorded import RecordedDecodes
+from nemo_engine.runner.sampler import Report
 from nemo_engine.runner.step_compute import StepCompute
 from nemo_engine.runner.step_rows import StepRows
 from nemo_engine.runner.transfer import to_device
@@ -48,8 +49,9 @@ class DraftedRuns:
             if only_draws:
                 return LaunchedStep(plan, recorded.run(count), [], {})
             return LaunchedStep(plan, *self.step.choose(rows, self.slots, recorded.logits(rows, count), plan.masks), {})
+        reports: list[Report] = []
         if only_draws:
-            tokens, reports = recorded.draw(count, self.ahead), []
+            tokens = recorded.draw(count, self.ahead)
         else:
             logits, slot_ids, seq_lens, _ = recorded.logits(rows, count, self.ahead)
             token_ids = self.step.table.token_ids

@@ -1,5 +1,5 @@
-"""bf16 products by csrc/cpu, on CPUs for which oneDNN has no faster ones: with the norm or the activation before them in
-the same call.
+"""bf16 products by csrc/cpu, on CPUs for which oneDNN has no faster ones: with the norm or the activation before them
+in the same call.
 
 Sums are in fp32 and in one order, so a row has the same bits alone, in any batch and with any number of threads.
 """
