@@ -45,6 +45,8 @@ class StepTimes:
         self._num_noted = 0
         self.since_trial = 0  # narrow steps
         self.since_narrow = 0  # wide steps
+        self.num_vain = 0  # looks for a width that pays, since one was found
+        self.num_rests = 0  # narrow steps to come without a look
 
     @property
     def is_known(self) -> bool:

@@ -40,6 +40,8 @@ _FIRST_BALANCE = 1.0  # narrow steps
 _MAX_BALANCE = 16.0  # narrow steps; what a long gain saves up for later losses
 _MAX_SURPRISE = 4.0  # times what was expected: a step that took longer was disturbed
 _BETWEEN_TRIALS = 8  # steps, at least
+_RESTS = 7  # narrow steps without a look, for it takes time too, after each of many that found that no width pays
+_MANY = 64
 _NARROW_EVERY = 100  # wide steps, so that what a narrow one takes is known
 _MIN_GAIN = 1.03  # what a width must promise: times are measured with noise
 
@@ -85,11 +87,14 @@ class Speculation:
 
     def _best_width(self, decodes: Sequence[Request], max_tokens: int) -> int:
         rows, max_wide_tokens = len(decodes), min(WIDE_STEP_TOKENS, max_tokens // 2)
+        kind = self._kinds.get(rows.bit_length())
+        if kind is not None and kind.num_rests:
+            kind.num_rests -= 1
+            return 1
         trial = min(self._drafts)
         if trial * rows > max_wide_tokens:
             return 1
         drafting = [request.acceptance for request in decodes if request.acceptance is not None]
-        kind = self._kinds.get(rows.bit_length())
         if not drafting or kind is None or not kind.is_known or kind.since_narrow >= _NARROW_EVERY:
             return 1
         narrow = kind.cost(1)
@@ -102,6 +107,8 @@ class Speculation:
             rate = (rows + sum([acceptance.expected(num_drafts) for acceptance in drafting])) / cost
             if rate > best_rate:
                 best, best_rate = width, rate
+        kind.num_vain = kind.num_vain + 1 if best == 1 else 0
+        kind.num_rests = _RESTS if kind.num_vain > _MANY else 0
         if best == 1 and kind.since_trial >= _BETWEEN_TRIALS and kind.cost(trial) <= limit:
             best, kind.since_trial = trial, 0
         return best
@@ -111,8 +118,7 @@ class Speculation:
     ) -> tuple[list[Request], StepResult]:
         """What the step's requests get, as if each token had come from a step of one token; and learn from it."""
         if self._drafts:
-            num_tokens = len(result.token_ids) - result.token_ids.count(TOKEN_NOT_TAKEN)
-            self._note_time(step, now, num_tokens - result.token_ids.count(TOKEN_NOT_DRAFTED))
+            self._note_time(step, now, result.token_ids)
         if step.width == 1:
             return step.sampling, result
         requests, result, freed = self.take(step, result)
@@ -157,8 +163,8 @@ class Speculation:
         acceptance.note(num_right, num_wrong)
         self._of_all.note(num_right, num_wrong)
 
-    def _note_time(self, step: ScheduledStep, now: float, num_tokens: int) -> None:
-        """``step`` was committed at ``now`` with ``num_tokens``. Steps with prompts tell nothing of decode steps.
+    def _note_time(self, step: ScheduledStep, now: float, token_ids: Sequence[int]) -> None:
+        """``step`` was committed at ``now`` with ``token_ids``. Steps with prompts tell nothing of decode steps.
 
         A step takes from commit to commit, for what the host does between steps is done once in a wide one as well;
         that it did not wait for requests is known of one whose requests have decoded before.
@@ -168,13 +174,19 @@ class Speculation:
             has_waited = step.decodes[0].num_output_tokens < 2
             seconds = now - (max(step.planned_at, last_commit) if has_waited else last_commit)
             rows = len(step.decodes)
-            kind = self._kinds.setdefault(rows.bit_length(), StepTimes())
+            kind = self._kinds.get(rows.bit_length())
+            if kind is None:
+                kind = self._kinds[rows.bit_length()] = StepTimes()
             if step.width > 1 and not kind.is_known:
                 return
             expected = kind.cost(step.width) if kind.is_known else seconds
-            kind.note(step.width, seconds)
+            if kind.num_rests and step.width == 1:
+                kind.since_trial += 1
+            else:
+                kind.note(step.width, seconds)
             narrow = kind.cost(1)
             balance = _FIRST_BALANCE * narrow if self._balance is None else self._balance + _SHARE * narrow
             if step.width > 1:
+                num_tokens = sum([token not in (TOKEN_NOT_TAKEN, TOKEN_NOT_DRAFTED) for token in token_ids])
                 balance += num_tokens / rows * narrow - min(seconds, _MAX_SURPRISE * expected)
             self._balance = min(balance, _MAX_BALANCE * narrow)

@@ -58,7 +58,7 @@ def ratio(
                 taken += 1
             rejected = width - taken if has_drafts else 0
             codes += [5] * taken + [TOKEN_NOT_TAKEN] * rejected + [TOKEN_NOT_DRAFTED] * (width - taken - rejected)
-        speculation._note_time(step, now, len(codes) - codes.count(TOKEN_NOT_TAKEN) - codes.count(TOKEN_NOT_DRAFTED))
+        speculation._note_time(step, now, codes)
         if width > 1:
             got, result, _ = speculation.take(step, StepResult(1, codes))
             assert len(got) == len(result.token_ids) and set(result.token_ids) == {5}
@@ -110,7 +110,7 @@ def test_no_more_tokens_than_a_step_may_have() -> None:
     decodes = [request(50) for _ in range(40)]
     for one in decodes:
         speculation.enter(one)
-    speculation._note_time(ScheduledStep(1, decodes, [], 1, 0.0), 1.0, 40)
+    speculation._note_time(ScheduledStep(1, decodes, [], 1, 0.0), 1.0, [5] * 40)
     for most, width in ((8192, 4), (640, 4), (319, 2), (159, 1)):
         assert speculation.width_for(decodes, most, 1000) == width
     assert speculation.width_for(decodes, 8192, 39) == 1, "a wide step takes pages that are not free"
