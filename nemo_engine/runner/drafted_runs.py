@@ -56,10 +56,10 @@ class DraftedRuns:
             logits, slot_ids, seq_lens, _ = recorded.logits(rows, count, self.ahead)
             token_ids = self.step.table.token_ids
             tokens, reports = sampler.sample(logits, self.slots, slot_ids, seq_lens, token_ids, plan.masks)
-        counts = [end - place for place, end in pairwise([*self.places, len(self.all_slots)])]
-        source = torch.repeat_interleave(torch.tensor(counts))  # a row that is not computed repeats the one before
-        tokens = tokens[source]
-        self.step.accept(to_device(self.all_slots, tokens.device), recorded.seq_lens[source], tokens, self.width)
+        ends = pairwise([*self.places, len(self.all_slots)])
+        source = torch.tensor([row for row, (place, end) in enumerate(ends) for _ in range(place, end)])
+        tokens = tokens.index_select(0, source)  # a row that is not computed repeats the one before
+        self.step.accept(torch.tensor(self.all_slots), recorded.seq_lens.index_select(0, source), tokens, self.width)
         for report in reports:
             report.rows = [self.places[row] for row in report.rows]
         return LaunchedStep(plan, tokens, reports, {})
