@@ -40,9 +40,10 @@ def supports_compiled(site: Site) -> str | None:
     widths = (site.hidden_size, site.intermediate_size, site.num_heads * site.head_dim)
     if any(width % 2 for width in widths):
         return f"rows of whole pairs, these have {', '.join(map(str, widths))}"
-    if _has_products() and _has_matrix_units():
+    reason = _is_bf16_on_a_cpu(site) or cpu_runs(site)
+    if reason is None and _has_products() and _has_matrix_units():
         return "oneDNN multiplies matrices at once on this CPU"
-    return _is_bf16_on_a_cpu(site) or cpu_runs(site)
+    return reason
 
 
 def _is_bf16_on_a_cpu(site: Site) -> str | None:
