@@ -290,6 +290,9 @@ def test_chat_defaults(text_engine: Engine) -> None:
         ({"token_ids": [1]}, {}, "unknown keys"),
         ({}, {}, "needs prompt"),
         (17, {}, "prompts must be"),
+        ([[1] * 10_000], {}, "must be a string, "),
+        ({"prompt_token_ids": "1" * 10_000}, {}, "must be a list of token ids"),
+        ({"prompt": [1] * 10_000}, {}, "must be a string"),
         (ids(1), {"stop": "x"}, "stop needs a tokenizer"),
         (ids(1), {"bad_words": ["x"]}, "bad_words needs a tokenizer"),
         (ids(1), {"logprobs": 21}, r"logprobs must be at most max_logprobs \(20\), got 21"),
@@ -307,8 +310,9 @@ def test_chat_defaults(text_engine: Engine) -> None:
     ],
 )
 def test_bad_requests(engine: Engine, prompt: Any, params: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         engine.generate(prompt, SamplingParams(**params))
+    assert len(str(refused.value)) < 500
     assert not engine.has_unfinished_requests() and engine.stats().num_waiting == 0
     assert len(engine.generate(ids(1), GREEDY)[0].outputs[0].token_ids) == 6
 

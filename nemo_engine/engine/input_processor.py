@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -84,7 +85,8 @@ class InputProcessor:
             return self._encode_text(prompt, name)
         if not isinstance(prompt, Mapping):
             raise ValueError(
-                f'{name} must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, got {prompt!r}'
+                f'{name} must be a string, {{"prompt": ...}} or {{"prompt_token_ids": [...]}}, got '
+                f"{reprlib.repr(prompt)}"
             )
         unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown:
@@ -95,18 +97,18 @@ class InputProcessor:
         if prompt.get("prompt_token_ids") is not None:
             text = prompt.get("prompt")
             if text is not None and not isinstance(text, str):
-                raise ValueError(f'{name}["prompt"] must be a string, got {text!r}')
+                raise ValueError(f'{name}["prompt"] must be a string, got {reprlib.repr(text)}')
             return EncodedPrompt(text, self.check_ids(prompt["prompt_token_ids"], f'{name}["prompt_token_ids"]'), salt)
         if not isinstance(prompt.get("prompt"), str):
             raise ValueError(
-                f"{name} needs prompt (a string) or prompt_token_ids (a list of ids), got {dict(prompt)!r}"
+                f"{name} needs prompt (a string) or prompt_token_ids (a list of ids), got {reprlib.repr(dict(prompt))}"
             )
         return dataclasses.replace(self._encode_text(prompt["prompt"], name), cache_salt=salt)
 
     def check_ids(self, token_ids: object, name: str) -> list[int]:
         """``token_ids`` as a list of ints within the vocabulary, not empty."""
         if isinstance(token_ids, (str, bytes, Mapping)) or not isinstance(token_ids, Iterable):
-            raise ValueError(f"{name} must be a list of token ids, got {token_ids!r}")
+            raise ValueError(f"{name} must be a list of token ids, got {reprlib.repr(token_ids)}")
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
         if not ids:
             raise ValueError(f"{name} must not be empty")
@@ -123,7 +125,7 @@ class InputProcessor:
         if params is None:
             params = SamplingParams(max_tokens=CHAT_MAX_TOKENS) if is_chat else SamplingParams()
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params must be a SamplingParams, got {params!r}")
+            raise ValueError(f"sampling_params must be a SamplingParams, got {reprlib.repr(params)}")
         if params.temperature is None:
             params = dataclasses.replace(params, temperature=CHAT_TEMPERATURE if is_chat else DEFAULT_TEMPERATURE)
         limit = self._config.max_logprobs
@@ -151,7 +153,7 @@ class InputProcessor:
         if isinstance(prompts, (str, Mapping)):
             return [self.encode(prompts)]
         if not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
+            raise ValueError(f"prompts must be a prompt or a list of prompts, got {reprlib.repr(prompts)}")
         return [self.encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
 
     def encode_conversations(
@@ -165,7 +167,7 @@ class InputProcessor:
         refuse_unknown_options("chat", options, _CHAT_OPTIONS)
         renderer = self._renderers.of(options.pop("chat_template", None))
         if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-            raise ValueError(f"messages must be a list of messages, got {messages!r}")
+            raise ValueError(f"messages must be a list of messages, got {reprlib.repr(messages)}")
         is_many = bool(messages) and all(isinstance(m, Sequence) and not isinstance(m, (str, bytes)) for m in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
         options = {"max_tokens": self._max_model_len} | options
@@ -184,7 +186,7 @@ class InputProcessor:
         if params is None or isinstance(params, SamplingParams):
             return [self.effective_params(params, is_chat=is_chat)] * count
         if not isinstance(params, Sequence):
-            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
+            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {reprlib.repr(params)}")
         if len(params) != count:
             raise ValueError(f"sampling_params must be one, or one per prompt ({count}), got {len(params)}")
         return [self.effective_params(prompt_params, is_chat=is_chat) for prompt_params in params]
