@@ -87,7 +87,7 @@ HOSTILE = {
     "table": "|a" * 100 + "\n" + "|-" * 100 + "\n" + "|\n" * 90_000,
     "marks": "**a*_~~" * 14_000,
     "ticks": " ".join("`" * count for count in range(1, 440)),
-    "code": "`a` " * 25_000,
+    "code": "`a`" * 60_000,
     "brackets": "[a](x[" * 16_000,
     "half links": "[a](x)[a](x" * 9_000,
     "addresses": "https://a." * 10_000,
