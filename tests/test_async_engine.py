@@ -46,9 +46,15 @@ async def last(engine: AsyncEngine, *args: Any, **options: Any) -> RequestOutput
     return final
 
 
+async def until(engine: AsyncEngine, count: int) -> None:
+    """Wait until ``count`` requests are unfinished."""
+    while engine.num_unfinished != count:
+        await asyncio.sleep(0.005)
+
+
 async def idle(engine: AsyncEngine) -> None:
     """Wait, for a bounded time, until the engine has nothing to do; every page must then be free."""
-    for _ in range(500):
+    for _ in range(5000):
         await engine.call(lambda e: check(e._core.scheduler))
         stats = await engine.call(lambda e: e.stats())
         if stats.num_running == stats.num_waiting == engine.num_unfinished == 0:
@@ -96,8 +102,10 @@ def test_chat_and_text_prompts(engine: AsyncEngine) -> None:
 
 def test_bad_input_is_refused_and_disturbs_nobody(engine: AsyncEngine) -> None:
     async def run() -> None:
+        may_go_on = threading.Event()
+        pause = asyncio.create_task(engine.call(lambda _: may_go_on.wait(60)))  # so that "taken" does not end meanwhile
         running = asyncio.create_task(last(engine, prompt_ids(1), seeded(1, 60), "taken"))
-        await asyncio.sleep(0.05)
+        await until(engine, 1)
         for prompt, params, request_id, message in (
             ("", None, None, "prompt must not be empty"),
             (prompt_ids(1), seeded(1, 5000), None, "more than max_model_len 512"),
@@ -108,6 +116,8 @@ def test_bad_input_is_refused_and_disturbs_nobody(engine: AsyncEngine) -> None:
         ):
             with pytest.raises(ValueError, match=message):
                 await last(engine, prompt, params, request_id)
+        may_go_on.set()
+        assert await pause
         assert len((await running).outputs[0].token_ids) == 60
         await idle(engine)
 
@@ -120,8 +130,7 @@ def test_a_dropped_iterator_frees_its_pages(engine: AsyncEngine, how: str) -> No
         params = seeded(3, 400)
         if how == "cancel":
             task = asyncio.create_task(last(engine, prompt_ids(3), params))
-            await asyncio.sleep(0.1)
-            assert engine.num_unfinished == 1
+            await until(engine, 1)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -208,7 +217,7 @@ print("parent: leaving", engine.num_unfinished, flush=True)
 
 
 def test_it_can_be_left_open_and_says_that_it_was_forked() -> None:
-    done = subprocess.run([sys.executable, "-c", _NOT_CLOSED], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _NOT_CLOSED], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (
         "child: the engine runs in the process that this one was forked from" in done.stdout and "spawn" in done.stdout
@@ -262,9 +271,14 @@ def test_several_completions_are_merged_by_index(engine: AsyncEngine) -> None:
 
 def test_an_idle_engine_burns_no_time(engine: AsyncEngine) -> None:
     asyncio.run(idle(engine))
-    before = time.process_time()
-    time.sleep(1.0)
-    assert time.process_time() - before < 0.05
+    used = []
+    for _ in range(5):  # something else of this process may compute in a second, but not in each
+        before = time.process_time()
+        time.sleep(1.0)
+        used.append(time.process_time() - before)
+        if used[-1] < 0.05:
+            return
+    raise AssertionError(f"CPU seconds in a second each: {used}")
 
 
 def test_loops_of_several_threads_share_it(engine: AsyncEngine) -> None:
@@ -277,7 +291,7 @@ def test_loops_of_several_threads_share_it(engine: AsyncEngine) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=600)
     expected = {
         index: asyncio.run(last(engine, prompt_ids(index), seeded(index))).outputs[0].token_ids for index in range(6)
     }
@@ -295,11 +309,11 @@ def test_a_loop_that_closes_with_requests_under_way_leaves_none(engine: AsyncEng
 
 def test_drain_waits_and_refuses_and_aborts_at_its_deadline() -> None:
     async def run() -> None:
-        for timeout, is_complete in ((60.0, True), (0.05, False)):
+        for timeout, is_complete in ((600.0, True), (0.01, False)):
             with AsyncEngine("nemo-tiny", **OPTIONS) as engine:
                 assert engine.is_ready and engine.stats().num_running == 0
                 tasks = [asyncio.create_task(last(engine, prompt_ids(i), seeded(i, 300))) for i in range(3)]
-                await asyncio.sleep(0.05)
+                await until(engine, 3)
                 assert await engine.drain(timeout) is is_complete
                 assert not engine.is_ready
                 reasons = {(await task).outputs[0].finish_reason for task in tasks}
@@ -315,7 +329,7 @@ def test_close_ends_what_runs_and_refuses_what_comes() -> None:
     async def run() -> None:
         engine = AsyncEngine("nemo-tiny", **OPTIONS)
         task = asyncio.create_task(last(engine, prompt_ids(1), seeded(1, 400)))
-        await asyncio.sleep(0.1)
+        await until(engine, 1)
         engine.close()
         engine.close()
         assert (await task).outputs[0].finish_reason == "abort"
@@ -335,7 +349,7 @@ def test_when_the_thread_dies_every_waiter_hears_of_it(caplog: pytest.LogCapture
     async def run() -> None:
         with AsyncEngine("nemo-tiny", **OPTIONS) as engine:
             tasks = [asyncio.create_task(last(engine, prompt_ids(i), seeded(i, 400))) for i in range(20)]
-            await asyncio.sleep(0.1)
+            await until(engine, 20)
             drain = asyncio.create_task(engine.drain())
             await asyncio.sleep(0)
             with pytest.raises(EngineDeadError, match="planted"):

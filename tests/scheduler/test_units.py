@@ -379,8 +379,9 @@ def test_a_blocked_head_costs_the_same_at_any_length() -> None:
 
 
 def test_the_time_of_a_steady_step_is_within_thrice_its_goal() -> None:
+    """Its goal is 150 us where a sum of 1000 squares takes 37 us; the least of each counts, taken in turns."""
     scheduler = steady(256, 1024)
-    best = float("inf")
+    best = squares = float("inf")
     for _ in range(60):
         plan = scheduler.schedule()
         assert plan is not None
@@ -389,9 +390,12 @@ def test_the_time_of_a_steady_step_is_within_thrice_its_goal() -> None:
         scheduler.commit(result)
         plan = scheduler.schedule()
         best = min(best, time.perf_counter() - start)
+        start = time.perf_counter()
+        sum(i * i for i in range(1000))
+        squares = min(squares, time.perf_counter() - start)
         assert plan is not None
         scheduler.commit(StepResult(plan.step_id, [7] * 256))
-    assert best < 3 * 150e-6
+    assert best < 3 * 150 / 37 * squares
 
 
 def test_it_all_runs_without_torch() -> None:

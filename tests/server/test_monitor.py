@@ -269,12 +269,16 @@ def test_a_picture_a_second_for_all_and_none_for_nobody(live: LiveServer, monkey
     time.sleep(0.6)
     started = time.monotonic()
     pictures = asyncio.run(watch_all())
-    assert 1.9 < time.monotonic() - started < 6
+    took = time.monotonic() - started
+    assert took > 1.9
     assert all(len(own) == 3 and "stats" in own[-1] for own in pictures)
-    assert len(taken) <= 6  # not 24
-    num_taken = len(taken)
-    time.sleep(2.2)
-    assert len(taken) == num_taken
+    assert len(taken) <= took + 3  # not 24
+    for _ in range(10):  # the server may learn late that nobody looks on
+        num_taken = len(taken)
+        time.sleep(2.2)
+        if len(taken) == num_taken:
+            return
+    raise AssertionError("it goes on")
 
 
 def test_the_stream_ends_when_the_engine_has_been_drained() -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from nemo_engine.server.options import ServerOptions
 from nemo_engine.server.run import serve
+from tests.helpers.patience import insistent
 
 OPTIONS = ["--device=cpu", "--max-model-len=1024", "--num-kv-pages=400", "--page-size=16"]
 LONG = {"prompt": [1, 2000, 2001], "max_tokens": 600, "ignore_eos": True}
@@ -40,7 +41,7 @@ def serving(
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")), daemon=True)
     reader.start()
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 1200
         while not (found := re.search(r"at (https?://\S+)", "".join(lines))):
             assert process.poll() is None and time.monotonic() < deadline, "".join(lines)
             time.sleep(0.02)
@@ -66,19 +67,27 @@ def ask_in_thread(url: str, body: dict[str, Any]) -> tuple[threading.Thread, lis
 
 
 def wait_for_running(url: str, count: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while httpx.get(url + "/load").json()["num_running"] < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
+def wait_for_line(lines: list[str], text: str) -> None:
+    deadline = time.monotonic() + 120
+    while not any(text in line for line in lines):
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.01)
+
+
+@insistent
 def test_sigterm_under_load_drains() -> None:
     with serving() as (process, url, lines):
         whole, whole_answer = ask_in_thread(url, LONG)
         streamed, streamed_answer = ask_in_thread(url, LONG | {"stream": True})
         wait_for_running(url, 2)
         process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while httpx.get(url + "/v1/health/ready").status_code != 503:
             assert time.monotonic() < deadline
         assert httpx.get(url + "/v1/health/live").status_code == 200
@@ -89,23 +98,25 @@ def test_sigterm_under_load_drains() -> None:
         assert whole_answer[0].json()["usage"]["completion_tokens"] == 600
         assert streamed_answer[0].text.endswith("data: [DONE]\n\n")
         assert '"finish_reason":"length"' in streamed_answer[0].text
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert any("SIGTERM: 2 requests may finish" in line for line in lines)
 
 
+@insistent
 def test_the_deadline_of_the_drain_ends_what_is_left() -> None:
     with serving("--drain-timeout=0.3") as (process, url, _):
         thread, answer = ask_in_thread(url, LONG | {"max_tokens": 1000})
         streamed, streamed_answer = ask_in_thread(url, LONG | {"max_tokens": 1000, "stream": True})
         wait_for_running(url, 2)
         process.send_signal(signal.SIGTERM)
-        thread.join(20)
-        streamed.join(20)
+        thread.join(120)
+        streamed.join(120)
         assert answer[0].json()["choices"][0]["finish_reason"] == "abort"
         assert '"finish_reason":"abort"' in streamed_answer[0].text
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
 
 
+@insistent
 def test_a_second_signal_ends_at_once() -> None:
     with serving("--drain-timeout=300") as (process, url, lines):
         for stream in (False, True):
@@ -114,12 +125,11 @@ def test_a_second_signal_ends_at_once() -> None:
         silent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
         wait_for_running(url, 2)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        wait_for_line(lines, "SIGINT: 2 requests may finish")
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-        time.sleep(0.2)
-        assert not any("Traceback" in line or "Error" in line for line in lines), lines
+        assert process.wait(120) == 0
+    assert not any("Traceback" in line or "Error" in line for line in lines), lines
 
 
 def _swallow(url: str, stream: bool) -> None:
@@ -164,7 +174,7 @@ def test_logs_are_json_with_ids_and_without_prompts() -> None:
         answer = httpx.post(url + "/v1/completions", json=body, headers=headers)
         assert answer.status_code == 200
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        process.wait(120)
     entries = [json.loads(line[line.index("{") :]) for line in lines if '"path"' in line]
     assert [entry["status"] for entry in entries] == [401, 200]
     assert entries[1]["id"] == answer.headers["x-request-id"] == "cmpl-mine" and entries[1]["output_tokens"] == 2
@@ -178,7 +188,7 @@ def test_prompts_are_logged_only_if_asked_for() -> None:
         chat = {"messages": [{"role": "user", "content": "another secret"}], "max_tokens": 2}
         httpx.post(url + "/v1/chat/completions", json=chat)
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        process.wait(120)
     assert "a secret prompt" in "".join(lines) and "another secret" in "".join(lines)
 
 
@@ -202,7 +212,7 @@ def test_keys_are_read_again_on_sighup(tmp_path: Path) -> None:
             path.write_text(text)
             count = sum("SIGHUP" in line for line in lines)
             process.send_signal(signal.SIGHUP)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while sum("SIGHUP" in line for line in lines) == count:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -250,7 +260,7 @@ def refused(*options: str) -> str:
         [sys.executable, "-m", "nemo_engine", "serve", "nemo-tiny", *options],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert run.returncode == 2, run.stderr
     assert run.stderr.startswith("nemo-engine: error: ") and run.stderr.count("\n") == 1, run.stderr
@@ -273,5 +283,5 @@ def test_a_missing_package_is_named(missing: str) -> None:
         f"import sys; sys.modules[{missing!r}] = None; from nemo_engine.cli import main; sys.exit(main(['serve', "
         "'nemo-tiny']))"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert run.returncode == 2 and "nemo-engine[server]" in run.stderr and missing in run.stderr

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from nemo_engine import AsyncEngine
 from nemo_engine.server import http_protocol
+from tests.helpers.patience import insistent
 from tests.server.live import LiveServer
 
 BODY = json.dumps({"prompt": [1, 2000, 2001], "max_tokens": 2}).encode()
@@ -37,7 +39,7 @@ def hasty(engine: AsyncEngine) -> Iterator[LiveServer]:
 
 
 def connect(server: LiveServer) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=30)
+    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=60)
 
 
 def rest(connection: socket.socket) -> bytes:
@@ -169,7 +171,7 @@ def test_a_refused_body_that_is_sent_all_the_same(engine: AsyncEngine, live: Liv
             connection.sendall(POST + b"Content-Length: 1000\r\n\r\n")
             started = time.monotonic()
             assert statuses(rest(connection)) == [401]
-            assert time.monotonic() - started < http_protocol.LINGER + 10
+            assert time.monotonic() - started < http_protocol.LINGER + 60
 
 
 def test_a_body_is_received_after_the_key_is_seen(engine: AsyncEngine) -> None:
@@ -217,7 +219,7 @@ def test_a_client_that_leaves_with_requests_ahead_ends_them_all(live: LiveServer
     with connect(live) as connection:
         connection.sendall(one * 3)
         assert connection.recv(4096)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while live.service.running:
         assert time.monotonic() < deadline, live.service.running
         time.sleep(0.01)
@@ -226,6 +228,7 @@ def test_a_client_that_leaves_with_requests_ahead_ends_them_all(live: LiveServer
 # ---- deadlines
 
 
+@insistent
 def test_silent_connections_are_closed(hasty: LiveServer) -> None:
     connections = [connect(hasty) for _ in range(20)]
     assert [rest(connection) for connection in connections] == [b""] * 20
@@ -234,6 +237,7 @@ def test_silent_connections_are_closed(hasty: LiveServer) -> None:
     assert statuses(rest(idle)) == [200]  # then it is closed
 
 
+@insistent
 @pytest.mark.parametrize("start", [b"G", b"GET / HTTP/1.1\r\nHost: x\r\nX-A:", b"\r\n"])
 def test_half_a_head_is_not_waited_for(hasty: LiveServer, start: bytes) -> None:
     answer = ask(hasty, start)
@@ -244,7 +248,7 @@ def test_half_a_head_is_not_waited_for(hasty: LiveServer, start: bytes) -> None:
         connection.sendall(GET + b"\r\n" + start)
         connection.settimeout(0.05)
         started = time.monotonic()
-        while time.monotonic() - started < 20:
+        while time.monotonic() - started < 60:
             try:
                 connection.sendall(b"\r\n" if start == b"\r\n" else b"a")
                 if not connection.recv(4096):
@@ -257,6 +261,7 @@ def test_half_a_head_is_not_waited_for(hasty: LiveServer, start: bytes) -> None:
             raise AssertionError("the connection is still open")
 
 
+@insistent
 def test_half_a_body_is_not_waited_for(hasty: LiveServer) -> None:
     for head in (b"Content-Length: 1000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n4\r\n"):
         answer = ask(hasty, POST + head, b'{"p"')
@@ -270,13 +275,14 @@ def test_half_a_body_is_not_waited_for(hasty: LiveServer) -> None:
     )
 
 
+@insistent
 def test_a_client_that_reads_nothing_is_cut_off(hasty: LiveServer) -> None:
     body = json.dumps({"prompt": "a" * 900_000, "return_token_strs": True}).encode()
     deaf = socket.socket()
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     deaf.connect(("127.0.0.1", int(hasty.url.rsplit(":", 1)[1])))
     deaf.sendall(POST.replace(b"/v1/completions", b"/tokenize") + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    deaf.settimeout(30)
+    deaf.settimeout(60)
     found = deaf.recv(1024)
     (length,) = re.findall(rb"content-length: (\d+)", found)
     assert int(length) > 8_000_000, "more than the system keeps for a client that does not read"
@@ -294,8 +300,8 @@ def test_more_connections_than_allowed_are_told(engine: AsyncEngine) -> None:
     with LiveServer(engine, max_connections=3, page=False) as server:
         kept = [connect(server) for _ in range(3)]
         for connection in kept[1:]:
-            connection.sendall(POST + b"Content-Length: 1000\r\n\r\n")
-        time.sleep(0.1)
+            connection.sendall(POST + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n")
+            assert b" 100 " in connection.recv(4096)
         answer = ask(server)
         check_refused(answer, 503, "too_many_connections")
         assert b"Retry-After: 1" in answer
@@ -314,22 +320,20 @@ def test_bodies_together_stay_within_their_limit(engine: AsyncEngine) -> None:
         head = POST + b"Content-Length: 1000000\r\n\r\n"
         for connection in held:
             connection.sendall(head + b" " * 300_000)
-        told = []
-        for connection in held:
-            connection.settimeout(2)
-            try:
-                told.append(connection.recv(4096))
-            except TimeoutError:
-                told.append(b"")
-        refused = [answer for answer in told if answer]
-        assert 4 <= len(refused) <= 5 and all(b" 503 " in a and b"too_many_bodies" in a for a in refused), told
+        told: list[socket.socket] = []
+        while len(told) < 4:  # of 8, 3 are held
+            told = select.select(held, [], [], 60)[0]
+            assert told, "too many are held"
+        time.sleep(0.5)
+        refused = [connection.recv(4096) for connection in select.select(held, [], [], 0)[0]]
+        assert 4 <= len(refused) <= 5 and all(b" 503 " in a and b"too_many_bodies" in a for a in refused), refused
         assert all(b"retry-after: 1" in answer.lower() for answer in refused)
         # Small ones are let in all the same, and what is freed may be used again.
         json_header = {"content-type": "application/json"}
         assert httpx.post(server.url + "/v1/completions", content=BODY, headers=json_header).status_code == 200
         for connection in held:
             connection.close()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         large = BODY + b" " * 700_000
         while httpx.post(server.url + "/v1/completions", content=large, headers=json_header).status_code != 200:
             assert time.monotonic() < deadline

@@ -20,6 +20,7 @@ from nemo_engine.text import Tokenizer, grammar_trial, load_tokenizer
 from nemo_engine.text import grammar as grammar_module
 from nemo_engine.text.grammar import MAX_CACHED, Grammar, GrammarCompiler, tool_call_grammar
 from nemo_engine.text.tools import check_tools, tool_call_schema
+from tests.helpers.patience import yardstick
 from tests.text.test_tokenizer import NEMO, SENTENCEPIECE, TINY
 
 EOS = 2
@@ -387,15 +388,12 @@ def chain(count: int, link: str, end: str) -> str:
     ids=lambda form: str(form)[:40],
 )  # fmt: skip
 def test_hostile_input_is_refused_in_bounded_time(tiny: Kit, form: dict[str, Any]) -> None:
-    start = time.process_time(), time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=f"structured_outputs.{next(iter(form))}: ") as caught:
         tiny.start(**form)
     assert len(str(caught.value)) < 500
-    used, seconds = time.process_time() - start[0], time.monotonic() - start[1]
-    begun = time.process_time()
-    sum(i * i for i in range(2_000_000))  # what this machine does in some 0.15 s when nobody else uses it
-    assert used < 20 * (time.process_time() - begun), "the work was not done in this process"
-    assert seconds < 30
+    used = time.process_time() - start
+    assert used < 1 or used < 20 * yardstick()
 
 
 @pytest.mark.parametrize(
@@ -426,7 +424,8 @@ def test_a_mask_of_a_nasty_grammar_takes_bounded_time(nemo: Kit, form: dict[str,
         except ValueError:  # too complex: the request would end here
             break
         finally:
-            assert time.process_time() - start < 3
+            used = time.process_time() - start
+            assert used < 1 or used < 20 * yardstick()
 
 
 # ---- the compiler

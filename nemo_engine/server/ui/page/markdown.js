@@ -162,7 +162,9 @@ function tableOf([head, ...rows], rule) {
       return cell;
     }));
   };
-  const table = make("table", {}, make("thead", {}, row(head, "th")), make("tbody", {}, ...rows.map((line) => row(line, "td"))));
+  const body = make("tbody");
+  for (const line of rows) body.append(row(line, "td")); // one by one: a call takes only so many arguments
+  const table = make("table", {}, make("thead", {}, row(head, "th")), body);
   return make("div", { className: "wide", tabIndex: 0 }, table);
 }
 
