@@ -386,22 +386,22 @@ __device__ __forceinline__ void score(float (&s)[DecodeTile<T>::KEYS / 16][TILES
         for (int tile = 0; tile < TILES; tile++) b[tile] = queries.at(pair, tile);
 #pragma unroll
         for (int part = 0; part < Tile::KEYS / 16; part++) {
-            uint32_t first[4], second[4];
-            if constexpr (sizeof(T) == 1) {  // two chunks of 16 bytes are 32 dimensions
-                uint32_t r[4];
-                load_matrix_x4(r, k + chunk_at<T>(16 * part + row, 2 * pair + (matrix >> 1)));
-                for (int i = 0; i < 2; i++) {
-                    first[i] = widen_low(r[i]), first[i + 2] = widen_high(r[i]);
-                    second[i] = widen_low(r[i + 2]), second[i + 2] = widen_high(r[i + 2]);
-                }
-            } else {
-                load_matrix_x4(first, k + chunk_at<T>(row, 4 * pair + (matrix >> 1)));
-                load_matrix_x4(second, k + chunk_at<T>(row, 4 * pair + 2 + (matrix >> 1)));
-            }
+            auto add = [&](int half, const uint32_t (&a)[4]) {
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                add_product<T>(s[part][tile], first, {b[tile][0], b[tile][1]});
-                add_product<T>(s[part][tile], second, {b[tile][2], b[tile][3]});
+                for (int tile = 0; tile < TILES; tile++)
+                    add_product<T>(s[part][tile], a, {b[tile][2 * half], b[tile][2 * half + 1]});
+            };
+            uint32_t r[4];
+            if constexpr (sizeof(T) == 1) {  // two chunks of 16 bytes are two steps
+                load_matrix_x4(r, k + chunk_at<T>(16 * part + row, 2 * pair + (matrix >> 1)));
+                add(0, {widen_low(r[0]), widen_low(r[1]), widen_high(r[0]), widen_high(r[1])});
+                add(1, {widen_low(r[2]), widen_low(r[3]), widen_high(r[2]), widen_high(r[3])});
+            } else {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    load_matrix_x4(r, k + chunk_at<T>(row, 4 * pair + 2 * half + (matrix >> 1)));
+                    add(half, r);
+                }
             }
         }
     }

@@ -108,11 +108,11 @@ def test_cuda_cuts_as_the_rule_says(emulated_library: Any) -> None:
             heads = share_of(lengths, units), rows * (0 in lengths), max(1, len(expected) - 1)
             for num_empty in (0, 3):  # rows without a query behind them are no items
                 num_rows = rows + num_empty
-                plan = torch.full((emulated_library.decode_plan_words(num_rows, units),), -1, dtype=torch.int32)
+                plan = torch.full((emulated_library.decode_plan_words(num_rows, units, 1),), -1, dtype=torch.int32)
                 starts = torch.arange(num_rows + 1).clamp(max=rows)
                 lens, slots = torch.tensor([*lengths, *[0] * num_empty]), 3 + torch.arange(num_rows)
                 addresses = [x.data_ptr() for x in (plan, starts, lens, slots)]
-                emulated_library.plan_decode(*addresses, 0, num_rows, 0, num_rows, units, 0)
+                emulated_library.plan_decode(*addresses, 0, num_rows, 0, num_rows, units, 1, 0)
                 share, empty, used, *words = plan.tolist()
                 assert (share, empty, used) == heads
                 assert list(zip(words[::2], words[1::2], strict=False))[: len(expected)] == expected
