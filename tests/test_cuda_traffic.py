@@ -182,6 +182,25 @@ def test_attention(counting: Any, is_fp8: bool) -> None:
         assert launch["counts"]["written"] == moved.written
 
 
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize(("width", "reads"), [(2, 1), (4, 1), (8, 2)])
+def test_a_run_reads_its_keys_once(counting: Any, is_fp8: bool, width: int, reads: int) -> None:
+    """All that its queries see together, as one query of as many keys; 64 columns in two halves."""
+    firsts, copied = (70, 200), []
+    for run in (1, width):
+        rows = [(1, first + place) for first in firsts for place in range(width)]
+        rows = rows if run > 1 else rows[width - 1 :: width]
+        q, kv, meta, scale = attention_inputs(rows, 16, 2, 128, 64, torch.bfloat16, is_fp8, run)
+        counting.clear_launches()
+        cuda_attention.paged_attention(q, kv, meta, scale)
+        launches = [launch for launch in counting.launches() if launch["name"].startswith("decode_attention")]
+        assert len(launches) == 1
+        copied.append(launches[0]["counts"]["copied"])
+    lengths = [first + width - 1 for first in firsts]
+    assert copied[0] == traffic.decode({}, lengths, 2, 1 if is_fp8 else 2).read
+    assert copied[0] * reads * 0.97 <= copied[1] <= copied[0] * reads
+
+
 # ---- NeMo's sizes
 
 
