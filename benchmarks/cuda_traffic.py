@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ from nemo_engine.benchmarks.machine_code import RESULTS, differs
 from nemo_engine.model.linear import DenseLinear, Fp8Linear, Linear
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.cuda.attention import MAX_COLUMNS
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.rope import RopeMeta
 
 STORED = RESULTS / "traffic-sm90-cuda.txt"
 ROWS = (1, 8, 16, 32, 64, 128, 256, 2048, 8192)
 CONTEXT = 4096  # keys of each row that decodes
+RUNS = (1, 2, 4, 8)  # rows that are one request's
 PAGE_SIZE, DIM, SMS = 64, 128, 132
 Launch = dict[str, Any]
 
@@ -89,9 +92,13 @@ def elementwise(launch: Launch, rows: int, inputs: int, outputs: int, size: int)
     return Moved(rows * inputs * 2, rows * outputs * size + (4 * rows if size == 1 else 0), launch["grid"][0])
 
 
-def decode(launch: Launch, lengths: Sequence[int], kv_heads: int, size: int) -> Moved:
-    """Every key and value once, for all query heads of its head."""
-    return Moved(2 * sum(lengths) * kv_heads * DIM * size, 0, 0)
+def decode(launch: Launch, lengths: Sequence[int], heads: int, kv_heads: int, size: int, run: int = 1) -> Moved:
+    """Every key and value once, for all query heads of its head and all queries of a run: for as many columns as the
+    kernel has. lengths: of each query.
+    """
+    width = min(run, MAX_COLUMNS * kv_heads // heads)
+    keys = sum(max(lengths[first : first + width]) for first in range(0, len(lengths), width))
+    return Moved(2 * keys * kv_heads * DIM * size, 0, 0)
 
 
 def prefill(launch: Launch, queries: int, heads: int, kv_heads: int) -> Moved:
@@ -206,10 +213,13 @@ def attention_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
     )  # fmt: skip
     if rows <= 256:
         starts, table = empty(rows + 1, dtype=torch.int64), empty(256, 2048, dtype=torch.int64)
-        meta = AttentionMeta(rows, starts, ints, table, ints, PAGE_SIZE, 2048, 1)
-        moved = lambda launch: decode(launch, [CONTEXT] * rows, kv_heads, size)  # noqa: E731
-        ideal = 2 * rows * CONTEXT * kv_heads * DIM * size
-        yield Use(f"paged_attention decode{suffix}", lambda: ops.paged_attention(q, kv, meta, 0.1), moved, ideal)
+        lengths, facts = [CONTEXT] * rows, (heads, kv_heads, size)
+        for run in (run for run in RUNS if rows % run == 0):
+            meta = AttentionMeta(rows, starts, ints, table, ints, PAGE_SIZE, 2048, 1, run_length=run)
+            moved = lambda launch, run=run: decode(launch, lengths, *facts, run)  # noqa: E731
+            ideal = 2 * rows // run * CONTEXT * kv_heads * DIM * size
+            name = f"paged_attention {'decode' if run == 1 else f'runs of {run}'}{suffix}"
+            yield Use(name, partial(ops.paged_attention, q, kv, meta, 0.1), moved, ideal)
         return
     one, table = empty(1, dtype=torch.int64), empty(1, ceil_div(rows, PAGE_SIZE), dtype=torch.int64)
     meta = AttentionMeta(0, empty(2, dtype=torch.int64), one, table, one, PAGE_SIZE, table.shape[1], rows)

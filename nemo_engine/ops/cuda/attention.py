@@ -1,6 +1,4 @@
-"""Paged attention by csrc/attention: decode rows, a run of them at once, by the decode kernel, rows of several queries by
-the prefill kernel.
-"""
+"""Paged attention by csrc/attention: decode rows, a run at once, by the decode kernel, others by the prefill kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from nemo_engine.ops.cuda.prefill import prefill
 from nemo_engine.ops.paged_kv import PagedKV
 
 _FP8 = torch.float8_e4m3fn
-_MAX_COLUMNS = 32  # query heads of a KV head times queries, whose keys are read once
+MAX_COLUMNS = 32  # query heads of a KV head times queries, whose keys are read once
 
 
 def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
@@ -37,7 +35,7 @@ def _decode(out: Tensor, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: flo
     """
     kernels, stream = library(), stream_of(q)
     heads, kv_heads, rows = q.shape[1], kv.num_heads, meta.num_decodes
-    width = min(meta.run_length, _MAX_COLUMNS * kv_heads // heads)
+    width = min(meta.run_length, MAX_COLUMNS * kv_heads // heads)
     items, units = rows // width, kernels.decode_units(kv_heads)
 
     def make_plan() -> Tensor:
