@@ -1,10 +1,10 @@
-// Attention of single queries, or runs of them, over paged keys and values, GQA-packed, with all keys split evenly over the
-// blocks and the parts of an item combined by the last of them. An item is a query, or a run of queries of one request,
-// each of which sees keys of its own number; the keys of an item are those of the query that sees the most.
+// Attention of single queries, or runs of them, over paged keys and values, GQA-packed, with all keys split evenly over
+// the blocks and the parts of an item combined by the last of them. An item is a query, or a run of queries of one
+// request, each of which sees as many keys as it says; those of an item are those of the query that sees the most.
 //
 // Operands are swapped: keys, and then dimensions, are the 16 rows of a product, and the query heads of one KV head, of
-// each query of the item, its columns: 8 of them make a tile, so that up to 8 cost what one does. Each warp streams keys
-// of its own through its own ring of buffers and keeps its own maximum and sum: no barrier until the end.
+// each query of the item, its columns: 8 of them make a tile, so that up to 8 cost what one does. Each warp streams
+// keys of its own through its own ring of buffers and keeps its own maximum and sum: no barrier until the end.
 //
 // FP8 is widened to fp16, exactly, in registers. A product's k index may run over dimensions in any order if both
 // operands agree: 4 neighbouring bytes of K are two operand registers as they lie. V comes as pairs of dimensions,
@@ -45,8 +45,8 @@ constexpr int DECODE_WARP_BYTES = DECODE_STAGES * 8192;
 // dimensions each.
 using Fragment = Vec<uint32_t, 4>;
 
-// The queries of an item where registers do not hold them: fragments by pair of steps, tile and lane; and the ends of the
-// keys that columns 2t and 2t + 1 of each tile see.
+// The queries of an item where registers do not hold them: fragments by pair of steps, tile and lane; and the ends of
+// the keys that columns 2t and 2t + 1 of each tile see.
 template <int TILES>
 struct SharedQueries {
     Fragment fragments[4][TILES][32];
@@ -68,8 +68,8 @@ struct DecodeCut {
     int32_t item, tile;
 };
 
-// A header (tiles of a share, items if some have no keys and else 0, units with work); where these units begin, and the end;
-// of each item its length, its slot and its place on the line; of each query of a run how many keys it sees.
+// A header (tiles of a share, items if some have no keys and else 0, units with work); where these units begin, and the
+// end; of each item its length, its slot and its place on the line; of each query of a run how many keys it sees.
 struct DecodePlan {
     int32_t *header, *cuts, *lengths, *slots, *places, *seen;
 
@@ -114,7 +114,8 @@ __device__ __forceinline__ int sum_up_to(int x) {
 
 __device__ __forceinline__ int tiles_of(int length) { return length > 0 ? ceil_div(length, SPLIT_TILE) : 0; }
 
-// One cut after the other, by one warp, each from the item that holds the place on the line where the unit before it ends.
+// One cut after the other, by one warp, each from the item that holds the place on the line where the unit before it
+// ends.
 __device__ __forceinline__ int make_cuts(const DecodePlan& plan, int num_items, int total, int share) {
     int first = 0, unit = 0, place = 0, lane = lane_index();
     auto look = [&] { return first + lane < num_items ? load(plan.places + first + lane) : total; };
@@ -213,10 +214,12 @@ struct Part {
     int item, number, count;  // `number` of `count` parts
     int first_unit;           // that has the first of them; the others follow
     int begin, end;           // keys
-    int64_t slot;
+    const int64_t* pages;
 };
 
-__device__ __forceinline__ Part find_part(const DecodePlan& plan, int share, int unit, DecodeCut from, DecodeCut to, int item) {
+template <class T>
+__device__ __forceinline__ Part find_part(const Decode<T>& p, const DecodePlan& plan, int share, int unit,
+                                          DecodeCut from, DecodeCut to, int item) {
     int length = load(plan.lengths + item), tiles = tiles_of(length);
     int begin = item == from.item ? from.tile : 0, end = item == to.item ? to.tile : tiles;
     // Cuts of an item lie a share apart, and the first of them at most a share from its beginning.
@@ -227,7 +230,7 @@ __device__ __forceinline__ Part find_part(const DecodePlan& plan, int share, int
             .first_unit = unit - number,
             .begin = begin * SPLIT_TILE,
             .end = minimum(end * SPLIT_TILE, length),
-            .slot = load(plan.slots + item)};
+            .pages = p.in.page_table + load(plan.slots + item) * p.in.table_stride};
 }
 
 // The warp's keys of tile `tile`: where they lie, a page for each 16.
@@ -244,7 +247,7 @@ __device__ __forceinline__ TileKeys<T> find_keys(const Decode<T>& p, const Part&
 #pragma unroll
     for (int i = 0; i < DecodeTile<T>::KEYS / 16; i++) {
         int key = keys.first + 16 * i;
-        keys.pages[i] = key < part.end ? load(p.in.page_table + part.slot * p.in.table_stride + (key >> p.page_shift)) : 0;
+        keys.pages[i] = key < part.end ? load(part.pages + (key >> p.page_shift)) : 0;
     }
     return keys;
 }
@@ -311,7 +314,8 @@ __device__ __forceinline__ Fragment load_fragment(const Decode<T>& p, const Part
 
 // Where the keys end that columns 2t and 2t + 1 of a tile see.
 template <class T, bool IS_RUN>
-__device__ __forceinline__ Vec<int, 2> load_ends(const Decode<T>& p, const DecodePlan& plan, const Part& part, int tile) {
+__device__ __forceinline__ Vec<int, 2> load_ends(const Decode<T>& p, const DecodePlan& plan, const Part& part,
+                                                 int tile) {
     Vec<int, 2> ends{part.end, part.end};
     if constexpr (IS_RUN) {
 #pragma unroll
@@ -618,17 +622,20 @@ __device__ __forceinline__ void attend_part(const Decode<T>& p, const DecodePlan
 
 // Zeros for those of the items that have no keys: a share of them, of one KV head.
 template <class T>
-__device__ __forceinline__ void clear_empty(const Decode<T>& p, const DecodePlan& plan, int num_items, int units, int head) {
+__device__ __forceinline__ void clear_empty(const Decode<T>& p, const DecodePlan& plan, int num_items, int units,
+                                            int head) {
     for (int item = blockIdx.y; item < num_items; item += units) {
         if (load(plan.lengths + item) > 0) continue;
-        for (int i = 0; i < p.columns(); i++) store(p.in.out + p.place(item, head, i) * DECODE_DIM + threadIdx.x, bf16{0});
+        for (int i = 0; i < p.columns(); i++)
+            store(p.in.out + p.place(item, head, i) * DECODE_DIM + threadIdx.x, bf16{0});
     }
 }
 
-// What the block's warps have of a part: merged, a column a warp, and the result if it is all of its item. Else it is left in
-// the scratch, and the last part to come combines all of them, in their order.
+// What the block's warps have of a part: merged, a column a warp, and the result if it is all of its item. Else it is
+// left in the scratch, and the last part to come combines all of them, in their order.
 template <class T>
-__device__ __forceinline__ void finish_part(const Decode<T>& p, const Part& part, int head, unsigned char* shared, float v_scale) {
+__device__ __forceinline__ void finish_part(const Decode<T>& p, const Part& part, int head, unsigned char* shared,
+                                            float v_scale) {
     // A unit has at most one part that begins its item and is not all of it, and one that goes on with an item.
     int64_t pitch = int64_t(p.in.num_kv_heads) * p.columns() * MERGE_PITCH;  // between parts
     float* scratch = p.in.scratch + 2 * part.first_unit * pitch + int64_t(head) * p.columns() * MERGE_PITCH;
@@ -637,7 +644,9 @@ __device__ __forceinline__ void finish_part(const Decode<T>& p, const Part& part
         store_result(p.in.out + p.place(part.item, head, column) * DECODE_DIM, all, v_scale);
     };
     for (int i = warp_index(); i < p.columns(); i += DECODE_WARPS) {
-        auto warp = [&](int w) { return reinterpret_cast<const float*>(shared + w * DECODE_WARP_BYTES) + i * MERGE_PITCH; };
+        auto warp = [&](int w) {
+            return reinterpret_cast<const float*>(shared + w * DECODE_WARP_BYTES) + i * MERGE_PITCH;
+        };
         Share all = merge(DECODE_WARPS, warp, [](const auto* from) { return *from; });
         if (part.count == 1) {
             finish(i, all);
@@ -678,7 +687,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const Decode<
     float v_scale = p.in.v_scale == nullptr ? 1.0f : load(p.in.v_scale + head);
     clear_empty(p, plan, load(plan.header + 1), units, head);
     for (int item = from.item; item < to.item + (to.tile > 0); item++) {
-        Part part = find_part(plan, share, unit, from, to, item);
+        Part part = find_part(p, plan, share, unit, from, to, item);
         if (part.begin >= part.end) continue;
         attend_part<TILES, IS_RUN>(p, plan, part, head, shared, k_scale);
         block_sync();

@@ -9,16 +9,15 @@ struct bf16;
 struct fp8;
 using Stream = uintptr_t;
 
-constexpr int MOST_UNITS = 65535;      // of a launch
-constexpr int MOST_ITEMS = 1 << 20;    // of 131,072 keys each: places on the line are ints
+constexpr int MOST_UNITS = 65535;    // of a launch
+constexpr int MOST_ITEMS = 1 << 20;  // of 131,072 keys each: places on the line are ints
 constexpr int MOST_HEADS = 1024;
+constexpr int MOST_WIDTH = 8;     // queries of an item
+constexpr int MOST_COLUMNS = 32;  // query heads of a KV head times queries of an item
 
-constexpr int MOST_WIDTH = 8;          // queries of an item
-constexpr int MOST_COLUMNS = 32;       // query heads of a KV head times queries of an item
-
-// Items, of `width` queries each, are cut into units of equal work, and each KV head of a unit is a block. The plan, made once
-// a step on the device, says where. The queries of an item are of one slot, that of the first; what those of another see
-// means nothing.
+// Items, of `width` queries each, are cut into units of equal work, and each KV head of a unit is a block. The plan,
+// made once a step on the device, says where. The queries of an item are of one slot, that of the first; what those of
+// another see means nothing.
 struct DecodePlanInputs {
     int32_t* plan;  // decode_plan_words(num_items, num_units, width)
     const int64_t *starts, *seq_lens, *slot_ids;  // of rows: (R + 1,), (R,), (R,)
