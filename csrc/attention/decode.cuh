@@ -159,6 +159,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_decode_kernel(const MakePla
         int item = first + int(threadIdx.x), tiles = 0;
         if (item < num_items) {
             int row = 0, length = 0;
+#pragma unroll 1
             for (int i = in.width - 1; i >= 0; i--) {  // to the first, whose slot is the item's
                 int64_t query = in.first_query + int64_t(item) * in.width + i;
                 row = row_holding(in.starts, in.first_row, in.first_row + in.num_rows, query);
