@@ -108,7 +108,7 @@ def run_rows(ops: Ops, model: ModelConfig, rows: int) -> None:
 
 
 def run_attention(ops: Ops, model: ModelConfig, rows: int, kv_dtype: torch.dtype) -> None:
-    """The rotation and the attention of decodes, and of one prompt."""
+    """The rotation and the attention of decodes, of runs of them, and of one prompt."""
     dim, kv_heads = model.head_dim, model.num_kv_heads
     q, k = empty(rows, model.num_heads, dim), empty(rows, kv_heads, dim)
     cache = empty(PAGES, kv_heads, PAGE_SIZE, dim, dtype=kv_dtype)
@@ -116,10 +116,11 @@ def run_attention(ops: Ops, model: ModelConfig, rows: int, kv_dtype: torch.dtype
     ints = empty(rows, dtype=torch.int64)
     ops.rope_and_append_kv_(q, k, k, kv, RopeMeta(numbers(1000, 2, dim // 2), ints, ints))
     table = empty(SLOTS, 2048, dtype=torch.int64)
-    for count, decodes in ((rows, rows), (1, 0)):
+    for count, decodes, run in ((rows, rows, 1), (rows, rows, 2), (rows, rows, 4), (rows, rows, 8), (1, 0, 1)):
         starts, each = empty(count + 1, dtype=torch.int64), empty(count, dtype=torch.int64)
-        meta = AttentionMeta(decodes, starts, each, table, each, PAGE_SIZE, 2048, rows)
-        ops.paged_attention(q, kv, meta, 0.1)
+        meta = AttentionMeta(decodes, starts, each, table, each, PAGE_SIZE, 2048, rows, run_length=run)
+        if decodes % run == 0:
+            ops.paged_attention(q, kv, meta, 0.1)
 
 
 def run_sampling(ops: Ops, model: ModelConfig) -> None:

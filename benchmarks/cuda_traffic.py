@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ from nemo_engine.benchmarks.machine_code import RESULTS, differs
 from nemo_engine.model.linear import DenseLinear, Fp8Linear, Linear
 from nemo_engine.ops import Ops, Site
 from nemo_engine.ops.attention import AttentionMeta
+from nemo_engine.ops.cuda.attention import MAX_COLUMNS
 from nemo_engine.ops.paged_kv import PagedKV
 from nemo_engine.ops.rope import RopeMeta
 
 STORED = RESULTS / "traffic-sm90-cuda.txt"
 ROWS = (1, 8, 16, 32, 64, 128, 256, 2048, 8192)
 CONTEXT = 4096  # keys of each row that decodes
+RUNS = (2, 4, 8)  # rows that are one request's
 PAGE_SIZE, DIM, SMS = 64, 128, 132
 Launch = dict[str, Any]
 
@@ -89,9 +92,13 @@ def elementwise(launch: Launch, rows: int, inputs: int, outputs: int, size: int)
     return Moved(rows * inputs * 2, rows * outputs * size + (4 * rows if size == 1 else 0), launch["grid"][0])
 
 
-def decode(launch: Launch, lengths: Sequence[int], kv_heads: int, size: int) -> Moved:
-    """Every key and value once, for all query heads of its head."""
-    return Moved(2 * sum(lengths) * kv_heads * DIM * size, 0, 0)
+def decode(launch: Launch, lengths: Sequence[int], heads: int, kv_heads: int, size: int, run: int = 1) -> Moved:
+    """Every key and value once, for all query heads of its head and all queries of a run: for as many columns as the
+    kernel has. lengths: of each query.
+    """
+    width = min(run, MAX_COLUMNS * kv_heads // heads)
+    keys = sum(max(lengths[first : first + width]) for first in range(0, len(lengths), width))
+    return Moved(2 * keys * kv_heads * DIM * size, 0, 0)
 
 
 def prefill(launch: Launch, queries: int, heads: int, kv_heads: int) -> Moved:
@@ -191,10 +198,29 @@ def row_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
         yield Use("quantize_tokens", lambda: ops.quantize_tokens(heads), of(NEMO.q_size, NEMO.q_size), ideal)
 
 
-def attention_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
-    heads, kv_heads, size = NEMO.num_heads, NEMO.num_kv_heads, 1 if is_fp8 else 2
+def paged_kv(is_fp8: bool) -> PagedKV:
+    kv_heads = NEMO.num_kv_heads
     cache = empty(8, kv_heads, PAGE_SIZE, DIM, dtype=FP8 if is_fp8 else torch.bfloat16)
-    kv = PagedKV(cache, cache, *[numbers(kv_heads) if is_fp8 else None for _ in "kv"])
+    return PagedKV(cache, cache, *[numbers(kv_heads) if is_fp8 else None for _ in "kv"])
+
+
+def decode_uses(ops: Ops, rows: int, is_fp8: bool, runs: Sequence[int] = RUNS) -> Iterator[Use]:
+    """Rows of one query, alone or in runs of one request."""
+    heads, kv_heads, size = NEMO.num_heads, NEMO.num_kv_heads, 1 if is_fp8 else 2
+    ints, starts, table = (empty(*shape, dtype=torch.int64) for shape in ((rows,), (rows + 1,), (256, 2048)))
+    lengths, facts = [CONTEXT] * rows, (heads, kv_heads, size)
+    for run in (run for run in runs if rows <= 256 and rows % run == 0):
+        meta = AttentionMeta(rows, starts, ints, table, ints, PAGE_SIZE, 2048, 1, run_length=run)
+        attend = partial(ops.paged_attention, empty(rows, heads, DIM), paged_kv(is_fp8), meta, 0.1)
+        moved = lambda launch, run=run: decode(launch, lengths, *facts, run)  # noqa: E731
+        name = f"paged_attention {'decode' if run == 1 else f'runs of {run}'}{' fp8' if is_fp8 else ''}"
+        yield Use(name, attend, moved, 2 * rows // run * CONTEXT * kv_heads * DIM * size)
+
+
+def attention_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
+    """Of a layer whose rows all decode, or are one prompt."""
+    heads, kv_heads, size = NEMO.num_heads, NEMO.num_kv_heads, 1 if is_fp8 else 2
+    kv = paged_kv(is_fp8)
     q, ints = empty(rows, heads, DIM), empty(rows, dtype=torch.int64)
     k = empty(rows, kv_heads, DIM)
     rope = RopeMeta(numbers(CONTEXT, 2, DIM // 2), ints, ints)
@@ -205,11 +231,7 @@ def attention_uses(ops: Ops, rows: int, is_fp8: bool) -> Iterator[Use]:
         lambda launch: rope_moved(launch, rows, heads, kv_heads, size), ideal,
     )  # fmt: skip
     if rows <= 256:
-        starts, table = empty(rows + 1, dtype=torch.int64), empty(256, 2048, dtype=torch.int64)
-        meta = AttentionMeta(rows, starts, ints, table, ints, PAGE_SIZE, 2048, 1)
-        moved = lambda launch: decode(launch, [CONTEXT] * rows, kv_heads, size)  # noqa: E731
-        ideal = 2 * rows * CONTEXT * kv_heads * DIM * size
-        yield Use(f"paged_attention decode{suffix}", lambda: ops.paged_attention(q, kv, meta, 0.1), moved, ideal)
+        yield from decode_uses(ops, rows, is_fp8, (1,))
         return
     one, table = empty(1, dtype=torch.int64), empty(1, ceil_div(rows, PAGE_SIZE), dtype=torch.int64)
     meta = AttentionMeta(0, empty(2, dtype=torch.int64), one, table, one, PAGE_SIZE, table.shape[1], rows)
@@ -298,7 +320,7 @@ def lines() -> tuple[list[Line], dict[tuple[bool, int], int]]:
             kv_dtype = FP8 if is_fp8 else torch.bfloat16
             ops = Ops.select(Site.of(NEMO, PAGE_SIZE, torch.bfloat16, torch.device("cpu"), kv_dtype), {"*": "cuda"})
             for rows in ROWS:
-                for uses in (linear_uses, mlp_uses, row_uses, attention_uses):
+                for uses in (linear_uses, mlp_uses, row_uses, attention_uses, decode_uses):
                     for use in uses(ops, rows, is_fp8):
                         found.append(line_of(use, rows, launches_of(emulated.emulator, use.run)))
                 if rows <= (256 if is_fp8 else 64):  # beyond it, bf16's products are cuBLAS's, which would run here

@@ -15,7 +15,8 @@ void register_emulation_checks(pybind11::module_& m);
 }  // namespace nemo
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "CUDA kernels of nemo_engine. Addresses, sizes in elements and a stream in; ValueError or RuntimeError out.";
+    m.doc() =
+        "CUDA kernels of nemo_engine. Addresses, sizes in elements and a stream in; ValueError or RuntimeError out.";
 #define FAMILY(name) nemo::register_##name(m);
 #include "families.inc"
 #undef FAMILY

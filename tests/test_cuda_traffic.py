@@ -168,7 +168,7 @@ def test_attention(counting: Any, is_fp8: bool) -> None:
     size = 1 if is_fp8 else 2
     q, kv, meta, scale = attention_inputs([(1, 70), (1, 200)], 8, 2, 128, 64, torch.bfloat16, is_fp8)
     launch = launched(counting, "decode_attention", lambda: cuda_attention.paged_attention(q, kv, meta, scale))
-    assert launch["counts"]["copied"] == traffic.decode(launch, [70, 200], 2, size).read
+    assert launch["counts"]["copied"] == traffic.decode(launch, [70, 200], 8, 2, size).read
     q, kv, meta, scale = attention_inputs([(200, 200)], 8, 2, 128, 64, torch.bfloat16, is_fp8)
     launch = launched(counting, "prefill_attention", lambda: cuda_attention.paged_attention(q, kv, meta, scale))
     moved = traffic.prefill(launch, 200, 8, 2)
@@ -180,6 +180,19 @@ def test_attention(counting: Any, is_fp8: bool) -> None:
         moved = traffic.gather(launch, 200, 2)
         assert moved.read <= launch["counts"]["read"] < 1.05 * moved.read  # the page table
         assert launch["counts"]["written"] == moved.written
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize(("width", "reads"), [(2, 1), (4, 1), (8, 2)])
+def test_a_run_reads_its_keys_once(counting: Any, is_fp8: bool, width: int, reads: int) -> None:
+    """All that its queries see together, as one query of as many keys; 64 columns in two halves."""
+    rows, copied, size = [(1, first + place) for first in (70, 200) for place in range(width)], [], 1 if is_fp8 else 2
+    for run, each in ((1, rows[width - 1 :: width]), (width, rows)):
+        q, kv, meta, scale = attention_inputs(each, 16, 2, 128, 64, torch.bfloat16, is_fp8, run)
+        launch = launched(counting, "decode_attention", lambda: cuda_attention.paged_attention(q, kv, meta, scale))  # noqa: B023
+        copied.append(launch["counts"]["copied"])
+        assert copied[-1] == traffic.decode(launch, [length for _, length in each], 16, 2, size, run).read
+    assert copied[0] * reads * 0.97 <= copied[1] <= copied[0] * reads
 
 
 # ---- NeMo's sizes

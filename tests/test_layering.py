@@ -331,6 +331,14 @@ def too_long(path: Path) -> Iterator[str]:
                 yield f"{name}:{node.lineno}: {node.name} has {length} lines, at most {limit}"
 
 
+def test_lines_of_cuda_are_no_longer_than_those_of_python() -> None:
+    found = [path for ending in ("cuh", "cu", "h", "cpp") for path in (ROOT / "csrc").rglob(f"*.{ending}")]
+    kernels = [path for path in found if "cpu" not in path.parts]
+    assert len(kernels) > 40
+    long = [(path.name, line) for path in kernels for line in path.read_text().splitlines() if len(line) > 120]
+    assert long == []
+
+
 def test_files_classes_and_functions_stay_small() -> None:
     assert [fault for path in (*PACKAGE_FILES, *KERNEL_FILES) for fault in too_long(path)] == []
 

@@ -55,6 +55,7 @@ class Mistake:
         return f"({here} ? ({self.wrong}) : ({self.right}))"
 
 
+RUNS = "heads of 128, runs of 8, one cut within its queries"
 SPLIT, PREFIXES = "heads of 128, one very long decode", "heads of 128, chunks over prefixes"
 TILES = "linear_fp8", "257x144x400 channel"
 ADDED = "quantize_linear_fp8", "257x400x144 and a residual"
@@ -70,8 +71,8 @@ MISTAKES = {
     ),
     "another row of a fragment": Mistake(
         "attention/decode.cuh",
-        "first_key + (matrix & 1) * 8",
-        "first_key + (matrix >> 1) * 8",
+        "(matrix & 1) * 8 + lane_index() % 8",
+        "(matrix >> 1) * 8 + lane_index() % 8",
         "paged_attention",
         SPLIT,
         WRONG_RESULT,
@@ -107,6 +108,55 @@ MISTAKES = {
         "paged_attention",
         "heads of 128, empty decode rows",
         f"of the nearest array|{WRONG_RESULT}",
+    ),
+    "a draft's key read too early": Mistake(
+        "attention/decode.cuh",
+        "load(plan.seen + int64_t(part.item) * p.in.width + column / p.group)",
+        "1 + load(plan.seen + int64_t(part.item) * p.in.width + column / p.group)",
+        "paged_attention",
+        "heads of 128, runs of 4 around page and tile ends",
+        WRONG_RESULT,
+    ),
+    "queries of a run that see all of its keys": Mistake(
+        "attention/decode.cuh",
+        "if (column >= p.columns()) continue;",
+        "continue;",
+        "paged_attention",
+        "heads of 128, runs of 2",
+        WRONG_RESULT,
+    ),
+    "a run as long as its first query": Mistake(
+        "attention/decode.cuh",
+        "length = maximum(length, seen);",
+        "length = seen;",
+        "paged_attention",
+        RUNS,
+        WRONG_RESULT,
+    ),
+    "queries of a run taken for there": Mistake(
+        "attention/decode.cuh",
+        "if (IS_SHARED) block_sync();",
+        "if (IS_SHARED && !MISTAKEN) block_sync();",
+        "paged_attention",
+        RUNS,
+        UNORDERED,
+    ),
+    "results of heads taken for those of queries": Mistake(
+        "attention/decode.cuh",
+        "in.width + column / group) * in.num_heads + head * group + column % group;",
+        "in.width + (MISTAKEN ? column % in.width : column / group)) * in.num_heads + head * group +\n"
+        "(MISTAKEN ? column / in.width : column % group);",
+        "paged_attention",
+        RUNS,
+        WRONG_RESULT,
+    ),
+    "a query without keys divided by nothing": Mistake(
+        "attention/decode.cuh",
+        "all.mass == 0.0f",
+        "false",
+        "paged_attention",
+        "runs of 2, no keys",
+        "NaN",
     ),
     # norm
     "no barrier": Mistake(

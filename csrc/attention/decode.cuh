@@ -1,9 +1,10 @@
-// Attention of single queries over paged keys and values, GQA-packed, with all keys split evenly over the blocks and the
-// parts of a row combined by the last of them.
+// Attention of single queries, or runs of them, over paged keys and values, GQA-packed, with all keys split evenly over
+// the blocks and the parts of an item combined by the last of them. An item is a query, or a run of queries of one
+// request, each of which sees as many keys as it says; those of an item are those of the query that sees the most.
 //
-// Operands are swapped: keys, and then dimensions, are the 16 rows of a product, and the query heads of one KV head its
-// 8 columns, so that up to 8 query heads cost what one does. Each warp streams keys of its own through its own ring of
-// buffers and keeps its own maximum and sum: no barrier until the end.
+// Operands are swapped: keys, and then dimensions, are the 16 rows of a product, and the query heads of one KV head, of
+// each query of the item, its columns: 8 of them make a tile, so that up to 8 cost what one does. Each warp streams
+// keys of its own through its own ring of buffers and keeps its own maximum and sum: no barrier until the end.
 //
 // FP8 is widened to fp16, exactly, in registers. A product's k index may run over dimensions in any order if both
 // operands agree: 4 neighbouring bytes of K are two operand registers as they lie. V comes as pairs of dimensions,
@@ -23,6 +24,8 @@ constexpr int DECODE_WARPS = 4;
 constexpr int DECODE_THREADS = 32 * DECODE_WARPS;
 constexpr int DECODE_STAGES = 3;  // 96 KiB a block: two blocks share a multiprocessor, with 128 KiB on their way
 constexpr int MAX_GROUP = 8;
+constexpr int MAX_TILES = MOST_COLUMNS / 8;
+constexpr int MAX_REGISTER_TILES = 2;  // whose queries lie in registers; of more they lie in shared memory
 constexpr float LOWEST_SCORE = -1e30f;  // of no key yet; finite, so that differences are numbers
 
 // What a warp handles at once, in a stage of 8 KiB: 16 keys of bf16, 32 of fp8.
@@ -37,7 +40,22 @@ struct DecodeTile {
     static constexpr float P_EXPONENT = sizeof(T) == 1 ? 14.0f : 0.0f;  // small weights stay above fp16's smallest
 };
 constexpr int DECODE_WARP_BYTES = DECODE_STAGES * 8192;
-constexpr int DECODE_SHARED_BYTES = DECODE_WARPS * DECODE_WARP_BYTES + 16;
+
+// Of the queries as second operand, zeros beyond the last column: what a lane has of one tile, for two steps of 16
+// dimensions each.
+using Fragment = Vec<uint32_t, 4>;
+
+// The queries of an item where registers do not hold them: fragments by pair of steps, tile and lane; and the ends of
+// the keys that columns 2t and 2t + 1 of each tile see.
+template <int TILES>
+struct SharedQueries {
+    Fragment fragments[4][TILES][32];
+    Vec<int, 2> ends[TILES][4];
+};
+constexpr int DECODE_RINGS_BYTES = DECODE_WARPS * DECODE_WARP_BYTES + 16;  // and whether the block is the last
+constexpr int decode_shared_bytes(int tiles) {
+    return DECODE_RINGS_BYTES + (tiles > MAX_REGISTER_TILES ? int(sizeof(SharedQueries<MAX_TILES>)) : 0);
+}
 constexpr int MERGE_PITCH = DECODE_DIM + 4;  // floats between query heads, when the warps' results are merged
 
 // ---- the plan: which keys a unit has. kernels/decode_split.py states the rule, and is what tests compare with.
@@ -50,10 +68,10 @@ struct DecodeCut {
     int32_t item, tile;
 };
 
-// A header (tiles of a share, items if some have no keys and else 0, units with work); where these units begin, and the end;
-// of each item its length, its slot and its place on the line.
+// A header (tiles of a share, items if some have no keys and else 0, units with work); where these units begin, and the
+// end; of each item its length, its slot and its place on the line; of each query of a run how many keys it sees.
 struct DecodePlan {
-    int32_t *header, *cuts, *lengths, *slots, *places;
+    int32_t *header, *cuts, *lengths, *slots, *places, *seen;
 
     __device__ __forceinline__ DecodeCut cut(int unit) const {
         return {load(cuts + 2 * unit), load(cuts + 2 * unit + 1)};
@@ -61,7 +79,8 @@ struct DecodePlan {
 };
 __host__ __device__ __forceinline__ DecodePlan view_plan(int32_t* words, int num_items, int num_units) {
     int32_t *cuts = words + 3, *lengths = cuts + 2 * (num_units + 1);
-    return {words, cuts, lengths, lengths + num_items, lengths + 2 * int64_t(num_items)};
+    int64_t items = num_items;
+    return {words, cuts, lengths, lengths + items, lengths + 2 * items, lengths + 3 * items};
 }
 
 constexpr int PLAN_THREADS = 1024;
@@ -95,7 +114,8 @@ __device__ __forceinline__ int sum_up_to(int x) {
 
 __device__ __forceinline__ int tiles_of(int length) { return length > 0 ? ceil_div(length, SPLIT_TILE) : 0; }
 
-// One cut after the other, by one warp, each from the item that holds the place on the line where the unit before it ends.
+// One cut after the other, by one warp, each from the item that holds the place on the line where the unit before it
+// ends.
 __device__ __forceinline__ int make_cuts(const DecodePlan& plan, int num_items, int total, int share) {
     int first = 0, unit = 0, place = 0, lane = lane_index();
     auto look = [&] { return first + lane < num_items ? load(plan.places + first + lane) : total; };
@@ -132,14 +152,21 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_decode_kernel(const MakePla
     const DecodePlanInputs& in = p.in;
     DecodePlan plan = view_plan(in.plan, in.num_items, in.num_units);
     int* scratch = shared_memory<int>();
-    int num_items = minimum(in.num_items, int(load(in.starts + in.first_row + in.num_rows)) - in.first_query);
+    int num_queries = int(load(in.starts + in.first_row + in.num_rows)) - in.first_query;
+    int num_items = minimum(in.num_items, num_queries / in.width);
     int total = 0, num_empty = 0, lane = lane_index(), warp = warp_index();
     for (int first = 0; first < num_items; first += PLAN_THREADS) {
         int item = first + int(threadIdx.x), tiles = 0;
         if (item < num_items) {
-            int64_t query = in.first_query + item;
-            int row = row_holding(in.starts, in.first_row, in.first_row + in.num_rows, query);
-            int length = int(load(in.seq_lens + row) - (load(in.starts + row + 1) - 1 - query));
+            int row = 0, length = 0;
+#pragma unroll 1
+            for (int i = in.width - 1; i >= 0; i--) {  // to the first, whose slot is the item's
+                int64_t query = in.first_query + int64_t(item) * in.width + i;
+                row = row_holding(in.starts, in.first_row, in.first_row + in.num_rows, query);
+                int seen = int(load(in.seq_lens + row) - (load(in.starts + row + 1) - 1 - query));
+                if (in.width > 1) store(plan.seen + int64_t(item) * in.width + i, seen);
+                length = maximum(length, seen);
+            }
             store(plan.lengths + item, length);
             store(plan.slots + item, int32_t(load(in.slot_ids + row)));
             tiles = tiles_of(length);
@@ -174,6 +201,13 @@ struct Decode {
     DecodeInputs in;
     int group, page_shift;
     float log2_scale;
+
+    // Columns of an item: column c is query head c % group of query c / group.
+    __device__ __forceinline__ int columns() const { return group * in.width; }
+    // Its place among all heads of all queries.
+    __device__ __forceinline__ int64_t place(int item, int head, int column) const {
+        return (int64_t(item) * in.width + column / group) * in.num_heads + head * group + column % group;
+    }
 };
 
 // One part of one item, as a block sees it.
@@ -181,10 +215,12 @@ struct Part {
     int item, number, count;  // `number` of `count` parts
     int first_unit;           // that has the first of them; the others follow
     int begin, end;           // keys
-    int64_t slot;
+    const int64_t* pages;
 };
 
-__device__ __forceinline__ Part find_part(const DecodePlan& plan, int share, int unit, DecodeCut from, DecodeCut to, int item) {
+template <class T>
+__device__ __forceinline__ Part find_part(const Decode<T>& p, const DecodePlan& plan, int share, int unit,
+                                          DecodeCut from, DecodeCut to, int item) {
     int length = load(plan.lengths + item), tiles = tiles_of(length);
     int begin = item == from.item ? from.tile : 0, end = item == to.item ? to.tile : tiles;
     // Cuts of an item lie a share apart, and the first of them at most a share from its beginning.
@@ -195,7 +231,7 @@ __device__ __forceinline__ Part find_part(const DecodePlan& plan, int share, int
             .first_unit = unit - number,
             .begin = begin * SPLIT_TILE,
             .end = minimum(end * SPLIT_TILE, length),
-            .slot = load(plan.slots + item)};
+            .pages = p.in.page_table + load(plan.slots + item) * p.in.table_stride};
 }
 
 // The warp's keys of tile `tile`: where they lie, a page for each 16.
@@ -212,7 +248,7 @@ __device__ __forceinline__ TileKeys<T> find_keys(const Decode<T>& p, const Part&
 #pragma unroll
     for (int i = 0; i < DecodeTile<T>::KEYS / 16; i++) {
         int key = keys.first + 16 * i;
-        keys.pages[i] = key < part.end ? load(p.in.page_table + part.slot * p.in.table_stride + (key >> p.page_shift)) : 0;
+        keys.pages[i] = key < part.end ? load(part.pages + (key >> p.page_shift)) : 0;
     }
     return keys;
 }
@@ -257,28 +293,82 @@ __device__ __forceinline__ uint32_t to_fp16(uint32_t pair) {
     return pack_fp16(low, high);
 }
 
-// The queries as second operand: column g is query head g of the group, zeros beyond.
-template <class T>
-__device__ __forceinline__ void load_queries(const Decode<T>& p, const Part& part, int head, uint32_t (&q)[8][2]) {
-    int column = lane_index() / 4, t = lane_index() % 4;
-    const bf16* row = p.in.q + part.item * p.in.q_stride + (head * p.group + column) * p.in.q_head_stride;
+// Of steps 2 `pair` and 2 `pair` + 1.
+template <class T, bool IS_RUN>
+__device__ __forceinline__ Fragment load_fragment(const Decode<T>& p, const Part& part, int head, int tile, int pair) {
+    int column = 8 * tile + lane_index() / 4, t = lane_index() % 4;
+    int64_t query = IS_RUN ? int64_t(part.item) * p.in.width + column / p.group : part.item;
+    int of_group = IS_RUN ? column % p.group : column;
+    bool is_there = column < (IS_RUN ? p.columns() : p.group);
+    const bf16* row = p.in.q + query * p.in.q_stride + (head * p.group + of_group) * p.in.q_head_stride;
+    Fragment fragment;
 #pragma unroll
-    for (int step = 0; step < 8; step++) {
+    for (int i = 0; i < 4; i++) {
+        int step = 2 * pair + i / 2, half = i % 2;
+        // bf16: dimensions 2t + 8 half; fp8: those whose bytes neighbour in a register, 4t + 2 half.
+        int dim = step * 16 + (sizeof(T) == 1 ? 4 * t + 2 * half : 2 * t + 8 * half);
+        uint32_t bits = is_there ? load(reinterpret_cast<const uint32_t*>(row + dim)) : 0;
+        fragment[i] = sizeof(T) == 1 ? to_fp16(bits) : bits;
+    }
+    return fragment;
+}
+
+// Where the keys end that columns 2t and 2t + 1 of a tile see.
+template <class T, bool IS_RUN>
+__device__ __forceinline__ Vec<int, 2> load_ends(const Decode<T>& p, const DecodePlan& plan, const Part& part,
+                                                 int tile) {
+    Vec<int, 2> ends{part.end, part.end};
+    if constexpr (IS_RUN) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            // bf16: dimensions 2t + 8 half; fp8: those whose bytes neighbour in a register, 4t + 2 half.
-            int dim = step * 16 + (sizeof(T) == 1 ? 4 * t + 2 * half : 2 * t + 8 * half);
-            uint32_t pair = column < p.group ? load(reinterpret_cast<const uint32_t*>(row + dim)) : 0;
-            q[step][half] = sizeof(T) == 1 ? to_fp16(pair) : pair;
+        for (int i = 0; i < 2; i++) {
+            int column = 8 * tile + 2 * (lane_index() % 4) + i;
+            if (column >= p.columns()) continue;
+            ends[i] = minimum(part.end, load(plan.seen + int64_t(part.item) * p.in.width + column / p.group));
         }
     }
+    return ends;
 }
+
+// The queries of an item, as a lane of each warp needs them.
+template <class T, int TILES, bool IS_RUN>
+struct Queries {
+    static constexpr bool IS_SHARED = TILES > MAX_REGISTER_TILES;
+    Fragment fragments[4][IS_SHARED ? 1 : TILES];
+    Vec<int, 2> ends_here[IS_SHARED ? 1 : TILES];
+    SharedQueries<TILES>* shared;
+
+    // By the whole block. In shared memory each warp leaves a quarter.
+    __device__ __forceinline__ void fetch(const Decode<T>& p, const DecodePlan& plan, const Part& part, int head) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            if constexpr (IS_SHARED) {
+                int pair = warp_index(), lane = lane_index();
+                shared->fragments[pair][tile][lane] = load_fragment<T, IS_RUN>(p, part, head, tile, pair);
+                if (pair == 0 && lane < 4) shared->ends[tile][lane] = load_ends<T, IS_RUN>(p, plan, part, tile);
+            } else {
+#pragma unroll
+                for (int pair = 0; pair < 4; pair++)
+                    fragments[pair][tile] = load_fragment<T, IS_RUN>(p, part, head, tile, pair);
+                ends_here[tile] = load_ends<T, IS_RUN>(p, plan, part, tile);
+            }
+        }
+        if (IS_SHARED) block_sync();
+    }
+    __device__ __forceinline__ Fragment at(int pair, int tile) const {
+        if constexpr (IS_SHARED) return shared->fragments[pair][tile][lane_index()];
+        return fragments[pair][IS_SHARED ? 0 : tile];
+    }
+    __device__ __forceinline__ Vec<int, 2> ends(int tile) const {
+        if constexpr (IS_SHARED) return shared->ends[tile][lane_index() % 4];
+        return ends_here[IS_SHARED ? 0 : tile];
+    }
+};
 
 __device__ __forceinline__ uint32_t widen_low(uint32_t bytes) { return fp8x2_to_fp16x2(uint16_t(bytes)); }
 __device__ __forceinline__ uint32_t widen_high(uint32_t bytes) { return fp8x2_to_fp16x2(uint16_t(bytes >> 16)); }
 
 template <class T>
-__device__ __forceinline__ void multiply_add_tile(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void add_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (sizeof(T) == 1) {
         mma_16x8x16_fp16(d, a, b);
     } else {
@@ -286,32 +376,51 @@ __device__ __forceinline__ void multiply_add_tile(float (&d)[4], const uint32_t 
     }
 }
 
-// Scores of 16 keys: s[0], s[1] of key g and query heads 2t, 2t + 1; s[2], s[3] of key g + 8.
-template <class T>
-__device__ __forceinline__ void score(float (&s)[4], const unsigned char* k, int first_key, const uint32_t (&q)[8][2]) {
-    int matrix = lane_index() / 8, row = first_key + (matrix & 1) * 8 + lane_index() % 8;
+// Scores of the tile's keys, 16 at a time: s[0], s[1] of key g and columns 2t, 2t + 1; s[2], s[3] of key g + 8.
+template <class T, int TILES, bool IS_RUN>
+__device__ __forceinline__ void score(float (&s)[DecodeTile<T>::KEYS / 16][TILES][4], const unsigned char* k,
+                                      const Queries<T, TILES, IS_RUN>& queries) {
+    using Tile = DecodeTile<T>;
+    int matrix = lane_index() / 8, row = (matrix & 1) * 8 + lane_index() % 8;
 #pragma unroll
-    for (int i = 0; i < 4; i++) s[i] = 0.0f;
+    for (int i = 0; i < Tile::KEYS / 16 * TILES * 4; i++) s[i / 4 / TILES][i / 4 % TILES][i % 4] = 0.0f;
 #pragma unroll
-    for (int step = 0; step < DecodeTile<T>::CHUNKS / 2; step++) {  // two chunks of 16 bytes at once
-        uint32_t r[4];
-        load_matrix_x4(r, k + chunk_at<T>(row, 2 * step + (matrix >> 1)));
-        if constexpr (sizeof(T) == 1) {
-            uint32_t first[4] = {widen_low(r[0]), widen_low(r[1]), widen_high(r[0]), widen_high(r[1])};
-            uint32_t second[4] = {widen_low(r[2]), widen_low(r[3]), widen_high(r[2]), widen_high(r[3])};
-            multiply_add_tile<T>(s, first, q[2 * step]);
-            multiply_add_tile<T>(s, second, q[2 * step + 1]);
-        } else {
-            multiply_add_tile<T>(s, r, q[step]);
+    for (int pair = 0; pair < 4; pair++) {
+        Fragment b[TILES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) b[tile] = queries.at(pair, tile);
+#pragma unroll
+        for (int part = 0; part < Tile::KEYS / 16; part++) {
+            auto add = [&](int half, const uint32_t (&a)[4]) {
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++)
+                    add_product<T>(s[part][tile], a, {b[tile][2 * half], b[tile][2 * half + 1]});
+            };
+            uint32_t r[4];
+            if constexpr (sizeof(T) == 1) {  // two chunks of 16 bytes are two steps
+                load_matrix_x4(r, k + chunk_at<T>(16 * part + row, 2 * pair + (matrix >> 1)));
+                add(0, {widen_low(r[0]), widen_low(r[1]), widen_high(r[0]), widen_high(r[1])});
+                add(1, {widen_low(r[2]), widen_low(r[3]), widen_high(r[2]), widen_high(r[3])});
+            } else {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    load_matrix_x4(r, k + chunk_at<T>(row, 4 * pair + 2 * half + (matrix >> 1)));
+                    add(half, r);
+                }
+            }
         }
     }
 }
 
 // Adds 16 keys' values, weighted. Rows of o[step]: dimensions 16 step + g and + 8, or for fp8 16 step + 2g and + 1.
-template <class T>
-__device__ __forceinline__ void add_values(float (&o)[8][4], const unsigned char* v, int first_key,
-                                           const uint32_t (&weights)[2]) {
+template <class T, int TILES>
+__device__ __forceinline__ void add_values(float (&o)[TILES][8][4], const unsigned char* v, int first_key,
+                                           const uint32_t (&weights)[TILES][2]) {
     int matrix = lane_index() / 8, row = first_key + lane_index() % 8;
+    auto add = [&](int step, const uint32_t (&a)[4]) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) add_product<T>(o[tile][step], a, weights[tile]);
+    };
     if constexpr (sizeof(T) == 1) {
         row += (matrix & 1) * 8;
 #pragma unroll
@@ -321,8 +430,7 @@ __device__ __forceinline__ void add_values(float (&o)[8][4], const unsigned char
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 uint32_t low = permute_bytes(r[2 * i], 0, 0x3120), high = permute_bytes(r[2 * i + 1], 0, 0x3120);
-                uint32_t a[4] = {widen_low(low), widen_high(low), widen_low(high), widen_high(high)};
-                multiply_add_tile<T>(o[step + i], a, weights);
+                add(step + i, {widen_low(low), widen_high(low), widen_low(high), widen_high(high)});
             }
         }
     } else {
@@ -331,80 +439,97 @@ __device__ __forceinline__ void add_values(float (&o)[8][4], const unsigned char
         for (int step = 0; step < 8; step++) {
             uint32_t r[4];
             load_matrix_x4_transposed(r, v + chunk_at<T>(row, 2 * step + (matrix & 1)));
-            multiply_add_tile<T>(o[step], r, weights);
+            add(step, r);
         }
     }
 }
 
-// What a warp has of its keys; columns are query heads 2t and 2t + 1.
+// What a warp has of its keys; this lane's columns of each tile are 2t and 2t + 1.
+template <int TILES>
 struct Running {
-    float most[2], mass[2];  // mass: of this lane's keys alone
-    float o[8][4];
+    float most[TILES][2], mass[TILES][2];  // mass: of this lane's keys alone
+    float o[TILES][8][4];
+
+    __device__ __forceinline__ Running() {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+            for (int column = 0; column < 2; column++) most[tile][column] = LOWEST_SCORE, mass[tile][column] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 32; i++) o[tile][i / 4][i % 4] = 0.0f;
+        }
+    }
 };
 
 // One tile of the warp's keys: scores, softmax against the running maximum, weighted values.
-template <class T>
-__device__ __forceinline__ void attend(Running& run, const unsigned char* stage, const uint32_t (&q)[8][2], int first_key,
-                                       int end, float log2_scale) {
+template <class T, int TILES, bool IS_RUN>
+__device__ __forceinline__ void attend(Running<TILES>& run, const unsigned char* stage,
+                                       const Queries<T, TILES, IS_RUN>& queries, int first_key, float log2_scale) {
     using Tile = DecodeTile<T>;
     constexpr int PARTS = Tile::KEYS / 16;
-    float s[PARTS][4];
+    float s[PARTS][TILES][4];
     int g = lane_index() / 4;
+    score(s, stage, queries);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        Vec<int, 2> ends = queries.ends(tile);
+#pragma unroll
+        for (int i = 0; i < 4 * PARTS; i++) {
+            float& x = s[i / 4][tile][i % 4];
+            x = first_key + 16 * (i / 4) + g + i % 4 / 2 * 8 < ends[i % 2] ? multiply(x, log2_scale) : -INFINITY;
+        }
+    }
+    float factor[TILES][2];
+    bool is_higher = false;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+        for (int column = 0; column < 2; column++) {
+            float most = s[0][tile][column];
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                most = maximum(most, s[part][tile][column]);
+                most = maximum(most, s[part][tile][column + 2]);
+            }
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2) most = maximum(most, shuffle_xor(most, mask));
+            most = maximum(run.most[tile][column], most);
+            factor[tile][column] = exp2_fast(run.most[tile][column] - most);
+            is_higher = is_higher || factor[tile][column] != 1.0f;
+            run.most[tile][column] = most;
+            run.mass[tile][column] *= factor[tile][column];
+        }
+    }
+    if (ballot(is_higher)) {
+#pragma unroll
+        for (int i = 0; i < 32 * TILES; i++) run.o[i / 32][i / 4 % 8][i % 4] *= factor[i / 32][i % 2];
+    }
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-        score<T>(s[part], stage, 16 * part, q);
+        uint32_t weights[TILES][2];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int key = first_key + 16 * part + g + i / 2 * 8;
-            s[part][i] = key < end ? multiply(s[part][i], log2_scale) : -INFINITY;
+        for (int tile = 0; tile < TILES; tile++) {
+            float weight[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                weight[i] = exp2_fast(s[part][tile][i] - run.most[tile][i % 2] + Tile::P_EXPONENT);
+                run.mass[tile][i % 2] += weight[i];
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float low = weight[2 * i], high = weight[2 * i + 1];
+                weights[tile][i] = transpose_matrix(sizeof(T) == 1 ? pack_fp16(low, high) : pack_bf16(low, high));
+            }
         }
-    }
-    float factor[2];
-#pragma unroll
-    for (int column = 0; column < 2; column++) {
-        float most = s[0][column];
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            most = maximum(most, s[part][column]);
-            most = maximum(most, s[part][column + 2]);
-        }
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) most = maximum(most, shuffle_xor(most, mask));
-        most = maximum(run.most[column], most);
-        factor[column] = exp2_fast(run.most[column] - most);
-        run.most[column] = most;
-        run.mass[column] *= factor[column];
-    }
-    if (ballot(factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-        for (int step = 0; step < 8; step++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) run.o[step][i] *= factor[i % 2];
-        }
-    }
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        float weight[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            weight[i] = exp2_fast(s[part][i] - run.most[i % 2] + Tile::P_EXPONENT);
-            run.mass[i % 2] += weight[i];
-        }
-        uint32_t rows[2];
-        if constexpr (sizeof(T) == 1) {
-            rows[0] = pack_fp16(weight[0], weight[1]), rows[1] = pack_fp16(weight[2], weight[3]);
-        } else {
-            rows[0] = pack_bf16(weight[0], weight[1]), rows[1] = pack_bf16(weight[2], weight[3]);
-        }
-        uint32_t weights[2] = {transpose_matrix(rows[0]), transpose_matrix(rows[1])};
         add_values<T>(run.o, stage + Tile::MATRIX_BYTES, 16 * part, weights);
     }
 }
 
 // The warp's keys of the whole part, through its ring of stages.
-template <class T>
-__device__ __forceinline__ void stream_keys(const Decode<T>& p, const Part& part, int head, const uint32_t (&q)[8][2],
-                                            float log2_scale, unsigned char* ring, Running& run) {
+template <class T, int TILES, bool IS_RUN>
+__device__ __forceinline__ void stream_keys(const Decode<T>& p, const Part& part, int head,
+                                            const Queries<T, TILES, IS_RUN>& queries, float log2_scale,
+                                            unsigned char* ring, Running<TILES>& run) {
     int tiles = ceil_div(part.end - part.begin, DecodeTile<T>::BLOCK_KEYS);
     TileKeys<T> keys = find_keys(p, part, 0);
 #pragma unroll
@@ -421,104 +546,116 @@ __device__ __forceinline__ void stream_keys(const Decode<T>& p, const Part& part
         copy_async_commit();
         keys = find_keys(p, part, ahead + 1);
         int first = part.begin + tile * DecodeTile<T>::BLOCK_KEYS + warp_index() * DecodeTile<T>::KEYS;
-        if (first < part.end) {
-            attend<T>(run, ring + tile % DECODE_STAGES * 8192, q, first, part.end, log2_scale);
-        }
+        if (first < part.end) attend(run, ring + tile % DECODE_STAGES * 8192, queries, first, log2_scale);
     }
     copy_async_wait<0>();
     warp_sync();
 }
 
-// The warps' results, in their own rings: [query head][dimension] and, at the end of a row, maximum and mass.
-template <class T>
-__device__ __forceinline__ void publish(const Running& run, float* to) {
+// The warps' results, in their own rings: [column][dimension] and, at the end of a row, maximum and mass.
+template <class T, int TILES>
+__device__ __forceinline__ void publish(const Running<TILES>& run, float* to) {
     int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
-    for (int column = 0; column < 2; column++) {
-        float* row = to + (2 * t + column) * MERGE_PITCH;
-        float mass = run.mass[column];
+    for (int i = 0; i < 2 * TILES; i++) {
+        int tile = i / 2, column = i % 2;
+        float* row = to + (8 * tile + 2 * t + column) * MERGE_PITCH;
+        float mass = run.mass[tile][column];
 #pragma unroll
         for (int mask = 4; mask < 32; mask *= 2) mass += shuffle_xor(mass, mask);
-        if (g == 0) row[DECODE_DIM] = run.most[column], row[DECODE_DIM + 1] = mass;
+        if (g == 0) row[DECODE_DIM] = run.most[tile][column], row[DECODE_DIM + 1] = mass;
 #pragma unroll
         for (int step = 0; step < 8; step++) {
             int dim = step * 16 + (sizeof(T) == 1 ? 2 * g : g);
-            row[dim] = run.o[step][column];
-            row[dim + (sizeof(T) == 1 ? 1 : 8)] = run.o[step][column + 2];
+            row[dim] = run.o[tile][step][column];
+            row[dim + (sizeof(T) == 1 ? 1 : 8)] = run.o[tile][step][column + 2];
         }
     }
 }
 
-// A query head's share of one dimension: weighted values, their mass, and the maximum that both refer to.
+// A column's share of this lane's 4 dimensions: weighted values, their mass, and the maximum that both refer to.
+using Dims = Vec<float, 4>;
 struct Share {
-    float value, mass, most;
+    Dims values;
+    float mass, most;
 };
 
-// Of `count` parts, in their order. at(i): the address of part i; get(address): the float there.
+// Of `count` parts, in their order. at(i): where part i lies; get(address): what lies there.
 template <class At, class Get>
-__device__ __forceinline__ Share merge(int count, int dim, At at, Get get) {
-    Share all{0.0f, 0.0f, LOWEST_SCORE};
+__device__ __forceinline__ Share merge(int count, At at, Get get) {
+    Share all{{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, LOWEST_SCORE};
+#pragma unroll 4
     for (int i = 0; i < count; i++) {
         const float* row = at(i);
-        float most = maximum(all.most, get(row + DECODE_DIM));
-        float ours = exp2_fast(all.most - most), theirs = exp2_fast(get(row + DECODE_DIM) - most);
-        all.value = all.value * ours + get(row + dim) * theirs;
-        all.mass = all.mass * ours + get(row + DECODE_DIM + 1) * theirs;
+        Dims values = get(reinterpret_cast<const Dims*>(row) + lane_index());
+        auto beside = get(reinterpret_cast<const Vec<float, 2>*>(row + DECODE_DIM));
+        float most = maximum(all.most, beside[0]);
+        float ours = exp2_fast(all.most - most), theirs = exp2_fast(beside[0] - most);
+#pragma unroll
+        for (int dim = 0; dim < 4; dim++) all.values[dim] = all.values[dim] * ours + values[dim] * theirs;
+        all.mass = all.mass * ours + beside[1] * theirs;
         all.most = most;
     }
     return all;
 }
 
+// Zeros of a query that sees no key, in a run of others that do.
 __device__ __forceinline__ void store_result(bf16* to, const Share& all, float v_scale) {
-    store(to, bf16{uint16_t(pack_bf16(multiply(divide(all.value, all.mass), v_scale), 0.0f))});
+    Dims values;
+#pragma unroll
+    for (int dim = 0; dim < 4; dim++)
+        values[dim] = all.mass == 0.0f ? 0.0f : multiply(divide(all.values[dim], all.mass), v_scale);
+    store(reinterpret_cast<Vec<uint32_t, 2>*>(to) + lane_index(),
+          {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3])});
 }
 
-template <class T>
-__device__ __forceinline__ void attend_part(const Decode<T>& p, const Part& part, int head, unsigned char* ring, float k_scale) {
-    uint32_t q[8][2];
-    load_queries(p, part, head, q);
-    Running run;
-#pragma unroll
-    for (int column = 0; column < 2; column++) run.most[column] = LOWEST_SCORE, run.mass[column] = 0.0f;
-#pragma unroll
-    for (int step = 0; step < 8; step++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) run.o[step][i] = 0.0f;
-    }
-    stream_keys(p, part, head, q, p.log2_scale * k_scale, ring, run);
+template <int TILES, bool IS_RUN, class T>
+__device__ __forceinline__ void attend_part(const Decode<T>& p, const DecodePlan& plan, const Part& part, int head,
+                                            unsigned char* shared, float k_scale) {
+    unsigned char* ring = shared + warp_index() * DECODE_WARP_BYTES;
+    Queries<T, TILES, IS_RUN> queries;
+    queries.shared = reinterpret_cast<SharedQueries<TILES>*>(shared + DECODE_RINGS_BYTES);
+    queries.fetch(p, plan, part, head);
+    Running<TILES> run;
+    stream_keys(p, part, head, queries, p.log2_scale * k_scale, ring, run);
     publish<T>(run, reinterpret_cast<float*>(ring));
 }
 
 // Zeros for those of the items that have no keys: a share of them, of one KV head.
 template <class T>
-__device__ __forceinline__ void clear_empty(const Decode<T>& p, const DecodePlan& plan, int num_items, int units, int head) {
+__device__ __forceinline__ void clear_empty(const Decode<T>& p, const DecodePlan& plan, int num_items, int units,
+                                            int head) {
     for (int item = blockIdx.y; item < num_items; item += units) {
         if (load(plan.lengths + item) > 0) continue;
-        bf16* out = p.in.out + (int64_t(item) * p.in.num_heads + head * p.group) * DECODE_DIM + threadIdx.x;
-        for (int i = 0; i < p.group; i++) store(out + i * DECODE_DIM, bf16{0});
+        for (int i = 0; i < p.columns(); i++)
+            store(p.in.out + p.place(item, head, i) * DECODE_DIM + threadIdx.x, bf16{0});
     }
 }
 
-// What the block's warps have of a part: merged, and the result if it is all of its item. Else it is left in the scratch, and
-// the last part to come combines all of them, in their order.
+// What the block's warps have of a part: merged, a column a warp, and the result if it is all of its item. Else it is
+// left in the scratch, and the last part to come combines all of them, in their order.
 template <class T>
-__device__ __forceinline__ void finish_part(const Decode<T>& p, const Part& part, int head, unsigned char* shared, float v_scale) {
-    int dim = threadIdx.x;
-    bf16* out = p.in.out + (int64_t(part.item) * p.in.num_heads + head * p.group) * DECODE_DIM + dim;
+__device__ __forceinline__ void finish_part(const Decode<T>& p, const Part& part, int head, unsigned char* shared,
+                                            float v_scale) {
     // A unit has at most one part that begins its item and is not all of it, and one that goes on with an item.
-    int64_t pitch = int64_t(p.in.num_heads) * MERGE_PITCH;  // between parts
-    float* scratch = p.in.scratch + 2 * part.first_unit * pitch + int64_t(head) * p.group * MERGE_PITCH;
+    int64_t pitch = int64_t(p.in.num_kv_heads) * p.columns() * MERGE_PITCH;  // between parts
+    float* scratch = p.in.scratch + 2 * part.first_unit * pitch + int64_t(head) * p.columns() * MERGE_PITCH;
     auto place = [&](int number) { return scratch + (2 * number + (number == 0)) * pitch; };
-    for (int i = 0; i < p.group; i++) {
-        auto warp = [&](int w) { return reinterpret_cast<const float*>(shared + w * DECODE_WARP_BYTES) + i * MERGE_PITCH; };
-        Share all = merge(DECODE_WARPS, dim, warp, [](const float* from) { return *from; });
+    auto finish = [&](int column, const Share& all) {
+        store_result(p.in.out + p.place(part.item, head, column) * DECODE_DIM, all, v_scale);
+    };
+    for (int i = warp_index(); i < p.columns(); i += DECODE_WARPS) {
+        auto warp = [&](int w) {
+            return reinterpret_cast<const float*>(shared + w * DECODE_WARP_BYTES) + i * MERGE_PITCH;
+        };
+        Share all = merge(DECODE_WARPS, warp, [](const auto* from) { return *from; });
         if (part.count == 1) {
-            store_result(out + i * DECODE_DIM, all, v_scale);
+            finish(i, all);
             continue;
         }
         float* row = place(part.number) + i * MERGE_PITCH;
-        store(row + dim, all.value);
-        if (dim == 0) store(row + DECODE_DIM, all.most), store(row + DECODE_DIM + 1, all.mass);
+        store(reinterpret_cast<Dims*>(row) + lane_index(), all.values);
+        if (lane_index() == 0) store(reinterpret_cast<Vec<float, 2>*>(row + DECODE_DIM), {all.most, all.mass});
     }
     if (part.count == 1) return;
 
@@ -528,15 +665,15 @@ __device__ __forceinline__ void finish_part(const Decode<T>& p, const Part& part
     if (threadIdx.x == 0) *is_last = atomic_add_ordered(counter, 1) == part.count - 1;
     block_sync();
     if (!*is_last) return;
-    for (int i = 0; i < p.group; i++) {
+    for (int i = warp_index(); i < p.columns(); i += DECODE_WARPS) {
         auto row = [&](int number) { return place(number) + i * MERGE_PITCH; };
-        Share all = merge(part.count, dim, row, [](const float* from) { return load(from); });
-        store_result(out + i * DECODE_DIM, all, v_scale);
+        finish(i, merge(part.count, row, [](const auto* from) { return load(from); }));
     }
     if (threadIdx.x == 0) store(counter, 0);
 }
 
-template <class T>
+// TILES: of 8 columns, an item's query heads of one KV head. IS_RUN: items of several queries.
+template <class T, int TILES, bool IS_RUN>
 __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const Decode<T> p) {
     let_next_kernel_start();
     wait_for_previous_kernel();
@@ -551,9 +688,9 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const Decode<
     float v_scale = p.in.v_scale == nullptr ? 1.0f : load(p.in.v_scale + head);
     clear_empty(p, plan, load(plan.header + 1), units, head);
     for (int item = from.item; item < to.item + (to.tile > 0); item++) {
-        Part part = find_part(plan, share, unit, from, to, item);
+        Part part = find_part(p, plan, share, unit, from, to, item);
         if (part.begin >= part.end) continue;
-        attend_part(p, part, head, shared + warp_index() * DECODE_WARP_BYTES, k_scale);
+        attend_part<TILES, IS_RUN>(p, plan, part, head, shared, k_scale);
         block_sync();
         finish_part(p, part, head, shared, v_scale);
         block_sync();  // the warps' results are read: the next part's keys may come

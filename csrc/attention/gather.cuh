@@ -1,8 +1,8 @@
 // FP8 pages of rows widened to bf16, exactly, so that prefill attention over an FP8 cache is that over a bf16 one.
 //
-// A block does one page: its heads lie in a row in the cache, and in the result. An element is read once and written once:
-// 1 + 2 = 3 bytes. For a row of 32,768 keys and 8 KV heads these are 2 x 32,768 x 8 x 128 = 67 M elements, 201 MB a layer:
-// 47 us at 4.3 TB/s, where the products of 2,048 queries over them take some 1.9 ms.
+// A block does one page: its heads lie in a row in the cache, and in the result. An element is read once and written
+// once: 1 + 2 = 3 bytes. For a row of 32,768 keys and 8 KV heads these are 2 x 32,768 x 8 x 128 = 67 M elements, 201 MB
+// a layer: 47 us at 4.3 TB/s, where the products of 2,048 queries over them take some 1.9 ms.
 #pragma once
 
 #include "attention/gather.h"
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(GATHER_THREADS) gather_pages_kernel(const Gath
     }
     int64_t from = load(in.page_table + load(in.slot_ids + low) * in.table_stride + page - load(in.bounds + low));
     int head_size = in.page_size * GATHER_DIM, vectors = in.num_heads * head_size / VECTOR;
-    int64_t source = (from * in.num_kv_heads + in.first_head) * head_size, target = int64_t(page) * in.num_heads * head_size;
+    int64_t source = (from * in.num_kv_heads + in.first_head) * head_size;
+    int64_t target = int64_t(page) * in.num_heads * head_size;
     const fp8* caches[2] = {in.k_cache + source, in.v_cache + source};
     bf16* outs[2] = {in.k_out + target, in.v_out + target};
     for (int first = threadIdx.x; first < vectors; first += GATHER_VECTORS * GATHER_THREADS) {

@@ -88,7 +88,8 @@ __device__ __forceinline__ PrefillItem find_prefill_item(const Prefill& p, int i
     int base = int(load(starts)), low = 0, high = p.in.num_rows;
     while (high - low > 1) {  // the last row whose first tile is not after this one, 32 at a time
         int step = ceil_div(high - low, 32), probe = low + lane * step;
-        bool is_before = probe < high && ((int(load(starts + minimum(probe, high - 1))) - base) >> shift) + probe <= tile;
+        int before = (int(load(starts + minimum(probe, high - 1))) - base) >> shift;  // tiles
+        bool is_before = probe < high && before + probe <= tile;
         low += step * (count_bits(ballot(is_before)) - 1);
         high = minimum(low + step, high);
     }

@@ -58,10 +58,12 @@ constexpr int64_t MOST_ELEMENTS = int64_t(1) << 39;  // of a stride: 40 bits of 
 #define CHECK_POINTER(name) CHECK_ALIGNED(name, 16)
 
 #ifndef NEMO_EMULATED
-#define CHECK_CUDA(call)                                                                                            \
-    do {                                                                                                            \
-        cudaError_t answer = (call);                                                                                \
-        if (answer != cudaSuccess)                                                                                  \
-            throw std::runtime_error(nemo::text(#call ": ", cudaGetErrorName(answer), ", ", cudaGetErrorString(answer))); \
+#define CHECK_CUDA(call)                                                                        \
+    do {                                                                                        \
+        cudaError_t answer = (call);                                                            \
+        if (answer != cudaSuccess) {                                                            \
+            const char *name = cudaGetErrorName(answer), *words = cudaGetErrorString(answer);   \
+            throw std::runtime_error(nemo::text(#call ": ", name, ", ", words));                \
+        }                                                                                       \
     } while (0)
 #endif

@@ -43,7 +43,8 @@ int cluster_places(int cluster) {
     }
     int count = places[device][cluster].load(std::memory_order_relaxed);
     if (count == 0) {
-        CHECK_CUDA(cudaFuncSetAttribute(has_a_multiprocessor, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_OF_A_MULTIPROCESSOR));
+        CHECK_CUDA(cudaFuncSetAttribute(has_a_multiprocessor, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        MOST_OF_A_MULTIPROCESSOR));
         cudaLaunchAttribute attribute{};
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {unsigned(cluster), 1, 1};
@@ -105,11 +106,11 @@ TensorMap make_tensor_map(const void* base, const TensorMapSpec& spec) {
         if (i > 0) strides[i - 1] = spec.strides[i];
     }
     TensorMap made;
-    CUresult answer = encode(&made.map, data_type(spec.element), spec.rank, const_cast<void*>(base), sizes, strides, box,
-                             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_mode(spec.swizzle),
+    CUresult answer = encode(&made.map, data_type(spec.element), spec.rank, const_cast<void*>(base), sizes, strides,
+                             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_mode(spec.swizzle),
                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    CHECK(answer == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused (", int(answer), ") base ", base, ", sizes ", sizes[0], " x ",
-          sizes[1], ", box ", box[0], " x ", box[1]);
+    CHECK(answer == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused (", int(answer), ") base ", base, ", sizes ",
+          sizes[0], " x ", sizes[1], ", box ", box[0], " x ", box[1]);
     return made;
 }
 

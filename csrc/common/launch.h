@@ -23,8 +23,8 @@ struct Launch {
 // Streaming multiprocessors of the current device.
 int num_sms();
 
-// Blocks that need a multiprocessor each and can run at once in clusters of this size: a cluster lies within one of the GPU's
-// groups of multiprocessors, so that some may be left over.
+// Blocks that need a multiprocessor each and can run at once in clusters of this size: a cluster lies within one of the
+// GPU's groups of multiprocessors, so that some may be left over.
 int cluster_places(int cluster);
 
 }  // namespace nemo
@@ -41,8 +41,9 @@ void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
     auto fail = [&](cudaError_t answer) {
         cudaGetLastError();  // not sticky: the next launch starts clean
         throw std::runtime_error(text("launch of ", how.name, ": ", cudaGetErrorName(answer), ", ",
-                                      cudaGetErrorString(answer), " (grid ", how.grid.x, "x", how.grid.y, "x", how.grid.z,
-                                      " in clusters of ", how.cluster, ", ", how.threads, " threads, ", how.shared_bytes, " bytes of shared memory)"));
+                                      cudaGetErrorString(answer), " (grid ", how.grid.x, "x", how.grid.y, "x",
+                                      how.grid.z, " in clusters of ", how.cluster, ", ", how.threads, " threads, ",
+                                      how.shared_bytes, " bytes of shared memory)"));
     };
     if (how.shared_bytes > 48 * 1024) {
         cudaError_t answer =

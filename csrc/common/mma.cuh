@@ -2,10 +2,11 @@
 //
 // Fragments of mma_16x8: with g = lane / 4 and t = lane % 4,
 //   c, d (fp32): d[0], d[1] = row g, columns 2t, 2t + 1; d[2], d[3] = row g + 8, the same columns
-//   a, 16-bit elements (k = 16): a[0] = row g, k 2t, 2t + 1; a[1] = row g + 8; a[2] = row g, k 2t + 8, + 9; a[3] = row g + 8
+//   a, 16-bit elements (k = 16): a[0] = row g, k 2t, 2t + 1; a[2] = row g, k 2t + 8, + 9; a[1], a[3] = row g + 8
 //   b, 16-bit elements: b[0] = k 2t, 2t + 1 of column g; b[1] = k 2t + 8, 2t + 9
-// the lowest index in the lowest bits. Accumulators of wgmma (m64): warp w of the four holds rows 16 w .. 16 w + 15, and
-// d[4 j .. 4 j + 3] are the fragment above of columns 8 j .. 8 j + 7. Its A from registers: as a of mma_16x8, per warp.
+// the lowest index in the lowest bits. Accumulators of wgmma (m64): warp w of the four holds rows 16 w .. 16 w + 15,
+// and d[4 j .. 4 j + 3] are the fragment above of columns 8 j .. 8 j + 7. Its A from registers: as a of mma_16x8, per
+// warp.
 #pragma once
 
 #include "memory.cuh"
@@ -45,8 +46,8 @@ __device__ __forceinline__ void load_matrix_x2_transposed(uint32_t (&r)[2], cons
 }
 // The counterpart of load_matrix_x4 (stmatrix).
 __device__ __forceinline__ void store_matrix_x4(void* row, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
-                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 }
 // Transposes an 8x8 matrix of 16-bit elements held as r of load_matrix.
@@ -56,14 +57,15 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t r) {
     return transposed;
 }
 
-#define NEMO_MMA(NAME, SHAPE, TYPES)                                                                                     \
-    __device__ __forceinline__ void NAME(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                \
-        asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPES ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}," \
-                     " {%0, %1, %2, %3};"                                                                                \
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                \
+#define NEMO_MMA(NAME, SHAPE, TYPES)                                                                                   \
+    __device__ __forceinline__ void NAME(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {              \
+        asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPES ".f32"                                            \
+                     " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                              \
     }
-// d += a b. There is none of FP8: sm_90 would make two of fp16 of it, beside the conversions; only wgmma has FP8 products.
+// d += a b. There is none of FP8: sm_90 would make two of fp16 of it, beside the conversions; only wgmma has FP8
+// products.
 NEMO_MMA(mma_16x8x16_bf16, "m16n8k16", "bf16.bf16")
 NEMO_MMA(mma_16x8x16_fp16, "m16n8k16", "f16.f16")
 #undef NEMO_MMA
@@ -86,11 +88,13 @@ __device__ __forceinline__ void keep_in_registers(float (&d)[COUNT]) {
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// x is computed before what follows in the program, such as a wait for products. The assembler sees nothing in an empty asm
-// and would compute x after the wait; a store to `nowhere`, shared memory that nobody reads, needs x first. It happens for one
-// NaN only, which arithmetic does not make; a comparison of numbers the assembler decides itself where it knows that x >= 0.
+// x is computed before what follows in the program, such as a wait for products. The assembler sees nothing in an empty
+// asm and would compute x after the wait; a store to `nowhere`, shared memory that nobody reads, needs x first. It
+// happens for one NaN only, which arithmetic does not make; a comparison of numbers the assembler decides itself where
+// it knows that x >= 0.
 __device__ __forceinline__ void compute_before(float x, float* nowhere) {
-    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, %0, 0xFFFFFFFF;\n@p st.shared.b32 [%1], %0;\n}" ::"r"(bits_of_float(x)),
+    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, %0, 0xFFFFFFFF;\n@p st.shared.b32 [%1], %0;\n}" ::"r"(
+                     bits_of_float(x)),
                  "r"(shared_address(nowhere))
                  : "memory");
 }
@@ -114,7 +118,8 @@ struct Wgmma;
 #define NEMO_P13 NEMO_P12 ", %104, %105, %106, %107, %108, %109, %110, %111"
 #define NEMO_P14 NEMO_P13 ", %112, %113, %114, %115, %116, %117, %118, %119"
 #define NEMO_P15 NEMO_P14 ", %120, %121, %122, %123, %124, %125, %126, %127"
-#define NEMO_E(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define NEMO_E4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define NEMO_E(i) NEMO_E4(i), NEMO_E4(i + 4)
 #define NEMO_D0 NEMO_E(0)
 #define NEMO_D1 NEMO_D0, NEMO_E(8)
 #define NEMO_D2 NEMO_D1, NEMO_E(16)
@@ -137,32 +142,32 @@ struct Wgmma;
 #define NEMO_D40 NEMO_D1, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
 
 // N columns; i0 .. i6 are the numbers that follow those of the accumulators.
-#define NEMO_WGMMA(N, P, D, i0, i1, i2, i3, i4, i5, i6)                                                                      \
-    template <>                                                                                                          \
-    struct Wgmma<N> {                                                                                                    \
-        template <bool B_IS_N_MAJOR>                                                                                     \
-        static __device__ __forceinline__ void bf16(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {               \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" i2 ", 0;\n"                                                \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" P "}, %" i0 ", %" i1               \
-                         ", p, 1, 1, 0, %" i3 ";\n}"                                                                     \
-                         : D                                                                                             \
-                         : "l"(a), "l"(b), "r"(keep), "n"(int(B_IS_N_MAJOR)));                                           \
-        }                                                                                                                \
-        template <bool B_IS_N_MAJOR>                                                                                     \
-        static __device__ __forceinline__ void bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) {   \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" i5 ", 0;\n"                                                \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" P "}, {%" i0 ", %" i1 ", %" i2     \
+#define NEMO_WGMMA(N, P, D, i0, i1, i2, i3, i4, i5, i6)                                                                \
+    template <>                                                                                                        \
+    struct Wgmma<N> {                                                                                                  \
+        template <bool B_IS_N_MAJOR>                                                                                   \
+        static __device__ __forceinline__ void bf16(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {             \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" i2 ", 0;\n"                                              \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" P "}, %" i0 ", %" i1             \
+                         ", p, 1, 1, 0, %" i3 ";\n}"                                                                   \
+                         : D                                                                                           \
+                         : "l"(a), "l"(b), "r"(keep), "n"(int(B_IS_N_MAJOR)));                                         \
+        }                                                                                                              \
+        template <bool B_IS_N_MAJOR>                                                                                   \
+        static __device__ __forceinline__ void bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" i5 ", 0;\n"                                              \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" P "}, {%" i0 ", %" i1 ", %" i2   \
                          ", %" i3 "}, %" i4 ", p, 1, 1, %" i6 ";\n}"                                          \
-                         : D                                                                                             \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(int(B_IS_N_MAJOR)));       \
-        }                                                                                                                \
-        static __device__ __forceinline__ void fp8(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {                \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" i2 ", 0;\n"                                                \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" P "}, %" i0 ", %" i1               \
-                         ", p, 1, 1;\n}"                                                                                 \
-                         : D                                                                                             \
-                         : "l"(a), "l"(b), "r"(keep));                                                                   \
-        }                                                                                                                \
+                         : D                                                                                           \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(int(B_IS_N_MAJOR)));     \
+        }                                                                                                              \
+        static __device__ __forceinline__ void fp8(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {              \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" i2 ", 0;\n"                                              \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" P "}, %" i0 ", %" i1             \
+                         ", p, 1, 1;\n}"                                                                               \
+                         : D                                                                                           \
+                         : "l"(a), "l"(b), "r"(keep));                                                                 \
+        }                                                                                                              \
     };
 NEMO_WGMMA(16, NEMO_P0, NEMO_D0, "8", "9", "10", "11", "12", "13", "14")
 NEMO_WGMMA(32, NEMO_P1, NEMO_D1, "16", "17", "18", "19", "20", "21", "22")
@@ -180,6 +185,7 @@ NEMO_WGMMA(224, NEMO_P13, NEMO_D13, "112", "113", "114", "115", "116", "117", "1
 NEMO_WGMMA(256, NEMO_P15, NEMO_D15, "128", "129", "130", "131", "132", "133", "134")
 #undef NEMO_WGMMA
 #undef NEMO_E
+#undef NEMO_E4
 
 }  // namespace nemo
 
@@ -191,8 +197,8 @@ namespace nemo {
 //
 // K-major (A, and B with rows of K): each row of the tile is 128 bytes of K (64 bf16, 128 fp8), 8 rows make 1024 bytes.
 // The next 16 (32 fp8) of K within those 128 bytes: add 32 bytes to `start`; the next 128 bytes of K are another tile.
-// N-major (B of bf16 only): each row is one k with 64 columns; 8 of k make 1024 bytes; the next 16 of k: add 2048 bytes;
-// columns 64 .. 127 are another tile `bytes_to_next_64` away.
+// N-major (B of bf16 only): each row is one k with 64 columns; 8 of k make 1024 bytes; the next 16 of k: add 2048
+// bytes; columns 64 .. 127 are another tile `bytes_to_next_64` away.
 __device__ __forceinline__ uint64_t matrix_k_major(const void* start) {
     uint64_t address = shared_address(start);
     return ((address & 0x3FFFF) >> 4) | (uint64_t(1) << 16) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 62);

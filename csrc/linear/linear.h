@@ -23,8 +23,8 @@ struct LinearInputs {
     float eps;
     int rows, width;
     int64_t x_stride, residual_stride;  // elements between rows
-    // Null, or where the blocks of the launch make the rows together: (rows, width) dense, of the weight's type, and of FP8 the
-    // rows' scales; `counts` are two zeros, and zeros again when the launch has ended.
+    // Null, or where the blocks of the launch make the rows together: (rows, width) dense, of the weight's type, and of
+    // FP8 the rows' scales; `counts` are two zeros, and zeros again when the launch has ended.
     void* made;
     float* made_scales;
     int* counts;
@@ -39,12 +39,13 @@ struct LinearScales {
     bool is_block;
 };
 
-// Whether a launch's shared memory is enough for `rows` of this width where each block makes its input for itself: it is kept
-// whole, but for a gated activation in bf16.
+// Whether a launch's shared memory is enough for `rows` of this width where each block makes its input for itself: it
+// is kept whole, but for a gated activation in bf16.
 bool small_linear_fits(Input input, bool is_fp8, int rows, int outputs, int width);
 
 // At most 64 rows, 8 of an input that each block makes for itself. y: (rows, outputs) dense; weight: (outputs, width).
-void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outputs, int64_t weight_stride, Stream stream);
+void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outputs, int64_t weight_stride,
+                  Stream stream);
 void small_linear_fp8(bf16* y, const LinearInputs& in, const fp8* weight, int outputs, int64_t weight_stride,
                       const LinearScales& scales, Stream stream);
 

@@ -13,7 +13,8 @@ bool small_linear_fits(Input input, bool is_fp8, int rows, int outputs, int widt
     return plan_small_linear(rows, outputs, chunks, is_streamed, has_parts).shared_bytes <= MAX_SHARED_BYTES;
 }
 
-void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outputs, int64_t weight_stride, Stream stream) {
+void small_linear(bf16* y, const LinearInputs& in, const bf16* weight, int outputs, int64_t weight_stride,
+                  Stream stream) {
     check_small_linear(y, in, weight, outputs, weight_stride);
     auto run = [&](auto tokens, auto input) {
         launch_small_linear<bf16, tokens(), false, input()>(y, in, weight, outputs, weight_stride, {}, stream);

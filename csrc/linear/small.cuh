@@ -4,9 +4,9 @@
 // (before the previous kernel has ended) and of x; each warpgroup of consumers multiplies 64 rows of the tile by all
 // tokens. Rows beyond the tile and columns beyond the tokens are read as they lie there, and not stored.
 //
-// The blocks of a cluster share x: each fetches some tokens of every stage and multicasts them to all. They go through the
-// same steps together: a stage is filled again when the warps of all blocks have let go of it, and a block without a tile in the
-// last round multiplies zeros.
+// The blocks of a cluster share x: each fetches some tokens of every stage and multicasts them to all. They go through
+// the same steps together: a stage is filled again when the warps of all blocks have let go of it, and a block without
+// a tile in the last round multiplies zeros.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -67,8 +67,8 @@ __device__ __forceinline__ void load_weights(
     constexpr int ELEMENTS = CHUNK_BYTES / sizeof(W);
 #pragma unroll
     for (int i = 0; i < STAGE_CHUNKS; i++) {
-        tma_load_2d(stage + i * tile_rows * CHUNK_BYTES, map, full, (step * STAGE_CHUNKS + i) * ELEMENTS, tile * tile_rows,
-                    Keep::EVICT_FIRST);
+        tma_load_2d(stage + i * tile_rows * CHUNK_BYTES, map, full, (step * STAGE_CHUNKS + i) * ELEMENTS,
+                    tile * tile_rows, Keep::EVICT_FIRST);
     }
 }
 
@@ -180,8 +180,8 @@ struct BlockScales {
     }
 };
 
-// The products of one stage. FP8 products are summed in few bits: each chunk has accumulators of its own, which are then
-// added in fp32, times the scales of the chunk's block if it has any.
+// The products of one stage. FP8 products are summed in few bits: each chunk has accumulators of its own, which are
+// then added in fp32, times the scales of the chunk's block if it has any.
 template <class W, int TOKENS, bool IS_BLOCK>
 __device__ __forceinline__ void multiply_stage(float (&sum)[TOKENS / 2], const SmallLinear& p, const Place& at,
                                                const unsigned char* w, const unsigned char* x, int x_chunk_bytes,

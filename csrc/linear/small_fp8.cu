@@ -28,7 +28,8 @@ void small_linear_fp8(bf16* y, const LinearInputs& in, const fp8* weight, int ou
     }
     switch (in.input) {
         case Input::NORM: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::NORM>{});
-        case Input::SILU_MUL: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::SILU_MUL>{});
+        case Input::SILU_MUL:
+            return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::SILU_MUL>{});
         default: return run(Sixteen{}, std::false_type{}, std::integral_constant<Input, Input::QUANTIZE>{});
     }
 }

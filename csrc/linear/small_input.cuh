@@ -1,6 +1,6 @@
-// The rows of x made in the launch that multiplies them, while its first weights are on their way: norm, gated activation or
-// quantisation. Of at most 8 tokens by each block for itself, in shared memory as the tensor cores read it; of more by all
-// blocks together, through global memory.
+// The rows of x made in the launch that multiplies them, while its first weights are on their way: norm, gated
+// activation or quantisation. Of at most 8 tokens by each block for itself, in shared memory as the tensor cores read
+// it; of more by all blocks together, through global memory.
 #pragma once
 
 #include <type_traits>
@@ -111,12 +111,12 @@ __host__ __device__ constexpr bool can_make_parts() {
     return INPUT == Input::SILU_MUL && !std::is_same_v<W, fp8>;
 }
 
-// Makes the vectors first .. end - 1 of a row, 0 beyond the width, for put(index, vector), and returns the row's scale. A sum
-// with the residual is stored where stores_sum(index). By all consumers; rows beyond the last have none. `scratch`: two words
-// per warp, used again only after a barrier.
+// Makes the vectors first .. end - 1 of a row, 0 beyond the width, for put(index, vector), and returns the row's scale.
+// A sum with the residual is stored where stores_sum(index). By all consumers; rows beyond the last have none.
+// `scratch`: two words per warp, used again only after a barrier.
 template <class W, Input INPUT, class StoresSum, class Put>
-__device__ __forceinline__ float make_row(const SmallInput& p, const Share& share, int row, int first, int end, float* scratch,
-                                          StoresSum stores_sum, Put put) {
+__device__ __forceinline__ float make_row(const SmallInput& p, const Share& share, int row, int first, int end,
+                                          float* scratch, StoresSum stores_sum, Put put) {
     constexpr bool IS_FP8 = std::is_same_v<W, fp8>;
     float inverse = 0;
     Scale scale{};
@@ -171,8 +171,9 @@ __device__ __forceinline__ void make_input(
 
 // ---- by all blocks together
 
-// Rows that the blocks of a launch make for one another, in global memory, where the copy engine then finds them. A block
-// takes a row as long as there are any: it waits for blocks that run and for no others, so that it does not matter how many run at once.
+// Rows that the blocks of a launch make for one another, in global memory, where the copy engine then finds them. A
+// block takes a row as long as there are any: it waits for blocks that run and for no others, so that it does not
+// matter how many run at once.
 struct SharedInput {
     void* x;        // of the weight's type, dense; null where the input is there, or each block makes its own
     float* scales;  // of FP8: one a row
@@ -190,8 +191,8 @@ __device__ __forceinline__ void make_shared_row(
     if (std::is_same_v<W, fp8> && threadIdx.x == 0) store(to.scales + row, scale);
 }
 
-// By all consumers, which may read the scales after it. `taken`: a word of shared memory; `made`: of one arrival, after which the
-// copy engine may read x.
+// By all consumers, which may read the scales after it. `taken`: a word of shared memory; `made`: of one arrival, after
+// which the copy engine may read x.
 template <class W>
 __device__ __forceinline__ void make_shared_input(
     const SharedInput& to, const SmallInput& p, int* taken, Mbarrier* made, float* scratch, int consumers) {

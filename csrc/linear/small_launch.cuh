@@ -16,10 +16,10 @@ struct SmallTiles {
     int rows, cluster, places;
 };
 
-// Tiles of the height (a multiple of the swizzle's 8 rows) and clusters of the size that are done first: time is the rounds of
-// tiles times the larger of a tile's bytes from memory and, at some 1.28 times the rate, its bytes and its share of x from
-// L2, and as much as one row more for what a tile costs besides; and for a cluster's barriers as much as three rows. Of
-// equals the smallest cluster, and of that the highest tile, which reads x least often.
+// Tiles of the height (a multiple of the swizzle's 8 rows) and clusters of the size that are done first: time is the
+// rounds of tiles times the larger of a tile's bytes from memory and, at some 1.28 times the rate, its bytes and its
+// share of x from L2, and as much as one row more for what a tile costs besides; and for a cluster's barriers as much
+// as three rows. Of equals the smallest cluster, and of that the highest tile, which reads x least often.
 inline SmallTiles choose_tiles(int outputs, int streamed_tokens) {
     SmallTiles best{};
     int64_t least = INT64_MAX;

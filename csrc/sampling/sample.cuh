@@ -1,10 +1,10 @@
 // The token of each row in one launch. Blocks survey pieces of a row, and note of every sub-block of 256 tokens its
 // highest logit and, as the row needs it, the mass or the lowest cost of its tokens. The last block of a row to come
-// knows from these bounds that surely hold what can be chosen, and looks at those sub-blocks again: at most twice, but for
-// distributions made to be hard. The first look makes a histogram of the distances' bits; where the counts or masses of
-// nearer tokens reach what top_k or top_p ask for, the second keeps the tokens of that bucket, among which bisection
-// decides, and takes the lowest cost of nearer ones. If few tokens are near, the first look keeps them and there is no
-// second. Nothing is sorted. What decides adds integers or takes minima, so no order matters.
+// knows from these bounds that surely hold what can be chosen, and looks at those sub-blocks again: at most twice, but
+// for distributions made to be hard. The first look makes a histogram of the distances' bits; where the counts or
+// masses of nearer tokens reach what top_k or top_p ask for, the second keeps the tokens of that bucket, among which
+// bisection decides, and takes the lowest cost of nearer ones. If few tokens are near, the first look keeps them and
+// there is no second. Nothing is sorted. What decides adds integers or takes minima, so no order matters.
 //
 // Noise, penalties and filters are those of nemo_engine/ops/sampling.py: the draw is the token with the lowest
 // distance + log(E), where distance = (best - logit) / temperature.
@@ -183,7 +183,8 @@ __device__ __forceinline__ float rough_exponential(uint64_t key, int token) {
 // ---- survey
 
 template <class T>
-__device__ __forceinline__ void survey_sub(const SampleInputs& in, const SampleRow<T>& r, int row, int sub, int num_subs) {
+__device__ __forceinline__ void survey_sub(const SampleInputs& in, const SampleRow<T>& r, int row, int sub,
+                                           int num_subs) {
     int first = sub * SUB + lane_index() * 8;
     float x[8], raw[8];
     read_logits(r, first, raw);
@@ -256,7 +257,9 @@ __device__ __forceinline__ float block_min_of(SampleShared* s, float x) {
 }
 
 // A token's mass, which sums exactly.
-__device__ __forceinline__ int64_t mass_of(float distance) { return int64_t(floorf(multiply(expf(-distance), MASS_ONE))); }
+__device__ __forceinline__ int64_t mass_of(float distance) {
+    return int64_t(floorf(multiply(expf(-distance), MASS_ONE)));
+}
 
 // The smallest bits of a distance, low .. high, within which the weights add up to `target`. within(bits): the sum over
 // the block.
@@ -434,7 +437,8 @@ __device__ __forceinline__ float top_p_bound(const Decision<T>& d, double total)
     return high;
 }
 
-// How near the candidates of a row with filters surely are; and the row's mass, where that is not the candidates' (or 0).
+// How near the candidates of a row with filters surely are; and the row's mass, where that is not the candidates' (or
+// 0).
 template <class T>
 __device__ __forceinline__ double find_bound(Decision<T>& d) {
     const SampleRow<T>& r = d.r;
@@ -448,7 +452,8 @@ __device__ __forceinline__ double find_bound(Decision<T>& d) {
             return block_total_of(d.s, count);
         };
         constexpr uint32_t INFINITE = 0x7F800000u;
-        if (r.top_k <= within(INFINITE - 1)) d.bound = minimum(d.bound, float_of_bits(reach(r.top_k, 0, INFINITE, within)));
+        if (r.top_k <= within(INFINITE - 1))
+            d.bound = minimum(d.bound, float_of_bits(reach(r.top_k, 0, INFINITE, within)));
     }
     if (!(r.top_p < 1.0)) return 0.0;
     d.bound = minimum(d.bound, NO_MASS);
@@ -477,7 +482,8 @@ struct Cut {
         double total = ceil((whole > 0.0 ? whole * double(MASS_ONE) : double(mass)) * top_p);
         return minimum(total < 1.0 ? int64_t(1) : int64_t(total), mass);
     }
-    __device__ __forceinline__ uint32_t sure() const { return minimum(by_count.low, by_mass.low); }  // nearer: surely kept
+    // What is nearer is surely kept.
+    __device__ __forceinline__ uint32_t sure() const { return minimum(by_count.low, by_mass.low); }
     __device__ __forceinline__ bool is_open(uint32_t bits) const {
         return (bits >= by_count.low && bits <= by_count.high) || (bits >= by_mass.low && bits <= by_mass.high);
     }
@@ -578,7 +584,8 @@ __device__ __forceinline__ int64_t draw(Decision<T>& d) {
         d.look_up([&](bool is_candidate, float distance, int token) {
             uint32_t bits = bits_of_float(distance);
             if (fits) keep(s, is_candidate && cut.is_open(bits), distance, token);
-            if (is_candidate && (fits ? bits < cut.sure() : bits <= limit)) least = minimum(least, d.cost_of(distance, token));
+            if (is_candidate && (fits ? bits < cut.sure() : bits <= limit))
+                least = minimum(least, d.cost_of(distance, token));
         });
         block_sync();
     }
@@ -622,7 +629,8 @@ __device__ __forceinline__ int64_t likeliest(const Decision<T>& d) {
 }
 
 template <class T>
-__device__ __forceinline__ void decide(const SampleInputs& in, const SampleRow<T>& r, SampleShared* s, int row, int num_subs) {
+__device__ __forceinline__ void decide(const SampleInputs& in, const SampleRow<T>& r, SampleShared* s, int row,
+                                       int num_subs) {
     const float* highest = in.best + int64_t(row) * num_subs;
     Decision<T> d{.r = r, .s = s, .highest = highest, .notes = in.note + int64_t(row) * num_subs, .num_subs = num_subs,
                   .best = 0};

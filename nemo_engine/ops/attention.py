@@ -167,8 +167,16 @@ def _run_cases() -> Iterator[Case]:
         ("runs of 8, many groups", 6, 2, 8, 32, [(1, n) for n in (*range(1020, 1028), *[50] * 8, *range(58, 66))], 8),
         ("runs of 8, true size", 32, 8, 128, 64, [(1, n) for n in (*range(123, 131), *range(1, 9))], 8),
         ("runs of 4 and prefills", 8, 2, 32, 16, [*[(1, n) for n in range(30, 34)], (5, 37), (70, 70)], 4),
-        ("runs of 2, no keys", 8, 2, 128, 16, [(1, n) for n in (0, 0, 200, 201, 0, 0)], 2),
+        ("runs of 2, no keys", 8, 2, 128, 16, [(1, n) for n in (0, 0, 200, 201, 0, 0, 0, 1)], 2),
         ("runs of 4, a very long one", 8, 1, 128, 128, [(1, n) for n in (5, 5, 5, 5, 2047, 2048, 2049, 2050)], 4),
+        ("heads of 128, runs of 2", 8, 2, 128, 32, [(1, n) for n in (15, 16, 63, 64, 64, 65, 1, 1, 700, 701)], 2),
+        ("heads of 128, runs of 4 around page and tile ends", 8, 2, 128, 16,
+         [(1, n) for n in (14, 15, 16, 17, 17, 17, 17, 17, 62, 63, 64, 65, 63, 64, 64, 64, 126, 127, 128, 129)], 4),
+        ("heads of 128, runs of 8, one cut within its queries", 4, 1, 128, 16,
+         [(1, n) for n in (*range(253, 261), *range(3, 11), *range(60, 68), *[64] * 8)], 8),
+        ("heads of 128, runs of 4, prefills", 2, 1, 128, 64, [*[(1, n) for n in range(62, 66)], (5, 37), (70, 70)], 4),
+        ("heads of 128, runs of 8, group of 1", 2, 2, 128, 16, [(1, n) for n in (*range(12, 20), *range(70, 78))], 8),
+        ("heads of 128, runs of 8, group of 8", 8, 1, 128, 16, [(1, n) for n in (*range(60, 68), *[302] * 8)], 8),
     ):  # fmt: skip
         yield from _both(name, rows, (heads, kv_heads, dim, page_size), run)
 
@@ -244,10 +252,10 @@ def attention_inputs(
 
 
 def _cost(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> tuple[int, int]:
-    dim = q.shape[2]
-    num_bytes, flops = 2 * q.nbytes, 0
+    dim, decodes, run, flops = q.shape[2], meta.num_decodes, meta.run_length, 0
+    keys = meta.seq_lens[:decodes].reshape(decodes // run, run).amax(1).sum() + meta.seq_lens[decodes:].sum()
+    num_bytes = 2 * q.nbytes + 2 * int(keys) * kv.num_heads * dim * kv.dtype.itemsize
     for queries, length in zip(meta.query_start_loc.diff().tolist(), meta.seq_lens.tolist(), strict=True):
-        num_bytes += 2 * length * kv.num_heads * dim * kv.dtype.itemsize
         flops += 4 * q.shape[1] * dim * (queries * length - queries * (queries - 1) // 2)
     return num_bytes, flops
 

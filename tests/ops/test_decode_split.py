@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import random
 from collections.abc import Iterator
@@ -108,17 +109,35 @@ def test_cuda_cuts_as_the_rule_says(emulated_library: Any) -> None:
             heads = share_of(lengths, units), rows * (0 in lengths), max(1, len(expected) - 1)
             for num_empty in (0, 3):  # rows without a query behind them are no items
                 num_rows = rows + num_empty
-                plan = torch.full((emulated_library.decode_plan_words(num_rows, units),), -1, dtype=torch.int32)
+                plan = torch.full((emulated_library.decode_plan_words(num_rows, units, 1),), -1, dtype=torch.int32)
                 starts = torch.arange(num_rows + 1).clamp(max=rows)
                 lens, slots = torch.tensor([*lengths, *[0] * num_empty]), 3 + torch.arange(num_rows)
                 addresses = [x.data_ptr() for x in (plan, starts, lens, slots)]
-                emulated_library.plan_decode(*addresses, 0, num_rows, 0, num_rows, units, 0)
+                emulated_library.plan_decode(*addresses, 0, num_rows, 0, num_rows, units, 1, 0)
                 share, empty, used, *words = plan.tolist()
                 assert (share, empty, used) == heads
                 assert list(zip(words[::2], words[1::2], strict=False))[: len(expected)] == expected
                 listed = words[2 * units + 2 :]
                 assert listed[:num_rows] == [*lengths, *[-1] * num_empty]
                 assert listed[num_rows:][:num_rows] == [*slots[:rows].tolist(), *[-1] * num_empty]
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_cuda_cuts_runs_by_the_query_that_sees_the_most(emulated_library: Any, width: int) -> None:
+    rng, units = random.Random(width), 5
+    seen = [[rng.randint(0, 900) for _ in range(width)] for _ in range(40)]
+    expected = cuts([max(run) for run in seen], units)
+    slots = [[rng.randrange(99) for _ in run] for run in seen]
+    plan = torch.full((emulated_library.decode_plan_words(len(seen), units, width),), -1, dtype=torch.int32)
+    inputs = torch.arange(len(seen) * width + 1), torch.tensor(seen).flatten(), torch.tensor(slots).flatten()
+    with emulated(emulated_library):
+        addresses = [x.data_ptr() for x in (plan, *inputs)]
+        emulated_library.plan_decode(*addresses, 0, len(seen), 0, len(seen) * width, units, width, 0)
+    words = plan[3:].tolist()
+    assert list(zip(words[::2], words[1::2], strict=False))[: len(expected)] == expected
+    lengths, of_slots, _, *listed = plan[5 + 2 * units :].split(len(seen))
+    assert lengths.tolist() == [max(run) for run in seen] and of_slots.tolist() == [run[0] for run in slots]
+    assert torch.cat(listed).tolist() == inputs[1].tolist()
 
 
 def test_units_are_as_many_as_the_blocks_that_run_at_once(emulated_library: Any) -> None:
@@ -145,6 +164,58 @@ def test_cuda_in_few_units(emulated_library: Any, is_fp8: bool, sms: int) -> Non
     finally:
         emulated_library.emulator.set_num_sms(132)
     torch.testing.assert_close(got, attention.paged_attention(*args), rtol=0.02, atol=0.02)
+
+
+RUNS = [5, 59, 121, 0, 253, 640, 16, 1]  # keys of the first query of each
+
+
+def run_inputs(width: int, heads: int, kv_heads: int, is_fp8: bool) -> Any:
+    """Runs with ends of pages and tiles between their queries, and some with fewer drafts than places."""
+    rows = [(1, first + min(place, first % (width + 1))) for first in RUNS for place in range(width)]
+    return attention_inputs(rows, heads, kv_heads, 128, 16, torch.bfloat16, is_fp8, width)
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize(("width", "heads", "kv_heads"), [(2, 8, 2), (4, 4, 1), (8, 2, 2), (8, 4, 1), (8, 8, 1)])
+def test_cuda_in_few_units_of_runs(emulated_library: Any, is_fp8: bool, width: int, heads: int, kv_heads: int) -> None:
+    """Units of many runs, runs of many units, and parts behind all that the first queries of a run see."""
+    args = run_inputs(width, heads, kv_heads, is_fp8)
+    emulated_library.emulator.set_num_sms(4)
+    try:
+        with emulated(emulated_library):
+            for seed in range(2):
+                emulated_library.emulator.seed(seed)
+                got = cuda_attention.paged_attention(*args)
+    finally:
+        emulated_library.emulator.set_num_sms(132)
+    torch.testing.assert_close(got, attention.paged_attention(*args), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_a_query_of_a_run_has_the_bits_that_it_has_alone(emulated_library: Any, is_fp8: bool, width: int) -> None:
+    """Where its keys are cut the same: here not at all."""
+    q, kv, meta, scale = run_inputs(width, 8, 2, is_fp8)
+    alone = dataclasses.replace(meta, run_length=1, workspace=attention.Workspace(), _kept={})
+    emulated_library.emulator.set_num_sms(1)
+    try:
+        with emulated(emulated_library):
+            together, one_by_one = (cuda_attention.paged_attention(q, kv, each, scale) for each in (meta, alone))
+    finally:
+        emulated_library.emulator.set_num_sms(132)
+    assert torch.equal(together.view(torch.int16), one_by_one.view(torch.int16))
+
+
+def test_padding_in_a_run_changes_nothing_of_its_first_query(emulated_library: Any) -> None:
+    """Rows of slot 0, of one key in page 0, in a run of another slot, and a run of nothing else."""
+    q, kv, meta, scale = attention_inputs([(1, 70)] * 4 + [(1, 1)] * 4, 4, 1, 128, 16, torch.bfloat16, False, 4)
+    meta.slot_ids[1:] = meta.page_table[0] = 0
+    meta.seq_lens[1:] = 1
+    kv.k[0], kv.v[0] = 0, 0
+    with emulated(emulated_library):
+        got = cuda_attention.paged_attention(q, kv, meta, scale)
+    torch.testing.assert_close(got[0], attention.paged_attention(q, kv, meta, scale)[0], rtol=0.02, atol=0.02)
+    assert got.isfinite().all()
 
 
 @pytest.mark.interpreted

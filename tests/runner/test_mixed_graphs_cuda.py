@@ -16,11 +16,11 @@ import torch
 from nemo_engine.ops import flash_attn
 from nemo_engine.runner.runner import Runner
 from nemo_engine.sampling_params import SamplingParams
-from nemo_engine.step import PrefillRow, SlotFill, StepPlan
+from nemo_engine.step import TOKEN_NOT_TAKEN, PrefillRow, SlotFill, StepPlan
 from tests.emulation.library import emulated
 from tests.ops.test_flash_attn import stand_in
 from tests.runner.emulated_graphs import emulated_capture
-from tests.runner.test_graphs import PAGE, count_replays, make_runner
+from tests.runner.test_graphs import PAGE, WIDE, count_replays, make_runner, play_wide
 from tests.runner.test_mixed_graphs import BUDGET, Host, check_steps
 
 CPU = torch.device("cpu")
@@ -35,15 +35,20 @@ def library(emulated_library: Any) -> Iterator[Any]:
     emulated_library.emulator.set_num_sms(132)
 
 
-def make_runners(library: Any, path: Path, sizes: tuple[int, ...], **kind: bool) -> tuple[Runner, Runner]:
+def eager_runner(library: Any, path: Path, **kind: Any) -> Runner:
+    """One whose pages are poisoned, and whose page 0, which is padding, any threads may write at the same time."""
+    runner = make_runner(path, CPU, torch.bfloat16, kernels="cuda", **kind)
+    for cache in (cache for kv in runner._kv_cache.layers for cache in kv.caches):
+        library.emulator.allow_races(cache.data_ptr(), cache[0].nbytes)
+    runner._kv_cache.poison(torch.arange(1, 61))
+    return runner
+
+
+def make_runners(library: Any, path: Path, sizes: tuple[int, ...], **kind: Any) -> tuple[Runner, Runner]:
     """One that runs eagerly, and one that replays steps with prompts of up to ``sizes`` tokens."""
-    runners = [make_runner(path, CPU, torch.bfloat16, kernels="cuda", **kind) for _ in range(2)]
-    for runner in runners:
-        for cache in (cache for kv in runner._kv_cache.layers for cache in kv.caches):
-            library.emulator.allow_races(cache.data_ptr(), cache[0].nbytes)  # page 0 is padding
-        runner._kv_cache.poison(torch.arange(1, 61))
-    runners[1].capture((), emulated_capture, mixed_sizes=sizes)
-    return runners[0], runners[1]
+    eager, runner = (eager_runner(library, path, **kind) for _ in range(2))
+    runner.capture((), emulated_capture, mixed_sizes=sizes)
+    return eager, runner
 
 
 def check_pages(eager: Runner, runner: Runner) -> None:
@@ -99,6 +104,24 @@ def test_steps_over_cuda_as_emulated_graphs_equal_eager_ones(
     assert host.kinds >= kinds, host.kinds
     check_pages(eager, runner)
     check_edges(eager, runner)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("has_fp8_cache", [False, True], ids=["bf16", "fp8 cache"])
+def test_wide_steps_over_cuda_as_emulated_graphs_equal_eager_and_narrow_ones(
+    library: Any, tmp_path: Path, has_fp8_cache: bool
+) -> None:
+    """Runs of each width, whose padding counts where their keys are cut."""
+    widths, kind = (4, 2, 8, 1, 8, 4), {"has_fp8_cache": has_fp8_cache, "vocab_size": 5}
+    narrow = play_wide(eager_runner(library, tmp_path, **kind), [1] * 8)[1]
+    results, tokens = play_wide(eager_runner(library, tmp_path, **kind), widths)
+    runner = eager_runner(library, tmp_path, **kind)
+    runner.capture((5,), emulated_capture, WIDE)
+    graphed, again = play_wide(runner, widths)
+    assert [result.token_ids for result in graphed] == [result.token_ids for result in results] and again == tokens
+    assert all(one[: len(tokens[slot])] == tokens[slot][: len(one)] for slot, one in narrow.items())
+    assert sum(map(len, tokens.values())) > 4 * len(widths) + 12, "too few drafts are right"
+    assert any(TOKEN_NOT_TAKEN in result.token_ids for result in results), "no draft is wrong"
 
 
 def test_steps_over_flash_attention_as_emulated_graphs_equal_eager_ones(

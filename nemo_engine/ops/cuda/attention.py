@@ -1,4 +1,4 @@
-"""Paged attention by csrc/attention: rows of one query by the decode kernel, rows of several by the prefill kernel."""
+"""Paged attention by csrc/attention: decode rows, a run at once, by the decode kernel, others by the prefill kernel."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nemo_engine.ops.cuda.prefill import prefill
 from nemo_engine.ops.paged_kv import PagedKV
 
 _FP8 = torch.float8_e4m3fn
+MAX_COLUMNS = 32  # query heads of a KV head times queries, whose keys are read once
 
 
 def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> Tensor:
@@ -28,28 +29,32 @@ def paged_attention(q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -
 
 
 def _decode(out: Tensor, q: Tensor, kv: PagedKV, meta: AttentionMeta, scale: float) -> None:
-    """Fills ``out`` for the decode rows. Their plan is made by the first layer of a step."""
+    """Fills ``out`` for the decode rows. Their plan is made by the first layer of a step.
+
+    A run is an item of the plan, or two where it has more columns than the kernel.
+    """
     kernels, stream = library(), stream_of(q)
-    heads, kv_heads, items = q.shape[1], kv.num_heads, meta.num_decodes
-    units = kernels.decode_units(kv_heads)
+    heads, kv_heads, rows = q.shape[1], kv.num_heads, meta.num_decodes
+    width = min(meta.run_length, MAX_COLUMNS * kv_heads // heads)
+    items, units = rows // width, kernels.decode_units(kv_heads)
 
     def make_plan() -> Tensor:
-        plan = torch.empty(kernels.decode_plan_words(items, units), dtype=torch.int32, device=q.device)
+        plan = torch.empty(kernels.decode_plan_words(items, units, width), dtype=torch.int32, device=q.device)
         kernels.plan_decode(
             plan.data_ptr(), meta.query_start_loc.data_ptr(), meta.seq_lens.data_ptr(), meta.slot_ids.data_ptr(),
-            0, items, 0, items, units, stream,
+            0, items, 0, rows, units, width, stream,
         )  # fmt: skip
         return plan
 
     plan = meta.once("CUDA decode plan", make_plan)
-    words = kernels.decode_scratch_words(units, heads)
+    words = kernels.decode_scratch_words(units, heads, width)
     counts = counters(q.device, units * kv_heads, meta.page_table.data_ptr())
     scratch = meta.workspace.take("CUDA decode parts", (words,), torch.float32, q.device)
     kernels.decode_attention(
         kv.dtype == _FP8, out.data_ptr(), q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale),
         address(kv.v_scale), meta.page_table.data_ptr(), plan.data_ptr(), scratch.data_ptr(), counts.data_ptr(),
-        row_stride(q), row_stride(q, 1), row_stride(meta.page_table), items, units, heads, kv_heads, kv.page_size,
-        scale, stream,
+        row_stride(q), row_stride(q, 1), row_stride(meta.page_table), items, units, width, heads, kv_heads,
+        kv.page_size, scale, stream,
     )  # fmt: skip
 
 
