@@ -74,9 +74,7 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     setup = tree / "setup.py"
     text = setup.read_text()
     assert '"-O3"' in text
-    setup.write_text(
-        text.replace('"-O3"', '"-O0"')
-    )  # it is imported and not timed, and compiles in a third less
+    setup.write_text(text.replace('"-O3"', '"-O0"'))  # it is imported and not timed, and compiles in a third less
     for path in others:
         path.rename(path.with_suffix(".not"))
     options = ("--no-build-isolation", "--no-deps", "--wheel-dir", str(folder))
