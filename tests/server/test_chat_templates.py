@@ -57,13 +57,13 @@ def server(tuned: AsyncEngine) -> Iterator[LiveServer]:
 
 
 def post(server: LiveServer, path: str = CHAT, **body: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, timeout=60)
+    return httpx.post(server.url + path, json=body, timeout=600)
 
 
 def streamed(server: LiveServer, **body: Any) -> tuple[str, list[dict[str, Any]], str]:
     """The content, the calls and the finish reason of a streamed answer."""
     content, calls, reason = "", [], ""
-    with httpx.stream("POST", server.url + CHAT, json={**body, "stream": True}, timeout=60) as answer:
+    with httpx.stream("POST", server.url + CHAT, json={**body, "stream": True}, timeout=600) as answer:
         for line in answer.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -192,7 +192,7 @@ def test_a_template_without_end_costs_its_own_request_alone(
         thread.start()
         others = 0
         while thread.is_alive():
-            assert httpx.get(server.url + "/health", timeout=60).status_code == 200
+            assert httpx.get(server.url + "/health", timeout=600).status_code == 200
             others += not answers
             time.sleep(0.02)
         thread.join()

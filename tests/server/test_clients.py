@@ -51,7 +51,7 @@ def server(narrow: AsyncEngine) -> Iterator[LiveServer]:
 def post(
     server: LiveServer, body: dict[str, Any], headers: dict[str, str], path: str = "/v1/completions"
 ) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, headers=headers, timeout=60)
+    return httpx.post(server.url + path, json=body, headers=headers, timeout=600)
 
 
 class Posts:

@@ -88,9 +88,9 @@ def test_a_client_that_vanishes_ends_its_request(server: LiveServer, stream: boo
 
 def test_a_slow_reader_holds_up_nobody_and_is_told_everything(server: LiveServer) -> None:
     body = LONG | {"max_tokens": 300}
-    wanted = httpx.post(server.url + "/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    wanted = httpx.post(server.url + "/v1/completions", json=body, timeout=600).json()["choices"][0]["text"]
     connection = raw_request(server, body | {"stream": True, "logprobs": 20})
-    assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
+    assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=600).status_code == 200
     wait_until_idle(server)  # the engine is done with it, though nothing was read
     data = b""
     connection.settimeout(60)
@@ -138,7 +138,7 @@ def test_a_request_that_fails_inside_is_told_and_the_others_go_on(server: LiveSe
     engine = server.service.engine
 
     async def run() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
             body = LONG | {"max_tokens": 300, "stream": stream}
             tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(3)]
             while engine.stats().num_running < 3:
@@ -167,9 +167,9 @@ def test_a_step_that_breaks_ends_what_ran_and_the_server_lives(server: LiveServe
         raise RuntimeError("planted")
 
     plant(server.service.engine, broken)
-    answer = httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60)
+    answer = httpx.post(server.url + "/v1/completions", json=SHORT, timeout=600)
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
-    assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
+    assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=600).status_code == 200
 
 
 def test_when_the_engine_dies_everyone_is_told() -> None:
@@ -179,7 +179,7 @@ def test_when_the_engine_dies_everyone_is_told() -> None:
     with AsyncEngine("nemo-tiny", **ENGINE_OPTIONS) as engine, LiveServer(engine, page=False) as server:
 
         async def run() -> None:
-            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
                 whole = asyncio.create_task(client.post("/v1/completions", json=LONG))
                 stream = asyncio.create_task(client.post("/v1/completions", json=LONG | {"stream": True}))
                 while engine.stats().num_running < 2:
@@ -207,10 +207,10 @@ def test_two_thousand_connections(server: LiveServer) -> None:
     connections = []
     try:
         for _ in range(2000):
-            connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+            connection = socket.create_connection(("127.0.0.1", port), timeout=600)
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")  # and no more
             connections.append(connection)
-        assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
+        assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=600).status_code == 200
     finally:
         for connection in connections:
             connection.close()
@@ -225,7 +225,7 @@ def test_a_grammar_that_outgrows_its_limits_is_the_clients_error(
     monkeypatch.setattr(grammar_trial, "MAX_LEXER_STATES", 400)
     pattern = f"(a|b)*a(a|b){{{40 + is_stream}}}"
     body = {"prompt": "x", "max_tokens": 500, "seed": 1, "structured_outputs": {"regex": pattern}, "stream": is_stream}
-    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=600)
     if is_stream:
         events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
         assert response.status_code == 200 and len(events) > 1
@@ -234,4 +234,4 @@ def test_a_grammar_that_outgrows_its_limits_is_the_clients_error(
         assert response.status_code == 400
         error = response.json()["error"]
     assert (error["code"], error["type"]) == ("grammar_too_complex", "invalid_request_error")
-    assert httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=600).status_code == 200

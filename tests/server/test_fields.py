@@ -18,7 +18,7 @@ CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "argume
 
 
 def post(live: LiveServer, path: str, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(live.url + path, json=body, timeout=60)
+    return httpx.post(live.url + path, json=body, timeout=600)
 
 
 def history(**message: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def narrow() -> Iterator[LiveServer]:
 
 
 def post(server: LiveServer, body: dict[str, Any], path: str = "/v1/completions", **options: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, timeout=60, **options)
+    return httpx.post(server.url + path, json=body, timeout=600, **options)
 
 
 def wait_for(condition: Any, what: str) -> None:
@@ -103,7 +103,7 @@ def test_an_answer_that_is_long_to_write_holds_up_nobody(live: LiveServer, path:
         task = pool.submit(post, live, body, path)
         assert has_begun.wait(120)
         try:
-            assert httpx.get(live.url + "/health", timeout=60).status_code == 200
+            assert httpx.get(live.url + "/health", timeout=600).status_code == 200
         finally:
             may_go_on.set()
         assert task.result().status_code == 200
@@ -113,7 +113,7 @@ def test_ids_of_proxies_may_repeat_and_clients_ids_may_not(narrow: LiveServer) -
     headers = {"X-Request-Id": "of-the-proxy"}
 
     async def run() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=narrow.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=narrow.url, timeout=600) as client:
             body = BODY | {"max_tokens": 30, "ignore_eos": True}
             same = [client.post("/v1/completions", json=body, headers=headers) for _ in range(3)]
             asked = [client.post("/v1/completions", json=body | {"request_id": "mine"}) for _ in range(2)]
@@ -135,7 +135,7 @@ def test_ids_of_proxies_may_repeat_and_clients_ids_may_not(narrow: LiveServer) -
 
 def test_an_abort_by_id_ends_all_prompts_of_a_request(narrow: LiveServer) -> None:
     async def run() -> httpx.Response:
-        async with httpx.AsyncClient(base_url=narrow.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=narrow.url, timeout=600) as client:
             body = LONG | {"request_id": "all", "prompt": [[1, 5], [1, 6], [1, 7]]}
             task = asyncio.create_task(client.post("/v1/completions", json=body))
             while narrow.service.engine.num_unfinished < 3:
@@ -214,7 +214,7 @@ def test_a_rendered_chat_is_the_prompt_that_is_answered(live: LiveServer) -> Non
 
 def test_a_queue_is_never_longer_than_it_may_be(narrow: LiveServer) -> None:
     async def run() -> list[int]:
-        async with httpx.AsyncClient(base_url=narrow.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=narrow.url, timeout=600) as client:
             body = BODY | {"max_tokens": 40, "ignore_eos": True}
             answers = await asyncio.gather(*[client.post("/v1/completions", json=body) for _ in range(60)])
             return [answer.status_code for answer in answers]

@@ -51,7 +51,7 @@ def scrape(server: LiveServer, prefix: str = "vllm") -> dict[str, dict[tuple[str
 
 
 def post(server: LiveServer, **body: Any) -> dict[str, Any]:
-    response = httpx.post(server.url + "/v1/completions", json={"ignore_eos": True} | body, timeout=60)
+    response = httpx.post(server.url + "/v1/completions", json={"ignore_eos": True} | body, timeout=600)
     assert response.status_code == 200, response.text
     return dict(response.json())
 

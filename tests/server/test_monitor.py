@@ -217,7 +217,7 @@ def test_the_pages_of_a_conversation(live: LiveServer) -> None:
     assert ask(messages=messages).json()["runs"] == []
     before = snapshot(live)["stats"]["total_prefix_queried_tokens"]
     body = {"messages": messages, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-    answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60).json()
+    answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=600).json()
     size, num_prompt_tokens = ENGINE_OPTIONS["page_size"], answer["usage"]["prompt_tokens"]
     found = ask(messages=messages).json()
     assert found["num_tokens"] == num_prompt_tokens and found["num_pages"] == (num_prompt_tokens - 1) // size > 2

@@ -68,7 +68,7 @@ def test_a_message_by_keyboard_is_streamed_to_its_end(page: Any, live: LiveServe
     ]
     assert asked[0]["messages"] == messages and asked[0]["temperature"] == 0 and asked[0]["max_tokens"] == 48
     expected = httpx.post(
-        f"{live.url}/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 48}, timeout=60
+        f"{live.url}/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 48}, timeout=600
     ).json()
     choice, usage = expected["choices"][0], expected["usage"]
     assert kept(page)[-1]["content"] == choice["message"]["content"] != ""

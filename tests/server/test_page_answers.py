@@ -196,7 +196,7 @@ def test_an_answer_that_was_cut_off_goes_on(page: Any, live: LiveServer) -> None
     whole = kept(page)[-1]["content"]
     body = {name: value for name, value in asked[1].items() if name not in ("request_id", "stream", "stream_options")}
     body |= {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
-    rest = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"][
+    rest = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=600).json()["choices"][0]["message"][
         "content"
     ]
     assert whole == first + rest and rest
@@ -270,7 +270,7 @@ def test_copies_are_requests_of_other_clients(open_page: Callable[..., Any], liv
         exec(compile(python, "copied", "exec"), {})
     assert "ChatCompletionMessage" in shown.getvalue()
     if shutil.which("curl"):
-        answer = json.loads(subprocess.run(["bash", "-c", curl], capture_output=True, timeout=60, check=True).stdout)
+        answer = json.loads(subprocess.run(["bash", "-c", curl], capture_output=True, timeout=600, check=True).stdout)
         assert answer["usage"]["completion_tokens"] == 3
 
 

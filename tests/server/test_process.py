@@ -61,7 +61,7 @@ def serving(
 
 def ask_in_thread(url: str, body: dict[str, Any]) -> tuple[threading.Thread, list[httpx.Response]]:
     found: list[httpx.Response] = []
-    thread = threading.Thread(target=lambda: found.append(httpx.post(url + "/v1/completions", json=body, timeout=60)))
+    thread = threading.Thread(target=lambda: found.append(httpx.post(url + "/v1/completions", json=body, timeout=600)))
     thread.start()
     return thread, found
 
@@ -135,7 +135,7 @@ def test_a_second_signal_ends_at_once() -> None:
 def _swallow(url: str, stream: bool) -> None:
     try:
         httpx.post(
-            url + "/v1/completions", json=LONG | {"max_tokens": 1000, "timeout": 100, "stream": stream}, timeout=60
+            url + "/v1/completions", json=LONG | {"max_tokens": 1000, "timeout": 100, "stream": stream}, timeout=600
         )
     except httpx.TransportError:
         pass
@@ -160,7 +160,7 @@ from nemo_engine.cli import main
 sys.exit(main(sys.argv[1:]))
 """
     with serving(script=script) as (process, url, lines):
-        answer = httpx.post(url + "/v1/completions", json=LONG, timeout=60)
+        answer = httpx.post(url + "/v1/completions", json=LONG, timeout=600)
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_dead"
         assert process.wait(30) == 1
     assert any("has ended by an error" in line for line in lines)

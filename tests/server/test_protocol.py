@@ -39,7 +39,7 @@ def hasty(engine: AsyncEngine) -> Iterator[LiveServer]:
 
 
 def connect(server: LiveServer) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=60)
+    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=600)
 
 
 def rest(connection: socket.socket) -> bytes:

@@ -25,7 +25,7 @@ def test_the_server_does_what_its_document_says(engine: AsyncEngine, tmp_path: P
         command = [
             sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", f"--url={server.url}",
             "--max-examples=5", "--generation-database=none", "--phases=examples,coverage,fuzzing,stateful",
-            "--workers=1", "--checks=all", "--max-response-time=60", "--request-timeout=60", "--seed=1", "--no-shrink",
+            "--workers=1", "--checks=all", "--max-response-time=60", "--request-timeout=600", "--seed=1", "--no-shrink",
             "--no-color",
         ]  # fmt: skip
         run = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path, env=os.environ | hooks)

@@ -144,7 +144,7 @@ class Stream:
     """A stream that goes on, and the worst gap between two of its events."""
 
     def __init__(self, url: str) -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
         self._worst = 0.0
         self._is_over = False
         self._thread = threading.Thread(target=self._read, daemon=True)

@@ -29,7 +29,7 @@ SCRIPTS = [
 
 
 def choice_of(live: LiveServer, body: dict[str, Any]) -> dict[str, Any]:
-    answer = httpx.post(live.url + "/v1/completions", json=body, timeout=60)
+    answer = httpx.post(live.url + "/v1/completions", json=body, timeout=600)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]
 
@@ -37,7 +37,7 @@ def choice_of(live: LiveServer, body: dict[str, Any]) -> dict[str, Any]:
 def streamed(live: LiveServer, body: dict[str, Any]) -> dict[str, Any]:
     """The choices of a stream put together."""
     text, lists = "", {"text_offset": [], "tokens": [], "token_logprobs": []}
-    lines = httpx.post(live.url + "/v1/completions", json=body | {"stream": True}, timeout=60).text.split("\n")
+    lines = httpx.post(live.url + "/v1/completions", json=body | {"stream": True}, timeout=600).text.split("\n")
     for line in lines:
         if line.startswith("data: {"):
             for choice in json.loads(line[6:])["choices"]:
