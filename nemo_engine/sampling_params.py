@@ -309,11 +309,10 @@ class _Setter:
 
 
 def _check_int(name: str, value: object, *, low: int, high: int | None = None, low_text: str | None = None) -> None:
-    limit = low_text or (f"at least {low}" if high is None else f"in [{low}, {high}]")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be an integer {limit}, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {limit}, got {value}")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or value < low or (high is not None and value > high):  # type: ignore[operator]
+        limit = low_text or (f"at least {low}" if high is None else f"in [{low}, {high}]")
+        raise ValueError(f"{name} must be {limit if is_int else f'an integer {limit}'}, got {value!r}")
 
 
 def _check_float(name: str, value: object, *, low: float = -math.inf, high: float = math.inf) -> float:

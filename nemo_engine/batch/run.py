@@ -136,7 +136,7 @@ class _Feed:
         """The next line; None at the end."""
         while not self._lines:
             coming = self._coming
-            await asyncio.wait([coming])  # all who wait go on together, and the first takes the window
+            await self._has_come.wait()  # all who wait go on together, and the first takes the window
             if self._coming is coming:
                 window = coming.result()
                 if not window:
@@ -146,7 +146,10 @@ class _Feed:
         return self._lines.popleft()
 
     def _read(self) -> asyncio.Future[list[Line | BadLine]]:
-        return asyncio.ensure_future(asyncio.to_thread(self._reader.window, self._size))
+        self._has_come = has_come = asyncio.Event()
+        coming = asyncio.ensure_future(asyncio.to_thread(self._reader.window, self._size))
+        coming.add_done_callback(lambda _: has_come.set())
+        return coming
 
     async def close(self) -> None:
         """Wait for the window that is being read."""

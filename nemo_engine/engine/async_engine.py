@@ -109,6 +109,11 @@ class AsyncEngine:
         """The last step that was committed; 0 before the first. Waits for nothing."""
         return self._steps.last_step_id
 
+    @property
+    def num_waiting(self) -> int:
+        """Completions that wait for a place in the batch. Waits for nothing."""
+        return self._engine.num_waiting
+
     def num_waiting_of(self, client: str) -> int:
         """Completions of ``client`` that wait for a place in the batch. Waits for nothing."""
         return self._steps.num_waiting_of(client)

@@ -239,6 +239,11 @@ class BaseEngine:
         """
         self._core.runner.settle()
 
+    @property
+    def num_waiting(self) -> int:
+        """Completions that wait for a place in the batch. Takes no lock."""
+        return len(self._core.scheduler.waiting)
+
     def num_waiting_of(self, client: str) -> int:
         """Completions of ``client`` that wait. Takes no lock."""
         return self._core.scheduler.waiting.count_of(client)

@@ -17,12 +17,12 @@ from nemo_engine.server.service import Service
 from nemo_engine.server.tools import ToolUse
 
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions; chat has the rest of the context
-_PLAIN = (
+_PLAIN = frozenset((  # whose default is None, "not given"
     "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
     "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids",
     "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "stream_interval",
     "logit_bias", "allowed_token_ids", "bad_words", "speculation",
-)  # fmt: skip
+))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def effective(
     for origin, defaults in (("model", service.model_defaults), ("server", service.server_defaults)):
         for name, value in defaults.items():
             values[name], origins[name] = value, origin
-    for name in _PLAIN:
+    for name in request.model_fields_set & _PLAIN:
         value = getattr(request, name)
         if value is not None:
             values[name], origins[name] = value, "request"
