@@ -7,6 +7,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -129,6 +130,7 @@ class _Feed:
     def __init__(self, reader: Reader, size: int) -> None:
         self._reader = reader
         self._size = size
+        self._thread = ThreadPoolExecutor(1, "batch-reader")
         self._lines: deque[Line | BadLine] = deque()
         self._coming = self._read()
 
@@ -147,13 +149,14 @@ class _Feed:
 
     def _read(self) -> asyncio.Future[list[Line | BadLine]]:
         self._has_come = has_come = asyncio.Event()
-        coming = asyncio.ensure_future(asyncio.to_thread(self._reader.window, self._size))
+        coming = asyncio.get_running_loop().run_in_executor(self._thread, self._reader.window, self._size)
         coming.add_done_callback(lambda _: has_come.set())
         return coming
 
     async def close(self) -> None:
         """Wait for the window that is being read."""
         await asyncio.gather(self._coming, return_exceptions=True)
+        self._thread.shutdown(wait=False)  # it has nothing left to do
 
 
 def success(line: Line, answer: Answer) -> bytes:
