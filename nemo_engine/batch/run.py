@@ -117,6 +117,7 @@ async def answer_all(
         async with asyncio.TaskGroup() as group:
             for _ in range(max_open):
                 group.create_task(work())
+        feed.check()
     except BaseExceptionGroup as errors:
         raise _first(errors) from None
     finally:
@@ -140,12 +141,15 @@ class _Feed:
             coming = self._coming
             await self._has_come.wait()  # all who wait go on together, and the first takes the window
             if self._coming is coming:
-                window = coming.result()
-                if not window:
+                if coming.exception() is not None or not coming.result():
                     return None
-                self._lines.extend(window)
+                self._lines.extend(coming.result())
                 self._coming = self._read()
         return self._lines.popleft()
+
+    def check(self) -> None:
+        """At the end: raise what has made an end of reading."""
+        self._coming.result()
 
     def _read(self) -> asyncio.Future[list[Line | BadLine]]:
         self._has_come = has_come = asyncio.Event()
@@ -154,7 +158,8 @@ class _Feed:
         return coming
 
     async def close(self) -> None:
-        """Wait for the window that is being read."""
+        """Wait for the window that is being read, but not for a slow pipe."""
+        self._reader.stop()
         await asyncio.gather(self._coming, return_exceptions=True)
         self._thread.shutdown(wait=False)  # it has nothing left to do
 
