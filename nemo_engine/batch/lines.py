@@ -72,8 +72,12 @@ def parse_request(data: object, number: int, vocab_size: int) -> Line:
     body = {name: value for name, value in data.items() if name not in ("id", "custom_id")}
     if fields[0] == "prompt_token_ids":
         ids = body["prompt"] = body.pop("prompt_token_ids")
-        if not isinstance(ids, list) or any(isinstance(token_id, (str, list)) for token_id in ids):  # texts, for the route
-            raise LineError("invalid_line", f"prompt_token_ids must be a list of token ids, got {_short(ids)}", custom_id)
+        if not isinstance(ids, list) or any(
+            isinstance(token_id, (str, list)) for token_id in ids
+        ):  # texts, for the route
+            raise LineError(
+                "invalid_line", f"prompt_token_ids must be a list of token ids, got {_short(ids)}", custom_id
+            )
     return Line(number, custom_id, CHAT if fields[0] == "messages" else COMPLETIONS, body)
 
 

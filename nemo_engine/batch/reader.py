@@ -72,8 +72,9 @@ class Pipe(io.RawIOBase):
 
 
 def open_lines(path: str | Path) -> IO[bytes]:
-    """Open a file, or standard input for "-"; gzip is decompressed. Raises ``OSError``, ``ValueError`` if standard input
-    is closed.
+    """Open a file, or standard input for "-"; gzip is decompressed.
+
+    Raises ``OSError``, and ``ValueError`` if standard input is closed.
     """
     if str(path) == "-" and sys.stdin is None:
         raise ValueError("standard input is closed")
@@ -127,8 +128,8 @@ class Reader:
     def window(self, max_lines: int) -> list[Line | BadLine]:
         """The next lines, at most ``max_lines``: bad ones, then requests sorted by prompt. Empty at the end.
 
-        What a slow pipe has brought is a window too. Raises ``OSError`` or ``ValueError`` for a file that cannot be read
-        on, when all lines in front of that have been returned.
+        What a slow pipe has brought is a window too. When all lines in front of damage have been returned, raises
+        ``OSError`` or ``ValueError``.
         """
         good: list[Line] = []
         bad: list[BadLine] = []

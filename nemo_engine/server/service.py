@@ -98,7 +98,7 @@ class Service:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a place in the batch."""
-        return max(self.engine.num_waiting, self.engine.num_unfinished - self.engine.config.max_num_seqs)
+        return max(self.engine.num_waiting_of(None), self.engine.num_unfinished - self.engine.config.max_num_seqs)
 
     def check_model(self, name: str | None) -> None:
         """404 for another model than this one."""

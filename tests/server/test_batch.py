@@ -105,8 +105,26 @@ def test_no_value_of_any_field_is_the_servers_fault(offline: Engine, tmp_path: P
         "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/v1/responses": ResponsesRequest
     }  # fmt: skip
     names = sorted({name for model in models.values() for name in model.model_fields})  # of all routes, for each
-    values = ["abc", "", 10**400, -(10**400), 2.5, -1, 0, True, [], ["a"], [[]], [10**400], {}, {"5": 10**400}, {"a": {}}]
-    least = {url: {n: v for n, v in body.items() if n in ("messages", "prompt", "input")} for url, body in BODIES.items()}
+    values = [
+        "abc",
+        "",
+        10**400,
+        -(10**400),
+        2.5,
+        -1,
+        0,
+        True,
+        [],
+        ["a"],
+        [[]],
+        [10**400],
+        {},
+        {"5": 10**400},
+        {"a": {}},
+    ]
+    least = {
+        url: {n: v for n, v in body.items() if n in ("messages", "prompt", "input")} for url, body in BODIES.items()
+    }
     bodies = [(url, least[url] | {name: value}) for url in models for name in names for value in values]
     lines = [{"custom_id": f"{i}", "method": "POST", "url": u, "body": b} for i, (u, b) in enumerate(bodies)]
     summary = offline.batch(write(tmp_path / "in", lines), tmp_path / "out", SamplingParams(max_tokens=1))
