@@ -8,7 +8,7 @@ made by ``Engine`` when the request arrives.
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ MAX_BAD_WORDS = 10_000
 MAX_BAD_WORD_LENGTH = 1000  # characters
 DEFAULT_MAX_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
+_MAX_FLOAT = sys.float_info.max
 
 
 class RequestOutputKind(Enum):
@@ -309,6 +310,8 @@ class _Setter:
 
 
 def _check_int(name: str, value: object, *, low: int, high: int | None = None, low_text: str | None = None) -> None:
+    if type(value) is int and value >= low and (high is None or value <= high):
+        return  # the words for an error take longer than the check
     limit = low_text or (f"at least {low}" if high is None else f"in [{low}, {high}]")
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be an integer {limit}, got {value!r}")
@@ -316,8 +319,11 @@ def _check_int(name: str, value: object, *, low: int, high: int | None = None, l
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 
-def _check_float(name: str, value: object, *, low: float = -math.inf, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def _check_float(name: str, value: object, *, low: float = -_MAX_FLOAT, high: float = _MAX_FLOAT) -> float:
+    if type(value) is float and low <= value <= high:
+        return value
+    # An int of any size can be compared with a float; a NaN is within no limits.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MAX_FLOAT <= value <= _MAX_FLOAT:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")

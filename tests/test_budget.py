@@ -15,7 +15,7 @@ PACKAGE = ROOT / "nemo_engine"
 # Lines of Python, docstrings and blank lines included, by the first folder (files at the top are one room).
 BUDGETS = {
     ".": 2250,  # options and their checks, outputs, the wire between the halves, the plan of memory, quantize
-    "batch": 950,  # files that survive a kill, a full disk and gigabytes
+    "batch": 985,  # files that survive a kill, a full disk and gigabytes, and pipes that are slow or never end
     "checkpoint": 2850,  # every way in which NeMo is published, and a refusal that says what to do for the rest
     "cli": 2425,  # every option has a flag, a help of one line, completion and a place in a file
     "engine": 2345,  # both engines, steps in a thread or in an event loop, and what an exception anywhere must not break

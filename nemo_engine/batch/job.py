@@ -66,6 +66,10 @@ class BatchJob:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is held back, and leave the files to another run."""
         self._file.close()
         self.results.close()
 

@@ -71,7 +71,13 @@ def parse_request(data: object, number: int, vocab_size: int) -> Line:
         raise LineError("invalid_line", f"{fields[0]} and {fields[1]} are given, and one is needed", custom_id)
     body = {name: value for name, value in data.items() if name not in ("id", "custom_id")}
     if fields[0] == "prompt_token_ids":
-        body["prompt"] = body.pop("prompt_token_ids")
+        ids = body["prompt"] = body.pop("prompt_token_ids")
+        if not isinstance(ids, list) or any(
+            isinstance(token_id, (str, list)) for token_id in ids
+        ):  # texts, for the route
+            raise LineError(
+                "invalid_line", f"prompt_token_ids must be a list of token ids, got {_short(ids)}", custom_id
+            )
     return Line(number, custom_id, CHAT if fields[0] == "messages" else COMPLETIONS, body)
 
 

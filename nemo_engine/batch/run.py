@@ -7,6 +7,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,6 +117,7 @@ async def answer_all(
         async with asyncio.TaskGroup() as group:
             for _ in range(max_open):
                 group.create_task(work())
+        feed.check()
     except BaseExceptionGroup as errors:
         raise _first(errors) from None
     finally:
@@ -129,6 +131,7 @@ class _Feed:
     def __init__(self, reader: Reader, size: int) -> None:
         self._reader = reader
         self._size = size
+        self._thread = ThreadPoolExecutor(1, "batch-reader")
         self._lines: deque[Line | BadLine] = deque()
         self._coming = self._read()
 
@@ -136,21 +139,29 @@ class _Feed:
         """The next line; None at the end."""
         while not self._lines:
             coming = self._coming
-            await asyncio.wait([coming])  # all who wait go on together, and the first takes the window
+            await self._has_come.wait()  # all who wait go on together, and the first takes the window
             if self._coming is coming:
-                window = coming.result()
-                if not window:
+                if coming.exception() is not None or not coming.result():
                     return None
-                self._lines.extend(window)
+                self._lines.extend(coming.result())
                 self._coming = self._read()
         return self._lines.popleft()
 
+    def check(self) -> None:
+        """At the end: raise what has made an end of reading."""
+        self._coming.result()
+
     def _read(self) -> asyncio.Future[list[Line | BadLine]]:
-        return asyncio.ensure_future(asyncio.to_thread(self._reader.window, self._size))
+        self._has_come = has_come = asyncio.Event()
+        coming = asyncio.get_running_loop().run_in_executor(self._thread, self._reader.window, self._size)
+        coming.add_done_callback(lambda _: has_come.set())
+        return coming
 
     async def close(self) -> None:
-        """Wait for the window that is being read."""
+        """Wait for the window that is being read, but not for a slow pipe."""
+        self._reader.stop()
         await asyncio.gather(self._coming, return_exceptions=True)
+        self._thread.shutdown(wait=False)  # it has nothing left to do
 
 
 def success(line: Line, answer: Answer) -> bytes:

@@ -109,8 +109,8 @@ class AsyncEngine:
         """The last step that was committed; 0 before the first. Waits for nothing."""
         return self._steps.last_step_id
 
-    def num_waiting_of(self, client: str) -> int:
-        """Completions of ``client`` that wait for a place in the batch. Waits for nothing."""
+    def num_waiting_of(self, client: str | None) -> int:
+        """Completions of ``client``, or of all for None, that wait for a place in the batch. Waits for nothing."""
         return self._steps.num_waiting_of(client)
 
     def room_for(self, num_prompt_tokens: int) -> int:

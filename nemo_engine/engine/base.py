@@ -239,9 +239,10 @@ class BaseEngine:
         """
         self._core.runner.settle()
 
-    def num_waiting_of(self, client: str) -> int:
-        """Completions of ``client`` that wait. Takes no lock."""
-        return self._core.scheduler.waiting.count_of(client)
+    def num_waiting_of(self, client: str | None) -> int:
+        """Completions of ``client``, or of all for None, that wait. Takes no lock."""
+        waiting = self._core.scheduler.waiting
+        return len(waiting) if client is None else waiting.count_of(client)
 
     def stats(self) -> SchedulerStats:
         """Requests and pages at this moment, and totals since the start."""

@@ -59,7 +59,10 @@ class EngineTask(EngineSteps):
             call_in(stream.loop, stream.wake)
 
     def _notify(self) -> None:
-        call_in(self._loop, self._has_arrived.set)
+        if threading.get_ident() == self._loop_thread:  # the loop is awake, and needs no byte in its socket
+            self._has_arrived.set()
+        else:
+            call_in(self._loop, self._has_arrived.set)
 
     def _end(self) -> None:
         if not self.is_closing:
@@ -75,7 +78,7 @@ class EngineTask(EngineSteps):
                 self._has_arrived.clear()
                 if self._inbox:
                     self._run_commands()
-                if self._engine.has_work():
+                if self.streams or self._engine.has_work():
                     self._advance()
                     if self._has_woken or time.monotonic() > went_on + _LONGEST_WAIT:
                         self._has_woken = False

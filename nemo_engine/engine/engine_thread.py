@@ -104,7 +104,7 @@ class EngineSteps(ABC):
         self._engine = engine
         self._condition = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._num_arriving: Counter[str] = Counter()  # completions in the inbox, by client
+        self._num_arriving: Counter[str | None] = Counter()  # completions in the inbox, by client
         self._idle_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     @property
@@ -169,8 +169,10 @@ class EngineSteps(ABC):
             self._inbox.append(lambda: self._submit(prepared, stream))
             self._notify()
 
-    def num_waiting_of(self, client: str) -> int:
-        """Completions of ``client`` that wait for a place in the batch. From any thread."""
+    def num_waiting_of(self, client: str | None) -> int:
+        """Completions of ``client`` that wait for a place in the batch; for None, of all but the inbox's. From any
+        thread.
+        """
         return self._num_arriving[client] + self._engine.num_waiting_of(client)
 
     def drop(self, stream: Stream) -> None:

@@ -112,9 +112,9 @@ class InputProcessor:
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
         if not ids:
             raise ValueError(f"{name} must not be empty")
-        for index, token_id in enumerate(ids):
-            if type(token_id) is not int:
-                raise ValueError(f"{name}[{index}] must be an integer, got {token_id!r}")
+        if {*map(type, ids)} != {int}:
+            index = next(i for i, token_id in enumerate(ids) if type(token_id) is not int)
+            raise ValueError(f"{name}[{index}] must be an integer, got {ids[index]!r}")
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             index = next(i for i, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)
             raise ValueError(f"{name}[{index}] must be in [0, {self._vocab_size - 1}], got {ids[index]}")
@@ -275,11 +275,6 @@ class InputProcessor:
         check_unicode(name, text)
         self.check_length(text, name)
         return EncodedPrompt(text, self.check_ids(self._tokenizer.encode(text), name))
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether prompts may be text."""
-        return self._tokenizer is not None
 
     def check_size(self, text: str, name: str) -> None:
         """Raise ``ValueError`` for a text that would take too long to encode, for callers that set no limit of

@@ -6,8 +6,8 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 from starlette.requests import Request
 
@@ -33,7 +33,7 @@ class Generation:
         effective: list[Effective],
         id_prefix: str,
     ) -> None:
-        self.id = id_prefix + (request.request_id or _id_of_header(http) or uuid4().hex)
+        self.id = id_prefix + (request.request_id or _id_of_header(http) or token_hex(16))
         self._may_repeat = request.request_id is None
         self.created = int(time.time())
         self.prompts = prompts
@@ -67,7 +67,7 @@ class Generation:
             )
             for prompt, params, request_id in zip(self.prompts, self.effective, request_ids)
         ]
-        merged = _enumerated(streams[0]) if len(streams) == 1 else _merge(streams)
+        merged = _Only(streams[0]) if len(streams) == 1 else _merge(streams)
         try:
             if deadline is None:
                 async for index, output in merged:
@@ -105,7 +105,7 @@ class Generation:
             raise ValueError(f"request_id {self.id!r} is in use by an unfinished request")
         ids = self._ids(self.id)
         if any(request_id in owners for request_id in ids):
-            ids = self._ids(f"{self.id}-{uuid4().hex}")
+            ids = self._ids(f"{self.id}-{token_hex(16)}")
         running.setdefault(key, set()).update(ids)
         owners.update(dict.fromkeys(ids, self._client))
         return ids
@@ -114,7 +114,7 @@ class Generation:
         if len(self.prompts) == 1:
             return [name]
         return [
-            f"{name}-{index}-{uuid4().hex}" for index in range(len(self.prompts))
+            f"{name}-{index}-{token_hex(16)}" for index in range(len(self.prompts))
         ]  # made here: a client cannot have chosen these
 
     def _give_back(self, ids: list[str]) -> None:
@@ -232,12 +232,20 @@ def _between(start: float | None, end: float | None) -> float | None:
     return None if start is None or end is None else round(end - start, 6)
 
 
-async def _enumerated(stream: AsyncIterator[RequestOutput]) -> AsyncIterator[tuple[int, RequestOutput]]:
-    try:
-        async for output in stream:
-            yield 0, output
-    finally:
-        await stream.aclose()  # type: ignore[attr-defined]
+class _Only:
+    """One stream, in the form of ``_merge``. An event loop keeps a list of generators, which costs more than this."""
+
+    def __init__(self, stream: AsyncIterator[RequestOutput]) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> _Only:
+        return self
+
+    async def __anext__(self) -> tuple[int, RequestOutput]:
+        return 0, await self._stream.__anext__()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()  # type: ignore[attr-defined]
 
 
 async def _merge(streams: list[AsyncIterator[RequestOutput]]) -> AsyncIterator[tuple[int, RequestOutput]]:

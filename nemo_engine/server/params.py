@@ -16,13 +16,14 @@ from nemo_engine.server.protocol import ChatRequest, CompletionRequest, Generati
 from nemo_engine.server.service import Service
 from nemo_engine.server.tools import ToolUse
 
+_LIMITS = frozenset(("max_completion_tokens", "max_tokens"))
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions; chat has the rest of the context
-_PLAIN = (
+_PLAIN = frozenset((  # whose default is None, "not given"
     "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
     "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids",
     "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "stream_interval",
     "logit_bias", "allowed_token_ids", "bad_words", "speculation",
-)  # fmt: skip
+))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def effective(
     for origin, defaults in (("model", service.model_defaults), ("server", service.server_defaults)):
         for name, value in defaults.items():
             values[name], origins[name] = value, origin
-    for name in _PLAIN:
+    for name in request.model_fields_set & _PLAIN:
         value = getattr(request, name)
         if value is not None:
             values[name], origins[name] = value, "request"
@@ -125,8 +126,8 @@ def _set_max_tokens(
     if max_tokens is not None:
         values["max_tokens"], origins["max_tokens"] = max_tokens, "request"
         is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
-        for name in ("max_completion_tokens", "max_tokens"):  # if both are there, the first counts; check both
-            value = getattr(request, name, None)
+        for name in _LIMITS & type(request).model_fields.keys():  # if both are there, the first counts; check both
+            value = getattr(request, name)
             if value is not None and value < 1 and not (value == 0 and is_echo):
                 raise ApiError(400, f"{name} must be at least 1, got {value}", param=name)
             if value is not None and limit is not None and value > limit:

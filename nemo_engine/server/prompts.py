@@ -38,14 +38,16 @@ def _encode(
     inputs = service.engine.inputs
     if not isinstance(prompt, str):
         return EncodedPrompt(None, inputs.check_ids(prompt, name))
-    if prompt and request.truncate_prompt_tokens is None and inputs.has_tokenizer:
-        inputs.check_length(prompt, name)
-    elif prompt:
+    is_cut = request.truncate_prompt_tokens is not None
+    if not prompt or not (is_cut or request.add_special_tokens is False):
+        return inputs.encode(prompt, name)
+    tokenizer = service.tokenizer
+    if is_cut:
         inputs.check_size(prompt, name)
-    if prompt and (request.add_special_tokens is False or request.truncate_prompt_tokens is not None):
-        ids = service.tokenizer.encode(prompt, bos=request.add_special_tokens is not False)
-        return EncodedPrompt(prompt, inputs.check_ids(ids, name))
-    return inputs.encode(prompt, name)
+    else:
+        inputs.check_length(prompt, name)
+    ids = tokenizer.encode(prompt, bos=request.add_special_tokens is not False)
+    return EncodedPrompt(prompt, inputs.check_ids(ids, name))
 
 
 def encode_conversation(service: Service, request: ChatRequest, tools: ToolUse | None = None) -> EncodedPrompt:

@@ -8,9 +8,10 @@ The engine checks the values by its own rules.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler, PrivateAttr
+from pydantic import BaseModel, ConfigDict, FailFast, Field, GetJsonSchemaHandler
 
 from nemo_engine.option_names import advice
 from nemo_engine.sampling_params import MAX_BAD_WORDS, MAX_N, MAX_STOP
@@ -102,7 +103,9 @@ class ApiRequest(BaseModel):
 
     inside: ClassVar[Mapping[str, Any]] = {}  # the names in objects of declared fields that are not models themselves
 
-    _ignored: Ignored = PrivateAttr(default_factory=Ignored)
+    @cached_property
+    def _ignored(self) -> Ignored:  # a private attribute of pydantic's costs as much as all checks of a short request
+        return Ignored()
 
     def model_post_init(self, _: Any) -> None:
         """Drop unknown fields of objects inside the body. Raises ``ApiError`` for a field that is refused there."""

@@ -98,7 +98,7 @@ class Service:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a place in the batch."""
-        return max(self.engine.stats().num_waiting, self.engine.num_unfinished - self.engine.config.max_num_seqs)
+        return max(self.engine.num_waiting_of(None), self.engine.num_unfinished - self.engine.config.max_num_seqs)
 
     def check_model(self, name: str | None) -> None:
         """404 for another model than this one."""
@@ -134,10 +134,10 @@ class Service:
                 f"n times the number of prompts must be at most {self.options.max_completions}, got {num_completions}",
                 param="n",
             )
-        if self.num_waiting >= self.options.max_queue:
+        if (num_waiting := self.num_waiting) >= self.options.max_queue:
             raise ApiError(
                 429,
-                f"{self.num_waiting} requests wait already, and at most {self.options.max_queue} may",
+                f"{num_waiting} requests wait already, and at most {self.options.max_queue} may",
                 code="queue_full",
                 headers=RETRY_AFTER,
             )

@@ -9,6 +9,7 @@ import io
 import json
 import random
 import resource
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,9 @@ def test_lengths_of_a_workload_become_ids_of_equal_beginnings() -> None:
         ({"custom_id": "a", "method": "POST", "url": CHAT, "body": []}, "body must be a JSON object"),
         ({"custom_id": "a", "method": "POST", "url": CHAT, "body": {}, "model": "x"}, "model is not a field here"),
         ({"prompt": "x", "messages": []}, "prompt and messages are given"),
+        ({"prompt_token_ids": "x"}, "prompt_token_ids must be a list of token ids, got 'x'"),
+        ({"prompt_token_ids": ["x"]}, "prompt_token_ids must be a list of token ids"),
+        ({"prompt_token_ids": [[5]]}, "prompt_token_ids must be a list of token ids"),
         ({"turns": [{"prompt": "x", "output_tokens": 1}] * 2}, "one request, got 2 turns"),
         ({"generate": {}}, "generate stands for many requests"),
         ({}, "output_tokens must be an integer"),
@@ -262,6 +266,19 @@ def test_compressed_input(tmp_path: Path) -> None:
     compressed.write_bytes(gzip.compress(source.read_bytes()))
     run(compressed, tmp_path / "other", Scripted())
     assert union(tmp_path / "other") == union(target)
+
+
+def test_what_stands_in_front_of_damage_is_answered(tmp_path: Path) -> None:
+    dice = random.Random(3)
+    lines = "".join(f'{{"prompt":"{dice.randbytes(40).hex()}"}}\n' for _ in range(200)).encode()
+    whole = gzip.compress(lines)
+    cut = whole[: len(whole) * 2 // 3]
+    readable = zlib.decompressobj(wbits=31).decompress(cut).count(b"\n")
+    source, target = tmp_path / "in.gz", tmp_path / "out"
+    source.write_bytes(cut)
+    with pytest.raises(ValueError, match="cannot be read on"):
+        run(source, target, Scripted(0.01), max_open=7)
+    assert 100 < readable < 200 and len(results(target)) == readable
 
 
 def test_the_model_that_a_file_names(tmp_path: Path) -> None:

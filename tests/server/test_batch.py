@@ -17,6 +17,8 @@ from nemo_engine import Engine, SamplingParams
 from nemo_engine.cli import main
 from nemo_engine.engine.async_engine import EngineDeadError
 from nemo_engine.engine.base import BaseEngine
+from nemo_engine.server.protocol import ApiRequest, ChatRequest, CompletionRequest
+from nemo_engine.server.responses.protocol import ResponsesRequest
 from tests.batch.kills import results, union
 from tests.server.live import ENGINE_OPTIONS, LiveServer
 
@@ -96,6 +98,39 @@ def test_what_fails_and_why(offline: Engine, tmp_path: Path) -> None:
         assert says in error["message"] and error["code"]
         assert failed[line]["response"]["body"]["error"]["message"] == error["message"]
     assert failed[1]["response"]["status_code"] == 404 and failed[1]["error"]["code"] == "model_not_found"
+
+
+def test_no_value_of_any_field_is_the_servers_fault(offline: Engine, tmp_path: Path) -> None:
+    models: dict[str, type[ApiRequest]] = {
+        "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/v1/responses": ResponsesRequest
+    }  # fmt: skip
+    names = sorted({name for model in models.values() for name in model.model_fields})  # of all routes, for each
+    values = [
+        "abc",
+        "",
+        10**400,
+        -(10**400),
+        2.5,
+        -1,
+        0,
+        True,
+        [],
+        ["a"],
+        [[]],
+        [10**400],
+        {},
+        {"5": 10**400},
+        {"a": {}},
+    ]
+    least = {
+        url: {n: v for n, v in body.items() if n in ("messages", "prompt", "input")} for url, body in BODIES.items()
+    }
+    bodies = [(url, least[url] | {name: value}) for url in models for name in names for value in values]
+    lines = [{"custom_id": f"{i}", "method": "POST", "url": u, "body": b} for i, (u, b) in enumerate(bodies)]
+    summary = offline.batch(write(tmp_path / "in", lines), tmp_path / "out", SamplingParams(max_tokens=1))
+    assert summary.num_done == len(bodies)
+    ours = [result for result in results(tmp_path / "out.errors") if result["response"]["status_code"] >= 500]
+    assert [bodies[result["line"] - 1] for result in ours] == []
 
 
 def test_the_same_tokens_as_generate_and_defaults_for_lines_without_their_own(offline: Engine, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import openai
 import pytest
 
 from nemo_engine import AsyncEngine
+from nemo_engine.batch.job import BatchJob
+from nemo_engine.server.batch import worker
 from nemo_engine.server.multipart import receive_form
 from tests.server.live import LiveServer
 
@@ -110,6 +113,33 @@ def test_a_batch_goes_on_after_a_restart_and_can_be_cancelled(engine: AsyncEngin
         partial = client.files.content(batch.output_file_id).text.splitlines()
         assert 0 < len(partial) == batch.request_counts.completed < 60
         assert client.batches.cancel(made.id).status == "cancelled"
+
+
+def test_a_batch_cancelled_while_its_files_are_opened_leaves_none_open(
+    engine: AsyncEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_opening, may_open, closed = threading.Event(), threading.Event(), threading.Event()
+
+    class SlowJob(BatchJob):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            is_opening.set()
+            may_open.wait()
+            super().__init__(*args, **options)
+
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    monkeypatch.setattr(worker, "BatchJob", SlowJob)
+    with LiveServer(engine, batch_dir=str(tmp_path)) as live:
+        client = client_of(live)
+        file = client.files.create(file=line(0).encode(), purpose="batch")
+        made = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+        is_opening.wait()
+        assert client.batches.cancel(made.id).status == "cancelling"
+        may_open.set()
+        assert ended(client, made.id).status == "cancelled" and closed.is_set()
+    live.app.state.batches.store.close()
 
 
 def test_files_and_batches_of_others_are_not_there(engine: AsyncEngine, tmp_path: Path) -> None:

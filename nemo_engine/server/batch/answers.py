@@ -48,6 +48,7 @@ _IN_LINES = (
 _ANY_NUMBER = 2**31  # the queue has no limit here: the file says how many requests there are
 _WAIT_FOR_ROOM = 0.5  # seconds between two tries while a server's queue is full
 _MOST_WARNINGS = 20
+_IGNORED = IGNORED_FIELDS_HEADER.lower().encode()  # as it stands in a response
 
 _T = TypeVar("_T")
 
@@ -61,7 +62,7 @@ class BatchAnswers:
         self._service = service
         self._client = client
         self._only_url = only_url
-        self._ignored: set[str] = set()
+        self._ignored: set[bytes] = set()
 
     @property
     def max_open(self) -> int:
@@ -98,7 +99,7 @@ class BatchAnswers:
                     return _failed(scope, error)
                 await asyncio.sleep(_WAIT_FOR_ROOM)
             else:
-                self._warn(response.headers.get(IGNORED_FIELDS_HEADER), line.number)
+                self._warn(dict(response.raw_headers).get(_IGNORED), line.number)
                 return _answered(scope, response)
 
     def _check(self, line: Line) -> None:
@@ -112,12 +113,12 @@ class BatchAnswers:
         if line.body.get("stream"):
             raise ApiError(400, "stream must be false in a batch: an answer is one line", param="stream")
 
-    def _warn(self, ignored: str | None, number: int) -> None:
+    def _warn(self, ignored: bytes | None, number: int) -> None:
         """Say once which fields had no effect."""
         if ignored and ignored not in self._ignored and len(self._ignored) < _MOST_WARNINGS:
             self._ignored.add(ignored)
             _logger.warning(
-                "line %d: these fields had no effect, here and wherever else they stand: %s", number, ignored
+                "line %d: these fields had no effect, here and wherever else they stand: %s", number, ignored.decode()
             )
 
     def _read_json(self, data: bytes) -> Any:
@@ -131,7 +132,7 @@ def _answered(scope: dict[str, Any], response: Response) -> Answer:
     log = log_of(scope)
     return Answer(
         response.status_code,
-        response.headers.get("X-Request-Id", ""),
+        log["id"],
         bytes(response.body),
         None,
         log.get("prompt_tokens", 0),

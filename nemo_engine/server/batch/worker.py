@@ -5,6 +5,7 @@ after a restart.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -119,7 +120,13 @@ class BatchWorker:
         store, client = self.store, Client(entry.owner)
         source = store.find(entry.shown["input_file_id"], "file", client)
         target = store.folder / str(entry.data)
-        job = await asyncio.to_thread(BatchJob, store.path_of(source), target, {}, force=True)
+        opening = asyncio.ensure_future(asyncio.to_thread(BatchJob, store.path_of(source), target, {}, force=True))
+        try:
+            job = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError, ValueError):
+                (await opening).close()  # the thread goes on, and what it opens would stay open
+            raise
         with job:
             answers = BatchAnswers(self._service, client, entry.shown["endpoint"])
             counts = entry.shown["request_counts"]
