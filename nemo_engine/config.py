@@ -31,6 +31,7 @@ DEFAULT_BOS_TOKEN_ID, DEFAULT_EOS_TOKEN_ID = 1, 2
 # Speculation: tokens that a decode row of a wide step computes, and tokens of all decode rows of one at most.
 WIDTHS = (2, 4, 8)
 WIDE_STEP_TOKENS = 256
+MAX_GRAPH_TOKENS = 1024  # of a step with prompts that is a graph on a GPU
 
 DEFAULT_STEP_TOKENS = 2048  # benchmarks/NOTES.md: the tail of a decode's waits, against throughput, on CPU and GPU
 

@@ -121,9 +121,8 @@ class Runner:
             runs = DraftedRuns.of(self._step, slots, width)
             if len(runs.slots) <= self._recorded.size:
                 with self._on_cores(len(runs.slots), plan.decode_slots):
-                    return runs.launch(
-                        self._recorded, self._decode_rows(runs.slots, 1, new_pages, self._recorded), plan
-                    )
+                    rows = self._decode_rows(runs.slots, 1, new_pages, self._recorded)
+                    return runs.launch(self._recorded, rows, plan)
         graph = next((g for g in self._graphs if g.rows.width == width and g.size >= len(slots)), None)
         with self._on_cores(plan.num_tokens, plan.decode_slots):
             rows = self._decode_rows(slots, width, new_pages, graph)
@@ -214,10 +213,7 @@ class Runner:
             return f"decode steps are not recorded: {reason}"
         self._recorded = RecordedDecodes(self._step, min(self._table.num_slots * self._max_width, MAX_ROWS))
         for width in (1, self._max_width) * 4:  # the first ones would tell the clocks of cores and widths nothing true
-            runs = DraftedRuns.of(self._step, (0,) * width, width)
-            runs.launch(
-                self._recorded, self._decode_rows(runs.slots, 1, {}, self._recorded), StepPlan(0, (0,), width=width)
-            )
+            self._launch_decodes(StepPlan(0, (0,), width=width), {})
         return f"decode steps of up to {self._recorded.size} rows are recorded, one call each"
 
     def count_saturated(self) -> tuple[int, int]:

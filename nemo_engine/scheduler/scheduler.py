@@ -20,7 +20,7 @@ from nemo_engine.scheduler.kv_manager import KVManager
 from nemo_engine.scheduler.request import Request, RequestStatus, by_urgency
 from nemo_engine.scheduler.running import RunningRequests
 from nemo_engine.scheduler.scheduled_step import ScheduledStep, StepOutput
-from nemo_engine.scheduler.speculation import Speculation
+from nemo_engine.scheduler.speculation import Speculation, num_prompt_tokens
 from nemo_engine.scheduler.token_rules import ERRORS, end_of, failure_of, is_finite
 from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import TOKEN_NOT_FINITE, StepPlan, StepResult
@@ -105,7 +105,8 @@ class Scheduler:
         """Plan the next step, or None if nothing can be computed before a launched step is committed."""
         decodes = self.running.ready_to_decode(self._in_flight)
         new_pages, num_preemptions = [], self.num_preemptions
-        width = self.speculation.width_for(decodes, self.max_num_batched_tokens, self.kv.pool.num_free)
+        prompt_tokens = num_prompt_tokens(self.running, self.waiting)
+        width = self.speculation.width_for(decodes, self.max_num_batched_tokens, self.kv.pool.num_free, prompt_tokens)
         full = [request for request in decodes if request.num_computed_tokens + width > request.compute_limit]
         if full:
             new_pages = self._grow(full, width)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nemo_engine.config import WIDE_STEP_TOKENS
+from nemo_engine.config import MAX_GRAPH_TOKENS, WIDE_STEP_TOKENS
 from nemo_engine.scheduler.estimates import Acceptance, StepTimes
 from nemo_engine.step import TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN, StepResult
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nemo_engine.scheduler.request import Request
     from nemo_engine.scheduler.running import RunningRequests
     from nemo_engine.scheduler.scheduled_step import ScheduledStep
+    from nemo_engine.scheduler.waiting import WaitingQueue
 
 _FIRST_GUESS = 0.5  # of drafts that are right, before any was made; half of the guess for each new request
 _PRIOR = 2.0  # drafts that a new request's guess is worth
@@ -44,6 +45,14 @@ _RESTS = 7  # narrow steps without a look, for it takes time too, after each of 
 _MANY = 64
 _NARROW_EVERY = 100  # wide steps, so that what a narrow one takes is known
 _MIN_GAIN = 1.03  # what a width must promise: times are measured with noise
+
+
+def num_prompt_tokens(running: RunningRequests, waiting: WaitingQueue) -> int:
+    """Tokens of the prompts that the next step may compute: of all under way, and of the first waiting if a slot is
+    free.
+    """
+    coming = [*running.prefilling, *([waiting.first()] if waiting and running.free_slots else [])]
+    return sum([len(request.token_ids) - request.num_computed_tokens for request in coming])
 
 
 class Speculation:
@@ -75,11 +84,14 @@ class Speculation:
         if self._drafts and request.params.why_no_drafts is None and request.grammar is None:
             request.acceptance = Acceptance((self._of_all.rate + _FIRST_GUESS) / 2, _PRIOR, _KEPT)
 
-    def width_for(self, decodes: Sequence[Request], max_tokens: int, num_free_pages: int) -> int:
+    def width_for(
+        self, decodes: Sequence[Request], max_tokens: int, num_free_pages: int, num_prompt_tokens: int
+    ) -> int:
         """The width of a step that decodes ``decodes`` and computes ``max_tokens`` at most, half of which are left to
-        prompts. Drafts are not worth a preemption: 1 if a wide step lacked pages.
+        prompts. Drafts are not worth a preemption, nor a graph: 1 if a wide step lacked pages, or if the graph of a
+        narrow one could hold the prompts too.
         """
-        if not self._drafts:
+        if not self._drafts or 0 < num_prompt_tokens <= MAX_GRAPH_TOKENS:
             return 1
         width = self._best_width(decodes, max_tokens)
         num_growing = sum([request.num_computed_tokens + width > request.compute_limit for request in decodes])

@@ -18,7 +18,7 @@ Plant = Callable[[Sequence[int], int], Sequence[int]]  # from known tokens and a
 def choose_widths(scheduler: Scheduler, rng: random.Random, widths: Sequence[int] = (2, 4, 8)) -> None:
     """Each step is of a random width, as far as a step's tokens allow."""
 
-    def width_for(decodes: Sequence[Any], max_tokens: int, num_free_pages: int) -> int:
+    def width_for(decodes: Sequence[Any], max_tokens: int, *_: int) -> int:
         return rng.choice([1, *[width for width in widths if width * len(decodes) <= max_tokens]])
 
     scheduler.speculation.width_for = width_for  # type: ignore[method-assign]

@@ -46,7 +46,7 @@ def ratio(
         while len(decodes) < rows:
             decodes.append(request(rng.randint(length // 2, length)))
             speculation.enter(decodes[-1])
-        width = speculation.width_for(decodes, 8192, 10**6)
+        width = speculation.width_for(decodes, 8192, 10**6, 0)
         steps[width] += 1
         step = ScheduledStep(1, decodes[:], [], width, now)
         slow, delay = load(now) * rng.uniform(1 - noise, 1 + noise), 20.0 * (rng.random() < 0.005)
@@ -112,10 +112,12 @@ def test_no_more_tokens_than_a_step_may_have() -> None:
         speculation.enter(one)
     speculation._note_time(ScheduledStep(1, decodes, [], 1, 0.0), 1.0, [5] * 40)
     for most, width in ((8192, 4), (640, 4), (319, 2), (159, 1)):
-        assert speculation.width_for(decodes, most, 1000) == width
-    assert speculation.width_for(decodes, 8192, 39) == 1, "a wide step takes pages that are not free"
+        assert speculation.width_for(decodes, most, 1000, 0) == width
+    assert speculation.width_for(decodes, 8192, 39, 0) == 1, "a wide step takes pages that are not free"
+    for num_prompt_tokens, width in ((1, 1), (1024, 1), (1025, 4)):  # a graph holds narrow steps of up to 1024
+        assert speculation.width_for(decodes, 8192, 1000, num_prompt_tokens) == width
     plain = [Request("p", [1], SamplingParams(speculation=False)) for _ in range(40)]
-    assert speculation.width_for(plain, 8192, 1000) == 1
+    assert speculation.width_for(plain, 8192, 1000, 0) == 1
 
 
 def test_what_was_not_taken_falls_from_the_bound_and_frees_who_waits_for_it() -> None:
