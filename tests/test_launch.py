@@ -96,7 +96,7 @@ def test_every_launch_is_that_of_triton(run: Any, compiled: list[Compiled], monk
         return launch_it
 
     for kernel in launch.kernels():
-        monkeypatch.setattr(kernel, "run", checked(kernel), raising=False)
+        monkeypatch.setitem(vars(kernel), "run", checked(kernel))  # the class's own is there again afterwards
     run(90, 1)
     first = dict(counts)
     run(90, 1)

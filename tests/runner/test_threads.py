@@ -212,13 +212,14 @@ def test_both_engines_say_what_each_step_computes(monkeypatch: pytest.MonkeyPatc
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     sizes = [(30, 2), (1, 2), (1, 2), (1, 3)]
     with Engine("nemo-tiny", **options) as engine:
+        found.clear()  # of start-up
         engine.generate([prompt], params)
     assert found == [(threading.current_thread().name, *size) for size in sizes]
-    found.clear()
 
     async def serve() -> None:
         async with AsyncEngine("nemo-tiny", **options) as engine:
             assert engine.max_num_batched_tokens == 2048  # the CPU's default
+            found.clear()
             async for _ in engine.generate(prompt, params):
                 pass
 
