@@ -19,14 +19,8 @@ CPU_KV_GIB = 1.0  # by default; more if one request of the whole context needs i
 CPU_KV_GIB_MOST = 4.0
 _RESERVE = 2 * GIB  # fragments, libraries' code, and what other processes take while this one runs
 _GRAPH_BYTES = 26 << 20  # of one captured step beside its tensors: its nodes and their parameters, 2 MiB of its end
-_MIXED_GRAPH_TOKENS = (
-    64,
-    128,
-    256,
-    512,
-    768,
-    MAX_GRAPH_TOKENS,
-)  # beyond, the GPU takes longer than the host for its launches
+# Beyond the last, the GPU takes longer than the host for its launches.
+_MIXED_GRAPH_TOKENS = (64, 128, 256, 512, 768, MAX_GRAPH_TOKENS)
 _GRAPH_FRAGMENTS = 192 << 20  # segments of the graphs' memory pool that are not full, and its split-K parts
 # torch gives each pair of a cuBLAS handle and a stream 32 MiB on Hopper (8 MiB before). A thread has a handle of its
 # own: there are the pairs of start-up's thread with its stream and with the captures', and that of the thread that

@@ -146,6 +146,19 @@ def test_units_are_as_many_as_the_blocks_that_run_at_once(emulated_library: Any)
             assert emulated_library.decode_units(kv_heads) == num_units(132, kv_heads)
 
 
+def check_on(library: Any, sms: int, args: Any) -> None:
+    """Attention of ``args`` on so many SMs, in two orders of threads and blocks, against its definition."""
+    library.emulator.set_num_sms(sms)
+    try:
+        with emulated(library):
+            for seed in range(2):
+                library.emulator.seed(seed)
+                got = cuda_attention.paged_attention(*args)
+    finally:
+        library.emulator.set_num_sms(132)
+    torch.testing.assert_close(got, attention.paged_attention(*args), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.parametrize("sms", [1, 4])
 def test_cuda_in_few_units(emulated_library: Any, is_fp8: bool, sms: int) -> None:
@@ -155,15 +168,7 @@ def test_cuda_in_few_units(emulated_library: Any, is_fp8: bool, sms: int) -> Non
     rng.shuffle(lengths)
     rows = [(1, length) for length in lengths] + [(3, 70), (2, 2)]
     args = attention_inputs(rows, 4, 2, 128, 16, torch.bfloat16, is_fp8)
-    emulated_library.emulator.set_num_sms(sms)
-    try:
-        with emulated(emulated_library):
-            for seed in range(2):
-                emulated_library.emulator.seed(seed)
-                got = cuda_attention.paged_attention(*args)
-    finally:
-        emulated_library.emulator.set_num_sms(132)
-    torch.testing.assert_close(got, attention.paged_attention(*args), rtol=0.02, atol=0.02)
+    check_on(emulated_library, sms, args)
 
 
 RUNS = [5, 59, 121, 0, 253, 640, 16, 1]  # keys of the first query of each
@@ -180,15 +185,7 @@ def run_inputs(width: int, heads: int, kv_heads: int, is_fp8: bool) -> Any:
 def test_cuda_in_few_units_of_runs(emulated_library: Any, is_fp8: bool, width: int, heads: int, kv_heads: int) -> None:
     """Units of many runs, runs of many units, and parts behind all that the first queries of a run see."""
     args = run_inputs(width, heads, kv_heads, is_fp8)
-    emulated_library.emulator.set_num_sms(4)
-    try:
-        with emulated(emulated_library):
-            for seed in range(2):
-                emulated_library.emulator.seed(seed)
-                got = cuda_attention.paged_attention(*args)
-    finally:
-        emulated_library.emulator.set_num_sms(132)
-    torch.testing.assert_close(got, attention.paged_attention(*args), rtol=0.02, atol=0.02)
+    check_on(emulated_library, 4, args)
 
 
 @pytest.mark.parametrize("is_fp8", [False, True])

@@ -16,6 +16,7 @@ from nemo_engine.ops.op import compiled_for_cpu
 
 _BLOCK = 16  # outputs that lie together, as csrc/cpu/kernels.h has it
 # Rows that every thread norms or activates for itself, which costs less than a wait of all; more are shared out first.
+# At least those of a recorded step, whose calls are the same for fewer rows.
 _PREPARED_BY_EACH = 64
 
 _cpu: Any = compiled_for_cpu()
