@@ -77,6 +77,17 @@ def test_recorded_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch)
     assert len(counts) > 30 and {1, 2, 3, 4, 7} <= set(counts)
 
 
+def test_each_kind_of_request_alone_is_recorded_with_the_bits_of_others() -> None:
+    """A step is one call to the next tokens only where every row wants no more than a draw."""
+    prompts = [{"prompt_token_ids": [3 + i, 9, 9, 4]} for i in range(7)]
+    found = []
+    for enforce_eager in (False, True):
+        with Engine("nemo-tiny", max_num_seqs=1, enforce_eager=enforce_eager, **OPTIONS) as engine:
+            outputs = engine.generate(prompts, [params(i) for i in range(len(prompts))])
+            found.append([(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs])
+    assert found[0] == found[1]
+
+
 def test_recorded_wide_steps_give_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of any width, one after the other, with narrow ones between them and pages that begin inside a run."""
     counts = count_rows(monkeypatch)

@@ -456,6 +456,27 @@ def test_masks_need_the_logits() -> None:
     assert driver.sampler.needs_only_tokens(slots)
 
 
+def test_what_the_parameters_of_slots_alone_decide() -> None:
+    """Neither penalties, nor what edits or reports logits, nor hidden ids; of all slots together."""
+    driver = Driver(40)
+    kinds = (
+        {},
+        {"top_p": 0.5},
+        {"presence_penalty": 0.5},
+        {"repetition_penalty": 1.2},
+        {"logprobs": 1},
+        {"logit_bias": {3: 1.0}},
+    )
+    for slot, kind in enumerate(kinds, 1):
+        driver.fill(slot, Request(SamplingParams(**kind), [1], 1))
+    sampler = driver.sampler
+    assert [sampler.needs_only_draws((slot,), ()) for slot in range(1, 7)] == [True, True, False, False, False, False]
+    assert sampler.needs_only_draws((1, 2), ()) and not sampler.needs_only_draws((1, 3), ())
+    assert not sampler.needs_only_draws((1, 2), [(1, bytes(8))])
+    hiding = Sampler(8, 40, OPS, CPU, without_token=[5])
+    assert hiding.needs_only_tokens((0,)) and not hiding.needs_only_draws((0,), ())
+
+
 def test_nothing_left_to_choose() -> None:
     greedy, drawn = (
         SamplingParams(temperature=0.0, min_tokens=1),

@@ -9,7 +9,10 @@ import pytest
 
 from nemo_engine.sampling_params import SamplingParams
 from nemo_engine.scheduler import Request, Speculation
+from nemo_engine.scheduler.running import RunningRequests
 from nemo_engine.scheduler.scheduled_step import ScheduledStep
+from nemo_engine.scheduler.speculation import num_prompt_tokens
+from nemo_engine.scheduler.waiting import WaitingQueue
 from nemo_engine.step import TOKEN_NOT_DRAFTED, TOKEN_NOT_TAKEN, StepResult
 
 WIDTHS = (2, 4, 8)
@@ -105,6 +108,25 @@ def test_it_notices_that_a_text_begins_and_ends_to_repeat_itself() -> None:
     assert gained > 1.25 and min(steps[1], steps[8] + steps[4]) > 300, (gained, steps)
 
 
+def test_prompts_to_come_are_counted() -> None:
+    """What is left of those under way, and the first that waits if a slot is free."""
+    running, waiting = RunningRequests(2), WaitingQueue()
+    assert num_prompt_tokens(running, waiting) == 0
+    for prompt in (100, 30, 7):
+        made = request(50, prompt)
+        made.arrival = prompt
+        waiting.push(made)
+    first = waiting.first()
+    assert num_prompt_tokens(running, waiting) == len(first.token_ids)
+    for computed in (4, 5):
+        entering = waiting.first()
+        waiting.pop()
+        running.enter(entering, 0.0)
+        entering.num_computed_tokens = computed
+    rest = sum(len(one.token_ids) - one.num_computed_tokens for one in running.prefilling)
+    assert num_prompt_tokens(running, waiting) == rest > 0, "no slot is free"
+
+
 def test_no_more_tokens_than_a_step_may_have() -> None:
     speculation = Speculation(WIDTHS, 7)
     decodes = [request(50) for _ in range(40)]
@@ -114,8 +136,8 @@ def test_no_more_tokens_than_a_step_may_have() -> None:
     for most, width in ((8192, 4), (640, 4), (319, 2), (159, 1)):
         assert speculation.width_for(decodes, most, 1000, 0) == width
     assert speculation.width_for(decodes, 8192, 39, 0) == 1, "a wide step takes pages that are not free"
-    for num_prompt_tokens, width in ((1, 1), (1024, 1), (1025, 4)):  # a graph holds narrow steps of up to 1024
-        assert speculation.width_for(decodes, 8192, 1000, num_prompt_tokens) == width
+    for coming, width in ((1, 1), (1024, 1), (1025, 4)):  # a graph holds narrow steps of up to 1024
+        assert speculation.width_for(decodes, 8192, 1000, coming) == width
     plain = [Request("p", [1], SamplingParams(speculation=False)) for _ in range(40)]
     assert speculation.width_for(plain, 8192, 1000, 0) == 1
 
